@@ -1,0 +1,1 @@
+//! uniffi surface of mka.

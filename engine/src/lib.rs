@@ -1,1 +1,3 @@
 //! mka.
+mod error;
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,100 @@
+//! The one error of the engine: a kind to branch on, a text to read, the cause kept as source.
+//! Knows no layer in particular; every layer below converts into it here.
+
+use std::fmt;
+use std::path::Path;
+
+/// What a caller can do about an [`Error`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// An argument is outside its range: correct the call.
+    InvalidArgument,
+    /// The thing asked for does not exist: a file, a model, a turn.
+    NotFound,
+    /// Another process has the store open for writing.
+    Locked,
+    /// Bytes on disk are damaged; the text says which file and what is lost.
+    Corrupted,
+    /// Intact, but made by another model, embedder or format version.
+    Incompatible,
+    /// The model's files or its forward pass are at fault.
+    Model,
+    /// The device is missing or failed.
+    Device,
+    /// Memory ran out.
+    OutOfMemory,
+    /// Reading or writing failed: disk full, permission, path.
+    Storage,
+    /// The work was cancelled by its caller.
+    Cancelled,
+}
+
+/// An error of the engine: operation, expected, got.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    message: String,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// The result of every fallible call of the engine.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), source: None }
+    }
+
+    pub(crate) fn with_source(
+        mut self,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::InvalidArgument, message)
+    }
+
+    pub(crate) fn model(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Model, message)
+    }
+
+    pub(crate) fn cancelled(operation: &str) -> Self {
+        Self::new(ErrorKind::Cancelled, format!("{operation}: cancelled"))
+    }
+
+    /// An I/O failure at `path`; a missing file is [`ErrorKind::NotFound`], anything else [`ErrorKind::Storage`].
+    pub(crate) fn io(operation: &str, path: &Path, source: std::io::Error) -> Self {
+        let kind = match source.kind() {
+            std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+            _ => ErrorKind::Storage,
+        };
+        Self::new(kind, format!("{operation} {}: {source}", path.display())).with_source(source)
+    }
+
+    /// What the caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|source| source.as_ref() as &(dyn std::error::Error + 'static))
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(source: candle_core::Error) -> Self {
+        Self::new(ErrorKind::Model, format!("tensor operation: {source}")).with_source(source)
+    }
+}

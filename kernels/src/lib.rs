@@ -1,1 +1,27 @@
-//! Pure functions on tensors.
+//! The attention core of mka: pure functions on tensors.
+//! Knows no session, chunk, tokenizer, model or file.
+//!
+//! Shapes use one alphabet: `t` query tokens, `s` page slots, `p` = [`PAGE_TOKENS`], `h` query heads,
+//! `g` key/value heads, `d` head dimension, `c` hidden size, `m` EMA rates.
+//!
+//! | op | formula | shapes | source |
+//! |---|---|---|---|
+//! | [`paged_attention`] | softmax(q kᵀ · scale) v over a list of pages | q (t, h, d); pools (s, g, p, d) | FlashAttention-2, arXiv 2307.08691, alg. 1 |
+//! | [`merge_states`] | log-sum-exp merge of two attentions | out (t, h, d), lse (t, h) | FlashInfer, arXiv 2501.01005, sec. 2.2 |
+//! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
+//! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (t, c), state (m, c) | MKA, arXiv 2603.20586, alg. 2 |
+//! | [`silu_mul`] | silu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
+
+mod attention;
+mod elementwise;
+mod pages;
+pub mod reference;
+mod rope;
+mod route;
+mod simd;
+
+pub use attention::{AttentionParams, AttentionState, PageRef, merge_states, paged_attention};
+pub use elementwise::silu_mul;
+pub use pages::{PAGE_TOKENS, PagePool};
+pub use rope::{RotaryAngles, rotate};
+pub use route::{ema_advance, ema_scan, fuse_levels};

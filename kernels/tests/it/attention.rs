@@ -1,0 +1,171 @@
+//! Paged attention against its f64 definition, over a grid of shapes and masks.
+
+use candle_core::{Device, Tensor};
+use mka_kernels::{
+    AttentionParams, AttentionState, PAGE_TOKENS, PageRef, merge_states, paged_attention, reference,
+};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+struct Case {
+    t: usize,
+    h: usize,
+    g: usize,
+    d: usize,
+    /// Tokens in the stream before the queries.
+    before: usize,
+    window: Option<u64>,
+    sliding: Option<u64>,
+}
+
+fn random(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(-1.5f32..1.5)).collect()
+}
+
+struct Inputs {
+    q: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    slots: usize,
+    params: AttentionParams,
+}
+
+impl Inputs {
+    fn new(case: &Case, seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let total = case.before + case.t;
+        let num_pages = total.div_ceil(PAGE_TOKENS);
+        let slots = num_pages + 2;
+        let n = slots * case.g * PAGE_TOKENS * case.d;
+        let pages = (0..num_pages)
+            .map(|p| PageRef {
+                slot: slots - 1 - p,
+                start: (p * PAGE_TOKENS) as u64,
+                len: (total - p * PAGE_TOKENS).min(PAGE_TOKENS),
+            })
+            .collect::<Vec<_>>();
+        Self {
+            q: random(&mut rng, case.t * case.h * case.d),
+            keys: random(&mut rng, n),
+            values: random(&mut rng, n),
+            slots,
+            params: AttentionParams {
+                scale: 1.0 / (case.d as f32).sqrt(),
+                query_start: case.before as u64,
+                pages,
+                window_tokens: case.window,
+                sliding_window: case.sliding,
+            },
+        }
+    }
+
+    fn run(&self, case: &Case, params: &AttentionParams) -> AttentionState {
+        let pool = (self.slots, case.g, PAGE_TOKENS, case.d);
+        let tensor = |data: &[f32]| Tensor::from_slice(data, pool, &Device::Cpu).unwrap();
+        let q = Tensor::from_slice(&self.q, (case.t, case.h, case.d), &Device::Cpu).unwrap();
+        paged_attention(&q, &tensor(&self.keys), &tensor(&self.values), params).unwrap()
+    }
+}
+
+fn values(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn assert_close(name: &str, got: &[f32], expected: &[f64]) {
+    assert_eq!(got.len(), expected.len(), "{name}");
+    for (i, (g, e)) in got.iter().zip(expected).enumerate() {
+        if e.is_infinite() {
+            assert_eq!(f64::from(*g), *e, "{name}[{i}]");
+        } else {
+            assert!((f64::from(*g) - e).abs() < 2e-5 * (1.0 + e.abs()), "{name}[{i}]: {g}, {e}");
+        }
+    }
+}
+
+const GRID: &[Case] = &[
+    Case { t: 1, h: 1, g: 1, d: 8, before: 0, window: None, sliding: None },
+    Case { t: 1, h: 9, g: 3, d: 64, before: 700, window: None, sliding: None },
+    Case { t: 1, h: 8, g: 1, d: 64, before: 130, window: Some(64), sliding: None },
+    Case { t: 5, h: 7, g: 1, d: 96, before: 63, window: None, sliding: None },
+    Case { t: 64, h: 4, g: 4, d: 128, before: 0, window: None, sliding: None },
+    Case { t: 77, h: 12, g: 3, d: 10, before: 200, window: Some(100), sliding: None },
+    Case { t: 130, h: 3, g: 1, d: 64, before: 65, window: Some(128), sliding: Some(50) },
+    Case { t: 2, h: 4, g: 2, d: 256, before: 1, window: None, sliding: Some(1) },
+    Case { t: 40, h: 16, g: 2, d: 16, before: 1000, window: Some(256), sliding: Some(300) },
+];
+
+#[test]
+fn paged_attention_equals_its_definition_over_the_grid() {
+    for (seed, case) in GRID.iter().enumerate() {
+        let inputs = Inputs::new(case, seed as u64);
+        let shape = (case.t, case.h, case.g, case.d);
+        let (out, lse) = reference::paged_attention(
+            &inputs.q,
+            &inputs.keys,
+            &inputs.values,
+            shape,
+            &inputs.params,
+        );
+        let got = inputs.run(case, &inputs.params);
+        assert_close(&format!("out of case {seed}"), &values(&got.out), &out);
+        assert_close(&format!("lse of case {seed}"), &values(&got.lse), &lse);
+    }
+}
+
+#[test]
+fn merging_any_split_of_the_pages_equals_the_unsplit_result() {
+    for (seed, case) in GRID.iter().enumerate() {
+        let inputs = Inputs::new(case, seed as u64);
+        let whole = inputs.run(case, &inputs.params);
+        for cut in 0..=inputs.params.pages.len() {
+            let part = |pages: &[PageRef]| AttentionParams {
+                pages: pages.to_vec(),
+                ..inputs.params.clone()
+            };
+            let (left, right) = inputs.params.pages.split_at(cut);
+            let merged =
+                merge_states(&inputs.run(case, &part(left)), &inputs.run(case, &part(right)))
+                    .unwrap();
+            for (got, expected) in [(&merged.out, &whole.out), (&merged.lse, &whole.lse)] {
+                let expected: Vec<f64> = values(expected).into_iter().map(f64::from).collect();
+                assert_close(&format!("case {seed} cut at {cut}"), &values(got), &expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn no_page_and_no_query_give_the_neutral_state() {
+    let case = Case { t: 3, h: 2, g: 1, d: 8, before: 5, window: None, sliding: None };
+    let inputs = Inputs::new(&case, 1);
+    let nothing = AttentionParams { pages: Vec::new(), ..inputs.params.clone() };
+    let state = inputs.run(&case, &nothing);
+    assert!(values(&state.out).iter().all(|x| *x == 0.0));
+    assert!(values(&state.lse).iter().all(|x| *x == f32::NEG_INFINITY));
+    let pool =
+        Tensor::zeros((1, 1, PAGE_TOKENS, 8), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let q = Tensor::zeros((0, 2, 8), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let empty = paged_attention(&q, &pool, &pool, &AttentionParams::default()).unwrap();
+    assert_eq!(empty.out.dims(), [0, 2, 8]);
+}
+
+#[test]
+fn wrong_shapes_are_errors() {
+    let zeros =
+        |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+    let params = AttentionParams {
+        pages: vec![PageRef { slot: 3, start: 0, len: 1 }],
+        ..AttentionParams::default()
+    };
+    let pool = zeros(&[2, 2, PAGE_TOKENS, 8]);
+    let open = AttentionParams::default();
+    for (q, keys, params) in [
+        (zeros(&[1, 3, 8]), &pool, &open),
+        (zeros(&[1, 4, 16]), &pool, &open),
+        (zeros(&[1, 4, 8]), &pool, &params),
+        (zeros(&[1, 4, 8]), &zeros(&[2, 2, 32, 8]), &open),
+    ] {
+        let error = paged_attention(&q, keys, keys, params).unwrap_err().to_string();
+        assert!(error.contains("expected"), "{error}");
+    }
+}

@@ -1,3 +1,66 @@
-//! mka.
+//! Long-context memory for local language models: sessions that never run out of context.
+//!
+//! An [`Engine`] owns a model, its tokenizer and a memory folder; a [`Session`] is one conversation whose stream may
+//! grow without end at constant memory. Recent tokens are attended exactly (the window), older text is recalled by
+//! words and vectors, and everything is on disk before a turn is done.
+//!
+//! ```no_run
+//! use mka::{Device, Engine, Event, Forget, ModelSource, Recall, Scope};
+//!
+//! # async fn run() -> mka::Result<()> {
+//! let engine = Engine::builder("agent.mka") // created if missing; Locked if in use
+//!     .model(ModelSource::hub("HuggingFaceTB/SmolLM2-135M-Instruct")) // or a folder or GGUF
+//!     .device(Device::auto())
+//!     .open()
+//!     .await?;
+//! let mut chat = engine.session(Scope::user("ada").session("trip")).await?; // continues where it stopped
+//! let mut events = chat.send("What did we decide about Kyoto?");
+//! while let Some(event) = events.next().await {
+//!     match event? {
+//!         Event::Recalled(hits) => eprintln!("{} memories", hits.len()),
+//!         Event::Token(token) => print!("{}", token.text),
+//!         Event::Done(usage) => eprintln!("reused {} of {} tokens", usage.reused_tokens, usage.prompt_tokens),
+//!         _ => {}
+//!     }
+//! } // dropping `events` cancels
+//! let hits = engine.memory().recall(&Scope::user("ada"), "hotel in Kyoto", Recall::default()).await?;
+//! let receipt = engine.memory().forget(&Scope::user("ada"), Forget::matching("passport")).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What it does not do yet: recall inside attention, training and GPUs. See Limits in the README.
+
+mod attention;
+mod cache;
+mod conversation;
+mod embedding;
+mod engine;
 mod error;
+mod feeding;
+mod generation;
+mod gguf;
+mod hub;
+mod memory;
+mod models;
+mod prompt;
+mod sampling;
+mod session;
+mod snapshot;
+mod stream;
+mod template;
+mod tokenizer;
+
+pub use embedding::EmbedderSource;
+pub use engine::{Device, Engine, EngineBuilder, MemoryConfig};
 pub use error::{Error, ErrorKind, Result};
+pub use feeding::{FeedMode, FeedOptions};
+pub use hub::ModelSource;
+pub use memory::MemoryHandle;
+pub use sampling::Sampling;
+pub use session::{Context, SendOptions, Session};
+pub use stream::{Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage};
+
+pub use mka_memory::{
+    Chunk, Committed, Forget, Hit, NewTurn, Receipt, Recall, Role, Scope, Source, Stats, TurnId, Why,
+};

@@ -1,0 +1,320 @@
+//! The paged key/value cache of one session: which page of the stream lies in which slot, and what leaves.
+//! Knows no attention rule and no file; a page leaves it as bytes.
+
+use crate::error::{Error, ErrorKind, Result};
+use candle_core::{Device, Tensor};
+use mka_kernels::{PAGE_TOKENS, PagePool, PageRef, RotaryAngles, rotate};
+use std::collections::BTreeMap;
+
+/// What a cache must hold and how large it may grow: fixed at creation, whatever the length of the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CacheShape {
+    pub(crate) num_layers: usize,
+    pub(crate) num_kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) hidden_size: usize,
+    pub(crate) num_rates: usize,
+    /// Tokens attended exactly.
+    pub(crate) window_tokens: usize,
+    /// Most tokens of one forward pass.
+    pub(crate) block_tokens: usize,
+}
+
+/// Pages at the start of the stream that every query sees (attention sinks, arXiv 2309.17453).
+pub(crate) const SINK_PAGES: u64 = 1;
+/// Pages kept beyond the window, so that the last answer can be taken back without reloading.
+const SPARE_PAGES: usize = 8;
+
+/// Keys and values of the sinks and the window, and the EMA summary, of one stream.
+pub(crate) struct Cache {
+    shape: CacheShape,
+    pools: Vec<PagePool>,
+    /// Page of the stream -> slot of every pool.
+    slots: BTreeMap<u64, usize>,
+    free: Vec<usize>,
+    position: u64,
+    /// Per layer (rates, hidden): the streaming EMA of each layer's normed input.
+    ema: Vec<Vec<f32>>,
+}
+
+/// A point that the cache can be taken back to while its pages are still there.
+#[derive(Clone)]
+pub(crate) struct Checkpoint {
+    pub(crate) position: u64,
+    ema: Vec<Vec<f32>>,
+}
+
+impl Cache {
+    /// # Errors
+    /// If the device has no room.
+    pub(crate) fn new(shape: CacheShape) -> Result<Self> {
+        let pages = |tokens: usize| tokens.div_ceil(PAGE_TOKENS);
+        let num_slots = SINK_PAGES as usize
+            + pages(shape.window_tokens)
+            + pages(shape.block_tokens)
+            + 2
+            + SPARE_PAGES;
+        let pools = (0..shape.num_layers)
+            .map(|_| PagePool::new(num_slots, shape.num_kv_heads, shape.head_dim, &Device::Cpu))
+            .collect::<candle_core::Result<_>>()
+            .map_err(|source| {
+                Error::new(ErrorKind::OutOfMemory, format!("allocate {num_slots} pages: {source}"))
+                    .with_source(source)
+            })?;
+        Ok(Self {
+            shape,
+            pools,
+            slots: BTreeMap::new(),
+            free: (0..num_slots).rev().collect(),
+            position: 0,
+            ema: vec![vec![0f32; shape.num_rates * shape.hidden_size]; shape.num_layers],
+        })
+    }
+
+    /// Tokens in the stream so far.
+    pub(crate) fn position(&self) -> u64 {
+        self.position
+    }
+
+    pub(crate) fn window_tokens(&self) -> u64 {
+        self.shape.window_tokens as u64
+    }
+
+    pub(crate) fn block_tokens(&self) -> usize {
+        self.shape.block_tokens
+    }
+
+    /// The first page that a query at `position` sees beside the sinks: whole pages, by position alone, so that what a
+    /// token attends to never depends on how the stream was cut into blocks.
+    pub(crate) fn first_window_page(&self, position: u64) -> u64 {
+        (position + 1).saturating_sub(self.window_tokens()) / PAGE_TOKENS as u64
+    }
+
+    /// Makes room for `count` tokens after the current position, evicting pages that none of them will see.
+    pub(crate) fn reserve(&mut self, count: usize) -> Result<()> {
+        let page = PAGE_TOKENS as u64;
+        let keep_from = self.first_window_page(self.position);
+        let last = (self.position + count as u64).div_ceil(page);
+        for index in self.position / page..last {
+            if self.slots.contains_key(&index) {
+                continue;
+            }
+            if self.free.is_empty() {
+                let oldest = self.slots.keys().copied().find(|p| *p >= SINK_PAGES && *p < keep_from);
+                let slot = oldest.and_then(|oldest| self.slots.remove(&oldest));
+                self.free.extend(slot);
+            }
+            let slot = self.free.pop().ok_or_else(|| {
+                Error::invalid(format!(
+                    "forward: {count} tokens at once, expected at most {}",
+                    self.shape.block_tokens
+                ))
+            })?;
+            self.slots.insert(index, slot);
+        }
+        Ok(())
+    }
+
+    /// Writes keys and values of the reserved tokens into one layer.
+    ///
+    /// Shapes: `rotated`, `raw`, `values` (t, num_kv_heads, head_dim).
+    pub(crate) fn write(
+        &self,
+        layer: usize,
+        rotated: &Tensor,
+        raw: &Tensor,
+        values: &Tensor,
+    ) -> Result<()> {
+        let t = rotated.dim(0)?;
+        let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous();
+        let (rotated, raw, values) = (by_head(rotated)?, by_head(raw)?, by_head(values)?);
+        let mut done = 0;
+        while done < t {
+            let position = self.position + done as u64;
+            let offset = (position % PAGE_TOKENS as u64) as usize;
+            let count = (PAGE_TOKENS - offset).min(t - done);
+            let slot = self.slot(position / PAGE_TOKENS as u64)?;
+            let part = |x: &Tensor| x.narrow(1, done, count);
+            self.pools[layer].write(
+                slot,
+                offset,
+                &part(&rotated)?,
+                &part(&raw)?,
+                &part(&values)?,
+            )?;
+            done += count;
+        }
+        Ok(())
+    }
+
+    fn slot(&self, page: u64) -> Result<usize> {
+        self.slots.get(&page).copied().ok_or_else(|| {
+            Error::model(format!("cache: page {page} of the stream is not on the device"))
+        })
+    }
+
+    /// Moves the position over `count` written tokens.
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.position += count as u64;
+    }
+
+    /// References to `pages` of the stream, of which `end` tokens are written.
+    pub(crate) fn page_refs(
+        &self,
+        pages: impl IntoIterator<Item = u64>,
+        end: u64,
+    ) -> Result<Vec<PageRef>> {
+        let page = PAGE_TOKENS as u64;
+        pages
+            .into_iter()
+            .map(|index| {
+                let start = index * page;
+                let len = end.saturating_sub(start).min(page) as usize;
+                Ok(PageRef { slot: self.slot(index)?, start, len })
+            })
+            .collect()
+    }
+
+    pub(crate) fn pool(&self, layer: usize) -> &PagePool {
+        &self.pools[layer]
+    }
+
+    pub(crate) fn ema_mut(&mut self, layer: usize) -> &mut [f32] {
+        &mut self.ema[layer]
+    }
+
+    /// Where the stream stands now.
+    pub(crate) fn checkpoint(&self) -> Checkpoint {
+        Checkpoint { position: self.position, ema: self.ema.clone() }
+    }
+
+    /// Takes the stream back to `checkpoint`; false, and nothing changed, if a page that it needs was evicted since.
+    pub(crate) fn rewind(&mut self, checkpoint: &Checkpoint) -> bool {
+        let needed = self.window_pages(checkpoint.position);
+        if checkpoint.position > self.position
+            || needed.iter().any(|page| !self.slots.contains_key(page))
+        {
+            return false;
+        }
+        let keep = checkpoint.position.div_ceil(PAGE_TOKENS as u64);
+        while let Some((page, slot)) = self.slots.pop_last() {
+            if page < keep {
+                self.slots.insert(page, slot);
+                break;
+            }
+            self.free.push(slot);
+        }
+        self.position = checkpoint.position;
+        self.ema.clone_from(&checkpoint.ema);
+        true
+    }
+
+    /// Pages that a stream of `position` tokens needs to go on: sinks and window.
+    pub(crate) fn window_pages(&self, position: u64) -> Vec<u64> {
+        let end = position.div_ceil(PAGE_TOKENS as u64);
+        let from = self.first_window_page(position).max(SINK_PAGES);
+        (0..SINK_PAGES.min(end)).chain(from..end).collect()
+    }
+
+    /// One page of every layer as bytes: for each layer the raw keys, then the values, (num_kv_heads, len, head_dim)
+    /// each, f32 little-endian, `len` being the tokens written so far.
+    pub(crate) fn page_bytes(&self, page: u64) -> Result<Vec<u8>> {
+        let slot = self.slot(page)?;
+        let len = self.written(page);
+        let mut bytes = Vec::with_capacity(self.page_len_bytes(len));
+        for pool in &self.pools {
+            let (keys, values) = pool.read(slot, len)?;
+            for tensor in [keys, values] {
+                for x in tensor.flatten_all()?.to_vec1::<f32>()? {
+                    bytes.extend_from_slice(&x.to_le_bytes());
+                }
+            }
+        }
+        Ok(bytes)
+    }
+
+    fn written(&self, page: u64) -> usize {
+        let page_tokens = PAGE_TOKENS as u64;
+        self.position.saturating_sub(page * page_tokens).min(page_tokens) as usize
+    }
+
+    fn page_len_bytes(&self, len: usize) -> usize {
+        self.shape.num_layers * 2 * self.shape.num_kv_heads * len * self.shape.head_dim * 4
+    }
+
+    /// The EMA of every layer, layer by layer, f32 little-endian.
+    pub(crate) fn ema_bytes(&self) -> Vec<u8> {
+        self.ema.iter().flatten().flat_map(|x| x.to_le_bytes()).collect()
+    }
+
+    /// Rebuilds the cache at `position` from what [`Cache::page_bytes`] and [`Cache::ema_bytes`] wrote, rotating keys
+    /// as they were rotated when they were first written.
+    ///
+    /// # Errors
+    /// If pages are missing or of another size: the caller then fills the cache from the tokens.
+    pub(crate) fn restore(
+        shape: CacheShape,
+        position: u64,
+        ema: &[u8],
+        pages: &[(u64, Vec<u8>)],
+        angles: impl Fn(std::ops::Range<u64>) -> RotaryAngles,
+    ) -> Result<Self> {
+        let mut cache = Self::new(shape)?;
+        cache.position = position;
+        let damaged = |what: String| Error::new(ErrorKind::Corrupted, format!("restore: {what}"));
+        let expected: usize = cache.ema.iter().map(|layer| layer.len() * 4).sum();
+        if ema.len() != expected {
+            return Err(damaged(format!("summary of {} bytes, expected {expected}", ema.len())));
+        }
+        let (values, _) = ema.as_chunks::<4>();
+        for (into, bytes) in cache.ema.iter_mut().flatten().zip(values) {
+            *into = f32::from_le_bytes(*bytes);
+        }
+        for page in cache.window_pages(position) {
+            let bytes = pages
+                .iter()
+                .find_map(|(index, bytes)| (*index == page).then_some(bytes))
+                .ok_or_else(|| damaged(format!("page {page}, found none")))?;
+            cache.restore_page(page, bytes, &angles)?;
+        }
+        Ok(cache)
+    }
+
+    fn restore_page(
+        &mut self,
+        page: u64,
+        bytes: &[u8],
+        angles: impl Fn(std::ops::Range<u64>) -> RotaryAngles,
+    ) -> Result<()> {
+        let len = self.written(page);
+        let expected = self.page_len_bytes(len);
+        if bytes.len() != expected {
+            return Err(Error::new(
+                ErrorKind::Corrupted,
+                format!("restore: page {page} of {} bytes, expected {expected}", bytes.len()),
+            ));
+        }
+        let slot = self.free.pop().ok_or_else(|| Error::model("restore: no free page"))?;
+        self.slots.insert(page, slot);
+        let start = page * PAGE_TOKENS as u64;
+        let angles = angles(start..start + len as u64);
+        let shape = (self.shape.num_kv_heads, len, self.shape.head_dim);
+        let tensor_bytes = shape.0 * shape.1 * shape.2 * 4;
+        if tensor_bytes == 0 {
+            return Ok(());
+        }
+        let tensor = |bytes: &[u8]| {
+            let (values, _) = bytes.as_chunks::<4>();
+            let values = values.iter().map(|x| f32::from_le_bytes(*x)).collect();
+            Tensor::from_vec(values, shape, &Device::Cpu)
+        };
+        for (pool, bytes) in self.pools.iter().zip(bytes.chunks_exact(2 * tensor_bytes)) {
+            let raw = tensor(&bytes[..tensor_bytes])?;
+            let values = tensor(&bytes[tensor_bytes..])?;
+            let by_token = raw.transpose(0, 1)?.contiguous()?;
+            let rotated = rotate(&by_token, &angles)?.transpose(0, 1)?;
+            pool.write(slot, 0, &rotated, &raw, &values)?;
+        }
+        Ok(())
+    }
+}

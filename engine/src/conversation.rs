@@ -1,0 +1,350 @@
+//! The live state of one session: its cache, its place in the chat template, what of the log the model still sees.
+//! Knows no stream of events and no wire format; it changes only through whole operations that can be taken back.
+
+use crate::attention::{AttentionSeam, SeamConfig};
+use crate::cache::{Cache, Checkpoint};
+use crate::engine::{Model, Shared};
+use crate::error::{Error, ErrorKind, Result};
+use crate::snapshot::{OpenTurn, SessionState};
+use candle_core::Tensor;
+use mka_kernels::{PAGE_TOKENS, RotaryAngles};
+use mka_memory::{Commit, Committed, NewSnapshot, NewTurn, Role, Scope, TurnId};
+use std::sync::Arc;
+
+/// Tokens that the repetition penalty looks back on.
+const RECENT_TOKENS: usize = 256;
+
+pub(crate) struct Conversation {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) scope: Scope,
+    /// None without a model.
+    cache: Option<Cache>,
+    pub(crate) state: SessionState,
+    /// Pages from this one on differ from what the store holds.
+    dirty_from: u64,
+    /// Where the last answer began, for `regenerate`; None after a reopening.
+    pub(crate) last_prompt: Option<LastPrompt>,
+}
+
+/// What is needed to answer the last message again.
+#[derive(Clone)]
+pub(crate) struct LastPrompt {
+    /// Before the prompt's last token, whose logits choose the first token of the answer.
+    pub(crate) before_last: Saved,
+    pub(crate) last_token: u32,
+    pub(crate) answer_prefix: String,
+}
+
+/// A point that the conversation can be taken back to.
+#[derive(Clone)]
+pub(crate) struct Saved {
+    checkpoint: Option<Checkpoint>,
+    state: SessionState,
+}
+
+fn seam_config(model: &Model) -> SeamConfig<'_> {
+    SeamConfig {
+        frequencies: &model.decoder.frequencies,
+        rates: &model.decoder.config.mka.rates,
+        bias_correction: model.decoder.config.mka.bias_correction,
+        trained_tokens: model.decoder.config.trained_tokens as u64,
+    }
+}
+
+impl Conversation {
+    /// Opens the session of `scope`: new, restored from its snapshot, or refilled from its log.
+    pub(crate) fn open(shared: Arc<Shared>, scope: Scope) -> Result<Self> {
+        let num_turns = shared.store.num_turns(&scope)?;
+        let mut conversation = Self {
+            cache: None,
+            state: SessionState::default(),
+            dirty_from: 0,
+            last_prompt: None,
+            shared: shared.clone(),
+            scope,
+        };
+        let Some(model) = &shared.model else {
+            return Ok(conversation);
+        };
+        let snapshot = match shared.store.snapshot(&conversation.scope, model.decoder.fingerprint) {
+            Ok(snapshot) => snapshot,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    mka_memory::ErrorKind::Incompatible | mka_memory::ErrorKind::Corrupted
+                ) =>
+            {
+                tracing::warn!(scope = %conversation.scope, %error, "snapshot not usable: refilling from the log");
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let frequencies = &model.decoder.frequencies;
+        let restored = snapshot.map(|snapshot| -> Result<(Cache, SessionState)> {
+            let (state, ema) = SessionState::from_bytes(&snapshot.state)?;
+            let cache = Cache::restore(
+                shared.cache_shape(model),
+                snapshot.position,
+                ema,
+                &snapshot.pages,
+                |positions| {
+                    RotaryAngles::new(positions, &frequencies.inv_freq, frequencies.scale)
+                },
+            )?;
+            Ok((cache, state))
+        });
+        match restored {
+            Some(Ok((cache, state))) => {
+                conversation.dirty_from = cache.position() / PAGE_TOKENS as u64;
+                conversation.cache = Some(cache);
+                conversation.state = state;
+            }
+            other => {
+                if let Some(Err(error)) = other {
+                    tracing::warn!(scope = %conversation.scope, %error, "snapshot not usable: refilling from the log");
+                }
+                conversation.cache = Some(Cache::new(shared.cache_shape(model))?);
+                if num_turns > 0 {
+                    conversation.refill(num_turns, false)?;
+                }
+            }
+        }
+        Ok(conversation)
+    }
+
+    /// Fills the cache anew from the log's tokens before turn `end`: the first page of the stream and its last window.
+    ///
+    /// With `hold_last` the last token is left out and returned, for an answer to begin from it.
+    pub(crate) fn refill(&mut self, end: TurnId, hold_last: bool) -> Result<Option<u32>> {
+        let shared = self.shared.clone();
+        let model = shared.model("refill")?;
+        let window = shared.config.window_tokens;
+        let mut turns = Vec::new();
+        let mut tokens = 0;
+        let mut from = end;
+        while from > 0 && tokens < window {
+            from -= 1;
+            for turn in shared.store.turns(&self.scope, from..from + 1)? {
+                if !turn.retracted {
+                    tokens += turn.tokens.len();
+                    turns.push(turn);
+                }
+            }
+        }
+        turns.reverse();
+        let held = match hold_last {
+            true => turns.iter_mut().rev().find_map(|turn| turn.tokens.pop()),
+            false => None,
+        };
+        let mut tokens = tokens - usize::from(held.is_some());
+        let mut head = Vec::new();
+        let mut first = 0;
+        while first < from && head.len() < PAGE_TOKENS {
+            for turn in shared.store.turns(&self.scope, first..first + 1)? {
+                if !turn.retracted {
+                    head.extend_from_slice(&turn.tokens);
+                }
+            }
+            first += 1;
+        }
+        // The head and the window may not hold a token twice.
+        head.truncate(if tokens > window { PAGE_TOKENS } else { 0 });
+        self.cache = Some(Cache::new(shared.cache_shape(model))?);
+        self.dirty_from = 0;
+        self.last_prompt = None;
+        self.state = SessionState {
+            open: match turns.last().map(|turn| turn.role) {
+                None => OpenTurn::Start,
+                Some(Role::Assistant) => OpenTurn::Answered { closed_by: None },
+                Some(_) => OpenTurn::User,
+            },
+            ..SessionState::default()
+        };
+        self.prefill(&head, &mut || true)?;
+        for turn in &turns {
+            let skip = match tokens > window {
+                // The oldest turn is cut so that the window holds the newest tokens.
+                true => (tokens - window).min(turn.tokens.len()),
+                false => 0,
+            };
+            tokens -= skip;
+            let start = self.position();
+            self.prefill(&turn.tokens[skip..], &mut || true)?;
+            if skip == 0 {
+                self.state.turn_starts.push((turn.id, start));
+            }
+        }
+        Ok(held)
+    }
+
+    /// Goes back to what the store holds.
+    pub(crate) fn reopen(&mut self) -> Result<()> {
+        *self = Self::open(self.shared.clone(), self.scope.clone())?;
+        Ok(())
+    }
+
+    /// Tokens in the stream.
+    pub(crate) fn position(&self) -> u64 {
+        self.cache.as_ref().map_or(0, Cache::position)
+    }
+
+    /// Tokens that the next query would attend to.
+    pub(crate) fn attended_tokens(&self) -> usize {
+        let Some(cache) = &self.cache else { return 0 };
+        let position = cache.position();
+        let start = cache.first_window_page(position) * PAGE_TOKENS as u64;
+        let sinks = (PAGE_TOKENS as u64).min(start);
+        (position - start + sinks) as usize
+    }
+
+    /// Runs `tokens` through the model in blocks; `go_on` is asked between blocks. The last token's hidden state.
+    ///
+    /// # Errors
+    /// `Cancelled` when `go_on` says no; the caller takes the conversation back.
+    pub(crate) fn prefill(
+        &mut self,
+        tokens: &[u32],
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<Option<Tensor>> {
+        let shared = self.shared.clone();
+        let model = shared.model("prefill")?;
+        let cache = self.cache.as_mut().ok_or_else(|| Error::model("prefill: no cache"))?;
+        let config = seam_config(model);
+        let mut last = None;
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            if !go_on() {
+                return Err(Error::cancelled("prefill"));
+            }
+            let count =
+                config.block_limit(cache.position(), cache.block_tokens()).min(rest.len());
+            let (block, after) = rest.split_at(count);
+            let mut seam = AttentionSeam::open(config, cache, count)?;
+            let hidden = model.decoder.forward(block, &mut seam)?;
+            seam.finish();
+            last = Some(hidden.narrow(0, count - 1, 1)?);
+            rest = after;
+        }
+        let recent = &mut self.state.recent_tokens;
+        recent.extend_from_slice(&tokens[tokens.len().saturating_sub(RECENT_TOKENS)..]);
+        let excess = recent.len().saturating_sub(RECENT_TOKENS);
+        recent.drain(..excess);
+        Ok(last)
+    }
+
+    /// Logits (vocab) of a hidden state that [`Conversation::prefill`] gave.
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
+        let model = self.shared.model("logits")?;
+        Ok(model.decoder.logits(hidden)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// The point reached now.
+    pub(crate) fn save(&self) -> Saved {
+        Saved {
+            checkpoint: self.cache.as_ref().map(Cache::checkpoint),
+            state: self.state.clone(),
+        }
+    }
+
+    /// Takes the conversation back to `saved`; where its pages are gone, back to what the store holds.
+    pub(crate) fn take_back(&mut self, saved: &Saved) -> Result<()> {
+        if let (Some(cache), Some(checkpoint)) = (&mut self.cache, &saved.checkpoint) {
+            if cache.rewind(checkpoint) {
+                self.dirty_from = self.dirty_from.min(checkpoint.position / PAGE_TOKENS as u64);
+                self.state = saved.state.clone();
+                return Ok(());
+            }
+            return self.reopen();
+        }
+        self.state = saved.state.clone();
+        Ok(())
+    }
+
+    /// Like [`Conversation::take_back`], but false where the pages are gone.
+    pub(crate) fn try_take_back(&mut self, saved: &Saved) -> bool {
+        match (&mut self.cache, &saved.checkpoint) {
+            (Some(cache), Some(checkpoint)) if cache.rewind(checkpoint) => {
+                self.dirty_from = self.dirty_from.min(checkpoint.position / PAGE_TOKENS as u64);
+                self.state = saved.state.clone();
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Makes `turns` and, with a model, the whole cache durable. `starts[i]` is where turn i begins in the stream, for
+    /// turns that lie in it as a whole.
+    pub(crate) fn commit(
+        &mut self,
+        turns: Vec<NewTurn>,
+        starts: &[Option<u64>],
+        retract: Option<TurnId>,
+    ) -> Result<Committed> {
+        let next = self.shared.store.num_turns(&self.scope)?;
+        let before = self.state.clone();
+        if let Some(from) = retract {
+            self.state.turn_starts.retain(|(turn, _)| *turn < from);
+        }
+        for (i, start) in starts.iter().enumerate() {
+            if let Some(start) = start {
+                self.state.turn_starts.push((next + i as u64, *start));
+            }
+        }
+        let snapshot = match self.new_snapshot() {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                self.state = before;
+                return Err(error);
+            }
+        };
+        let mut commit = Commit::default();
+        commit.turns = turns;
+        commit.snapshot = snapshot;
+        commit.retract = retract;
+        match self.shared.store.commit(&self.scope, commit) {
+            Ok(committed) => {
+                self.dirty_from = self.position() / PAGE_TOKENS as u64;
+                Ok(committed)
+            }
+            Err(error) => {
+                self.state = before;
+                Err(error.into())
+            }
+        }
+    }
+
+    fn new_snapshot(&mut self) -> Result<Option<NewSnapshot>> {
+        let Some(cache) = &self.cache else { return Ok(None) };
+        let model = self.shared.model("commit")?;
+        let position = cache.position();
+        let window = cache.window_pages(position);
+        let window_start = cache.first_window_page(position) * PAGE_TOKENS as u64;
+        self.state.turn_starts.retain(|(_, start)| *start >= window_start);
+        let pages = window
+            .iter()
+            .filter(|page| **page >= self.dirty_from)
+            .map(|page| Ok((*page, cache.page_bytes(*page)?)))
+            .collect::<Result<_>>()?;
+        Ok(Some(NewSnapshot {
+            fingerprint: model.decoder.fingerprint,
+            position,
+            state: self.state.to_bytes(&cache.ema_bytes())?,
+            pages,
+            window,
+        }))
+    }
+
+    /// The first turn that lies in the window as a whole once `coming` more tokens are in it: text from there on need
+    /// not be recalled.
+    pub(crate) fn first_turn_in_window(&self, coming: usize) -> Option<TurnId> {
+        let cache = self.cache.as_ref()?;
+        let position = cache.position() + coming as u64;
+        let start = cache.first_window_page(position) * PAGE_TOKENS as u64;
+        self.state.turn_starts.iter().find(|(_, at)| *at >= start).map(|(turn, _)| *turn)
+    }
+}
+
+/// Whether an error leaves the model's state half-way, so that the conversation must be taken back.
+pub(crate) fn is_cancelled(error: &Error) -> bool {
+    error.kind() == ErrorKind::Cancelled
+}

@@ -1,0 +1,365 @@
+//! The engine: weights, tokenizer and store of one memory folder, shared by its sessions.
+//! Knows no turn of a conversation; that is the session's.
+
+use crate::cache::CacheShape;
+use crate::embedding::EmbedderSource;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hub::{ModelFiles, ModelSource};
+use crate::memory::MemoryHandle;
+use crate::models::config::{DecoderConfig, token_ids};
+use crate::models::decoder::Decoder;
+use crate::models::weights::Weights;
+use crate::prompt::Scaffold;
+use crate::session::Session;
+use crate::stream::offload;
+use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
+use mka_memory::{Scope, Store, StoreOptions};
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Device {
+    /// The processor, every core.
+    #[default]
+    Cpu,
+}
+
+impl Device {
+    /// The fastest device that this build supports: the processor.
+    pub fn auto() -> Self {
+        Self::Cpu
+    }
+}
+
+/// How much of a session is attended exactly, and how much is recalled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MemoryConfig {
+    /// Recent tokens attended exactly, rounded to whole pages of 64; at least 64, at most the model's trained length.
+    pub window_tokens: usize,
+    /// Most tokens of one forward pass while a prompt is read.
+    pub block_tokens: usize,
+    /// Memories looked up for each message; 0 recalls nothing.
+    pub recall_k: usize,
+    /// Most tokens of recalled text put before a message, headers included.
+    pub recall_tokens: usize,
+    /// Bytes of evicted key/value pages kept on disk for each session.
+    pub evicted_page_bytes: u64,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            window_tokens: 2048,
+            block_tokens: 512,
+            recall_k: 8,
+            recall_tokens: 768,
+            evicted_page_bytes: 0,
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// The default with a window of `window_tokens`.
+    pub fn with_window(window_tokens: usize) -> Self {
+        Self { window_tokens, ..Self::default() }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.window_tokens < mka_kernels::PAGE_TOKENS {
+            return Err(Error::invalid(format!(
+                "open: window_tokens {}, expected at least {}",
+                self.window_tokens,
+                mka_kernels::PAGE_TOKENS
+            )));
+        }
+        if self.block_tokens == 0 {
+            return Err(Error::invalid("open: block_tokens 0, expected at least 1"));
+        }
+        Ok(())
+    }
+}
+
+/// A model, loaded: what sessions need of it.
+pub(crate) struct Model {
+    pub(crate) name: String,
+    pub(crate) decoder: Decoder,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) scaffold: Scaffold,
+    pub(crate) end_of_turn: Vec<u32>,
+}
+
+impl Model {
+    fn load(files: &ModelFiles) -> Result<Self> {
+        match files {
+            ModelFiles::Folder(folder) => Self::load_folder(folder),
+            ModelFiles::Gguf(path) => Self::load_gguf(path),
+        }
+    }
+
+    fn load_folder(folder: &Path) -> Result<Self> {
+        let read = |name: &str| {
+            let path = folder.join(name);
+            std::fs::read_to_string(&path).map_err(|e| Error::io("read model file", &path, e))
+        };
+        let mut config = DecoderConfig::from_json(&read("config.json")?)?;
+        if let Ok(text) = read("generation_config.json")
+            && let Ok(json) = serde_json::from_str::<serde_json::Value>(&text)
+        {
+            config.eos_token_ids.extend(token_ids(json.get("eos_token_id")));
+        }
+        let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
+        let scaffold = match ChatTemplate::from_folder(folder)? {
+            Some(template) => Scaffold::new(&template)?,
+            None => Scaffold::plain(),
+        };
+        let decoder = Decoder::load(config, &Weights::open_folder(folder)?)?;
+        Self::new(folder, decoder, tokenizer, scaffold)
+    }
+
+    fn load_gguf(path: &Path) -> Result<Self> {
+        let (weights, gguf) = Weights::open_gguf(path)?;
+        let mut config = DecoderConfig::from_gguf(&gguf)?;
+        let tokenizer = Tokenizer::from_gguf(&gguf)?;
+        config.eos_token_ids.extend(tokenizer.special_ids().end_of_turn());
+        let scaffold = match ChatTemplate::from_gguf(&gguf)? {
+            Some(template) => Scaffold::new(&template)?,
+            None => Scaffold::plain(),
+        };
+        let decoder = Decoder::load(config, &weights)?;
+        Self::new(path, decoder, tokenizer, scaffold)
+    }
+
+    fn new(
+        path: &Path,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        scaffold: Scaffold,
+    ) -> Result<Self> {
+        let mut end_of_turn = decoder.config.eos_token_ids.clone();
+        // A chat model ends its turn with the token that its template writes after an answer.
+        let after = tokenizer.encode_with_specials(scaffold.to_user.trim_start())?;
+        if let Some(first) = after.first()
+            && tokenizer.is_special(*first)
+        {
+            end_of_turn.push(*first);
+        }
+        end_of_turn.sort_unstable();
+        end_of_turn.dedup();
+        let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        Ok(Self { name, decoder, tokenizer, scaffold, end_of_turn })
+    }
+}
+
+/// What every handle of one engine shares.
+pub(crate) struct Shared {
+    pub(crate) store: Store,
+    pub(crate) model: Option<Model>,
+    pub(crate) config: MemoryConfig,
+    /// Sessions that are open: one handle an id.
+    open: Mutex<HashSet<Scope>>,
+}
+
+impl Shared {
+    /// The model, or an error that says how to give one.
+    pub(crate) fn model(&self, operation: &str) -> Result<&Model> {
+        self.model.as_ref().ok_or_else(|| {
+            Error::invalid(format!(
+                "{operation}: the engine has no model, expected one given to EngineBuilder::model"
+            ))
+        })
+    }
+
+    pub(crate) fn cache_shape(&self, model: &Model) -> CacheShape {
+        let c = &model.decoder.config;
+        CacheShape {
+            num_layers: c.num_layers,
+            num_kv_heads: c.num_kv_heads,
+            head_dim: c.head_dim,
+            hidden_size: c.hidden_size,
+            num_rates: c.mka.rates.len(),
+            window_tokens: self.config.window_tokens,
+            block_tokens: self.config.block_tokens,
+        }
+    }
+
+    /// Marks a session as open; the claim is released by [`Shared::release`].
+    pub(crate) fn claim(&self, scope: &Scope) -> Result<()> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        match open.insert(scope.clone()) {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::Locked,
+                format!("session {scope}: open already, expected one handle at a time"),
+            )),
+        }
+    }
+
+    pub(crate) fn release(&self, scope: &Scope) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(scope);
+    }
+
+    /// Tokens of `text`: by the model's tokenizer, or without a model an upper estimate of one for two bytes.
+    pub(crate) fn count_tokens(&self, text: &str) -> Result<usize> {
+        match &self.model {
+            Some(model) => model.tokenizer.count(text),
+            None => Ok(text.len().div_ceil(2)),
+        }
+    }
+}
+
+/// How an engine is opened.
+#[must_use]
+pub struct EngineBuilder {
+    path: PathBuf,
+    model: Option<ModelSource>,
+    device: Device,
+    embedder: EmbedderSource,
+    memory: MemoryConfig,
+    quiet: bool,
+}
+
+impl EngineBuilder {
+    /// The language model. Without one, memory alone works: remember, recall, forget.
+    ///
+    /// The files of the model are mapped and must not change while the engine is open.
+    pub fn model(mut self, source: ModelSource) -> Self {
+        self.model = Some(source);
+        self
+    }
+
+    /// Where the model runs; [`Device::auto`] by default.
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// What turns sentences into vectors; a store keeps the embedder that it was made with.
+    pub fn embedder(mut self, source: EmbedderSource) -> Self {
+        self.embedder = source;
+        self
+    }
+
+    /// Window and recall.
+    pub fn memory(mut self, config: MemoryConfig) -> Self {
+        self.memory = config;
+        self
+    }
+
+    /// Shows no progress bar while files are fetched.
+    pub fn quiet(mut self, quiet: bool) -> Self {
+        self.quiet = quiet;
+        self
+    }
+
+    /// Opens the engine, fetching the model first if it is not in the cache folder.
+    ///
+    /// # Errors
+    /// `Locked` with the holder's process id if the store is open elsewhere; `Incompatible` if it was made with
+    /// another embedder; `Corrupted`; `NotFound` naming every place where the model was looked for; `Model`.
+    pub async fn open(self) -> Result<Engine> {
+        offload("open", move || self.open_blocking()).await
+    }
+
+    /// [`EngineBuilder::open`], blocking the thread.
+    ///
+    /// # Errors
+    /// As [`EngineBuilder::open`].
+    pub fn open_blocking(self) -> Result<Engine> {
+        self.memory.check()?;
+        let Device::Cpu = self.device;
+        let mut progress = crate::hub::terminal_progress(self.quiet);
+        let model = match &self.model {
+            Some(source) => Some(Model::load(&crate::hub::resolve(source, &mut progress)?)?),
+            None => None,
+        };
+        if let Some(model) = &model {
+            let trained = model.decoder.config.trained_tokens;
+            if self.memory.window_tokens > trained {
+                return Err(Error::invalid(format!(
+                    "open: window_tokens {}, expected at most the model's trained length {trained}",
+                    self.memory.window_tokens
+                )));
+            }
+        }
+        let embedder = self.embedder.load(&mut progress)?;
+        let mut options = StoreOptions::default();
+        options.evicted_page_bytes = self.memory.evicted_page_bytes;
+        let store = Store::open(&self.path, embedder, options)?;
+        let config = self.memory;
+        let open = Mutex::new(HashSet::new());
+        Ok(Engine { shared: Arc::new(Shared { store, model, config, open }) })
+    }
+}
+
+/// An open memory folder with its model: cheap to clone, shared by every session.
+#[derive(Clone)]
+pub struct Engine {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("config", &self.shared.config).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Starts to open the memory folder at `path`, which is created if missing.
+    pub fn builder(path: impl Into<PathBuf>) -> EngineBuilder {
+        EngineBuilder {
+            path: path.into(),
+            model: None,
+            device: Device::auto(),
+            embedder: EmbedderSource::default(),
+            memory: MemoryConfig::default(),
+            quiet: false,
+        }
+    }
+
+    /// Opens the session of `scope`, which must name one: new, or continued where it stopped, without reading its
+    /// stream again.
+    ///
+    /// # Errors
+    /// `Locked` if a handle of the session is open; `InvalidArgument` if the scope names no session.
+    pub async fn session(&self, scope: Scope) -> Result<Session> {
+        let shared = self.shared.clone();
+        offload("session", move || Session::open(shared, scope)).await
+    }
+
+    /// [`Engine::session`], blocking the thread.
+    ///
+    /// # Errors
+    /// As [`Engine::session`].
+    pub fn session_blocking(&self, scope: Scope) -> Result<Session> {
+        Session::open(self.shared.clone(), scope)
+    }
+
+    /// The memory of every scope: remember, recall, forget.
+    pub fn memory(&self) -> MemoryHandle {
+        MemoryHandle::new(self.shared.clone())
+    }
+
+    /// Tokens of `text` as the model counts them.
+    ///
+    /// # Errors
+    /// `InvalidArgument` without a model.
+    pub fn count_tokens(&self, text: &str) -> Result<usize> {
+        self.shared.model("count_tokens")?;
+        self.shared.count_tokens(text)
+    }
+
+    /// Name of the model's folder or file; None without a model.
+    pub fn model_name(&self) -> Option<&str> {
+        self.shared.model.as_ref().map(|model| model.name.as_str())
+    }
+
+    /// Tokens that the model was trained on at once; None without a model.
+    pub fn trained_tokens(&self) -> Option<usize> {
+        self.shared.model.as_ref().map(|model| model.decoder.config.trained_tokens)
+    }
+}

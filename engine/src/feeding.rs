@@ -1,0 +1,291 @@
+//! Taking in a document: cut into sections, remembered as text, and read by the model as far as asked.
+//! Knows no question; the document stays an open user message that the next one continues.
+
+use crate::conversation::Conversation;
+use crate::engine::Model;
+use crate::error::{Error, Result};
+use crate::generation;
+use crate::snapshot::OpenTurn;
+use crate::stream::{FeedEvent, FeedSummary, Sink};
+use mka_memory::{NewTurn, Role};
+use std::ops::Range;
+
+/// What of a document the model reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum FeedMode {
+    /// `Model` up to four windows, `Text` beyond: on a processor a model reads hundreds of tokens a second, text memory
+    /// takes in thousands.
+    #[default]
+    Auto,
+    /// Every token runs through the model, and the text is remembered too.
+    Model,
+    /// The text is remembered; the model reads the last part that fits its window.
+    Text,
+}
+
+/// How a document is taken in.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FeedOptions {
+    /// What the model reads.
+    pub mode: FeedMode,
+    /// Name of the document, shown beside what is recalled from it.
+    pub name: Option<String>,
+    /// When the document was given, milliseconds since 1970; None: now.
+    pub time_ms: Option<i64>,
+}
+
+impl FeedOptions {
+    /// Every token through the model.
+    pub fn through_model() -> Self {
+        Self { mode: FeedMode::Model, ..Self::default() }
+    }
+
+    /// As text memory.
+    pub fn text() -> Self {
+        Self { mode: FeedMode::Text, ..Self::default() }
+    }
+
+    /// Names the document.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+}
+
+/// Bytes of one section, a turn of the log: about 512 tokens of English, one forward pass.
+const SECTION_BYTES: usize = 2048;
+/// Tokens read between commits: a crash loses half a minute of reading at 300 tokens a second.
+const COMMIT_TOKENS: usize = 8192;
+/// Sections of text memory between commits: 512 KiB, so that syncing the disk costs little.
+const COMMIT_SECTIONS: usize = 256;
+
+/// How far a document has been taken in.
+pub(crate) struct Taken {
+    pub(crate) fed_bytes: u64,
+    pub(crate) committed_bytes: u64,
+    pub(crate) total_bytes: u64,
+}
+
+/// [`take_in`] with its progress sent to a stream.
+pub(crate) fn feed(
+    conversation: &mut Conversation,
+    text: &str,
+    options: &FeedOptions,
+    now_ms: i64,
+    sink: &Sink<FeedEvent>,
+) -> Result<FeedSummary> {
+    let time_ms = options.time_ms.unwrap_or(now_ms);
+    take_in(conversation, text, options, time_ms, &mut |taken| {
+        sink.send(FeedEvent::Progress {
+            fed_bytes: taken.fed_bytes,
+            committed_bytes: taken.committed_bytes,
+            total_bytes: taken.total_bytes,
+        })
+    })
+}
+
+/// Takes in `text`; `progress` says whether to go on.
+///
+/// # Errors
+/// `Cancelled` when `progress` said no: what was committed stays.
+pub(crate) fn take_in(
+    conversation: &mut Conversation,
+    text: &str,
+    options: &FeedOptions,
+    time_ms: i64,
+    progress: &mut dyn FnMut(&Taken) -> bool,
+) -> Result<FeedSummary> {
+    if text.is_empty() {
+        return Err(Error::invalid("feed: text is empty, expected a document"));
+    }
+    let shared = conversation.shared.clone();
+    let sections = sections(text);
+    let total_bytes = text.len() as u64;
+    let window = shared.config.window_tokens;
+    let (mode, first_read) = match &shared.model {
+        None => (FeedMode::Text, sections.len()),
+        Some(model) => match options.mode {
+            FeedMode::Model => (FeedMode::Model, 0),
+            // Four bytes a token is English prose; only the default rests on it.
+            FeedMode::Auto if text.len() / 4 <= 4 * window => (FeedMode::Model, 0),
+            // A quarter of the window stays free for the question and what is recalled for it.
+            _ => (FeedMode::Text, tail(model, text, &sections, window - window / 4)?),
+        },
+    };
+    tracing::debug!(?mode, sections = sections.len(), first_read, "feed");
+    let mut feeding = Feeding {
+        summary: FeedSummary {
+            bytes: total_bytes,
+            model_tokens: 0,
+            chunks_added: 0,
+            chunks_deduplicated: 0,
+        },
+        taken: Taken { fed_bytes: 0, committed_bytes: 0, total_bytes },
+        turns: Vec::new(),
+        starts: Vec::new(),
+        progress,
+    };
+    let turn = |range: &Range<usize>| {
+        let mut turn = NewTurn::new(Role::Document, &text[range.clone()]);
+        turn.time_ms = time_ms;
+        turn.source = options.name.clone();
+        turn
+    };
+    for section in &sections[..first_read] {
+        feeding.turns.push(turn(section));
+        feeding.starts.push(None);
+        feeding.taken.fed_bytes = section.end as u64;
+        if feeding.turns.len() == COMMIT_SECTIONS {
+            feeding.commit(conversation)?;
+        }
+    }
+    let mut uncommitted = 0;
+    for section in &sections[first_read..] {
+        let model = shared.model("feed")?;
+        let mut tokens = match conversation.state.open {
+            OpenTurn::User => Vec::new(),
+            open => generation::opening(model, open, None)?,
+        };
+        tokens.extend(model.tokenizer.encode(&text[section.clone()], false)?);
+        let start = conversation.position();
+        let (progress, taken) = (&mut feeding.progress, &feeding.taken);
+        conversation.prefill(&tokens, &mut || progress(taken))?;
+        conversation.state.open = OpenTurn::User;
+        uncommitted += tokens.len();
+        feeding.summary.model_tokens += tokens.len() as u64;
+        let mut turn = turn(section);
+        turn.tokens = tokens;
+        feeding.turns.push(turn);
+        feeding.starts.push(Some(start));
+        feeding.taken.fed_bytes = section.end as u64;
+        if uncommitted >= COMMIT_TOKENS {
+            feeding.commit(conversation)?;
+            uncommitted = 0;
+        }
+    }
+    feeding.commit(conversation)?;
+    Ok(feeding.summary)
+}
+
+/// A document on its way in.
+struct Feeding<'a> {
+    summary: FeedSummary,
+    taken: Taken,
+    turns: Vec<NewTurn>,
+    starts: Vec<Option<u64>>,
+    progress: &'a mut dyn FnMut(&Taken) -> bool,
+}
+
+impl Feeding<'_> {
+    fn commit(&mut self, conversation: &mut Conversation) -> Result<()> {
+        if !self.turns.is_empty() {
+            let turns = std::mem::take(&mut self.turns);
+            let starts = std::mem::take(&mut self.starts);
+            let committed = conversation.commit(turns, &starts, None)?;
+            self.summary.chunks_added += committed.chunks_added;
+            self.summary.chunks_deduplicated += committed.chunks_deduplicated;
+            self.taken.committed_bytes = self.taken.fed_bytes;
+        }
+        match (self.progress)(&self.taken) {
+            true => Ok(()),
+            false => Err(Error::cancelled("feed")),
+        }
+    }
+}
+
+/// Cuts `text` into sections of at most [`SECTION_BYTES`], at the best border in their last quarter: a blank line, a
+/// line, a sentence, a word. A cut stands before the white space, which then begins the next section's first token.
+fn sections(text: &str) -> Vec<Range<usize>> {
+    let mut sections = Vec::new();
+    let mut start = 0;
+    while text.len() - start > SECTION_BYTES {
+        let end = floor_char_boundary(text, start + SECTION_BYTES);
+        let from = floor_char_boundary(text, start + SECTION_BYTES / 4 * 3);
+        let tail = &text[from..end];
+        let cut = ["\n\n", "\n", ". ", "? ", "! ", " "]
+            .iter()
+            .find_map(|border| {
+                // Before the white space, but behind the mark that ends a sentence.
+                tail.rfind(border).map(|at| at + border.len() - border.trim_start_matches(['.', '?', '!']).len())
+            })
+            .map_or(end, |at| from + at);
+        let cut = if cut > start { cut } else { end };
+        sections.push(start..cut);
+        start = cut;
+    }
+    if start < text.len() {
+        sections.push(start..text.len());
+    }
+    sections
+}
+
+fn floor_char_boundary(text: &str, mut at: usize) -> usize {
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
+}
+
+/// The first of the last sections that fit `budget` tokens together.
+fn tail(
+    model: &Model,
+    text: &str,
+    sections: &[Range<usize>],
+    budget: usize,
+) -> Result<usize> {
+    let mut left = budget;
+    let mut first = sections.len();
+    for (i, section) in sections.iter().enumerate().rev() {
+        let tokens = model.tokenizer.count(&text[section.clone()])?;
+        if tokens > left {
+            break;
+        }
+        left -= tokens;
+        first = i;
+    }
+    Ok(first)
+}
+
+/// Splits a message of more than `longest` tokens into a document and the message that ends it.
+pub(crate) fn split_long<'a>(
+    model: &Model,
+    message: &'a str,
+    longest: usize,
+) -> Result<(&'a str, &'a str)> {
+    // A token is at least one byte, so short messages need no count.
+    if message.len() <= longest || model.tokenizer.count(message)? <= longest {
+        return Ok(("", message));
+    }
+    let sections = sections(message);
+    let first = tail(model, message, &sections, longest)?;
+    let cut = match sections.get(first) {
+        Some(section) => section.start,
+        // One section alone is over the budget: its last bytes are the message, one token each at most.
+        None => floor_char_boundary(message, message.len() - longest.min(message.len())),
+    };
+    Ok(message.split_at(cut))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn sections_are_the_text_in_order_and_never_too_long(text in "(\\PC| |\n|\\. ){0,6000}") {
+            let sections = sections(&text);
+            let joined: String = sections.iter().map(|range| &text[range.clone()]).collect();
+            prop_assert_eq!(joined, text);
+            prop_assert!(sections.iter().all(|range| range.len() <= SECTION_BYTES && !range.is_empty()));
+        }
+    }
+
+    #[test]
+    fn a_text_of_one_long_word_is_cut_at_characters() {
+        let text = "é".repeat(5000);
+        assert_eq!(sections(&text).len(), 5);
+    }
+}

@@ -1,0 +1,203 @@
+//! The decode loop: one token at a time until the model, a limit, a stop string or the caller ends the answer.
+//! Knows no store; its caller commits what it gives back.
+
+use crate::conversation::Conversation;
+use crate::engine::Model;
+use crate::error::{Error, Result};
+use crate::session::SendOptions;
+use crate::snapshot::OpenTurn;
+use crate::stream::{Event, Sink, StopReason, Token};
+
+/// Most tokens of an answer where the caller names no limit.
+const MAX_NEW_TOKENS: usize = 512;
+
+/// How an answer ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Stop {
+    EndOfTurn(u32),
+    MaxTokens,
+    StopString,
+    Cancelled,
+}
+
+impl Stop {
+    /// The token by which the model closed its turn: chosen, but not in the stream yet.
+    pub(crate) fn closed_by(&self) -> Option<u32> {
+        match self {
+            Self::EndOfTurn(token) => Some(*token),
+            _ => None,
+        }
+    }
+
+    /// The reason to report; None if the caller is gone.
+    pub(crate) fn reason(&self) -> Option<StopReason> {
+        match self {
+            Self::EndOfTurn(_) => Some(StopReason::EndOfTurn),
+            Self::MaxTokens => Some(StopReason::MaxTokens),
+            Self::StopString => Some(StopReason::StopString),
+            Self::Cancelled => None,
+        }
+    }
+}
+
+/// A generated answer: its text and the tokens that it added to the stream.
+pub(crate) struct Answer {
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) stop: Stop,
+}
+
+/// Tokens between what the stream holds and the next words of the user.
+pub(crate) fn opening(model: &Model, open: OpenTurn, system: Option<&str>) -> Result<Vec<u32>> {
+    let scaffold = &model.scaffold;
+    match open {
+        OpenTurn::Start => {
+            let Some(system) = system else {
+                return model.tokenizer.encode_with_specials(&scaffold.opening);
+            };
+            let (before, after) = scaffold.system.as_ref().ok_or_else(|| {
+                Error::invalid("send: the model's chat template takes no system message")
+            })?;
+            let mut tokens = model.tokenizer.encode_with_specials(before)?;
+            tokens.extend(model.tokenizer.encode(system, false)?);
+            tokens.extend(model.tokenizer.encode_with_specials(after)?);
+            Ok(tokens)
+        }
+        OpenTurn::User => model.tokenizer.encode("\n\n", false),
+        OpenTurn::Answered { closed_by } => {
+            let mut tokens = model.tokenizer.encode_with_specials(&scaffold.to_user)?;
+            if let Some(token) = closed_by
+                && tokens.first() != Some(&token)
+            {
+                // The model ended its turn by another token than the template does: the stream keeps both.
+                tokens.insert(0, token);
+            }
+            Ok(tokens)
+        }
+    }
+}
+
+/// Generates an answer to a prompt of which all but `last_token` is in the stream.
+///
+/// Every token of the answer that is returned is in the stream.
+pub(crate) fn generate(
+    conversation: &mut Conversation,
+    last_token: u32,
+    options: &SendOptions,
+    sink: &Sink<Event>,
+) -> Result<Answer> {
+    let shared = conversation.shared.clone();
+    let model = shared.model("generate")?;
+    let limit = options.max_new_tokens.unwrap_or(MAX_NEW_TOKENS);
+    let mut decoder = model.tokenizer.stream_decoder();
+    let mut text = StopText::new(&options.stop);
+    let mut tokens = Vec::new();
+    let mut next = last_token;
+    let stop = loop {
+        let hidden = conversation
+            .prefill(&[next], &mut || true)?
+            .ok_or_else(|| Error::model("generate: no hidden state"))?;
+        if tokens.len() == limit {
+            break Stop::MaxTokens;
+        }
+        if sink.is_cancelled() {
+            break Stop::Cancelled;
+        }
+        let mut logits = conversation.logits(&hidden)?;
+        let recent = &conversation.state.recent_tokens;
+        let token = options.sampling.pick(&mut logits, recent, conversation.position())?;
+        if model.end_of_turn.contains(&token) {
+            break Stop::EndOfTurn(token);
+        }
+        tokens.push(token);
+        next = token;
+        let piece = decoder.push(token)?.unwrap_or_default();
+        let (piece, stopped) = text.push(&piece);
+        if !piece.is_empty() && !sink.send(Event::Token(Token { text: piece })) {
+            // The token is sampled: it belongs to the stream, so that log and cache agree.
+            conversation.prefill(&[next], &mut || true)?;
+            break Stop::Cancelled;
+        }
+        if stopped {
+            conversation.prefill(&[next], &mut || true)?;
+            break Stop::StopString;
+        }
+    };
+    let rest = match stop {
+        Stop::StopString => String::new(),
+        _ => text.finish(&decoder.flush()),
+    };
+    if !rest.is_empty() && stop != Stop::Cancelled {
+        sink.send(Event::Token(Token { text: rest }));
+    }
+    Ok(Answer { text: text.answer, tokens, stop })
+}
+
+/// Holds back text that may be the start of a stop string.
+struct StopText<'a> {
+    stops: Vec<&'a str>,
+    answer: String,
+    held: String,
+}
+
+impl<'a> StopText<'a> {
+    fn new(stops: &'a [String]) -> Self {
+        let stops = stops.iter().map(String::as_str).filter(|stop| !stop.is_empty()).collect();
+        Self { stops, answer: String::new(), held: String::new() }
+    }
+
+    /// Adds a piece: what can be shown now, and whether a stop string is complete.
+    fn push(&mut self, piece: &str) -> (String, bool) {
+        self.held.push_str(piece);
+        let first = self.stops.iter().filter_map(|stop| self.held.find(stop)).min();
+        if let Some(at) = first {
+            let shown = self.held[..at].to_owned();
+            self.held.clear();
+            self.answer.push_str(&shown);
+            return (shown, true);
+        }
+        let starts = |tail: &str| self.stops.iter().any(|stop| stop.starts_with(tail));
+        let keep = self
+            .held
+            .char_indices()
+            .map(|(at, _)| at)
+            .find(|at| starts(&self.held[*at..]))
+            .unwrap_or(self.held.len());
+        let shown: String = self.held.drain(..keep).collect();
+        self.answer.push_str(&shown);
+        (shown, false)
+    }
+
+    /// Ends the text with `tail`: what was held back is part of the answer after all.
+    fn finish(&mut self, tail: &str) -> String {
+        self.held.push_str(tail);
+        let shown = std::mem::take(&mut self.held);
+        self.answer.push_str(&shown);
+        shown
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stop_strings_across_pieces_end_the_text_and_are_not_in_it() {
+        let stops = ["END".to_owned(), "\n\n".to_owned()];
+        let mut text = StopText::new(&stops);
+        assert_eq!(text.push("a\n"), ("a".into(), false));
+        assert_eq!(text.push("b E"), ("\nb ".into(), false));
+        assert_eq!(text.push("N"), (String::new(), false));
+        assert_eq!(text.push("Dx"), (String::new(), true));
+        assert_eq!(text.answer, "a\nb ");
+    }
+
+    #[test]
+    fn text_that_only_looked_like_a_stop_is_shown_at_the_end() {
+        let stops = ["END".to_owned()];
+        let mut text = StopText::new(&stops);
+        assert_eq!(text.push("é EN"), ("é ".into(), false));
+        assert_eq!(text.finish("!"), "EN!");
+        assert_eq!(text.answer, "é EN!");
+    }
+}

@@ -1,0 +1,431 @@
+//! What a checkpoint says of itself: config.json in its old and new form, or GGUF metadata, as one description.
+//! Knows no tensor. A setting that is not understood is an error, never a default.
+
+use super::frequencies::RopeScaling;
+use crate::error::{Error, Result};
+use crate::gguf::Gguf;
+use serde_json::Value;
+
+/// A decoder of the Llama layout, whatever family it came from.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct DecoderConfig {
+    /// Family as the checkpoint names it: llama, mistral, qwen2, qwen3.
+    pub(crate) family: String,
+    pub(crate) vocab_size: usize,
+    pub(crate) hidden_size: usize,
+    pub(crate) intermediate_size: usize,
+    pub(crate) num_layers: usize,
+    pub(crate) num_heads: usize,
+    pub(crate) num_kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) rms_norm_eps: f64,
+    pub(crate) rope_theta: f64,
+    pub(crate) rope_scaling: RopeScaling,
+    /// Tokens that the model was trained on at once.
+    pub(crate) trained_tokens: usize,
+    pub(crate) tied_embeddings: bool,
+    pub(crate) qkv_bias: bool,
+    pub(crate) output_bias: bool,
+    pub(crate) mlp_bias: bool,
+    pub(crate) qk_norm: bool,
+    /// Token-exact attention window of each layer, where the model was trained with one.
+    pub(crate) sliding_window: Vec<Option<u64>>,
+    pub(crate) eos_token_ids: Vec<u32>,
+    pub(crate) bos_token_id: Option<u32>,
+    pub(crate) mka: MkaConfig,
+}
+
+/// The `mka` block of config.json: how the EMA levels of FastMKA are formed (design 3.4).
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct MkaConfig {
+    pub(crate) rates: Vec<f32>,
+    pub(crate) bias_correction: bool,
+}
+
+impl Default for MkaConfig {
+    fn default() -> Self {
+        // Half-lives of 6.6, 69 and 693 tokens.
+        Self { rates: vec![0.9, 0.99, 0.999], bias_correction: true }
+    }
+}
+
+const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3"];
+
+/// Typed access to one JSON object, with errors that name the key, what was expected and what was found.
+struct Fields<'a> {
+    object: &'a Value,
+    place: &'a str,
+}
+
+impl Fields<'_> {
+    fn value(&self, key: &str) -> Option<&Value> {
+        self.object.get(key).filter(|value| !value.is_null())
+    }
+
+    fn wrong(&self, key: &str, expected: &str, found: &Value) -> Error {
+        Error::model(format!("{}: {key}, expected {expected}, found {found}", self.place))
+    }
+
+    fn opt_f64(&self, key: &str) -> Result<Option<f64>> {
+        let Some(value) = self.value(key) else { return Ok(None) };
+        match value.as_f64() {
+            Some(number) if number.is_finite() => Ok(Some(number)),
+            _ => Err(self.wrong(key, "a number", value)),
+        }
+    }
+
+    fn opt_usize(&self, key: &str) -> Result<Option<usize>> {
+        let Some(value) = self.value(key) else { return Ok(None) };
+        match value.as_u64() {
+            // 2^32 bounds every count of a model, so that products of two stay inside a usize.
+            Some(number) if number < 1 << 32 => Ok(Some(number as usize)),
+            _ => Err(self.wrong(key, "a whole number below 2^32", value)),
+        }
+    }
+
+    fn opt_bool(&self, key: &str) -> Result<Option<bool>> {
+        let Some(value) = self.value(key) else { return Ok(None) };
+        value.as_bool().map(Some).ok_or_else(|| self.wrong(key, "true or false", value))
+    }
+
+    fn opt_str(&self, key: &str) -> Result<Option<&str>> {
+        let Some(value) = self.value(key) else { return Ok(None) };
+        value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a string", value))
+    }
+
+    fn missing(&self, key: &str) -> Error {
+        Error::model(format!("{}: {key}, expected, found none", self.place))
+    }
+
+    fn positive(&self, key: &str) -> Result<usize> {
+        match self.opt_usize(key)? {
+            Some(0) => Err(self.wrong(key, "a count above 0", &Value::from(0))),
+            Some(count) => Ok(count),
+            None => Err(self.missing(key)),
+        }
+    }
+}
+
+/// Reads a token id or a list of them.
+pub(crate) fn token_ids(value: Option<&Value>) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Some(Value::Array(ids)) => ids.iter().filter_map(id).collect(),
+        Some(value) => id(value).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+impl DecoderConfig {
+    /// Reads the text of a HuggingFace config.json.
+    pub(crate) fn from_json(text: &str) -> Result<Self> {
+        let json: Value = serde_json::from_str(text).map_err(|source| {
+            Error::model(format!("config.json: {source}")).with_source(source)
+        })?;
+        let fields = Fields { object: &json, place: "config.json" };
+        let family = fields.opt_str("model_type")?.ok_or_else(|| fields.missing("model_type"))?;
+        if !FAMILIES.contains(&family) {
+            return Err(Error::model(format!(
+                "config.json: model_type {family:?}, expected one of {FAMILIES:?}"
+            )));
+        }
+        if let Some(act) = fields.opt_str("hidden_act")?
+            && act != "silu"
+        {
+            return Err(Error::model(format!(
+                "config.json: hidden_act {act:?}, expected \"silu\""
+            )));
+        }
+        let hidden_size = fields.positive("hidden_size")?;
+        let num_layers = fields.positive("num_hidden_layers")?;
+        let num_heads = fields.positive("num_attention_heads")?;
+        let attention_bias = fields.opt_bool("attention_bias")?.unwrap_or(false);
+        let (rope_theta, rope_scaling) = rope(&json, &fields, family)?;
+        let config = Self {
+            vocab_size: fields.positive("vocab_size")?,
+            hidden_size,
+            intermediate_size: fields.positive("intermediate_size")?,
+            num_layers,
+            num_heads,
+            num_kv_heads: fields.opt_usize("num_key_value_heads")?.unwrap_or(num_heads),
+            head_dim: fields.opt_usize("head_dim")?.unwrap_or(hidden_size / num_heads),
+            rms_norm_eps: fields
+                .opt_f64("rms_norm_eps")?
+                .ok_or_else(|| fields.missing("rms_norm_eps"))?,
+            rope_theta,
+            rope_scaling,
+            trained_tokens: fields.positive("max_position_embeddings")?,
+            tied_embeddings: fields.opt_bool("tie_word_embeddings")?.unwrap_or(false),
+            qkv_bias: attention_bias || family == "qwen2",
+            output_bias: attention_bias,
+            mlp_bias: fields.opt_bool("mlp_bias")?.unwrap_or(false),
+            qk_norm: family == "qwen3",
+            sliding_window: sliding_windows(&json, &fields, family, num_layers)?,
+            eos_token_ids: token_ids(json.get("eos_token_id")),
+            bos_token_id: token_ids(json.get("bos_token_id")).first().copied(),
+            mka: mka_block(json.get("mka"))?,
+            family: family.to_owned(),
+        };
+        config.check("config.json")
+    }
+
+    /// Reads GGUF metadata of the architectures llama (Llama, Mistral, SmolLM2), qwen2 and qwen3.
+    pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let arch = gguf.str("general.architecture")?.to_owned();
+        if !["llama", "qwen2", "qwen3"].contains(&arch.as_str()) {
+            return Err(Error::model(format!(
+                "gguf: general.architecture {arch:?}, expected llama, qwen2 or qwen3"
+            )));
+        }
+        let key = |name: &str| format!("{arch}.{name}");
+        let count = |name: &str| gguf.u32(&key(name)).map(|value| value as usize);
+        let optional = |name: &str| gguf.has(&key(name)).then(|| count(name)).transpose();
+        let number = |name: &str| gguf.f32(&key(name)).map(f64::from);
+        let hidden_size = count("embedding_length")?;
+        let num_layers = count("block_count")?;
+        let num_heads = count("attention.head_count")?;
+        let head_dim = match optional("attention.key_length")? {
+            Some(dim) => dim,
+            None => hidden_size.checked_div(num_heads).unwrap_or(0),
+        };
+        if let Some(rotary) = optional("rope.dimension_count")?
+            && rotary != head_dim
+        {
+            return Err(Error::model(format!(
+                "gguf: {arch}.rope.dimension_count {rotary}, expected the head dimension {head_dim}"
+            )));
+        }
+        let scaling_type = match gguf.has(&key("rope.scaling.type")) {
+            true => gguf.str(&key("rope.scaling.type"))?,
+            false => "none",
+        };
+        let rope_scaling = match scaling_type {
+            "none" => RopeScaling::None,
+            "linear" => RopeScaling::Linear { factor: number("rope.scaling.factor")? },
+            "yarn" => RopeScaling::yarn(
+                number("rope.scaling.factor")?,
+                count("rope.scaling.original_context_length")?,
+            ),
+            other => {
+                return Err(Error::model(format!(
+                    "gguf: {arch}.rope.scaling.type {other:?}, expected none, linear or yarn"
+                )));
+            }
+        };
+        // The llama architecture may leave the base out and means 10,000 by it (ggml documentation, `rope.freq_base`).
+        let rope_theta = match gguf.has(&key("rope.freq_base")) {
+            true => number("rope.freq_base")?,
+            false if arch == "llama" => 10_000.0,
+            false => return Err(Error::model(format!("gguf: {arch}.rope.freq_base, found none"))),
+        };
+        let vocab_size = gguf
+            .tensors
+            .get("token_embd.weight")
+            .and_then(|tensor| tensor.shape.first().copied())
+            .ok_or_else(|| Error::model("gguf: tensor token_embd.weight, found none"))?;
+        let config = Self {
+            vocab_size,
+            hidden_size,
+            intermediate_size: count("feed_forward_length")?,
+            num_layers,
+            num_heads,
+            num_kv_heads: optional("attention.head_count_kv")?.unwrap_or(num_heads),
+            head_dim,
+            rms_norm_eps: number("attention.layer_norm_rms_epsilon")?,
+            rope_theta,
+            rope_scaling,
+            trained_tokens: count("context_length")?,
+            tied_embeddings: !gguf.tensors.contains_key("output.weight"),
+            qkv_bias: gguf.tensors.contains_key("blk.0.attn_q.bias"),
+            output_bias: gguf.tensors.contains_key("blk.0.attn_output.bias"),
+            mlp_bias: gguf.tensors.contains_key("blk.0.ffn_up.bias"),
+            qk_norm: gguf.tensors.contains_key("blk.0.attn_q_norm.weight"),
+            sliding_window: vec![None; num_layers],
+            eos_token_ids: Vec::new(),
+            bos_token_id: None,
+            mka: MkaConfig::default(),
+            family: arch,
+        };
+        config.check("gguf")
+    }
+
+    /// Refuses shapes that no forward pass could use.
+    fn check(self, place: &str) -> Result<Self> {
+        let fail = |what: String| Err(Error::model(format!("{place}: {what}")));
+        if self.num_kv_heads == 0 || !self.num_heads.is_multiple_of(self.num_kv_heads) {
+            return fail(format!(
+                "num_key_value_heads {}, expected a divisor of {} heads",
+                self.num_kv_heads, self.num_heads
+            ));
+        }
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+            return fail(format!("head_dim {}, expected an even number above 0", self.head_dim));
+        }
+        if self.num_layers == 0 || self.trained_tokens == 0 || self.hidden_size == 0 {
+            return fail("layers, trained length and hidden size, expected above 0".into());
+        }
+        if !(self.rope_theta > 0.0 && self.rms_norm_eps >= 0.0) {
+            return fail(format!(
+                "rope_theta {} and rms_norm_eps {}, expected above 0",
+                self.rope_theta, self.rms_norm_eps
+            ));
+        }
+        Ok(self)
+    }
+}
+
+/// RoPE settings in either form: `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling`.
+fn rope(json: &Value, fields: &Fields<'_>, family: &str) -> Result<(f64, RopeScaling)> {
+    let scaling = |key: &'static str| json.get(key).filter(|value| !value.is_null());
+    let trained = fields.positive("max_position_embeddings")?;
+    if let Some(parameters) = scaling("rope_parameters") {
+        let inner = Fields { object: parameters, place: "config.json: rope_parameters" };
+        let theta = match inner.opt_f64("rope_theta")? {
+            Some(theta) => theta,
+            None => fields.opt_f64("rope_theta")?.ok_or_else(|| inner.missing("rope_theta"))?,
+        };
+        return Ok((theta, rope_scaling(&inner, trained)?));
+    }
+    let scaling = match scaling("rope_scaling") {
+        Some(object) => {
+            rope_scaling(&Fields { object, place: "config.json: rope_scaling" }, trained)?
+        }
+        None => RopeScaling::None,
+    };
+    let theta = match fields.opt_f64("rope_theta")? {
+        Some(theta) => theta,
+        // Llama 1 and 2 were published before the key existed; 10,000 is the constant of their paper's RoPE.
+        None if family == "llama" && scaling == RopeScaling::None => 10_000.0,
+        None => return Err(fields.missing("rope_theta")),
+    };
+    Ok((theta, scaling))
+}
+
+fn rope_scaling(fields: &Fields<'_>, trained: usize) -> Result<RopeScaling> {
+    if !fields.object.is_object() {
+        return Err(Error::model(format!(
+            "{}: expected an object, found {}",
+            fields.place, fields.object
+        )));
+    }
+    if let Some(part) = fields.opt_f64("partial_rotary_factor")?
+        && part != 1.0
+    {
+        return Err(Error::model(format!(
+            "{}: partial_rotary_factor {part}, expected 1",
+            fields.place
+        )));
+    }
+    let kind = match fields.opt_str("rope_type")? {
+        Some(kind) => Some(kind),
+        None => fields.opt_str("type")?,
+    };
+    let need =
+        |key: &str| fields.opt_f64(key)?.filter(|x| *x > 0.0).ok_or_else(|| fields.missing(key));
+    let original = fields.opt_usize("original_max_position_embeddings")?;
+    match kind {
+        None | Some("default") => Ok(RopeScaling::None),
+        Some("linear") => Ok(RopeScaling::Linear { factor: need("factor")? }),
+        Some("llama3") => Ok(RopeScaling::Llama3 {
+            factor: need("factor")?,
+            low_freq_factor: need("low_freq_factor")?,
+            high_freq_factor: need("high_freq_factor")?,
+            original_tokens: original
+                .ok_or_else(|| fields.missing("original_max_position_embeddings"))?,
+        }),
+        Some("yarn") => {
+            let mut yarn = RopeScaling::yarn(need("factor")?, original.unwrap_or(trained));
+            if let RopeScaling::Yarn {
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                mscale,
+                mscale_all_dim,
+                truncate,
+                ..
+            } = &mut yarn
+            {
+                *beta_fast = fields.opt_f64("beta_fast")?.unwrap_or(*beta_fast);
+                *beta_slow = fields.opt_f64("beta_slow")?.unwrap_or(*beta_slow);
+                *attention_factor = fields.opt_f64("attention_factor")?;
+                *mscale = fields.opt_f64("mscale")?;
+                *mscale_all_dim = fields.opt_f64("mscale_all_dim")?;
+                *truncate = fields.opt_bool("truncate")?.unwrap_or(true);
+            }
+            Ok(yarn)
+        }
+        Some(other) => Err(Error::model(format!(
+            "{}: rope_type {other:?}, expected default, linear, llama3 or yarn",
+            fields.place
+        ))),
+    }
+}
+
+/// The token-exact window of each layer, from `sliding_window` and the keys that say where it applies.
+fn sliding_windows(
+    json: &Value,
+    fields: &Fields<'_>,
+    family: &str,
+    num_layers: usize,
+) -> Result<Vec<Option<u64>>> {
+    let window = fields.opt_usize("sliding_window")?.map(|window| window as u64);
+    if window == Some(0) {
+        return Err(Error::model("config.json: sliding_window 0, expected above 0 or null"));
+    }
+    if let Some(types) = json.get("layer_types").and_then(Value::as_array) {
+        if types.len() != num_layers {
+            return Err(Error::model(format!(
+                "config.json: layer_types of {} entries, expected {num_layers}",
+                types.len()
+            )));
+        }
+        return types
+            .iter()
+            .map(|kind| match kind.as_str() {
+                Some("full_attention") => Ok(None),
+                Some("sliding_attention") if window.is_some() => Ok(window),
+                _ => Err(Error::model(format!(
+                    "config.json: layer_types {kind}, expected full_attention or sliding_attention"
+                ))),
+            })
+            .collect();
+    }
+    let from = match family {
+        "mistral" => 0,
+        "qwen2" | "qwen3" if fields.opt_bool("use_sliding_window")?.unwrap_or(false) => {
+            fields.opt_usize("max_window_layers")?.unwrap_or(0)
+        }
+        _ => num_layers,
+    };
+    Ok((0..num_layers).map(|layer| window.filter(|_| layer >= from)).collect())
+}
+
+fn mka_block(block: Option<&Value>) -> Result<MkaConfig> {
+    let Some(block) = block.filter(|value| !value.is_null()) else {
+        return Ok(MkaConfig::default());
+    };
+    let fields = Fields { object: block, place: "config.json: mka" };
+    if fields.opt_usize("version")? != Some(1) {
+        return Err(Error::model(format!(
+            "config.json: mka.version {}, expected 1",
+            block.get("version").unwrap_or(&Value::Null)
+        )));
+    }
+    let mut config = MkaConfig::default();
+    if let Some(rates) = fields.value("rates") {
+        let parsed: Option<Vec<f32>> = rates
+            .as_array()
+            .map(|rates| rates.iter().filter_map(Value::as_f64).map(|x| x as f32).collect());
+        match parsed {
+            Some(parsed)
+                if parsed.iter().all(|rate| *rate > 0.0 && *rate < 1.0)
+                    && rates.as_array().map(Vec::len) == Some(parsed.len()) =>
+            {
+                config.rates = parsed;
+            }
+            _ => return Err(fields.wrong("rates", "numbers between 0 and 1", rates)),
+        }
+    }
+    config.bias_correction = fields.opt_bool("bias_correction")?.unwrap_or(true);
+    Ok(config)
+}

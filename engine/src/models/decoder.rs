@@ -1,0 +1,209 @@
+//! The decoder of the Llama layout: embedding, layers of attention and gated MLP, head.
+//! Knows no session, window or page: the attention seam is the only way from here to memory.
+//!
+//! Source: LLaMA (arXiv 2302.13971) section 2.2 with the reference of `transformers` modeling_llama.py; q/k norm as in
+//! modeling_qwen3.py, biases as in modeling_qwen2.py.
+
+use super::config::DecoderConfig;
+use super::frequencies::Frequencies;
+use super::weights::Weights;
+use crate::attention::{AttentionSeam, Route};
+use crate::error::{Error, Result};
+use candle_core::{Device, Tensor};
+use mka_kernels::{PackedMatrix, linear, silu_mul};
+
+/// y = x Wᵀ + b.
+pub(crate) struct Linear {
+    weight: PackedMatrix,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    pub(crate) fn new(weight: PackedMatrix, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
+    /// x (t, in) -> (t, out).
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = linear(x, &self.weight)?;
+        Ok(match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+}
+
+struct Norm {
+    weight: Tensor,
+    eps: f32,
+}
+
+impl Norm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(candle_nn::ops::rms_norm(&x.contiguous()?, &self.weight, self.eps)?)
+    }
+}
+
+struct Layer {
+    attention_norm: Norm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    qk_norm: Option<(Norm, Norm)>,
+    route: Route,
+    mlp_norm: Norm,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// A loaded model: weights in their stored type, everything computed in f32.
+pub(crate) struct Decoder {
+    pub(crate) config: DecoderConfig,
+    pub(crate) frequencies: Frequencies,
+    pub(crate) fingerprint: [u8; 16],
+    embedding: PackedMatrix,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: PackedMatrix,
+}
+
+impl Decoder {
+    /// Binds every weight that `config` implies.
+    ///
+    /// # Errors
+    /// Names the first tensor that is missing or has another shape: what was expected, what was found.
+    pub(crate) fn load(config: DecoderConfig, weights: &Weights) -> Result<Self> {
+        let c = &config;
+        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+        let (q_size, kv_size) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let norm = |name: &str, len: usize| -> Result<Norm> {
+            Ok(Norm {
+                weight: weights.vector(&format!("{name}.weight"), len)?,
+                eps: c.rms_norm_eps as f32,
+            })
+        };
+        let plain = |name: String, rows: usize, cols: usize, bias: bool| -> Result<Linear> {
+            let weight = weights.matrix(&format!("{name}.weight"), rows, cols)?;
+            let bias = bias.then(|| weights.vector(&format!("{name}.bias"), rows)).transpose()?;
+            Ok(Linear { weight, bias })
+        };
+        let heads = |name: String, rows: usize| -> Result<Linear> {
+            let weight =
+                weights.head_matrix(&format!("{name}.weight"), rows, hidden, c.head_dim)?;
+            let bias = c
+                .qkv_bias
+                .then(|| weights.head_vector(&format!("{name}.bias"), rows, c.head_dim))
+                .transpose()?;
+            Ok(Linear { weight, bias })
+        };
+        let mut layers = Vec::with_capacity(c.num_layers);
+        for i in 0..c.num_layers {
+            let at = |part: &str| format!("model.layers.{i}.{part}");
+            let qk_norm = match c.qk_norm {
+                true => Some((
+                    norm(&at("self_attn.q_norm"), c.head_dim)?,
+                    norm(&at("self_attn.k_norm"), c.head_dim)?,
+                )),
+                false => None,
+            };
+            layers.push(Layer {
+                attention_norm: norm(&at("input_layernorm"), hidden)?,
+                q: heads(at("self_attn.q_proj"), q_size)?,
+                k: heads(at("self_attn.k_proj"), kv_size)?,
+                v: plain(at("self_attn.v_proj"), kv_size, hidden, c.qkv_bias)?,
+                o: plain(at("self_attn.o_proj"), hidden, q_size, c.output_bias)?,
+                qk_norm,
+                route: Route::load(i, q_size, c.mka.rates.len(), weights)?,
+                mlp_norm: norm(&at("post_attention_layernorm"), hidden)?,
+                gate: plain(at("mlp.gate_proj"), inner, hidden, c.mlp_bias)?,
+                up: plain(at("mlp.up_proj"), inner, hidden, c.mlp_bias)?,
+                down: plain(at("mlp.down_proj"), hidden, inner, c.mlp_bias)?,
+            });
+        }
+        let embedding = weights.matrix("model.embed_tokens.weight", c.vocab_size, hidden)?;
+        let head = match c.tied_embeddings && !weights.contains("lm_head.weight") {
+            true => embedding.clone(),
+            false => weights.matrix("lm_head.weight", c.vocab_size, hidden)?,
+        };
+        let mut frequencies = Frequencies::new(c.rope_theta, c.head_dim, &c.rope_scaling);
+        if weights.contains("rope_freqs.weight") {
+            // llama.cpp folds llama3 scaling into a divisor per frequency.
+            let divisors = weights.values("rope_freqs.weight", c.head_dim / 2)?;
+            for (freq, divisor) in frequencies.inv_freq.iter_mut().zip(divisors) {
+                *freq /= f64::from(divisor);
+            }
+        }
+        Ok(Self {
+            fingerprint: weights.fingerprint(&config),
+            frequencies,
+            embedding,
+            layers,
+            norm: norm("model.norm", hidden)?,
+            head,
+            config,
+        })
+    }
+
+    /// Runs `tokens` through the layers, appending their keys and values through `seam`: (t, hidden), before the
+    /// last norm.
+    ///
+    /// # Errors
+    /// If a token is outside the vocabulary.
+    pub(crate) fn forward(&self, tokens: &[u32], seam: &mut AttentionSeam<'_>) -> Result<Tensor> {
+        let c = &self.config;
+        let t = tokens.len();
+        let mut rows = vec![0f32; t * c.hidden_size];
+        for (token, row) in tokens.iter().zip(rows.chunks_exact_mut(c.hidden_size)) {
+            let token = *token as usize;
+            if token >= c.vocab_size {
+                return Err(Error::invalid(format!(
+                    "forward: token {token}, expected below the vocabulary of {}",
+                    c.vocab_size
+                )));
+            }
+            self.embedding
+                .dequantize_rows(token..token + 1, row)
+                .map_err(|e| Error::model(format!("forward: embedding: {e}")).with_source(e))?;
+        }
+        let mut hidden = Tensor::from_vec(rows, (t, c.hidden_size), &Device::Cpu)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let x = layer.attention_norm.forward(&hidden)?;
+            let attended = self.attend(i, layer, &x, seam)?;
+            hidden = (hidden + layer.o.forward(&attended)?)?;
+            let x = layer.mlp_norm.forward(&hidden)?;
+            let inner = silu_mul(&layer.gate.forward(&x)?, &layer.up.forward(&x)?)?;
+            hidden = (hidden + layer.down.forward(&inner)?)?;
+        }
+        Ok(hidden)
+    }
+
+    /// x (t, hidden) -> (t, num_heads · head_dim).
+    fn attend(
+        &self,
+        index: usize,
+        layer: &Layer,
+        x: &Tensor,
+        seam: &mut AttentionSeam<'_>,
+    ) -> Result<Tensor> {
+        let c = &self.config;
+        let t = x.dim(0)?;
+        let q = layer.q.forward(x)?;
+        let fused = seam.fuse(index, &layer.route, x, &q)?;
+        let mut q = q.reshape((t, c.num_heads, c.head_dim))?;
+        let mut k = layer.k.forward(&fused)?.reshape((t, c.num_kv_heads, c.head_dim))?;
+        let v = layer.v.forward(&fused)?.reshape((t, c.num_kv_heads, c.head_dim))?;
+        if let Some((q_norm, k_norm)) = &layer.qk_norm {
+            q = q_norm.forward(&q)?;
+            k = k_norm.forward(&k)?;
+        }
+        let out = seam.attend(index, c.sliding_window[index], &q, &k, &v)?;
+        Ok(out.reshape((t, c.num_heads * c.head_dim))?)
+    }
+
+    /// Logits of hidden states (t, hidden): (t, vocab).
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(linear(&self.norm.forward(hidden)?, &self.head)?)
+    }
+}

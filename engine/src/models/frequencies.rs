@@ -1,0 +1,128 @@
+//! Inverse frequencies of RoPE and the scalings that stretch them to longer contexts.
+//! Knows no position and no tensor; everything is f64.
+
+use std::f64::consts::PI;
+
+/// How a model's RoPE was stretched after its first training.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum RopeScaling {
+    None,
+    /// Positions divided by a factor (arXiv 2306.15595).
+    Linear {
+        factor: f64,
+    },
+    /// Llama 3.1's piecewise scaling: long wavelengths divided, short kept, a smooth ramp between.
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_tokens: usize,
+    },
+    /// YaRN (arXiv 2309.00071), sections 3.2 and 3.4.
+    Yarn {
+        factor: f64,
+        original_tokens: usize,
+        beta_fast: f64,
+        beta_slow: f64,
+        attention_factor: Option<f64>,
+        mscale: Option<f64>,
+        mscale_all_dim: Option<f64>,
+        truncate: bool,
+    },
+}
+
+impl RopeScaling {
+    /// YaRN with the paper's constants.
+    pub(crate) fn yarn(factor: f64, original_tokens: usize) -> Self {
+        Self::Yarn {
+            factor,
+            original_tokens,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: None,
+            mscale: None,
+            mscale_all_dim: None,
+            truncate: true,
+        }
+    }
+}
+
+/// The frequencies of one model and the factor on its cosines and sines.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Frequencies {
+    /// head_dim / 2 inverse frequencies, radians a token.
+    pub(crate) inv_freq: Vec<f64>,
+    /// 1.0 but for YaRN, whose attention temperature is folded into cos and sin.
+    pub(crate) scale: f64,
+}
+
+impl Frequencies {
+    pub(crate) fn new(theta: f64, head_dim: usize, scaling: &RopeScaling) -> Self {
+        let base = |i: usize| theta.powf(-((2 * i) as f64) / head_dim as f64);
+        let plain: Vec<f64> = (0..head_dim / 2).map(base).collect();
+        match *scaling {
+            RopeScaling::None => Self { inv_freq: plain, scale: 1.0 },
+            RopeScaling::Linear { factor } => {
+                Self { inv_freq: plain.into_iter().map(|f| f / factor).collect(), scale: 1.0 }
+            }
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_tokens } => {
+                let original = original_tokens as f64;
+                let (longest, shortest) = (original / low_freq_factor, original / high_freq_factor);
+                let stretch = |freq: f64| {
+                    let wavelength = 2.0 * PI / freq;
+                    if wavelength < shortest {
+                        freq
+                    } else if wavelength > longest {
+                        freq / factor
+                    } else {
+                        let smooth = (original / wavelength - low_freq_factor)
+                            / (high_freq_factor - low_freq_factor);
+                        (1.0 - smooth) * freq / factor + smooth * freq
+                    }
+                };
+                Self { inv_freq: plain.into_iter().map(stretch).collect(), scale: 1.0 }
+            }
+            RopeScaling::Yarn {
+                factor,
+                original_tokens,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                mscale,
+                mscale_all_dim,
+                truncate,
+            } => {
+                // The dimension whose wavelength makes `rotations` turns over the original context.
+                let dimension = |rotations: f64| {
+                    head_dim as f64 * (original_tokens as f64 / (rotations * 2.0 * PI)).ln()
+                        / (2.0 * theta.ln())
+                };
+                let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
+                if truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                low = low.max(0.0);
+                high = high.min(head_dim as f64 - 1.0);
+                if low == high {
+                    high += 0.001;
+                }
+                let inv_freq = plain.into_iter().enumerate().map(|(i, freq)| {
+                    let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                    freq / factor * ramp + freq * (1.0 - ramp)
+                });
+                let temperature = |mscale: f64| match factor > 1.0 {
+                    true => 0.1 * mscale * factor.ln() + 1.0,
+                    false => 1.0,
+                };
+                let scale = match (attention_factor, mscale, mscale_all_dim) {
+                    (Some(scale), _, _) => scale,
+                    (None, Some(one), Some(all)) if one != 0.0 && all != 0.0 => {
+                        temperature(one) / temperature(all)
+                    }
+                    _ => temperature(1.0),
+                };
+                Self { inv_freq: inv_freq.collect(), scale }
+            }
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! The models: one decoder for the Llama layout, and what a family changes in it.
+//! Knows no session and no memory: keys, values and attention go through the seam of `attention`.
+
+pub(crate) mod config;
+pub(crate) mod decoder;
+pub(crate) mod frequencies;
+pub(crate) mod weights;

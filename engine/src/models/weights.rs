@@ -1,0 +1,318 @@
+//! The bytes of a checkpoint, mapped, found by name and checked against the shape that the config implies.
+//! Knows no forward pass. Matrices stay in their stored type and point into the mapped file.
+
+use super::config::DecoderConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::gguf::{GgmlType, Gguf};
+use candle_core::{Device, Tensor};
+use memmap2::Mmap;
+use mka_kernels::{PackedMatrix, PackedType};
+use serde_json::Value;
+use std::collections::HashMap;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use xxhash_rust::xxh3::Xxh3;
+
+/// A file in memory, shared by the matrices that point into it.
+type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+struct Entry {
+    file: usize,
+    ty: PackedType,
+    /// Row-major, as HuggingFace writes it.
+    shape: Vec<usize>,
+    range: Range<usize>,
+}
+
+/// Every tensor of one checkpoint by its HuggingFace name.
+pub(crate) struct Weights {
+    files: Vec<(PathBuf, Bytes)>,
+    entries: HashMap<String, Entry>,
+    /// llama.cpp stores the query and key rows of its llama architecture interleaved for its own RoPE.
+    interleaved_heads: bool,
+    place: String,
+}
+
+fn map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).map_err(|e| Error::io("open model file", path, e))?;
+    // SAFETY: the map is read-only and private; a model file that another process rewrites while it is loaded is
+    // outside what any loader of mapped weights can support, and is documented at `EngineBuilder::model`.
+    unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map model file", path, e))
+}
+
+impl Weights {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, and `mka.safetensors` if there.
+    pub(crate) fn open_folder(folder: &Path) -> Result<Self> {
+        let mut weights = Self {
+            files: Vec::new(),
+            entries: HashMap::new(),
+            interleaved_heads: false,
+            place: folder.display().to_string(),
+        };
+        let single = folder.join("model.safetensors");
+        let index = folder.join("model.safetensors.index.json");
+        if single.exists() {
+            weights.add_safetensors(&single)?;
+        } else if index.exists() {
+            let text = std::fs::read_to_string(&index)
+                .map_err(|e| Error::io("read shard index", &index, e))?;
+            let json: Value = serde_json::from_str(&text)
+                .map_err(|e| Error::model(format!("{}: {e}", index.display())).with_source(e))?;
+            let map = json.get("weight_map").and_then(Value::as_object).ok_or_else(|| {
+                Error::model(format!("{}: weight_map, found none", index.display()))
+            })?;
+            let mut shards: Vec<&str> = map.values().filter_map(Value::as_str).collect();
+            shards.sort_unstable();
+            shards.dedup();
+            for shard in shards {
+                // A shard name is data from outside: it may not leave the folder.
+                if Path::new(shard).file_name().and_then(|name| name.to_str()) != Some(shard) {
+                    return Err(Error::model(format!(
+                        "{}: shard {shard:?}, expected a file name",
+                        index.display()
+                    )));
+                }
+                weights.add_safetensors(&folder.join(shard))?;
+            }
+        } else {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!(
+                    "open model {}: expected model.safetensors or model.safetensors.index.json, found neither",
+                    folder.display()
+                ),
+            ));
+        }
+        let mka = folder.join("mka.safetensors");
+        if mka.exists() {
+            weights.add_safetensors(&mka)?;
+        }
+        Ok(weights)
+    }
+
+    fn add_safetensors(&mut self, path: &Path) -> Result<()> {
+        let mmap = map(path)?;
+        let damaged = |what: String| {
+            Error::new(ErrorKind::Corrupted, format!("safetensors {}: {what}", path.display()))
+        };
+        let (header_len, metadata) = safetensors::SafeTensors::read_metadata(&mmap)
+            .map_err(|e| damaged(e.to_string()).with_source(e))?;
+        for (name, info) in metadata.tensors() {
+            let ty = match info.dtype {
+                safetensors::Dtype::F32 => PackedType::F32,
+                safetensors::Dtype::F16 => PackedType::F16,
+                safetensors::Dtype::BF16 => PackedType::BF16,
+                other => {
+                    return Err(Error::model(format!(
+                        "safetensors {}: tensor {name} is {other:?}, expected F32, F16 or BF16",
+                        path.display()
+                    )));
+                }
+            };
+            let (start, end) = info.data_offsets;
+            let start = start.saturating_add(8 + header_len);
+            let end = end.saturating_add(8 + header_len);
+            if end > mmap.len() || start > end {
+                return Err(damaged(format!(
+                    "tensor {name} ends at byte {end}, the file has {}",
+                    mmap.len()
+                )));
+            }
+            self.entries.insert(
+                name.clone(),
+                Entry { file: self.files.len(), ty, shape: info.shape.clone(), range: start..end },
+            );
+        }
+        self.files.push((path.to_owned(), Arc::new(mmap)));
+        Ok(())
+    }
+
+    /// Opens the tensors of a GGUF file under their HuggingFace names.
+    pub(crate) fn open_gguf(path: &Path) -> Result<(Self, Gguf)> {
+        let mmap = map(path)?;
+        let gguf = Gguf::parse(&mmap)?;
+        let mut entries = HashMap::new();
+        for (name, info) in &gguf.tensors {
+            let Some(name) = huggingface_name(name) else { continue };
+            let start = gguf.data_offset.saturating_add(info.offset);
+            let end = start.saturating_add(info.byte_len);
+            if end > mmap.len() {
+                return Err(Error::new(
+                    ErrorKind::Corrupted,
+                    format!(
+                        "gguf {}: tensor {name} ends at byte {end}, the file has {}",
+                        path.display(),
+                        mmap.len()
+                    ),
+                ));
+            }
+            let ty = packed_type(info.ty).ok_or_else(|| {
+                Error::model(format!("gguf: tensor {name} is {:?}, which is not supported", info.ty))
+            })?;
+            entries
+                .insert(name, Entry { file: 0, ty, shape: info.shape.clone(), range: start..end });
+        }
+        let interleaved_heads = gguf.str("general.architecture")? == "llama";
+        let files: Vec<(PathBuf, Bytes)> = vec![(path.to_owned(), Arc::new(mmap))];
+        let place = path.display().to_string();
+        Ok((Self { files, entries, interleaved_heads, place }, gguf))
+    }
+
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<&Entry> {
+        let entry = self.entries.get(name).ok_or_else(|| {
+            Error::model(format!(
+                "{}: tensor {name}, expected shape {shape:?}, found none",
+                self.place
+            ))
+        })?;
+        if entry.shape != shape {
+            return Err(Error::model(format!(
+                "{}: tensor {name}, expected shape {shape:?}, found {:?}",
+                self.place, entry.shape
+            )));
+        }
+        Ok(entry)
+    }
+
+    /// The matrix `name` of shape (rows, cols).
+    pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix> {
+        let entry = self.entry(name, &[rows, cols])?;
+        let bytes = self.files[entry.file].1.clone();
+        PackedMatrix::new(entry.ty, rows, cols, bytes, entry.range.clone()).map_err(|source| {
+            Error::model(format!("{}: tensor {name}: {source}", self.place)).with_source(source)
+        })
+    }
+
+    /// The query or key projection `name`, rows in HuggingFace order (half-split RoPE).
+    pub(crate) fn head_matrix(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        head_dim: usize,
+    ) -> Result<PackedMatrix> {
+        let matrix = self.matrix(name, rows, cols)?;
+        if !self.interleaved_heads {
+            return Ok(matrix);
+        }
+        let order: Vec<usize> =
+            (0..rows).map(|row| interleaved_row(row, head_dim)).collect();
+        matrix.permute_rows(&order).map_err(|source| {
+            Error::model(format!("{}: tensor {name}: {source}", self.place)).with_source(source)
+        })
+    }
+
+    /// The vector `name` of `len` values, as f32.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
+        Ok(Tensor::from_vec(self.values(name, len)?, len, &Device::Cpu)?)
+    }
+
+    /// The bias of a query or key projection, values in HuggingFace order.
+    pub(crate) fn head_vector(&self, name: &str, len: usize, head_dim: usize) -> Result<Tensor> {
+        let values = self.values(name, len)?;
+        let ordered = match self.interleaved_heads {
+            true => (0..len).map(|row| values[interleaved_row(row, head_dim)]).collect(),
+            false => values,
+        };
+        Ok(Tensor::from_vec(ordered, len, &Device::Cpu)?)
+    }
+
+    /// The values of the vector `name`.
+    pub(crate) fn values(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let entry = self.entry(name, &[len])?;
+        let bytes = self.files[entry.file].1.clone();
+        let mut values = vec![0f32; len];
+        PackedMatrix::new(entry.ty, 1, len, bytes, entry.range.clone())
+            .and_then(|matrix| matrix.dequantize_rows(0..1, &mut values))
+            .map_err(|source| {
+                Error::model(format!("{}: tensor {name}: {source}", self.place)).with_source(source)
+            })?;
+        Ok(values)
+    }
+
+    /// Identity of these weights under `config`: 128 bits over the description and a sample of every file.
+    ///
+    /// Of each file the first MiB (headers, names, offsets), the length and 64 blocks of 64 KiB spread evenly are
+    /// hashed: 5 MiB of reading whatever the size, and a fine-tuned copy differs in every block.
+    pub(crate) fn fingerprint(&self, config: &DecoderConfig) -> [u8; 16] {
+        const HEAD: usize = 1 << 20;
+        const BLOCK: usize = 64 << 10;
+        const BLOCKS: usize = 64;
+        let mut hash = Xxh3::new();
+        hash.update(format!("{config:?}").as_bytes());
+        for (_, file) in &self.files {
+            let bytes = (**file).as_ref();
+            hash.update(&(bytes.len() as u64).to_le_bytes());
+            hash.update(&bytes[..bytes.len().min(HEAD)]);
+            for block in 0..BLOCKS {
+                let start = bytes.len() / BLOCKS * block;
+                hash.update(&bytes[start..bytes.len().min(start + BLOCK)]);
+            }
+        }
+        hash.digest128().to_le_bytes()
+    }
+}
+
+/// Where llama.cpp put the row that HuggingFace has at `row`: pairs (j, j + d/2) of a head lie side by side.
+fn interleaved_row(row: usize, head_dim: usize) -> usize {
+    let (head, within) = (row / head_dim, row % head_dim);
+    let (half, j) = (within / (head_dim / 2), within % (head_dim / 2));
+    head * head_dim + 2 * j + half
+}
+
+fn packed_type(ty: GgmlType) -> Option<PackedType> {
+    Some(match ty {
+        GgmlType::F32 => PackedType::F32,
+        GgmlType::F16 => PackedType::F16,
+        GgmlType::BF16 => PackedType::BF16,
+        GgmlType::Q4_0 => PackedType::Q4_0,
+        GgmlType::Q4_1 => PackedType::Q4_1,
+        GgmlType::Q5_0 => PackedType::Q5_0,
+        GgmlType::Q5_1 => PackedType::Q5_1,
+        GgmlType::Q8_0 => PackedType::Q8_0,
+        GgmlType::Q2K => PackedType::Q2K,
+        GgmlType::Q3K => PackedType::Q3K,
+        GgmlType::Q4K => PackedType::Q4K,
+        GgmlType::Q5K => PackedType::Q5K,
+        GgmlType::Q6K => PackedType::Q6K,
+        _ => return None,
+    })
+}
+
+/// The HuggingFace name of a GGUF tensor; None for tensors that the decoder does not read.
+fn huggingface_name(name: &str) -> Option<String> {
+    const TOP: &[(&str, &str)] = &[
+        ("token_embd", "model.embed_tokens"),
+        ("output_norm", "model.norm"),
+        ("output", "lm_head"),
+        ("rope_freqs", "rope_freqs"),
+    ];
+    const LAYER: &[(&str, &str)] = &[
+        ("attn_norm", "input_layernorm"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("attn_q_norm", "self_attn.q_norm"),
+        ("attn_k_norm", "self_attn.k_norm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ];
+    let find = |table: &[(&str, &'static str)], stem: &str| {
+        table.iter().find(|(gguf, _)| *gguf == stem).map(|(_, name)| *name)
+    };
+    let (stem, kind) = name.rsplit_once('.')?;
+    if let Some(rest) = stem.strip_prefix("blk.") {
+        let (layer, stem) = rest.split_once('.')?;
+        return Some(format!("model.layers.{layer}.{}.{kind}", find(LAYER, stem)?));
+    }
+    Some(format!("{}.{kind}", find(TOP, stem)?))
+}

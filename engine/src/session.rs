@@ -1,0 +1,470 @@
+//! One conversation: send, feed, regenerate, context.
+//! Knows neither weights nor bytes on disk; what changes the stream is in `conversation`.
+
+use crate::conversation::{Conversation, LastPrompt, is_cancelled};
+use crate::engine::Shared;
+use crate::error::{Error, ErrorKind, Result};
+use crate::feeding::{self, FeedOptions};
+use crate::generation::{self, Stop};
+use crate::prompt;
+use crate::sampling::Sampling;
+use crate::snapshot::OpenTurn;
+use crate::stream::{Event, Events, Feed, FeedEvent, Sink, StopReason, Usage, offload};
+use mka_memory::{Hit, NewTurn, Recall, Role, Scope, Turn, TurnId};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// How one message is answered.
+#[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
+pub struct SendOptions {
+    /// How tokens are chosen; greedy by default.
+    pub sampling: Sampling,
+    /// Most tokens to generate; None: 512.
+    pub max_new_tokens: Option<usize>,
+    /// The answer ends before the first of these.
+    pub stop: Vec<String>,
+    /// Words that the answer begins with; they are part of the turn but are not streamed.
+    pub answer_prefix: String,
+    /// Instructions that stand before the first message of a session; ignored later.
+    pub system: Option<String>,
+    /// Memories to look up; None: the engine's `recall_k`.
+    pub recall_k: Option<usize>,
+    /// Whether other sessions of the same user are searched too.
+    pub across_sessions: bool,
+    /// When the message was said, milliseconds since 1970; None: now.
+    pub time_ms: Option<i64>,
+}
+
+impl SendOptions {
+    /// At most `tokens` new tokens.
+    pub fn max_new_tokens(mut self, tokens: usize) -> Self {
+        self.max_new_tokens = Some(tokens);
+        self
+    }
+
+    /// Chooses tokens by `sampling`.
+    pub fn sampling(mut self, sampling: Sampling) -> Self {
+        self.sampling = sampling;
+        self
+    }
+
+    /// Begins the answer with `prefix`.
+    pub fn answer_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.answer_prefix = prefix.into();
+        self
+    }
+
+    /// Looks up `k` memories; 0 recalls nothing.
+    pub fn recall_k(mut self, k: usize) -> Self {
+        self.recall_k = Some(k);
+        self
+    }
+
+    /// Ends the answer before `stop`.
+    pub fn stop(mut self, stop: impl Into<String>) -> Self {
+        self.stop.push(stop.into());
+        self
+    }
+
+    /// Opens a new session with `system` instructions.
+    pub fn system(mut self, system: impl Into<String>) -> Self {
+        self.system = Some(system.into());
+        self
+    }
+
+    /// Searches the user's other sessions too.
+    pub fn across_sessions(mut self, across: bool) -> Self {
+        self.across_sessions = across;
+        self
+    }
+}
+
+/// Text assembled for a model that lives elsewhere.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct Context {
+    /// Quoted, attributed memories under a header, in the order in which they were said; empty if nothing was found.
+    pub text: String,
+    /// Tokens of `text`: never above the budget.
+    pub tokens: usize,
+    /// The memories in it, best first.
+    pub hits: Vec<Hit>,
+}
+
+/// One conversation in a scope; one handle at a time per id, released when it and its streams are dropped.
+pub struct Session {
+    live: Arc<Live>,
+}
+
+/// The conversation with the claim on its id, held by the session and by streams that still work.
+pub(crate) struct Live {
+    shared: Arc<Shared>,
+    scope: Scope,
+    conversation: Mutex<Conversation>,
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.shared.release(&self.scope);
+    }
+}
+
+impl Live {
+    /// The conversation, once the stream before this one is done with it.
+    fn lock(&self) -> MutexGuard<'_, Conversation> {
+        self.conversation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("scope", &self.live.scope).finish_non_exhaustive()
+    }
+}
+
+pub(crate) fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+impl Session {
+    pub(crate) fn open(shared: Arc<Shared>, scope: Scope) -> Result<Self> {
+        if scope.session_id().is_none() {
+            return Err(Error::invalid(format!(
+                "session: scope {scope}, expected one that names a session"
+            )));
+        }
+        shared.claim(&scope)?;
+        match Conversation::open(shared.clone(), scope.clone()) {
+            Ok(conversation) => {
+                let conversation = Mutex::new(conversation);
+                Ok(Self { live: Arc::new(Live { shared, scope, conversation }) })
+            }
+            Err(error) => {
+                shared.release(&scope);
+                Err(error)
+            }
+        }
+    }
+
+    /// User, agent and session.
+    pub fn scope(&self) -> &Scope {
+        &self.live.scope
+    }
+
+    /// Answers `message` with the defaults of [`SendOptions`].
+    pub fn send(&mut self, message: impl Into<String>) -> Events {
+        self.send_with(message, SendOptions::default())
+    }
+
+    /// Answers `message`: recalls what belongs to it, streams the answer, commits both, then says `Done`.
+    ///
+    /// A message longer than half the window is taken in as a document first, of which its last half window is read
+    /// as the message. Errors are the stream's last item; after one the session stands where it stood before.
+    pub fn send_with(&mut self, message: impl Into<String>, options: SendOptions) -> Events {
+        let (live, message) = (self.live.clone(), message.into());
+        Events::spawn(move |sink| {
+            let mut conversation = live.lock();
+            let saved = conversation.save();
+            let result = send(&mut conversation, &message, &options, sink);
+            if let Err(error) = result {
+                conversation.take_back(&saved)?;
+                return Err(error);
+            }
+            Ok(())
+        })
+    }
+
+    /// Answers the last message again, in place of its answer, which stays in the log as retracted.
+    pub fn regenerate(&mut self, options: SendOptions) -> Events {
+        let live = self.live.clone();
+        Events::spawn(move |sink| {
+            let mut conversation = live.lock();
+            let saved = conversation.save();
+            let result = regenerate(&mut conversation, &options, sink);
+            if let Err(error) = result {
+                conversation.take_back(&saved)?;
+                return Err(error);
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes in a document of any length with the defaults of [`FeedOptions`].
+    pub fn feed(&mut self, text: impl Into<String>) -> Feed {
+        self.feed_with(text, FeedOptions::default())
+    }
+
+    /// Takes in a document of any length at constant memory.
+    pub fn feed_with(&mut self, text: impl Into<String>, options: FeedOptions) -> Feed {
+        let (live, text) = (self.live.clone(), text.into());
+        Feed::spawn(move |sink| {
+            let mut conversation = live.lock();
+            let summary = feeding::feed(&mut conversation, &text, &options, now_ms(), sink);
+            match summary {
+                Ok(summary) => {
+                    sink.send(FeedEvent::Done(summary));
+                    Ok(())
+                }
+                Err(error) => {
+                    // What was committed stays; what was not is taken back.
+                    if !is_cancelled(&error) {
+                        tracing::warn!(%error, "feed stopped");
+                    }
+                    conversation.reopen()?;
+                    Err(error)
+                }
+            }
+        })
+    }
+
+    /// What memory holds on `query`, laid out for another model within `budget_tokens`, headers included.
+    ///
+    /// Counted with the model's own tokenizer; an engine without one counts a token for every two bytes.
+    ///
+    /// # Errors
+    /// `Storage`, `Corrupted`.
+    pub async fn context(&self, query: &str, budget_tokens: usize) -> Result<Context> {
+        let (live, query) = (self.live.clone(), query.to_owned());
+        offload("context", move || {
+            let mut options = Recall::default();
+            options.k = 32;
+            options.across_sessions = true;
+            let hits = live.shared.store.recall(&live.scope, &query, &options)?;
+            let count = |text: &str| live.shared.count_tokens(text);
+            let (text, chosen) = prompt::assemble(&hits, budget_tokens, count)?;
+            let hits = chosen.into_iter().map(|i| hits[i].clone()).collect();
+            Ok(Context { tokens: live.shared.count_tokens(&text)?, text, hits })
+        })
+        .await
+    }
+
+    /// Number of turns in the session's log.
+    ///
+    /// # Errors
+    /// `Storage`, `Corrupted`.
+    pub fn num_turns(&self) -> Result<TurnId> {
+        Ok(self.live.shared.store.num_turns(&self.live.scope)?)
+    }
+
+    /// Logits of the next token after `text` is appended to the stream, without changing the session: for tests and
+    /// tools that compare sessions.
+    ///
+    /// # Errors
+    /// `InvalidArgument` without a model or with an empty text.
+    pub async fn peek_logits(&mut self, text: &str) -> Result<Vec<f32>> {
+        let (live, text) = (self.live.clone(), text.to_owned());
+        offload("peek_logits", move || {
+            let mut conversation = live.lock();
+            let tokens = live.shared.model("peek_logits")?.tokenizer.encode(&text, false)?;
+            let saved = conversation.save();
+            let logits = match conversation.prefill(&tokens, &mut || true)? {
+                Some(hidden) => conversation.logits(&hidden),
+                None => Err(Error::invalid("peek_logits: text is empty, expected a token")),
+            };
+            conversation.take_back(&saved)?;
+            logits
+        })
+        .await
+    }
+}
+
+/// What is recalled for a message, as text and hits.
+fn recall(
+    conversation: &Conversation,
+    message: &str,
+    options: &SendOptions,
+    coming_tokens: usize,
+) -> Result<(String, Vec<Hit>)> {
+    let shared = &conversation.shared;
+    let k = options.recall_k.unwrap_or(shared.config.recall_k);
+    // Recalled text may take half the window at most, so that the message and an answer fit beside it.
+    let budget = shared.config.recall_tokens.min(shared.config.window_tokens / 2);
+    if k == 0 || budget == 0 {
+        return Ok((String::new(), Vec::new()));
+    }
+    let mut query = Recall::default();
+    query.k = k;
+    query.across_sessions = options.across_sessions;
+    query.before_turn = conversation.first_turn_in_window(coming_tokens + budget);
+    let hits = shared.store.recall(&conversation.scope, message, &query)?;
+    let (text, chosen) = prompt::assemble(&hits, budget, |text| shared.count_tokens(text))?;
+    Ok((text, chosen.into_iter().map(|i| hits[i].clone()).collect()))
+}
+
+fn send(
+    conversation: &mut Conversation,
+    message: &str,
+    options: &SendOptions,
+    sink: &Sink<Event>,
+) -> Result<()> {
+    if message.is_empty() {
+        return Err(Error::invalid("send: message is empty, expected text"));
+    }
+    options.sampling.check()?;
+    let shared = conversation.shared.clone();
+    let model = shared.model("send")?;
+    let time_ms = options.time_ms.unwrap_or_else(now_ms);
+
+    let longest = shared.config.window_tokens / 2;
+    let (document, message) = feeding::split_long(model, message, longest)?;
+    if !document.is_empty() {
+        let feed = FeedOptions::text();
+        feeding::take_in(conversation, document, &feed, time_ms, &mut |_| !sink.is_cancelled())?;
+    }
+
+    let message_tokens = model.tokenizer.count(message)?;
+    let (recalled, hits) = recall(conversation, message, options, message_tokens)?;
+    if !hits.is_empty() && !sink.send(Event::Recalled(hits)) {
+        return Err(Error::cancelled("send"));
+    }
+
+    // The prompt: scaffold, quoted memories, message, scaffold. Contents are encoded so that no text in them can
+    // become a control token.
+    let scaffold = &model.scaffold;
+    let mut prompt = generation::opening(model, conversation.state.open, options.system.as_deref())?;
+    let recalled_tokens = model.tokenizer.encode(&recalled, false)?;
+    prompt.extend_from_slice(&recalled_tokens);
+    let body = match recalled.is_empty() {
+        true => message.to_owned(),
+        false => format!("\n{message}"),
+    };
+    prompt.extend(model.tokenizer.encode(&body, false)?);
+    prompt.extend(model.tokenizer.encode_with_specials(&scaffold.to_answer)?);
+    prompt.extend(model.tokenizer.encode(&options.answer_prefix, false)?);
+
+    let start = conversation.position();
+    let reused = conversation.attended_tokens();
+    let Some((last_token, head)) = prompt.split_last() else {
+        return Err(Error::invalid("send: message gives no token, expected at least one"));
+    };
+    let mut go_on = || !sink.is_cancelled();
+    conversation.prefill(head, &mut go_on)?;
+    let last_prompt = LastPrompt {
+        before_last: conversation.save(),
+        last_token: *last_token,
+        answer_prefix: options.answer_prefix.clone(),
+    };
+    let prompt_tokens = conversation.attended_tokens() + 1;
+    let answer = generation::generate(conversation, *last_token, options, sink)?;
+
+    let mut turns = Vec::new();
+    let mut starts = Vec::new();
+    if !recalled.is_empty() {
+        turns.push(turn(Role::Recalled, recalled, time_ms, Vec::new()));
+        starts.push(None);
+    }
+    turns.push(turn(Role::User, message.to_owned(), time_ms, prompt.clone()));
+    starts.push(Some(start));
+    let text = format!("{}{}", options.answer_prefix, answer.text);
+    turns.push(turn(Role::Assistant, text, time_ms, answer.tokens.clone()));
+    starts.push(Some(start + prompt.len() as u64));
+    finish(
+        conversation,
+        (turns, starts, None),
+        &answer.stop,
+        sink,
+        Usage {
+            prompt_tokens,
+            reused_tokens: reused.min(prompt_tokens),
+            recalled_tokens: recalled_tokens.len(),
+            generated_tokens: answer.tokens.len(),
+            stream_tokens: conversation.position(),
+            stop: StopReason::MaxTokens,
+        },
+    )?;
+    conversation.last_prompt = Some(last_prompt);
+    Ok(())
+}
+
+/// The words that an answer in the log was begun with: its text less what its tokens say.
+fn answer_prefix(shared: &Shared, turns: &[Turn]) -> Result<String> {
+    let Some(turn) = turns.first() else { return Ok(String::new()) };
+    let generated = shared.model("regenerate")?.tokenizer.decode(&turn.tokens, true)?;
+    Ok(turn.text.strip_suffix(generated.as_str()).unwrap_or_default().to_owned())
+}
+
+fn turn(role: Role, text: String, time_ms: i64, tokens: Vec<u32>) -> NewTurn {
+    let mut turn = NewTurn::new(role, text);
+    turn.time_ms = time_ms;
+    turn.tokens = tokens;
+    turn
+}
+
+/// Commits a finished or cancelled answer and tells the caller.
+fn finish(
+    conversation: &mut Conversation,
+    (turns, starts, retract): (Vec<NewTurn>, Vec<Option<u64>>, Option<TurnId>),
+    stop: &Stop,
+    sink: &Sink<Event>,
+    mut usage: Usage,
+) -> Result<()> {
+    conversation.state.open = OpenTurn::Answered { closed_by: stop.closed_by() };
+    conversation.commit(turns, &starts, retract)?;
+    if let Some(reason) = stop.reason() {
+        usage.stop = reason;
+        sink.send(Event::Done(usage));
+    }
+    Ok(())
+}
+
+fn regenerate(
+    conversation: &mut Conversation,
+    options: &SendOptions,
+    sink: &Sink<Event>,
+) -> Result<()> {
+    options.sampling.check()?;
+    let shared = conversation.shared.clone();
+    shared.model("regenerate")?;
+    let nothing = || {
+        Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn")
+    };
+    let num_turns = shared.store.num_turns(&conversation.scope)?;
+    let answer_turn = num_turns.checked_sub(1).ok_or_else(nothing)?;
+    let turns = shared.store.turns(&conversation.scope, answer_turn..num_turns)?;
+    if turns.first().is_none_or(|turn| turn.role != Role::Assistant || turn.retracted) {
+        return Err(nothing());
+    }
+    let kept = conversation.last_prompt.clone();
+    let here = kept.filter(|last| conversation.try_take_back(&last.before_last));
+    let last = match here {
+        Some(last) => last,
+        None => {
+            // The prompt's pages are gone: fill the window again from the log, up to the prompt's last token.
+            let last_token = conversation.refill(answer_turn, true)?.ok_or_else(nothing)?;
+            LastPrompt {
+                before_last: conversation.save(),
+                last_token,
+                answer_prefix: answer_prefix(&shared, &turns)?,
+            }
+        }
+    };
+    let reused = conversation.attended_tokens();
+    let start = conversation.position() + 1;
+    let options = SendOptions { answer_prefix: last.answer_prefix.clone(), ..options.clone() };
+    let answer = generation::generate(conversation, last.last_token, &options, sink)?;
+    let text = format!("{}{}", options.answer_prefix, answer.text);
+    let turns = vec![turn(
+        Role::Assistant,
+        text,
+        options.time_ms.unwrap_or_else(now_ms),
+        answer.tokens.clone(),
+    )];
+    finish(
+        conversation,
+        (turns, vec![Some(start)], Some(answer_turn)),
+        &answer.stop,
+        sink,
+        Usage {
+            prompt_tokens: reused + 1,
+            reused_tokens: reused,
+            recalled_tokens: 0,
+            generated_tokens: answer.tokens.len(),
+            stream_tokens: conversation.position(),
+            stop: StopReason::MaxTokens,
+        },
+    )?;
+    conversation.last_prompt = Some(last);
+    Ok(())
+}

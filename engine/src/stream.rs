@@ -1,0 +1,249 @@
+//! What a caller sees while a session works: streams of events that cancel their work when dropped.
+//! Knows no model; a stream is the receiving end of a channel that the worker thread fills.
+
+use crate::error::{Error, Result};
+use futures_core::Stream;
+use mka_memory::Hit;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use tokio::sync::mpsc;
+
+/// One piece of an answer: whole UTF-8, usually one token of the model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Token {
+    /// The text that this piece adds to the answer.
+    pub text: String,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// The model ended its turn.
+    EndOfTurn,
+    /// `max_new_tokens` were generated.
+    MaxTokens,
+    /// A stop string appeared; it is not part of the answer.
+    StopString,
+}
+
+/// What one turn cost, in tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// Tokens that the first new token could attend to: sinks, window and the new prompt.
+    pub prompt_tokens: usize,
+    /// Of these, tokens whose keys and values were there already and cost nothing.
+    pub reused_tokens: usize,
+    /// Of these, tokens of text recalled from memory for this turn.
+    pub recalled_tokens: usize,
+    /// Tokens generated.
+    pub generated_tokens: usize,
+    /// Tokens in the session's stream now, windows and all.
+    pub stream_tokens: u64,
+    /// Why the answer ended.
+    pub stop: StopReason,
+}
+
+/// What happens while a turn is answered.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Event {
+    /// Memories that were put before the message, best first.
+    Recalled(Vec<Hit>),
+    /// A piece of the answer.
+    Token(Token),
+    /// The turn is on disk; nothing follows.
+    Done(Usage),
+}
+
+/// What happens while a document is fed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FeedEvent {
+    /// Bytes taken in so far; those committed survive a crash.
+    Progress {
+        /// Bytes of the document taken in so far.
+        fed_bytes: u64,
+        /// Bytes of the document that are on disk.
+        committed_bytes: u64,
+        /// Bytes of the document.
+        total_bytes: u64,
+    },
+    /// The whole document is on disk; nothing follows.
+    Done(FeedSummary),
+}
+
+/// What feeding a document did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FeedSummary {
+    /// Bytes taken in.
+    pub bytes: u64,
+    /// Tokens that ran through the model.
+    pub model_tokens: u64,
+    /// Chunks added to text memory.
+    pub chunks_added: usize,
+    /// Chunks that were there already and were counted, not stored.
+    pub chunks_deduplicated: usize,
+}
+
+/// The sending end that a worker thread holds; closed when the caller dropped the stream.
+pub(crate) struct Sink<T>(mpsc::Sender<Result<T>>);
+
+impl<T> Sink<T> {
+    /// Whether the caller is gone: the work should stop at its next safe point.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.0.is_closed()
+    }
+
+    /// Sends an event, waiting while the caller is behind; false if the caller is gone.
+    pub(crate) fn send(&self, event: T) -> bool {
+        self.0.blocking_send(Ok(event)).is_ok()
+    }
+}
+
+/// The events of one turn, a [`Stream`]; dropping it cancels the turn within one token.
+///
+/// What was generated before the cancellation is kept as the turn's answer.
+#[derive(Debug)]
+#[must_use = "a stream that is dropped cancels its work"]
+pub struct Events(Receiver<Event>);
+
+/// The progress of one document, a [`Stream`]; dropping it cancels at the next block, keeping what was fed.
+#[derive(Debug)]
+#[must_use = "a stream that is dropped cancels its work"]
+pub struct Feed(Receiver<FeedEvent>);
+
+#[derive(Debug)]
+struct Receiver<T> {
+    channel: mpsc::Receiver<Result<T>>,
+}
+
+/// Events that a worker may be ahead of its caller.
+const AHEAD: usize = 64;
+
+/// Runs `work` on a thread of its own and streams what it sends; its error is the stream's last item.
+fn spawn<T: Send + 'static>(
+    work: impl FnOnce(&Sink<T>) -> Result<()> + Send + 'static,
+) -> Receiver<T> {
+    let (sender, channel) = mpsc::channel(AHEAD);
+    let failed = sender.clone();
+    let spawned = std::thread::Builder::new().name("mka-session".into()).spawn(move || {
+        let sink = Sink(sender);
+        if let Err(error) = work(&sink) {
+            // A caller that is gone does not need the error.
+            let _ = sink.0.blocking_send(Err(error));
+        }
+    });
+    if let Err(source) = spawned {
+        let error = Error::new(
+            crate::ErrorKind::OutOfMemory,
+            format!("start worker thread: {source}"),
+        );
+        // The channel is new and empty: there is room.
+        let _ = failed.try_send(Err(error.with_source(source)));
+    }
+    Receiver { channel }
+}
+
+impl Events {
+    pub(crate) fn spawn(
+        work: impl FnOnce(&Sink<Event>) -> Result<()> + Send + 'static,
+    ) -> Self {
+        Self(spawn(work))
+    }
+
+    /// The next event; None after the last. The same as `StreamExt::next`, without the trait.
+    pub async fn next(&mut self) -> Option<Result<Event>> {
+        self.0.channel.recv().await
+    }
+
+    /// The next event, blocking the thread; not to be called from async code.
+    pub fn next_blocking(&mut self) -> Option<Result<Event>> {
+        self.0.channel.blocking_recv()
+    }
+
+    /// Runs the turn to its end: the whole answer and its cost.
+    ///
+    /// # Errors
+    /// The turn's own error.
+    pub async fn text(mut self) -> Result<(String, Usage)> {
+        let mut answer = String::new();
+        while let Some(event) = self.next().await {
+            match event? {
+                Event::Token(token) => answer.push_str(&token.text),
+                Event::Done(usage) => return Ok((answer, usage)),
+                Event::Recalled(_) => {}
+            }
+        }
+        Err(Error::cancelled("send"))
+    }
+}
+
+impl Feed {
+    pub(crate) fn spawn(
+        work: impl FnOnce(&Sink<FeedEvent>) -> Result<()> + Send + 'static,
+    ) -> Self {
+        Self(spawn(work))
+    }
+
+    /// The next event; None after the last.
+    pub async fn next(&mut self) -> Option<Result<FeedEvent>> {
+        self.0.channel.recv().await
+    }
+
+    /// The next event, blocking the thread; not to be called from async code.
+    pub fn next_blocking(&mut self) -> Option<Result<FeedEvent>> {
+        self.0.channel.blocking_recv()
+    }
+
+    /// Feeds to the end.
+    ///
+    /// # Errors
+    /// The feed's own error.
+    pub async fn finish(mut self) -> Result<FeedSummary> {
+        while let Some(event) = self.next().await {
+            if let FeedEvent::Done(summary) = event? {
+                return Ok(summary);
+            }
+        }
+        Err(Error::cancelled("feed"))
+    }
+}
+
+impl Stream for Events {
+    type Item = Result<Event>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.channel.poll_recv(cx)
+    }
+}
+
+impl Stream for Feed {
+    type Item = Result<FeedEvent>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.channel.poll_recv(cx)
+    }
+}
+
+/// Runs blocking `work` on a thread of its own and awaits its result, on whatever runtime the caller has.
+pub(crate) async fn offload<T: Send + 'static>(
+    operation: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("mka-worker".into())
+        .spawn(move || {
+            // A caller that is gone does not need the result.
+            let _ = sender.send(work());
+        })
+        .map_err(|source| {
+            Error::new(crate::ErrorKind::OutOfMemory, format!("{operation}: {source}"))
+                .with_source(source)
+        })?;
+    receiver.await.unwrap_or_else(|_| Err(Error::cancelled(operation)))
+}

@@ -1,0 +1,142 @@
+//! A chat that remembers: interactive, or one message with `--prompt`.
+//!
+//! `/memory [words]` shows what is remembered, `/forget words` erases it, `/again` answers once more, `/quit` leaves.
+
+use clap::Parser;
+use mka::{Engine, Event, Events, Forget, MemoryConfig, Recall, Sampling, Scope, SendOptions, Session};
+use std::io::{BufRead, IsTerminal, Write};
+
+#[derive(Parser)]
+#[command(about = "Chat with a local model that remembers")]
+struct Args {
+    /// One message; without it the program reads messages from the terminal.
+    #[arg(long)]
+    prompt: Option<String>,
+    /// Memory folder, created if missing.
+    #[arg(long, default_value = "chat.mka")]
+    store: String,
+    /// Model folder, GGUF file or repository id.
+    #[arg(long, default_value = mka_examples::DEFAULT_MODEL)]
+    model: String,
+    /// Who is talking.
+    #[arg(long, default_value = "me")]
+    user: String,
+    /// Which conversation.
+    #[arg(long, default_value = "chat")]
+    session: String,
+    /// Tokens attended exactly.
+    #[arg(long, default_value_t = 2048)]
+    window: usize,
+    /// 0 always takes the most likely token.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Longest answer in tokens.
+    #[arg(long, default_value_t = 256)]
+    max_new_tokens: usize,
+    /// Print what each turn cost.
+    #[arg(long)]
+    usage: bool,
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let args = Args::parse();
+    let engine = Engine::builder(&args.store)
+        .model(mka_examples::model(&args.model)?)
+        .memory(MemoryConfig::with_window(args.window))
+        .open()
+        .await?;
+    let scope = Scope::user(&args.user).session(&args.session);
+    let mut chat = engine.session(scope.clone()).await?;
+    if let Some(prompt) = &args.prompt {
+        let events = chat.send_with(prompt, options(&args));
+        return print(events, &args).await;
+    }
+    let terminal = std::io::stdin().is_terminal();
+    let mut lines = std::io::stdin().lock().lines();
+    loop {
+        if terminal {
+            eprint!("> ");
+        }
+        let Some(line) = lines.next().transpose()? else { return Ok(()) };
+        let (command, rest) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
+        match command {
+            "" => {}
+            "/quit" => return Ok(()),
+            "/again" => report(print(chat.regenerate(options(&args)), &args).await),
+            "/memory" => report(show(&engine, &scope, rest.trim()).await),
+            "/forget" if rest.trim().is_empty() => eprintln!("/forget needs the words to erase"),
+            "/forget" => {
+                // The session's own window may hold the words: it is closed while they are erased.
+                drop(chat);
+                report(forget(&engine, &scope, rest.trim()).await);
+                chat = reopen(&engine, &scope).await?;
+            }
+            _ => report(print(chat.send_with(line.as_str(), options(&args)), &args).await),
+        }
+    }
+}
+
+async fn reopen(engine: &Engine, scope: &Scope) -> Result<Session, mka::Error> {
+    engine.session(scope.clone()).await
+}
+
+fn options(args: &Args) -> SendOptions {
+    let mut sampling = Sampling::default();
+    sampling.temperature = args.temperature;
+    SendOptions::default().sampling(sampling).max_new_tokens(args.max_new_tokens)
+}
+
+/// A turn that failed is told; the conversation goes on.
+fn report(result: Result<(), Box<dyn std::error::Error>>) {
+    if let Err(error) = result {
+        eprintln!("error: {error}");
+    }
+}
+
+async fn print(mut events: Events, args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    while let Some(event) = events.next().await {
+        match event? {
+            Event::Token(token) => {
+                print!("{}", token.text);
+                std::io::stdout().flush()?;
+            }
+            Event::Done(usage) => {
+                println!();
+                if args.usage {
+                    eprintln!(
+                        "prompt {} (reused {}, recalled {}), generated {}, stream {} tokens",
+                        usage.prompt_tokens,
+                        usage.reused_tokens,
+                        usage.recalled_tokens,
+                        usage.generated_tokens,
+                        usage.stream_tokens
+                    );
+                }
+            }
+            Event::Recalled(hits) if args.usage => eprintln!("recalled {} memories", hits.len()),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+async fn show(engine: &Engine, scope: &Scope, words: &str) -> Result<(), Box<dyn std::error::Error>> {
+    if words.is_empty() {
+        for chunk in engine.memory().chunks(scope, 20).await? {
+            println!("turn {}: {}", chunk.source.turn, chunk.text.trim());
+        }
+        return Ok(());
+    }
+    for hit in engine.memory().recall(scope, words, Recall::default()).await? {
+        println!("{:.2} turn {}: {}", hit.score, hit.source.turn, hit.text.trim());
+    }
+    Ok(())
+}
+
+async fn forget(engine: &Engine, scope: &Scope, words: &str) -> Result<(), Box<dyn std::error::Error>> {
+    let receipt = engine.memory().forget(scope, Forget::matching(words)).await?;
+    engine.memory().verify(receipt.clone()).await?;
+    println!("erased {} turns and {} chunks; verified", receipt.turns, receipt.chunks);
+    Ok(())
+}

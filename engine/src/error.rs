@@ -98,3 +98,20 @@ impl From<candle_core::Error> for Error {
         Self::new(ErrorKind::Model, format!("tensor operation: {source}")).with_source(source)
     }
 }
+
+impl From<mka_memory::Error> for Error {
+    fn from(source: mka_memory::Error) -> Self {
+        use mka_memory::ErrorKind as Kind;
+        let kind = match source.kind() {
+            Kind::InvalidArgument => ErrorKind::InvalidArgument,
+            Kind::NotFound => ErrorKind::NotFound,
+            Kind::Locked => ErrorKind::Locked,
+            Kind::Corrupted => ErrorKind::Corrupted,
+            Kind::Incompatible => ErrorKind::Incompatible,
+            Kind::OutOfMemory => ErrorKind::OutOfMemory,
+            Kind::Cancelled => ErrorKind::Cancelled,
+            _ => ErrorKind::Storage,
+        };
+        Self::new(kind, source.to_string()).with_source(source)
+    }
+}

@@ -91,13 +91,13 @@ impl ChatTemplate {
     /// If the source is no template.
     pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Option<Self>> {
         const KEY: &str = "tokenizer.chat_template";
-        if !gguf.has(KEY) {
+        if !gguf.contains(KEY) {
             return Ok(None);
         }
         let token = |key: &str| -> String {
             let id = gguf.u32(key).ok().map(|id| id as usize);
-            let tokens = gguf.strings("tokenizer.ggml.tokens").unwrap_or_default();
-            id.and_then(|id| tokens.get(id).map(|token| (*token).to_owned())).unwrap_or_default()
+            let tokens = gguf.strs("tokenizer.ggml.tokens").unwrap_or_default();
+            id.and_then(|id| tokens.get(id).cloned()).unwrap_or_default()
         };
         let bos = token("tokenizer.ggml.bos_token_id");
         Self::new(gguf.str(KEY)?, bos, token("tokenizer.ggml.eos_token_id")).map(Some)

@@ -1,2 +1,38 @@
-//! evals.
-fn main() {}
+//! Command line of the evaluations: `needle`, `cost` and `speed`, each one run from one command.
+//! Knows the public API of mka only.
+
+mod cost;
+mod job;
+mod needle;
+mod speed;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Does memory help, and what does it cost?")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// RULER's single-needle tasks at given lengths and depths.
+    Needle(needle::Args),
+    /// Memory and speed by length of the stream, and what reopening costs.
+    Cost(cost::Args),
+    /// Prefill and decode speed of the model alone.
+    Speed(speed::Args),
+    /// Runs one job read as JSON from standard input: what the other commands start as a process of its own.
+    #[command(hide = true)]
+    Job,
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    match Args::parse().command {
+        Command::Needle(args) => needle::run(&args),
+        Command::Cost(args) => cost::run(&args),
+        Command::Speed(args) => speed::run(&args),
+        Command::Job => job::serve(),
+    }
+}

@@ -179,7 +179,7 @@ impl DecoderConfig {
         }
         let key = |name: &str| format!("{arch}.{name}");
         let count = |name: &str| gguf.u32(&key(name)).map(|value| value as usize);
-        let optional = |name: &str| gguf.has(&key(name)).then(|| count(name)).transpose();
+        let optional = |name: &str| gguf.contains(&key(name)).then(|| count(name)).transpose();
         let number = |name: &str| gguf.f32(&key(name)).map(f64::from);
         let hidden_size = count("embedding_length")?;
         let num_layers = count("block_count")?;
@@ -195,7 +195,7 @@ impl DecoderConfig {
                 "gguf: {arch}.rope.dimension_count {rotary}, expected the head dimension {head_dim}"
             )));
         }
-        let scaling_type = match gguf.has(&key("rope.scaling.type")) {
+        let scaling_type = match gguf.contains(&key("rope.scaling.type")) {
             true => gguf.str(&key("rope.scaling.type"))?,
             false => "none",
         };
@@ -213,7 +213,7 @@ impl DecoderConfig {
             }
         };
         // The llama architecture may leave the base out and means 10,000 by it (ggml documentation, `rope.freq_base`).
-        let rope_theta = match gguf.has(&key("rope.freq_base")) {
+        let rope_theta = match gguf.contains(&key("rope.freq_base")) {
             true => number("rope.freq_base")?,
             false if arch == "llama" => 10_000.0,
             false => return Err(Error::model(format!("gguf: {arch}.rope.freq_base, found none"))),

@@ -132,27 +132,18 @@ impl Weights {
     /// Opens the tensors of a GGUF file under their HuggingFace names.
     pub(crate) fn open_gguf(path: &Path) -> Result<(Self, Gguf)> {
         let mmap = map(path)?;
-        let gguf = Gguf::parse(&mmap)?;
+        let gguf = Gguf::parse(&mmap, path)?;
         let mut entries = HashMap::new();
         for (name, info) in &gguf.tensors {
             let Some(name) = huggingface_name(name) else { continue };
-            let start = gguf.data_offset.saturating_add(info.offset);
-            let end = start.saturating_add(info.byte_len);
-            if end > mmap.len() {
-                return Err(Error::new(
-                    ErrorKind::Corrupted,
-                    format!(
-                        "gguf {}: tensor {name} ends at byte {end}, the file has {}",
-                        path.display(),
-                        mmap.len()
-                    ),
-                ));
-            }
-            let ty = packed_type(info.ty).ok_or_else(|| {
-                Error::model(format!("gguf: tensor {name} is {:?}, which is not supported", info.ty))
+            let ty = packed_type(info.ggml_type).ok_or_else(|| {
+                Error::model(format!(
+                    "gguf: tensor {name} is {:?}, which is not supported",
+                    info.ggml_type
+                ))
             })?;
-            entries
-                .insert(name, Entry { file: 0, ty, shape: info.shape.clone(), range: start..end });
+            let (shape, range) = (info.shape.clone(), info.range.clone());
+            entries.insert(name, Entry { file: 0, ty, shape, range });
         }
         let interleaved_heads = gguf.str("general.architecture")? == "llama";
         let files: Vec<(PathBuf, Bytes)> = vec![(path.to_owned(), Arc::new(mmap))];

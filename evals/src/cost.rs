@@ -1,0 +1,87 @@
+//! What a session costs by length: peak memory, decode speed, feeding, and reopening to the bit.
+//! Knows no task and no score.
+
+use crate::job::{self, Ask, Job, Result, Scratch};
+use std::path::PathBuf;
+
+#[derive(clap::Args, Debug, Clone)]
+pub(crate) struct Args {
+    /// Model folder, GGUF file or repository id.
+    #[arg(long, default_value = "HuggingFaceTB/SmolLM2-135M-Instruct")]
+    model: String,
+    /// Text files to feed, repeated where they are too short.
+    #[arg(long, value_delimiter = ',', required = true)]
+    haystack: Vec<PathBuf>,
+    /// Tokens (about) fed through the model.
+    #[arg(long, value_delimiter = ',', default_value = "2048,4096,8192,32768")]
+    lengths: Vec<usize>,
+    /// Tokens (about) fed as text memory.
+    #[arg(long, value_delimiter = ',', default_value = "131072,1048576")]
+    text_lengths: Vec<usize>,
+    /// Tokens attended exactly.
+    #[arg(long, default_value_t = 2048)]
+    window: usize,
+    /// Tokens decoded to measure the speed.
+    #[arg(long, default_value_t = 128)]
+    decode: usize,
+}
+
+/// English prose of these sources: bytes a token of SmolLM2's tokenizer, so that a file is cut without tokenising it.
+const BYTES_A_TOKEN: f64 = 4.3;
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut text = String::new();
+    for path in &args.haystack {
+        let bytes = std::fs::read(path).map_err(|e| format!("haystack {}: {e}", path.display()))?;
+        text.push_str(&String::from_utf8_lossy(&bytes));
+    }
+    if text.is_empty() {
+        return Err("cost: the haystack is empty".into());
+    }
+    println!("revision {}, window {}", job::revision(), args.window);
+    println!(
+        "| fed as | tokens (about) | model tokens | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decode tok/s | same bits |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    let model = args.lengths.iter().map(|length| (true, *length));
+    let memory = args.text_lengths.iter().map(|length| (false, *length));
+    for (through_model, length) in model.chain(memory) {
+        let scratch = Scratch::new(&format!("cost-{through_model}-{length}"))?;
+        let path = scratch.path().join("text.txt");
+        let bytes = (length as f64 * BYTES_A_TOKEN) as usize;
+        let cut: String = text.chars().cycle().take(bytes).collect();
+        std::fs::write(&path, cut)?;
+        let base = Job {
+            store: scratch.path().join("store"),
+            model: args.model.clone(),
+            window: args.window,
+            recall_k: 0,
+            ..Job::default()
+        };
+        let peek = Some("And then".to_owned());
+        // The same process goes on after feeding; the next one reopens: both look at the same next token.
+        let fed = job::spawn(&Job { feed: Some(path), through_model, peek: peek.clone(), ..base.clone() }, 0)?;
+        let again = job::spawn(&Job { peek, ..base.clone() }, 0)?;
+        let ask = Ask {
+            message: "Go on with the story.".into(),
+            answer_prefix: String::new(),
+            max_new_tokens: args.decode,
+        };
+        let asked = job::spawn(&Job { ask: Some(ask), ..base }, 0)?;
+        let to_first = asked.open_s + asked.first_token_s;
+        println!(
+            "| {} | {length} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {:.1} | {} |",
+            if through_model { "model" } else { "text" },
+            fed.fed_tokens,
+            fed.feed_s,
+            length as f64 / fed.feed_s,
+            fed.peak_rss_bytes >> 20,
+            asked.open_s,
+            asked.first_token_s,
+            to_first / fed.feed_s * 100.0,
+            asked.decode_tokens_per_s,
+            if fed.logits_hash == again.logits_hash { "yes" } else { "NO" }
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! One piece of work in a process of its own: feed a text, ask a question, measure.
+//! Knows no task; a process apart makes "restarted in between" true and peak memory a process's own.
+
+use futures_util::StreamExt;
+use mka::{Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, Scope, SendOptions};
+use serde::{Deserialize, Serialize};
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+pub(crate) type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+/// What to do.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Job {
+    pub(crate) store: PathBuf,
+    pub(crate) model: String,
+    pub(crate) window: usize,
+    /// Memories looked up for the question; 0 is no memory.
+    pub(crate) recall_k: usize,
+    /// Text file to feed first.
+    pub(crate) feed: Option<PathBuf>,
+    /// Feed through the model; else as text memory.
+    pub(crate) through_model: bool,
+    pub(crate) ask: Option<Ask>,
+    /// Text whose next-token logits are fingerprinted, last.
+    pub(crate) peek: Option<String>,
+}
+
+/// A question.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Ask {
+    pub(crate) message: String,
+    pub(crate) answer_prefix: String,
+    pub(crate) max_new_tokens: usize,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    pub(crate) open_s: f64,
+    pub(crate) feed_s: f64,
+    pub(crate) fed_tokens: u64,
+    pub(crate) chunks: usize,
+    pub(crate) output: String,
+    /// From the call to the first token of the answer, recall included.
+    pub(crate) first_token_s: f64,
+    pub(crate) decode_tokens_per_s: f64,
+    pub(crate) prompt_tokens: usize,
+    pub(crate) reused_tokens: usize,
+    pub(crate) recalled_tokens: usize,
+    pub(crate) generated_tokens: usize,
+    /// FNV-1a of the bits of every logit.
+    pub(crate) logits_hash: Option<u64>,
+    pub(crate) peak_rss_bytes: u64,
+}
+
+/// Runs `job` in a new process of this program with `threads` threads (0: all cores).
+pub(crate) fn spawn(job: &Job, threads: usize) -> Result<Outcome> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("job").stdin(Stdio::piped()).stdout(Stdio::piped());
+    if threads > 0 {
+        command.env("RAYON_NUM_THREADS", threads.to_string());
+    }
+    let mut child = command.spawn()?;
+    let input = serde_json::to_vec(job)?;
+    child.stdin.take().ok_or("job: no standard input")?.write_all(&input)?;
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        return Err(format!("job: {}", output.status).into());
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// The other side of [`spawn`].
+pub(crate) fn serve() -> Result<()> {
+    let mut input = String::new();
+    std::io::stdin().read_to_string(&mut input)?;
+    let job: Job = serde_json::from_str(&input)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build()?;
+    let outcome = runtime.block_on(run(&job))?;
+    println!("{}", serde_json::to_string(&outcome)?);
+    Ok(())
+}
+
+/// Runs `job` in this process.
+pub(crate) async fn run(job: &Job) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    let mut config = MemoryConfig::with_window(job.window);
+    config.recall_k = job.recall_k;
+    let started = Instant::now();
+    let engine = Engine::builder(&job.store)
+        .model(job.model.parse::<ModelSource>()?)
+        .memory(config)
+        .quiet(true)
+        .open()
+        .await?;
+    let mut session = engine.session(Scope::user("evals").session("sample")).await?;
+    outcome.open_s = started.elapsed().as_secs_f64();
+    if let Some(path) = &job.feed {
+        let text = std::fs::read_to_string(path)?;
+        let options = match job.through_model {
+            true => FeedOptions::through_model(),
+            false => FeedOptions::text(),
+        };
+        let started = Instant::now();
+        let mut feed = session.feed_with(text, options);
+        while let Some(event) = feed.next().await {
+            if let FeedEvent::Done(summary) = event? {
+                outcome.fed_tokens = summary.model_tokens;
+                outcome.chunks = summary.chunks_added;
+            }
+        }
+        outcome.feed_s = started.elapsed().as_secs_f64();
+    }
+    if let Some(ask) = &job.ask {
+        let options = SendOptions::default()
+            .answer_prefix(&ask.answer_prefix)
+            .max_new_tokens(ask.max_new_tokens);
+        let started = Instant::now();
+        let mut first = None;
+        let mut events = std::pin::pin!(session.send_with(ask.message.as_str(), options));
+        while let Some(event) = StreamExt::next(&mut events).await {
+            match event? {
+                Event::Token(token) => {
+                    first.get_or_insert_with(|| started.elapsed().as_secs_f64());
+                    outcome.output.push_str(&token.text);
+                }
+                Event::Done(usage) => {
+                    outcome.prompt_tokens = usage.prompt_tokens;
+                    outcome.reused_tokens = usage.reused_tokens;
+                    outcome.recalled_tokens = usage.recalled_tokens;
+                    outcome.generated_tokens = usage.generated_tokens;
+                }
+                _ => {}
+            }
+        }
+        let total = started.elapsed().as_secs_f64();
+        outcome.first_token_s = first.unwrap_or(total);
+        let decoded = outcome.generated_tokens.saturating_sub(1) as f64;
+        outcome.decode_tokens_per_s = decoded / (total - outcome.first_token_s).max(1e-9);
+    }
+    if let Some(text) = &job.peek {
+        let logits = session.peek_logits(text).await?;
+        let hash = logits.iter().flat_map(|x| x.to_bits().to_le_bytes()).fold(
+            0xcbf2_9ce4_8422_2325u64,
+            |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3),
+        );
+        outcome.logits_hash = Some(hash);
+    }
+    outcome.peak_rss_bytes = peak_rss_bytes();
+    Ok(outcome)
+}
+
+/// Most resident memory of this process so far.
+fn peak_rss_bytes() -> u64 {
+    // SAFETY: a rusage of zeros is valid, and getrusage writes only inside it.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
+        usage
+    };
+    // Linux counts in KiB, macOS in bytes.
+    let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
+    u64::try_from(usage.ru_maxrss).unwrap_or(0) * unit
+}
+
+/// A folder that is removed when it is dropped.
+pub(crate) struct Scratch(PathBuf);
+
+impl Scratch {
+    pub(crate) fn new(name: &str) -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("mka-evals-{}-{name}", std::process::id()));
+        // What an earlier run with this process id left is not ours to keep.
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path)?;
+        Ok(Self(path))
+    }
+
+    pub(crate) fn path(&self) -> &std::path::Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // A folder that cannot be removed is the system's to clean: it lies in its temporary folder.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Revision of the sources, with a mark if they were changed since.
+pub(crate) fn revision() -> String {
+    let git = |args: &[&str]| -> Option<String> {
+        let output = Command::new("git").args(args).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    match (std::env::var("MKA_REVISION"), git(&["rev-parse", "--short=12", "HEAD"])) {
+        (Ok(revision), _) => revision,
+        (_, Some(revision)) => match git(&["status", "--porcelain"]) {
+            Some(changes) if changes.is_empty() => revision,
+            _ => format!("{revision}+changes"),
+        },
+        _ => format!("version {}", env!("CARGO_PKG_VERSION")),
+    }
+}

@@ -1,0 +1,59 @@
+//! Prefill and decode speed of a model through the public API, to stand beside a peer's in the same run.
+//! Knows no memory: recall is off and the window holds the prompt.
+
+use crate::job::{self, Ask, Job, Result, Scratch};
+use std::path::PathBuf;
+
+#[derive(clap::Args, Debug, Clone)]
+pub(crate) struct Args {
+    /// Model folder, GGUF file or repository id.
+    #[arg(long, default_value = "HuggingFaceTB/SmolLM2-135M-Instruct")]
+    model: String,
+    /// Text file that the prompts are cut from.
+    #[arg(long)]
+    text: PathBuf,
+    /// Bytes of each prompt.
+    #[arg(long, value_delimiter = ',', default_value = "2200,8800")]
+    bytes: Vec<usize>,
+    /// Tokens decoded after each prompt.
+    #[arg(long, default_value_t = 128)]
+    decode: usize,
+    /// Repetitions; the best is printed.
+    #[arg(long, default_value_t = 3)]
+    repeat: usize,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let text = std::fs::read_to_string(&args.text)?;
+    for &bytes in &args.bytes {
+        let (mut prefill, mut decode, mut tokens) = (0f64, 0f64, 0);
+        for repeat in 0..args.repeat.max(1) {
+            let scratch = Scratch::new(&format!("speed-{bytes}-{repeat}"))?;
+            let path = scratch.path().join("prompt.txt");
+            std::fs::write(&path, text.chars().take(bytes).collect::<String>())?;
+            let job = Job {
+                store: scratch.path().join("store"),
+                model: args.model.clone(),
+                window: 4096,
+                feed: Some(path),
+                through_model: true,
+                ask: Some(Ask {
+                    message: "Go on with the story.".into(),
+                    answer_prefix: String::new(),
+                    max_new_tokens: args.decode,
+                }),
+                ..Job::default()
+            };
+            let outcome = job::spawn(&job, 0)?;
+            tokens = outcome.fed_tokens;
+            prefill = prefill.max(outcome.fed_tokens as f64 / outcome.feed_s);
+            decode = decode.max(outcome.decode_tokens_per_s);
+        }
+        let line = serde_json::json!({
+            "engine": "mka", "revision": job::revision(), "prompt_tokens": tokens,
+            "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode,
+        });
+        println!("{line}");
+    }
+    Ok(())
+}

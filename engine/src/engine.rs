@@ -125,7 +125,8 @@ impl Model {
         let (weights, gguf) = Weights::open_gguf(path)?;
         let mut config = DecoderConfig::from_gguf(&gguf)?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
-        config.eos_token_ids.extend(tokenizer.special_ids().end_of_turn());
+        let special = tokenizer.special_ids();
+        config.eos_token_ids.extend([special.eos, special.eot].into_iter().flatten());
         let scaffold = match ChatTemplate::from_gguf(&gguf)? {
             Some(template) => Scaffold::new(&template)?,
             None => Scaffold::plain(),

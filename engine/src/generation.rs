@@ -89,7 +89,7 @@ pub(crate) fn generate(
     let shared = conversation.shared.clone();
     let model = shared.model("generate")?;
     let limit = options.max_new_tokens.unwrap_or(MAX_NEW_TOKENS);
-    let mut decoder = model.tokenizer.stream_decoder();
+    let mut decoder = model.tokenizer.stream();
     let mut text = StopText::new(&options.stop);
     let mut tokens = Vec::new();
     let mut next = last_token;
@@ -111,7 +111,7 @@ pub(crate) fn generate(
         }
         tokens.push(token);
         next = token;
-        let piece = decoder.push(token)?.unwrap_or_default();
+        let piece = decoder.push(token).unwrap_or_default();
         let (piece, stopped) = text.push(&piece);
         if !piece.is_empty() && !sink.send(Event::Token(Token { text: piece })) {
             // The token is sampled: it belongs to the stream, so that log and cache agree.
@@ -125,7 +125,7 @@ pub(crate) fn generate(
     };
     let rest = match stop {
         Stop::StopString => String::new(),
-        _ => text.finish(&decoder.flush()),
+        _ => text.finish(&decoder.flush().unwrap_or_default()),
     };
     if !rest.is_empty() && stop != Stop::Cancelled {
         sink.send(Event::Token(Token { text: rest }));

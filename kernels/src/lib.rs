@@ -10,10 +10,13 @@
 //! | [`merge_states`] | log-sum-exp merge of two attentions | out (t, h, d), lse (t, h) | FlashInfer, arXiv 2501.01005, sec. 2.2 |
 //! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
 //! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (t, c), state (m, c) | MKA, arXiv 2603.20586, alg. 2 |
+//! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
 //! | [`silu_mul`] | silu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
 
 mod attention;
 mod elementwise;
+mod error;
+pub mod packed;
 mod pages;
 pub mod reference;
 mod rope;
@@ -22,6 +25,8 @@ mod simd;
 
 pub use attention::{AttentionParams, AttentionState, PageRef, merge_states, paged_attention};
 pub use elementwise::silu_mul;
+pub use error::{Error, ErrorKind, Result};
+pub use packed::{PackedMatrix, PackedType, linear};
 pub use pages::{PAGE_TOKENS, PagePool};
 pub use rope::{RotaryAngles, rotate};
 pub use route::{ema_advance, ema_scan, fuse_levels};

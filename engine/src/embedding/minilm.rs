@@ -153,6 +153,16 @@ impl MiniLm {
     }
 }
 
+/// Cuts a framed document, `[CLS] .. [SEP]`, to `longest` tokens, its last token kept.
+fn framed(mut ids: Vec<u32>, longest: usize) -> Vec<u32> {
+    if ids.len() > longest && longest > 0 {
+        let last = ids.last().copied();
+        ids.truncate(longest - 1);
+        ids.extend(last);
+    }
+    ids
+}
+
 impl Embedder for MiniLm {
     fn identity(&self) -> String {
         self.identity.clone()
@@ -168,9 +178,14 @@ impl Embedder for MiniLm {
         for text in texts {
             let vector = self
                 .tokenizer
-                .encode_for_encoder(text, longest)
-                .and_then(|ids| self.encode(&ids).map_err(Error::from))
-                .map_err(|e| mka_memory::Error::embedding(format!("embed: {e}")))?;
+                .encode_document(text)
+                .and_then(|ids| Ok(self.encode(&framed(ids, longest))?))
+                .map_err(|e| {
+                    mka_memory::Error::new(
+                        mka_memory::ErrorKind::InvalidArgument,
+                        format!("embed: {e}"),
+                    )
+                })?;
             vectors.extend(vector);
         }
         Ok(vectors)

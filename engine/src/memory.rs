@@ -5,7 +5,7 @@ use crate::engine::Shared;
 use crate::error::Result;
 use crate::stream::offload;
 use mka_memory::{
-    Chunk, Commit, Committed, Forget, Hit, NewTurn, Receipt, Recall, Scope, Stats,
+    ChunkInfo, Commit, Committed, Forget, Hit, NewTurn, Receipt, Recall, Scope, Stats,
 };
 use std::sync::Arc;
 
@@ -61,7 +61,7 @@ impl MemoryHandle {
     ///
     /// # Errors
     /// `InvalidArgument` if the scope is malformed.
-    pub async fn chunks(&self, scope: &Scope, limit: usize) -> Result<Vec<Chunk>> {
+    pub async fn chunks(&self, scope: &Scope, limit: usize) -> Result<Vec<ChunkInfo>> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         offload("chunks", move || Ok(shared.store.chunks(&scope, limit)?)).await
     }

@@ -5,3 +5,6 @@ pub(crate) mod config;
 pub(crate) mod decoder;
 pub(crate) mod frequencies;
 pub(crate) mod weights;
+
+#[cfg(test)]
+mod tests;

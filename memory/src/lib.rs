@@ -1,1 +1,50 @@
-//! What is remembered.
+//! What an agent's sessions remember, in one folder: a turn log, chunks found by words and by vectors, cache pages.
+//! Knows no model, tokenizer or weights: a vector is `&[f32]`, a page is bytes, a token is a `u32`.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use mka_memory::{Commit, Forget, HashedEmbedder, NewTurn, Recall, Role, Scope, Store, StoreOptions};
+//!
+//! # fn main() -> mka_memory::Result<()> {
+//! # let folder = tempfile::tempdir().unwrap();
+//! # let path = folder.path().join("agent.mka");
+//! let store = Store::open(path, Arc::new(HashedEmbedder::new()), StoreOptions::default())?;
+//! let trip = Scope::user("ada").session("trip");
+//! let turn = NewTurn::new(Role::User, "We booked the Gion hotel in Kyoto.");
+//! store.commit(&trip, Commit { turns: vec![turn], ..Commit::default() })?;
+//!
+//! let hits = store.recall(&Scope::user("ada"), "hotel in Kyoto", &Recall::default())?;
+//! assert_eq!(hits[0].text, "We booked the Gion hotel in Kyoto.");
+//!
+//! let receipt = store.forget(&Scope::user("ada"), &Forget::matching("Gion"))?;
+//! store.verify(&receipt)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What it does not do: generate text, count tokens, tell the time, or reach a network.
+//! The format on disk and what each call promises are in `docs/format.md`.
+
+mod chunk;
+mod embedder;
+mod error;
+mod forget;
+mod format;
+mod hashed;
+mod log;
+mod partition;
+mod recall;
+mod scope;
+mod store;
+mod summary;
+mod vectors;
+mod words;
+
+pub use embedder::Embedder;
+pub use error::{Error, ErrorKind, Result};
+pub use forget::{Forget, Receipt};
+pub use hashed::HashedEmbedder;
+pub use log::{Commit, Committed, NewSnapshot, NewTurn, Role, Snapshot, Turn, TurnId};
+pub use recall::{ChunkId, Hit, Recall, Source, Trust, Why};
+pub use scope::Scope;
+pub use store::{ChunkInfo, SessionInfo, Stats, Store, StoreOptions};

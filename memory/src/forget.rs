@@ -1,0 +1,73 @@
+//! What to erase, and the receipt that it is gone.
+//! Knows nothing of where the bytes lie.
+
+use serde::{Deserialize, Serialize};
+
+use crate::TurnId;
+
+/// What to erase within a scope.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Forget {
+    /// Every turn whose text or source name contains this text, letter case aside.
+    Matching(String),
+    /// One turn of the scope's session.
+    Turn(TurnId),
+    /// Every turn before this time, in milliseconds since the Unix epoch.
+    Before(i64),
+    /// The scope's session, with its place in the log.
+    Session,
+    /// Every session of the scope, with its place in the log.
+    Everything,
+}
+
+impl Forget {
+    /// Every turn whose text or source name contains `text`, letter case aside.
+    pub fn matching(text: impl Into<String>) -> Self {
+        Self::Matching(text.into())
+    }
+
+    /// One turn of the scope's session.
+    pub fn turn(turn: TurnId) -> Self {
+        Self::Turn(turn)
+    }
+
+    /// Every turn before `time_ms`, in milliseconds since the Unix epoch.
+    pub fn before(time_ms: i64) -> Self {
+        Self::Before(time_ms)
+    }
+
+    /// The scope's session.
+    pub fn session() -> Self {
+        Self::Session
+    }
+
+    /// Every session of the scope.
+    pub fn everything() -> Self {
+        Self::Everything
+    }
+}
+
+/// What was erased, without the erased text; [`Store::verify`](crate::Store::verify) checks it against the files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Receipt {
+    /// Hash over the digests and counts.
+    pub id: u64,
+    /// The scope that was searched, as text.
+    pub scope: String,
+    /// What was asked. It is the caller's own text, and is not kept by the store.
+    pub selector: Forget,
+    /// Turns erased.
+    pub turns: usize,
+    /// Chunks that left memory: their text stood in no other turn.
+    pub chunks: usize,
+    /// K/V pages dropped: all of every session that lost a turn.
+    pub pages: usize,
+    /// Bytes of text erased.
+    pub bytes: u64,
+    /// One digest for each erased turn and each erased chunk, seeded by the store.
+    pub digests: Vec<u128>,
+    /// Numbers of the segment files that held erased bytes and were deleted.
+    pub segments: Vec<u32>,
+}

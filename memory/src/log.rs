@@ -1,0 +1,129 @@
+//! What a caller writes and reads back: turns, snapshots, commits.
+//! Knows nothing of files, indexes or scores; it is plain data.
+
+use serde::{Deserialize, Serialize};
+
+/// Who produced a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Role {
+    /// Instructions of the host.
+    System,
+    /// A human's message.
+    User,
+    /// The model's answer.
+    Assistant,
+    /// A document fed to the session.
+    Document,
+    /// Text that memory gave back to the model: logged, but never chunked, embedded or recalled again.
+    Recalled,
+}
+
+/// The number of a turn within its session, from 0.
+pub type TurnId = u64;
+
+/// A turn to be appended to a session's log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewTurn {
+    /// Who produced it.
+    pub role: Role,
+    /// Its text.
+    pub text: String,
+    /// When, in milliseconds since the Unix epoch, as the caller's clock has it.
+    pub time_ms: i64,
+    /// What this turn added to the model's token stream; may be empty.
+    pub tokens: Vec<u32>,
+    /// Where the text comes from: a file name, a URL.
+    pub source: Option<String>,
+    /// Whether it can be recalled later. Without effect on [`Role::Recalled`], which never can.
+    pub remember: bool,
+}
+
+impl NewTurn {
+    /// A turn at time 0 without tokens; remembered if a user, the assistant or a document speaks.
+    pub fn new(role: Role, text: impl Into<String>) -> Self {
+        Self {
+            role,
+            text: text.into(),
+            time_ms: 0,
+            tokens: Vec::new(),
+            source: None,
+            remember: matches!(role, Role::User | Role::Assistant | Role::Document),
+        }
+    }
+}
+
+/// A turn as it stands in the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Turn {
+    /// Its number within the session.
+    pub id: TurnId,
+    /// Who produced it.
+    pub role: Role,
+    /// Its text; empty if the turn was forgotten.
+    pub text: String,
+    /// When, in milliseconds since the Unix epoch.
+    pub time_ms: i64,
+    /// What it added to the model's token stream.
+    pub tokens: Vec<u32>,
+    /// Where the text comes from.
+    pub source: Option<String>,
+    /// Superseded by a later commit: kept in the log, no longer recalled.
+    pub retracted: bool,
+    /// Erased by [`Store::forget`](crate::Store::forget): only its place in the log is left.
+    pub forgotten: bool,
+}
+
+/// The state of a model's session, to go on from after a restart.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NewSnapshot {
+    /// Identity of the model and cache layout that can read it.
+    pub fingerprint: [u8; 16],
+    /// Tokens in the stream at this point.
+    pub position: u64,
+    /// Opaque bytes of the caller.
+    pub state: Vec<u8>,
+    /// New or rewritten pages: index and bytes.
+    pub pages: Vec<(u64, Vec<u8>)>,
+    /// Indexes of the pages that must be loadable for the session to go on.
+    /// A stored page that is not named here any more is evicted:
+    /// kept while [`StoreOptions::evicted_page_bytes`](crate::StoreOptions::evicted_page_bytes) allows it.
+    pub window: Vec<u64>,
+}
+
+/// A session's state as it was last committed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// Tokens in the stream at this point.
+    pub position: u64,
+    /// Opaque bytes of the caller.
+    pub state: Vec<u8>,
+    /// The pages of the window, by ascending index.
+    pub pages: Vec<(u64, Vec<u8>)>,
+}
+
+/// What one call of [`Store::commit`](crate::Store::commit) changes, all of it or nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Commit {
+    /// Turns to append, in order.
+    pub turns: Vec<NewTurn>,
+    /// The session's new state, if it changed.
+    pub snapshot: Option<NewSnapshot>,
+    /// This turn and all after it are superseded before `turns` are appended:
+    /// they stay in the log, marked, and are no longer recalled.
+    pub retract: Option<TurnId>,
+}
+
+/// What a commit did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Committed {
+    /// Numbers of the appended turns.
+    pub turns: Vec<TurnId>,
+    /// Chunks that were new to the scope.
+    pub chunks_added: usize,
+    /// Chunks whose text the scope already held: counted there, not stored again.
+    pub chunks_deduplicated: usize,
+}

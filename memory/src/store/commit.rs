@@ -1,0 +1,484 @@
+//! Commits: turns, snapshot and retraction of one session, all of it or nothing.
+//! Knows nothing of search; it plans under the writer's lock and applies after the disk has it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::records::Change;
+use super::state::{ChunkSpan, Session, State, counts_in_summary, place};
+use super::{Store, Writer};
+use crate::format::{
+    Body, Key, Kind, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord, TurnChunks,
+    TurnRecord, encode_names,
+};
+use crate::partition::{Chunk, Partition, chunk_id};
+use crate::summary::Summary;
+use crate::{
+    Commit, Committed, Error, ErrorKind, NewSnapshot, NewTurn, Result, Role, Scope, TurnId, chunk,
+};
+
+/// How much of a user turn is kept at hand for the short question that may follow.
+const LAST_USER_TEXT_BYTES: usize = 2048;
+
+/// A turn cut into chunks, before the writer's lock is taken.
+struct Cut<'a> {
+    turn: &'a NewTurn,
+    spans: Vec<chunk::Span>,
+}
+
+/// What a commit will do to the indexes once it is on the disk.
+struct Plan<'a> {
+    session: u64,
+    is_new: bool,
+    first_turn: TurnId,
+    changes: Vec<Change>,
+    /// The chunks of each appended turn.
+    spans: Vec<Vec<ChunkSpan>>,
+    /// Chunks that the partition does not know: identity, text, vectors, turn.
+    fresh: Vec<(u128, &'a str, Vec<f32>, TurnId)>,
+    /// Where a chunk is among `fresh`.
+    fresh_at: HashMap<u128, usize>,
+    num_deduplicated: usize,
+    retracted: Vec<TurnId>,
+    next_order: u64,
+    summary: Option<Summary>,
+}
+
+impl Store {
+    /// Applies `commit` to the scope's session, which is made if it does not exist.
+    ///
+    /// Atomic, and durable when it returns: after a crash at any moment the session holds all of it or nothing.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a scope without session, a page named twice, or a window page that is neither given nor
+    /// stored; `NotFound` if `retract` is beyond the log; `Storage` if the disk refuses. Nothing changes on an error,
+    /// except that after a `Storage` error from the database itself the store must be opened again to be written.
+    ///
+    /// # Cost
+    /// Two syncs of the disk, and the embedding of chunks that are new to the scope.
+    pub fn commit(&self, scope: &Scope, commit: Commit) -> Result<Committed> {
+        scope.check_session("commit")?;
+        if let Some(snapshot) = &commit.snapshot {
+            check_pages(snapshot)?;
+        }
+        if commit.turns.is_empty() && commit.snapshot.is_none() && commit.retract.is_none() {
+            return Ok(Committed::default());
+        }
+        let cuts: Vec<Cut<'_>> = commit.turns.iter().map(|turn| self.cut(turn)).collect();
+        let mut embedded = HashMap::new();
+        self.embed_unknown(scope, &cuts, &mut embedded)?;
+        let mut writer = self.writer()?;
+        // A chunk that was known may have been forgotten meanwhile.
+        self.embed_unknown(scope, &cuts, &mut embedded)?;
+        let planned = self.plan(&mut writer, scope, &commit, &cuts, embedded);
+        let done = planned.and_then(|plan| self.carry_out(&mut writer, scope, &cuts, plan));
+        match &done {
+            Ok(_) => self.compact_one(&mut writer),
+            Err(_) => writer.appender.abandon(),
+        }
+        done
+    }
+
+    fn cut<'a>(&self, turn: &'a NewTurn) -> Cut<'a> {
+        let remembered = turn.remember && turn.role != Role::Recalled;
+        let spans = if remembered {
+            chunk::spans(&turn.text, self.options.chunk_words)
+        } else {
+            Vec::new()
+        };
+        Cut { turn, spans }
+    }
+
+    /// Embeds the sentences of all chunks that neither the partition nor `embedded` has.
+    fn embed_unknown<'a>(
+        &self,
+        scope: &Scope,
+        cuts: &[Cut<'a>],
+        embedded: &mut HashMap<&'a str, Vec<f32>>,
+    ) -> Result<()> {
+        let mut unknown: Vec<(&'a str, Vec<&'a str>)> = Vec::new();
+        {
+            let state = self.read();
+            let partition = state.partition(scope);
+            let mut seen = BTreeSet::new();
+            for cut in cuts {
+                for span in &cut.spans {
+                    let text = &cut.turn.text[span.bytes.clone()];
+                    let id = known_id(state.store.seed, text, partition);
+                    let is_known = partition.is_some_and(|partition| partition.get(id).is_some());
+                    if !is_known && !embedded.contains_key(text) && seen.insert(text) {
+                        let units = span.units.iter().map(|unit| &cut.turn.text[unit.clone()]);
+                        unknown.push((text, units.collect()));
+                    }
+                }
+            }
+        }
+        let texts: Vec<&str> = unknown.iter().flat_map(|(_, units)| units).copied().collect();
+        let rows = self.embed(&texts)?;
+        let mut rest = rows.as_slice();
+        for (text, units) in unknown {
+            let (vectors, tail) = rest.split_at(units.len() * self.embedder.dim());
+            embedded.insert(text, vectors.to_vec());
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// Appends everything long, and lists what changes; nothing of it counts until it is published.
+    fn plan<'a>(
+        &self,
+        writer: &mut Writer,
+        scope: &Scope,
+        commit: &'a Commit,
+        cuts: &[Cut<'a>],
+        mut embedded: HashMap<&'a str, Vec<f32>>,
+    ) -> Result<Plan<'a>> {
+        let state = self.read();
+        let known = state.session(scope);
+        let session = known.map_or(state.store.next_session, |(id, _)| id);
+        let known = known.map(|(_, session)| session);
+        let first_turn = known.map_or(0, |session| session.num_turns);
+        let mut plan = Plan {
+            session,
+            is_new: known.is_none(),
+            first_turn,
+            changes: Vec::new(),
+            spans: Vec::new(),
+            fresh: Vec::new(),
+            fresh_at: HashMap::new(),
+            num_deduplicated: 0,
+            retracted: Vec::new(),
+            next_order: state.next_order(scope.user_id()),
+            summary: None,
+        };
+        if let Some(from) = commit.retract {
+            plan.retract(known, from)?;
+        }
+        let mut summary = match known {
+            Some(session) if plan.retracted.is_empty() => session.summary.clone(),
+            Some(session) => state.summarize(session, |turn| Some(turn) < commit.retract),
+            None => Summary::new(state.dim()),
+        };
+        let before = summary.clone();
+        for (turn, cut) in (first_turn..).zip(cuts) {
+            plan.turn(writer, &state, scope, turn, cut, &mut embedded, &mut summary)?;
+        }
+        if let Some(snapshot) = &commit.snapshot {
+            plan.snapshot(writer, known, snapshot, self.options.evicted_page_bytes)?;
+        }
+        let changed = before != summary || !plan.retracted.is_empty();
+        plan.session(writer, &state, scope, known, changed.then_some(summary))?;
+        Ok(plan)
+    }
+
+    fn carry_out(
+        &self,
+        writer: &mut Writer,
+        scope: &Scope,
+        cuts: &[Cut<'_>],
+        plan: Plan<'_>,
+    ) -> Result<Committed> {
+        let mut state = self.publish(writer, &plan.changes)?;
+        let state = &mut *state;
+        if plan.is_new {
+            state.name(plan.session, scope.clone());
+        }
+        state.orders.insert(scope.user_id().to_owned(), plan.next_order);
+        let terms = self.terms();
+        let turns: Vec<TurnId> = (plan.first_turn..).take(cuts.len()).collect();
+        let mut places = Vec::new();
+        let mut dropped = Vec::new();
+        if let Some(session) = state.sessions.get_mut(&plan.session) {
+            for ((&id, cut), spans) in turns.iter().zip(cuts).zip(plan.spans) {
+                let Some(turn) = session.turns.get_mut(&id) else { continue };
+                places.extend(
+                    spans.iter().map(|span| (span.0, place(plan.session, id, span, &turn.record))),
+                );
+                turn.chunks = spans;
+                turn.source = cut.turn.source.as_deref().map(Box::from);
+                if cut.turn.role == Role::User {
+                    session.last_user_text = start_of(&cut.turn.text).into();
+                }
+            }
+            for turn in &plan.retracted {
+                let chunks = session.turns.get(turn).map(|turn| &turn.chunks);
+                dropped.extend(chunks.into_iter().flatten().map(|chunk| (*turn, chunk.0)));
+            }
+            if let Some(summary) = plan.summary {
+                session.summary = summary;
+            }
+        }
+        let committed = Committed {
+            turns,
+            chunks_added: plan.fresh.len(),
+            chunks_deduplicated: plan.num_deduplicated,
+        };
+        let partition = state.partition_mut(scope);
+        for (id, text, vectors, turn) in plan.fresh {
+            let home = (plan.session, turn);
+            let (text, vectors) = (text.into(), vectors.into());
+            partition.insert(&terms, Chunk { id, text, vectors, home, places: Vec::new() });
+        }
+        for (id, place) in places {
+            partition.add_place(id, place);
+        }
+        // After the new places: a text that is retracted and said again keeps its chunk.
+        let mut bare = Vec::new();
+        for (turn, id) in dropped {
+            bare.extend(partition.remove_places(std::iter::once(id), plan.session, turn));
+        }
+        partition.remove(&terms, &bare);
+        Ok(committed)
+    }
+}
+
+impl<'a> Plan<'a> {
+    fn put(&mut self, key: Key, record: Record) {
+        self.changes.push(Change::put(key, record));
+    }
+
+    fn retract(&mut self, known: Option<&Session>, from: TurnId) -> Result<()> {
+        if from > self.first_turn {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!(
+                    "commit: expected to retract from a turn up to {}, got {from}",
+                    self.first_turn
+                ),
+            ));
+        }
+        for (&turn, state) in known.iter().flat_map(|session| session.turns.range(from..)) {
+            if !state.record.retracted {
+                let record = TurnRecord { retracted: true, ..state.record };
+                self.put(Key::Turn(self.session, turn), Record::Turn(record));
+                self.retracted.push(turn);
+            }
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn turn(
+        &mut self,
+        writer: &mut Writer,
+        state: &State,
+        scope: &Scope,
+        turn: TurnId,
+        cut: &Cut<'a>,
+        embedded: &mut HashMap<&'a str, Vec<f32>>,
+        summary: &mut Summary,
+    ) -> Result<()> {
+        let new = cut.turn;
+        let body = Body::encode(self.session, turn, new.source.as_deref(), &new.text, &new.tokens);
+        let body = writer.appender.append(Kind::Body, &body)?;
+        let partition = state.partition(scope);
+        let mut spans: Vec<ChunkSpan> = Vec::with_capacity(cut.spans.len());
+        // Where each chunk's vectors are among `fresh`; none if an earlier turn holds them.
+        let mut homes: Vec<Option<usize>> = Vec::with_capacity(cut.spans.len());
+        for span in &cut.spans {
+            let text: &'a str = &new.text[span.bytes.clone()];
+            let id = chunk_id(state.store.seed, text, |id| {
+                let stored = partition.and_then(|partition| partition.get(id));
+                let fresh = self.fresh_at.get(&id).map(|&at| self.fresh[at].1);
+                stored.map(|chunk| &*chunk.text).or(fresh)
+            });
+            spans.push((id, span.bytes.start as u64, span.bytes.end as u64));
+            let stored = partition.and_then(|partition| partition.get(id));
+            match (stored, self.fresh_at.get(&id).copied()) {
+                (Some(chunk), _) => {
+                    push(summary, new.role, &chunk.vectors);
+                    homes.push(None);
+                    self.num_deduplicated += 1;
+                }
+                (None, Some(at)) => {
+                    push(summary, new.role, &self.fresh[at].2);
+                    homes.push(None);
+                    self.num_deduplicated += 1;
+                }
+                (None, None) => {
+                    let vectors = embedded.remove(text).unwrap_or_default();
+                    push(summary, new.role, &vectors);
+                    homes.push(Some(self.fresh.len()));
+                    self.fresh_at.insert(id, self.fresh.len());
+                    self.fresh.push((id, text, vectors, turn));
+                }
+            }
+        }
+        let chunks = if spans.is_empty() {
+            None
+        } else {
+            let rows = spans.iter().zip(&homes).map(|(&(id, start, end), home)| {
+                (id, start, end, home.map_or(&[][..], |at| &self.fresh[at].2))
+            });
+            let payload = TurnChunks::encode(self.session, turn, rows);
+            Some(writer.appender.append(Kind::Chunks, &payload)?)
+        };
+        let record = TurnRecord {
+            role: new.role,
+            time_ms: new.time_ms,
+            order: self.next_order,
+            remember: new.remember,
+            retracted: false,
+            body: Some(body),
+            chunks,
+        };
+        self.next_order += 1;
+        self.put(Key::Turn(self.session, turn), Record::Turn(record));
+        self.spans.push(spans);
+        Ok(())
+    }
+
+    fn snapshot(
+        &mut self,
+        writer: &mut Writer,
+        known: Option<&Session>,
+        new: &NewSnapshot,
+        evicted_page_bytes: u64,
+    ) -> Result<()> {
+        let old = known.and_then(|session| session.snapshot);
+        // Pages of another model are never mixed with this one's.
+        let same = old.is_some_and(|old| old.fingerprint == new.fingerprint);
+        let stored: BTreeMap<u64, PageRecord> =
+            known.filter(|_| same).map(|session| session.pages.clone()).unwrap_or_default();
+        let given: BTreeMap<u64, &[u8]> =
+            new.pages.iter().map(|(page, bytes)| (*page, bytes.as_slice())).collect();
+        let window: BTreeSet<u64> = new.window.iter().copied().collect();
+        if let Some(page) =
+            window.iter().find(|page| !given.contains_key(page) && !stored.contains_key(page))
+        {
+            return Err(Error::invalid(format!(
+                "commit: expected page {page} of the window among the pages given or stored"
+            )));
+        }
+        let evicted = evict(&stored, &given, &window, evicted_page_bytes);
+        let all: BTreeSet<u64> = stored.keys().chain(given.keys()).copied().collect();
+        for page in all {
+            let place = if window.contains(&page) { Some(0) } else { evicted.get(&page).copied() };
+            let key = Key::Page(self.session, page);
+            match (place, given.get(&page), stored.get(&page)) {
+                (Some(evicted), Some(bytes), _) => {
+                    let blob = writer.appender.append(Kind::Page, bytes)?;
+                    self.put(key, Record::Page(PageRecord { blob, evicted }));
+                }
+                (Some(evicted), None, Some(record)) if record.evicted != evicted => {
+                    self.put(key, Record::Page(PageRecord { evicted, ..*record }));
+                }
+                (None, _, Some(_)) => self.changes.push(Change::remove(key)),
+                _ => {}
+            }
+        }
+        for page in known.filter(|_| !same).iter().flat_map(|session| session.pages.keys()) {
+            // A page that was given anew is replaced by the change listed above.
+            if !given.contains_key(page) || !(window.contains(page) || evicted.contains_key(page)) {
+                self.changes.push(Change::remove(Key::Page(self.session, *page)));
+            }
+        }
+        let state = writer.appender.append(Kind::State, &new.state)?;
+        let record = SnapshotRecord {
+            fingerprint: new.fingerprint,
+            position: new.position,
+            num_window_pages: window.len() as u64,
+            state,
+        };
+        self.put(Key::Snapshot(self.session), Record::Snapshot(record));
+        Ok(())
+    }
+
+    fn session(
+        &mut self,
+        writer: &mut Writer,
+        state: &State,
+        scope: &Scope,
+        known: Option<&Session>,
+        summary: Option<Summary>,
+    ) -> Result<()> {
+        let old = known.and_then(|session| session.record);
+        if old.is_some() && summary.is_none() {
+            return Ok(());
+        }
+        let names = match old {
+            Some(old) => old.names,
+            None => {
+                let session = scope.session_id().unwrap_or_default();
+                let names = encode_names(scope.user_id(), scope.agent_id(), session);
+                let store = StoreRecord {
+                    next_session: state.store.next_session + 1,
+                    ..state.store.clone()
+                };
+                self.put(Key::Store, Record::Store(store));
+                writer.appender.append(Kind::Names, &names)?
+            }
+        };
+        let blob = match &summary {
+            Some(summary) => Some(writer.appender.append(Kind::Summary, &summary.encode())?),
+            None => old.and_then(|old| old.summary),
+        };
+        let record = SessionRecord { names, summary: blob };
+        self.put(Key::Session(self.session), Record::Session(record));
+        self.summary = summary;
+        Ok(())
+    }
+}
+
+/// Places in the order of eviction for the pages outside the window that fit the budget, newest kept first.
+fn evict(
+    stored: &BTreeMap<u64, PageRecord>,
+    given: &BTreeMap<u64, &[u8]>,
+    window: &BTreeSet<u64>,
+    budget_bytes: u64,
+) -> BTreeMap<u64, u64> {
+    let mut next = stored.values().map(|record| record.evicted).max().unwrap_or(0) + 1;
+    let mut outside: Vec<(u64, u64, u64)> = Vec::new();
+    let pages: BTreeSet<u64> = stored.keys().chain(given.keys()).copied().collect();
+    for page in pages.into_iter().filter(|page| !window.contains(page)) {
+        let record = stored.get(&page);
+        let stored_bytes = record.map_or(0, |record| u64::from(record.blob.len));
+        let bytes = given.get(&page).map_or(stored_bytes, |bytes| bytes.len() as u64);
+        let evicted = match record {
+            Some(record) if record.evicted > 0 => record.evicted,
+            _ => {
+                next += 1;
+                next - 1
+            }
+        };
+        outside.push((evicted, page, bytes));
+    }
+    outside.sort_unstable_by(|a, b| b.cmp(a));
+    let mut left = budget_bytes;
+    let mut kept = BTreeMap::new();
+    for (evicted, page, bytes) in outside {
+        if bytes > left {
+            break;
+        }
+        left -= bytes;
+        kept.insert(page, evicted);
+    }
+    // A budget of zero keeps nothing, not even pages without bytes.
+    if budget_bytes == 0 { BTreeMap::new() } else { kept }
+}
+
+fn check_pages(snapshot: &NewSnapshot) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    match snapshot.pages.iter().find(|(page, _)| !seen.insert(*page)) {
+        None => Ok(()),
+        Some((page, _)) => Err(Error::invalid(format!("commit: page {page} is given twice"))),
+    }
+}
+
+fn known_id(seed: u64, text: &str, partition: Option<&Partition>) -> u128 {
+    chunk_id(seed, text, |id| Some(&*partition?.get(id)?.text))
+}
+
+fn push(summary: &mut Summary, role: Role, rows: &[f32]) {
+    if counts_in_summary(role) {
+        summary.push(rows);
+    }
+}
+
+/// The first bytes of a text, cut at a character.
+pub(super) fn start_of(text: &str) -> &str {
+    let mut end = text.len().min(LAST_USER_TEXT_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}

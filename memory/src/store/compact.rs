@@ -1,0 +1,86 @@
+//! Compaction: live records of a segment are copied on, references swapped, the file removed.
+//! Knows nothing of what a record means; a damaged one is carried along as damaged as it is.
+
+use super::records::Change;
+use super::{Store, Writer};
+use crate::Result;
+use crate::format::{Key, Record, SEGMENT_HEADER_BYTES, StoreRecord};
+
+/// References swapped in one batch: bounds the memory of a compaction.
+const BATCH_RECORDS: usize = 4096;
+
+impl Store {
+    /// Compacts at most one sealed segment that is less than half alive: the bound on what a commit adds.
+    /// The commit is durable already, so that a failure here is only noted.
+    pub(super) fn compact_one(&self, writer: &mut Writer) {
+        let active = writer.appender.active();
+        let candidate = {
+            let state = self.read();
+            if state.refs_lost {
+                return;
+            }
+            state.segments.values().filter(|segment| Some(segment.number()) != active).find_map(
+                |segment| {
+                    let live = state.live_bytes.get(&segment.number()).copied().unwrap_or(0);
+                    let len = segment.len().ok()?;
+                    (live * 2 < len).then_some(segment.number())
+                },
+            )
+        };
+        if let Some(number) = candidate
+            && let Err(error) = self.compact(writer, number)
+        {
+            writer.appender.abandon();
+            tracing::warn!(segment = number, %error, "compaction failed");
+        }
+    }
+
+    /// Moves what is alive in `number` to the active segment, and removes the file.
+    pub(super) fn compact(&self, writer: &mut Writer, number: u32) -> Result<()> {
+        let (segment, records) = {
+            let state = self.read();
+            let Some(segment) = state.segments.get(&number).cloned() else { return Ok(()) };
+            (segment, state.records_in(number))
+        };
+        for batch in records.chunks(BATCH_RECORDS) {
+            let mut changes = Vec::with_capacity(batch.len());
+            for (key, record) in batch {
+                let mut record = record.clone();
+                for blob in record.refs_mut().filter(|blob| blob.segment == number) {
+                    *blob = writer.appender.copy(&segment, blob)?;
+                }
+                changes.push(Change::put(*key, record));
+            }
+            drop(self.publish(writer, &changes)?);
+        }
+        {
+            let mut state = self.write();
+            state.segments.remove(&number);
+            state.live_bytes.remove(&number);
+        }
+        writer.appender.remove(&segment)
+    }
+
+    /// Leaves no byte in any segment that no record refers to; returns the segments that had some, and are gone.
+    pub(super) fn purge(&self, writer: &mut Writer) -> Result<Vec<u32>> {
+        let mut impure = Vec::new();
+        {
+            let state = self.read();
+            for segment in state.segments.values() {
+                let live = state.live_bytes.get(&segment.number()).copied().unwrap_or(0);
+                if live == 0 || live + SEGMENT_HEADER_BYTES < segment.len()? {
+                    impure.push(segment.number());
+                }
+            }
+        }
+        if writer.appender.active().is_some_and(|active| impure.contains(&active)) {
+            writer.appender.seal();
+        }
+        for &number in &impure {
+            self.compact(writer, number)?;
+        }
+        let store = StoreRecord { purge_pending: false, ..self.read().store.clone() };
+        drop(self.publish(writer, &[Change::put(Key::Store, Record::Store(store))])?);
+        Ok(impure)
+    }
+}

@@ -1,0 +1,431 @@
+//! Forgetting: what a selector names leaves the log, the indexes, the pages, the summaries and the files.
+//! Knows nothing of search; the receipt holds digests, never the text.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::read::{open, read_body};
+use super::records::Change;
+use super::state::{Session, State};
+use super::{Store, Writer};
+use crate::format::{
+    Body, Key, Kind, Record, StoreRecord, TurnChunks, TurnRecord, chunk_digest, turn_digest,
+};
+use crate::summary::Summary;
+use crate::{Error, Forget, Receipt, Result, Role, Scope};
+
+/// Turns to erase, each with its text; none if the text is damaged and cannot be read.
+type Erased = BTreeMap<(u64, u64), Option<String>>;
+
+/// What an erasure does, before it is carried out.
+#[derive(Default)]
+struct Erasure {
+    turns: Erased,
+    /// Sessions that lose their place in the log, too.
+    whole: BTreeSet<u64>,
+    /// Chunks that stand in no other turn, by session of the erased turn.
+    bare: BTreeMap<u64, BTreeSet<u128>>,
+    /// Chunks whose vectors must move to another turn's record: session of the partition, identity, new home.
+    moved: BTreeMap<(u64, u128), (u64, u64)>,
+    summaries: BTreeMap<u64, Summary>,
+    receipt: Option<Receipt>,
+}
+
+impl Store {
+    /// Erases what `selector` names within `scope`, and compacts until its bytes are in no file of the store.
+    ///
+    /// An erased turn keeps its number, role and time, and nothing else; `Session` and `Everything` remove even that.
+    /// A session that loses a turn loses its snapshot and pages, which may hold the text, and its summary is made anew.
+    /// Turns in which memory quoted an erased chunk back to a model ([`Role::Recalled`]) are erased with it, in all
+    /// sessions of the user. A turn that is damaged and cannot be read counts as matching any text.
+    /// What a model said about the text in its own words is found by `Matching` alone.
+    ///
+    /// Bytes that the file system or the drive keeps after a file is removed are beyond this library's reach.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an empty text, or a selector that needs a session and a scope without one; `NotFound` for a
+    /// turn beyond the log. If it fails half-way, the rest is done when the store is opened next.
+    ///
+    /// # Cost
+    /// Reads every turn of the scope for `Matching`; rewrites every segment that holds unused bytes.
+    pub fn forget(&self, scope: &Scope, selector: &Forget) -> Result<Receipt> {
+        match selector {
+            Forget::Turn(_) | Forget::Session => scope.check_session("forget")?,
+            _ => scope.check("forget")?,
+        }
+        if matches!(selector, Forget::Matching(text) if text.is_empty()) {
+            return Err(Error::invalid("forget: expected a text to match, got an empty one"));
+        }
+        let mut writer = self.writer()?;
+        let mut erasure = self.select(scope, selector)?;
+        self.add_quotes(scope, &mut erasure)?;
+        let changes = match self.plan_erasure(&mut writer, scope, selector, &mut erasure) {
+            Ok(changes) => changes,
+            Err(error) => {
+                writer.appender.abandon();
+                return Err(error);
+            }
+        };
+        let mut receipt =
+            erasure.receipt.take().ok_or_else(|| Error::invalid("forget: nothing was planned"))?;
+        self.carry_out_erasure(&mut writer, &changes, erasure)?;
+        receipt.segments = self.purge(&mut writer)?;
+        Ok(receipt)
+    }
+
+    /// Checks the files against a receipt: no record of an erased turn or chunk is left, used or unused,
+    /// and the segments that held them are gone.
+    ///
+    /// # Errors
+    /// `Corrupted` if something is left: the text says how much.
+    ///
+    /// # Cost
+    /// Reads every segment once.
+    pub fn verify(&self, receipt: &Receipt) -> Result<()> {
+        let (seed, segments) = {
+            let state = self.read();
+            (state.store.seed, state.segments.values().cloned().collect::<Vec<_>>())
+        };
+        let digests: BTreeSet<u128> = receipt.digests.iter().copied().collect();
+        let mut found = BTreeSet::new();
+        for segment in &segments {
+            if receipt.segments.contains(&segment.number()) {
+                return Err(Error::corrupted(format!(
+                    "verify: expected segment {:06} to be gone, it is there",
+                    segment.number()
+                )));
+            }
+            segment.walk(|kind, payload| match kind {
+                Kind::Body => {
+                    if let Ok(body) = Body::decode(payload) {
+                        found.insert(turn_digest(seed, body.session, body.turn, &body.text));
+                    }
+                }
+                Kind::Chunks => {
+                    if let Ok(turn) = TurnChunks::decode(payload) {
+                        let chunks = turn.chunks.iter();
+                        found
+                            .extend(chunks.map(|chunk| {
+                                chunk_digest(seed, turn.session, turn.turn, chunk.id)
+                            }));
+                    }
+                }
+                _ => {}
+            })?;
+        }
+        match digests.intersection(&found).count() {
+            0 => Ok(()),
+            left => Err(Error::corrupted(format!(
+                "verify: expected none of {} erased records in the files, found {left}",
+                digests.len()
+            ))),
+        }
+    }
+
+    /// The turns that the selector names.
+    fn select(&self, scope: &Scope, selector: &Forget) -> Result<Erasure> {
+        let mut erasure = Erasure::default();
+        let needle = match selector {
+            Forget::Matching(text) => text.to_lowercase(),
+            _ => String::new(),
+        };
+        let state = self.read();
+        for (id, session_scope, session) in state.sessions_in(scope) {
+            if let Forget::Turn(turn) = selector
+                && *turn >= session.num_turns
+            {
+                return Err(not_found(session_scope, *turn, session.num_turns));
+            }
+            if matches!(selector, Forget::Session | Forget::Everything) {
+                erasure.whole.insert(id);
+            }
+            for (&turn, turn_state) in &session.turns {
+                let is_candidate = match selector {
+                    Forget::Turn(wanted) => turn == *wanted,
+                    Forget::Before(time_ms) => turn_state.record.time_ms < *time_ms,
+                    Forget::Matching(_) | Forget::Session | Forget::Everything => true,
+                };
+                if !is_candidate {
+                    continue;
+                }
+                let Some(body) = self.body(&state, session_scope, session, turn) else { continue };
+                let matches = needle.is_empty()
+                    || body.as_ref().is_none_or(|body| {
+                        let source = body
+                            .source
+                            .iter()
+                            .any(|source| source.to_lowercase().contains(&needle));
+                        source || body.text.to_lowercase().contains(&needle)
+                    });
+                if matches {
+                    erasure.turns.insert((id, turn), body.map(|body| body.text));
+                }
+            }
+        }
+        if let Forget::Turn(turn) = selector
+            && state.session(scope).is_none()
+        {
+            return Err(not_found(scope, *turn, 0));
+        }
+        Ok(erasure)
+    }
+
+    /// A turn's body: none if it is forgotten already, `Some(None)` if it is damaged.
+    fn body(
+        &self,
+        state: &State,
+        scope: &Scope,
+        session: &Session,
+        turn: u64,
+    ) -> Option<Option<Body>> {
+        let blob = session.turns.get(&turn)?.record.body?;
+        Some(open(state, blob).and_then(|blob| read_body(scope, turn, blob)).ok())
+    }
+
+    /// Adds the turns in which a chunk that will be gone was quoted back to a model.
+    fn add_quotes(&self, scope: &Scope, erasure: &mut Erasure) -> Result<()> {
+        let state = self.read();
+        let mut texts = BTreeSet::new();
+        for (session_id, id) in bare_chunks(&state, erasure) {
+            let session =
+                state.sessions.get(&session_id).and_then(|session| session.scope.as_ref());
+            let partition = session.and_then(|scope| state.partition(scope));
+            if let Some(chunk) = partition.and_then(|partition| partition.get(id)) {
+                texts.insert(letters(&chunk.text));
+            }
+        }
+        texts.remove("");
+        if texts.is_empty() {
+            return Ok(());
+        }
+        let user = Scope::user(scope.user_id());
+        for (id, session_scope, session) in state.sessions_in(&user) {
+            let quotes =
+                session.turns.iter().filter(|(_, turn)| turn.record.role == Role::Recalled);
+            for (&turn, _) in quotes {
+                if erasure.turns.contains_key(&(id, turn)) {
+                    continue;
+                }
+                let Some(body) = self.body(&state, session_scope, session, turn) else { continue };
+                let quoted = body.as_ref().is_none_or(|body| {
+                    let text = letters(&body.text);
+                    texts.iter().any(|erased| text.contains(erased.as_str()))
+                });
+                if quoted {
+                    erasure.turns.insert((id, turn), body.map(|body| body.text));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lists the changes, appends what other turns must hold from now on, and drafts the receipt.
+    fn plan_erasure(
+        &self,
+        writer: &mut Writer,
+        scope: &Scope,
+        selector: &Forget,
+        erasure: &mut Erasure,
+    ) -> Result<Vec<Change>> {
+        let state = self.read();
+        let seed = state.store.seed;
+        let mut digests = Vec::new();
+        let mut num_pages = 0;
+        for (&(id, turn), text) in &erasure.turns {
+            let Some(turn_state) = state.sessions.get(&id).and_then(|s| s.turns.get(&turn)) else {
+                continue;
+            };
+            digests.extend(text.as_ref().map(|text| turn_digest(seed, id, turn, text)));
+            digests.extend(
+                turn_state.chunks.iter().map(|chunk| chunk_digest(seed, id, turn, chunk.0)),
+            );
+        }
+        for (id, chunk) in bare_chunks(&state, erasure) {
+            erasure.bare.entry(id).or_default().insert(chunk);
+        }
+        erasure.moved = moved_chunks(&state, erasure);
+
+        let mut changes = Vec::new();
+        for &(id, turn) in erasure.turns.keys() {
+            let Some(turn_state) = state.sessions.get(&id).and_then(|s| s.turns.get(&turn)) else {
+                continue;
+            };
+            if !erasure.whole.contains(&id) {
+                let record = TurnRecord { body: None, chunks: None, ..turn_state.record };
+                changes.push(Change::put(Key::Turn(id, turn), Record::Turn(record)));
+            }
+        }
+        let affected: BTreeSet<u64> =
+            erasure.turns.keys().map(|(id, _)| *id).chain(erasure.whole.iter().copied()).collect();
+        for &id in &affected {
+            let Some(session) = state.sessions.get(&id) else { continue };
+            num_pages += session.pages.len();
+            changes.extend(session.pages.keys().map(|&page| Change::remove(Key::Page(id, page))));
+            changes.extend(session.snapshot.map(|_| Change::remove(Key::Snapshot(id))));
+            if erasure.whole.contains(&id) {
+                // Turns whose record is damaged have a key, too.
+                changes
+                    .extend((0..session.num_turns).map(|turn| Change::remove(Key::Turn(id, turn))));
+                changes.push(Change::remove(Key::Session(id)));
+            } else {
+                let turns = &erasure.turns;
+                let summary = state.summarize(session, |turn| !turns.contains_key(&(id, turn)));
+                erasure.summaries.insert(id, summary);
+            }
+        }
+        for (&id, summary) in &erasure.summaries {
+            if let Some(record) = state.sessions.get(&id).and_then(|session| session.record) {
+                let blob = writer.appender.append(Kind::Summary, &summary.encode())?;
+                let record = crate::format::SessionRecord { summary: Some(blob), ..record };
+                changes.push(Change::put(Key::Session(id), Record::Session(record)));
+            }
+        }
+        changes.extend(rehomed(&state, writer, erasure)?);
+        let store = StoreRecord { purge_pending: true, ..state.store.clone() };
+        changes.push(Change::put(Key::Store, Record::Store(store)));
+
+        let num_chunks = erasure.bare.values().flatten().collect::<BTreeSet<_>>().len();
+        let bytes = erasure.turns.values().flatten().map(|text| text.len() as u64).sum();
+        let mut all: Vec<u8> = digests.iter().flat_map(|digest| digest.to_le_bytes()).collect();
+        all.extend(format!("{} {num_chunks} {num_pages} {bytes}", erasure.turns.len()).bytes());
+        erasure.receipt = Some(Receipt {
+            id: xxh3_64(&all),
+            scope: scope.to_string(),
+            selector: selector.clone(),
+            turns: erasure.turns.len(),
+            chunks: num_chunks,
+            pages: num_pages,
+            bytes,
+            digests,
+            segments: Vec::new(),
+        });
+        Ok(changes)
+    }
+
+    fn carry_out_erasure(
+        &self,
+        writer: &mut Writer,
+        changes: &[Change],
+        erasure: Erasure,
+    ) -> Result<()> {
+        // Chunks of erased turns, before the records that name them go.
+        let mut dropped = Vec::new();
+        {
+            let state = self.read();
+            for &(id, turn) in erasure.turns.keys() {
+                let Some(session) = state.sessions.get(&id) else { continue };
+                let (Some(scope), Some(turn_state)) = (&session.scope, session.turns.get(&turn))
+                else {
+                    continue;
+                };
+                let ids: Vec<u128> = turn_state.chunks.iter().map(|chunk| chunk.0).collect();
+                dropped.push((scope.clone(), id, turn, ids));
+            }
+        }
+        let mut state = self.publish(writer, changes)?;
+        let state = &mut *state;
+        let terms = self.terms();
+        let mut bare: BTreeMap<Scope, Vec<u128>> = BTreeMap::new();
+        for (scope, id, turn, ids) in dropped {
+            let left = state.partition_mut(&scope).remove_places(ids.into_iter(), id, turn);
+            bare.entry(scope).or_default().extend(left);
+            if let Some(session) = state.sessions.get_mut(&id) {
+                session.last_user_text = "".into();
+                if let Some(turn) = session.turns.get_mut(&turn) {
+                    turn.chunks.clear();
+                    turn.source = None;
+                }
+            }
+        }
+        for (scope, ids) in bare {
+            state.partition_mut(&scope).remove(&terms, &ids);
+        }
+        for (&(id, chunk), &home) in &erasure.moved {
+            let scope = state.sessions.get(&home.0).and_then(|session| session.scope.clone());
+            let Some(scope) = scope else { continue };
+            if let Some(chunk) = state.partition_mut(&scope).get_mut(chunk) {
+                debug_assert!(chunk.home.0 == id);
+                chunk.home = home;
+            }
+        }
+        for (id, summary) in erasure.summaries {
+            state.session_mut(id).summary = summary;
+        }
+        Ok(())
+    }
+}
+
+/// The chunks of erased turns that no other turn holds: session of an erased turn, identity.
+fn bare_chunks(state: &State, erasure: &Erasure) -> Vec<(u64, u128)> {
+    let is_erased = |session: u64, turn: u64| erasure.turns.contains_key(&(session, turn));
+    chunks_of(state, erasure)
+        .filter(|(_, chunk)| chunk.places.iter().all(|place| is_erased(place.session, place.turn)))
+        .map(|(id, chunk)| (id, chunk.id))
+        .collect()
+}
+
+/// The chunks that stay, but whose vectors lie in the record of an erased turn: with the turn that takes them over.
+fn moved_chunks(state: &State, erasure: &Erasure) -> BTreeMap<(u64, u128), (u64, u64)> {
+    let is_erased = |home: &(u64, u64)| erasure.turns.contains_key(home);
+    chunks_of(state, erasure)
+        .filter(|(_, chunk)| is_erased(&chunk.home))
+        .filter_map(|(_, chunk)| {
+            let heir = chunk
+                .places
+                .iter()
+                .map(|place| (place.session, place.turn))
+                .find(|home| !is_erased(home));
+            Some(((chunk.home.0, chunk.id), heir?))
+        })
+        .collect()
+}
+
+/// Every chunk in memory of every erased turn, with the turn's session.
+fn chunks_of<'a>(
+    state: &'a State,
+    erasure: &'a Erasure,
+) -> impl Iterator<Item = (u64, &'a crate::partition::Chunk)> {
+    erasure.turns.keys().flat_map(move |&(id, turn)| {
+        let session = state.sessions.get(&id);
+        let partition = session.and_then(|s| state.partition(s.scope.as_ref()?));
+        let turn = session.and_then(|session| session.turns.get(&turn));
+        let chunks = turn.into_iter().flat_map(|turn| &turn.chunks);
+        chunks.filter_map(move |chunk| Some((id, partition?.get(chunk.0)?)))
+    })
+}
+
+/// Appends the chunks of every turn that takes vectors over.
+fn rehomed(state: &State, writer: &mut Writer, erasure: &Erasure) -> Result<Vec<Change>> {
+    let mut changes = Vec::new();
+    let heirs: BTreeSet<(u64, u64)> = erasure.moved.values().copied().collect();
+    for (id, turn) in heirs {
+        let Some(session) = state.sessions.get(&id) else { continue };
+        let Some(turn_state) = session.turns.get(&turn) else { continue };
+        let partition = session.scope.as_ref().and_then(|scope| state.partition(scope));
+        let rows = turn_state.chunks.iter().map(|&(chunk_id, start, end)| {
+            let chunk = partition.and_then(|partition| partition.get(chunk_id)).filter(|chunk| {
+                let heir = erasure.moved.get(&(chunk.home.0, chunk_id));
+                chunk.home == (id, turn) || heir == Some(&(id, turn))
+            });
+            (chunk_id, start, end, chunk.map_or(&[][..], |chunk| &chunk.vectors))
+        });
+        let payload = TurnChunks::encode(id, turn, rows);
+        let blob = writer.appender.append(Kind::Chunks, &payload)?;
+        let record = TurnRecord { chunks: Some(blob), ..turn_state.record };
+        changes.push(Change::put(Key::Turn(id, turn), Record::Turn(record)));
+    }
+    Ok(changes)
+}
+
+/// Letters and digits of a text in lower case: what is left of a chunk however it was quoted.
+fn letters(text: &str) -> String {
+    text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+}
+
+fn not_found(scope: &Scope, turn: u64, num_turns: u64) -> Error {
+    Error::new(
+        crate::ErrorKind::NotFound,
+        format!("forget: expected a turn of {scope} below {num_turns}, got {turn}"),
+    )
+}

@@ -1,0 +1,283 @@
+//! Reading back: turns, snapshots, pages, and lists of what a scope holds.
+//! Knows nothing of search; no lock is held while files are read.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::Store;
+use super::segment::Segment;
+use super::state::{Session, State};
+use crate::format::{BlobRef, Body, Key, Record, SEGMENT_HEADER_BYTES};
+use crate::partition::{Chunk, Place};
+use crate::{ChunkId, Error, ErrorKind, Result, Scope, Snapshot, Source, Turn, TurnId};
+
+/// A remembered piece of text, for a list of what memory holds.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ChunkInfo {
+    /// Identity of the text.
+    pub id: ChunkId,
+    /// The text.
+    pub text: String,
+    /// The first place inside the scope where it was said.
+    pub first: Source,
+    /// The latest one.
+    pub latest: Source,
+    /// How often the scope holds it.
+    pub count: u32,
+}
+
+/// A session, for a list of sessions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SessionInfo {
+    /// Its scope: user, agent, session.
+    pub scope: Scope,
+    /// Length of its log, retracted and forgotten turns included.
+    pub num_turns: u64,
+    /// Time of its latest turn, in milliseconds since the Unix epoch.
+    pub last_time_ms: Option<i64>,
+    /// Tokens in the stream at its snapshot, if it has one.
+    pub position: Option<u64>,
+    /// Its stored pages, evicted ones included.
+    pub num_pages: usize,
+}
+
+/// What a store holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Sessions of all users.
+    pub sessions: usize,
+    /// Turns, retracted and forgotten ones included.
+    pub turns: u64,
+    /// Distinct chunks that can be recalled.
+    pub chunks: usize,
+    /// Their sentence vectors.
+    pub vectors: usize,
+    /// Distinct words, summed over the (user, agent) pairs.
+    pub terms: usize,
+    /// Stored pages, evicted ones included.
+    pub pages: usize,
+    /// Segment files.
+    pub segments: usize,
+    /// Bytes in segment files that are in use.
+    pub live_bytes: u64,
+    /// Bytes in segment files that compaction will free.
+    pub dead_bytes: u64,
+    /// What was found damaged when the store was opened and could not be made anew: one text for each loss.
+    pub damaged: Vec<String>,
+}
+
+impl Store {
+    /// The turns of the scope's session in `range`, as far as there are any; a forgotten turn has no text left.
+    ///
+    /// # Errors
+    /// `Corrupted` if one of them is damaged: the text names it.
+    pub fn turns(&self, scope: &Scope, range: Range<TurnId>) -> Result<Vec<Turn>> {
+        scope.check_session("turns")?;
+        let mut found = Vec::new();
+        {
+            let state = self.read();
+            let Some((_, session)) = state.session(scope) else { return Ok(Vec::new()) };
+            for id in range.start..range.end.min(session.num_turns) {
+                let turn = session
+                    .turns
+                    .get(&id)
+                    .ok_or_else(|| lost_turn(scope, id, "its record is damaged"))?;
+                let body = turn.record.body.map(|blob| open(&state, blob)).transpose()?;
+                found.push((id, turn.record, body));
+            }
+        }
+        let mut turns = Vec::with_capacity(found.len());
+        for (id, record, body) in found {
+            let forgotten = body.is_none();
+            let body = body.map(|body| read_body(scope, id, body)).transpose()?;
+            let (text, tokens, source) =
+                body.map_or_else(Default::default, |body| (body.text, body.tokens, body.source));
+            turns.push(Turn {
+                id,
+                role: record.role,
+                text,
+                time_ms: record.time_ms,
+                tokens,
+                source,
+                retracted: record.retracted,
+                forgotten,
+            });
+        }
+        Ok(turns)
+    }
+
+    /// Length of the log of the scope's session; 0 if there is no such session.
+    pub fn num_turns(&self, scope: &Scope) -> Result<u64> {
+        scope.check_session("num_turns")?;
+        Ok(self.read().session(scope).map_or(0, |(_, session)| session.num_turns))
+    }
+
+    /// The state that the scope's session was last committed with; none if it never was.
+    ///
+    /// # Errors
+    /// `Incompatible` if another model wrote it; `Corrupted` if a part of it is damaged: the log is still there.
+    pub fn snapshot(&self, scope: &Scope, fingerprint: [u8; 16]) -> Result<Option<Snapshot>> {
+        scope.check_session("snapshot")?;
+        let (record, state_blob, pages) = {
+            let state = self.read();
+            let Some((id, session)) = state.session(scope) else { return Ok(None) };
+            let Some(Record::Snapshot(record)) = state.record(&Key::Snapshot(id)) else {
+                return Ok(None);
+            };
+            if record.fingerprint != fingerprint {
+                return Err(Error::new(
+                    ErrorKind::Incompatible,
+                    format!(
+                        "snapshot of {scope}: expected fingerprint {:032x}, got {:032x}",
+                        u128::from_be_bytes(fingerprint),
+                        u128::from_be_bytes(record.fingerprint)
+                    ),
+                ));
+            }
+            let window = session.pages.iter().filter(|(_, page)| page.evicted == 0);
+            let pages = window.map(|(page, record)| Ok((*page, open(&state, record.blob)?)));
+            (record, open(&state, record.state)?, pages.collect::<Result<Vec<_>>>()?)
+        };
+        if pages.len() as u64 != record.num_window_pages {
+            return Err(Error::corrupted(format!(
+                "snapshot of {scope}: expected {} pages in its window, got {}",
+                record.num_window_pages,
+                pages.len()
+            )));
+        }
+        let mut snapshot =
+            Snapshot { position: record.position, state: read(state_blob)?, pages: Vec::new() };
+        for (page, blob) in pages {
+            snapshot.pages.push((page, read(blob)?));
+        }
+        Ok(Some(snapshot))
+    }
+
+    /// One stored page of the scope's session, in its window or evicted and kept; none if it is not stored.
+    ///
+    /// # Errors
+    /// `Corrupted` if it is damaged.
+    pub fn page(&self, scope: &Scope, page: u64) -> Result<Option<Vec<u8>>> {
+        scope.check_session("page")?;
+        let blob = {
+            let state = self.read();
+            let record = state.session(scope).and_then(|(_, session)| session.pages.get(&page));
+            record.map(|record| open(&state, record.blob)).transpose()?
+        };
+        blob.map(read).transpose()
+    }
+
+    /// Indexes of the stored pages of the scope's session, ascending, evicted and kept ones included.
+    pub fn pages(&self, scope: &Scope) -> Result<Vec<u64>> {
+        scope.check_session("pages")?;
+        let state = self.read();
+        let pages =
+            state.session(scope).map(|(_, session)| session.pages.keys().copied().collect());
+        Ok(pages.unwrap_or_default())
+    }
+
+    /// The chunks of a scope in the order in which they were first said; `range` counts from 0.
+    pub fn chunks(&self, scope: &Scope, range: Range<usize>) -> Result<Vec<ChunkInfo>> {
+        scope.check("chunks")?;
+        let state = self.read();
+        let mut sessions: Vec<u64> = state.sessions_in(scope).map(|(id, ..)| id).collect();
+        sessions.sort_unstable();
+        let visible = |place: &&Place| sessions.binary_search(&place.session).is_ok();
+        let mut chunks: Vec<(&Place, &Chunk)> = state
+            .partitions_in(scope)
+            .flat_map(|(_, partition)| partition.iter())
+            .filter_map(|(_, chunk)| Some((chunk.places.iter().find(visible)?, chunk)))
+            .collect();
+        chunks.sort_by_key(|(first, _)| (first.order, first.start));
+        let chunks =
+            chunks.into_iter().skip(range.start).take(range.end.saturating_sub(range.start));
+        let info = |(first, chunk): (&Place, &Chunk)| {
+            let latest = chunk.places.iter().rfind(visible).unwrap_or(first);
+            Some(ChunkInfo {
+                id: ChunkId(chunk.id),
+                text: chunk.text.to_string(),
+                first: source(&state, first)?,
+                latest: source(&state, latest)?,
+                count: chunk.places.iter().filter(visible).count() as u32,
+            })
+        };
+        Ok(chunks.filter_map(info).collect())
+    }
+
+    /// The sessions of a scope, by name.
+    pub fn sessions(&self, scope: &Scope) -> Result<Vec<SessionInfo>> {
+        scope.check("sessions")?;
+        let state = self.read();
+        let info = |(_, scope, session): (u64, &Scope, &Session)| SessionInfo {
+            scope: scope.clone(),
+            num_turns: session.num_turns,
+            last_time_ms: session.turns.last_key_value().map(|(_, turn)| turn.record.time_ms),
+            position: session.snapshot.map(|snapshot| snapshot.position),
+            num_pages: session.pages.len(),
+        };
+        Ok(state.sessions_in(scope).map(info).collect())
+    }
+
+    /// Numbers about the whole store.
+    pub fn stats(&self) -> Stats {
+        let state = self.read();
+        let partitions = state.partitions.values();
+        let vectors = |(_, chunk): (u32, &Chunk)| chunk.vectors.len() / state.dim();
+        let live_bytes = state.live_bytes.values().sum();
+        let lengths = state.segments.values().filter_map(|segment| segment.len().ok());
+        let stored: u64 = lengths.map(|len| len.saturating_sub(SEGMENT_HEADER_BYTES)).sum();
+        Stats {
+            sessions: state.by_scope.len(),
+            turns: state.sessions.values().map(|session| session.num_turns).sum(),
+            chunks: partitions.clone().map(|partition| partition.len()).sum(),
+            vectors: partitions.clone().flat_map(|partition| partition.iter()).map(vectors).sum(),
+            terms: partitions.map(|partition| partition.words().num_terms()).sum(),
+            pages: state.sessions.values().map(|session| session.pages.len()).sum(),
+            segments: state.segments.len(),
+            live_bytes,
+            dead_bytes: stored.saturating_sub(live_bytes),
+            damaged: state.damaged.clone(),
+        }
+    }
+}
+
+/// A blob together with its open file: readable after the lock is let go, even if compaction removes the file.
+type OpenBlob = (Arc<Segment>, BlobRef);
+
+pub(super) fn open(state: &State, blob: BlobRef) -> Result<OpenBlob> {
+    Ok((state.segment(&blob)?, blob))
+}
+
+fn read((segment, blob): OpenBlob) -> Result<Vec<u8>> {
+    segment.read(&blob)
+}
+
+/// A turn's body; an error names the turn.
+pub(super) fn read_body(scope: &Scope, turn: TurnId, blob: OpenBlob) -> Result<Body> {
+    let body = read(blob).and_then(|bytes| Body::decode(&bytes));
+    body.map_err(|error| lost_turn(scope, turn, &error.to_string()).with_source(error))
+}
+
+fn lost_turn(scope: &Scope, turn: TurnId, why: &str) -> Error {
+    Error::corrupted(format!("turn {turn} of {scope} is lost: {why}"))
+}
+
+/// Where a chunk was said, in words; none if its session has no name.
+pub(super) fn source(state: &State, place: &Place) -> Option<Source> {
+    let session = state.sessions.get(&place.session)?;
+    let scope = session.scope.as_ref()?;
+    let turn = session.turns.get(&place.turn);
+    Some(Source {
+        user: scope.user_id().to_owned(),
+        agent: scope.agent_id().map(str::to_owned),
+        session: scope.session_id()?.to_owned(),
+        turn: place.turn,
+        role: place.role,
+        bytes: place.start..place.end,
+        time_ms: place.time_ms,
+        name: turn.and_then(|turn| turn.source.as_deref()).map(str::to_owned),
+    })
+}

@@ -1,0 +1,306 @@
+//! Append-only segment files: checksummed records that the database refers to.
+//! Knows nothing of what a record means.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::format::{
+    BlobRef, Kind, MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES,
+    parse_record_header, payload_hash, record_header, segment_header,
+};
+use crate::{Error, Result};
+
+/// A segment is sealed once it holds so much.
+pub(crate) const SEGMENT_BYTES: u64 = 64 << 20;
+/// Records are gathered up to this size before they are written.
+const BUFFER_BYTES: usize = 4 << 20;
+
+/// An open segment file. Stays readable through this handle after its file was removed.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    number: u32,
+    path: PathBuf,
+    file: File,
+}
+
+impl Segment {
+    fn create(folder: &Path, number: u32) -> Result<Self> {
+        let path = file_path(folder, number);
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
+        let file = file.map_err(|source| Error::io("create", &path, source))?;
+        file.write_all_at(&segment_header(number), 0)
+            .map_err(|source| Error::io("write", &path, source))?;
+        Ok(Self { number, path, file })
+    }
+
+    fn open(folder: &Path, number: u32) -> Result<Self> {
+        let path = file_path(folder, number);
+        let file = OpenOptions::new().read(true).write(true).open(&path);
+        let file = file.map_err(|source| Error::io("open", &path, source))?;
+        Ok(Self { number, path, file })
+    }
+
+    pub(crate) fn number(&self) -> u32 {
+        self.number
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes of the file.
+    pub(crate) fn len(&self) -> Result<u64> {
+        let metadata = self.file.metadata();
+        metadata.map(|m| m.len()).map_err(|source| Error::io("read", &self.path, source))
+    }
+
+    /// Whether the file begins as a segment of this number and version does.
+    pub(crate) fn header_is_intact(&self) -> bool {
+        let mut header = [0; SEGMENT_HEADER_BYTES as usize];
+        self.file.read_exact_at(&mut header, 0).is_ok() && header == segment_header(self.number)
+    }
+
+    /// The payload that `blob` names, checked against its header and hash.
+    pub(crate) fn read(&self, blob: &BlobRef) -> Result<Vec<u8>> {
+        let lost = |why: String| {
+            Error::corrupted(format!("read {} at {}: {why}", self.path.display(), blob.offset))
+        };
+        let end = blob
+            .offset
+            .checked_add(blob.record_bytes())
+            .ok_or_else(|| lost("no such place".into()))?;
+        // Nothing is allocated for bytes that the file does not have.
+        if end > self.len()? {
+            return Err(lost(format!("expected {} bytes, the file is too short", blob.len)));
+        }
+        let mut record = vec![0; blob.record_bytes() as usize];
+        self.file
+            .read_exact_at(&mut record, blob.offset)
+            .map_err(|source| Error::io("read", &self.path, source))?;
+        let payload = record.split_off(RECORD_HEADER_BYTES as usize);
+        let header = parse_record_header(&record)?;
+        if header != (blob.kind, blob.len, blob.hash) {
+            return Err(lost("the record is another than the one referred to".into()));
+        }
+        if payload_hash(blob.kind, &payload) != blob.hash {
+            return Err(lost("checksum does not match".into()));
+        }
+        Ok(payload)
+    }
+
+    /// The payload's bytes as they are, damaged or not; zeros where the file ends early.
+    fn read_unchecked(&self, blob: &BlobRef) -> Result<Vec<u8>> {
+        let start = blob.offset.saturating_add(RECORD_HEADER_BYTES);
+        let stored = self.len()?.saturating_sub(start).min(u64::from(blob.len));
+        let mut payload = vec![0; blob.len as usize];
+        self.file
+            .read_exact_at(&mut payload[..stored as usize], start)
+            .map_err(|source| Error::io("read", &self.path, source))?;
+        Ok(payload)
+    }
+
+    /// Calls `each` with every intact record of the file, referred to or not, and skips damaged bytes.
+    pub(crate) fn walk(&self, mut each: impl FnMut(Kind, &[u8])) -> Result<()> {
+        let len = self.len()?;
+        let mut bytes = vec![0; len as usize];
+        self.file
+            .read_exact_at(&mut bytes, 0)
+            .map_err(|source| Error::io("read", &self.path, source))?;
+        let mut at = SEGMENT_HEADER_BYTES as usize;
+        while let Some(header) = bytes.get(at..at + RECORD_HEADER_BYTES as usize) {
+            let payload_at = at + RECORD_HEADER_BYTES as usize;
+            let record = parse_record_header(header).ok().and_then(|(kind, len, hash)| {
+                let payload = bytes.get(payload_at..payload_at + len as usize)?;
+                (payload_hash(kind, payload) == hash).then_some((kind, payload))
+            });
+            at = match record {
+                Some((kind, payload)) => {
+                    each(kind, payload);
+                    payload_at + payload.len()
+                }
+                None => at + 1,
+            };
+        }
+        Ok(())
+    }
+}
+
+/// The segment files of a store, and the place where the next record goes.
+#[derive(Debug)]
+pub(crate) struct Appender {
+    folder: PathBuf,
+    next_number: u32,
+    active: Option<Arc<Segment>>,
+    /// Where the active segment's records end, those in `buffer` included.
+    end: u64,
+    /// What is not written yet: the bytes before `end`.
+    buffer: Vec<u8>,
+    /// Segments made since the last [`finish`](Self::finish) or [`abandon`](Self::abandon).
+    created: Vec<Arc<Segment>>,
+    /// The active segment's number and end at that time.
+    mark: (u32, u64),
+}
+
+impl Appender {
+    /// Opens the segments in `folder`; nothing is appended to any of them until [`resume`](Self::resume).
+    pub(crate) fn open(folder: &Path) -> Result<(Self, BTreeMap<u32, Arc<Segment>>)> {
+        std::fs::create_dir_all(folder).map_err(|source| Error::io("create", folder, source))?;
+        let entries =
+            std::fs::read_dir(folder).map_err(|source| Error::io("read", folder, source))?;
+        let mut segments = BTreeMap::new();
+        for entry in entries {
+            let entry = entry.map_err(|source| Error::io("read", folder, source))?;
+            let name = entry.file_name();
+            let number = name.to_str().and_then(|name| name.strip_suffix(".seg")?.parse().ok());
+            let Some(number) = number else { continue };
+            segments.insert(number, Arc::new(Segment::open(folder, number)?));
+        }
+        let next_number = segments.last_key_value().map_or(1, |(number, _)| number + 1);
+        let appender = Self {
+            folder: folder.to_owned(),
+            next_number,
+            active: None,
+            end: 0,
+            buffer: Vec::new(),
+            created: Vec::new(),
+            mark: (0, 0),
+        };
+        Ok((appender, segments))
+    }
+
+    /// Goes on in `segment` after `end`; what lies behind is referred to by nothing and is cut off.
+    pub(crate) fn resume(&mut self, segment: Arc<Segment>, end: u64) -> Result<()> {
+        segment.file.set_len(end).map_err(|source| Error::io("truncate", &segment.path, source))?;
+        self.mark = (segment.number, end);
+        (self.active, self.end) = (Some(segment), end);
+        Ok(())
+    }
+
+    /// Number of the segment that grows.
+    pub(crate) fn active(&self) -> Option<u32> {
+        self.active.as_ref().map(|segment| segment.number)
+    }
+
+    /// The next record starts a new segment.
+    pub(crate) fn seal(&mut self) {
+        self.active = None;
+    }
+
+    /// Appends a record; it is on the disk after [`finish`](Self::finish).
+    pub(crate) fn append(&mut self, kind: Kind, payload: &[u8]) -> Result<BlobRef> {
+        self.append_as(kind, payload, payload_hash(kind, payload))
+    }
+
+    /// Appends the record that `blob` names in `segment`; a damaged one stays as damaged as it was.
+    pub(crate) fn copy(&mut self, segment: &Segment, blob: &BlobRef) -> Result<BlobRef> {
+        let payload = segment.read_unchecked(blob)?;
+        self.append_as(blob.kind, &payload, blob.hash)
+    }
+
+    fn append_as(&mut self, kind: Kind, payload: &[u8], hash: u64) -> Result<BlobRef> {
+        let len = match u32::try_from(payload.len()) {
+            Ok(len) if payload.len() <= MAX_PAYLOAD_BYTES => len,
+            _ => {
+                return Err(Error::invalid(format!(
+                    "append: expected at most {MAX_PAYLOAD_BYTES} bytes in one record, got {}",
+                    payload.len()
+                )));
+            }
+        };
+        let record_bytes = RECORD_HEADER_BYTES + u64::from(len);
+        let full = self.end > SEGMENT_HEADER_BYTES && self.end + record_bytes > SEGMENT_BYTES;
+        if full {
+            self.write_buffer()?;
+            self.sync()?;
+            self.active = None;
+        }
+        let segment = match &self.active {
+            Some(segment) => segment.number,
+            None => self.create()?,
+        };
+        let blob = BlobRef { segment, offset: self.end, len, hash, kind };
+        self.buffer.extend_from_slice(&record_header(kind, len, hash));
+        self.buffer.extend_from_slice(payload);
+        self.end += record_bytes;
+        if self.buffer.len() >= BUFFER_BYTES {
+            self.write_buffer()?;
+        }
+        Ok(blob)
+    }
+
+    /// Makes every appended record durable; returns the segments that were created meanwhile.
+    pub(crate) fn finish(&mut self) -> Result<Vec<Arc<Segment>>> {
+        self.write_buffer()?;
+        self.sync()?;
+        if !self.created.is_empty() {
+            sync_folder(&self.folder)?;
+        }
+        self.mark = (self.active().unwrap_or(0), self.end);
+        Ok(std::mem::take(&mut self.created))
+    }
+
+    /// Forgets what was appended since the last [`finish`](Self::finish).
+    pub(crate) fn abandon(&mut self) {
+        self.buffer.clear();
+        let (number, end) = self.mark;
+        let kept = self.active.take().filter(|segment| segment.number == number);
+        if let Some(segment) = kept {
+            // A longer file does no harm: its tail is overwritten next, or cut off at the next open.
+            let _ = segment.file.set_len(end);
+            self.end = end;
+            self.active = Some(segment);
+        }
+        for segment in self.created.drain(..) {
+            // Nothing refers to it; if it stays, the next open removes it.
+            let _ = std::fs::remove_file(&segment.path);
+        }
+    }
+
+    /// Removes a segment's file; the bytes stay readable through handles that are open.
+    pub(crate) fn remove(&self, segment: &Segment) -> Result<()> {
+        std::fs::remove_file(&segment.path)
+            .map_err(|source| Error::io("remove", &segment.path, source))?;
+        sync_folder(&self.folder)
+    }
+
+    fn create(&mut self) -> Result<u32> {
+        let number = self.next_number;
+        self.next_number += 1;
+        let segment = Arc::new(Segment::create(&self.folder, number)?);
+        self.created.push(segment.clone());
+        (self.active, self.end) = (Some(segment), SEGMENT_HEADER_BYTES);
+        Ok(number)
+    }
+
+    fn write_buffer(&mut self) -> Result<()> {
+        if let Some(segment) = &self.active {
+            let at = self.end - self.buffer.len() as u64;
+            segment
+                .file
+                .write_all_at(&self.buffer, at)
+                .map_err(|source| Error::io("write", &segment.path, source))?;
+        }
+        self.buffer.clear();
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        let Some(segment) = &self.active else { return Ok(()) };
+        segment.file.sync_data().map_err(|source| Error::io("sync", &segment.path, source))
+    }
+}
+
+/// Makes the creation and removal of files in a folder durable.
+pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder)
+        .and_then(|file| file.sync_all())
+        .map_err(|source| Error::io("sync", folder, source))
+}
+
+fn file_path(folder: &Path, number: u32) -> PathBuf {
+    folder.join(format!("{number:06}.seg"))
+}

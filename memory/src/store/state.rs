@@ -1,0 +1,286 @@
+//! What an open store holds in memory: the records, and the indexes derived from them.
+//! Knows no file beyond handles to read from; changes reach it after they reached the disk.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use super::records::Change;
+use super::segment::Segment;
+use crate::format::{
+    BlobRef, Key, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord, TurnRecord,
+};
+use crate::partition::{Partition, Place};
+use crate::summary::Summary;
+use crate::{Error, Result, Role, Scope};
+
+/// A chunk of a turn: identity, and bytes of the turn's text.
+pub(crate) type ChunkSpan = (u128, u64, u64);
+
+/// A turn in memory, without its text.
+#[derive(Debug, Clone)]
+pub(crate) struct TurnState {
+    pub(crate) record: TurnRecord,
+    pub(crate) chunks: Vec<ChunkSpan>,
+    /// Name of the document that the text comes from.
+    pub(crate) source: Option<Box<str>>,
+}
+
+/// A session in memory.
+#[derive(Debug)]
+pub(crate) struct Session {
+    /// None if the record of its names is damaged: then nobody can ask for it, and nothing of it is removed.
+    pub(crate) scope: Option<Scope>,
+    pub(crate) record: Option<SessionRecord>,
+    /// Gaps are damaged records.
+    pub(crate) turns: BTreeMap<u64, TurnState>,
+    pub(crate) num_turns: u64,
+    pub(crate) snapshot: Option<SnapshotRecord>,
+    pub(crate) pages: BTreeMap<u64, PageRecord>,
+    pub(crate) summary: Summary,
+    /// The start of the latest user turn, for short questions that lean on it.
+    pub(crate) last_user_text: Box<str>,
+}
+
+/// Key of a partition: user and agent.
+pub(crate) type PartitionKey = (String, Option<String>);
+
+/// Everything that readers share.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) store: StoreRecord,
+    pub(crate) sessions: BTreeMap<u64, Session>,
+    pub(crate) by_scope: BTreeMap<Scope, u64>,
+    pub(crate) partitions: BTreeMap<PartitionKey, Partition>,
+    /// Next order of each user's turns.
+    pub(crate) orders: HashMap<String, u64>,
+    pub(crate) segments: BTreeMap<u32, Arc<Segment>>,
+    /// Bytes of each segment that records refer to.
+    pub(crate) live_bytes: HashMap<u32, u64>,
+    /// What is damaged, one text each.
+    pub(crate) damaged: Vec<String>,
+    /// A damaged database record may refer to bytes that look unused: nothing is removed on its own.
+    pub(crate) refs_lost: bool,
+}
+
+impl State {
+    pub(crate) fn new(store: StoreRecord, segments: BTreeMap<u32, Arc<Segment>>) -> Self {
+        Self {
+            store,
+            sessions: BTreeMap::new(),
+            by_scope: BTreeMap::new(),
+            partitions: BTreeMap::new(),
+            orders: HashMap::new(),
+            segments,
+            live_bytes: HashMap::new(),
+            damaged: Vec::new(),
+            refs_lost: false,
+        }
+    }
+
+    /// Numbers per vector.
+    pub(crate) fn dim(&self) -> usize {
+        self.store.dim as usize
+    }
+
+    /// The session that a full scope names.
+    pub(crate) fn session(&self, scope: &Scope) -> Option<(u64, &Session)> {
+        let id = *self.by_scope.get(scope)?;
+        Some((id, self.sessions.get(&id)?))
+    }
+
+    /// The sessions inside a scope, in the order of their names.
+    pub(crate) fn sessions_in<'a>(
+        &'a self,
+        scope: &'a Scope,
+    ) -> impl Iterator<Item = (u64, &'a Scope, &'a Session)> {
+        self.by_scope
+            .range(Scope::user(scope.user_id())..)
+            .take_while(|(known, _)| known.user_id() == scope.user_id())
+            .filter(|(known, _)| scope.contains(known))
+            .filter_map(|(known, id)| Some((*id, known, self.sessions.get(id)?)))
+    }
+
+    /// The partitions that a scope, its session aside, may see.
+    pub(crate) fn partitions_in<'a>(
+        &'a self,
+        scope: &'a Scope,
+    ) -> impl Iterator<Item = (&'a PartitionKey, &'a Partition)> {
+        let from = (scope.user_id().to_owned(), None);
+        self.partitions.range(from..).take_while(|((user, _), _)| user == scope.user_id()).filter(
+            |((_, agent), _)| scope.agent_id().is_none() || agent.as_deref() == scope.agent_id(),
+        )
+    }
+
+    pub(crate) fn segment(&self, blob: &BlobRef) -> Result<Arc<Segment>> {
+        self.segments.get(&blob.segment).cloned().ok_or_else(|| {
+            Error::corrupted(format!("read: segment {:06} is missing", blob.segment))
+        })
+    }
+
+    pub(crate) fn read(&self, blob: &BlobRef) -> Result<Vec<u8>> {
+        self.segment(blob)?.read(blob)
+    }
+
+    /// The record under a key, as it was last applied.
+    pub(crate) fn record(&self, key: &Key) -> Option<Record> {
+        match *key {
+            Key::Store => Some(Record::Store(self.store.clone())),
+            Key::Session(id) => self.sessions.get(&id)?.record.map(Record::Session),
+            Key::Turn(id, turn) => {
+                self.sessions.get(&id)?.turns.get(&turn).map(|turn| Record::Turn(turn.record))
+            }
+            Key::Snapshot(id) => self.sessions.get(&id)?.snapshot.map(Record::Snapshot),
+            Key::Page(id, page) => {
+                self.sessions.get(&id)?.pages.get(&page).copied().map(Record::Page)
+            }
+        }
+    }
+
+    /// Every record that refers into `segment`.
+    pub(crate) fn records_in(&self, segment: u32) -> Vec<(Key, Record)> {
+        let mut found = Vec::new();
+        for (&id, session) in &self.sessions {
+            let keys = [Key::Session(id), Key::Snapshot(id)]
+                .into_iter()
+                .chain(session.turns.keys().map(|&turn| Key::Turn(id, turn)))
+                .chain(session.pages.keys().map(|&page| Key::Page(id, page)));
+            let records = keys.filter_map(|key| Some((key, self.record(&key)?)));
+            found.extend(
+                records.filter(|(_, record)| record.refs().any(|blob| blob.segment == segment)),
+            );
+        }
+        found
+    }
+
+    /// The end of the last record in `segment` that is referred to.
+    pub(crate) fn live_end(&self, segment: u32) -> u64 {
+        let records = self.records_in(segment);
+        let blobs = records.iter().flat_map(|(_, record)| record.refs());
+        let ends = blobs
+            .filter(|blob| blob.segment == segment)
+            .map(|blob| blob.offset + blob.record_bytes());
+        ends.max().unwrap_or(0)
+    }
+
+    /// Takes a change of the database in, and keeps count of live bytes.
+    pub(crate) fn apply(&mut self, change: &Change) {
+        if let Some(old) = self.record(&change.key) {
+            for blob in old.refs() {
+                let live = self.live_bytes.entry(blob.segment).or_default();
+                *live = live.saturating_sub(blob.record_bytes());
+            }
+        }
+        for blob in change.record.iter().flat_map(Record::refs) {
+            *self.live_bytes.entry(blob.segment).or_default() += blob.record_bytes();
+        }
+        match (&change.key, &change.record) {
+            (Key::Store, Some(Record::Store(store))) => self.store = store.clone(),
+            (&Key::Session(id), Some(Record::Session(record))) => {
+                self.session_mut(id).record = Some(*record);
+            }
+            (&Key::Turn(id, turn), Some(Record::Turn(record))) => {
+                let session = self.session_mut(id);
+                session.num_turns = session.num_turns.max(turn + 1);
+                let state = TurnState { record: *record, chunks: Vec::new(), source: None };
+                session.turns.entry(turn).or_insert(state).record = *record;
+            }
+            (&Key::Snapshot(id), Some(Record::Snapshot(record))) => {
+                self.session_mut(id).snapshot = Some(*record);
+            }
+            (&Key::Page(id, page), Some(Record::Page(record))) => {
+                self.session_mut(id).pages.insert(page, *record);
+            }
+            (&Key::Session(id), None) => {
+                if let Some(scope) = self.sessions.remove(&id).and_then(|session| session.scope) {
+                    self.by_scope.remove(&scope);
+                }
+            }
+            (&Key::Turn(id, turn), None) => {
+                self.sessions.get_mut(&id).map(|session| session.turns.remove(&turn));
+            }
+            (&Key::Snapshot(id), None) => {
+                self.sessions.get_mut(&id).map(|session| session.snapshot.take());
+            }
+            (&Key::Page(id, page), None) => {
+                self.sessions.get_mut(&id).map(|session| session.pages.remove(&page));
+            }
+            // `Record::decode` gives each key its own record, and the store's is never removed.
+            _ => {}
+        }
+    }
+
+    /// The session with this id, made if it is not known.
+    pub(crate) fn session_mut(&mut self, id: u64) -> &mut Session {
+        let dim = self.dim();
+        self.sessions.entry(id).or_insert_with(|| Session {
+            scope: None,
+            record: None,
+            turns: BTreeMap::new(),
+            num_turns: 0,
+            snapshot: None,
+            pages: BTreeMap::new(),
+            summary: Summary::new(dim),
+            last_user_text: "".into(),
+        })
+    }
+
+    /// Names a session, so that it can be found by scope.
+    pub(crate) fn name(&mut self, id: u64, scope: Scope) {
+        self.by_scope.insert(scope.clone(), id);
+        self.session_mut(id).scope = Some(scope);
+    }
+
+    /// The partition of a scope, made if it is not known.
+    pub(crate) fn partition_mut(&mut self, scope: &Scope) -> &mut Partition {
+        self.partitions.entry(partition_key(scope)).or_default()
+    }
+
+    pub(crate) fn partition(&self, scope: &Scope) -> Option<&Partition> {
+        self.partitions.get(&partition_key(scope))
+    }
+
+    /// The next order for a turn of `user`.
+    pub(crate) fn next_order(&self, user: &str) -> u64 {
+        self.orders.get(user).copied().unwrap_or(0)
+    }
+
+    /// The running means over the turns of a session that `keep` accepts and that are not retracted.
+    pub(crate) fn summarize(&self, session: &Session, keep: impl Fn(u64) -> bool) -> Summary {
+        let mut summary = Summary::new(self.dim());
+        let Some(partition) = session.scope.as_ref().and_then(|scope| self.partition(scope)) else {
+            return summary;
+        };
+        let turns = session.turns.iter().filter(|(id, turn)| {
+            keep(**id) && !turn.record.retracted && counts_in_summary(turn.record.role)
+        });
+        for (id, _, _) in turns.flat_map(|(_, turn)| &turn.chunks) {
+            if let Some(chunk) = partition.get(*id) {
+                summary.push(&chunk.vectors);
+            }
+        }
+        summary
+    }
+}
+
+/// Whether turns of this role say what a session is about.
+pub(crate) fn counts_in_summary(role: Role) -> bool {
+    matches!(role, Role::User | Role::Assistant | Role::Document)
+}
+
+/// The partition that a session's chunks belong to.
+pub(crate) fn partition_key(scope: &Scope) -> PartitionKey {
+    (scope.user_id().to_owned(), scope.agent_id().map(str::to_owned))
+}
+
+/// The place of a chunk in a turn.
+pub(crate) fn place(session: u64, turn: u64, span: &ChunkSpan, record: &TurnRecord) -> Place {
+    Place {
+        session,
+        turn,
+        start: span.1,
+        end: span.2,
+        order: record.order,
+        role: record.role,
+        time_ms: record.time_ms,
+    }
+}

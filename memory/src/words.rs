@@ -1,0 +1,303 @@
+//! Terms of a text, and BM25 over the chunks of one partition.
+//! Knows nothing of vectors, scopes or storage; a chunk is the number of its slot.
+
+use std::collections::{HashMap, HashSet};
+
+use rust_stemmers::{Algorithm, Stemmer};
+use unicode_segmentation::UnicodeSegmentation;
+
+/// Term frequency saturation. Robertson and Zaragoza, "The Probabilistic Relevance Framework", 2009, 3.4.2.
+const K1: f32 = 1.2;
+/// Length normalisation; same source.
+const B: f32 = 0.75;
+/// Longer tokens are not names anyone asks for.
+const MAX_TERM_BYTES: usize = 128;
+
+/// English function words, unstemmed and sorted. They carry no topic: a query of content words ignores them.
+const STOP_WORDS: [&str; 124] = [
+    "a", "about", "after", "all", "also", "am", "an", "and", "any", "are", "as", "at", "be",
+    "because", "been", "before", "being", "but", "by", "can", "could", "d", "did", "do", "does",
+    "doing", "don", "done", "else", "ever", "for", "from", "get", "had", "has", "have", "having",
+    "he", "her", "here", "hers", "him", "his", "how", "i", "if", "in", "into", "is", "isn", "it",
+    "its", "just", "ll", "m", "may", "me", "might", "mine", "more", "most", "must", "my", "no",
+    "nor", "not", "now", "of", "off", "on", "one", "ones", "only", "or", "our", "ours", "out",
+    "over", "please", "re", "s", "same", "shall", "she", "should", "so", "some", "such", "t",
+    "tell", "than", "that", "the", "their", "them", "then", "there", "these", "they", "this",
+    "those", "to", "too", "up", "us", "ve", "very", "was", "we", "were", "what", "when", "where",
+    "which", "who", "whom", "whose", "why", "will", "with", "would", "you", "your", "yours",
+];
+
+/// Whether a lower-case word carries no topic.
+pub(crate) fn is_stop_word(word: &str) -> bool {
+    STOP_WORDS.binary_search(&word).is_ok()
+}
+
+/// Turns text into terms; holds the stemmer, which is cheap to make and has no state.
+pub(crate) struct Terms {
+    stemmer: Stemmer,
+}
+
+impl Terms {
+    pub(crate) fn new() -> Self {
+        Self { stemmer: Stemmer::create(Algorithm::English) }
+    }
+
+    /// Calls `each` with every stemmed word and whether it is a stop word, in order.
+    /// Lower-case; an inner `.`, `_`, `:` or apostrophe ends a word.
+    pub(crate) fn words(&self, text: &str, mut each: impl FnMut(&str, bool)) {
+        let lower = text.to_lowercase();
+        for word in lower.unicode_words() {
+            let parts = word.split(['.', '_', ':', '\'', '’']);
+            for part in parts.filter(|part| !part.is_empty() && part.len() <= MAX_TERM_BYTES) {
+                each(&self.stemmer.stem(part), is_stop_word(part));
+            }
+        }
+    }
+
+    /// Calls `each` with every token that holds several words, whole: `fuzzy-badger`, a UUID, an address.
+    pub(crate) fn compounds(&self, text: &str, mut each: impl FnMut(&str)) {
+        for token in text.split_whitespace() {
+            let token = token.trim_matches(|c: char| !c.is_alphanumeric());
+            if token.len() > MAX_TERM_BYTES || !token.contains(['-', '_', '@', '.', '/', ':']) {
+                continue;
+            }
+            each(&token.to_lowercase());
+        }
+    }
+
+    /// Every term of a text with how often it occurs, and the number of words.
+    fn count(&self, text: &str) -> (HashMap<Box<str>, u32>, u32) {
+        let mut counts: HashMap<Box<str>, u32> = HashMap::new();
+        let mut num_words = 0;
+        let mut add = |term: &str| match counts.get_mut(term) {
+            Some(count) => *count += 1,
+            None => {
+                counts.insert(term.into(), 1);
+            }
+        };
+        self.words(text, |word, _| {
+            num_words += 1;
+            add(word);
+        });
+        self.compounds(text, &mut add);
+        (counts, num_words)
+    }
+
+    /// The distinct terms of a query and how many content words it has.
+    /// Stop words are left out, unless there is nothing else.
+    pub(crate) fn query(&self, text: &str) -> Query {
+        let mut query = Query::default();
+        let mut stops = Vec::new();
+        self.words(text, |word, stop| {
+            if stop {
+                stops.push(word.to_owned());
+            } else {
+                query.content_words += 1;
+                query.add(word, 1.0);
+            }
+        });
+        self.compounds(text, |term| query.add(term, 1.0));
+        if query.terms.is_empty() {
+            stops.iter().for_each(|word| query.add(word, 1.0));
+        }
+        query
+    }
+}
+
+/// Weighted terms to search for.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Query {
+    pub(crate) terms: Vec<(String, f32)>,
+    pub(crate) content_words: usize,
+}
+
+impl Query {
+    /// Adds a term unless the query has it.
+    pub(crate) fn add(&mut self, term: &str, weight: f32) {
+        if !self.terms.iter().any(|(known, _)| known == term) {
+            self.terms.push((term.to_owned(), weight));
+        }
+    }
+}
+
+/// Statistics of one or more indexes that are searched as one.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Collection {
+    num_chunks: u64,
+    num_words: u64,
+}
+
+/// Inverted index of one partition.
+#[derive(Debug, Default)]
+pub(crate) struct Words {
+    postings: HashMap<Box<str>, Vec<(u32, u32)>>,
+    /// Words per slot; 0 for a slot that is free or wordless.
+    lengths: Vec<u32>,
+    num_chunks: u64,
+    num_words: u64,
+}
+
+impl Words {
+    /// Indexes `text` under `slot`, which holds nothing yet.
+    pub(crate) fn add(&mut self, terms: &Terms, slot: u32, text: &str) {
+        let (counts, num_words) = terms.count(text);
+        for (term, count) in counts {
+            self.postings.entry(term).or_default().push((slot, count));
+        }
+        if self.lengths.len() <= slot as usize {
+            self.lengths.resize(slot as usize + 1, 0);
+        }
+        self.lengths[slot as usize] = num_words;
+        self.num_chunks += 1;
+        self.num_words += u64::from(num_words);
+    }
+
+    /// Takes the slots out; each comes with its text, which names the postings to visit.
+    pub(crate) fn remove(&mut self, terms: &Terms, removed: &[(u32, &str)]) {
+        let slots: HashSet<u32> = removed.iter().map(|(slot, _)| *slot).collect();
+        let mut visited = HashSet::new();
+        for (slot, text) in removed {
+            visited.extend(terms.count(text).0.into_keys());
+            self.num_chunks -= 1;
+            self.num_words -= u64::from(std::mem::take(&mut self.lengths[*slot as usize]));
+        }
+        for term in visited {
+            if let Some(postings) = self.postings.get_mut(&term) {
+                postings.retain(|(slot, _)| !slots.contains(slot));
+                if postings.is_empty() {
+                    self.postings.remove(&term);
+                }
+            }
+        }
+    }
+
+    /// Adds this index's size to the statistics of a search.
+    pub(crate) fn collect(&self, collection: &mut Collection) {
+        collection.num_chunks += self.num_chunks;
+        collection.num_words += self.num_words;
+    }
+
+    /// How many chunks hold `term`.
+    pub(crate) fn num_holding(&self, term: &str) -> u64 {
+        self.postings.get(term).map_or(0, |postings| postings.len() as u64)
+    }
+
+    /// Number of distinct terms.
+    pub(crate) fn num_terms(&self) -> usize {
+        self.postings.len()
+    }
+
+    /// BM25 of every slot: terms come with weight times inverse document frequency.
+    pub(crate) fn scores(&self, weighted: &[(String, f32)], collection: Collection) -> Vec<f32> {
+        let mut scores = vec![0.0; self.lengths.len()];
+        let mean_length = collection.mean_length();
+        for (term, weight) in weighted {
+            for &(slot, count) in self.postings.get(term.as_str()).into_iter().flatten() {
+                let length = self.lengths[slot as usize] as f32 / mean_length;
+                let count = count as f32;
+                scores[slot as usize] +=
+                    weight * count * (K1 + 1.0) / (count + K1 * (1.0 - B + B * length));
+            }
+        }
+        scores
+    }
+}
+
+impl Collection {
+    fn mean_length(&self) -> f32 {
+        (self.num_words as f32 / self.num_chunks.max(1) as f32).max(1.0)
+    }
+
+    /// Inverse document frequency of a term that `num_holding` chunks hold; never negative.
+    pub(crate) fn rarity(&self, num_holding: u64) -> f32 {
+        let (all, holding) = (self.num_chunks as f32, num_holding as f32);
+        (1.0 + (all - holding + 0.5) / (holding + 0.5)).ln()
+    }
+
+    /// Whether a term that `num_holding` chunks hold tells them apart: at most a tenth of them do, or two.
+    pub(crate) fn is_rare(&self, num_holding: u64) -> bool {
+        num_holding > 0 && num_holding <= (self.num_chunks / 10).max(2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index(texts: &[&str]) -> Words {
+        let mut words = Words::default();
+        for (slot, text) in texts.iter().enumerate() {
+            words.add(&Terms::new(), slot as u32, text);
+        }
+        words
+    }
+
+    fn search(words: &Words, query: &str) -> Vec<f32> {
+        let mut collection = Collection::default();
+        words.collect(&mut collection);
+        let weighted: Vec<(String, f32)> = Terms::new()
+            .query(query)
+            .terms
+            .into_iter()
+            .map(|(term, weight)| {
+                let rarity = collection.rarity(words.num_holding(&term));
+                (term, weight * rarity)
+            })
+            .collect();
+        words.scores(&weighted, collection)
+    }
+
+    #[test]
+    fn stop_words_are_sorted_for_the_search() {
+        assert!(STOP_WORDS.windows(2).all(|pair| pair[0] < pair[1]));
+        assert!(is_stop_word("the") && !is_stop_word("badger"));
+    }
+
+    #[test]
+    fn the_score_is_the_published_formula() {
+        // Two chunks of 3 and 1 words; "badger" stands once in the first.
+        let scores = search(&index(&["badger likes honey", "rain"]), "badger");
+        let rarity = (1.0f32 + (2.0 - 1.0 + 0.5) / (1.0 + 0.5)).ln();
+        let expected = rarity * 2.2 / (1.0 + 1.2 * (0.25 + 0.75 * 3.0 / 2.0));
+        assert!((scores[0] - expected).abs() < 1e-6, "{} {expected}", scores[0]);
+        assert_eq!(scores[1], 0.0);
+    }
+
+    #[test]
+    fn words_match_across_inflection_and_case() {
+        let words = index(&["She was booking HOTELS.", "Nothing here."]);
+        assert!(search(&words, "hotel bookings")[0] > 0.0);
+    }
+
+    #[test]
+    fn identifiers_match_whole_and_in_parts() {
+        let id = "6f1c9a52-7d1e-4c5b-9b57-2d0f5f0a1f10";
+        let words = index(&[
+            &format!("The key is {id}, and the code (fuzzy-badger)."),
+            "A fuzzy thing and a badger, 7d1e and 4c5b.",
+        ]);
+        let whole = search(&words, id);
+        assert!(whole[0] > whole[1]);
+        let name = search(&words, "fuzzy-badger");
+        assert!(name[0] > name[1] && name[1] > 0.0);
+    }
+
+    #[test]
+    fn removing_leaves_the_index_as_if_never_added() {
+        let texts = ["alpha beta", "beta gamma-ray", "gamma delta"];
+        let mut words = index(&texts);
+        words.remove(&Terms::new(), &[(1, texts[1])]);
+        let mut fresh = Words::default();
+        fresh.add(&Terms::new(), 0, texts[0]);
+        fresh.add(&Terms::new(), 2, texts[2]);
+        assert_eq!(words.num_terms(), fresh.num_terms());
+        assert_eq!(search(&words, "beta gamma"), search(&fresh, "beta gamma"));
+    }
+
+    #[test]
+    fn a_query_of_stop_words_alone_keeps_them() {
+        assert_eq!(Terms::new().query("who is it").content_words, 0);
+        assert_eq!(Terms::new().query("who is it").terms.len(), 3);
+        assert_eq!(Terms::new().query("who is ada").terms.len(), 1);
+    }
+}

@@ -11,6 +11,8 @@ mod block;
 mod portable;
 pub mod reference;
 mod schedule;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::fmt;
 use std::ops::Range;
@@ -124,17 +126,54 @@ pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 pub enum SimdLevel {
     /// What the target guarantees: SSE2 on x86-64, NEON on aarch64.
     Portable,
+    /// x86-64 with AVX2, FMA and F16C (2013).
+    Avx2,
+    /// The same with AVX-512 F, BW, VL and VNNI (2019).
+    Avx512Vnni,
 }
 
 impl SimdLevel {
     /// The fastest level of this machine.
     pub fn best() -> Self {
-        Self::Portable
+        [Self::Avx512Vnni, Self::Avx2]
+            .into_iter()
+            .find(|level| level.is_available())
+            .unwrap_or(Self::Portable)
     }
 
     /// Every level of this machine, slowest first.
     pub fn available() -> Vec<Self> {
-        vec![Self::Portable]
+        [Self::Portable, Self::Avx2, Self::Avx512Vnni]
+            .into_iter()
+            .filter(|level| level.is_available())
+            .collect()
+    }
+
+    /// Whether this machine has the level.
+    pub fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = || {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            };
+            let avx512 = || {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+            };
+            match self {
+                Self::Portable => true,
+                Self::Avx2 => avx2(),
+                Self::Avx512Vnni => avx2() && avx512(),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            self == Self::Portable
+        }
     }
 }
 
@@ -265,7 +304,7 @@ impl PackedMatrix {
     /// # Errors
     /// As [`PackedMatrix::matmul`], and InvalidArgument if this machine lacks the level.
     pub fn matmul_at(&self, level: SimdLevel, x: &[f32], m: usize, out: &mut [f32]) -> Result<()> {
-        if !SimdLevel::available().contains(&level) {
+        if !level.is_available() {
             return Err(Error::invalid(format!(
                 "packed matmul: expected a level of this machine, got {level:?}"
             )));

@@ -2,6 +2,8 @@
 //! Knows no weight.
 
 use super::SimdLevel;
+#[cfg(target_arch = "x86_64")]
+use super::x86;
 
 /// Values in one block of x.
 pub(super) const BLOCK: usize = 32;
@@ -14,8 +16,8 @@ pub(super) struct Activations {
     pub(super) blocks: usize,
     /// `(m, blocks)`: 32 integers in -127..=127.
     pub(super) q: Vec<[i8; BLOCK]>,
-    /// `(m, blocks)`: lane `l` is the sum of `q[4 l .. 4 l + 4]`, to take off the offset of a weight.
-    pub(super) lane_sums: Vec<[i32; 8]>,
+    /// `(m, blocks)`: lane `l` is minus the sum of `q[4 l .. 4 l + 4]`, to take off the offset of a weight.
+    pub(super) negative_sums: Vec<[i32; 8]>,
     /// `(m, blocks)`: largest magnitude of the block / 127.
     pub(super) scale: Vec<f32>,
     /// `(m, blocks)`: `scale * sum(q)`, to apply the minimum of a weight.
@@ -31,18 +33,27 @@ impl Activations {
             m,
             blocks,
             q: vec![[0; BLOCK]; m * blocks],
-            lane_sums: vec![[0; 8]; m * blocks],
+            negative_sums: vec![[0; 8]; m * blocks],
             scale: vec![0.0; m * blocks],
             scaled_sum: vec![0.0; m * blocks],
         };
         match level {
             SimdLevel::Portable => activations.fill(x),
+            // SAFETY: a level of this machine holds its features.
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx2 => unsafe { x86::avx2::quantize(&mut activations, x) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx512Vnni => unsafe { x86::avx512_vnni::quantize(&mut activations, x) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => activations.fill(x),
         }
         activations
     }
 
+    /// [`Activations::quantize`] under the features of the caller.
     #[inline(always)]
-    fn fill(&mut self, x: &[f32]) {
+    pub(super) fn fill(&mut self, x: &[f32]) {
         for (b, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
             let (scale, inverse) = scale(x);
             let q = &mut self.q[b];
@@ -50,9 +61,9 @@ impl Activations {
                 *q = round(x * inverse) as i8;
             }
             let mut sum = 0;
-            for (lane, q) in self.lane_sums[b].iter_mut().zip(q.as_chunks::<4>().0) {
-                *lane = q.iter().map(|&q| i32::from(q)).sum();
-                sum += *lane;
+            for (lane, q) in self.negative_sums[b].iter_mut().zip(q.as_chunks::<4>().0) {
+                *lane = -q.iter().map(|&q| i32::from(q)).sum::<i32>();
+                sum -= *lane;
             }
             self.scale[b] = scale;
             self.scaled_sum[b] = scale * sum as f32;

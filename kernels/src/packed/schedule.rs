@@ -4,6 +4,8 @@
 use std::ops::Range;
 
 use super::activation::Activations;
+#[cfg(target_arch = "x86_64")]
+use super::x86;
 use super::{PackedMatrix, PackedType, SimdLevel, block, portable};
 
 /// Up to this many rows of x the packed blocks are multiplied directly.
@@ -19,6 +21,14 @@ const SERIAL_BYTES: usize = 64 * 1024;
 pub(super) fn dequantize(level: SimdLevel, ty: PackedType, src: &[u8], out: &mut [f32]) {
     match level {
         SimdLevel::Portable => block::dequantize(ty, src, out),
+        // SAFETY: a level of this machine holds its features.
+        #[cfg(target_arch = "x86_64")]
+        SimdLevel::Avx2 => unsafe { x86::avx2::dequantize(ty, src, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        SimdLevel::Avx512Vnni => unsafe { x86::avx512_vnni::dequantize(ty, src, out) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => block::dequantize(ty, src, out),
     }
 }
 
@@ -48,9 +58,9 @@ fn direct(level: SimdLevel, w: &PackedMatrix, data: &[u8], x: &[f32], m: usize, 
     let run = |rows: Range<usize>| {
         let packed = &data[rows.start * row_bytes..rows.end * row_bytes];
         let mut values = vec![0.0; m * rows.len()];
-        match (&activations, level) {
-            (Some(x), SimdLevel::Portable) => portable::integer_rows(ty, packed, x, &mut values),
-            (None, SimdLevel::Portable) => portable::float_rows(ty, packed, x, cols, &mut values),
+        match &activations {
+            Some(x) => integer_rows(level, ty, packed, x, &mut values),
+            None => float_rows(level, ty, packed, x, cols, &mut values),
         }
         // SAFETY: `in_row_ranges` gives each row to one task and `rows` is inside the stride.
         unsafe { columns.write(rows, &values) };
@@ -75,6 +85,32 @@ fn decoded(level: SimdLevel, w: &PackedMatrix, data: &[u8], x: &[f32], m: usize,
         // `(rows.len(), cols)` and x is `(m, cols)`, checked by `matmul`.
         unsafe { columns.write_product(rows, &weights, x, cols) };
     });
+}
+
+/// Packed rows times the rounded x: out is `(m, num_rows)`.
+fn integer_rows(level: SimdLevel, ty: PackedType, w: &[u8], x: &Activations, out: &mut [f32]) {
+    match level {
+        // SAFETY: a level of this machine holds its features.
+        #[cfg(target_arch = "x86_64")]
+        SimdLevel::Avx2 => unsafe { x86::avx2::integer_rows(ty, w, x, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        SimdLevel::Avx512Vnni => unsafe { x86::avx512_vnni::integer_rows(ty, w, x, out) },
+        _ => portable::integer_rows(ty, w, x, out),
+    }
+}
+
+/// Packed rows times x `(m, cols)` in f32: out is `(m, num_rows)`.
+fn float_rows(level: SimdLevel, ty: PackedType, w: &[u8], x: &[f32], cols: usize, out: &mut [f32]) {
+    match level {
+        // SAFETY: a level of this machine holds its features.
+        #[cfg(target_arch = "x86_64")]
+        SimdLevel::Avx2 => unsafe { x86::avx2::float_rows(ty, w, x, cols, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        SimdLevel::Avx512Vnni => unsafe { x86::avx512_vnni::float_rows(ty, w, x, cols, out) },
+        _ => portable::float_rows(ty, w, x, cols, out),
+    }
 }
 
 fn has_integer_form(ty: PackedType) -> bool {

@@ -1,0 +1,212 @@
+//! Rebuilds a byte-level BPE tokenizer from the metadata of a GGUF file.
+//! Knows the pipelines that `tokenizer.ggml.pre` names, and refuses the ones it does not.
+//!
+//! GGUF stores the vocabulary and merges but only the name of what splits the text before them.
+//! Each pipeline below is that of the model's own tokenizer.json.
+
+use std::collections::HashMap;
+
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::NFC;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{
+    AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior,
+    Tokenizer as HfTokenizer,
+};
+
+use super::SpecialIds;
+use crate::gguf::Gguf;
+use crate::{Error, ErrorKind, Result};
+
+/// `pattern` of the Split in the tokenizer.json of Llama 3.
+const LLAMA_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The same of Qwen2 and Qwen2.5: digits one by one.
+const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Values of `tokenizer.ggml.token_type`. Source: `llama_token_type` in llama.cpp, `llama.h`.
+const TYPE_UNKNOWN: i32 = 2;
+const TYPE_CONTROL: i32 = 3;
+const TYPE_USER_DEFINED: i32 = 4;
+
+/// What the metadata amounts to.
+pub(super) struct Built {
+    pub(super) tokenizer: HfTokenizer,
+    pub(super) special: SpecialIds,
+    /// What begins a document.
+    pub(super) prefix: Vec<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pipeline {
+    SmolLm,
+    Llama3,
+    Qwen2,
+}
+
+impl Pipeline {
+    /// Source of the aliases: `llama_vocab::impl::load` in llama.cpp, `llama-vocab.cpp`.
+    fn named(pre: &str) -> Option<Self> {
+        Some(match pre {
+            "smollm" => Self::SmolLm,
+            "llama-bpe" | "llama3" | "llama-v3" => Self::Llama3,
+            "qwen2" => Self::Qwen2,
+            _ => return None,
+        })
+    }
+
+    fn pre_tokenizer(self) -> tokenizers::Result<PreTokenizerWrapper> {
+        let split_then_bytes = |pattern: &str| -> tokenizers::Result<Vec<PreTokenizerWrapper>> {
+            let pattern = SplitPattern::Regex(pattern.to_owned());
+            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?;
+            Ok(vec![split.into(), ByteLevel::new(false, true, false).into()])
+        };
+        let steps = match self {
+            Self::SmolLm => {
+                vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]
+            }
+            Self::Llama3 => split_then_bytes(LLAMA_SPLIT)?,
+            Self::Qwen2 => split_then_bytes(QWEN2_SPLIT)?,
+        };
+        Ok(Sequence::new(steps).into())
+    }
+
+    fn normalizer(self) -> Option<NormalizerWrapper> {
+        (self == Self::Qwen2).then(|| NFC.into())
+    }
+}
+
+/// Builds the tokenizer of `gguf`.
+pub(super) fn build(gguf: &Gguf) -> Result<Built> {
+    let refuse =
+        |what: String| Error::model(format!("tokenizer {}: {what}", gguf.path().display()));
+    let model = gguf.str("tokenizer.ggml.model")?;
+    if model != "gpt2" {
+        return Err(refuse(format!(
+            "tokenizer.ggml.model {model:?}, expected \"gpt2\" (byte-level BPE)"
+        )));
+    }
+    let pre = gguf.str("tokenizer.ggml.pre")?;
+    let pipeline = Pipeline::named(pre).ok_or_else(|| {
+        refuse(format!("tokenizer.ggml.pre {pre:?}, expected smollm, llama-bpe or qwen2"))
+    })?;
+    let tokens = gguf.strs("tokenizer.ggml.tokens")?;
+    let vocab = vocabulary(gguf, tokens)?;
+    let merges = merges(gguf, &vocab)?;
+    let special = special_ids(gguf, tokens.len())?;
+    let added = added_tokens(gguf, tokens, special)?;
+
+    let bpe = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .ignore_merges(pipeline == Pipeline::Llama3)
+        .build()
+        .map_err(|source| refuse(format!("vocabulary: {source}")))?;
+    let mut tokenizer = HfTokenizer::new(bpe);
+    let pre_tokenizer =
+        pipeline.pre_tokenizer().map_err(|source| refuse(format!("pre-tokenizer: {source}")))?;
+    tokenizer
+        .with_normalizer(pipeline.normalizer())
+        .map_err(|source| refuse(format!("normalizer: {source}")))?
+        .with_pre_tokenizer(Some(pre_tokenizer))
+        .with_decoder(Some(ByteLevel::default()));
+    tokenizer.add_tokens(added).map_err(|source| refuse(format!("special tokens: {source}")))?;
+
+    // Files of Llama 3 often leave the key out and mean yes.
+    let add_bos = match gguf.contains("tokenizer.ggml.add_bos_token") {
+        true => gguf.bool("tokenizer.ggml.add_bos_token")?,
+        false => pipeline == Pipeline::Llama3,
+    };
+    let prefix = special.bos.filter(|_| add_bos).into_iter().collect();
+    Ok(Built { tokenizer, special, prefix })
+}
+
+fn vocabulary(gguf: &Gguf, tokens: &[String]) -> Result<Vocab> {
+    let mut vocab = Vocab::new();
+    for (id, token) in tokens.iter().enumerate() {
+        // A header holds at least eight bytes per token, so ids of a real file fit 32 bits.
+        let id = u32::try_from(id).map_err(|_| corrupted(gguf, "more than 2^32 tokens"))?;
+        if let Some(first) = vocab.insert(token.clone(), id) {
+            return Err(corrupted(gguf, format!("token {id} repeats token {first}: {token:?}")));
+        }
+    }
+    Ok(vocab)
+}
+
+/// Merges as pairs; each half and their concatenation are in the vocabulary.
+fn merges(gguf: &Gguf, vocab: &Vocab) -> Result<Vec<(String, String)>> {
+    let mut pairs = Vec::new();
+    for (rank, merge) in gguf.strs("tokenizer.ggml.merges")?.iter().enumerate() {
+        // Pieces are in the byte-level alphabet, which has no blank.
+        let pair = merge.split_once(' ').filter(|(left, right)| {
+            let joined = [*left, *right].concat();
+            vocab.contains_key(*left) && vocab.contains_key(*right) && vocab.contains_key(&joined)
+        });
+        let (left, right) = pair.ok_or_else(|| {
+            corrupted(
+                gguf,
+                format!("merge {rank}: expected two pieces that make a third, got {merge:?}"),
+            )
+        })?;
+        pairs.push((left.to_owned(), right.to_owned()));
+    }
+    Ok(pairs)
+}
+
+fn special_ids(gguf: &Gguf, num_tokens: usize) -> Result<SpecialIds> {
+    let read = |name: &str| -> Result<Option<u32>> {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        if !gguf.contains(&key) {
+            return Ok(None);
+        }
+        match gguf.u32(&key)? {
+            id if (id as usize) < num_tokens => Ok(Some(id)),
+            id => Err(corrupted(gguf, format!("{key} is {id}, expected below {num_tokens}"))),
+        }
+    };
+    Ok(SpecialIds {
+        bos: read("bos")?,
+        eos: read("eos")?,
+        eot: read("eot")?,
+        eom: read("eom")?,
+        unk: read("unknown")?,
+        pad: read("padding")?,
+    })
+}
+
+/// Control tokens, and user-defined ones, which are matched in text but are not special.
+fn added_tokens(gguf: &Gguf, tokens: &[String], special: SpecialIds) -> Result<Vec<AddedToken>> {
+    let types = match gguf.contains("tokenizer.ggml.token_type") {
+        true => gguf.i32s("tokenizer.ggml.token_type")?,
+        false => vec![0; tokens.len()],
+    };
+    if types.len() != tokens.len() {
+        return Err(corrupted(
+            gguf,
+            format!("{} token types, expected {}", types.len(), tokens.len()),
+        ));
+    }
+    let SpecialIds { bos, eos, eot, eom, unk: _, pad } = special;
+    let mut added = HashMap::new();
+    for (id, &kind) in types.iter().enumerate() {
+        if matches!(kind, TYPE_UNKNOWN | TYPE_CONTROL | TYPE_USER_DEFINED) {
+            added.insert(id, kind != TYPE_USER_DEFINED);
+        }
+    }
+    for id in [bos, eos, eot, eom, pad].into_iter().flatten() {
+        added.insert(id as usize, true);
+    }
+    let mut added: Vec<_> = added.into_iter().collect();
+    added.sort_unstable();
+    Ok(added
+        .into_iter()
+        .filter(|&(id, _)| !tokens[id].is_empty())
+        .map(|(id, special)| AddedToken::from(tokens[id].clone(), special).normalized(false))
+        .collect())
+}
+
+fn corrupted(gguf: &Gguf, what: impl std::fmt::Display) -> Error {
+    let path = gguf.path().display();
+    Error::new(ErrorKind::Corrupted, format!("tokenizer {path}: {what}"))
+}

@@ -49,6 +49,8 @@ mod session;
 mod snapshot;
 mod stream;
 mod template;
+#[cfg(test)]
+mod testing;
 mod tokenizer;
 
 pub use embedding::EmbedderSource;

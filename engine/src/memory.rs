@@ -7,6 +7,7 @@ use crate::stream::offload;
 use mka_memory::{
     ChunkInfo, Commit, Committed, Forget, Hit, NewTurn, Receipt, Recall, Scope, Stats,
 };
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Remember, recall and forget, over every session of the engine.
@@ -57,13 +58,13 @@ impl MemoryHandle {
         offload("verify", move || Ok(shared.store.verify(&receipt)?)).await
     }
 
-    /// The newest `limit` chunks of `scope`, newest first.
+    /// Chunks of `scope` in the order in which they were first said; `range` counts from 0.
     ///
     /// # Errors
     /// `InvalidArgument` if the scope is malformed.
-    pub async fn chunks(&self, scope: &Scope, limit: usize) -> Result<Vec<ChunkInfo>> {
+    pub async fn chunks(&self, scope: &Scope, range: Range<usize>) -> Result<Vec<ChunkInfo>> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
-        offload("chunks", move || Ok(shared.store.chunks(&scope, limit)?)).await
+        offload("chunks", move || Ok(shared.store.chunks(&scope, range)?)).await
     }
 
     /// Counts and bytes of the store.

@@ -84,8 +84,10 @@ impl Tokenizer {
     /// [`ErrorKind::Corrupted`] where the bytes are not a tokenizer, [`ErrorKind::Model`] where
     /// they are one of a kind that is not read here.
     pub(crate) fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
-        let tokenizer = json::parse(bytes, path)?;
-        Self::new(tokenizer, path, SpecialIds::default(), None)
+        guarded(path, || {
+            let tokenizer = json::parse(bytes, path)?;
+            Self::new(tokenizer, path, SpecialIds::default(), None)
+        })
     }
 
     /// Builds the tokenizer that a GGUF file carries in its metadata.
@@ -94,8 +96,10 @@ impl Tokenizer {
     /// [`ErrorKind::Model`] for a vocabulary or a pre-tokenizer that is not read here, by name;
     /// [`ErrorKind::Corrupted`] where vocabulary, merges and special ids contradict each other.
     pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        let built = pipeline::build(gguf)?;
-        Self::new(built.tokenizer, gguf.path(), built.special, Some(built.prefix))
+        guarded(gguf.path(), || {
+            let built = pipeline::build(gguf)?;
+            Self::new(built.tokenizer, gguf.path(), built.special, Some(built.prefix))
+        })
     }
 
     fn new(
@@ -260,4 +264,15 @@ impl std::fmt::Debug for Tokenizer {
             .field("pieces", &self.inner.pieces)
             .finish_non_exhaustive()
     }
+}
+
+/// Runs `load`, turning a panic of the library underneath into an error: `tokenizers` indexes maps by what a damaged
+/// file names (a template that uses a special token which it does not define).
+fn guarded(path: &Path, load: impl FnOnce() -> Result<Tokenizer>) -> Result<Tokenizer> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|_| {
+        Err(Error::new(
+            ErrorKind::Corrupted,
+            format!("tokenizer {}: the file contradicts itself", path.display()),
+        ))
+    })
 }

@@ -145,11 +145,16 @@ fn gguf_with_interleaved_heads_equals_transformers() {
     let logits = run(&decoder, &mut cache, &ids(&golden["ids"]), &[512]);
     let difference = max_difference(&logits, &expected(&golden));
     assert!(difference <= 2e-4, "off by {difference}");
-    // Token by token the weights are multiplied in eight bits, as ggml does: close, not equal.
+    // Token by token the activations are rounded to eight bits, as ggml does: each of the 15 products in a row adds
+    // an error of about 1/256, so that the logits are within a few per cent.
     let mut cache = Cache::new(shape(&decoder, 128, 512)).unwrap();
     let logits = run(&decoder, &mut cache, &ids(&golden["ids"]), &[1]);
-    let difference = max_difference(&logits, &expected(&golden));
-    assert!(difference <= 2.0, "off by {difference}");
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
+    let exact = expected(&golden);
+    let pairs = logits.iter().flatten().zip(exact.iter().flatten());
+    let relative =
+        norm(&mut pairs.map(|(x, y)| x - y)) / norm(&mut exact.iter().flatten().copied());
+    assert!(relative <= 0.06, "off by {relative} of the norm");
 }
 
 /// Trap of other loaders: `rope_parameters` not read, theta 10,000 taken in silence.

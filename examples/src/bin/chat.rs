@@ -123,8 +123,8 @@ async fn print(mut events: Events, args: &Args) -> Result<(), Box<dyn std::error
 
 async fn show(engine: &Engine, scope: &Scope, words: &str) -> Result<(), Box<dyn std::error::Error>> {
     if words.is_empty() {
-        for chunk in engine.memory().chunks(scope, 20).await? {
-            println!("turn {}: {}", chunk.source.turn, chunk.text.trim());
+        for chunk in engine.memory().chunks(scope, 0..100).await? {
+            println!("turn {}: {}", chunk.latest.turn, chunk.text.trim());
         }
         return Ok(());
     }

@@ -177,8 +177,8 @@ impl Store {
         cuts: &[Cut<'_>],
         plan: Plan<'_>,
     ) -> Result<Committed> {
-        let mut state = self.publish(writer, &plan.changes)?;
-        let state = &mut *state;
+        let mut guard = self.publish(writer, &plan.changes)?;
+        let state = &mut *guard;
         if plan.is_new {
             state.name(plan.session, scope.clone());
         }
@@ -227,7 +227,28 @@ impl Store {
             bare.extend(partition.remove_places(std::iter::once(id), plan.session, turn));
         }
         partition.remove(&terms, &bare);
+        drop(guard);
+        if !plan.retracted.is_empty() {
+            self.refresh_last_user_text(plan.session);
+        }
         Ok(committed)
+    }
+
+    /// Reads the start of a session's latest user turn anew, after that turn may have been taken back.
+    pub(super) fn refresh_last_user_text(&self, id: u64) {
+        let latest = {
+            let state = self.read();
+            let session = state.sessions.get(&id);
+            let turns = session.into_iter().flat_map(|session| session.turns.values().rev());
+            let mut spoken = turns
+                .filter(|turn| turn.record.role == Role::User && !turn.record.retracted)
+                .filter_map(|turn| turn.record.body);
+            // A damaged turn is passed over, as it is when the store is opened.
+            spoken.find_map(|body| Body::decode(&state.read(&body).ok()?).ok())
+        };
+        if let Some(session) = self.write().sessions.get_mut(&id) {
+            session.last_user_text = latest.as_ref().map_or("", |body| start_of(&body.text)).into();
+        }
     }
 }
 

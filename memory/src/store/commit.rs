@@ -182,6 +182,7 @@ impl Store {
         if plan.is_new {
             state.name(plan.session, scope.clone());
         }
+        state.next_commit += 1;
         state.orders.insert(scope.user_id().to_owned(), plan.next_order);
         let terms = self.terms();
         let turns: Vec<TurnId> = (plan.first_turn..).take(cuts.len()).collect();
@@ -289,7 +290,8 @@ impl<'a> Plan<'a> {
         summary: &mut Summary,
     ) -> Result<()> {
         let new = cut.turn;
-        let body = Body::encode(self.session, turn, new.source.as_deref(), &new.text, &new.tokens);
+        let numbers = (self.session, turn, state.next_commit);
+        let body = Body::encode(numbers, new.source.as_deref(), &new.text, &new.tokens);
         let body = writer.appender.append(Kind::Body, &body)?;
         let partition = state.partition(scope);
         let mut spans: Vec<ChunkSpan> = Vec::with_capacity(cut.spans.len());

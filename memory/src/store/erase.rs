@@ -41,6 +41,7 @@ impl Store {
     /// sessions of the user. A turn that is damaged and cannot be read counts as matching any text.
     /// What a model said about the text in its own words is found by `Matching` alone.
     ///
+    /// In a store whose database lost records, the bytes that only those referred to go as well.
     /// Bytes that the file system or the drive keeps after a file is removed are beyond this library's reach.
     ///
     /// # Errors
@@ -96,7 +97,7 @@ impl Store {
                     segment.number()
                 )));
             }
-            segment.walk(|kind, payload| match kind {
+            segment.walk(0, |kind, payload| match kind {
                 Kind::Body => {
                     if let Ok(body) = Body::decode(payload) {
                         found.insert(turn_digest(seed, body.session, body.turn, &body.text));

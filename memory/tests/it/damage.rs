@@ -109,6 +109,32 @@ fn a_store_whose_database_is_gone_does_not_pretend_to_be_new() {
     assert_eq!(try_open(folder.path()).unwrap_err().kind(), ErrorKind::Corrupted);
 }
 
+#[test]
+fn a_database_that_went_back_in_time_is_noticed_and_nothing_is_cut_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let earlier = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    let db = folder.path().join("db");
+    for file in files(&db) {
+        std::fs::copy(&file, earlier.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let store = open(folder.path());
+    say(&store, &trip(), Role::User, &["One more."]);
+    say(&store, &Scope::user("carl").session("new"), Role::User, &["And another one."]);
+    drop(store);
+    for file in files(&db) {
+        std::fs::remove_file(file).unwrap();
+    }
+    for file in files(earlier.path()) {
+        std::fs::copy(&file, db.join(file.file_name().unwrap())).unwrap();
+    }
+    let store = open(folder.path());
+    assert!(store.stats().damaged[0].contains("2 commits"), "{:?}", store.stats().damaged);
+    say(&store, &trip(), Role::User, &["Written later."]);
+    assert_eq!(store.turns(&trip(), 6..7).unwrap()[0].text, "Written later.");
+    assert_eq!(crate::support::files_with(folder.path(), "And another one.").len(), 1);
+}
+
 #[derive(Debug, Clone)]
 enum Harm {
     Flip(prop::sample::Index, u8),

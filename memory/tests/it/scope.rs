@@ -52,10 +52,10 @@ fn check(store: &Store, model: &Model) {
         texts.dedup();
         texts
     };
-    for user in 0..2 {
-        assert_eq!(texts(&Scope::user(USERS[user]), false), expected(&|u, _, _| u == user));
+    for (user, name) in USERS.iter().enumerate() {
+        assert_eq!(texts(&Scope::user(*name), false), expected(&|u, _, _| u == user));
         assert_eq!(
-            texts(&Scope::user(USERS[user]).agent("bot"), false),
+            texts(&Scope::user(*name).agent("bot"), false),
             expected(&|u, a, _| u == user && a == 1)
         );
         for (agent, session) in [(0, 0), (0, 1), (1, 0), (1, 1)] {

@@ -191,7 +191,8 @@ mod tests {
     #[test]
     fn a_short_text_is_one_chunk_of_one_sentence() {
         let spans = spans("  The passport is in the drawer.  ", WORDS);
-        assert_eq!(spans, [Span { bytes: 2..32, units: vec![2..32] }]);
+        assert_eq!(spans.len(), 1);
+        assert_eq!((spans[0].bytes.clone(), spans[0].units.len()), (2..32, 1));
     }
 
     #[test]

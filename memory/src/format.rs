@@ -1,8 +1,13 @@
 //! Every byte that reaches the disk: records, payloads, checksums, versions. Drawn in docs/format.md.
 //! Knows no file, index or lock; it turns values into bytes and back, and refuses bytes it did not write.
 
+mod fields;
+
 use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
 
+use self::fields::{
+    Reader, put_bytes, put_floats, put_option, put_option_ref, put_ref, put_u32, put_u64, role_code,
+};
 use crate::{Error, ErrorKind, Result, Role};
 
 /// Version of everything in this file; another one is refused as [`ErrorKind::Incompatible`].
@@ -119,15 +124,17 @@ pub(crate) fn parse_record_header(header: &[u8]) -> Result<(Kind, u32, u64)> {
 pub(crate) struct Body {
     pub(crate) session: u64,
     pub(crate) turn: u64,
+    /// Number of the commit that appended it.
+    pub(crate) commit: u64,
     pub(crate) source: Option<String>,
     pub(crate) text: String,
     pub(crate) tokens: Vec<u32>,
 }
 
 impl Body {
+    /// The same fields as those of the struct, borrowed.
     pub(crate) fn encode(
-        session: u64,
-        turn: u64,
+        (session, turn, commit): (u64, u64, u64),
         source: Option<&str>,
         text: &str,
         tokens: &[u32],
@@ -135,6 +142,7 @@ impl Body {
         let mut out = Vec::with_capacity(48 + text.len() + tokens.len() * 4);
         put_u64(&mut out, session);
         put_u64(&mut out, turn);
+        put_u64(&mut out, commit);
         put_option(&mut out, source);
         put_bytes(&mut out, text.as_bytes());
         put_u32(&mut out, tokens.len() as u32);
@@ -144,13 +152,13 @@ impl Body {
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new(bytes, "turn");
-        let (session, turn) = (reader.u64()?, reader.u64()?);
+        let (session, turn, commit) = (reader.u64()?, reader.u64()?, reader.u64()?);
         let source = reader.option()?;
         let text = reader.text()?;
         let num_tokens = reader.u32()? as usize;
         let tokens = reader.numbers(num_tokens, u32::from_le_bytes)?;
         reader.finish()?;
-        Ok(Self { session, turn, source, text, tokens })
+        Ok(Self { session, turn, commit, source, text, tokens })
     }
 }
 
@@ -519,272 +527,5 @@ fn checksum(key: &Key, fields: &[u8]) -> u64 {
     xxh3_64_with_seed(&bytes, u64::from(VERSION))
 }
 
-fn role_code(role: Role) -> u8 {
-    match role {
-        Role::System => 1,
-        Role::User => 2,
-        Role::Assistant => 3,
-        Role::Document => 4,
-        Role::Recalled => 5,
-    }
-}
-
-fn put_u32(out: &mut Vec<u8>, value: u32) {
-    out.extend_from_slice(&value.to_le_bytes());
-}
-
-fn put_u64(out: &mut Vec<u8>, value: u64) {
-    out.extend_from_slice(&value.to_le_bytes());
-}
-
-fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
-    put_u32(out, bytes.len() as u32);
-    out.extend_from_slice(bytes);
-}
-
-fn put_option(out: &mut Vec<u8>, text: Option<&str>) {
-    out.push(u8::from(text.is_some()));
-    if let Some(text) = text {
-        put_bytes(out, text.as_bytes());
-    }
-}
-
-fn put_floats(out: &mut Vec<u8>, values: &[f32]) {
-    put_u32(out, values.len() as u32);
-    values.iter().for_each(|value| out.extend_from_slice(&value.to_le_bytes()));
-}
-
-fn put_ref(out: &mut Vec<u8>, blob: &BlobRef) {
-    out.push(blob.kind.code());
-    put_u32(out, blob.segment);
-    put_u64(out, blob.offset);
-    put_u32(out, blob.len);
-    put_u64(out, blob.hash);
-}
-
-fn put_option_ref(out: &mut Vec<u8>, blob: Option<&BlobRef>) {
-    out.push(u8::from(blob.is_some()));
-    if let Some(blob) = blob {
-        put_ref(out, blob);
-    }
-}
-
-/// Reads fields in order; every length is checked against what is left before anything is allocated.
-struct Reader<'a> {
-    bytes: &'a [u8],
-    what: &'static str,
-}
-
-impl<'a> Reader<'a> {
-    fn new(bytes: &'a [u8], what: &'static str) -> Self {
-        Self { bytes, what }
-    }
-
-    fn take(&mut self, len: usize) -> Result<&'a [u8]> {
-        if len > self.bytes.len() {
-            return Err(Error::corrupted(format!(
-                "{}: expected {len} more bytes, got {}",
-                self.what,
-                self.bytes.len()
-            )));
-        }
-        let (head, tail) = self.bytes.split_at(len);
-        self.bytes = tail;
-        Ok(head)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let mut array = [0; N];
-        array.copy_from_slice(self.take(N)?);
-        Ok(array)
-    }
-
-    fn u8(&mut self) -> Result<u8> {
-        Ok(self.array::<1>()?[0])
-    }
-
-    fn u32(&mut self) -> Result<u32> {
-        Ok(u32::from_le_bytes(self.array()?))
-    }
-
-    fn u64(&mut self) -> Result<u64> {
-        Ok(u64::from_le_bytes(self.array()?))
-    }
-
-    fn flag(&mut self) -> Result<bool> {
-        match self.u8()? {
-            0 => Ok(false),
-            1 => Ok(true),
-            other => Err(Error::corrupted(format!(
-                "{}: expected a flag of 0 or 1, got {other}",
-                self.what
-            ))),
-        }
-    }
-
-    fn text(&mut self) -> Result<String> {
-        let len = self.u32()? as usize;
-        let bytes = self.take(len)?;
-        String::from_utf8(bytes.to_vec()).map_err(|source| {
-            Error::corrupted(format!("{}: expected UTF-8 text", self.what)).with_source(source)
-        })
-    }
-
-    fn option(&mut self) -> Result<Option<String>> {
-        if self.flag()? { self.text().map(Some) } else { Ok(None) }
-    }
-
-    fn numbers<T>(&mut self, len: usize, from: impl Fn([u8; 4]) -> T) -> Result<Vec<T>> {
-        let bytes = self.take(len.saturating_mul(4))?;
-        Ok(bytes.chunks_exact(4).map(|four| from([four[0], four[1], four[2], four[3]])).collect())
-    }
-
-    fn floats(&mut self) -> Result<Vec<f32>> {
-        let len = self.u32()? as usize;
-        self.numbers(len, f32::from_le_bytes)
-    }
-
-    fn kind(&mut self) -> Result<Kind> {
-        let code = self.u8()?;
-        Kind::from_code(code)
-            .ok_or_else(|| Error::corrupted(format!("{}: unknown record kind {code}", self.what)))
-    }
-
-    fn role(&mut self) -> Result<Role> {
-        let code = self.u8()?;
-        [Role::System, Role::User, Role::Assistant, Role::Document, Role::Recalled]
-            .into_iter()
-            .find(|&role| role_code(role) == code)
-            .ok_or_else(|| Error::corrupted(format!("{}: unknown role {code}", self.what)))
-    }
-
-    fn blob_ref(&mut self) -> Result<BlobRef> {
-        Ok(BlobRef {
-            kind: self.kind()?,
-            segment: self.u32()?,
-            offset: self.u64()?,
-            len: self.u32()?,
-            hash: self.u64()?,
-        })
-    }
-
-    fn option_ref(&mut self) -> Result<Option<BlobRef>> {
-        if self.flag()? { self.blob_ref().map(Some) } else { Ok(None) }
-    }
-
-    fn finish(&self) -> Result<()> {
-        if self.bytes.is_empty() {
-            return Ok(());
-        }
-        Err(Error::corrupted(format!("{}: {} bytes too many", self.what, self.bytes.len())))
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn blob(kind: Kind) -> BlobRef {
-        BlobRef { segment: 3, offset: 77, len: 5, hash: 0xdead_beef, kind }
-    }
-
-    fn samples() -> Vec<(Key, Record)> {
-        vec![
-            (
-                Key::Store,
-                Record::Store(StoreRecord {
-                    seed: 7,
-                    dim: 384,
-                    embedder: "hashed".into(),
-                    next_session: 9,
-                    purge_pending: true,
-                }),
-            ),
-            (
-                Key::Session(1),
-                Record::Session(SessionRecord {
-                    names: blob(Kind::Names),
-                    summary: Some(blob(Kind::Summary)),
-                }),
-            ),
-            (
-                Key::Turn(1, 2),
-                Record::Turn(TurnRecord {
-                    role: Role::Assistant,
-                    time_ms: -5,
-                    order: 11,
-                    remember: true,
-                    retracted: false,
-                    body: Some(blob(Kind::Body)),
-                    chunks: None,
-                }),
-            ),
-            (
-                Key::Snapshot(1),
-                Record::Snapshot(SnapshotRecord {
-                    fingerprint: [9; 16],
-                    position: 1_000_000,
-                    num_window_pages: 3,
-                    state: blob(Kind::State),
-                }),
-            ),
-            (Key::Page(1, 4), Record::Page(PageRecord { blob: blob(Kind::Page), evicted: 2 })),
-        ]
-    }
-
-    #[test]
-    fn every_record_reads_back_as_written() {
-        for (key, record) in samples() {
-            assert_eq!(Key::decode(&key.encode()).unwrap(), key);
-            assert_eq!(Record::decode(&key, &record.encode(&key)).unwrap(), record);
-        }
-    }
-
-    #[test]
-    fn a_record_under_another_key_is_refused() {
-        let (key, record) = samples().remove(4);
-        let error = Record::decode(&Key::Page(1, 5), &record.encode(&key)).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Corrupted);
-    }
-
-    proptest! {
-        #[test]
-        fn any_flipped_bit_of_a_record_is_refused(which in 0usize..5, at in any::<prop::sample::Index>(), bit in 0u8..8) {
-            let (key, record) = samples().remove(which);
-            let mut bytes = record.encode(&key);
-            let at = at.index(bytes.len());
-            bytes[at] ^= 1 << bit;
-            prop_assert!(Record::decode(&key, &bytes).is_err());
-        }
-
-        #[test]
-        fn decoding_any_bytes_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            for (key, _) in samples() {
-                let _ = Record::decode(&key, &bytes);
-            }
-            let _ = Key::decode(&bytes);
-            let _ = Body::decode(&bytes);
-            let _ = TurnChunks::decode(&bytes);
-            let _ = decode_names(&bytes);
-            let _ = decode_summary(&bytes);
-            let _ = parse_record_header(&bytes);
-        }
-
-        #[test]
-        fn a_body_reads_back_as_written(source in prop::option::of(".{0,20}"), text in ".{0,200}", tokens in prop::collection::vec(any::<u32>(), 0..40)) {
-            let bytes = Body::encode(1, 2, source.as_deref(), &text, &tokens);
-            prop_assert_eq!(Body::decode(&bytes).unwrap(), Body { session: 1, turn: 2, source, text, tokens });
-        }
-
-        #[test]
-        fn a_cut_payload_is_refused(text in ".{1,50}", cut in any::<prop::sample::Index>()) {
-            let body = Body::encode(1, 2, Some("a"), &text, &[1, 2]);
-            prop_assert!(Body::decode(&body[..cut.index(body.len())]).is_err());
-            let vectors = [0.5f32, -1.0];
-            let chunks = TurnChunks::encode(1, 2, [(7u128, 0u64, 3u64, &vectors[..])].into_iter());
-            prop_assert!(TurnChunks::decode(&chunks[..cut.index(chunks.len())]).is_err());
-        }
-    }
-}
+mod tests;

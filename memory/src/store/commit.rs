@@ -177,11 +177,12 @@ impl Store {
         cuts: &[Cut<'_>],
         plan: Plan<'_>,
     ) -> Result<Committed> {
-        let mut state = self.publish(writer, &plan.changes)?;
-        let state = &mut *state;
+        let mut guard = self.publish(writer, &plan.changes)?;
+        let state = &mut *guard;
         if plan.is_new {
             state.name(plan.session, scope.clone());
         }
+        state.next_commit += 1;
         state.orders.insert(scope.user_id().to_owned(), plan.next_order);
         let terms = self.terms();
         let turns: Vec<TurnId> = (plan.first_turn..).take(cuts.len()).collect();
@@ -227,7 +228,28 @@ impl Store {
             bare.extend(partition.remove_places(std::iter::once(id), plan.session, turn));
         }
         partition.remove(&terms, &bare);
+        drop(guard);
+        if !plan.retracted.is_empty() {
+            self.refresh_last_user_text(plan.session);
+        }
         Ok(committed)
+    }
+
+    /// Reads the start of a session's latest user turn anew, after that turn may have been taken back.
+    pub(super) fn refresh_last_user_text(&self, id: u64) {
+        let latest = {
+            let state = self.read();
+            let session = state.sessions.get(&id);
+            let turns = session.into_iter().flat_map(|session| session.turns.values().rev());
+            let mut spoken = turns
+                .filter(|turn| turn.record.role == Role::User && !turn.record.retracted)
+                .filter_map(|turn| turn.record.body);
+            // A damaged turn is passed over, as it is when the store is opened.
+            spoken.find_map(|body| Body::decode(&state.read(&body).ok()?).ok())
+        };
+        if let Some(session) = self.write().sessions.get_mut(&id) {
+            session.last_user_text = latest.as_ref().map_or("", |body| start_of(&body.text)).into();
+        }
     }
 }
 
@@ -268,7 +290,8 @@ impl<'a> Plan<'a> {
         summary: &mut Summary,
     ) -> Result<()> {
         let new = cut.turn;
-        let body = Body::encode(self.session, turn, new.source.as_deref(), &new.text, &new.tokens);
+        let numbers = (self.session, turn, state.next_commit);
+        let body = Body::encode(numbers, new.source.as_deref(), &new.text, &new.tokens);
         let body = writer.appender.append(Kind::Body, &body)?;
         let partition = state.partition(scope);
         let mut spans: Vec<ChunkSpan> = Vec::with_capacity(cut.spans.len());

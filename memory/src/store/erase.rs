@@ -41,6 +41,7 @@ impl Store {
     /// sessions of the user. A turn that is damaged and cannot be read counts as matching any text.
     /// What a model said about the text in its own words is found by `Matching` alone.
     ///
+    /// In a store whose database lost records, the bytes that only those referred to go as well.
     /// Bytes that the file system or the drive keeps after a file is removed are beyond this library's reach.
     ///
     /// # Errors
@@ -96,7 +97,7 @@ impl Store {
                     segment.number()
                 )));
             }
-            segment.walk(|kind, payload| match kind {
+            segment.walk(0, |kind, payload| match kind {
                 Kind::Body => {
                     if let Ok(body) = Body::decode(payload) {
                         found.insert(turn_digest(seed, body.session, body.turn, &body.text));
@@ -323,19 +324,20 @@ impl Store {
                 dropped.push((scope.clone(), id, turn, ids));
             }
         }
-        let mut state = self.publish(writer, changes)?;
-        let state = &mut *state;
+        let mut guard = self.publish(writer, changes)?;
+        let state = &mut *guard;
         let terms = self.terms();
+        let mut affected = BTreeSet::new();
         let mut bare: BTreeMap<Scope, Vec<u128>> = BTreeMap::new();
         for (scope, id, turn, ids) in dropped {
             let left = state.partition_mut(&scope).remove_places(ids.into_iter(), id, turn);
             bare.entry(scope).or_default().extend(left);
-            if let Some(session) = state.sessions.get_mut(&id) {
-                session.last_user_text = "".into();
-                if let Some(turn) = session.turns.get_mut(&turn) {
-                    turn.chunks.clear();
-                    turn.source = None;
-                }
+            affected.insert(id);
+            if let Some(session) = state.sessions.get_mut(&id)
+                && let Some(turn) = session.turns.get_mut(&turn)
+            {
+                turn.chunks.clear();
+                turn.source = None;
             }
         }
         for (scope, ids) in bare {
@@ -352,6 +354,8 @@ impl Store {
         for (id, summary) in erasure.summaries {
             state.session_mut(id).summary = summary;
         }
+        drop(guard);
+        affected.into_iter().for_each(|id| self.refresh_last_user_text(id));
         Ok(())
     }
 }

@@ -52,6 +52,7 @@ pub(super) fn open(
     loader.sessions();
     loader.complete_vectors()?;
     loader.summaries();
+    loader.orphans()?;
     let Loader { state, stale, stale_summaries, .. } = loader;
     let store = Store {
         embedder,
@@ -62,6 +63,7 @@ pub(super) fn open(
     };
     if is_new {
         sync_folder(path)?;
+        sync_folder(&path.join("db"))?;
         if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             sync_folder(parent)?;
         }
@@ -249,6 +251,7 @@ impl Loader<'_> {
                 }
             },
         };
+        self.state.next_commit = self.state.next_commit.max(body.commit.saturating_add(1));
         let partition = partition_key(scope);
         let mut spans: Vec<ChunkSpan> = Vec::with_capacity(chunks.len());
         for chunk in chunks {
@@ -338,6 +341,37 @@ impl Loader<'_> {
         Ok(())
     }
 
+    /// Looks behind the last record in use for turns that the database does not know.
+    /// One commit's turns were being written when the process died, and nobody was told that they are stored.
+    /// Turns of several commits were stored: the database went back to an earlier state by itself.
+    fn orphans(&mut self) -> Result<()> {
+        let state = &self.state;
+        let live_ends = state.live_ends();
+        let mut commits = BTreeSet::new();
+        for segment in state.segments.values() {
+            let end = live_ends.get(&segment.number()).copied().unwrap_or(0);
+            segment.walk(end, |kind, payload| {
+                let body = (kind == Kind::Body).then(|| Body::decode(payload).ok()).flatten();
+                let Some(body) = body else { return };
+                let is_unknown = match state.sessions.get(&body.session) {
+                    Some(session) => body.turn >= session.num_turns,
+                    None => body.session >= state.store.next_session,
+                };
+                if is_unknown {
+                    commits.insert(body.commit);
+                }
+            })?;
+        }
+        if commits.len() > 1 {
+            self.state.refs_lost = true;
+            self.state.damaged.push(format!(
+                "the database lost its latest records: the segments hold {} commits that it does not know",
+                commits.len()
+            ));
+        }
+        Ok(())
+    }
+
     /// Reads every session's running means, or computes them from its chunks.
     fn summaries(&mut self) {
         let ids: Vec<u64> = self.state.sessions.keys().copied().collect();
@@ -372,7 +406,9 @@ impl Store {
                 .cloned()
                 .collect();
             let last = state.segments.values().rfind(|segment| is_live(&segment.number())).cloned();
-            let last = last.map(|segment| (state.live_end(segment.number()), segment));
+            let live_ends = state.live_ends();
+            let end = |segment: &Arc<Segment>| live_ends.get(&segment.number()).copied();
+            let last = last.and_then(|segment| Some((end(&segment)?, segment)));
             (unused, last.filter(|_| !state.refs_lost), state.store.purge_pending)
         };
         for segment in unused {

@@ -103,14 +103,14 @@ impl Segment {
         Ok(payload)
     }
 
-    /// Calls `each` with every intact record of the file, referred to or not, and skips damaged bytes.
-    pub(crate) fn walk(&self, mut each: impl FnMut(Kind, &[u8])) -> Result<()> {
-        let len = self.len()?;
-        let mut bytes = vec![0; len as usize];
+    /// Calls `each` with every intact record from `start` on, referred to or not, and skips damaged bytes.
+    pub(crate) fn walk(&self, start: u64, mut each: impl FnMut(Kind, &[u8])) -> Result<()> {
+        let start = start.max(SEGMENT_HEADER_BYTES);
+        let mut bytes = vec![0; self.len()?.saturating_sub(start) as usize];
         self.file
-            .read_exact_at(&mut bytes, 0)
+            .read_exact_at(&mut bytes, start)
             .map_err(|source| Error::io("read", &self.path, source))?;
-        let mut at = SEGMENT_HEADER_BYTES as usize;
+        let mut at = 0;
         while let Some(header) = bytes.get(at..at + RECORD_HEADER_BYTES as usize) {
             let payload_at = at + RECORD_HEADER_BYTES as usize;
             let record = parse_record_header(header).ok().and_then(|(kind, len, hash)| {

@@ -53,6 +53,8 @@ pub(crate) struct State {
     pub(crate) partitions: BTreeMap<PartitionKey, Partition>,
     /// Next order of each user's turns.
     pub(crate) orders: HashMap<String, u64>,
+    /// Number of the next commit that appends turns.
+    pub(crate) next_commit: u64,
     pub(crate) segments: BTreeMap<u32, Arc<Segment>>,
     /// Bytes of each segment that records refer to.
     pub(crate) live_bytes: HashMap<u32, u64>,
@@ -70,6 +72,7 @@ impl State {
             by_scope: BTreeMap::new(),
             partitions: BTreeMap::new(),
             orders: HashMap::new(),
+            next_commit: 1,
             segments,
             live_bytes: HashMap::new(),
             damaged: Vec::new(),
@@ -138,28 +141,29 @@ impl State {
 
     /// Every record that refers into `segment`.
     pub(crate) fn records_in(&self, segment: u32) -> Vec<(Key, Record)> {
-        let mut found = Vec::new();
-        for (&id, session) in &self.sessions {
-            let keys = [Key::Session(id), Key::Snapshot(id)]
-                .into_iter()
-                .chain(session.turns.keys().map(|&turn| Key::Turn(id, turn)))
-                .chain(session.pages.keys().map(|&page| Key::Page(id, page)));
-            let records = keys.filter_map(|key| Some((key, self.record(&key)?)));
-            found.extend(
-                records.filter(|(_, record)| record.refs().any(|blob| blob.segment == segment)),
-            );
-        }
-        found
+        let records = self.keys().filter_map(|key| Some((key, self.record(&key)?)));
+        records.filter(|(_, record)| record.refs().any(|blob| blob.segment == segment)).collect()
     }
 
-    /// The end of the last record in `segment` that is referred to.
-    pub(crate) fn live_end(&self, segment: u32) -> u64 {
-        let records = self.records_in(segment);
-        let blobs = records.iter().flat_map(|(_, record)| record.refs());
-        let ends = blobs
-            .filter(|blob| blob.segment == segment)
-            .map(|blob| blob.offset + blob.record_bytes());
-        ends.max().unwrap_or(0)
+    /// Every key that holds a record.
+    fn keys(&self) -> impl Iterator<Item = Key> {
+        self.sessions.iter().flat_map(|(&id, session)| {
+            let turns = session.turns.keys().map(move |&turn| Key::Turn(id, turn));
+            let pages = session.pages.keys().map(move |&page| Key::Page(id, page));
+            [Key::Session(id), Key::Snapshot(id)].into_iter().chain(turns).chain(pages)
+        })
+    }
+
+    /// The end of the last record that is referred to, by segment.
+    pub(crate) fn live_ends(&self) -> HashMap<u32, u64> {
+        let mut ends = HashMap::new();
+        for record in self.keys().filter_map(|key| self.record(&key)) {
+            for blob in record.refs() {
+                let end: &mut u64 = ends.entry(blob.segment).or_default();
+                *end = (*end).max(blob.offset.saturating_add(blob.record_bytes()));
+            }
+        }
+        ends
     }
 
     /// Takes a change of the database in, and keeps count of live bytes.

@@ -1,0 +1,108 @@
+//! The format reads back what it wrote, and refuses everything else without a panic.
+//! Knows no file.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn blob(kind: Kind) -> BlobRef {
+    BlobRef { segment: 3, offset: 77, len: 5, hash: 0xdead_beef, kind }
+}
+
+fn samples() -> Vec<(Key, Record)> {
+    vec![
+        (
+            Key::Store,
+            Record::Store(StoreRecord {
+                seed: 7,
+                dim: 384,
+                embedder: "hashed".into(),
+                next_session: 9,
+                purge_pending: true,
+            }),
+        ),
+        (
+            Key::Session(1),
+            Record::Session(SessionRecord {
+                names: blob(Kind::Names),
+                summary: Some(blob(Kind::Summary)),
+            }),
+        ),
+        (
+            Key::Turn(1, 2),
+            Record::Turn(TurnRecord {
+                role: Role::Assistant,
+                time_ms: -5,
+                order: 11,
+                remember: true,
+                retracted: false,
+                body: Some(blob(Kind::Body)),
+                chunks: None,
+            }),
+        ),
+        (
+            Key::Snapshot(1),
+            Record::Snapshot(SnapshotRecord {
+                fingerprint: [9; 16],
+                position: 1_000_000,
+                num_window_pages: 3,
+                state: blob(Kind::State),
+            }),
+        ),
+        (Key::Page(1, 4), Record::Page(PageRecord { blob: blob(Kind::Page), evicted: 2 })),
+    ]
+}
+
+#[test]
+fn every_record_reads_back_as_written() {
+    for (key, record) in samples() {
+        assert_eq!(Key::decode(&key.encode()).unwrap(), key);
+        assert_eq!(Record::decode(&key, &record.encode(&key)).unwrap(), record);
+    }
+}
+
+#[test]
+fn a_record_under_another_key_is_refused() {
+    let (key, record) = samples().remove(4);
+    let error = Record::decode(&Key::Page(1, 5), &record.encode(&key)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupted);
+}
+
+proptest! {
+    #[test]
+    fn any_flipped_bit_of_a_record_is_refused(which in 0usize..5, at in any::<prop::sample::Index>(), bit in 0u8..8) {
+        let (key, record) = samples().remove(which);
+        let mut bytes = record.encode(&key);
+        let at = at.index(bytes.len());
+        bytes[at] ^= 1 << bit;
+        prop_assert!(Record::decode(&key, &bytes).is_err());
+    }
+
+    #[test]
+    fn decoding_any_bytes_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        for (key, _) in samples() {
+            let _ = Record::decode(&key, &bytes);
+        }
+        let _ = Key::decode(&bytes);
+        let _ = Body::decode(&bytes);
+        let _ = TurnChunks::decode(&bytes);
+        let _ = decode_names(&bytes);
+        let _ = decode_summary(&bytes);
+        let _ = parse_record_header(&bytes);
+    }
+
+    #[test]
+    fn a_body_reads_back_as_written(source in prop::option::of(".{0,20}"), text in ".{0,200}", tokens in prop::collection::vec(any::<u32>(), 0..40)) {
+        let bytes = Body::encode((1, 2, 3), source.as_deref(), &text, &tokens);
+        prop_assert_eq!(Body::decode(&bytes).unwrap(), Body { session: 1, turn: 2, commit: 3, source, text, tokens });
+    }
+
+    #[test]
+    fn a_cut_payload_is_refused(text in ".{1,50}", cut in any::<prop::sample::Index>()) {
+        let body = Body::encode((1, 2, 3), Some("a"), &text, &[1, 2]);
+        prop_assert!(Body::decode(&body[..cut.index(body.len())]).is_err());
+        let vectors = [0.5f32, -1.0];
+        let chunks = TurnChunks::encode(1, 2, [(7u128, 0u64, 3u64, &vectors[..])].into_iter());
+        prop_assert!(TurnChunks::decode(&chunks[..cut.index(chunks.len())]).is_err());
+    }
+}

@@ -1,0 +1,168 @@
+//! Forgetting: the bytes leave every file, and the receipt can be checked.
+
+use mka_memory::{Commit, ErrorKind, Forget, NewSnapshot, NewTurn, Recall, Receipt, Role, Scope};
+
+use crate::support::{files_with, open, prose, say, trip};
+
+const SECRET: &str = "passport XK-99-1234";
+
+#[test]
+fn after_forget_the_bytes_are_in_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let home = Scope::user("ada").session("home");
+    let told = format!("My {SECRET} expires in May.");
+    say(&store, &trip(), Role::User, &["Hello there.", &told, "Unrelated talk about trains."]);
+    say(&store, &trip(), Role::Document, &[&prose(1, 500)]);
+    say(&store, &home, Role::User, &[&format!("Again, {SECRET}!"), "Home talk."]);
+    say(&store, &home, Role::Recalled, &[&format!("> {told}")]);
+    let snapshot = NewSnapshot {
+        fingerprint: [1; 16],
+        position: 4,
+        state: format!("state with {SECRET}").into(),
+        pages: vec![(0, format!("page with {SECRET}").into())],
+        window: vec![0],
+    };
+    store
+        .commit(&trip(), Commit { snapshot: Some(snapshot.clone()), ..Commit::default() })
+        .unwrap();
+    // The first page's bytes are unused from here on; they must go all the same.
+    let snapshot =
+        NewSnapshot { pages: vec![(0, b"rewritten".to_vec())], state: vec![], ..snapshot };
+    store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();
+    let others = Scope::user("bob").session("trip");
+    say(&store, &others, Role::User, &["Bob was here."]);
+    assert!(!files_with(folder.path(), SECRET).is_empty());
+
+    let receipt = store.forget(&Scope::user("ada"), &Forget::matching("PASSPORT xk-99")).unwrap();
+    assert_eq!((receipt.turns, receipt.chunks, receipt.pages), (3, 2, 1));
+    assert!(receipt.bytes > 60 && !receipt.segments.is_empty());
+    assert_eq!(files_with(folder.path(), SECRET), Vec::<std::path::PathBuf>::new());
+    store.verify(&receipt).unwrap();
+    let written = serde_json::to_string(&receipt).unwrap();
+    assert_eq!(serde_json::from_str::<Receipt>(&written).unwrap(), receipt);
+
+    let check = |store: &mka_memory::Store| {
+        let turns = store.turns(&trip(), 0..9).unwrap();
+        assert_eq!(turns.len(), 4);
+        assert!(turns[1].forgotten && turns[1].text.is_empty() && turns[1].role == Role::User);
+        assert_eq!(turns[2].text, "Unrelated talk about trains.");
+        assert_eq!(store.snapshot(&trip(), [1; 16]).unwrap(), None);
+        assert_eq!(store.turns(&others, 0..9).unwrap()[0].text, "Bob was here.");
+        let hits = store.recall(&Scope::user("ada"), SECRET, &Recall::default()).unwrap();
+        assert!(hits.iter().all(|hit| !hit.text.contains("XK-99")));
+        assert_eq!(store.stats().dead_bytes, 0);
+        assert!(store.stats().damaged.is_empty());
+    };
+    check(&store);
+    drop(store);
+    let store = open(folder.path());
+    check(&store);
+    store.verify(&receipt).unwrap();
+    assert_eq!(files_with(folder.path(), SECRET), Vec::<std::path::PathBuf>::new());
+}
+
+#[test]
+fn verify_refuses_a_receipt_whose_text_is_still_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    say(&store, &trip(), Role::User, &["Keep this.", SECRET]);
+    drop(store);
+    let segments = folder.path().join("segments");
+    for file in crate::support::files(&segments) {
+        std::fs::copy(&file, copy.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let store = open(folder.path());
+    let mut receipt = store.forget(&trip(), &Forget::turn(1)).unwrap();
+    store.verify(&receipt).unwrap();
+    drop(store);
+    // A segment of before the erasure comes back under a number of its own: nothing refers to it.
+    receipt.segments.clear();
+    let store = open(folder.path());
+    std::fs::copy(copy.path().join("000001.seg"), segments.join("000001.seg")).unwrap();
+    store.verify(&receipt).unwrap();
+    drop(store);
+    let store = open(folder.path());
+    store.verify(&receipt).unwrap();
+    assert_eq!(files_with(folder.path(), SECRET), Vec::<std::path::PathBuf>::new());
+}
+
+#[test]
+fn a_chunk_that_another_turn_holds_survives_with_its_vectors() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let text = "The blue heron nests by the northern lake.";
+    say(&store, &trip(), Role::User, &[text, text, "Something else entirely."]);
+    let receipt = store.forget(&trip(), &Forget::turn(0)).unwrap();
+    assert_eq!((receipt.turns, receipt.chunks), (1, 0));
+    let ask = |store: &mka_memory::Store| {
+        store.recall(&trip(), "blue heron", &Recall::default()).unwrap()
+    };
+    let hits = ask(&store);
+    assert_eq!((hits[0].text.as_str(), hits[0].count, hits[0].source.turn), (text, 1, 1));
+    store.verify(&receipt).unwrap();
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!(ask(&store), hits);
+    assert!(store.stats().damaged.is_empty());
+}
+
+#[test]
+fn forgetting_a_session_leaves_no_trace_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let named = Scope::user("ada").session("secret-project-falcon");
+    say(&store, &named, Role::User, &["Falcon flies at dawn."]);
+    say(&store, &trip(), Role::User, &["Trains."]);
+    let receipt = store.forget(&named, &Forget::session()).unwrap();
+    assert_eq!(receipt.turns, 1);
+    drop(store);
+    assert!(files_with(folder.path(), "falcon").is_empty());
+    let store = open(folder.path());
+    assert_eq!(store.num_turns(&named).unwrap(), 0);
+    assert_eq!(store.sessions(&Scope::user("ada")).unwrap().len(), 1);
+    say(&store, &named, Role::User, &["A fresh start."]);
+    assert_eq!(store.turns(&named, 0..9).unwrap()[0].text, "A fresh start.");
+    store.verify(&receipt).unwrap();
+    let receipt = store.forget(&Scope::user("ada"), &Forget::everything()).unwrap();
+    assert_eq!(receipt.turns, 2);
+    assert!(store.sessions(&Scope::user("ada")).unwrap().is_empty());
+    assert_eq!(store.stats().live_bytes, 0);
+}
+
+#[test]
+fn forgetting_by_time_and_bad_selectors() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    for number in 0..4 {
+        let mut turn = NewTurn::new(Role::User, format!("Day {number}."));
+        turn.time_ms = number * 100;
+        store.commit(&trip(), Commit { turns: vec![turn], ..Commit::default() }).unwrap();
+    }
+    assert_eq!(store.forget(&Scope::user("ada"), &Forget::before(200)).unwrap().turns, 2);
+    let forgotten: Vec<bool> =
+        store.turns(&trip(), 0..9).unwrap().iter().map(|turn| turn.forgotten).collect();
+    assert_eq!(forgotten, [true, true, false, false]);
+    let kind = |scope: Scope, selector: Forget| store.forget(&scope, &selector).unwrap_err().kind();
+    assert_eq!(kind(trip(), Forget::matching("")), ErrorKind::InvalidArgument);
+    assert_eq!(kind(Scope::user("ada"), Forget::session()), ErrorKind::InvalidArgument);
+    assert_eq!(kind(trip(), Forget::turn(4)), ErrorKind::NotFound);
+    assert_eq!(store.forget(&Scope::user("eve"), &Forget::everything()).unwrap().turns, 0);
+}
+
+#[test]
+fn a_summary_is_made_anew_without_the_forgotten_turn() {
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let (with, without) = (open(folders[0].path()), open(folders[1].path()));
+    say(&with, &trip(), Role::User, &["Greenhouse tomatoes.", SECRET, "Sailboat rigging."]);
+    with.forget(&trip(), &Forget::matching(SECRET)).unwrap();
+    say(&without, &trip(), Role::User, &["Greenhouse tomatoes.", "Sailboat rigging."]);
+    let scores = |store: &mka_memory::Store| -> Vec<f32> {
+        let hits = store.recall(&trip(), "what about it?", &Recall::default()).unwrap();
+        hits.iter().map(|hit| hit.why.cosine).collect()
+    };
+    assert_eq!(scores(&with), scores(&without));
+    drop(with);
+    assert_eq!(scores(&open(folders[0].path())), scores(&without));
+}

@@ -1,0 +1,180 @@
+//! Recall: what it finds, what it leaves out, and what a hit says.
+
+use mka_memory::{Commit, NewTurn, Recall, Role, Scope, Store, Trust};
+
+use crate::support::{open, prose, say, trip};
+
+fn top(store: &Store, scope: &Scope, query: &str, options: &Recall) -> Vec<String> {
+    store.recall(scope, query, options).unwrap().into_iter().map(|hit| hit.text).collect()
+}
+
+#[test]
+fn a_needle_among_many_chunks_is_found_by_words_and_by_spelling() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let hay: Vec<String> = (0..60).map(|number| prose(number, 120)).collect();
+    let hay: Vec<&str> = hay.iter().map(String::as_str).collect();
+    say(&store, &trip(), Role::Document, &hay[..30]);
+    say(
+        &store,
+        &trip(),
+        Role::User,
+        &["My sister's flight number is QX-4417, she lands in Osaka."],
+    );
+    say(&store, &trip(), Role::Document, &hay[30..]);
+    for query in
+        ["which flight does my sister take?", "QX-4417", "landing at osaka", "sisters flihgt numbr"]
+    {
+        let hits = store
+            .recall(&trip(), query, &Recall { follow_up: false, ..Recall::default() })
+            .unwrap();
+        assert!(hits[0].text.contains("QX-4417"), "{query}: {:?}", hits[0].text);
+    }
+}
+
+#[test]
+fn a_hit_says_where_its_bytes_are_and_why_it_was_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let scope = Scope::user("ada").agent("planner").session("trip");
+    let mut turn =
+        NewTurn::new(Role::Document, format!("{}\n\nThe ferry leaves at nine.", prose(1, 200)));
+    (turn.source, turn.time_ms) = (Some("ferry.txt".into()), 42);
+    store.commit(&scope, Commit { turns: vec![turn.clone()], ..Commit::default() }).unwrap();
+    let hits = store.recall(&scope, "when does the ferry leave?", &Recall::default()).unwrap();
+    let hit = &hits[0];
+    let bytes = hit.source.bytes.start as usize..hit.source.bytes.end as usize;
+    assert_eq!(&turn.text[bytes], hit.text);
+    assert!(hit.text.contains("ferry"));
+    assert_eq!((hit.source.user.as_str(), hit.source.agent.as_deref()), ("ada", Some("planner")));
+    assert_eq!((hit.source.session.as_str(), hit.source.turn, hit.source.time_ms), ("trip", 0, 42));
+    assert_eq!(hit.source.name.as_deref(), Some("ferry.txt"));
+    assert_eq!((hit.trust, hit.count), (Trust::Document, 1));
+    assert_eq!((hit.why.bm25_rank, hit.why.cosine_rank), (Some(1), 1));
+    let score = 0.5 + 0.5 * hit.why.cosine + hit.why.recency;
+    assert!((hit.score - score).abs() < 1e-6);
+}
+
+#[test]
+fn options_bound_what_is_returned() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    for number in 0..6 {
+        let role = if number % 2 == 0 { Role::User } else { Role::Assistant };
+        let mut turn = NewTurn::new(role, format!("Apple variety number {number}."));
+        turn.time_ms = number * 10;
+        store.commit(&trip(), Commit { turns: vec![turn], ..Commit::default() }).unwrap();
+    }
+    let recall = |options: Recall| store.recall(&trip(), "apple variety", &options).unwrap();
+    assert!(recall(Recall { k: 0, ..Recall::default() }).is_empty());
+    assert_eq!(recall(Recall { k: 2, ..Recall::default() }).len(), 2);
+    assert_eq!(recall(Recall::default()).len(), 6);
+    let early = recall(Recall { before_turn: Some(3), ..Recall::default() });
+    assert!(early.len() == 3 && early.iter().all(|hit| hit.source.turn < 3));
+    let spoken = recall(Recall { roles: vec![Role::Assistant], ..Recall::default() });
+    assert!(spoken.len() == 3 && spoken.iter().all(|hit| hit.trust == Trust::Model));
+    let window = recall(Recall { since_ms: Some(20), until_ms: Some(40), ..Recall::default() });
+    let turns: Vec<u64> = window.iter().map(|hit| hit.source.turn).collect();
+    assert!(turns.len() == 2 && turns.contains(&2) && turns.contains(&3), "{turns:?}");
+    assert!(recall(Recall { min_score: 1.1, ..Recall::default() }).is_empty());
+    assert!(store.recall(&trip(), "  ", &Recall::default()).unwrap().is_empty());
+    assert!(
+        store.recall(&trip(), "x", &Recall { min_score: f32::NAN, ..Recall::default() }).is_err()
+    );
+}
+
+#[test]
+fn of_equal_texts_the_newer_comes_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    say(&store, &trip(), Role::User, &["The meeting is on Monday.", "The meeting is on Friday."]);
+    assert_eq!(top(&store, &trip(), "meeting", &Recall::default())[0], "The meeting is on Friday.");
+}
+
+#[test]
+fn a_session_sees_itself_and_others_only_when_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let (home, bot) =
+        (Scope::user("ada").session("home"), Scope::user("ada").agent("bot").session("trip"));
+    say(&store, &trip(), Role::User, &["Kyoto in spring."]);
+    say(&store, &home, Role::User, &["Kyoto at home."]);
+    say(&store, &bot, Role::User, &["Kyoto for bots."]);
+    say(&store, &Scope::user("bob").session("trip"), Role::User, &["Kyoto of Bob."]);
+    let here = Recall::default();
+    let across = Recall { across_sessions: true, ..Recall::default() };
+    let num = |scope: &Scope, options: &Recall| top(&store, scope, "Kyoto", options).len();
+    assert_eq!(top(&store, &trip(), "Kyoto", &here), ["Kyoto in spring."]);
+    assert_eq!((num(&trip(), &across), num(&bot, &across)), (3, 1));
+    assert_eq!(
+        (num(&Scope::user("ada"), &here), num(&Scope::user("ada").agent("bot"), &here)),
+        (3, 1)
+    );
+    assert_eq!(num(&Scope::user("ada").session("new"), &here), 0);
+    assert_eq!(num(&Scope::user("ada").session("new"), &across), 3);
+}
+
+/// Twelve topics, each told in its own session turn; the question names nothing of its topic.
+#[test]
+fn a_short_follow_up_leans_on_the_latest_turns() {
+    let topics = [
+        ("greenhouse tomatoes", "watering every evening"),
+        ("sailboat rigging", "replacing the forestay"),
+        ("violin lessons", "practising scales daily"),
+        ("mortgage papers", "signing before June"),
+        ("marathon training", "running uphill weekly"),
+        ("kitchen renovation", "choosing granite counters"),
+        ("chess tournament", "studying rook endgames"),
+        ("beekeeping course", "inspecting hives monthly"),
+        ("telescope mirror", "polishing with cerium"),
+        ("passport renewal", "bringing two photographs"),
+        ("pottery studio", "glazing with cobalt"),
+        ("sourdough starter", "feeding rye flour"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let mut found = (0, 0);
+    for (number, (topic, advice)) in topics.iter().enumerate() {
+        let facts = Scope::user("ada").session("facts");
+        let fact = format!("Advice about {topic}: {advice} is what matters most, said the expert.");
+        say(&store, &facts, Role::Document, &[&fact]);
+        let chat = Scope::user("ada").session(format!("chat-{number}"));
+        say(&store, &chat, Role::User, &[&format!("I keep thinking about my {topic}.")]);
+    }
+    for (number, (_, advice)) in topics.iter().enumerate() {
+        let chat = Scope::user("ada").session(format!("chat-{number}"));
+        let ask = |follow_up: bool| {
+            let options = Recall {
+                k: 1,
+                across_sessions: true,
+                before_turn: Some(0),
+                follow_up,
+                ..Recall::default()
+            };
+            let hits = store.recall(&chat, "what was the advice?", &options).unwrap();
+            usize::from(hits[0].text.contains(advice))
+        };
+        found.0 += ask(false);
+        found.1 += ask(true);
+    }
+    println!("follow-ups answered: {} without, {} with the session's summary", found.0, found.1);
+    assert!(found.1 >= 11 && found.0 <= 3, "{found:?}");
+}
+
+#[test]
+fn a_long_question_ignores_the_session_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    say(
+        &store,
+        &trip(),
+        Role::User,
+        &["The ferry leaves at nine.", "My violin teacher lives in Porto."],
+    );
+    let query = "which harbor ferry company sells morning tickets cheaply online";
+    let ask = |follow_up: bool| {
+        store.recall(&trip(), query, &Recall { follow_up, ..Recall::default() }).unwrap()
+    };
+    assert_eq!(ask(true), ask(false));
+    assert!(!ask(true)[0].why.follow_up);
+}

@@ -1,0 +1,124 @@
+//! Scopes: whatever two users do, neither ever sees the other's memory.
+
+use mka_memory::{Commit, Forget, NewTurn, Recall, Role, Scope, Store};
+use proptest::prelude::*;
+
+use crate::support::open;
+
+#[derive(Debug, Clone)]
+enum Action {
+    Say { user: usize, agent: usize, session: usize, word: usize, shared: bool },
+    Retract { user: usize, agent: usize, session: usize, turn: u64 },
+    ForgetWord { user: usize, word: usize },
+    ForgetSession { user: usize, agent: usize, session: usize },
+    Reopen,
+}
+
+fn actions() -> impl Strategy<Value = Vec<Action>> {
+    let place = || (0usize..2, 0usize..2, 0usize..2);
+    let action = prop_oneof![
+        6 => (place(), 0usize..4, any::<bool>()).prop_map(|((user, agent, session), word, shared)| Action::Say { user, agent, session, word, shared }),
+        1 => (place(), 0u64..4).prop_map(|((user, agent, session), turn)| Action::Retract { user, agent, session, turn }),
+        1 => (0usize..2, 0usize..4).prop_map(|(user, word)| Action::ForgetWord { user, word }),
+        1 => place().prop_map(|(user, agent, session)| Action::ForgetSession { user, agent, session }),
+        1 => Just(Action::Reopen),
+    ];
+    prop::collection::vec(action, 1..14)
+}
+
+const USERS: [&str; 2] = ["ada", "bob"];
+const WORDS: [&str; 4] = ["heron", "walrus", "badger", "otter"];
+
+fn scope(user: usize, agent: usize, session: usize) -> Scope {
+    let scope = Scope::user(USERS[user]).session(["one", "two"][session]);
+    if agent == 0 { scope } else { scope.agent("bot") }
+}
+
+/// What may be seen: (user, agent, session, text), live turns only.
+type Model = Vec<(usize, usize, usize, String)>;
+
+fn check(store: &Store, model: &Model) {
+    let texts = |scope: &Scope, across_sessions: bool| -> Vec<String> {
+        let options = Recall { k: 999, across_sessions, ..Recall::default() };
+        let hits = store.recall(scope, "heron walrus badger otter note", &options).unwrap();
+        let mut texts: Vec<String> = hits.into_iter().map(|hit| hit.text).collect();
+        texts.sort();
+        texts
+    };
+    let expected = |keep: &dyn Fn(usize, usize, usize) -> bool| -> Vec<String> {
+        let kept = model.iter().filter(|(user, agent, session, _)| keep(*user, *agent, *session));
+        let mut texts: Vec<String> = kept.map(|(.., text)| text.clone()).collect();
+        texts.sort();
+        texts.dedup();
+        texts
+    };
+    for (user, name) in USERS.iter().enumerate() {
+        assert_eq!(texts(&Scope::user(*name), false), expected(&|u, _, _| u == user));
+        assert_eq!(
+            texts(&Scope::user(*name).agent("bot"), false),
+            expected(&|u, a, _| u == user && a == 1)
+        );
+        for (agent, session) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let scope = scope(user, agent, session);
+            assert_eq!(
+                texts(&scope, false),
+                expected(&|u, a, s| (u, a, s) == (user, agent, session))
+            );
+            let across = expected(&|u, a, _| u == user && (agent == 0 || a == agent));
+            assert_eq!(texts(&scope, true), across);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn two_users_never_see_each_other(actions in actions()) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = open(folder.path());
+        let mut model: Vec<(usize, usize, usize, u64, String)> = Vec::new();
+        for action in actions {
+            match action {
+                Action::Say { user, agent, session, word, shared } => {
+                    let scope = scope(user, agent, session);
+                    let text = if shared {
+                        format!("A note on the {}.", WORDS[word])
+                    } else {
+                        format!("A note on the {} of {}.", WORDS[word], USERS[user])
+                    };
+                    let turns = vec![NewTurn::new(Role::User, text.clone())];
+                    let committed = store.commit(&scope, Commit { turns, ..Commit::default() }).unwrap();
+                    model.push((user, agent, session, committed.turns[0], text));
+                }
+                Action::Retract { user, agent, session, turn } => {
+                    let scope = scope(user, agent, session);
+                    let turn = turn.min(store.num_turns(&scope).unwrap());
+                    store.commit(&scope, Commit { retract: Some(turn), ..Commit::default() }).unwrap();
+                    model.retain(|known| (known.0, known.1, known.2) != (user, agent, session) || known.3 < turn);
+                }
+                Action::ForgetWord { user, word } => {
+                    let receipt = store.forget(&Scope::user(USERS[user]), &Forget::matching(WORDS[word])).unwrap();
+                    store.verify(&receipt).unwrap();
+                    model.retain(|known| known.0 != user || !known.4.contains(WORDS[word]));
+                }
+                Action::ForgetSession { user, agent, session } => {
+                    store.forget(&scope(user, agent, session), &Forget::session()).unwrap();
+                    model.retain(|known| (known.0, known.1, known.2) != (user, agent, session));
+                }
+                Action::Reopen => {
+                    drop(store);
+                    store = open(folder.path());
+                }
+            }
+            prop_assert!(store.stats().damaged.is_empty());
+        }
+        let model: Model = model.into_iter().map(|(u, a, s, _, text)| (u, a, s, text)).collect();
+        check(&store, &model);
+        let stats = store.stats();
+        drop(store);
+        let store = open(folder.path());
+        check(&store, &model);
+        prop_assert_eq!(store.stats().chunks, stats.chunks);
+        prop_assert_eq!(store.stats().live_bytes, stats.live_bytes);
+    }
+}

@@ -1,0 +1,128 @@
+//! Snapshots and pages: what a session goes on from.
+
+use mka_memory::{Commit, ErrorKind, NewSnapshot, NewTurn, Role, Store, StoreOptions};
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::support::{open, trip};
+
+const MODEL: [u8; 16] = [1; 16];
+
+fn page(number: u64) -> Vec<u8> {
+    vec![number as u8; 1000]
+}
+
+fn commit(store: &Store, snapshot: NewSnapshot) -> mka_memory::Result<()> {
+    let turns = vec![NewTurn::new(Role::User, "Go on.")];
+    store.commit(&trip(), Commit { turns, snapshot: Some(snapshot), retract: None }).map(|_| ())
+}
+
+fn snapshot(position: u64, pages: &[u64], window: &[u64]) -> NewSnapshot {
+    NewSnapshot {
+        fingerprint: MODEL,
+        position,
+        state: position.to_le_bytes().to_vec(),
+        pages: pages.iter().map(|&number| (number, page(number))).collect(),
+        window: window.to_vec(),
+    }
+}
+
+fn keeping(path: &Path, evicted_page_bytes: u64) -> Store {
+    let options = StoreOptions { evicted_page_bytes, ..StoreOptions::default() };
+    Store::open(path, Arc::new(mka_memory::HashedEmbedder::new()), options).unwrap()
+}
+
+fn check(store: &Store, position: u64, window: &[u64]) {
+    let read = store.snapshot(&trip(), MODEL).unwrap().unwrap();
+    assert_eq!((read.position, read.state), (position, position.to_le_bytes().to_vec()));
+    let pages: Vec<(u64, Vec<u8>)> = window.iter().map(|&number| (number, page(number))).collect();
+    assert_eq!(read.pages, pages);
+}
+
+#[test]
+fn the_latest_snapshot_is_read_back_after_reopening() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    assert_eq!(store.snapshot(&trip(), MODEL).unwrap(), None);
+    commit(&store, snapshot(64, &[0, 1], &[0, 1])).unwrap();
+    commit(&store, snapshot(192, &[3, 2], &[3, 0, 2])).unwrap();
+    check(&store, 192, &[0, 2, 3]);
+    drop(store);
+    let store = open(folder.path());
+    check(&store, 192, &[0, 2, 3]);
+    assert_eq!(store.pages(&trip()).unwrap(), [0, 2, 3]);
+}
+
+#[test]
+fn another_model_is_refused_and_replaces_every_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = keeping(folder.path(), 1 << 20);
+    commit(&store, snapshot(64, &[0, 1], &[0, 1])).unwrap();
+    assert_eq!(store.snapshot(&trip(), [2; 16]).unwrap_err().kind(), ErrorKind::Incompatible);
+    let other = NewSnapshot { fingerprint: [2; 16], ..snapshot(9, &[1], &[0, 1]) };
+    assert_eq!(commit(&store, other).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    check(&store, 64, &[0, 1]);
+    let other = NewSnapshot { fingerprint: [2; 16], ..snapshot(9, &[1], &[1]) };
+    commit(&store, other).unwrap();
+    assert_eq!(store.pages(&trip()).unwrap(), [1]);
+    assert_eq!(store.snapshot(&trip(), [2; 16]).unwrap().unwrap().pages.len(), 1);
+}
+
+#[test]
+fn a_window_page_that_is_nowhere_is_refused_and_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    commit(&store, snapshot(64, &[0], &[0])).unwrap();
+    assert_eq!(
+        commit(&store, snapshot(65, &[1], &[0, 1, 2])).unwrap_err().kind(),
+        ErrorKind::InvalidArgument
+    );
+    assert_eq!(
+        commit(&store, snapshot(65, &[1, 1], &[0])).unwrap_err().kind(),
+        ErrorKind::InvalidArgument
+    );
+    check(&store, 64, &[0]);
+    assert_eq!(store.num_turns(&trip()).unwrap(), 1);
+    drop(store);
+    check(&open(folder.path()), 64, &[0]);
+}
+
+#[test]
+fn evicted_pages_are_kept_within_their_budget_oldest_dropped_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = keeping(folder.path(), 2_500);
+    commit(&store, snapshot(1, &[0, 1, 2], &[0, 1, 2])).unwrap();
+    commit(&store, snapshot(2, &[3], &[2, 3])).unwrap();
+    assert_eq!(store.pages(&trip()).unwrap(), [0, 1, 2, 3]);
+    commit(&store, snapshot(3, &[4], &[3, 4])).unwrap();
+    assert_eq!(store.pages(&trip()).unwrap(), [1, 2, 3, 4]);
+    assert_eq!(store.page(&trip(), 1).unwrap(), Some(page(1)));
+    assert_eq!(store.page(&trip(), 0).unwrap(), None);
+    // An evicted page may come back into the window.
+    commit(&store, snapshot(4, &[], &[1, 4])).unwrap();
+    check(&store, 4, &[1, 4]);
+    drop(store);
+    let store = open(folder.path());
+    check(&store, 4, &[1, 4]);
+    commit(&store, snapshot(5, &[], &[4])).unwrap();
+    assert_eq!(store.pages(&trip()).unwrap(), [4]);
+}
+
+#[test]
+fn dropped_pages_are_freed_by_compaction() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let big = |number: u64| NewSnapshot {
+        pages: vec![(number, vec![number as u8; 9 << 20])],
+        ..snapshot(number, &[], &[number])
+    };
+    for number in 0..24 {
+        commit(&store, big(number)).unwrap();
+    }
+    let stats = store.stats();
+    assert!(stats.segments <= 3 && stats.dead_bytes < 130 << 20, "{stats:?}");
+    assert_eq!(store.snapshot(&trip(), MODEL).unwrap().unwrap().pages[0].1.len(), 9 << 20);
+    assert_eq!(store.turns(&trip(), 0..99).unwrap().len(), 24);
+    drop(store);
+    assert_eq!(open(folder.path()).turns(&trip(), 0..99).unwrap().len(), 24);
+}

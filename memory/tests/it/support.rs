@@ -1,0 +1,74 @@
+//! Opening stores and filling them, for all tests.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mka_memory::{Commit, Committed, HashedEmbedder, NewTurn, Role, Scope, Store, StoreOptions};
+
+pub(crate) fn open(path: &Path) -> Store {
+    try_open(path).unwrap()
+}
+
+pub(crate) fn try_open(path: &Path) -> mka_memory::Result<Store> {
+    Store::open(path, Arc::new(HashedEmbedder::new()), StoreOptions::default())
+}
+
+pub(crate) fn trip() -> Scope {
+    Scope::user("ada").session("trip")
+}
+
+/// Commits turns of one role.
+pub(crate) fn say(store: &Store, scope: &Scope, role: Role, texts: &[&str]) -> Committed {
+    let turns = texts.iter().map(|text| NewTurn::new(role, *text)).collect();
+    store.commit(scope, Commit { turns, ..Commit::default() }).unwrap()
+}
+
+/// Every file below `path`.
+pub(crate) fn files(path: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(self::files(&path));
+        } else {
+            files.push(path);
+        }
+    }
+    files.sort();
+    files
+}
+
+/// The files below `path` that hold `needle`, letter case aside.
+pub(crate) fn files_with(path: &Path, needle: &str) -> Vec<PathBuf> {
+    let needle = needle.to_ascii_lowercase();
+    let holds = |file: &PathBuf| {
+        let bytes = std::fs::read(file).unwrap().to_ascii_lowercase();
+        bytes.windows(needle.len()).any(|window| window == needle.as_bytes())
+    };
+    files(path).into_iter().filter(holds).collect()
+}
+
+/// Text that is different for every number, of about `words` words.
+pub(crate) fn prose(number: u64, words: usize) -> String {
+    const WORDS: [&str; 24] = [
+        "river", "engine", "window", "garden", "letter", "market", "winter", "signal", "copper",
+        "harbor", "the", "of", "and", "quietly", "carried", "opened", "between", "under", "seven",
+        "morning", "painted", "promise", "travels", "slowly",
+    ];
+    let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
+    let mut text = format!("Note {number} begins.");
+    for word in 0..words {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let pick = WORDS[(state >> 33) as usize % WORDS.len()];
+        text.push(' ');
+        text.push_str(pick);
+        if word % 7 == 3 {
+            text.push_str(&format!("{}", (state >> 40) % 10_000));
+        }
+        if word % 14 == 13 {
+            text.push('.');
+        }
+    }
+    text
+}

@@ -84,10 +84,8 @@ impl Tokenizer {
     /// [`ErrorKind::Corrupted`] where the bytes are not a tokenizer, [`ErrorKind::Model`] where
     /// they are one of a kind that is not read here.
     pub(crate) fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
-        guarded(path, || {
-            let tokenizer = json::parse(bytes, path)?;
-            Self::new(tokenizer, path, SpecialIds::default(), None)
-        })
+        let tokenizer = json::parse(bytes, path)?;
+        Self::new(tokenizer, path, SpecialIds::default(), None)
     }
 
     /// Builds the tokenizer that a GGUF file carries in its metadata.
@@ -96,10 +94,8 @@ impl Tokenizer {
     /// [`ErrorKind::Model`] for a vocabulary or a pre-tokenizer that is not read here, by name;
     /// [`ErrorKind::Corrupted`] where vocabulary, merges and special ids contradict each other.
     pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        guarded(gguf.path(), || {
-            let built = pipeline::build(gguf)?;
-            Self::new(built.tokenizer, gguf.path(), built.special, Some(built.prefix))
-        })
+        let built = pipeline::build(gguf)?;
+        Self::new(built.tokenizer, gguf.path(), built.special, Some(built.prefix))
     }
 
     fn new(
@@ -131,8 +127,12 @@ impl Tokenizer {
     /// becomes the pieces of those ten letters and signs. Text from outside is encoded this way.
     /// Added tokens that look like markup (`<tool_call>`) count as control tokens here.
     ///
+    /// A byte that the vocabulary has no piece for is left out, as the model's own tokenizer
+    /// leaves it out: SmolLM2 has none for six control characters (U+0004, U+0006, U+0013, U+0014,
+    /// U+0016, U+001D) and for the planes 4 to 11 of Unicode, which are unassigned.
+    ///
     /// # Errors
-    /// [`ErrorKind::Model`] where the vocabulary cannot spell the text.
+    /// [`ErrorKind::Model`] where the tokenizer fails, or cannot spell a control token's text.
     pub(crate) fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let core = if special { &self.inner.full } else { &self.inner.plain };
         let encoding = core.encode_fast(text, false).map_err(|source| {
@@ -264,15 +264,4 @@ impl std::fmt::Debug for Tokenizer {
             .field("pieces", &self.inner.pieces)
             .finish_non_exhaustive()
     }
-}
-
-/// Runs `load`, turning a panic of the library underneath into an error: `tokenizers` indexes maps by what a damaged
-/// file names (a template that uses a special token which it does not define).
-fn guarded(path: &Path, load: impl FnOnce() -> Result<Tokenizer>) -> Result<Tokenizer> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|_| {
-        Err(Error::new(
-            ErrorKind::Corrupted,
-            format!("tokenizer {}: the file contradicts itself", path.display()),
-        ))
-    })
 }

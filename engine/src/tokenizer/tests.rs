@@ -301,13 +301,18 @@ fn damaged_tokenizer_files_are_errors() {
 /// The real model where it has been fetched; prints why it is skipped otherwise.
 #[test]
 fn the_real_smollm2_vocabulary_round_trips() {
-    let Some(path) = crate::testing::smollm2_gguf() else { return };
+    let Some(path) = crate::hub::cached_smollm2() else { return };
     let bytes = std::fs::read(&path).unwrap();
     let tokenizer = Tokenizer::from_gguf(&Gguf::parse(&bytes, &path).unwrap()).unwrap();
     assert_eq!(tokenizer.vocab_size(), 49152);
-    for golden in goldens() {
+    let expected: Vec<Vec<u32>> =
+        serde_json::from_slice(&std::fs::read(data("smollm2.json")).unwrap()).unwrap();
+    let goldens = goldens();
+    assert_eq!(expected.len(), goldens.len());
+    for (golden, expected) in goldens.iter().zip(expected) {
         let text = golden["text"].as_str().unwrap();
         let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(ids, expected, "{text:?}");
         assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
     }
     assert_eq!(tokenizer.encode_with_specials("<|im_start|>user\n").unwrap(), [1, 4093, 198]);
@@ -316,6 +321,20 @@ fn the_real_smollm2_vocabulary_round_trips() {
     assert!(tokenizer.prefix().is_empty());
     let plain = tokenizer.encode("<|im_start|>", false).unwrap();
     assert!(plain.len() > 3 && plain.iter().all(|&id| !tokenizer.is_special(id)));
+}
+
+/// The embedder's vocabulary where it has been fetched: its file limits and pads to 128 tokens.
+#[test]
+fn the_real_minilm_vocabulary_frames_documents_whole() {
+    let Some(folder) = crate::hub::cached_minilm() else { return };
+    let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json")).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 30522);
+    let ids = tokenizer.encode_document("Hello, world!").unwrap();
+    assert_eq!(ids, [101, 7592, 1010, 2088, 999, 102]);
+    assert_eq!(tokenizer.encode_document(&"hotel ".repeat(500)).unwrap().len(), 502);
+    assert_eq!(tokenizer.decode(&ids, true).unwrap(), "hello, world!");
+    let injected = tokenizer.encode_document("a [SEP] b").unwrap();
+    assert_eq!(injected.iter().filter(|&&id| id == 102).count(), 1);
 }
 
 proptest! {

@@ -1,0 +1,192 @@
+//! Sessions: streams, restarts, cancelling, feeding, answering again.
+
+use crate::{engine, finish, trip, wait};
+use futures_util::StreamExt;
+use mka::{Event, FeedEvent, FeedOptions, Sampling, Scope, SendOptions, StopReason};
+
+fn short() -> SendOptions {
+    SendOptions::default().max_new_tokens(6)
+}
+
+#[test]
+fn engine_session_and_streams_can_move_between_threads() {
+    fn is_send<T: Send>() {}
+    is_send::<mka::Engine>();
+    is_send::<mka::Session>();
+    is_send::<mka::Events>();
+    is_send::<mka::Feed>();
+}
+
+#[test]
+fn a_turn_streams_its_answer_and_says_what_it_cost() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let (first, usage) = finish(chat.send_with("hello there", short())).unwrap();
+    assert!(usage.generated_tokens <= 6 && usage.reused_tokens == 0);
+    assert_eq!(usage.recalled_tokens, 0);
+    let (_, usage) = finish(chat.send_with("and now", short())).unwrap();
+    assert!(usage.reused_tokens > 0 && usage.prompt_tokens > usage.reused_tokens);
+    // The same again in another store gives the same answer: nothing depends on a clock.
+    let other = tempfile::tempdir().unwrap();
+    let engine = crate::engine(other.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    assert_eq!(finish(chat.send_with("hello there", short())).unwrap().0, first);
+}
+
+#[test]
+fn a_reopened_session_continues_bit_for_bit_without_reading_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "the end and the beginning. ".repeat(40);
+    let (before, stream_tokens) = {
+        let engine = engine(folder.path(), 128);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        finish(chat.send_with("the one", short())).unwrap();
+        wait(chat.feed_with(text.as_str(), FeedOptions::through_model()).finish()).unwrap();
+        let (_, usage) = finish(chat.send_with("the two", short())).unwrap();
+        (wait(chat.peek_logits("the next")).unwrap(), usage.stream_tokens)
+    };
+    let engine = engine(folder.path(), 128);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    assert_eq!(wait(chat.peek_logits("the next")).unwrap(), before);
+    assert!(stream_tokens > 4 * 128, "{stream_tokens}");
+    let (_, usage) = finish(chat.send_with("the three", short())).unwrap();
+    assert!(usage.reused_tokens >= 128, "{usage:?}");
+    assert!(usage.stream_tokens > stream_tokens);
+}
+
+#[test]
+fn a_session_with_another_window_or_a_lost_snapshot_refills_from_its_log() {
+    let folder = tempfile::tempdir().unwrap();
+    {
+        let engine = engine(folder.path(), 128);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        for word in ["one", "two", "three", "four", "five", "six"] {
+            finish(chat.send_with(format!("the {word} and the other"), short())).unwrap();
+        }
+    }
+    let engine = engine(folder.path(), 192);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let (_, usage) = finish(chat.send_with("and then", short())).unwrap();
+    assert!(usage.reused_tokens > 100, "{usage:?}");
+}
+
+#[test]
+fn dropping_the_stream_cancels_and_the_session_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let mut events = chat.send_with("tell me", SendOptions::default().max_new_tokens(100_000));
+    let first = events.next_blocking().unwrap().unwrap();
+    assert!(matches!(first, Event::Token(_)));
+    drop(events);
+    // The next turn waits for the cancelled one, whose words are kept.
+    finish(chat.send_with("go on", short())).unwrap();
+    assert_eq!(chat.num_turns().unwrap(), 4);
+    drop(chat);
+    let chat = engine.session_blocking(trip()).unwrap();
+    assert_eq!(chat.num_turns().unwrap(), 4);
+}
+
+#[test]
+fn events_are_a_futures_stream() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let events = wait(StreamExt::collect::<Vec<_>>(chat.send_with("hello", short())));
+    assert!(matches!(events.last(), Some(Ok(Event::Done(_)))));
+}
+
+#[test]
+fn regenerate_replaces_the_answer_also_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let random = |seed: u64| {
+        let mut sampling = Sampling::default();
+        (sampling.temperature, sampling.seed) = (5.0, seed);
+        short().sampling(sampling)
+    };
+    let first = {
+        let engine = engine(folder.path(), 256);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        let (first, _) = finish(chat.send_with("hello", random(1))).unwrap();
+        let (same, _) = finish(chat.regenerate(random(1))).unwrap();
+        assert_eq!(first, same);
+        let (other, _) = finish(chat.regenerate(random(2))).unwrap();
+        assert_ne!(first, other);
+        first
+    };
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let (again, _) = finish(chat.regenerate(random(1))).unwrap();
+    assert_eq!(again, first);
+    finish(chat.send_with("next", short())).unwrap();
+}
+
+#[test]
+fn stop_strings_and_limits_end_an_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let (long, usage) =
+        finish(chat.send_with("hello", SendOptions::default().max_new_tokens(30))).unwrap();
+    assert_eq!((usage.generated_tokens, usage.stop), (30, StopReason::MaxTokens));
+    let stop: String = long.chars().skip(3).take(2).collect();
+    let mut other = engine.session_blocking(Scope::user("ada").session("other")).unwrap();
+    let options = SendOptions::default().max_new_tokens(30).stop(stop.as_str());
+    let (cut, usage) = finish(other.send_with("hello", options)).unwrap();
+    assert_eq!(usage.stop, StopReason::StopString);
+    assert!(long.starts_with(&cut) && !cut.contains(&stop));
+    let (nothing, usage) =
+        finish(other.send_with("hello", SendOptions::default().max_new_tokens(0))).unwrap();
+    assert_eq!((nothing.as_str(), usage.generated_tokens), ("", 0));
+}
+
+#[test]
+fn a_document_is_fed_both_ways_with_progress() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 128);
+    let text = "In the hall the king and the queen spoke of the harvest. ".repeat(200);
+    for (session, options) in
+        [("model", FeedOptions::through_model()), ("text", FeedOptions::text().name("hall.txt"))]
+    {
+        let mut chat = engine.session_blocking(Scope::user("ada").session(session)).unwrap();
+        let mut feed = chat.feed_with(text.as_str(), options);
+        let (mut fed, mut done) = (0, None);
+        while let Some(event) = feed.next_blocking() {
+            match event.unwrap() {
+                FeedEvent::Progress { fed_bytes, committed_bytes, total_bytes } => {
+                    assert!(fed <= fed_bytes && committed_bytes <= fed_bytes);
+                    assert_eq!(total_bytes, text.len() as u64);
+                    fed = fed_bytes;
+                }
+                FeedEvent::Done(summary) => done = Some(summary),
+                _ => {}
+            }
+        }
+        let done = done.unwrap();
+        assert_eq!((done.bytes, fed), (text.len() as u64, text.len() as u64));
+        let read_all = done.model_tokens > 2000;
+        assert_eq!(read_all, session == "model", "{done:?}");
+        finish(chat.send_with("who spoke?", short())).unwrap();
+    }
+}
+
+#[test]
+fn a_cancelled_feed_keeps_what_was_committed_and_the_session_works() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 128);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let text = "word after word. ".repeat(20_000);
+    let mut feed = chat.feed_with(text.as_str(), FeedOptions::through_model());
+    while let Some(event) = feed.next_blocking() {
+        if let FeedEvent::Progress { committed_bytes, .. } = event.unwrap()
+            && committed_bytes > 0
+        {
+            break;
+        }
+    }
+    drop(feed);
+    finish(chat.send_with("hello", short())).unwrap();
+    let turns = chat.num_turns().unwrap();
+    assert!(turns > 2 && turns < 166, "{turns}");
+}

@@ -119,13 +119,32 @@ pub(crate) fn parse_record_header(header: &[u8]) -> Result<(Kind, u32, u64)> {
 
 // --- payloads of segment records ---
 
-/// A turn's payload.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Body {
+/// What a turn's payload says about itself: the log can be read from the segments alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TurnHead {
     pub(crate) session: u64,
     pub(crate) turn: u64,
     /// Number of the commit that appended it.
     pub(crate) commit: u64,
+    pub(crate) order: u64,
+    pub(crate) time_ms: i64,
+    pub(crate) role: Role,
+    pub(crate) remember: bool,
+}
+
+impl TurnHead {
+    /// Whether this is the turn that a database record is about.
+    pub(crate) fn belongs_to(&self, session: u64, turn: u64, record: &TurnRecord) -> bool {
+        (self.session, self.turn) == (session, turn)
+            && (self.order, self.time_ms, self.role, self.remember)
+                == (record.order, record.time_ms, record.role, record.remember)
+    }
+}
+
+/// A turn's payload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Body {
+    pub(crate) head: TurnHead,
     pub(crate) source: Option<String>,
     pub(crate) text: String,
     pub(crate) tokens: Vec<u32>,
@@ -134,15 +153,19 @@ pub(crate) struct Body {
 impl Body {
     /// The same fields as those of the struct, borrowed.
     pub(crate) fn encode(
-        (session, turn, commit): (u64, u64, u64),
+        head: &TurnHead,
         source: Option<&str>,
         text: &str,
         tokens: &[u32],
     ) -> Vec<u8> {
-        let mut out = Vec::with_capacity(48 + text.len() + tokens.len() * 4);
-        put_u64(&mut out, session);
-        put_u64(&mut out, turn);
-        put_u64(&mut out, commit);
+        let mut out = Vec::with_capacity(64 + text.len() + tokens.len() * 4);
+        put_u64(&mut out, head.session);
+        put_u64(&mut out, head.turn);
+        put_u64(&mut out, head.commit);
+        put_u64(&mut out, head.order);
+        put_u64(&mut out, head.time_ms as u64);
+        out.push(role_code(head.role));
+        out.push(u8::from(head.remember));
         put_option(&mut out, source);
         put_bytes(&mut out, text.as_bytes());
         put_u32(&mut out, tokens.len() as u32);
@@ -152,13 +175,21 @@ impl Body {
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new(bytes, "turn");
-        let (session, turn, commit) = (reader.u64()?, reader.u64()?, reader.u64()?);
+        let head = TurnHead {
+            session: reader.u64()?,
+            turn: reader.u64()?,
+            commit: reader.u64()?,
+            order: reader.u64()?,
+            time_ms: reader.u64()? as i64,
+            role: reader.role()?,
+            remember: reader.flag()?,
+        };
         let source = reader.option()?;
         let text = reader.text()?;
         let num_tokens = reader.u32()? as usize;
         let tokens = reader.numbers(num_tokens, u32::from_le_bytes)?;
         reader.finish()?;
-        Ok(Self { session, turn, commit, source, text, tokens })
+        Ok(Self { head, source, text, tokens })
     }
 }
 

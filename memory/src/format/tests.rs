@@ -9,6 +9,16 @@ fn blob(kind: Kind) -> BlobRef {
     BlobRef { segment: 3, offset: 77, len: 5, hash: 0xdead_beef, kind }
 }
 
+const HEAD: TurnHead = TurnHead {
+    session: 1,
+    turn: 2,
+    commit: 3,
+    order: 4,
+    time_ms: -5,
+    role: Role::User,
+    remember: true,
+};
+
 fn samples() -> Vec<(Key, Record)> {
     vec![
         (
@@ -93,13 +103,13 @@ proptest! {
 
     #[test]
     fn a_body_reads_back_as_written(source in prop::option::of(".{0,20}"), text in ".{0,200}", tokens in prop::collection::vec(any::<u32>(), 0..40)) {
-        let bytes = Body::encode((1, 2, 3), source.as_deref(), &text, &tokens);
-        prop_assert_eq!(Body::decode(&bytes).unwrap(), Body { session: 1, turn: 2, commit: 3, source, text, tokens });
+        let bytes = Body::encode(&HEAD, source.as_deref(), &text, &tokens);
+        prop_assert_eq!(Body::decode(&bytes).unwrap(), Body { head: HEAD, source, text, tokens });
     }
 
     #[test]
     fn a_cut_payload_is_refused(text in ".{1,50}", cut in any::<prop::sample::Index>()) {
-        let body = Body::encode((1, 2, 3), Some("a"), &text, &[1, 2]);
+        let body = Body::encode(&HEAD, Some("a"), &text, &[1, 2]);
         prop_assert!(Body::decode(&body[..cut.index(body.len())]).is_err());
         let vectors = [0.5f32, -1.0];
         let chunks = TurnChunks::encode(1, 2, [(7u128, 0u64, 3u64, &vectors[..])].into_iter());

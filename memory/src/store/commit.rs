@@ -8,7 +8,7 @@ use super::state::{ChunkSpan, Session, State, counts_in_summary, place};
 use super::{Store, Writer};
 use crate::format::{
     Body, Key, Kind, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord, TurnChunks,
-    TurnRecord, encode_names,
+    TurnHead, TurnRecord, encode_names,
 };
 use crate::partition::{Chunk, Partition, chunk_id};
 use crate::summary::Summary;
@@ -290,8 +290,16 @@ impl<'a> Plan<'a> {
         summary: &mut Summary,
     ) -> Result<()> {
         let new = cut.turn;
-        let numbers = (self.session, turn, state.next_commit);
-        let body = Body::encode(numbers, new.source.as_deref(), &new.text, &new.tokens);
+        let head = TurnHead {
+            session: self.session,
+            turn,
+            commit: state.next_commit,
+            order: self.next_order,
+            time_ms: new.time_ms,
+            role: new.role,
+            remember: new.remember,
+        };
+        let body = Body::encode(&head, new.source.as_deref(), &new.text, &new.tokens);
         let body = writer.appender.append(Kind::Body, &body)?;
         let partition = state.partition(scope);
         let mut spans: Vec<ChunkSpan> = Vec::with_capacity(cut.spans.len());

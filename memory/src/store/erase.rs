@@ -100,7 +100,12 @@ impl Store {
             segment.walk(0, |kind, payload| match kind {
                 Kind::Body => {
                     if let Ok(body) = Body::decode(payload) {
-                        found.insert(turn_digest(seed, body.session, body.turn, &body.text));
+                        found.insert(turn_digest(
+                            seed,
+                            body.head.session,
+                            body.head.turn,
+                            &body.text,
+                        ));
                     }
                 }
                 Kind::Chunks => {

@@ -229,7 +229,14 @@ impl Loader<'_> {
             let Some(body) = &record.body else { continue };
             let body = self.state.read(body).and_then(|bytes| Body::decode(&bytes));
             match body {
-                Ok(body) => self.turn(id, scope, turn, record, body),
+                Ok(body) if body.head.belongs_to(id, turn, &record) => {
+                    self.turn(id, scope, turn, record, body);
+                }
+                Ok(_) => {
+                    let text =
+                        format!("session {id}, turn {turn}: its text is that of another turn");
+                    self.state.damaged.push(text);
+                }
                 Err(error) => {
                     self.state.damaged.push(format!("session {id}, turn {turn}: {error}"));
                 }
@@ -251,7 +258,7 @@ impl Loader<'_> {
                 }
             },
         };
-        self.state.next_commit = self.state.next_commit.max(body.commit.saturating_add(1));
+        self.state.next_commit = self.state.next_commit.max(body.head.commit.saturating_add(1));
         let partition = partition_key(scope);
         let mut spans: Vec<ChunkSpan> = Vec::with_capacity(chunks.len());
         for chunk in chunks {
@@ -283,7 +290,7 @@ impl Loader<'_> {
     /// The stored chunks of a turn, if they fit its text, each other and the dimension.
     fn chunks_of(&self, blob: &crate::format::BlobRef, body: &Body) -> Result<Vec<TurnChunk>> {
         let stored = TurnChunks::decode(&self.state.read(blob)?)?;
-        let fits = (stored.session, stored.turn) == (body.session, body.turn)
+        let fits = (stored.session, stored.turn) == (body.head.session, body.head.turn)
             && stored.chunks.iter().all(|chunk| {
                 let range = chunk.start as usize..chunk.end as usize;
                 body.text.get(range).is_some_and(|text| !text.is_empty())
@@ -353,12 +360,12 @@ impl Loader<'_> {
             segment.walk(end, |kind, payload| {
                 let body = (kind == Kind::Body).then(|| Body::decode(payload).ok()).flatten();
                 let Some(body) = body else { return };
-                let is_unknown = match state.sessions.get(&body.session) {
-                    Some(session) => body.turn >= session.num_turns,
-                    None => body.session >= state.store.next_session,
+                let is_unknown = match state.sessions.get(&body.head.session) {
+                    Some(session) => body.head.turn >= session.num_turns,
+                    None => body.head.session >= state.store.next_session,
                 };
                 if is_unknown {
-                    commits.insert(body.commit);
+                    commits.insert(body.head.commit);
                 }
             })?;
         }

@@ -101,7 +101,10 @@ fn guard<T>(operation: &str, path: &Path, call: impl FnOnce() -> sled::Result<T>
         Ok(Ok(value)) => Ok(value),
         Ok(Err(source)) => {
             let kind = match source {
-                sled::Error::Corruption { .. } => ErrorKind::Corrupted,
+                // The last two are how sled reports some damage to its own settings and pages.
+                sled::Error::Corruption { .. }
+                | sled::Error::Unsupported(_)
+                | sled::Error::ReportableBug(_) => ErrorKind::Corrupted,
                 _ => ErrorKind::Storage,
             };
             Err(failed(kind, source.to_string()).with_source(source))

@@ -62,6 +62,33 @@ fn the_built_in_embedder_is_fast() {
     assert!(seconds < 20.0);
 }
 
+#[test]
+fn a_commit_of_one_turn_is_quick_and_the_database_stays_small() {
+    let commits: u64 =
+        std::env::var("MKA_COMMITS").ok().and_then(|n| n.parse().ok()).unwrap_or(100);
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let mut millis: Vec<f64> = Vec::new();
+    for number in 0..commits {
+        let turns = vec![NewTurn::new(Role::User, prose(number, 30))];
+        let start = Instant::now();
+        store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
+        millis.push(start.elapsed().as_secs_f64() * 1e3);
+    }
+    millis.sort_by(f64::total_cmp);
+    let bytes = |folder: &str, root: &std::path::Path| -> u64 {
+        let files = crate::support::files(&root.join(folder));
+        files.iter().map(|file| file.metadata().unwrap().len()).sum()
+    };
+    let (database, segments) = (bytes("db", folder.path()), bytes("segments", folder.path()));
+    println!(
+        "{commits} commits: median {:.1} ms, worst {:.1} ms; database {database} bytes, segments {segments} bytes",
+        millis[millis.len() / 2],
+        millis[millis.len() - 1]
+    );
+    assert!(database < 4_000_000 + commits * 2_000);
+}
+
 fn resident_mb() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -25,10 +25,11 @@ fn a_needle_among_many_chunks_is_found_by_words_and_by_spelling() {
     for query in
         ["which flight does my sister take?", "QX-4417", "landing at osaka", "sisters flihgt numbr"]
     {
-        let hits = store
-            .recall(&trip(), query, &Recall { follow_up: false, ..Recall::default() })
-            .unwrap();
-        assert!(hits[0].text.contains("QX-4417"), "{query}: {:?}", hits[0].text);
+        for follow_up in [false, true] {
+            let options = Recall { follow_up, ..Recall::default() };
+            let hits = store.recall(&trip(), query, &options).unwrap();
+            assert!(hits[0].text.contains("QX-4417"), "{query}, {follow_up}: {:?}", hits[0].text);
+        }
     }
 }
 

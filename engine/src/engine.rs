@@ -15,9 +15,9 @@ use crate::stream::offload;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use mka_memory::{Scope, Store, StoreOptions};
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -161,8 +161,9 @@ pub(crate) struct Shared {
     pub(crate) store: Store,
     pub(crate) model: Option<Model>,
     pub(crate) config: MemoryConfig,
-    /// Sessions that are open: one handle an id.
-    open: Mutex<HashSet<Scope>>,
+    /// Sessions that are open, one handle an id; true once the handle is dropped and only a stream's worker is left.
+    open: Mutex<HashMap<Scope, bool>>,
+    released: Condvar,
 }
 
 impl Shared {
@@ -189,19 +190,41 @@ impl Shared {
     }
 
     /// Marks a session as open; the claim is released by [`Shared::release`].
+    ///
+    /// A session whose handle was dropped while its stream was cancelled is waited for: it ends within a token.
     pub(crate) fn claim(&self, scope: &Scope) -> Result<()> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        match open.insert(scope.clone()) {
-            true => Ok(()),
-            false => Err(Error::new(
-                ErrorKind::Locked,
-                format!("session {scope}: open already, expected one handle at a time"),
-            )),
+        loop {
+            match open.get(scope) {
+                None => {
+                    open.insert(scope.clone(), false);
+                    return Ok(());
+                }
+                Some(true) => {
+                    open = self.released.wait(open).unwrap_or_else(PoisonError::into_inner);
+                }
+                Some(false) => {
+                    return Err(Error::new(
+                        ErrorKind::Locked,
+                        format!("session {scope}: open already, expected one handle at a time"),
+                    ));
+                }
+            }
         }
     }
 
+    /// Says that no handle holds the session any more.
+    pub(crate) fn closing(&self, scope: &Scope) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(closing) = open.get_mut(scope) {
+            *closing = true;
+        }
+    }
+
+    /// Says that no worker holds it either.
     pub(crate) fn release(&self, scope: &Scope) {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(scope);
+        self.released.notify_all();
     }
 
     /// Tokens of `text`: by the model's tokenizer, or without a model an upper estimate of one for two bytes.
@@ -292,8 +315,9 @@ impl EngineBuilder {
         options.evicted_page_bytes = self.memory.evicted_page_bytes;
         let store = Store::open(&self.path, embedder, options)?;
         let config = self.memory;
-        let open = Mutex::new(HashSet::new());
-        Ok(Engine { shared: Arc::new(Shared { store, model, config, open }) })
+        let open = Mutex::new(HashMap::new());
+        let released = Condvar::new();
+        Ok(Engine { shared: Arc::new(Shared { store, model, config, open, released }) })
     }
 }
 

@@ -97,6 +97,12 @@ pub struct Session {
     live: Arc<Live>,
 }
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.live.shared.closing(&self.live.scope);
+    }
+}
+
 /// The conversation with the claim on its id, held by the session and by streams that still work.
 pub(crate) struct Live {
     shared: Arc<Shared>,
@@ -168,11 +174,10 @@ impl Session {
             let mut conversation = live.lock();
             let saved = conversation.save();
             let result = send(&mut conversation, &message, &options, sink);
-            if let Err(error) = result {
+            if result.is_err() {
                 conversation.take_back(&saved)?;
-                return Err(error);
             }
-            Ok(())
+            Ok(result?.map(Event::Done))
         })
     }
 
@@ -183,11 +188,10 @@ impl Session {
             let mut conversation = live.lock();
             let saved = conversation.save();
             let result = regenerate(&mut conversation, &options, sink);
-            if let Err(error) = result {
+            if result.is_err() {
                 conversation.take_back(&saved)?;
-                return Err(error);
             }
-            Ok(())
+            Ok(result?.map(Event::Done))
         })
     }
 
@@ -203,10 +207,7 @@ impl Session {
             let mut conversation = live.lock();
             let summary = feeding::feed(&mut conversation, &text, &options, now_ms(), sink);
             match summary {
-                Ok(summary) => {
-                    sink.send(FeedEvent::Done(summary));
-                    Ok(())
-                }
+                Ok(summary) => Ok(Some(FeedEvent::Done(summary))),
                 Err(error) => {
                     // What was committed stays; what was not is taken back.
                     if !is_cancelled(&error) {
@@ -298,7 +299,7 @@ fn send(
     message: &str,
     options: &SendOptions,
     sink: &Sink<Event>,
-) -> Result<()> {
+) -> Result<Option<Usage>> {
     if message.is_empty() {
         return Err(Error::invalid("send: message is empty, expected text"));
     }
@@ -360,11 +361,10 @@ fn send(
     let text = format!("{}{}", options.answer_prefix, answer.text);
     turns.push(turn(Role::Assistant, text, time_ms, answer.tokens.clone()));
     starts.push(Some(start + prompt.len() as u64));
-    finish(
+    let usage = finish(
         conversation,
         (turns, starts, None),
         &answer.stop,
-        sink,
         Usage {
             prompt_tokens,
             reused_tokens: reused.min(prompt_tokens),
@@ -375,7 +375,7 @@ fn send(
         },
     )?;
     conversation.last_prompt = Some(last_prompt);
-    Ok(())
+    Ok(usage)
 }
 
 /// The words that an answer in the log was begun with: its text less what its tokens say.
@@ -392,28 +392,23 @@ fn turn(role: Role, text: String, time_ms: i64, tokens: Vec<u32>) -> NewTurn {
     turn
 }
 
-/// Commits a finished or cancelled answer and tells the caller.
+/// Commits a finished or cancelled answer: what to tell the caller, if there is one.
 fn finish(
     conversation: &mut Conversation,
     (turns, starts, retract): (Vec<NewTurn>, Vec<Option<u64>>, Option<TurnId>),
     stop: &Stop,
-    sink: &Sink<Event>,
-    mut usage: Usage,
-) -> Result<()> {
+    usage: Usage,
+) -> Result<Option<Usage>> {
     conversation.state.open = OpenTurn::Answered { closed_by: stop.closed_by() };
     conversation.commit(turns, &starts, retract)?;
-    if let Some(reason) = stop.reason() {
-        usage.stop = reason;
-        sink.send(Event::Done(usage));
-    }
-    Ok(())
+    Ok(stop.reason().map(|stop| Usage { stop, ..usage }))
 }
 
 fn regenerate(
     conversation: &mut Conversation,
     options: &SendOptions,
     sink: &Sink<Event>,
-) -> Result<()> {
+) -> Result<Option<Usage>> {
     options.sampling.check()?;
     let shared = conversation.shared.clone();
     shared.model("regenerate")?;
@@ -451,11 +446,10 @@ fn regenerate(
         options.time_ms.unwrap_or_else(now_ms),
         answer.tokens.clone(),
     )];
-    finish(
+    let usage = finish(
         conversation,
         (turns, vec![Some(start)], Some(answer_turn)),
         &answer.stop,
-        sink,
         Usage {
             prompt_tokens: reused + 1,
             reused_tokens: reused,
@@ -466,5 +460,5 @@ fn regenerate(
         },
     )?;
     conversation.last_prompt = Some(last);
-    Ok(())
+    Ok(usage)
 }

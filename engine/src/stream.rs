@@ -124,17 +124,19 @@ struct Receiver<T> {
 /// Events that a worker may be ahead of its caller.
 const AHEAD: usize = 64;
 
-/// Runs `work` on a thread of its own and streams what it sends; its error is the stream's last item.
+/// Runs `work` on a thread of its own and streams what it sends; its result is the stream's last item.
+///
+/// `work` is consumed before that item is sent: whoever has seen it knows that the worker holds nothing any more.
 fn spawn<T: Send + 'static>(
-    work: impl FnOnce(&Sink<T>) -> Result<()> + Send + 'static,
+    work: impl FnOnce(&Sink<T>) -> Result<Option<T>> + Send + 'static,
 ) -> Receiver<T> {
     let (sender, channel) = mpsc::channel(AHEAD);
     let failed = sender.clone();
     let spawned = std::thread::Builder::new().name("mka-session".into()).spawn(move || {
         let sink = Sink(sender);
-        if let Err(error) = work(&sink) {
-            // A caller that is gone does not need the error.
-            let _ = sink.0.blocking_send(Err(error));
+        if let Some(last) = work(&sink).transpose() {
+            // A caller that is gone does not need it.
+            let _ = sink.0.blocking_send(last);
         }
     });
     if let Err(source) = spawned {
@@ -150,7 +152,7 @@ fn spawn<T: Send + 'static>(
 
 impl Events {
     pub(crate) fn spawn(
-        work: impl FnOnce(&Sink<Event>) -> Result<()> + Send + 'static,
+        work: impl FnOnce(&Sink<Event>) -> Result<Option<Event>> + Send + 'static,
     ) -> Self {
         Self(spawn(work))
     }
@@ -184,7 +186,7 @@ impl Events {
 
 impl Feed {
     pub(crate) fn spawn(
-        work: impl FnOnce(&Sink<FeedEvent>) -> Result<()> + Send + 'static,
+        work: impl FnOnce(&Sink<FeedEvent>) -> Result<Option<FeedEvent>> + Send + 'static,
     ) -> Self {
         Self(spawn(work))
     }
@@ -238,8 +240,9 @@ pub(crate) async fn offload<T: Send + 'static>(
     std::thread::Builder::new()
         .name("mka-worker".into())
         .spawn(move || {
+            let result = work();
             // A caller that is gone does not need the result.
-            let _ = sender.send(work());
+            let _ = sender.send(result);
         })
         .map_err(|source| {
             Error::new(crate::ErrorKind::OutOfMemory, format!("{operation}: {source}"))

@@ -88,7 +88,7 @@ fn a_message_of_a_megabyte_is_taken_in_as_a_document_and_answered() {
     let (_, usage) = finish(chat.send_with(message, short())).unwrap();
     assert!(usage.prompt_tokens < 400, "{usage:?}");
     let hits = wait(engine.memory().recall(&trip(), "number 4711", Recall::default())).unwrap();
-    assert!(hits[0].text.contains("4711"));
+    assert!(hits[0].text.contains("4711"), "{hits:?}");
 }
 
 #[test]

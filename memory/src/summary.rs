@@ -14,7 +14,7 @@ pub(crate) const FOLLOW_UP_WORDS: usize = 6;
 /// What a word of the latest user turn counts in the search by words, against 1 for a word of the question.
 pub(crate) const FOLLOW_UP_TERM_WEIGHT: f32 = 0.3;
 /// At most so many words of the latest user turn join the search, the rarest first.
-pub(crate) const FOLLOW_UP_TERMS: usize = 8;
+pub(crate) const FOLLOW_UP_TERMS: usize = 3;
 
 /// Exponential moving averages in f32, one per rate of [`RATES`].
 #[derive(Debug, Clone, PartialEq)]

@@ -11,6 +11,7 @@ mod block;
 mod portable;
 pub mod reference;
 mod schedule;
+mod threads;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 

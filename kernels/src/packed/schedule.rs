@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::activation::Activations;
 #[cfg(target_arch = "x86_64")]
 use super::x86;
-use super::{PackedMatrix, PackedType, SimdLevel, block, portable};
+use super::{PackedMatrix, PackedType, SimdLevel, block, portable, threads};
 
 /// Up to this many rows of x the packed blocks are multiplied directly.
 const DIRECT_ROWS: usize = 4;
@@ -14,8 +14,12 @@ const DIRECT_ROWS: usize = 4;
 /// Decoded weights of one task: 256 KiB of f32, a quarter of a 1 MiB L2 cache.
 const DECODED_VALUES: usize = 64 * 1024;
 
-/// Below this many bytes of packed weight times rows of x a product stays on the calling thread.
-const SERIAL_BYTES: usize = 64 * 1024;
+/// Below this many bytes of packed weight times rows of x a product stays on the calling thread: about 10 µs of work, what it
+/// costs to wake another thread.
+const SERIAL_BYTES: usize = 128 * 1024;
+
+/// Packed bytes times rows of x of one task: about 3 µs, the longest that the caller waits at the end.
+const TASK_BYTES: usize = 32 * 1024;
 
 /// Whole blocks of `ty` to f32.
 pub(super) fn dequantize(level: SimdLevel, ty: PackedType, src: &[u8], out: &mut [f32]) {
@@ -68,8 +72,8 @@ fn direct(level: SimdLevel, w: &PackedMatrix, data: &[u8], x: &[f32], m: usize, 
     if data.len() * m < SERIAL_BYTES {
         run(0..w.rows());
     } else {
-        let threads = rayon::current_num_threads();
-        in_row_ranges(w.rows(), w.rows().div_ceil(threads * 2).next_multiple_of(4), run);
+        let step = (TASK_BYTES / (row_bytes * m)).next_multiple_of(4).max(4);
+        in_row_ranges(w.rows(), step, run);
     }
 }
 
@@ -122,14 +126,7 @@ fn has_integer_form(ty: PackedType) -> bool {
 
 /// Runs `f` over `0..rows` in ranges of at most `step` rows, on the threads of the current rayon pool.
 fn in_row_ranges(rows: usize, step: usize, f: impl Fn(Range<usize>) + Sync) {
-    use rayon::prelude::*;
-    let tasks = rows.div_ceil(step);
-    let range = |task: usize| task * step..rows.min((task + 1) * step);
-    if tasks == 1 {
-        f(0..rows);
-    } else {
-        (0..tasks).into_par_iter().with_max_len(1).for_each(|task| f(range(task)));
-    }
+    threads::run(rows.div_ceil(step), &|task| f(task * step..rows.min((task + 1) * step)));
 }
 
 /// An output `(m, stride)` whose columns are written by different tasks.

@@ -11,6 +11,7 @@ mod block;
 mod portable;
 pub mod reference;
 mod schedule;
+mod threads;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -290,7 +291,7 @@ impl PackedMatrix {
     /// `x Wᵀ`: x `(m, cols)`, out `(m, rows)`, both row-major f32. The same inputs give the same bits on one machine,
     /// whatever the number of threads.
     ///
-    /// Accuracy: for a quantised type and a few rows x is rounded to 8-bit integers in blocks of 32, as ggml does;
+    /// Accuracy: for a quantised type and few rows (up to 16, on a processor without AVX2 4) x is rounded to 8-bit integers in blocks of 32, as ggml does;
     /// otherwise the products are f32.
     ///
     /// # Errors

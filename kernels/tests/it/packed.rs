@@ -167,7 +167,10 @@ fn a_row_of_x_gives_the_same_bits_alone_and_among_few() {
     for ty in PackedType::ALL {
         let (w, _) = weight(ty, 29, 768, &mut rng);
         for level in SimdLevel::available() {
-            for m in 2..=4 {
+            for m in [2, 3, 4, 7, 16] {
+                if m > 4 && (level == SimdLevel::Portable || !has_integer_form(ty)) {
+                    continue;
+                }
                 let x = normal(&mut rng, m * w.cols());
                 let mut together = vec![0.0; m * w.rows()];
                 w.matmul_at(level, &x, m, &mut together).unwrap();

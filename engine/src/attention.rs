@@ -86,11 +86,7 @@ pub(crate) struct AttentionSeam<'a> {
 
 impl<'a> AttentionSeam<'a> {
     /// Reserves room for `count` tokens.
-    pub(crate) fn open(
-        config: SeamConfig<'a>,
-        cache: &'a mut Cache,
-        count: usize,
-    ) -> Result<Self> {
+    pub(crate) fn open(config: SeamConfig<'a>, cache: &'a mut Cache, count: usize) -> Result<Self> {
         cache.reserve(count)?;
         let start = cache.position();
         let frequencies = config.frequencies;
@@ -168,7 +164,9 @@ impl<'a> AttentionSeam<'a> {
         };
         let window = Some(self.cache.window_tokens());
         if self.cache.first_window_page(end.saturating_sub(1)) == 0 && self.compact.is_none() {
-            return Ok(attend(&rotated, (0..last_page).collect::<Vec<_>>(), None, sliding_window)?.out);
+            return Ok(
+                attend(&rotated, (0..last_page).collect::<Vec<_>>(), None, sliding_window)?.out
+            );
         }
         let window_pages: Vec<u64> = (first_page.max(SINK_PAGES)..last_page).collect();
         let recent = attend(&rotated, window_pages, window, sliding_window)?;

@@ -100,7 +100,8 @@ impl Cache {
                 continue;
             }
             if self.free.is_empty() {
-                let oldest = self.slots.keys().copied().find(|p| *p >= SINK_PAGES && *p < keep_from);
+                let oldest =
+                    self.slots.keys().copied().find(|p| *p >= SINK_PAGES && *p < keep_from);
                 let slot = oldest.and_then(|oldest| self.slots.remove(&oldest));
                 self.free.extend(slot);
             }

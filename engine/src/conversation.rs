@@ -87,9 +87,7 @@ impl Conversation {
                 snapshot.position,
                 ema,
                 &snapshot.pages,
-                |positions| {
-                    RotaryAngles::new(positions, &frequencies.inv_freq, frequencies.scale)
-                },
+                |positions| RotaryAngles::new(positions, &frequencies.inv_freq, frequencies.scale),
             )?;
             Ok((cache, state))
         });
@@ -216,8 +214,7 @@ impl Conversation {
             if !go_on() {
                 return Err(Error::cancelled("prefill"));
             }
-            let count =
-                config.block_limit(cache.position(), cache.block_tokens()).min(rest.len());
+            let count = config.block_limit(cache.position(), cache.block_tokens()).min(rest.len());
             let (block, after) = rest.split_at(count);
             let mut seam = AttentionSeam::open(config, cache, count)?;
             let hidden = model.decoder.forward(block, &mut seam)?;
@@ -240,10 +237,7 @@ impl Conversation {
 
     /// The point reached now.
     pub(crate) fn save(&self) -> Saved {
-        Saved {
-            checkpoint: self.cache.as_ref().map(Cache::checkpoint),
-            state: self.state.clone(),
-        }
+        Saved { checkpoint: self.cache.as_ref().map(Cache::checkpoint), state: self.state.clone() }
     }
 
     /// Takes the conversation back to `saved`; where its pages are gone, back to what the store holds.

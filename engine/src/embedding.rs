@@ -5,8 +5,8 @@ mod minilm;
 
 use crate::error::Result;
 use crate::hub::Progress;
-use mka_memory::{Embedder, HashedEmbedder};
 use minilm::MiniLm;
+use mka_memory::{Embedder, HashedEmbedder};
 use std::path::PathBuf;
 use std::sync::Arc;
 

@@ -208,7 +208,8 @@ fn sections(text: &str) -> Vec<Range<usize>> {
             .iter()
             .find_map(|border| {
                 // Before the white space, but behind the mark that ends a sentence.
-                tail.rfind(border).map(|at| at + border.len() - border.trim_start_matches(['.', '?', '!']).len())
+                tail.rfind(border)
+                    .map(|at| at + border.len() - border.trim_start_matches(['.', '?', '!']).len())
             })
             .map_or(end, |at| from + at);
         let cut = if cut > start { cut } else { end };
@@ -229,12 +230,7 @@ fn floor_char_boundary(text: &str, mut at: usize) -> usize {
 }
 
 /// The first of the last sections that fit `budget` tokens together.
-fn tail(
-    model: &Model,
-    text: &str,
-    sections: &[Range<usize>],
-    budget: usize,
-) -> Result<usize> {
+fn tail(model: &Model, text: &str, sections: &[Range<usize>], budget: usize) -> Result<usize> {
     let mut left = budget;
     let mut first = sections.len();
     for (i, section) in sections.iter().enumerate().rev() {

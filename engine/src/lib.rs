@@ -64,5 +64,6 @@ pub use session::{Context, SendOptions, Session};
 pub use stream::{Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage};
 
 pub use mka_memory::{
-    ChunkInfo, Committed, Forget, Hit, NewTurn, Receipt, Recall, Role, Scope, Source, Stats, TurnId, Why,
+    ChunkInfo, Committed, Forget, Hit, NewTurn, Recall, Receipt, Role, Scope, Source, Stats,
+    TurnId, Why,
 };

@@ -5,7 +5,7 @@ use crate::engine::Shared;
 use crate::error::Result;
 use crate::stream::offload;
 use mka_memory::{
-    ChunkInfo, Commit, Committed, Forget, Hit, NewTurn, Receipt, Recall, Scope, Stats,
+    ChunkInfo, Commit, Committed, Forget, Hit, NewTurn, Recall, Receipt, Scope, Stats,
 };
 use std::ops::Range;
 use std::sync::Arc;

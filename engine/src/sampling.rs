@@ -41,13 +41,13 @@ impl Sampling {
     /// # Errors
     /// If a parameter is outside its range.
     pub(crate) fn check(&self) -> Result<()> {
-        let range = |name: &str, value: f32, low: f32, high: f32| match value >= low && value <= high
-        {
-            true => Ok(()),
-            false => Err(Error::invalid(format!(
-                "sampling: {name} {value}, expected between {low} and {high}"
-            ))),
-        };
+        let range =
+            |name: &str, value: f32, low: f32, high: f32| match value >= low && value <= high {
+                true => Ok(()),
+                false => Err(Error::invalid(format!(
+                    "sampling: {name} {value}, expected between {low} and {high}"
+                ))),
+            };
         range("temperature", self.temperature, 0.0, 100.0)?;
         range("top_p", self.top_p, 0.0, 1.0)?;
         range("min_p", self.min_p, 0.0, 1.0)?;

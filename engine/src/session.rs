@@ -324,7 +324,8 @@ fn send(
     // The prompt: scaffold, quoted memories, message, scaffold. Contents are encoded so that no text in them can
     // become a control token.
     let scaffold = &model.scaffold;
-    let mut prompt = generation::opening(model, conversation.state.open, options.system.as_deref())?;
+    let mut prompt =
+        generation::opening(model, conversation.state.open, options.system.as_deref())?;
     let recalled_tokens = model.tokenizer.encode(&recalled, false)?;
     prompt.extend_from_slice(&recalled_tokens);
     let body = match recalled.is_empty() {
@@ -412,9 +413,8 @@ fn regenerate(
     options.sampling.check()?;
     let shared = conversation.shared.clone();
     shared.model("regenerate")?;
-    let nothing = || {
-        Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn")
-    };
+    let nothing =
+        || Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn");
     let num_turns = shared.store.num_turns(&conversation.scope)?;
     let answer_turn = num_turns.checked_sub(1).ok_or_else(nothing)?;
     let turns = shared.store.turns(&conversation.scope, answer_turn..num_turns)?;

@@ -140,10 +140,8 @@ fn spawn<T: Send + 'static>(
         }
     });
     if let Err(source) = spawned {
-        let error = Error::new(
-            crate::ErrorKind::OutOfMemory,
-            format!("start worker thread: {source}"),
-        );
+        let error =
+            Error::new(crate::ErrorKind::OutOfMemory, format!("start worker thread: {source}"));
         // The channel is new and empty: there is room.
         let _ = failed.try_send(Err(error.with_source(source)));
     }

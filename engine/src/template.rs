@@ -38,7 +38,8 @@ impl ChatTemplate {
         // As transformers' apply_chat_template sets up Jinja.
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |text: String| -> Result<Jinja, _> {
             Err(minijinja::Error::new(JinjaKind::InvalidOperation, text))
         });
@@ -65,9 +66,8 @@ impl ChatTemplate {
             }
         };
         let config: Value = match read("tokenizer_config.json")? {
-            Some(text) => serde_json::from_str(&text).map_err(|e| {
-                Error::model(format!("tokenizer_config.json: {e}")).with_source(e)
-            })?,
+            Some(text) => serde_json::from_str(&text)
+                .map_err(|e| Error::model(format!("tokenizer_config.json: {e}")).with_source(e))?,
             None => Value::Null,
         };
         let source = match read("chat_template.jinja")? {
@@ -138,7 +138,9 @@ fn template_source(value: Option<&Value>) -> Result<Option<String>> {
             .and_then(|entry| entry.get("template").and_then(Value::as_str))
             .map(|source| Some(source.to_owned()))
             .ok_or_else(|| {
-                Error::model("tokenizer_config.json: chat_template list, expected one named default")
+                Error::model(
+                    "tokenizer_config.json: chat_template list, expected one named default",
+                )
             }),
         Some(other) => Err(Error::model(format!(
             "tokenizer_config.json: chat_template {other}, expected a string or a list"
@@ -167,16 +169,9 @@ mod tests {
         let messages: Vec<_> = [("user", "one"), ("assistant", "two"), ("user", "three")]
             .map(|(role, content)| Message::new(role, content))
             .into();
-        let appended = [
-            s.opening.as_str(),
-            "one",
-            &s.to_answer,
-            "two",
-            &s.to_user,
-            "three",
-            &s.to_answer,
-        ]
-        .concat();
+        let appended =
+            [s.opening.as_str(), "one", &s.to_answer, "two", &s.to_user, "three", &s.to_answer]
+                .concat();
         assert_eq!(appended, template.render(&messages, true).unwrap());
     }
 

@@ -60,7 +60,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         };
         let peek = Some("And then".to_owned());
         // The same process goes on after feeding; the next one reopens: both look at the same next token.
-        let fed = job::spawn(&Job { feed: Some(path), through_model, peek: peek.clone(), ..base.clone() }, 0)?;
+        let fed = job::spawn(
+            &Job { feed: Some(path), through_model, peek: peek.clone(), ..base.clone() },
+            0,
+        )?;
         let again = job::spawn(&Job { peek, ..base.clone() }, 0)?;
         let ask = Ask {
             message: "Go on with the story.".into(),

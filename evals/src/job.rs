@@ -143,10 +143,12 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     }
     if let Some(text) = &job.peek {
         let logits = session.peek_logits(text).await?;
-        let hash = logits.iter().flat_map(|x| x.to_bits().to_le_bytes()).fold(
-            0xcbf2_9ce4_8422_2325u64,
-            |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3),
-        );
+        let hash = logits
+            .iter()
+            .flat_map(|x| x.to_bits().to_le_bytes())
+            .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+            });
         outcome.logits_hash = Some(hash);
     }
     outcome.peak_rss_bytes = peak_rss_bytes();

@@ -68,16 +68,19 @@ pub(crate) struct Args {
     out: PathBuf,
 }
 
-const NOISE: &str = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
+const NOISE: &str =
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
 const ADJECTIVES: &[&str] = &[
-    "amber", "brisk", "calm", "dapper", "eager", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lively",
-    "mellow", "narrow", "odd", "plain", "quiet", "rapid", "shy", "tidy", "urban", "vivid", "warm", "young", "zesty",
-    "bitter", "clever", "dusty", "early", "fuzzy", "glossy", "humble", "ideal", "jagged", "knotty", "lunar",
+    "amber", "brisk", "calm", "dapper", "eager", "faint", "gentle", "hollow", "icy", "jolly",
+    "keen", "lively", "mellow", "narrow", "odd", "plain", "quiet", "rapid", "shy", "tidy", "urban",
+    "vivid", "warm", "young", "zesty", "bitter", "clever", "dusty", "early", "fuzzy", "glossy",
+    "humble", "ideal", "jagged", "knotty", "lunar",
 ];
 const NOUNS: &[&str] = &[
-    "anchor", "badger", "canyon", "dolphin", "ember", "falcon", "garden", "harbor", "island", "jacket", "kettle",
-    "lantern", "meadow", "needle", "orchard", "pebble", "quarry", "ribbon", "saddle", "timber", "umbrella", "valley",
-    "walnut", "yarrow", "zipper", "basket", "cellar", "drum", "engine", "feather", "glacier", "hammer",
+    "anchor", "badger", "canyon", "dolphin", "ember", "falcon", "garden", "harbor", "island",
+    "jacket", "kettle", "lantern", "meadow", "needle", "orchard", "pebble", "quarry", "ribbon",
+    "saddle", "timber", "umbrella", "valley", "walnut", "yarrow", "zipper", "basket", "cellar",
+    "drum", "engine", "feather", "glacier", "hammer",
 ];
 
 /// One sample, the same for every subject.
@@ -119,10 +122,7 @@ impl Sample {
     }
 
     fn question(&self) -> String {
-        format!(
-            "What is the special magic number for {} mentioned in the provided text?",
-            self.key
-        )
+        format!("What is the special magic number for {} mentioned in the provided text?", self.key)
     }
 
     fn answer_prefix(&self) -> String {
@@ -160,7 +160,14 @@ fn context(task: &str, prose: &[&str], units: usize, needle: &str, depth: f64) -
     sentences.join(" ")
 }
 
-fn sample(args: &Args, engine: &Engine, prose: &[&str], task: &str, length: usize, index: usize) -> Result<Sample> {
+fn sample(
+    args: &Args,
+    engine: &Engine,
+    prose: &[&str],
+    task: &str,
+    length: usize,
+    index: usize,
+) -> Result<Sample> {
     let task_number = if task == "niah_single_1" { 1 } else { 2 };
     let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
     rng.set_stream(((length as u64) << 20) | ((index as u64) << 2) | task_number);
@@ -194,7 +201,9 @@ fn sample(args: &Args, engine: &Engine, prose: &[&str], task: &str, length: usiz
     // Tokens grow almost linearly with units: a secant step or two, then single steps below the limit.
     let empty = build(&mut sample, 0)?;
     if empty > length {
-        return Err(format!("needle: length {length}, expected at least {empty} for the template").into());
+        return Err(
+            format!("needle: length {length}, expected at least {empty} for the template").into()
+        );
     }
     let probe = 64;
     let mut per_unit = (build(&mut sample, probe)? - empty).max(1) as f64 / probe as f64;
@@ -217,8 +226,14 @@ fn sample(args: &Args, engine: &Engine, prose: &[&str], task: &str, length: usiz
     Ok(sample)
 }
 
-fn run_sample(args: &Args, subject: &str, sample: &Sample, trained: usize) -> Result<(FeedCost, Outcome)> {
-    let scratch = Scratch::new(&format!("{subject}-{}-{}-{}", sample.task, sample.length, sample.index))?;
+fn run_sample(
+    args: &Args,
+    subject: &str,
+    sample: &Sample,
+    trained: usize,
+) -> Result<(FeedCost, Outcome)> {
+    let scratch =
+        Scratch::new(&format!("{subject}-{}-{}-{}", sample.task, sample.length, sample.index))?;
     let text = scratch.path().join("context.txt");
     std::fs::write(&text, sample.document())?;
     let base = Job {
@@ -234,7 +249,8 @@ fn run_sample(args: &Args, subject: &str, sample: &Sample, trained: usize) -> Re
         max_new_tokens: args.max_new_tokens,
     };
     if subject == "full" {
-        let job = Job { window: trained, feed: Some(text), through_model: true, ask: Some(ask), ..base };
+        let job =
+            Job { window: trained, feed: Some(text), through_model: true, ask: Some(ask), ..base };
         let outcome = job::spawn(&job, args.threads)?;
         let cost = FeedCost { feed_s: outcome.feed_s, feed_peak_rss_bytes: outcome.peak_rss_bytes };
         return Ok((cost, outcome));
@@ -249,12 +265,16 @@ fn run_sample(args: &Args, subject: &str, sample: &Sample, trained: usize) -> Re
 pub(crate) fn run(args: &Args) -> Result<()> {
     for task in &args.tasks {
         if !["niah_single_1", "niah_single_2"].contains(&task.as_str()) {
-            return Err(format!("needle: task {task:?}, expected niah_single_1 or niah_single_2").into());
+            return Err(
+                format!("needle: task {task:?}, expected niah_single_1 or niah_single_2").into()
+            );
         }
     }
     for subject in &args.subjects {
         if !["full", "truncate", "mka"].contains(&subject.as_str()) {
-            return Err(format!("needle: subject {subject:?}, expected full, truncate or mka").into());
+            return Err(
+                format!("needle: subject {subject:?}, expected full, truncate or mka").into()
+            );
         }
     }
     let mut text = String::new();
@@ -301,19 +321,27 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let workers: Vec<_> = (0..args.jobs.max(1))
             .map(|_| {
                 threads.spawn(|| -> Result<(), String> {
-                    while let Some((length, task, index, subject)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    while let Some((length, task, index, subject)) =
+                        work.get(next.fetch_add(1, Ordering::Relaxed))
+                    {
                         let one = || -> Result<()> {
                             let sample = sample(args, &engine, &prose, task, *length, *index)?;
                             let (feed, outcome) = run_sample(args, subject, &sample, trained)?;
                             let correct = outcome.output.to_lowercase().contains(&sample.value);
                             let mut results = results.lock().map_err(|_| "a worker panicked")?;
                             let (table, log) = &mut *results;
-                            table.entry((*length, task, subject)).or_default().add(correct, &feed, &outcome);
-                            let record = Record { subject, sample: &sample, correct, feed, outcome };
+                            table
+                                .entry((*length, task, subject))
+                                .or_default()
+                                .add(correct, &feed, &outcome);
+                            let record =
+                                Record { subject, sample: &sample, correct, feed, outcome };
                             writeln!(log, "{}", serde_json::to_string(&record)?)?;
                             Ok(())
                         };
-                        one().map_err(|e| format!("{subject} {task} {length} sample {index}: {e}"))?;
+                        one().map_err(|e| {
+                            format!("{subject} {task} {length} sample {index}: {e}")
+                        })?;
                         bar.inc(1);
                     }
                     Ok(())

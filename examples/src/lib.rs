@@ -18,9 +18,9 @@ pub fn model(name: &str) -> mka::Result<ModelSource> {
 /// A bar of `bytes` bytes with the time left.
 pub fn bytes_bar(bytes: u64) -> ProgressBar {
     let bar = ProgressBar::new(bytes);
-    if let Ok(style) = ProgressStyle::with_template(
-        "{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
-    ) {
+    if let Ok(style) =
+        ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} left")
+    {
         bar.set_style(style);
     }
     bar

@@ -7,9 +7,7 @@
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 use candle_core::{D, DType, Device, Tensor};
-use candle_nn::{
-    Embedding, LayerNorm, Linear, Module, VarBuilder, embedding, layer_norm, linear,
-};
+use candle_nn::{Embedding, LayerNorm, Linear, Module, VarBuilder, embedding, layer_norm, linear};
 use mka_memory::Embedder;
 use serde::Deserialize;
 use std::path::Path;
@@ -134,8 +132,7 @@ impl MiniLm {
         let mut x = self.norm.forward(&(sum + self.kinds.forward(&kinds)?)?)?; // (t, hidden)
         for layer in &self.layers {
             // (t, hidden) -> (heads, t, head_dim)
-            let split =
-                |y: Tensor| y.reshape((t, heads, head_dim))?.transpose(0, 1)?.contiguous();
+            let split = |y: Tensor| y.reshape((t, heads, head_dim))?.transpose(0, 1)?.contiguous();
             let query = split(layer.query.forward(&x)?)?;
             let key = split(layer.key.forward(&x)?)?;
             let value = split(layer.value.forward(&x)?)?;

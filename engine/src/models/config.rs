@@ -119,9 +119,8 @@ pub(crate) fn token_ids(value: Option<&Value>) -> Vec<u32> {
 impl DecoderConfig {
     /// Reads the text of a HuggingFace config.json.
     pub(crate) fn from_json(text: &str) -> Result<Self> {
-        let json: Value = serde_json::from_str(text).map_err(|source| {
-            Error::model(format!("config.json: {source}")).with_source(source)
-        })?;
+        let json: Value = serde_json::from_str(text)
+            .map_err(|source| Error::model(format!("config.json: {source}")).with_source(source))?;
         let fields = Fields { object: &json, place: "config.json" };
         let family = fields.opt_str("model_type")?.ok_or_else(|| fields.missing("model_type"))?;
         if !FAMILIES.contains(&family) {

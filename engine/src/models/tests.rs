@@ -222,7 +222,10 @@ fn missing_and_misshapen_tensors_are_named() {
     missing.remove(name);
     candle_core::safetensors::save(&missing, &path).unwrap();
     let error = load_folder(folder.path()).err().unwrap();
-    assert!(error.to_string().contains(name) && error.to_string().contains("found none"), "{error}");
+    assert!(
+        error.to_string().contains(name) && error.to_string().contains("found none"),
+        "{error}"
+    );
     let mut misshapen = whole;
     let zeros = Tensor::zeros(5, candle_core::DType::F32, &Device::Cpu).unwrap();
     misshapen.insert(name.into(), zeros);
@@ -390,7 +393,9 @@ fn the_default_model_equals_transformers() {
         .map(|home| Path::new(&home).join(".cache/mka/models/SmolLM2-135M-Instruct-Q4_1.gguf"))
         .filter(|path| path.exists());
     let Some(path) = path else {
-        eprintln!("skipped: the default model is not in the cache folder (run the chat example once)");
+        eprintln!(
+            "skipped: the default model is not in the cache folder (run the chat example once)"
+        );
         return;
     };
     let decoder = load_gguf(&path).unwrap();

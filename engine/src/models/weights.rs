@@ -192,8 +192,7 @@ impl Weights {
         if !self.interleaved_heads {
             return Ok(matrix);
         }
-        let order: Vec<usize> =
-            (0..rows).map(|row| interleaved_row(row, head_dim)).collect();
+        let order: Vec<usize> = (0..rows).map(|row| interleaved_row(row, head_dim)).collect();
         matrix.permute_rows(&order).map_err(|source| {
             Error::model(format!("{}: tensor {name}: {source}", self.place)).with_source(source)
         })

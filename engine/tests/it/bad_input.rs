@@ -47,7 +47,10 @@ fn models_that_are_missing_or_damaged_are_named() {
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(error.to_string().contains("none.gguf"), "{error}");
     std::fs::write(&missing, b"GGUF but not really").unwrap();
-    assert!(matches!(open(ModelSource::path(&missing)).kind(), ErrorKind::Corrupted | ErrorKind::Model));
+    assert!(matches!(
+        open(ModelSource::path(&missing)).kind(),
+        ErrorKind::Corrupted | ErrorKind::Model
+    ));
     let empty = folder.path().join("empty");
     std::fs::create_dir(&empty).unwrap();
     assert!(open(ModelSource::path(&empty)).to_string().contains("config.json"));

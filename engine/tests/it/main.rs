@@ -1,5 +1,6 @@
 //! One binary for every test of the engine's public API, over a tiny seeded model.
 
+mod architecture;
 mod bad_input;
 mod memory;
 mod session;

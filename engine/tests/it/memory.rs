@@ -22,7 +22,8 @@ fn a_fact_long_out_of_the_window_is_recalled_after_a_restart() {
             wait(chat.feed_with(document(), options).finish()).unwrap();
         }
         let engine = engine(folder.path(), 256);
-        let hits = wait(engine.memory().recall(&scope, "number of fuzzy-badger", Recall::default()));
+        let hits =
+            wait(engine.memory().recall(&scope, "number of fuzzy-badger", Recall::default()));
         assert!(hits.unwrap()[0].text.contains("7654321"));
     }
 }
@@ -74,7 +75,8 @@ fn context_never_exceeds_its_budget_and_quotes_every_line() {
         assert_eq!(context.text.is_empty(), context.hits.is_empty());
         shown = shown.max(context.hits.len());
         for line in context.text.split(['\n', '\r', '\u{2028}']).filter(|line| !line.is_empty()) {
-            let header = line.starts_with("Recalled from memory") || line.starts_with("[user, turn 0]");
+            let header =
+                line.starts_with("Recalled from memory") || line.starts_with("[user, turn 0]");
             let header = header || line.starts_with("[document, turn 1]");
             assert!(header || line.starts_with("> "), "{line:?}");
         }
@@ -88,7 +90,9 @@ fn two_users_see_nothing_of_each_other() {
     let engine = engine(folder.path(), 256);
     wait(engine.memory().remember(&trip(), vec![NewTurn::new(Role::User, FACT)])).unwrap();
     let bob = Scope::user("bob").session("trip");
-    assert!(wait(engine.memory().recall(&bob, "fuzzy-badger", Recall::default())).unwrap().is_empty());
+    assert!(
+        wait(engine.memory().recall(&bob, "fuzzy-badger", Recall::default())).unwrap().is_empty()
+    );
     let chat = engine.session_blocking(bob).unwrap();
     assert!(wait(chat.context("fuzzy-badger", 1000)).unwrap().text.is_empty());
 }

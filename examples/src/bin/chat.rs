@@ -3,7 +3,9 @@
 //! `/memory [words]` shows what is remembered, `/forget words` erases it, `/again` answers once more, `/quit` leaves.
 
 use clap::Parser;
-use mka::{Engine, Event, Events, Forget, MemoryConfig, Recall, Sampling, Scope, SendOptions, Session};
+use mka::{
+    Engine, Event, Events, Forget, MemoryConfig, Recall, Sampling, Scope, SendOptions, Session,
+};
 use std::io::{BufRead, IsTerminal, Write};
 
 #[derive(Parser)]
@@ -121,7 +123,11 @@ async fn print(mut events: Events, args: &Args) -> Result<(), Box<dyn std::error
     Ok(())
 }
 
-async fn show(engine: &Engine, scope: &Scope, words: &str) -> Result<(), Box<dyn std::error::Error>> {
+async fn show(
+    engine: &Engine,
+    scope: &Scope,
+    words: &str,
+) -> Result<(), Box<dyn std::error::Error>> {
     if words.is_empty() {
         for chunk in engine.memory().chunks(scope, 0..100).await? {
             println!("turn {}: {}", chunk.latest.turn, chunk.text.trim());
@@ -134,7 +140,11 @@ async fn show(engine: &Engine, scope: &Scope, words: &str) -> Result<(), Box<dyn
     Ok(())
 }
 
-async fn forget(engine: &Engine, scope: &Scope, words: &str) -> Result<(), Box<dyn std::error::Error>> {
+async fn forget(
+    engine: &Engine,
+    scope: &Scope,
+    words: &str,
+) -> Result<(), Box<dyn std::error::Error>> {
     let receipt = engine.memory().forget(scope, Forget::matching(words)).await?;
     engine.memory().verify(receipt.clone()).await?;
     println!("erased {} turns and {} chunks; verified", receipt.turns, receipt.chunks);

@@ -1,0 +1,79 @@
+//! A process killed at any moment of `feed` and `send`: every acknowledged turn is there, and the session goes on.
+
+use crate::{engine, finish, trip, wait};
+use mka::{FeedOptions, Scope, SendOptions};
+use rand::{Rng, SeedableRng};
+use std::collections::HashSet;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+const CHILD: &str = "MKA_KILL_TEST_FOLDER";
+
+/// What the child says when turn `number` is on disk.
+fn acknowledge(number: u64) {
+    println!("ack {number}");
+    std::io::stdout().flush().unwrap();
+}
+
+/// Sends numbered messages, feeding a numbered document before every third, until it is killed.
+fn work(folder: &Path) {
+    let engine = engine(folder, 128);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let first = chat.num_turns().unwrap();
+    for number in first.. {
+        if number % 3 == 0 {
+            let text = format!("document {number} says the end is near. ").repeat(60);
+            wait(chat.feed_with(text, FeedOptions::through_model()).finish()).unwrap();
+        }
+        let options = SendOptions::default().max_new_tokens(3).recall_k(2);
+        finish(chat.send_with(format!("message {number} here"), options)).unwrap();
+        acknowledge(number);
+    }
+}
+
+#[test]
+fn killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged() {
+    if let Some(folder) = std::env::var_os(CHILD) {
+        work(Path::new(&folder));
+        return;
+    }
+    let cycles = std::env::var("MKA_KILL_CYCLES").ok().and_then(|n| n.parse().ok()).unwrap_or(8);
+    let seed = 7;
+    eprintln!("{cycles} cycles, seed {seed}");
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let folder = tempfile::tempdir().unwrap();
+    let mut acknowledged = Vec::new();
+    for _ in 0..cycles {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "--nocapture"])
+            .arg("kill::killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged")
+            .env(CHILD, folder.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let reader = std::thread::spawn(move || -> Vec<u64> {
+            let lines = lines.map_while(Result::ok);
+            lines.filter_map(|line| line.strip_prefix("ack ")?.parse().ok()).collect()
+        });
+        std::thread::sleep(Duration::from_millis(rng.random_range(30..900)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        acknowledged.extend(reader.join().unwrap());
+
+        let engine = engine(folder.path(), 128);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        let chunks = wait(engine.memory().chunks(&Scope::user("ada"), 0..usize::MAX)).unwrap();
+        let texts: HashSet<&str> = chunks.iter().map(|chunk| chunk.text.as_str()).collect();
+        assert_eq!(texts.len(), chunks.len(), "a chunk is stored twice");
+        for number in &acknowledged {
+            let message = format!("message {number} here");
+            assert!(chunks.iter().any(|chunk| chunk.text.contains(&message)), "lost {message}");
+        }
+        wait(chat.peek_logits("and")).unwrap();
+    }
+    assert!(acknowledged.len() > cycles / 2, "{} acknowledged", acknowledged.len());
+}

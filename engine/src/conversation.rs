@@ -7,7 +7,7 @@ use crate::engine::{Model, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
-use mka_kernels::{PAGE_TOKENS, RotaryAngles};
+use mka_kernels::{PAGE_TOKENS, RotaryAngles, on_pool};
 use mka_memory::{Commit, Committed, NewSnapshot, NewTurn, Role, Scope, TurnId};
 use std::sync::Arc;
 
@@ -217,7 +217,7 @@ impl Conversation {
             let count = config.block_limit(cache.position(), cache.block_tokens()).min(rest.len());
             let (block, after) = rest.split_at(count);
             let mut seam = AttentionSeam::open(config, cache, count)?;
-            let hidden = model.decoder.forward(block, &mut seam)?;
+            let hidden = on_pool(|| model.decoder.forward(block, &mut seam))?;
             seam.finish();
             last = Some(hidden.narrow(0, count - 1, 1)?);
             rest = after;
@@ -232,7 +232,7 @@ impl Conversation {
     /// Logits (vocab) of a hidden state that [`Conversation::prefill`] gave.
     pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
         let model = self.shared.model("logits")?;
-        Ok(model.decoder.logits(hidden)?.flatten_all()?.to_vec1()?)
+        Ok(on_pool(|| model.decoder.logits(hidden))?.flatten_all()?.to_vec1()?)
     }
 
     /// The point reached now.

@@ -155,17 +155,13 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// Most resident memory of this process so far.
+/// Most resident memory of this process so far; 0 where the system does not say.
+///
+/// From `/proc`, not `getrusage`: the latter counts what the parent had before this program was started.
 fn peak_rss_bytes() -> u64 {
-    // SAFETY: a rusage of zeros is valid, and getrusage writes only inside it.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
-        usage
-    };
-    // Linux counts in KiB, macOS in bytes.
-    let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
-    u64::try_from(usage.ru_maxrss).unwrap_or(0) * unit
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
+    kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
 /// A folder that is removed when it is dropped.

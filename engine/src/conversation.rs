@@ -290,10 +290,7 @@ impl Conversation {
                 return Err(error);
             }
         };
-        let mut commit = Commit::default();
-        commit.turns = turns;
-        commit.snapshot = snapshot;
-        commit.retract = retract;
+        let commit = Commit { turns, snapshot, retract };
         match self.shared.store.commit(&self.scope, commit) {
             Ok(committed) => {
                 self.dirty_from = self.position() / PAGE_TOKENS as u64;

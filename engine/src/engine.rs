@@ -141,6 +141,16 @@ impl Model {
         tokenizer: Tokenizer,
         scaffold: Scaffold,
     ) -> Result<Self> {
+        let (spoken, embedded) = (tokenizer.vocab_size(), decoder.config.vocab_size);
+        if spoken > embedded {
+            return Err(Error::new(
+                ErrorKind::Incompatible,
+                format!(
+                    "open model {}: tokenizer of {spoken} tokens, expected at most the model's {embedded}",
+                    path.display()
+                ),
+            ));
+        }
         let mut end_of_turn = decoder.config.eos_token_ids.clone();
         // A chat model ends its turn with the token that its template writes after an answer.
         let after = tokenizer.encode_with_specials(scaffold.to_user.trim_start())?;
@@ -311,8 +321,10 @@ impl EngineBuilder {
             }
         }
         let embedder = self.embedder.load(&mut progress)?;
-        let mut options = StoreOptions::default();
-        options.evicted_page_bytes = self.memory.evicted_page_bytes;
+        let options = StoreOptions {
+            evicted_page_bytes: self.memory.evicted_page_bytes,
+            ..StoreOptions::default()
+        };
         let store = Store::open(&self.path, embedder, options)?;
         let config = self.memory;
         let open = Mutex::new(HashMap::new());

@@ -16,7 +16,7 @@ const MAX_NEW_TOKENS: usize = 512;
 pub(crate) enum Stop {
     EndOfTurn(u32),
     MaxTokens,
-    StopString,
+    Text,
     Cancelled,
 }
 
@@ -34,7 +34,7 @@ impl Stop {
         match self {
             Self::EndOfTurn(_) => Some(StopReason::EndOfTurn),
             Self::MaxTokens => Some(StopReason::MaxTokens),
-            Self::StopString => Some(StopReason::StopString),
+            Self::Text => Some(StopReason::StopString),
             Self::Cancelled => None,
         }
     }
@@ -52,6 +52,12 @@ pub(crate) fn opening(model: &Model, open: OpenTurn, system: Option<&str>) -> Re
     let scaffold = &model.scaffold;
     match open {
         OpenTurn::Start => {
+            if scaffold.opening.is_empty() {
+                // No template: the document begins as the tokenizer itself begins one.
+                let mut tokens = model.tokenizer.prefix().to_vec();
+                tokens.extend(model.tokenizer.encode(system.unwrap_or_default(), false)?);
+                return Ok(tokens);
+            }
             let Some(system) = system else {
                 return model.tokenizer.encode_with_specials(&scaffold.opening);
             };
@@ -120,11 +126,11 @@ pub(crate) fn generate(
         }
         if stopped {
             conversation.prefill(&[next], &mut || true)?;
-            break Stop::StopString;
+            break Stop::Text;
         }
     };
     let rest = match stop {
-        Stop::StopString => String::new(),
+        Stop::Text => String::new(),
         _ => text.finish(&decoder.flush().unwrap_or_default()),
     };
     if !rest.is_empty() && stop != Stop::Cancelled {

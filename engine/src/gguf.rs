@@ -37,6 +37,7 @@ pub(crate) struct Gguf {
     /// Tensors by name.
     pub(crate) tensors: HashMap<String, TensorInfo>,
     /// Where tensor data begins, in bytes from the start of the file.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests check where the data begins"))]
     pub(crate) data_offset: usize,
     path: PathBuf,
 }
@@ -74,7 +75,7 @@ pub(crate) enum Array {
     U64(Vec<u64>),
     I64(Vec<i64>),
     F64(Vec<f64>),
-    Array(Vec<Array>),
+    Nested(Vec<Array>),
 }
 
 /// Where a tensor lies and how it is stored.
@@ -140,7 +141,7 @@ impl Array {
             Self::U64(_) => "array of u64",
             Self::I64(_) => "array of i64",
             Self::F64(_) => "array of f64",
-            Self::Array(_) => "array of array",
+            Self::Nested(_) => "array of array",
         }
     }
 }
@@ -270,6 +271,7 @@ impl Gguf {
     }
 
     /// An array of floats.
+    #[cfg(test)]
     pub(crate) fn f32s(&self, key: &str) -> Result<&[f32]> {
         match self.value(key, "array of f32")? {
             Value::Array(Array::F32(values)) => Ok(values),
@@ -283,6 +285,7 @@ impl Gguf {
     }
 
     /// The tensor of that name.
+    #[cfg(test)]
     pub(crate) fn tensor(&self, name: &str) -> Result<&TensorInfo> {
         self.tensors.get(name).ok_or_else(|| {
             Error::model(format!(

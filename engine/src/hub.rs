@@ -182,7 +182,7 @@ fn local(path: &Path) -> Result<ModelFiles> {
 }
 
 /// `$MKA_CACHE`, or `mka` in the user's ordinary cache folder.
-fn cache_folder() -> Result<PathBuf> {
+pub(crate) fn cache_folder() -> Result<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     if let Some(folder) = variable("MKA_CACHE") {
         return Ok(folder.into());

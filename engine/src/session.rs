@@ -229,9 +229,7 @@ impl Session {
     pub async fn context(&self, query: &str, budget_tokens: usize) -> Result<Context> {
         let (live, query) = (self.live.clone(), query.to_owned());
         offload("context", move || {
-            let mut options = Recall::default();
-            options.k = 32;
-            options.across_sessions = true;
+            let options = Recall { k: 32, across_sessions: true, ..Recall::default() };
             let hits = live.shared.store.recall(&live.scope, &query, &options)?;
             let count = |text: &str| live.shared.count_tokens(text);
             let (text, chosen) = prompt::assemble(&hits, budget_tokens, count)?;
@@ -285,10 +283,12 @@ fn recall(
     if k == 0 || budget == 0 {
         return Ok((String::new(), Vec::new()));
     }
-    let mut query = Recall::default();
-    query.k = k;
-    query.across_sessions = options.across_sessions;
-    query.before_turn = conversation.first_turn_in_window(coming_tokens + budget);
+    let query = Recall {
+        k,
+        across_sessions: options.across_sessions,
+        before_turn: conversation.first_turn_in_window(coming_tokens + budget),
+        ..Recall::default()
+    };
     let hits = shared.store.recall(&conversation.scope, message, &query)?;
     let (text, chosen) = prompt::assemble(&hits, budget, |text| shared.count_tokens(text))?;
     Ok((text, chosen.into_iter().map(|i| hits[i].clone()).collect()))

@@ -5,13 +5,16 @@ use std::path::PathBuf;
 
 /// The SmolLM2 GGUF file in the cache; `None`, with the reason printed, where it is not there.
 pub(crate) fn smollm2_gguf() -> Option<PathBuf> {
-    let cache = std::env::var_os("MKA_CACHE").map(PathBuf::from).or_else(|| {
-        let base = std::env::var_os("XDG_CACHE_HOME")
-            .map(PathBuf::from)
-            .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
-        Some(base.join("mka"))
-    })?;
-    let path = cache.join("models/SmolLM2-135M-Instruct-Q4_1.gguf");
+    cached("SmolLM2-135M-Instruct-Q4_1.gguf")
+}
+
+/// The folder of the MiniLM embedder in the cache; `None`, with the reason printed, where it is not there.
+pub(crate) fn minilm_folder() -> Option<PathBuf> {
+    cached("all-MiniLM-L6-v2")
+}
+
+fn cached(name: &str) -> Option<PathBuf> {
+    let path = crate::hub::cache_folder().ok()?.join("models").join(name);
     if path.exists() {
         return Some(path);
     }

@@ -84,8 +84,10 @@ impl Tokenizer {
     /// [`ErrorKind::Corrupted`] where the bytes are not a tokenizer, [`ErrorKind::Model`] where
     /// they are one of a kind that is not read here.
     pub(crate) fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
-        let tokenizer = json::parse(bytes, path)?;
-        Self::new(tokenizer, path, SpecialIds::default(), None)
+        guarded(path, || {
+            let tokenizer = json::parse(bytes, path)?;
+            Self::new(tokenizer, path, SpecialIds::default(), None)
+        })
     }
 
     /// Builds the tokenizer that a GGUF file carries in its metadata.
@@ -202,6 +204,7 @@ impl Tokenizer {
     }
 
     /// The id of a token by its exact string in the vocabulary.
+    #[cfg(test)]
     pub(crate) fn id(&self, token: &str) -> Option<u32> {
         self.inner.full.token_to_id(token)
     }
@@ -264,4 +267,15 @@ impl std::fmt::Debug for Tokenizer {
             .field("pieces", &self.inner.pieces)
             .finish_non_exhaustive()
     }
+}
+
+/// Runs `load`, turning a panic of the library underneath into an error: `tokenizers` indexes maps by what a damaged
+/// file names (a template that uses a special token which it does not define).
+fn guarded(path: &Path, load: impl FnOnce() -> Result<Tokenizer>) -> Result<Tokenizer> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|_| {
+        Err(Error::new(
+            ErrorKind::Corrupted,
+            format!("tokenizer {}: the file contradicts itself", path.display()),
+        ))
+    })
 }

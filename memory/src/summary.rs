@@ -12,7 +12,7 @@ const FOLLOW_UP_WEIGHT: f32 = 0.5;
 /// A question with fewer content words than this leans on its session.
 pub(crate) const FOLLOW_UP_WORDS: usize = 6;
 /// What a word of the latest user turn counts in the search by words, against 1 for a word of the question.
-pub(crate) const FOLLOW_UP_TERM_WEIGHT: f32 = 0.3;
+pub(crate) const FOLLOW_UP_TERM_WEIGHT: f32 = 0.15;
 /// At most so many words of the latest user turn join the search, the rarest first.
 pub(crate) const FOLLOW_UP_TERMS: usize = 3;
 

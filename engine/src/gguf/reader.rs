@@ -137,7 +137,7 @@ impl<'a> Reader<'a> {
             }
             9 if depth < MAX_ARRAY_DEPTH => {
                 let count = self.check_count(count, 12, key)?;
-                Array::Array(
+                Array::Nested(
                     (0..count).map(|_| self.values(key, depth + 1)).collect::<Result<_>>()?,
                 )
             }

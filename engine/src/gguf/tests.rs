@@ -32,9 +32,9 @@ fn sample() -> Writer {
         .set("flags", Value::Array(Array::Bool(vec![true, false])))
         .set(
             "nested",
-            Value::Array(Array::Array(vec![
+            Value::Array(Array::Nested(vec![
                 Array::U8(vec![1, 2]),
-                Array::Array(vec![Array::Str(vec!["x".into()]), Array::U64(vec![])]),
+                Array::Nested(vec![Array::Str(vec!["x".into()]), Array::U64(vec![])]),
             ])),
         )
         .tensor("embed", &[32, 3], 8, &[1; 34 * 3])
@@ -184,7 +184,7 @@ fn huge_counts_are_refused_before_anything_is_allocated() {
 fn arrays_nested_without_end_are_refused() {
     let mut array = Array::U8(vec![1]);
     for _ in 0..100 {
-        array = Array::Array(vec![array]);
+        array = Array::Nested(vec![array]);
     }
     let error = parse(&Writer::default().set("deep", Value::Array(array)).bytes()).unwrap_err();
     assert!(error.to_string().contains("nest deeper than 4"), "{error}");

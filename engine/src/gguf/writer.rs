@@ -130,7 +130,7 @@ fn put_array(out: &mut Vec<u8>, array: &Array) {
             out.extend((v.len() as u64).to_le_bytes());
             v.iter().for_each(|text| put_str(out, text));
         }
-        Array::Array(v) => {
+        Array::Nested(v) => {
             out.extend(9u32.to_le_bytes());
             out.extend((v.len() as u64).to_le_bytes());
             v.iter().for_each(|inner| put_array(out, inner));

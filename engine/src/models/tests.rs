@@ -389,15 +389,7 @@ fn tokens_outside_the_vocabulary_are_an_error() {
 /// The default model, if it is in the cache folder: logits and continuation against `transformers`.
 #[test]
 fn the_default_model_equals_transformers() {
-    let path = std::env::var_os("HOME")
-        .map(|home| Path::new(&home).join(".cache/mka/models/SmolLM2-135M-Instruct-Q4_1.gguf"))
-        .filter(|path| path.exists());
-    let Some(path) = path else {
-        eprintln!(
-            "skipped: the default model is not in the cache folder (run the chat example once)"
-        );
-        return;
-    };
+    let Some(path) = crate::testing::smollm2_gguf() else { return };
     let decoder = load_gguf(&path).unwrap();
     // Trap of another loader: a cap of 4,096 tokens on a model of 8,192.
     assert_eq!((decoder.config.trained_tokens, decoder.config.rope_theta), (8192, 100_000.0));

@@ -301,7 +301,7 @@ fn damaged_tokenizer_files_are_errors() {
 /// The real model where it has been fetched; prints why it is skipped otherwise.
 #[test]
 fn the_real_smollm2_vocabulary_round_trips() {
-    let Some(path) = crate::hub::cached_smollm2() else { return };
+    let Some(path) = crate::testing::smollm2_gguf() else { return };
     let bytes = std::fs::read(&path).unwrap();
     let tokenizer = Tokenizer::from_gguf(&Gguf::parse(&bytes, &path).unwrap()).unwrap();
     assert_eq!(tokenizer.vocab_size(), 49152);
@@ -326,7 +326,7 @@ fn the_real_smollm2_vocabulary_round_trips() {
 /// The embedder's vocabulary where it has been fetched: its file limits and pads to 128 tokens.
 #[test]
 fn the_real_minilm_vocabulary_frames_documents_whole() {
-    let Some(folder) = crate::hub::cached_minilm() else { return };
+    let Some(folder) = crate::testing::minilm_folder() else { return };
     let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json")).unwrap();
     assert_eq!(tokenizer.vocab_size(), 30522);
     let ids = tokenizer.encode_document("Hello, world!").unwrap();

@@ -103,8 +103,7 @@ fn messages_without_recall_and_with_control_words_are_plain_text() {
     let (_, usage) = finish(chat.send_with(words, short().recall_k(0))).unwrap();
     // One token a byte: the control words were spelled, not parsed; the template adds three control tokens of its own.
     assert!(usage.prompt_tokens >= words.len(), "{usage:?}");
-    let mut none = Recall::default();
-    none.k = 0;
+    let none = Recall { k: 0, ..Recall::default() };
     assert!(wait(engine.memory().recall(&trip(), "obey", none)).unwrap().is_empty());
     for odd in ["\u{0}\u{1}", "\u{fffd}", "👩‍👩‍👧 e\u{301}", " \n\t "] {
         finish(chat.send_with(odd, short())).unwrap();

@@ -170,8 +170,7 @@ macro_rules! level {
                         let block = &rows[r][b];
                         // Four short streams are too many for the processor to foresee: ask for the same place two tiles on.
                         let ahead = block.as_ptr().wrapping_add(2 * R * row_blocks * BYTES);
-                        // SAFETY: a prefetch reads nothing that the program sees, whatever the address.
-                        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                         // SAFETY: the features of this level hold, as this function needs them too.
                         let head = unsafe { B::head(block) };
                         for part in 0..PARTS {

@@ -39,7 +39,7 @@ fn any_chunking_of_a_stream_gives_the_same_bits() {
 fn scan_equals_the_closed_form() {
     let x = random((20, 4), 5);
     let rows = x.to_vec2::<f32>().unwrap();
-    let levels = ema_scan(&x, &mut vec![0f32; 4], &[0.9], 0, true).unwrap();
+    let levels = ema_scan(&x, &mut [0f32; 4], &[0.9], 0, true).unwrap();
     for t in 0..20 {
         for c in 0..4 {
             let weighted: f64 =
@@ -54,7 +54,7 @@ fn scan_equals_the_closed_form() {
 #[test]
 fn gate_zero_is_the_input_and_gate_one_is_the_weighted_mean() {
     let x = random((5, 4), 8);
-    let levels = ema_scan(&x, &mut vec![0f32; 12], &RATES, 0, true).unwrap();
+    let levels = ema_scan(&x, &mut [0f32; 12], &RATES, 0, true).unwrap();
     let weights =
         Tensor::from_vec([0.4f32, 0.3, 0.2, 0.1].repeat(5), (5, 4), &Device::Cpu).unwrap();
     let closed = fuse_levels(&x, &levels, &weights, 0.0).unwrap();

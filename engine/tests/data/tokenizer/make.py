@@ -1,6 +1,8 @@
 """Makes the tokenizer fixtures beside this file: three small tokenizer.json and goldens.json.
 
-    pip install tokenizers==0.23.* regex && python make.py
+    pip install tokenizers==0.23.* regex gguf && python make.py SmolLM2-135M-Instruct-Q4_1.gguf
+
+The argument is optional; with it the goldens of that model's own vocabulary are made anew.
 
 Each golden is encoded twice, by the `tokenizers` package and by the plain reference below
 (the `regex` package and a textbook BPE loop); the script fails where the two disagree.
@@ -8,6 +10,7 @@ Each golden is encoded twice, by the `tokenizers` package and by the plain refer
 
 import json
 import pathlib
+import sys
 import unicodedata
 
 import regex
@@ -110,7 +113,7 @@ def split_then_bytes(pattern):
     ])
 
 
-def build(pre, vocab, merges):
+def build(pre, vocab, merges, added=True):
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -126,6 +129,8 @@ def build(pre, vocab, merges):
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = split_then_bytes(QWEN2_SPLIT)
     tokenizer.decoder = decoders.ByteLevel()
+    if not added:
+        return tokenizer
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in USER_DEFINED])
     return tokenizer
@@ -158,15 +163,30 @@ def reference(pre, vocab, merges, text):
     return ids
 
 
+def make_smollm2(goldens, path):
+    """The ids of the real vocabulary, read from a GGUF file."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
+    vocab = {token: id for id, token in enumerate(tokens)}
+    missing = [b for b, char in byte_chars().items() if char not in vocab]
+    print("bytes without a token:", [f"{b:02x}" for b in missing])
+    plain = build("smollm", vocab, merges, added=False)
+    for golden in goldens:
+        ids = plain.encode(golden["text"], add_special_tokens=False).ids
+        assert ids == reference("smollm", vocab, merges, golden["text"]), golden
+    lines = [json.dumps(plain.encode(g["text"]).ids, separators=(",", ":")) for g in goldens]
+    (HERE / "smollm2.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
 def main():
     vocab, merges = train()
     goldens = [{"text": text} for text in TEXTS]
     for pre in ["smollm", "llama-bpe", "qwen2"]:
         tokenizer = build(pre, vocab, merges)
-        spec = json.loads(tokenizer.to_str())
-        spec["added_tokens"] = []
-        spec["post_processor"] = None
-        plain = Tokenizer.from_str(json.dumps(spec))
+        plain = build(pre, vocab, merges, added=False)
         for golden in goldens:
             text = golden["text"]
             ids = plain.encode(text, add_special_tokens=False).ids
@@ -179,6 +199,8 @@ def main():
         out = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
         (HERE / f"{pre}.json").write_text(out + "\n")
     lines = ",\n".join(json.dumps(g, separators=(",", ":")) for g in goldens)
+    if len(sys.argv) > 1:
+        make_smollm2(goldens, sys.argv[1])
     (HERE / "goldens.json").write_text("[\n" + lines + "\n]\n")
 
 

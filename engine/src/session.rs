@@ -269,6 +269,12 @@ impl Session {
     }
 }
 
+/// Memories below this share of the best one's score stay out of the prompt.
+///
+/// Where one passage answers, the others score a quarter of it, and a small model is led astray by them; where several
+/// answer, their scores are close.
+const RECALL_FLOOR: f32 = 0.5;
+
 /// What is recalled for a message, as text and hits.
 fn recall(
     conversation: &Conversation,
@@ -289,7 +295,9 @@ fn recall(
         before_turn: conversation.first_turn_in_window(coming_tokens + budget),
         ..Recall::default()
     };
-    let hits = shared.store.recall(&conversation.scope, message, &query)?;
+    let mut hits = shared.store.recall(&conversation.scope, message, &query)?;
+    let floor = hits.first().map_or(0.0, |best| best.score * RECALL_FLOOR);
+    hits.retain(|hit| hit.score >= floor);
     let (text, chosen) = prompt::assemble(&hits, budget, |text| shared.count_tokens(text))?;
     Ok((text, chosen.into_iter().map(|i| hits[i].clone()).collect()))
 }

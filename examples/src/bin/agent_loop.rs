@@ -1,7 +1,7 @@
 //! Memory without a model: an agent, whose language model lives elsewhere, remembers, recalls and forgets.
 
 use clap::Parser;
-use mka::{Engine, Forget, NewTurn, Recall, Role, Scope};
+use mka::{Context, Engine, Forget, NewTurn, Recall, Role, Scope};
 use std::path::PathBuf;
 
 #[derive(Parser)]
@@ -12,11 +12,10 @@ struct Args {
     store: PathBuf,
 }
 
-/// Stands where a call to a language model would: it quotes the best memory.
-fn answer(context: &str, question: &str) -> String {
-    let memory = context.lines().find_map(|line| line.strip_prefix("> "));
-    match memory {
-        Some(memory) => format!("About \"{question}\" I remember: {memory}"),
+/// Stands where a call to a language model would, which reads `context.text`: it quotes the best memory.
+fn answer(context: &Context, question: &str) -> String {
+    match context.hits.first() {
+        Some(best) => format!("About \"{question}\" I remember: {}", best.text),
         None => format!("I know nothing about \"{question}\"."),
     }
 }
@@ -40,7 +39,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let session = engine.session(scope.clone()).await?;
     for question in ["Where do we stay in Kyoto?", "When does the train leave?"] {
         let context = session.context(question, 200).await?;
-        println!("{}", answer(&context.text, question));
+        println!("{}", answer(&context, question));
     }
 
     let receipt = memory.forget(&scope, Forget::matching("passport")).await?;

@@ -90,11 +90,8 @@ impl<'a> AttentionSeam<'a> {
         cache.reserve(count)?;
         let start = cache.position();
         let frequencies = config.frequencies;
-        let rotary = |positions: &mut dyn Iterator<Item = u64>| {
-            RotaryAngles::new(positions, &frequencies.inv_freq, frequencies.scale)
-        };
         let positions = start..start + count as u64;
-        let angles = rotary(&mut positions.clone());
+        let angles = frequencies.angles(positions.clone());
         let compact = (start >= config.trained_tokens).then(|| {
             // What a query attends to lies, in stream order, at 0..n - 1, itself last (StreamingLLM, section 3.2).
             let sinks = SINK_PAGES * PAGE_TOKENS as u64;
@@ -102,7 +99,7 @@ impl<'a> AttentionSeam<'a> {
                 let window_start = (cache.first_window_page(t) * PAGE_TOKENS as u64).max(sinks);
                 (t - window_start.min(t)) + sinks.min(t)
             };
-            rotary(&mut positions.map(compact))
+            frequencies.angles(positions.map(compact))
         });
         Ok(Self { config, cache, start, count, angles, compact })
     }

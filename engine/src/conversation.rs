@@ -1,13 +1,13 @@
 //! The live state of one session: its cache, its place in the chat template, what of the log the model still sees.
 //! Knows no stream of events and no wire format; it changes only through whole operations that can be taken back.
 
-use crate::attention::{AttentionSeam, SeamConfig};
+use crate::attention::AttentionSeam;
 use crate::cache::{Cache, Checkpoint};
-use crate::engine::{Model, Shared};
+use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
-use mka_kernels::{PAGE_TOKENS, RotaryAngles, on_pool};
+use mka_kernels::{PAGE_TOKENS, on_pool};
 use mka_memory::{Commit, Committed, NewSnapshot, NewTurn, Role, Scope, TurnId};
 use std::sync::Arc;
 
@@ -40,15 +40,6 @@ pub(crate) struct LastPrompt {
 pub(crate) struct Saved {
     checkpoint: Option<Checkpoint>,
     state: SessionState,
-}
-
-fn seam_config(model: &Model) -> SeamConfig<'_> {
-    SeamConfig {
-        frequencies: &model.decoder.frequencies,
-        rates: &model.decoder.config.mka.rates,
-        bias_correction: model.decoder.config.mka.bias_correction,
-        trained_tokens: model.decoder.config.trained_tokens as u64,
-    }
 }
 
 impl Conversation {
@@ -87,7 +78,7 @@ impl Conversation {
                 snapshot.position,
                 ema,
                 &snapshot.pages,
-                |positions| RotaryAngles::new(positions, &frequencies.inv_freq, frequencies.scale),
+                |positions| frequencies.angles(positions),
             )?;
             Ok((cache, state))
         });
@@ -207,7 +198,7 @@ impl Conversation {
         let shared = self.shared.clone();
         let model = shared.model("prefill")?;
         let cache = self.cache.as_mut().ok_or_else(|| Error::model("prefill: no cache"))?;
-        let config = seam_config(model);
+        let config = model.decoder.seam_config();
         let mut last = None;
         let mut rest = tokens;
         while !rest.is_empty() {

@@ -187,16 +187,7 @@ impl Shared {
     }
 
     pub(crate) fn cache_shape(&self, model: &Model) -> CacheShape {
-        let c = &model.decoder.config;
-        CacheShape {
-            num_layers: c.num_layers,
-            num_kv_heads: c.num_kv_heads,
-            head_dim: c.head_dim,
-            hidden_size: c.hidden_size,
-            num_rates: c.mka.rates.len(),
-            window_tokens: self.config.window_tokens,
-            block_tokens: self.config.block_tokens,
-        }
+        model.decoder.cache_shape(self.config.window_tokens, self.config.block_tokens)
     }
 
     /// Marks a session as open; the claim is released by [`Shared::release`].

@@ -315,7 +315,7 @@ fn download_wheel(
 ) -> Result<PathBuf> {
     let python = std::env::var("MKA_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     progress(Progress::Start(package.requirement.to_owned(), None));
-    // pip's own bar goes to a terminal as it is; its messages are kept for the error.
+    // pip says nothing while it works; its messages are kept for the error.
     let output = Command::new(&python)
         .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
         .args(["--only-binary", ":all:", "--dest"])

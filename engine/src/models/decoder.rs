@@ -7,7 +7,8 @@
 use super::config::DecoderConfig;
 use super::frequencies::Frequencies;
 use super::weights::Weights;
-use crate::attention::{AttentionSeam, Route};
+use crate::attention::{AttentionSeam, Route, SeamConfig};
+use crate::cache::CacheShape;
 use crate::error::{Error, Result};
 use candle_core::{Device, Tensor};
 use mka_kernels::{PackedMatrix, linear, silu_mul};
@@ -200,6 +201,30 @@ impl Decoder {
         }
         let out = seam.attend(index, c.sliding_window[index], &q, &k, &v)?;
         Ok(out.reshape((t, c.num_heads * c.head_dim))?)
+    }
+
+    /// What the attention seam must know of this model.
+    pub(crate) fn seam_config(&self) -> SeamConfig<'_> {
+        SeamConfig {
+            frequencies: &self.frequencies,
+            rates: &self.config.mka.rates,
+            bias_correction: self.config.mka.bias_correction,
+            trained_tokens: self.config.trained_tokens as u64,
+        }
+    }
+
+    /// The cache that a stream of this model needs.
+    pub(crate) fn cache_shape(&self, window_tokens: usize, block_tokens: usize) -> CacheShape {
+        let c = &self.config;
+        CacheShape {
+            num_layers: c.num_layers,
+            num_kv_heads: c.num_kv_heads,
+            head_dim: c.head_dim,
+            hidden_size: c.hidden_size,
+            num_rates: c.mka.rates.len(),
+            window_tokens,
+            block_tokens,
+        }
     }
 
     /// Logits of hidden states (t, hidden): (t, vocab).

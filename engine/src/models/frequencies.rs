@@ -1,6 +1,7 @@
 //! Inverse frequencies of RoPE and the scalings that stretch them to longer contexts.
-//! Knows no position and no tensor; everything is f64.
+//! Knows no stream and no tensor; everything is f64.
 
+use mka_kernels::RotaryAngles;
 use std::f64::consts::PI;
 
 /// How a model's RoPE was stretched after its first training.
@@ -57,6 +58,11 @@ pub(crate) struct Frequencies {
 }
 
 impl Frequencies {
+    /// Cosines and sines of `positions`.
+    pub(crate) fn angles(&self, positions: impl IntoIterator<Item = u64>) -> RotaryAngles {
+        RotaryAngles::new(positions, &self.inv_freq, self.scale)
+    }
+
     pub(crate) fn new(theta: f64, head_dim: usize, scaling: &RopeScaling) -> Self {
         let base = |i: usize| theta.powf(-((2 * i) as f64) / head_dim as f64);
         let plain: Vec<f64> = (0..head_dim / 2).map(base).collect();

@@ -3,11 +3,10 @@
 use super::config::DecoderConfig;
 use super::decoder::Decoder;
 use super::weights::Weights;
-use crate::attention::{AttentionSeam, SeamConfig};
-use crate::cache::{Cache, CacheShape};
+use crate::attention::AttentionSeam;
+use crate::cache::Cache;
 use crate::error::ErrorKind;
 use candle_core::{Device, Tensor};
-use mka_kernels::RotaryAngles;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -52,28 +51,6 @@ fn ids(tensor: &Tensor) -> Vec<u32> {
     tensor.to_vec1::<i64>().unwrap().into_iter().map(|id| id as u32).collect()
 }
 
-fn shape(decoder: &Decoder, window_tokens: usize, block_tokens: usize) -> CacheShape {
-    let c = &decoder.config;
-    CacheShape {
-        num_layers: c.num_layers,
-        num_kv_heads: c.num_kv_heads,
-        head_dim: c.head_dim,
-        hidden_size: c.hidden_size,
-        num_rates: c.mka.rates.len(),
-        window_tokens,
-        block_tokens,
-    }
-}
-
-fn seam(decoder: &Decoder) -> SeamConfig<'_> {
-    SeamConfig {
-        frequencies: &decoder.frequencies,
-        rates: &decoder.config.mka.rates,
-        bias_correction: decoder.config.mka.bias_correction,
-        trained_tokens: decoder.config.trained_tokens as u64,
-    }
-}
-
 /// Logits of every token, run in blocks of `blocks` in turn.
 fn run(decoder: &Decoder, cache: &mut Cache, tokens: &[u32], blocks: &[usize]) -> Vec<Vec<f32>> {
     let mut logits = Vec::new();
@@ -82,7 +59,7 @@ fn run(decoder: &Decoder, cache: &mut Cache, tokens: &[u32], blocks: &[usize]) -
         if rest.is_empty() {
             break;
         }
-        let config = seam(decoder);
+        let config = decoder.seam_config();
         let count = config.block_limit(cache.position(), *block).min(rest.len());
         let (now, after) = rest.split_at(count);
         let mut seam = AttentionSeam::open(config, cache, count).unwrap();
@@ -111,7 +88,7 @@ fn logits_equal_transformers_on_every_family_however_the_prompt_is_cut() {
         let golden = tensors(golden(name).join("golden.safetensors"));
         let tokens = ids(&golden["ids"]);
         for blocks in [&[512][..], &[1][..], &[7, 1, 30]] {
-            let mut cache = Cache::new(shape(&decoder, 128, 512)).unwrap();
+            let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
             let logits = run(&decoder, &mut cache, &tokens, blocks);
             let difference = max_difference(&logits, &expected(&golden));
             assert!(difference <= 1e-4, "{name} in blocks of {blocks:?}: off by {difference}");
@@ -124,7 +101,7 @@ fn greedy_continuation_equals_transformers() {
     for name in FOLDERS.iter().filter(|name| !name.starts_with("fastmka")) {
         let decoder = load(name);
         let golden = tensors(golden(name).join("golden.safetensors"));
-        let mut cache = Cache::new(shape(&decoder, 128, 512)).unwrap();
+        let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
         let mut logits = run(&decoder, &mut cache, &ids(&golden["ids"]), &[512]);
         let mut generated = Vec::new();
         for _ in 0..16 {
@@ -141,13 +118,13 @@ fn greedy_continuation_equals_transformers() {
 fn gguf_with_interleaved_heads_equals_transformers() {
     let decoder = load_gguf(&golden("gguf/model.gguf")).unwrap();
     let golden = tensors(golden("gguf/golden.safetensors"));
-    let mut cache = Cache::new(shape(&decoder, 128, 512)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
     let logits = run(&decoder, &mut cache, &ids(&golden["ids"]), &[512]);
     let difference = max_difference(&logits, &expected(&golden));
     assert!(difference <= 2e-4, "off by {difference}");
     // Token by token the activations are rounded to eight bits, as ggml does: each of the 15 products in a row adds
     // an error of about 1/256, so that the logits are within a few per cent.
-    let mut cache = Cache::new(shape(&decoder, 128, 512)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
     let logits = run(&decoder, &mut cache, &ids(&golden["ids"]), &[1]);
     let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
     let exact = expected(&golden);
@@ -283,7 +260,7 @@ fn a_closed_gate_is_the_pretrained_model_bit_for_bit() {
     let tokens: Vec<u32> = (0..70).map(|i| (i * 37 + 5) % 128).collect();
     let logits = |folder: &Path| {
         let decoder = load_folder(folder).unwrap();
-        let mut cache = Cache::new(shape(&decoder, 128, 512)).unwrap();
+        let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
         run(&decoder, &mut cache, &tokens, &[33])
     };
     let opened = logits(with_mka.path());
@@ -301,9 +278,9 @@ fn chunked_prefill_equals_token_by_token_far_past_the_window_with_the_gate_open(
     for name in ["fastmka", "mistral", "qwen3"] {
         let decoder = load(name);
         let tokens: Vec<u32> = (0..700u32).map(|i| (i * i * 31 + i * 7 + 3) % 128).collect();
-        let mut one = Cache::new(shape(&decoder, 128, 200)).unwrap();
+        let mut one = Cache::new(decoder.cache_shape(128, 200)).unwrap();
         let by_token = run(&decoder, &mut one, &tokens, &[1]);
-        let mut many = Cache::new(shape(&decoder, 128, 200)).unwrap();
+        let mut many = Cache::new(decoder.cache_shape(128, 200)).unwrap();
         let by_block = run(&decoder, &mut many, &tokens, &[200, 3, 64]);
         let difference = max_difference(&by_token, &by_block);
         assert!(difference <= 2e-3, "{name}: logits off by {difference}");
@@ -325,7 +302,7 @@ fn chunked_prefill_equals_token_by_token_far_past_the_window_with_the_gate_open(
 #[test]
 fn device_memory_is_constant_in_the_length_of_the_stream() {
     let decoder = load("smollm2");
-    let mut cache = Cache::new(shape(&decoder, 64, 32)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(64, 32)).unwrap();
     for _ in 0..30 {
         run(&decoder, &mut cache, &[5; 100], &[32]);
         assert!(cache.window_pages(cache.position()).len() <= 4);
@@ -339,7 +316,7 @@ fn a_restored_cache_continues_bit_for_bit() {
         let decoder = load(name);
         let tokens: Vec<u32> = (0..400u32).map(|i| (i * 17 + i / 3) % 128).collect();
         for stop in [1usize, 63, 64, 65, 200, 333] {
-            let mut cache = Cache::new(shape(&decoder, 128, 64)).unwrap();
+            let mut cache = Cache::new(decoder.cache_shape(128, 64)).unwrap();
             run(&decoder, &mut cache, &tokens[..stop], &[64]);
             let pages: Vec<_> = cache
                 .window_pages(stop as u64)
@@ -348,11 +325,11 @@ fn a_restored_cache_continues_bit_for_bit() {
                 .collect();
             let f = &decoder.frequencies;
             let mut restored = Cache::restore(
-                shape(&decoder, 128, 64),
+                decoder.cache_shape(128, 64),
                 stop as u64,
                 &cache.ema_bytes(),
                 &pages,
-                |positions| RotaryAngles::new(positions, &f.inv_freq, f.scale),
+                |positions| f.angles(positions),
             )
             .unwrap();
             let straight = run(&decoder, &mut cache, &tokens[stop..], &[50, 1]);
@@ -365,7 +342,7 @@ fn a_restored_cache_continues_bit_for_bit() {
 #[test]
 fn a_rewound_cache_continues_as_if_nothing_had_followed() {
     let decoder = load("fastmka");
-    let mut cache = Cache::new(shape(&decoder, 128, 64)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(128, 64)).unwrap();
     run(&decoder, &mut cache, &[9; 300], &[64]);
     let checkpoint = cache.checkpoint();
     let first = run(&decoder, &mut cache, &[1, 2, 3, 4, 5], &[2]);
@@ -380,8 +357,8 @@ fn a_rewound_cache_continues_as_if_nothing_had_followed() {
 #[test]
 fn tokens_outside_the_vocabulary_are_an_error() {
     let decoder = load("smollm2");
-    let mut cache = Cache::new(shape(&decoder, 64, 32)).unwrap();
-    let mut seam = AttentionSeam::open(seam(&decoder), &mut cache, 1).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(64, 32)).unwrap();
+    let mut seam = AttentionSeam::open(decoder.seam_config(), &mut cache, 1).unwrap();
     let error = decoder.forward(&[128], &mut seam).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
 }
@@ -395,7 +372,7 @@ fn the_default_model_equals_transformers() {
     assert_eq!((decoder.config.trained_tokens, decoder.config.rope_theta), (8192, 100_000.0));
     let golden = tensors(golden("smollm2_135m_q4_1.safetensors"));
     let tokens = ids(&golden["ids"]);
-    let mut cache = Cache::new(shape(&decoder, 512, 512)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(512, 512)).unwrap();
     let logits = run(&decoder, &mut cache, &tokens, &[512]).pop().unwrap();
     let expected = golden["logits"].to_vec1::<f32>().unwrap();
     let difference = max_difference(std::slice::from_ref(&logits), std::slice::from_ref(&expected));

@@ -10,7 +10,17 @@ use crate::{Error, ErrorKind, Result};
 /// Held as long as the store is open; the operating system lets go of it when the process dies.
 #[derive(Debug)]
 pub(crate) struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing alone is not enough: a process that another thread is starting just now holds a copy of the file
+        // until it runs its program, and the lock with it.
+        if let Err(error) = self.file.unlock() {
+            tracing::warn!(%error, "lock not released before the file closes");
+        }
+    }
 }
 
 impl Lock {
@@ -43,11 +53,13 @@ impl Lock {
             }
             Err(TryLockError::Error(source)) => return Err(failed(source)),
         }
-        let written = file
+        let mut lock = Self { file };
+        let written = lock
+            .file
             .set_len(0)
-            .and_then(|()| file.rewind())
-            .and_then(|()| write!(file, "{}", std::process::id()));
+            .and_then(|()| lock.file.rewind())
+            .and_then(|()| write!(lock.file, "{}", std::process::id()));
         written.map_err(failed)?;
-        Ok(Self { _file: file })
+        Ok(lock)
     }
 }

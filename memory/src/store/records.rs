@@ -4,12 +4,16 @@
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::format::{Key, Record};
 use crate::{Error, ErrorKind, Result};
 
 /// sled's page cache. Records are read once, at open: a small one serves.
 const CACHE_BYTES: u64 = 16 << 20;
+
+/// Starting a program takes milliseconds, on a loaded machine some hundred of them.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// One change of a batch.
 #[derive(Debug, Clone)]
@@ -42,7 +46,7 @@ impl Records {
         remove_unfinished_snapshots(folder)?;
         let config =
             sled::Config::new().path(folder).cache_capacity(CACHE_BYTES).flush_every_ms(None);
-        let db = guard("open", folder, || config.open())?;
+        let db = guard("open", folder, || open_unlocked(&config))?;
         Ok(Self { db, file: folder.join("db") })
     }
 
@@ -76,6 +80,26 @@ impl Records {
         File::open(&self.file)
             .and_then(|file| file.sync_all())
             .map_err(|source| Error::io("sync", &self.file, source))
+    }
+}
+
+/// Opens the database, waiting for sled's own lock on its file.
+///
+/// The store's lock is held by now, so no other store has the database open. What may still hold sled's lock is a
+/// process that another thread is starting just now: it has a copy of the file until it runs its program.
+fn open_unlocked(config: &sled::Config) -> sled::Result<sled::Db> {
+    let started = Instant::now();
+    loop {
+        match config.open() {
+            // sled has no error kind of its own for this.
+            Err(sled::Error::Io(error))
+                if error.to_string().starts_with("could not acquire lock")
+                    && started.elapsed() < LOCK_PATIENCE =>
+            {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            result => return result,
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The turn log: what is committed is read back, in order, after reopening too.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mka_memory::{
     Commit, Embedder, ErrorKind, HashedEmbedder, NewTurn, Recall, Role, Scope, Store, StoreOptions,
@@ -43,6 +44,27 @@ fn a_second_opening_is_locked_and_names_the_pid() {
     assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
     drop(store);
     open(folder.path());
+}
+
+#[test]
+fn a_store_reopens_at_once_while_the_program_starts_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                // A start that fails has forked all the same.
+                let _ = std::process::Command::new("true").status();
+            }
+        });
+        let reopened = std::panic::catch_unwind(|| {
+            for _ in 0..100 {
+                open(folder.path());
+            }
+        });
+        done.store(true, Ordering::Relaxed);
+        reopened.unwrap();
+    });
 }
 
 struct Other;

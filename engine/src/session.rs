@@ -6,7 +6,7 @@ use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
 use crate::feeding::{self, FeedOptions};
 use crate::generation::{self, Stop};
-use crate::prompt;
+use crate::quote::{self, Quotation, Quote};
 use crate::sampling::Sampling;
 use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Events, Feed, FeedEvent, Sink, StopReason, Usage, offload};
@@ -26,6 +26,8 @@ pub struct SendOptions {
     pub stop: Vec<String>,
     /// Words that the answer begins with; they are part of the turn but are not streamed.
     pub answer_prefix: String,
+    /// Whether the message is the prompt as it stands, without the chat template around it.
+    pub completion: bool,
     /// Instructions that stand before the first message of a session; ignored later.
     pub system: Option<String>,
     /// Memories to look up; None: the engine's `recall_k`.
@@ -52,6 +54,12 @@ impl SendOptions {
     /// Begins the answer with `prefix`.
     pub fn answer_prefix(mut self, prefix: impl Into<String>) -> Self {
         self.answer_prefix = prefix.into();
+        self
+    }
+
+    /// Continues the message as plain text, without the chat template.
+    pub fn completion(mut self, completion: bool) -> Self {
+        self.completion = completion;
         self
     }
 
@@ -232,7 +240,8 @@ impl Session {
             let options = Recall { k: 32, across_sessions: true, ..Recall::default() };
             let hits = live.shared.store.recall(&live.scope, &query, &options)?;
             let count = |text: &str| live.shared.count_tokens(text);
-            let (text, chosen) = prompt::assemble(&hits, budget_tokens, count)?;
+            let quotations = Quotation::of(&hits, &query, Quote::Passage);
+            let (text, chosen) = quote::assemble(&quotations, budget_tokens, count)?;
             let hits = chosen.into_iter().map(|i| hits[i].clone()).collect();
             Ok(Context { tokens: live.shared.count_tokens(&text)?, text, hits })
         })
@@ -298,7 +307,8 @@ fn recall(
     let mut hits = shared.store.recall(&conversation.scope, message, &query)?;
     let floor = hits.first().map_or(0.0, |best| best.score * RECALL_FLOOR);
     hits.retain(|hit| hit.score >= floor);
-    let (text, chosen) = prompt::assemble(&hits, budget, |text| shared.count_tokens(text))?;
+    let quotations = Quotation::of(&hits, message, shared.config.quote);
+    let (text, chosen) = quote::assemble(&quotations, budget, |text| shared.count_tokens(text))?;
     Ok((text, chosen.into_iter().map(|i| hits[i].clone()).collect()))
 }
 
@@ -331,9 +341,16 @@ fn send(
 
     // The prompt: scaffold, quoted memories, message, scaffold. Contents are encoded so that no text in them can
     // become a control token.
-    let scaffold = &model.scaffold;
-    let mut prompt =
-        generation::opening(model, conversation.state.open, options.system.as_deref())?;
+    let open = conversation.state.open;
+    let mut prompt = match options.completion {
+        true if open == OpenTurn::Start => model.tokenizer.prefix().to_vec(),
+        true => Vec::new(),
+        // What was cut off a long message is its beginning.
+        false => {
+            let joined = !document.is_empty();
+            generation::opening(model, open, options.system.as_deref(), joined)?
+        }
+    };
     let recalled_tokens = model.tokenizer.encode(&recalled, false)?;
     prompt.extend_from_slice(&recalled_tokens);
     let body = match recalled.is_empty() {
@@ -341,7 +358,9 @@ fn send(
         false => format!("\n{message}"),
     };
     prompt.extend(model.tokenizer.encode(&body, false)?);
-    prompt.extend(model.tokenizer.encode_with_specials(&scaffold.to_answer)?);
+    if !options.completion {
+        prompt.extend(model.tokenizer.encode_with_specials(&model.scaffold.to_answer)?);
+    }
     prompt.extend(model.tokenizer.encode(&options.answer_prefix, false)?);
 
     let start = conversation.position();

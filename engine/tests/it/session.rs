@@ -190,3 +190,36 @@ fn a_cancelled_feed_keeps_what_was_committed_and_the_session_works() {
     let turns = chat.num_turns().unwrap();
     assert!(turns > 2 && turns < 166, "{turns}");
 }
+
+#[test]
+fn a_completion_has_no_template_around_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let text = "one two three";
+    let length = engine.count_tokens(text).unwrap();
+    let prompt_tokens = |session: &str, completion| {
+        let mut chat = engine.session_blocking(Scope::user("ada").session(session)).unwrap();
+        let options = SendOptions::default().max_new_tokens(1).completion(completion);
+        finish(chat.send_with(text, options)).unwrap().1.prompt_tokens
+    };
+    // At most the token that every text begins with.
+    assert!((length..=length + 1).contains(&prompt_tokens("plain", true)));
+    assert!(prompt_tokens("chat", false) > length + 1);
+}
+
+#[test]
+fn a_question_after_a_document_stands_in_a_message_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let fed = wait(chat.feed_with("a b c", FeedOptions::through_model()).finish()).unwrap();
+    let more = wait(chat.feed_with("d e f", FeedOptions::through_model()).finish()).unwrap();
+    // A second document goes on in the same message.
+    assert!(more.model_tokens < fed.model_tokens);
+    let options = SendOptions::default().max_new_tokens(1).recall_k(0);
+    let (_, usage) = finish(chat.send_with("why?", options)).unwrap();
+    let said = engine.count_tokens("I have read it.").unwrap();
+    let question = engine.count_tokens("why?").unwrap();
+    let fed = (fed.model_tokens + more.model_tokens) as usize;
+    assert!(usage.prompt_tokens > fed + said + question, "{usage:?}");
+}

@@ -32,6 +32,8 @@ pub struct FeedOptions {
     pub mode: FeedMode,
     /// Name of the document, shown beside what is recalled from it.
     pub name: Option<String>,
+    /// Whether the text stands outside the chat template, for a completion to go on from it.
+    pub completion: bool,
     /// When the document was given, milliseconds since 1970; None: now.
     pub time_ms: Option<i64>,
 }
@@ -45,6 +47,12 @@ impl FeedOptions {
     /// As text memory.
     pub fn text() -> Self {
         Self { mode: FeedMode::Text, ..Self::default() }
+    }
+
+    /// Takes in the text without the chat template.
+    pub fn completion(mut self, completion: bool) -> Self {
+        self.completion = completion;
+        self
     }
 
     /// Names the document.
@@ -146,6 +154,7 @@ pub(crate) fn take_in(
         let model = shared.model("feed")?;
         let mut tokens = match conversation.state.open {
             OpenTurn::User => Vec::new(),
+            open if options.completion => generation::bare_opening(model, open),
             open => generation::opening(model, open, None, true)?,
         };
         tokens.extend(model.tokenizer.encode(&text[section.clone()], false)?);

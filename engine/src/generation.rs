@@ -50,7 +50,7 @@ pub(crate) struct Answer {
     pub(crate) stop: Stop,
 }
 
-/// Tokens between what the stream holds and the next words of the user; `joined` words continue the open message.
+/// Tokens between what the stream holds and the next words of the user; `joined` words go on in the open message.
 pub(crate) fn opening(
     model: &Model,
     open: OpenTurn,
@@ -77,10 +77,9 @@ pub(crate) fn opening(
             tokens.extend(model.tokenizer.encode_with_specials(after)?);
             Ok(tokens)
         }
+        OpenTurn::User if joined => Ok(Vec::new()),
         // A base model has no turns: the document is followed by a paragraph.
-        OpenTurn::User if joined || scaffold.opening.is_empty() => {
-            model.tokenizer.encode("\n\n", false)
-        }
+        OpenTurn::User if scaffold.opening.is_empty() => model.tokenizer.encode("\n\n", false),
         OpenTurn::User => {
             // A question in the document's own message is taken for a part of the document.
             let mut tokens = model.tokenizer.encode_with_specials(&scaffold.to_answer)?;
@@ -98,6 +97,14 @@ pub(crate) fn opening(
             }
             Ok(tokens)
         }
+    }
+}
+
+/// [`opening`] of a text that stands outside the chat template.
+pub(crate) fn bare_opening(model: &Model, open: OpenTurn) -> Vec<u32> {
+    match open {
+        OpenTurn::Start => model.tokenizer.prefix().to_vec(),
+        _ => Vec::new(),
     }
 }
 

@@ -28,6 +28,9 @@ pub struct SendOptions {
     pub answer_prefix: String,
     /// Whether the message is the prompt as it stands, without the chat template around it.
     pub completion: bool,
+    /// Whether the message goes on in the message of the document fed before it, with nothing between: for a prompt
+    /// of which a part was fed. Otherwise the document's message is closed first.
+    pub joined: bool,
     /// Instructions that stand before the first message of a session; ignored later.
     pub system: Option<String>,
     /// Memories to look up; None: the engine's `recall_k`.
@@ -60,6 +63,12 @@ impl SendOptions {
     /// Continues the message as plain text, without the chat template.
     pub fn completion(mut self, completion: bool) -> Self {
         self.completion = completion;
+        self
+    }
+
+    /// Goes on in the message of the document fed before.
+    pub fn joined(mut self, joined: bool) -> Self {
+        self.joined = joined;
         self
     }
 
@@ -342,15 +351,15 @@ fn send(
     // The prompt: scaffold, quoted memories, message, scaffold. Contents are encoded so that no text in them can
     // become a control token.
     let open = conversation.state.open;
+    // What was cut off a long message is its beginning.
+    let joined = options.joined || !document.is_empty();
     let mut prompt = match options.completion {
-        true if open == OpenTurn::Start => model.tokenizer.prefix().to_vec(),
-        true => Vec::new(),
-        // What was cut off a long message is its beginning.
-        false => {
-            let joined = !document.is_empty();
-            generation::opening(model, open, options.system.as_deref(), joined)?
-        }
+        true => generation::bare_opening(model, open),
+        false => generation::opening(model, open, options.system.as_deref(), joined)?,
     };
+    if prompt.is_empty() && open == OpenTurn::User && !recalled.is_empty() {
+        prompt = model.tokenizer.encode("\n\n", false)?;
+    }
     let recalled_tokens = model.tokenizer.encode(&recalled, false)?;
     prompt.extend_from_slice(&recalled_tokens);
     let body = match recalled.is_empty() {

@@ -197,7 +197,7 @@ fn a_completion_has_no_template_around_it() {
     let engine = engine(folder.path(), 256);
     let text = "one two three";
     let length = engine.count_tokens(text).unwrap();
-    let prompt_tokens = |session: &str, completion| {
+    let prompt_tokens = |session: &str, completion| -> usize {
         let mut chat = engine.session_blocking(Scope::user("ada").session(session)).unwrap();
         let options = SendOptions::default().max_new_tokens(1).completion(completion);
         finish(chat.send_with(text, options)).unwrap().1.prompt_tokens
@@ -205,6 +205,14 @@ fn a_completion_has_no_template_around_it() {
     // At most the token that every text begins with.
     assert!((length..=length + 1).contains(&prompt_tokens("plain", true)));
     assert!(prompt_tokens("chat", false) > length + 1);
+
+    // Fed in part, it is the same prompt.
+    let mut chat = engine.session_blocking(Scope::user("ada").session("fed")).unwrap();
+    let feed = FeedOptions::through_model().completion(true);
+    wait(chat.feed_with("one two", feed).finish()).unwrap();
+    let options = SendOptions::default().max_new_tokens(1).recall_k(0).completion(true);
+    let usage = finish(chat.send_with(" three", options)).unwrap().1;
+    assert_eq!(usage.prompt_tokens, prompt_tokens("whole", true));
 }
 
 #[test]
@@ -222,4 +230,21 @@ fn a_question_after_a_document_stands_in_a_message_of_its_own() {
     let question = engine.count_tokens("why?").unwrap();
     let fed = (fed.model_tokens + more.model_tokens) as usize;
     assert!(usage.prompt_tokens > fed + said + question, "{usage:?}");
+}
+
+#[test]
+fn a_joined_message_goes_on_where_the_document_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let answer = |session: &str, fed: &str, message: &str| {
+        let mut chat = engine.session_blocking(Scope::user("ada").session(session)).unwrap();
+        if !fed.is_empty() {
+            wait(chat.feed_with(fed, FeedOptions::through_model()).finish()).unwrap();
+        }
+        // One token: packed weights give each cut of a prompt its own rounding, which longer answers show.
+        let options = SendOptions::default().max_new_tokens(1).recall_k(0).joined(true);
+        let (text, usage) = finish(chat.send_with(message, options)).unwrap();
+        (text, usage.prompt_tokens)
+    };
+    assert_eq!(answer("parts", "one two\n", "why?"), answer("whole", "", "one two\nwhy?"));
 }

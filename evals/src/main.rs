@@ -4,6 +4,8 @@
 mod cost;
 mod job;
 mod needle;
+#[allow(dead_code)]
+mod sample;
 mod speed;
 
 use clap::{Parser, Subcommand};

@@ -1,0 +1,67 @@
+//! What a benchmark asks and how an answer is scored: the same sample for every subject.
+//! Knows no model and no generator.
+
+use crate::job::Result;
+use serde::Serialize;
+
+/// One question over one context. The official prompt is `context` followed directly by `question`, in the chat
+/// template if `chat`, with `answer_prefix` after the assistant's header.
+#[derive(Debug, Clone)]
+pub(crate) struct Sample {
+    pub(crate) cell: Cell,
+    /// What a subject with a memory is fed beforehand; ends with the separator that the template has there.
+    pub(crate) context: String,
+    /// What is asked of it afterwards.
+    pub(crate) question: String,
+    /// Words that the answer begins with; not part of the prediction.
+    pub(crate) answer_prefix: String,
+    pub(crate) references: Vec<String>,
+    /// The labels of a classification; empty elsewhere.
+    pub(crate) classes: Vec<String>,
+    pub(crate) max_new_tokens: usize,
+    pub(crate) stop: Vec<String>,
+    /// Whether the prompt goes through the chat template.
+    pub(crate) chat: bool,
+    pub(crate) metric: Metric,
+    /// Model tokens of the prompt in its template together with `max_new_tokens`; 0 where the benchmark sets no length.
+    pub(crate) tokens: usize,
+}
+
+/// Which sample: with the seed and the data files it fixes every byte.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub(crate) struct Cell {
+    pub(crate) task: String,
+    /// Column of the summary: a length in tokens as digits (RULER), "all" or a bucket (LongBench).
+    pub(crate) group: String,
+    pub(crate) index: usize,
+}
+
+/// A score in 0..=1 of one prediction.
+#[derive(Clone, Copy)]
+pub(crate) struct Metric {
+    /// The official name.
+    pub(crate) name: &'static str,
+    /// Prediction, references, classes.
+    pub(crate) score: fn(&str, &[String], &[String]) -> f64,
+}
+
+impl std::fmt::Debug for Metric {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// A set of samples that a run goes through.
+pub(crate) trait Benchmark: Sync {
+    /// The name that logs and tables carry.
+    fn name(&self) -> &'static str;
+
+    /// Every sample, in the order of the run.
+    fn cells(&self) -> Vec<Cell>;
+
+    /// Makes one sample; `count_tokens` is the model's own tokenizer without special tokens.
+    ///
+    /// # Errors
+    /// If the length has no room for the template.
+    fn sample(&self, cell: &Cell, count_tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Sample>;
+}

@@ -5,6 +5,8 @@ mod cost;
 mod job;
 mod needle;
 #[allow(dead_code)]
+mod ruler;
+#[allow(dead_code)]
 mod sample;
 mod speed;
 

@@ -141,8 +141,9 @@ impl Ruler {
         if let Some(depth) = config.depths.iter().find(|depth| !(0.0..=100.0).contains(*depth)) {
             return Err(format!("ruler: depth {depth}, expected percent from 0 to 100").into());
         }
+        let listed = config.tasks.iter().any(|name| name == "cwe");
         let mut ruler = Self {
-            lexicon: Lexicon::open(config.words.as_deref())?,
+            lexicon: Lexicon::open(config.words.as_deref().filter(|_| listed))?,
             essay: None,
             squad: None,
             hotpot: None,
@@ -184,7 +185,9 @@ impl Ruler {
         count_tokens: &dyn Fn(&str) -> Result<usize>,
     ) -> Result<Draft<'_>> {
         let seed = Seed::new(self.config.seed, task.name, length, index);
-        let unread = || format!("ruler: {} is not among the tasks that were opened", task.name);
+        let unread = || {
+            format!("ruler: {} has no sample {index} with the files that were opened", task.name)
+        };
         match &task.kind {
             Kind::Niah(niah) => {
                 let depths: Vec<f64> = (0..niah.num_needles())

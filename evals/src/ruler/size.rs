@@ -64,7 +64,7 @@ pub(super) fn largest(
                 // The cast saturates: a guess beyond every size is cut to the largest step.
                 fits.units.saturating_add((room / slope) as usize)
             }
-            Some(_) => fits.units * 2,
+            Some(_) => fits.units.saturating_mul(2),
         };
         let step = fits.units.max(PROBE).saturating_mul(LARGEST_STEP);
         let next = next.min(step).clamp(fits.units + 1, largest);

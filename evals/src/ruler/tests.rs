@@ -272,7 +272,7 @@ fn too_few_words_for_cwe_are_asked_for() {
     let length = 400_000;
     let config = files.config(&["cwe"], &[length]);
     let ruler = Ruler::open(config.clone()).expect("no file is needed");
-    let message = ruler.sample(&ruler.cells()[0], &count).err().expect("too few").to_string();
+    let message = ruler.sample(&ruler.cells()[0], &count).expect_err("too few").to_string();
     assert!(message.contains("needs more than 8166 distinct words: give --words"), "{message}");
     let path = files.path("words.txt");
     let words: String = (0..20_000).map(|n| format!("word{}\n", n)).collect();

@@ -3,6 +3,8 @@
 
 mod cost;
 mod job;
+#[allow(dead_code, unused_imports)]
+mod longbench;
 mod needle;
 #[allow(dead_code)]
 mod ruler;

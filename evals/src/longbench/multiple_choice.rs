@@ -29,16 +29,26 @@ pub(super) enum Prompting {
     Cot,
 }
 
-/// The tasks: a record belongs to those of its difficulty. The first two run if none is named.
-pub(super) const TASKS: [(&str, Difficulty, Prompting); 6] = [
-    ("v2_easy", Difficulty::Easy, Prompting::ZeroShot),
-    ("v2_hard", Difficulty::Hard, Prompting::ZeroShot),
-    ("v2_easy_no_context", Difficulty::Easy, Prompting::NoContext),
-    ("v2_hard_no_context", Difficulty::Hard, Prompting::NoContext),
-    ("v2_easy_cot", Difficulty::Easy, Prompting::Cot),
-    ("v2_hard_cot", Difficulty::Hard, Prompting::Cot),
+/// A question about the records of one difficulty.
+pub(super) struct Task {
+    pub(super) name: &'static str,
+    pub(super) difficulty: Difficulty,
+    pub(super) prompting: Prompting,
+}
+
+const fn task(name: &'static str, difficulty: Difficulty, prompting: Prompting) -> Task {
+    Task { name, difficulty, prompting }
+}
+
+/// Those with the text and without reasoning run if none is named.
+pub(super) const TASKS: [Task; 6] = [
+    task("v2_easy", Difficulty::Easy, Prompting::ZeroShot),
+    task("v2_hard", Difficulty::Hard, Prompting::ZeroShot),
+    task("v2_easy_no_context", Difficulty::Easy, Prompting::NoContext),
+    task("v2_hard_no_context", Difficulty::Hard, Prompting::NoContext),
+    task("v2_easy_cot", Difficulty::Easy, Prompting::Cot),
+    task("v2_hard_cot", Difficulty::Hard, Prompting::Cot),
 ];
-pub(super) const DEFAULT_TASKS: [&str; 2] = [TASKS[0].0, TASKS[1].0];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -30,10 +30,10 @@ impl Records {
     /// Parses every record in the order of the file until `visit` returns false.
     ///
     /// # Errors
-    /// If the file cannot be read or a record is not a `T`; the text names the file and the line.
+    /// If the file cannot be read, a record is not a `T` or `visit` refuses it; the text names the file and the line.
     pub(super) fn scan<T: DeserializeOwned>(
         &self,
-        mut visit: impl FnMut(Place, T) -> bool,
+        mut visit: impl FnMut(Place, T) -> Result<bool, &'static str>,
     ) -> Result<()> {
         let mut text = Vec::new();
         let mut cursor = Cursor::new(BufReader::with_capacity(1 << 16, self.open()?));
@@ -41,7 +41,9 @@ impl Records {
             let place =
                 cursor.next_record(&mut text).map_err(|error| self.error("read", &error))?;
             let Some(place) = place else { return Ok(()) };
-            if !visit(place, self.parse(place, &text)?) {
+            let goes_on = visit(place, self.parse(place, &text)?)
+                .map_err(|what| self.error("parse", &format!("line {}: {what}", place.line)))?;
+            if !goes_on {
                 return Ok(());
             }
         }
@@ -179,7 +181,7 @@ mod tests {
         let mut places = Vec::new();
         records.scan(|place, _: Value| {
             places.push(place);
-            true
+            Ok(true)
         })?;
         places.into_iter().map(|place| Ok((place.line, records.read(place)?))).collect()
     }

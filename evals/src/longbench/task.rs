@@ -65,6 +65,20 @@ pub(super) struct Record {
     all_classes: Option<Vec<String>>,
 }
 
+impl Record {
+    /// Refuses a record that could only score 0 in `task`.
+    pub(super) fn check(&self, task: &Task) -> Result<(), &'static str> {
+        let has_classes = self.all_classes.as_ref().is_some_and(|classes| !classes.is_empty());
+        if task.metric.name == metric::CLASSIFICATION.name && !has_classes {
+            return Err("no `all_classes`, expected the labels of a classification");
+        }
+        if self.answers.is_empty() {
+            return Err("no `answers`, expected at least one");
+        }
+        Ok(())
+    }
+}
+
 /// The official configuration, by task.
 pub(super) struct Prompts {
     templates: HashMap<String, String>,

@@ -125,7 +125,8 @@ def number_pairs(reference, words):
     pairs = []
     for _ in range(200):
         number = rng.choice([1, 2, 3, 12, 15, 30])
-        parts = [rng.choice(words + [str(rng.choice([1, 2, 3, 12, 15, 30]))]) for _ in range(rng.randrange(5))]
+        near = [str(number)] * len(words) + [f"{number}0", f"0{number}"]
+        parts = [rng.choice(words + near) for _ in range(rng.randrange(5))]
         pairs.append((rng.choice(["", " ", ", "]).join(parts), reference(number)))
     return pairs
 
@@ -164,7 +165,8 @@ def choice_pairs():
         start = rng.choice(["", "I think. ", "**", "\n", "The correct answer is A. "])
         middle = rng.choice(["The correct answer is ", "the correct answer is ", "The *correct* answer is ", "Answer: "])
         letter = rng.choice(["(A)", "(B)", "C", "D.", "(E)", "**(D)**", "( A )", "Bob", "[C]", "（A）"])
-        pairs.append((start + middle + letter + rng.choice(["", ".", "**", "\nThe correct answer is (B)"]), rng.choice("ABCD")))
+        response = start + middle + letter + rng.choice(["", ".", "**", "\nThe correct answer is (B)"])
+        pairs.append((response, rng.choice([extract_answer(response) or "A", rng.choice("ABCD")])))
     return pairs
 
 

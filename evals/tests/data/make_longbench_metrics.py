@@ -72,8 +72,13 @@ def chinese(words):
     )
 
 
-def code(words):
-    return "".join(rng.choice(CODE) + rng.choice(["", "", " "]) for _ in range(words))
+def code(words, pieces=CODE):
+    return "".join(rng.choice(pieces) + rng.choice(["", "", " "]) for _ in range(words))
+
+
+def plain_code(words):
+    """Without the signs for which the metric passes over a line."""
+    return code(words, [piece for piece in CODE if not {"#", "`", "//"} & {piece}])
 
 
 def changed(text, make):
@@ -97,6 +102,10 @@ def changed(text, make):
 EDGES = ["", " ", ".", "...", "!?", "。", "\n", "x", "the", "a.", "。。", "..a", "段落", "\u3000", "\n\n`"]
 
 
+# Where an article is a word: next to which signs, marks and digits.
+ARTICLES = [(f"{word}{sign} cat", f"{sign} cat") for word in ["a", "an", "The"] for sign in "²\u0301—½_’é・あ\u200d"]
+
+
 def pairs_of(make, num, longest):
     pairs = [(p, r) for p in EDGES for r in rng.sample(EDGES, 2)]
     while len(pairs) < num:
@@ -107,14 +116,16 @@ def pairs_of(make, num, longest):
 
 
 def code_pairs():
-    pairs = pairs_of(code, 170, 16)
-    for _ in range(12):
-        reference = code(75)[: rng.choice([198, 199, 200, 201, 260])]
-        pairs.append((changed(reference, code), reference))
-        line = (code(5) + " ") * 12
-        pairs.append((changed(line, code), changed(line, code)))
+    pairs = pairs_of(code, 60, 16) + pairs_of(plain_code, 140, 16)
+    # On both sides of the length from which difflib ignores popular characters.
+    for length in [199, 200, 201, 299, 300, 301] * 2:
+        reference = plain_code(120)[:length]
+        pairs.append((changed(reference, plain_code), reference))
+        line = ((plain_code(5) + " ") * 40)[:length]
+        pairs.append((changed(line, plain_code), line))
     # Halves of a per cent, which Python rounds to the even neighbour.
     pairs += [("a" * k + "x" * (8 - k), "a" * k + "y" * (8 - k)) for k in range(9)]
+    # A backquote, a number sign or two slashes hide a line.
     for fence in ["```python\n", "\n\n", "# comment\n", "// comment\n", "\n```\n\n"]:
         reference = code(5)
         pairs.append((fence + reference + "\n" + code(4), reference))
@@ -227,7 +238,7 @@ def scored(score, pairs):
 codes = code_pairs()
 golden = {
     "pairs": {
-        "qa_f1_score": scored(metrics.qa_f1_score, pairs_of(english, 200, 12)),
+        "qa_f1_score": scored(metrics.qa_f1_score, ARTICLES + pairs_of(english, 170, 12)),
         "qa_f1_zh_score": scored(metrics.qa_f1_zh_score, pairs_of(chinese, 200, 14)),
         "rouge_score": scored(metrics.rouge_score, pairs_of(english, 200, 22)),
         "rouge_zh_score": scored(metrics.rouge_zh_score, pairs_of(chinese, 200, 18)),

@@ -67,8 +67,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let again = job::spawn(&Job { peek, ..base.clone() }, 0)?;
         let ask = Ask {
             message: "Go on with the story.".into(),
-            answer_prefix: String::new(),
             max_new_tokens: args.decode,
+            ..Ask::default()
         };
         let asked = job::spawn(&Job { ask: Some(ask), ..base }, 0)?;
         let to_first = asked.open_s + asked.first_token_s;

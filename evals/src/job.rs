@@ -2,7 +2,9 @@
 //! Knows no task; a process apart makes "restarted in between" true and peak memory a process's own.
 
 use futures_util::StreamExt;
-use mka::{Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, Scope, SendOptions};
+use mka::{
+    Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, Sampling, Scope, SendOptions,
+};
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -24,16 +26,20 @@ pub(crate) struct Job {
     /// Feed through the model; else as text memory.
     pub(crate) through_model: bool,
     pub(crate) ask: Option<Ask>,
+    /// Whether what is fed and asked is a bare text to go on with, outside the chat template.
+    pub(crate) completion: bool,
     /// Text whose next-token logits are fingerprinted, last.
     pub(crate) peek: Option<String>,
 }
 
-/// A question.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// A question, answered greedily.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Ask {
     pub(crate) message: String,
     pub(crate) answer_prefix: String,
     pub(crate) max_new_tokens: usize,
+    /// The answer ends before the first of these.
+    pub(crate) stop: Vec<String>,
 }
 
 /// What came of it.
@@ -58,18 +64,21 @@ pub(crate) struct Outcome {
 
 /// Runs `job` in a new process of this program with `threads` threads (0: all cores).
 pub(crate) fn spawn(job: &Job, threads: usize) -> Result<Outcome> {
+    let input = serde_json::to_vec(job)?;
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("job").stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.arg("job").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     if threads > 0 {
         command.env("RAYON_NUM_THREADS", threads.to_string());
     }
     let mut child = command.spawn()?;
-    let input = serde_json::to_vec(job)?;
-    child.stdin.take().ok_or("job: no standard input")?.write_all(&input)?;
+    let sent = child.stdin.take().map(|mut stdin| stdin.write_all(&input));
     let output = child.wait_with_output()?;
+    // A process that ends early breaks the pipe too: what it says itself is the cause.
     if !output.status.success() {
-        return Err(format!("job: {}", output.status).into());
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("job: {}: {}", output.status, said.trim()).into());
     }
+    sent.ok_or("job: no standard input")??;
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
@@ -115,12 +124,9 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
         outcome.feed_s = started.elapsed().as_secs_f64();
     }
     if let Some(ask) = &job.ask {
-        let options = SendOptions::default()
-            .answer_prefix(&ask.answer_prefix)
-            .max_new_tokens(ask.max_new_tokens);
         let started = Instant::now();
         let mut first = None;
-        let mut events = std::pin::pin!(session.send_with(ask.message.as_str(), options));
+        let mut events = std::pin::pin!(session.send_with(ask.message.as_str(), send_options(ask)));
         while let Some(event) = StreamExt::next(&mut events).await {
             match event? {
                 Event::Token(token) => {
@@ -153,6 +159,15 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     }
     outcome.peak_rss_bytes = peak_rss_bytes();
     Ok(outcome)
+}
+
+/// How the engine is asked.
+fn send_options(ask: &Ask) -> SendOptions {
+    let options = SendOptions::default()
+        .sampling(Sampling::default())
+        .answer_prefix(&ask.answer_prefix)
+        .max_new_tokens(ask.max_new_tokens);
+    ask.stop.iter().fold(options, |options, stop| options.stop(stop))
 }
 
 /// Most resident memory of this process so far; 0 where the system does not say.

@@ -11,6 +11,8 @@ mod ruler;
 #[allow(dead_code)]
 mod sample;
 mod speed;
+#[allow(dead_code)]
+mod subject;
 
 use clap::{Parser, Subcommand};
 

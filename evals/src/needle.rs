@@ -247,6 +247,7 @@ fn run_sample(
         message: sample.question(),
         answer_prefix: sample.answer_prefix(),
         max_new_tokens: args.max_new_tokens,
+        ..Ask::default()
     };
     if subject == "full" {
         let job =

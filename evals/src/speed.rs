@@ -39,8 +39,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 through_model: true,
                 ask: Some(Ask {
                     message: "Go on with the story.".into(),
-                    answer_prefix: String::new(),
                     max_new_tokens: args.decode,
+                    ..Ask::default()
                 }),
                 ..Job::default()
             };

@@ -1,0 +1,348 @@
+//! Subjects that run a model of this machine through the public API of mka, each sample in processes of its own.
+//! Knows no benchmark: what a subject is given of a sample is a row of a table.
+
+use super::{Answer, Options, Subject, prompt_hash};
+use crate::job::{self, Ask, Job, Outcome, Result, Scratch};
+use crate::sample::Sample;
+use mka::{Engine, ModelSource};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Tokens kept free for the chat template around a message: more than those of the templates at hand take, SmolLM2's
+/// with its system message of about 30 among them.
+pub(crate) const SCAFFOLD_TOKENS: usize = 64;
+
+/// The tokenizer of the model under test and what is known of it.
+pub(crate) struct Model {
+    engine: Engine,
+    pub(crate) name: String,
+    pub(crate) trained_tokens: usize,
+    /// The engine's memory folder, which stays empty.
+    _scratch: Scratch,
+}
+
+impl Model {
+    /// Opens the model that `source` names.
+    pub(crate) fn open(source: &str) -> Result<Self> {
+        let scratch = Scratch::new("tokenizer")?;
+        let engine = Engine::builder(scratch.path().join("store"))
+            .model(source.parse::<ModelSource>()?)
+            .open_blocking()?;
+        let (Some(name), Some(trained_tokens)) = (engine.model_name(), engine.trained_tokens())
+        else {
+            return Err(format!("model {source}: not loaded, expected a model").into());
+        };
+        Ok(Self { name: name.to_owned(), trained_tokens, engine, _scratch: scratch })
+    }
+
+    /// Tokens of `text` without special ones.
+    pub(crate) fn count_tokens(&self, text: &str) -> Result<usize> {
+        Ok(self.engine.count_tokens(text)?)
+    }
+}
+
+/// How a subject comes to know the context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Given {
+    /// With the question, whole, to dense attention over the model's trained length.
+    Whole,
+    /// With the question, without its middle, to dense attention over the window.
+    Cut,
+    /// Fed before the question, in a process that has ended since.
+    Before(Feeding),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Feeding {
+    Model,
+    /// As text memory unless `--through-model` is given.
+    AsAsked,
+}
+
+/// A local subject: one row of [`WAYS`].
+struct Way {
+    name: &'static str,
+    given: Given,
+    /// Whether memories are looked up for the question.
+    recalls: bool,
+}
+
+const WAYS: [Way; 4] = [
+    Way { name: "full", given: Given::Whole, recalls: false },
+    Way { name: "truncate", given: Given::Cut, recalls: false },
+    // The first page of the stream (64 tokens) and the window: StreamingLLM (arXiv 2309.17453).
+    Way { name: "streaming", given: Given::Before(Feeding::Model), recalls: false },
+    Way { name: "mka", given: Given::Before(Feeding::AsAsked), recalls: true },
+];
+
+/// Names of the local subjects.
+pub(crate) fn names() -> Vec<&'static str> {
+    WAYS.iter().map(|way| way.name).collect()
+}
+
+pub(crate) struct Local {
+    way: &'static Way,
+    options: Options,
+    model: Arc<Model>,
+}
+
+impl Local {
+    /// # Errors
+    /// If no local subject has the name.
+    pub(crate) fn new(name: &str, options: &Options, model: Arc<Model>) -> Result<Self> {
+        let way = WAYS
+            .iter()
+            .find(|way| way.name == name)
+            .ok_or_else(|| format!("subjects: {name:?}, expected one of {}", names().join(", ")))?;
+        Ok(Self { way, options: options.clone(), model })
+    }
+
+    /// The whole prompt or, where it is longer than the window, its two ends: as context and question.
+    fn cut(&self, sample: &Sample) -> Result<(String, String)> {
+        let count = |text: &str| self.model.count_tokens(text);
+        let taken = sample.max_new_tokens + SCAFFOLD_TOKENS + count(&sample.answer_prefix)?;
+        let room = self.options.window.checked_sub(taken).ok_or_else(|| {
+            format!("truncate: window {}, expected at least {taken}", self.options.window)
+        })?;
+        cut_to(sample, room, &count)
+    }
+
+    /// One process: reads the prompt and answers.
+    fn ask_at_once(&self, sample: &Sample) -> Result<Answer> {
+        let (window, (context, question)) = match self.way.given {
+            Given::Cut => (self.options.window, self.cut(sample)?),
+            _ => (self.model.trained_tokens, (sample.context.clone(), sample.question.clone())),
+        };
+        let scratch = scratch()?;
+        let job = Job {
+            window,
+            feed: feed_file(&scratch, &context)?,
+            through_model: true,
+            ask: Some(ask(sample, question)),
+            ..self.job(&scratch, sample)
+        };
+        let outcome = job::spawn(&job, self.options.threads)?;
+        // The context came with the question, so that reading it is part of the wait for the answer.
+        let first_token_s = outcome.feed_s + outcome.first_token_s;
+        Ok(Answer { first_token_s, feed_s: 0.0, reused_tokens: 0, ..answer(sample, outcome) })
+    }
+
+    /// Two processes: one feeds, the other is asked.
+    fn ask_later(&self, sample: &Sample, feeding: Feeding) -> Result<Answer> {
+        let scratch = scratch()?;
+        let job = self.job(&scratch, sample);
+        let fed = match feed_file(&scratch, &sample.context)? {
+            None => Outcome::default(),
+            feed => {
+                let through_model = feeding == Feeding::Model || self.options.through_model;
+                job::spawn(&Job { feed, through_model, ..job.clone() }, self.options.threads)?
+            }
+        };
+        let ask = Some(ask(sample, sample.question.clone()));
+        let outcome = job::spawn(&Job { ask, ..job }, self.options.threads)?;
+        let peak_rss_bytes = fed.peak_rss_bytes.max(outcome.peak_rss_bytes);
+        Ok(Answer { feed_s: fed.feed_s, peak_rss_bytes, ..answer(sample, outcome) })
+    }
+
+    /// What all processes of a sample have in common.
+    fn job(&self, scratch: &Scratch, sample: &Sample) -> Job {
+        Job {
+            store: scratch.path().join("store"),
+            model: self.options.model.clone(),
+            window: self.options.window,
+            recall_k: if self.way.recalls { self.options.recall_k } else { 0 },
+            completion: !sample.chat,
+            ..Job::default()
+        }
+    }
+}
+
+impl Subject for Local {
+    fn name(&self) -> &str {
+        self.way.name
+    }
+
+    fn fits(&self, sample: &Sample) -> bool {
+        if self.way.given != Given::Whole {
+            return true;
+        }
+        let tokens = match sample.tokens {
+            0 => [&sample.context, &sample.question, &sample.answer_prefix]
+                .into_iter()
+                .map(|text| self.model.count_tokens(text))
+                .sum::<Result<usize>>()
+                .map(|tokens| tokens + sample.max_new_tokens + SCAFFOLD_TOKENS),
+            tokens => Ok(tokens),
+        };
+        // A prompt that cannot be counted is asked, so that its error is reported.
+        !tokens.is_ok_and(|tokens| tokens > self.model.trained_tokens)
+    }
+
+    fn answer(&self, sample: &Sample) -> Result<Answer> {
+        match self.way.given {
+            Given::Whole | Given::Cut => self.ask_at_once(sample),
+            Given::Before(feeding) => self.ask_later(sample, feeding),
+        }
+    }
+}
+
+fn ask(sample: &Sample, message: String) -> Ask {
+    Ask {
+        message,
+        answer_prefix: sample.answer_prefix.clone(),
+        max_new_tokens: sample.max_new_tokens,
+        stop: sample.stop.clone(),
+    }
+}
+
+fn answer(sample: &Sample, outcome: Outcome) -> Answer {
+    Answer {
+        output: outcome.output,
+        prompt_hash: prompt_hash(sample),
+        prompt_tokens: outcome.prompt_tokens,
+        reused_tokens: outcome.reused_tokens,
+        recalled_tokens: outcome.recalled_tokens,
+        generated_tokens: outcome.generated_tokens,
+        first_token_s: outcome.first_token_s,
+        decode_tokens_per_s: outcome.decode_tokens_per_s,
+        feed_s: outcome.feed_s,
+        peak_rss_bytes: outcome.peak_rss_bytes,
+    }
+}
+
+/// A folder for one sample; two workers never share one.
+fn scratch() -> Result<Scratch> {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    Scratch::new(&format!("sample-{}", NEXT.fetch_add(1, Ordering::Relaxed)))
+}
+
+/// A file with the text to feed; None where there is nothing to.
+fn feed_file(scratch: &Scratch, text: &str) -> Result<Option<PathBuf>> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let path = scratch.path().join("context.txt");
+    std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(Some(path))
+}
+
+/// Context and question of the sample's prompt, of which the first and the last `room` / 2 tokens are left where it is
+/// longer than `room`.
+fn cut_to(
+    sample: &Sample,
+    room: usize,
+    count: &dyn Fn(&str) -> Result<usize>,
+) -> Result<(String, String)> {
+    let prompt = format!("{}{}", sample.context, sample.question);
+    if count(&prompt)? <= room {
+        return Ok((sample.context.clone(), sample.question.clone()));
+    }
+    let half = room / 2;
+    let head =
+        longest(prompt.len(), half, &|bytes| count(&prompt[..prompt.floor_char_boundary(bytes)]))?;
+    let tail = longest(prompt.len(), half, &|bytes| {
+        count(&prompt[prompt.ceil_char_boundary(prompt.len() - bytes)..])
+    })?;
+    let head = &prompt[..prompt.floor_char_boundary(head)];
+    let tail = &prompt[prompt.ceil_char_boundary(prompt.len() - tail)..];
+    // A question that was cut itself is asked as far as it is there.
+    let (rest, question) = match tail.strip_suffix(sample.question.as_str()) {
+        Some(rest) => (rest, sample.question.as_str()),
+        None => ("", tail),
+    };
+    Ok((format!("{head}{rest}"), question.to_owned()))
+}
+
+/// The most bytes, at most `len`, whose `tokens` are at most `limit`.
+fn longest(len: usize, limit: usize, tokens: &dyn Fn(usize) -> Result<usize>) -> Result<usize> {
+    // From a length that a few tokenisations cover, so that a text of a million tokens is not tokenised whole.
+    let mut over = limit.saturating_mul(4).clamp(1, len.max(1));
+    let mut within = 0;
+    while over < len && tokens(over)? <= limit {
+        within = over;
+        over = over.saturating_mul(2).min(len);
+    }
+    if over >= len && tokens(len)? <= limit {
+        return Ok(len);
+    }
+    while over - within > 1 {
+        let middle = within + (over - within) / 2;
+        match tokens(middle)? <= limit {
+            true => within = middle,
+            false => over = middle,
+        }
+    }
+    Ok(within)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::{Cell, Metric};
+
+    fn sample(context: &str, question: &str) -> Sample {
+        Sample {
+            cell: Cell { task: "task".into(), group: "all".into(), index: 0 },
+            context: context.into(),
+            question: question.into(),
+            answer_prefix: String::new(),
+            references: Vec::new(),
+            classes: Vec::new(),
+            max_new_tokens: 4,
+            stop: Vec::new(),
+            chat: true,
+            metric: Metric { name: "none", score: |_, _, _| 0.0 },
+            tokens: 0,
+        }
+    }
+
+    fn chars(text: &str) -> Result<usize> {
+        Ok(text.chars().count())
+    }
+
+    #[test]
+    fn a_prompt_that_fits_is_left_alone() {
+        let (context, question) = cut_to(&sample("abc", "def"), 6, &chars).unwrap();
+        assert_eq!((context.as_str(), question.as_str()), ("abc", "def"));
+    }
+
+    #[test]
+    fn the_middle_is_cut_and_both_ends_stay() {
+        let letters: String = ('a'..='z').collect();
+        let (context, question) = cut_to(&sample(&letters, "?!"), 10, &chars).unwrap();
+        assert_eq!((context.as_str(), question.as_str()), ("abcdexyz", "?!"));
+        // Half of an odd room is rounded down, as the official cut does.
+        let (context, _) = cut_to(&sample(&letters, "?!"), 11, &chars).unwrap();
+        assert_eq!(context, "abcdexyz");
+    }
+
+    #[test]
+    fn a_question_longer_than_half_the_room_is_cut_too() {
+        let (context, question) = cut_to(&sample("abc", "0123456789"), 8, &chars).unwrap();
+        assert_eq!((context.as_str(), question.as_str()), ("abc0", "6789"));
+    }
+
+    #[test]
+    fn a_cut_never_splits_a_character() {
+        let text = "äöü€".repeat(50);
+        for room in 0..40 {
+            let (context, question) = cut_to(&sample(&text, "ß?"), room, &chars).unwrap();
+            let left = context.chars().count() + question.chars().count();
+            assert_eq!(left, room / 2 * 2, "room {room}");
+        }
+    }
+
+    #[test]
+    fn a_long_text_is_tokenised_in_its_ends_alone() {
+        let counted = std::cell::Cell::new(0);
+        let tokens = |bytes: usize| {
+            counted.set(counted.get() + bytes);
+            Ok(bytes / 4)
+        };
+        assert_eq!(longest(10_000_000, 1000, &tokens).unwrap(), 4003);
+        assert!(counted.get() < 200_000, "{}", counted.get());
+        assert_eq!(longest(0, 10, &tokens).unwrap(), 0);
+        assert_eq!(longest(10, 0, &tokens).unwrap(), 3);
+    }
+}

@@ -1,6 +1,7 @@
-//! Command line of the evaluations: `needle`, `cost` and `speed`, each one run from one command.
+//! Command line of the evaluations: `needle`, `cost`, `speed` and `compare`, each one run from one command.
 //! Knows the public API of mka only.
 
+mod compare;
 mod cost;
 mod job;
 #[allow(dead_code, unused_imports)]
@@ -8,6 +9,8 @@ mod longbench;
 mod needle;
 #[allow(dead_code)]
 mod ruler;
+#[allow(dead_code)]
+mod run;
 #[allow(dead_code)]
 mod sample;
 mod speed;
@@ -31,6 +34,8 @@ enum Command {
     Cost(cost::Args),
     /// Prefill and decode speed of the model alone.
     Speed(speed::Args),
+    /// Differences of two runs, sample by sample, with their uncertainty.
+    Compare(compare::Args),
     /// Runs one job read as JSON from standard input: what the other commands start as a process of its own.
     #[command(hide = true)]
     Job,
@@ -41,6 +46,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Command::Needle(args) => needle::run(&args),
         Command::Cost(args) => cost::run(&args),
         Command::Speed(args) => speed::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Job => job::serve(),
     }
 }

@@ -61,7 +61,7 @@ struct Parrot {
 }
 
 impl Parrot {
-    fn new(name: &'static str) -> Box<dyn Subject> {
+    fn boxed(name: &'static str) -> Box<dyn Subject> {
         Box::new(Self { name, asked: AtomicUsize::new(0), fails: AtomicBool::new(false) })
     }
 }
@@ -105,7 +105,7 @@ fn go(out: &Path, jobs: usize, limit: Option<usize>, subjects: &[Box<dyn Subject
 }
 
 fn parrots() -> Vec<Box<dyn Subject>> {
-    vec![Parrot::new("long"), Parrot::new("short")]
+    vec![Parrot::boxed("long"), Parrot::boxed("short")]
 }
 
 fn read(out: &Path, name: &str) -> String {
@@ -180,10 +180,10 @@ fn a_limit_counts_by_task_and_group_and_can_be_raised() {
     let keys = || -> BTreeSet<Key> {
         log::read(out.path()).unwrap().into_iter().map(|record| record.key).collect()
     };
-    go(out.path(), 1, Some(1), &[Parrot::new("long")]).unwrap();
+    go(out.path(), 1, Some(1), &[Parrot::boxed("long")]).unwrap();
     assert_eq!(keys().len(), 6);
     assert!(keys().iter().all(|key| key.index == 0));
-    go(out.path(), 1, Some(2), &[Parrot::new("long")]).unwrap();
+    go(out.path(), 1, Some(2), &[Parrot::boxed("long")]).unwrap();
     assert_eq!(keys().len(), 12);
     assert_eq!(read(out.path(), log::FILE).lines().count(), 12);
 }

@@ -14,7 +14,8 @@
 //! run::run(&benchmark, &subjects, &|text| model.count_tokens(text), &options, header)
 //! ```
 //!
-//! The header holds everything that changes a score, and nothing else: a folder goes on only under an equal one.
+//! The header holds everything that changes a score or a time, and nothing else: a folder goes on only under an equal
+//! one.
 
 mod header;
 pub(crate) mod log;
@@ -34,6 +35,7 @@ use summary::Summary;
 
 /// Where a run goes and how much of it; nothing of this changes a score.
 #[derive(clap::Args, Debug, Clone)]
+#[group(skip)]
 pub(crate) struct Options {
     /// Folder of the run: a new one, or one to go on with.
     #[arg(long)]

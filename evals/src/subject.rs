@@ -31,6 +31,7 @@ pub(crate) struct Answer {
     pub(crate) output: String,
     /// Of the benchmark's prompt, whatever the subject made of it: [`prompt_hash`].
     pub(crate) prompt_hash: String,
+    /// Tokens that the answer's first one attends to.
     pub(crate) prompt_tokens: usize,
     /// Tokens of the prompt that were read before the question came.
     pub(crate) reused_tokens: usize,
@@ -46,6 +47,7 @@ pub(crate) struct Answer {
 
 /// What fixes the subjects of a run.
 #[derive(clap::Args, Debug, Clone, Serialize)]
+#[group(skip)]
 pub(crate) struct Options {
     /// Model folder, GGUF file or repository id; it also counts the tokens of the samples.
     #[arg(long, default_value = "HuggingFaceTB/SmolLM2-135M-Instruct")]

@@ -15,6 +15,8 @@ use std::path::Path;
 const FONT: &str = "sans-serif";
 const FONT_BYTES: &[u8] = include_bytes!("../../data/dejavu/DejaVuSans-ascii.ttf");
 const SIZE: (u32, u32) = (960, 600);
+/// Room for names of about 16 letters.
+const LEGEND_WIDTH: u32 = 180;
 /// Okabe and Ito's colours, which are told apart without red or green vision.
 const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
@@ -132,7 +134,8 @@ fn draw<B: DrawingBackend>(
     let top = plot.top.unwrap_or(highest.max(f64::MIN_POSITIVE)) * 1.05;
 
     area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(area)
+    let (curves, legend) = area.split_horizontally(SIZE.0 - LEGEND_WIDTH);
+    let mut chart = ChartBuilder::on(&curves)
         .margin(16)
         .caption(&plot.title, (FONT, 24))
         .x_label_area_size(52)
@@ -144,23 +147,20 @@ fn draw<B: DrawingBackend>(
         .y_desc(plot.unit)
         .label_style((FONT, 16))
         .axis_desc_style((FONT, 18))
+        .light_line_style(TRANSPARENT)
         .draw()?;
-    for ((subject, line), colour) in plot.lines.iter().zip(COLOURS.iter().cycle()) {
-        let colour = *colour;
-        chart
-            .draw_series(LineSeries::new(line.iter().copied(), colour.stroke_width(2)))?
-            .label(subject)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], colour.stroke_width(3)));
-        chart.draw_series(line.iter().map(|at| Circle::new(*at, 4, colour.filled())))?;
+    for (i, (subject, line)) in plot.lines.iter().enumerate() {
+        let colour = COLOURS[i % COLOURS.len()];
+        // A curve below another is wider, so that equal ones are both seen.
+        let above = (plot.lines.len() - 1 - i) as u32;
+        let style = colour.stroke_width(2 + 2 * above);
+        chart.draw_series(LineSeries::new(line.iter().copied(), style))?;
+        let point = |at: &(u64, f64)| Circle::new(*at, 4 + above, colour.filled());
+        chart.draw_series(line.iter().map(point))?;
+        let y = 72 + 28 * i as i32;
+        legend.draw(&PathElement::new([(0, y), (24, y)], colour.stroke_width(4)))?;
+        legend.draw(&Text::new(subject.as_str(), (32, y - 8), (FONT, 16)))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerLeft)
-        .legend_area_size(32)
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK.mix(0.3))
-        .label_font((FONT, 16))
-        .draw()?;
     area.present()
 }
 

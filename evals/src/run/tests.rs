@@ -313,3 +313,19 @@ fn a_sample_that_cannot_be_made_fails_for_every_subject() {
     let error = run(&benchmark, &parrots(), &count, &options, json!({})).unwrap_err().to_string();
     assert!(error.contains("4 samples failed"), "{error}");
 }
+
+#[test]
+fn a_command_takes_the_options_of_run_and_subjects_together() {
+    #[derive(clap::Parser)]
+    struct Args {
+        #[command(flatten)]
+        run: Options,
+        #[command(flatten)]
+        subject: crate::subject::Options,
+    }
+    <Args as clap::CommandFactory>::command().debug_assert();
+    let line = ["evals", "--out", "runs/a", "--subjects", "full,mka", "--jobs", "3"];
+    let args = <Args as clap::Parser>::try_parse_from(line).unwrap();
+    assert_eq!((args.run.jobs, args.run.limit, args.run.threshold), (3, None, None));
+    assert_eq!(args.subject.subjects, ["full", "mka"]);
+}

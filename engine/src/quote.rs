@@ -94,6 +94,9 @@ pub(crate) fn assemble(
     })
 }
 
+/// Where a sentence lies in its memory, and the words that it shares with the message.
+type Sentence<'a> = (Range<usize>, Vec<&'a str>);
+
 /// Each memory cut to the sentences that share the message's words; one that shares none stays whole.
 ///
 /// A word weighs by how few of all sentences have it, so that no list of common words is needed.
@@ -104,8 +107,7 @@ fn focus(hits: &[Hit], message: &str) -> Vec<String> {
         let shared = asked.iter().filter(|word| said.iter().any(|other| alike(other, word)));
         shared.map(String::as_str).collect()
     };
-    // Of each memory its sentences, of each sentence its range and the words it shares.
-    let memories: Vec<Vec<(Range<usize>, Vec<&str>)>> = hits
+    let memories: Vec<Vec<Sentence>> = hits
         .iter()
         .map(|hit| {
             let ranges = sentences(&hit.text).into_iter();
@@ -121,7 +123,7 @@ fn focus(hits: &[Hit], message: &str) -> Vec<String> {
         let weights = words.iter().filter_map(|word| having.get(word));
         weights.map(|having| (1.0 + total / having).ln()).sum()
     };
-    let cut = |(hit, sentences): (&Hit, &Vec<(Range<usize>, Vec<&str>)>)| {
+    let cut = |(hit, sentences): (&Hit, &Vec<Sentence>)| {
         let best = sentences.iter().map(|(_, words)| weigh(words)).fold(0.0, f32::max);
         if best == 0.0 {
             return hit.text.clone();

@@ -179,8 +179,10 @@ mod tests {
             key: Key { subject: subject.into(), task: "task".into(), group: group.into(), index },
             metric: "match".into(),
             score,
+            also: None,
             references: vec!["yes".into()],
             tokens: 0,
+            reasoning: String::new(),
             answer: Answer { prompt_hash: format!("{group}-{index}"), ..Answer::default() },
         }
     }

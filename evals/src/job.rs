@@ -40,6 +40,8 @@ pub(crate) struct Ask {
     pub(crate) max_new_tokens: usize,
     /// The answer ends before the first of these.
     pub(crate) stop: Vec<String>,
+    /// Whether the message goes on in the message of what was fed.
+    pub(crate) joined: bool,
 }
 
 /// What came of it.
@@ -112,7 +114,8 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
         let options = match job.through_model {
             true => FeedOptions::through_model(),
             false => FeedOptions::text(),
-        };
+        }
+        .completion(job.completion);
         let started = Instant::now();
         let mut feed = session.feed_with(text, options);
         while let Some(event) = feed.next().await {
@@ -126,7 +129,8 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     if let Some(ask) = &job.ask {
         let started = Instant::now();
         let mut first = None;
-        let mut events = std::pin::pin!(session.send_with(ask.message.as_str(), send_options(ask)));
+        let mut events =
+            std::pin::pin!(session.send_with(ask.message.as_str(), send_options(job, ask)));
         while let Some(event) = StreamExt::next(&mut events).await {
             match event? {
                 Event::Token(token) => {
@@ -162,9 +166,11 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
 }
 
 /// How the engine is asked.
-fn send_options(ask: &Ask) -> SendOptions {
+fn send_options(job: &Job, ask: &Ask) -> SendOptions {
     let options = SendOptions::default()
         .sampling(Sampling::default())
+        .completion(job.completion)
+        .joined(ask.joined)
         .answer_prefix(&ask.answer_prefix)
         .max_new_tokens(ask.max_new_tokens);
     ask.stop.iter().fold(options, |options, stop| options.stop(stop))

@@ -2,7 +2,6 @@
 //! Knows no model: a run asks for samples and scores answers.
 
 mod chinese;
-mod cut;
 mod fuzz;
 #[cfg(test)]
 mod golden;
@@ -14,9 +13,6 @@ mod task;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use cut::middle_cut;
-pub(crate) use metric::CODE_SIM_LEVENSHTEIN;
-
 use crate::job::Result;
 use crate::sample::{Benchmark, Cell, Sample};
 use multiple_choice::Prompting;
@@ -25,11 +21,14 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// Which of the three.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 pub(crate) enum Version {
+    /// LongBench v1.
     V1,
-    /// Lengths spread evenly; reported by length.
+    /// LongBench-E: lengths spread evenly, reported by length.
+    #[value(name = "e")]
     V1E,
+    /// LongBench v2: multiple choice.
     V2,
 }
 
@@ -85,21 +84,6 @@ impl LongBench {
             return Err(format!("longbench: no samples in {data}, expected at least one").into());
         }
         Ok(opened)
-    }
-
-    /// The second question of a task with reasoning, `v2_easy_cot` or `v2_hard_cot`: which letter follows from it.
-    ///
-    /// # Errors
-    /// If `cell` is no such task's, or its record can no longer be read.
-    pub(crate) fn conclusion(&self, cell: &Cell, reasoning: &str) -> Result<Sample> {
-        if choice_task(&cell.task)?.prompting != Prompting::Cot {
-            return Err(format!(
-                "longbench: conclusion of {:?}, expected a task with reasoning",
-                cell.task
-            )
-            .into());
-        }
-        Ok(multiple_choice::conclusion(cell, &self.record(cell)?, reasoning))
     }
 
     fn locate_tasks(&mut self, config: &Config) -> Result<()> {
@@ -181,13 +165,21 @@ impl Benchmark for LongBench {
         self.samples.iter().map(|sample| sample.cell.clone()).collect()
     }
 
-    /// The prompt is whole, whatever its length: [`middle_cut`] is the caller's, who knows the model's window.
+    /// The prompt is whole, whatever its length: cutting it is the subject's, which knows its window.
     fn sample(&self, cell: &Cell, _: &dyn Fn(&str) -> Result<usize>) -> Result<Sample> {
         if self.version != Version::V2 {
             return self.prompts.sample(cell, self.record(cell)?);
         }
         let prompting = choice_task(&cell.task)?.prompting;
         Ok(multiple_choice::sample(cell, &self.record(cell)?, prompting))
+    }
+
+    /// A task with reasoning asks which letter follows from it.
+    fn follow_up(&self, cell: &Cell, answer: &str) -> Result<Option<Sample>> {
+        if self.version != Version::V2 || choice_task(&cell.task)?.prompting != Prompting::Cot {
+            return Ok(None);
+        }
+        Ok(Some(multiple_choice::conclusion(cell, &self.record(cell)?, answer)))
     }
 }
 

@@ -1,20 +1,16 @@
-//! Command line of the evaluations: `needle`, `cost`, `speed` and `compare`, each one run from one command.
+//! Command line of the evaluations: each one run from one command.
 //! Knows the public API of mka only.
 
+mod benchmark;
 mod compare;
 mod cost;
+mod cut;
 mod job;
-#[allow(dead_code, unused_imports)]
 mod longbench;
-mod needle;
-#[allow(dead_code)]
 mod ruler;
-#[allow(dead_code)]
 mod run;
-#[allow(dead_code)]
 mod sample;
 mod speed;
-#[allow(dead_code)]
 mod subject;
 
 use clap::{Parser, Subcommand};
@@ -28,8 +24,12 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// RULER's single-needle tasks at given lengths and depths.
-    Needle(needle::Args),
+    /// RULER: thirteen tasks at any length.
+    Ruler(benchmark::RulerArgs),
+    /// RULER's single-needle tasks alone: niah_single_1 and niah_single_2.
+    Needle(benchmark::RulerArgs),
+    /// LongBench v1, LongBench-E and LongBench v2.
+    Longbench(benchmark::LongBenchArgs),
     /// Memory and speed by length of the stream, and what reopening costs.
     Cost(cost::Args),
     /// Prefill and decode speed of the model alone.
@@ -43,7 +43,12 @@ enum Command {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     match Args::parse().command {
-        Command::Needle(args) => needle::run(&args),
+        Command::Ruler(args) => {
+            let tasks = ruler::TASKS.each_ref().map(|task| task.name);
+            benchmark::run_ruler(args, &tasks)
+        }
+        Command::Needle(args) => benchmark::run_ruler(args, &["niah_single_1", "niah_single_2"]),
+        Command::Longbench(args) => benchmark::run_longbench(args),
         Command::Cost(args) => cost::run(&args),
         Command::Speed(args) => speed::run(&args),
         Command::Compare(args) => compare::run(&args),

@@ -23,7 +23,7 @@ mod plot;
 pub(crate) mod summary;
 
 use crate::job::Result;
-use crate::sample::{Benchmark, Cell, Sample};
+use crate::sample::{Benchmark, Cell, Metric, Sample};
 use crate::subject::Subject;
 use indicatif::{ProgressBar, ProgressStyle};
 use log::{Failure, Key, Log, Record};
@@ -87,7 +87,7 @@ pub(crate) fn run(
             let key = key(*subject, cell);
             bar.set_message(format!("{} {} {}", key.subject, key.task, key.group));
             let answered = match &sample {
-                Ok(sample) => answer(*subject, sample),
+                Ok(sample) => answer(benchmark, *subject, sample),
                 Err(error) => Err(error.clone().into()),
             };
             match answered {
@@ -176,22 +176,38 @@ fn key(subject: &dyn Subject, cell: &Cell) -> Key {
 }
 
 /// Asks and scores; None where the sample does not fit the subject.
-fn answer(subject: &dyn Subject, sample: &Sample) -> Result<Option<Record>> {
+fn answer(
+    benchmark: &dyn Benchmark,
+    subject: &dyn Subject,
+    sample: &Sample,
+) -> Result<Option<Record>> {
     if !subject.fits(sample) {
         return Ok(None);
     }
-    let answer = subject.answer(sample)?;
-    let score = (sample.metric.score)(&answer.output, &sample.references, &sample.classes);
-    if !(0.0..=1.0).contains(&score) {
-        let name = sample.metric.name;
-        return Err(format!("metric {name}: score {score}, expected 0 to 1").into());
-    }
+    let first = subject.answer(sample)?;
+    let next = benchmark.follow_up(&sample.cell, &first.output)?;
+    let (reasoning, sample, answer) = match &next {
+        None => (String::new(), sample, first),
+        Some(next) => (first.output, next, subject.answer(next)?),
+    };
+    let scored = |metric: &Metric| -> Result<f64> {
+        let score = (metric.score)(&answer.output, &sample.references, &sample.classes);
+        if !(0.0..=1.0).contains(&score) {
+            return Err(format!("metric {}: score {score}, expected 0 to 1", metric.name).into());
+        }
+        Ok(score)
+    };
     Ok(Some(Record {
         key: key(subject, &sample.cell),
         metric: sample.metric.name.to_owned(),
-        score,
+        score: scored(&sample.metric)?,
+        also: match sample.metric.also {
+            Some(metric) => Some((metric.name.to_owned(), scored(metric)?)),
+            None => None,
+        },
         references: sample.references.clone(),
         tokens: sample.tokens,
+        reasoning,
         answer,
     }))
 }

@@ -43,6 +43,17 @@ pub(crate) struct Metric {
     pub(crate) name: &'static str,
     /// Prediction, references, classes.
     pub(crate) score: fn(&str, &[String], &[String]) -> f64,
+    /// Another way to compute it that published numbers use too.
+    pub(crate) also: Option<&'static Metric>,
+}
+
+impl Metric {
+    pub(crate) const fn new(
+        name: &'static str,
+        score: fn(&str, &[String], &[String]) -> f64,
+    ) -> Self {
+        Self { name, score, also: None }
+    }
 }
 
 impl std::fmt::Debug for Metric {
@@ -64,4 +75,12 @@ pub(crate) trait Benchmark: Sync {
     /// # Errors
     /// If the length has no room for the template.
     fn sample(&self, cell: &Cell, count_tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Sample>;
+
+    /// What is asked once `answer` is there and scored in its place, where a task takes two questions.
+    ///
+    /// # Errors
+    /// If the sample can no longer be made.
+    fn follow_up(&self, _cell: &Cell, _answer: &str) -> Result<Option<Sample>> {
+        Ok(None)
+    }
 }

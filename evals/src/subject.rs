@@ -4,7 +4,7 @@
 mod endpoint;
 mod local;
 
-pub(crate) use local::Model;
+pub(crate) use local::{Model, SCAFFOLD_TOKENS};
 
 use crate::job::Result;
 use crate::sample::Sample;
@@ -53,7 +53,7 @@ pub(crate) struct Options {
     #[arg(long, default_value = "HuggingFaceTB/SmolLM2-135M-Instruct")]
     pub(crate) model: String,
     /// Local subjects: full, truncate, streaming, mka.
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', default_value = "truncate,mka")]
     pub(crate) subjects: Vec<String>,
     /// Tokens attended exactly.
     #[arg(long, default_value_t = 2048)]

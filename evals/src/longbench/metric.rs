@@ -10,73 +10,63 @@ use std::collections::HashMap;
 use std::sync::LazyLock;
 
 pub(crate) const QA_F1: Metric =
-    Metric { name: "qa_f1_score", score: |p, refs, _| best(refs, |r| qa_f1(p, r)) };
+    Metric::new("qa_f1_score", |p, refs, _| best(refs, |r| qa_f1(p, r)));
 
 pub(crate) const QA_F1_ZH: Metric =
-    Metric { name: "qa_f1_zh_score", score: |p, refs, _| best(refs, |r| qa_f1_zh(p, r)) };
+    Metric::new("qa_f1_zh_score", |p, refs, _| best(refs, |r| qa_f1_zh(p, r)));
 
 pub(crate) const ROUGE: Metric =
-    Metric { name: "rouge_score", score: |p, refs, _| best(refs, |r| rouge_l(p, r)) };
+    Metric::new("rouge_score", |p, refs, _| best(refs, |r| rouge_l(p, r)));
 
 pub(crate) const ROUGE_ZH: Metric =
-    Metric { name: "rouge_zh_score", score: |p, refs, _| best(refs, |r| rouge_zh(p, r)) };
+    Metric::new("rouge_zh_score", |p, refs, _| best(refs, |r| rouge_zh(p, r)));
 
-pub(crate) const CLASSIFICATION: Metric = Metric {
-    name: "classification_score",
-    score: |p, refs, classes| best(refs, |r| classification(p, r, classes)),
-};
+pub(crate) const CLASSIFICATION: Metric =
+    Metric::new("classification_score", |p, refs, classes| {
+        best(refs, |r| classification(p, r, classes))
+    });
 
 pub(crate) const COUNT: Metric =
-    Metric { name: "count_score", score: |p, refs, _| best(refs, |r| share_of_numbers(p, r)) };
+    Metric::new("count_score", |p, refs, _| best(refs, |r| share_of_numbers(p, r)));
 
-pub(crate) const RETRIEVAL: Metric = Metric {
-    name: "retrieval_score",
-    score: |p, refs, _| best(refs, |r| retrieval(&PARAGRAPH, p, r)),
-};
+pub(crate) const RETRIEVAL: Metric =
+    Metric::new("retrieval_score", |p, refs, _| best(refs, |r| retrieval(&PARAGRAPH, p, r)));
 
-pub(crate) const RETRIEVAL_ZH: Metric = Metric {
-    name: "retrieval_zh_score",
-    score: |p, refs, _| best(refs, |r| retrieval(&PARAGRAPH_ZH, p, r)),
-};
+pub(crate) const RETRIEVAL_ZH: Metric =
+    Metric::new("retrieval_zh_score", |p, refs, _| best(refs, |r| retrieval(&PARAGRAPH_ZH, p, r)));
 
 /// Edit similarity as the official requirements compute it, which install no python-Levenshtein.
 pub(crate) const CODE_SIM: Metric = Metric {
     name: "code_sim_score",
     score: |p, refs, _| best(refs, |r| difflib_percent(code_line(p), r) / 100.0),
+    also: Some(&CODE_SIM_LEVENSHTEIN),
 };
 
 /// Edit similarity where python-Levenshtein is installed: to be named beside a number, for long lines differ much.
-pub(crate) const CODE_SIM_LEVENSHTEIN: Metric = Metric {
-    name: "code_sim_score_levenshtein",
-    score: |p, refs, _| best(refs, |r| indel_percent(code_line(p), r) / 100.0),
-};
+pub(crate) const CODE_SIM_LEVENSHTEIN: Metric =
+    Metric::new("code_sim_score_levenshtein", |p, refs, _| {
+        best(refs, |r| indel_percent(code_line(p), r) / 100.0)
+    });
 
 /// [`QA_F1`] of the prediction's first line: triviaqa, whose examples tempt a model to go on with another.
-pub(crate) const QA_F1_FIRST_LINE: Metric = Metric {
-    name: QA_F1.name,
-    score: |p, refs, classes| (QA_F1.score)(first_line(p), refs, classes),
-};
+pub(crate) const QA_F1_FIRST_LINE: Metric =
+    Metric::new(QA_F1.name, |p, refs, classes| (QA_F1.score)(first_line(p), refs, classes));
 
 /// [`ROUGE`] of the prediction's first line: samsum.
-pub(crate) const ROUGE_FIRST_LINE: Metric = Metric {
-    name: ROUGE.name,
-    score: |p, refs, classes| (ROUGE.score)(first_line(p), refs, classes),
-};
+pub(crate) const ROUGE_FIRST_LINE: Metric =
+    Metric::new(ROUGE.name, |p, refs, classes| (ROUGE.score)(first_line(p), refs, classes));
 
 /// [`CLASSIFICATION`] of the prediction's first line: trec and lsht.
-pub(crate) const CLASSIFICATION_FIRST_LINE: Metric = Metric {
-    name: CLASSIFICATION.name,
-    score: |p, refs, classes| (CLASSIFICATION.score)(first_line(p), refs, classes),
-};
+pub(crate) const CLASSIFICATION_FIRST_LINE: Metric =
+    Metric::new(CLASSIFICATION.name, |p, refs, classes| {
+        (CLASSIFICATION.score)(first_line(p), refs, classes)
+    });
 
 /// LongBench v2: whether the letter that the answer names is the right one.
-pub(crate) const ACCURACY: Metric = Metric {
-    name: "accuracy",
-    score: |p, refs, _| {
-        let choice = multiple_choice::extract_answer(p);
-        best(refs, |r| f64::from(choice.as_deref() == Some(r)))
-    },
-};
+pub(crate) const ACCURACY: Metric = Metric::new("accuracy", |p, refs, _| {
+    let choice = multiple_choice::extract_answer(p);
+    best(refs, |r| f64::from(choice.as_deref() == Some(r)))
+});
 
 static NUMBER: LazyLock<Regex> = LazyLock::new(|| pattern(r"\d+"));
 static PARAGRAPH: LazyLock<Regex> = LazyLock::new(|| pattern(r"Paragraph (\d+)"));

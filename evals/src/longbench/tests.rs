@@ -100,15 +100,15 @@ fn samples_of_v2_are_grouped_by_difficulty_and_length() {
 }
 
 #[test]
-fn only_tasks_with_reasoning_have_a_conclusion() {
+fn only_tasks_with_reasoning_have_a_second_question() {
     let text = lines(&[v2_record("easy", "short")]);
     let tasks = ["v2_easy_cot", "v2_easy_no_context"];
     let (_folder, bench) = open("data.jsonl", &text, Version::V2, &tasks, None);
     let bench = bench.unwrap();
     let [alone, reasoned] = &bench.cells()[..] else { panic!("{:?}", bench.cells()) };
-    assert!(bench.conclusion(reasoned, "so b").unwrap().question.contains("step by step: so b\n"));
-    let error = bench.conclusion(alone, "so b").unwrap_err().to_string();
-    assert!(error.contains("expected a task with reasoning"), "{error}");
+    let second = bench.follow_up(reasoned, "so b").unwrap().unwrap();
+    assert!(second.question.contains("step by step: so b\n"));
+    assert!(bench.follow_up(alone, "so b").unwrap().is_none());
 }
 
 #[test]

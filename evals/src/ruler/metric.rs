@@ -6,19 +6,15 @@
 use crate::sample::Metric;
 
 /// Share of the references that the prediction holds.
-pub(super) const ALL: Metric = Metric {
-    name: "string_match_all",
-    score: |prediction, references, _| {
-        let found = found(prediction, references);
-        found as f64 / references.len().max(1) as f64
-    },
-};
+pub(super) const ALL: Metric = Metric::new("string_match_all", |prediction, references, _| {
+    let found = found(prediction, references);
+    found as f64 / references.len().max(1) as f64
+});
 
 /// 1 if the prediction holds any of the references.
-pub(super) const PART: Metric = Metric {
-    name: "string_match_part",
-    score: |prediction, references, _| f64::from(found(prediction, references) > 0),
-};
+pub(super) const PART: Metric = Metric::new("string_match_part", |prediction, references, _| {
+    f64::from(found(prediction, references) > 0)
+});
 
 /// How many of `references` are in `prediction`, in whatever case. A number within a longer one counts, as it does
 /// officially.

@@ -287,12 +287,3 @@ fn depths_outside_of_the_text_are_errors() {
     let message = error(Config { depths: vec![50.0, 101.0], ..Config::default() });
     assert_eq!(message, "ruler: depth 101, expected percent from 0 to 100");
 }
-
-#[test]
-fn the_effective_length_is_the_longest_good_one() {
-    let means =
-        |percents: [f64; 3]| BTreeMap::from_iter([4_096, 8_192, 16_384].into_iter().zip(percents));
-    assert_eq!(effective_length(&means([95.0, 85.6, 85.5])), Some(8_192));
-    assert_eq!(effective_length(&means([95.0, 80.0, 86.0])), Some(16_384));
-    assert_eq!(effective_length(&means([50.0, 40.0, 30.0])), None);
-}

@@ -29,9 +29,15 @@ pub(crate) struct Record {
     pub(crate) metric: String,
     /// In 0..=1.
     pub(crate) score: f64,
+    /// Name and value of the same score computed another way, where published numbers use both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) also: Option<(String, f64)>,
     pub(crate) references: Vec<String>,
     /// Tokens of prompt and room for the answer as the benchmark counts them; 0 where it sets no length.
     pub(crate) tokens: usize,
+    /// What was said before the answer, where a task takes two questions.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) reasoning: String,
     #[serde(flatten)]
     pub(crate) answer: Answer,
 }

@@ -102,6 +102,8 @@ pub(super) struct Summary {
     pub(super) subjects: BTreeSet<String>,
     /// By task and group, then subject; in 0..=1.
     scores: BTreeMap<(String, Group), BTreeMap<String, Mean>>,
+    /// The same for scores computed another way, with their name behind the task's.
+    also: BTreeMap<(String, Group), BTreeMap<String, Mean>>,
     /// By group, then subject: over the means of the tasks.
     pub(super) averages: BTreeMap<Group, BTreeMap<String, Mean>>,
     /// By subject and group.
@@ -114,6 +116,7 @@ impl Summary {
         let mut summary = Self {
             subjects: BTreeSet::new(),
             scores: BTreeMap::new(),
+            also: BTreeMap::new(),
             averages: BTreeMap::new(),
             costs: BTreeMap::new(),
         };
@@ -121,6 +124,11 @@ impl Summary {
             let (subject, group) = (record.key.subject.clone(), Group::new(&record.key.group));
             let row = summary.scores.entry((record.key.task.clone(), group.clone())).or_default();
             row.entry(subject.clone()).or_default().add(record.score);
+            if let Some((name, score)) = &record.also {
+                let task = format!("{}, {name}", record.key.task);
+                let row = summary.also.entry((task, group.clone())).or_default();
+                row.entry(subject.clone()).or_default().add(*score);
+            }
             summary.costs.entry((subject.clone(), group)).or_default().add(record);
             summary.subjects.insert(subject);
         }
@@ -157,7 +165,7 @@ impl Summary {
         // Writing to a String cannot fail.
         let _ =
             writeln!(text, "\n## Mean score x100 (samples)\n\n| task | group |{}", self.header());
-        for ((task, group), row) in &self.scores {
+        for ((task, group), row) in self.scores.iter().chain(&self.also) {
             let _ = writeln!(text, "| {task} | {group} |{}", self.row(row));
         }
         let _ = writeln!(

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-/// Two tasks of three samples at each group.
+/// Two tasks of three samples at each group; the group "twice" asks a second time and scores in two ways.
 struct Letters {
     groups: Vec<&'static str>,
 }
@@ -42,14 +42,24 @@ impl Benchmark for Letters {
             max_new_tokens: 1,
             stop: Vec::new(),
             chat: true,
-            metric: Metric {
-                name: "share",
-                // Thirds: sums of them depend on their order, which the summary must not.
-                score: |output, references, _| f64::from(u8::from(output != references[0])) / 3.0,
-            },
+            // Thirds: sums of them depend on their order, which the summary must not.
+            metric: Metric::new("share", |output, references, _| {
+                f64::from(u8::from(output != references[0])) / 3.0
+            }),
             tokens: count_tokens(&context)?,
             context,
         })
+    }
+
+    fn follow_up(&self, cell: &Cell, answer: &str) -> Result<Option<Sample>> {
+        static HALF: Metric = Metric::new("half", |_, _, _| 0.5);
+        if cell.group != "twice" {
+            return Ok(None);
+        }
+        let mut sample = self.sample(cell, &|_| Ok(0))?;
+        sample.question = format!("{answer}, so?");
+        sample.metric.also = Some(&HALF);
+        Ok(Some(sample))
     }
 }
 
@@ -302,6 +312,21 @@ fn groups_that_are_no_lengths_have_no_plots() {
     assert!(!out.path().join("accuracy.svg").exists());
     let table = read(out.path(), "table.md");
     assert!(table.contains("| average | 0-4k |") && !table.contains("Effective length"));
+}
+
+#[test]
+fn a_second_question_is_scored_and_the_first_answer_kept() {
+    let out = tempfile::tempdir().unwrap();
+    let options = Options { out: out.path().into(), jobs: 1, limit: Some(1), threshold: None };
+    let benchmark = Letters { groups: vec!["twice"] };
+    let count = |text: &str| -> Result<usize> { Ok(text.len()) };
+    run(&benchmark, &parrots()[..1], &count, &options, json!({})).unwrap();
+    let records = log::read(out.path()).unwrap();
+    assert_eq!(records.len(), 2);
+    let sample = benchmark.follow_up(&benchmark.cells()[0], &records[0].reasoning).unwrap();
+    assert_eq!(records[0].answer.prompt_hash, prompt_hash(&sample.unwrap()));
+    assert_eq!(records[0].also, Some(("half".to_owned(), 0.5)));
+    assert!(read(out.path(), "table.md").contains("| copy, half | twice | 50.0 (1) |"));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! Knows no benchmark: what a subject is given of a sample is a row of a table.
 
 use super::{Answer, Options, Subject, prompt_hash};
+use crate::cut;
 use crate::job::{self, Ask, Job, Outcome, Result, Scratch};
 use crate::sample::Sample;
 use mka::{Engine, ModelSource};
@@ -119,7 +120,7 @@ impl Local {
             window,
             feed: feed_file(&scratch, &context)?,
             through_model: true,
-            ask: Some(ask(sample, question)),
+            ask: Some(Ask { joined: true, ..ask(sample, question) }),
             ..self.job(&scratch, sample)
         };
         let outcome = job::spawn(&job, self.options.threads)?;
@@ -193,6 +194,7 @@ fn ask(sample: &Sample, message: String) -> Ask {
         answer_prefix: sample.answer_prefix.clone(),
         max_new_tokens: sample.max_new_tokens,
         stop: sample.stop.clone(),
+        joined: false,
     }
 }
 
@@ -235,45 +237,15 @@ fn cut_to(
     count: &dyn Fn(&str) -> Result<usize>,
 ) -> Result<(String, String)> {
     let prompt = format!("{}{}", sample.context, sample.question);
-    if count(&prompt)? <= room {
+    let Some((head, tail)) = cut::ends(&prompt, room, count)? else {
         return Ok((sample.context.clone(), sample.question.clone()));
-    }
-    let half = room / 2;
-    let head =
-        longest(prompt.len(), half, &|bytes| count(&prompt[..prompt.floor_char_boundary(bytes)]))?;
-    let tail = longest(prompt.len(), half, &|bytes| {
-        count(&prompt[prompt.ceil_char_boundary(prompt.len() - bytes)..])
-    })?;
-    let head = &prompt[..prompt.floor_char_boundary(head)];
-    let tail = &prompt[prompt.ceil_char_boundary(prompt.len() - tail)..];
+    };
     // A question that was cut itself is asked as far as it is there.
     let (rest, question) = match tail.strip_suffix(sample.question.as_str()) {
         Some(rest) => (rest, sample.question.as_str()),
         None => ("", tail),
     };
     Ok((format!("{head}{rest}"), question.to_owned()))
-}
-
-/// The most bytes, at most `len`, whose `tokens` are at most `limit`.
-fn longest(len: usize, limit: usize, tokens: &dyn Fn(usize) -> Result<usize>) -> Result<usize> {
-    // From a length that a few tokenisations cover, so that a text of a million tokens is not tokenised whole.
-    let mut over = limit.saturating_mul(4).clamp(1, len.max(1));
-    let mut within = 0;
-    while over < len && tokens(over)? <= limit {
-        within = over;
-        over = over.saturating_mul(2).min(len);
-    }
-    if over >= len && tokens(len)? <= limit {
-        return Ok(len);
-    }
-    while over - within > 1 {
-        let middle = within + (over - within) / 2;
-        match tokens(middle)? <= limit {
-            true => within = middle,
-            false => over = middle,
-        }
-    }
-    Ok(within)
 }
 
 #[cfg(test)]
@@ -292,7 +264,7 @@ mod tests {
             max_new_tokens: 4,
             stop: Vec::new(),
             chat: true,
-            metric: Metric { name: "none", score: |_, _, _| 0.0 },
+            metric: Metric::new("none", |_, _, _| 0.0),
             tokens: 0,
         }
     }
@@ -331,18 +303,5 @@ mod tests {
             let left = context.chars().count() + question.chars().count();
             assert_eq!(left, room / 2 * 2, "room {room}");
         }
-    }
-
-    #[test]
-    fn a_long_text_is_tokenised_in_its_ends_alone() {
-        let counted = std::cell::Cell::new(0);
-        let tokens = |bytes: usize| {
-            counted.set(counted.get() + bytes);
-            Ok(bytes / 4)
-        };
-        assert_eq!(longest(10_000_000, 1000, &tokens).unwrap(), 4003);
-        assert!(counted.get() < 200_000, "{}", counted.get());
-        assert_eq!(longest(0, 10, &tokens).unwrap(), 0);
-        assert_eq!(longest(10, 0, &tokens).unwrap(), 3);
     }
 }

@@ -49,7 +49,7 @@ fn sample(chat: bool) -> Sample {
         max_new_tokens: 7,
         stop: if chat { Vec::new() } else { vec!["\n".into()] },
         chat,
-        metric: Metric { name: "none", score: |_, _, _| 0.0 },
+        metric: Metric::new("none", |_, _, _| 0.0),
         tokens: 0,
     }
 }

@@ -6,36 +6,34 @@ use crate::job::Result;
 /// Bytes a token of text takes at least on average: where the search for a cut starts.
 const BYTES_PER_TOKEN: usize = 4;
 
-/// `prompt` if it has at most `max_tokens` tokens, else its first and last `max_tokens / 2` tokens.
+/// The first and the last `max_tokens` / 2 tokens of `prompt`; None if it has no more than `max_tokens`.
 ///
-/// The cuts are at characters, where the original cuts the token sequence and decodes it: a token that holds half a
-/// character is dropped here, and replaced by a mark there.
+/// The cuts are at characters, where LongBench's own code cuts the token sequence and decodes it: a token that holds
+/// half a character is dropped here, and replaced by a mark there.
 ///
 /// # Errors
 /// As `count_tokens`.
 ///
 /// # Cost
 /// Two searches of O(log n) counts; a count goes over little more than what is kept.
-pub(crate) fn middle_cut(
-    prompt: &str,
+pub(crate) fn ends<'a>(
+    prompt: &'a str,
     max_tokens: usize,
     count_tokens: &dyn Fn(&str) -> Result<usize>,
-) -> Result<String> {
+) -> Result<Option<(&'a str, &'a str)>> {
     if count_tokens(prompt)? <= max_tokens {
-        return Ok(prompt.to_owned());
+        return Ok(None);
     }
     let half = max_tokens / 2;
     let head = longest(prompt.len(), half, |len| {
         count_tokens(&prompt[..prompt.floor_char_boundary(len)])
     })?;
-    let head = prompt.floor_char_boundary(head);
+    let (head, rest) = prompt.split_at(prompt.floor_char_boundary(head));
     // The two parts may not overlap, even where a part has fewer tokens alone than in the whole.
-    let rest = &prompt[head..];
     let tail = longest(rest.len(), half, |len| {
         count_tokens(&rest[rest.ceil_char_boundary(rest.len() - len)..])
     })?;
-    let tail = rest.ceil_char_boundary(rest.len() - tail);
-    Ok([&prompt[..head], &rest[tail..]].concat())
+    Ok(Some((head, &rest[rest.ceil_char_boundary(rest.len() - tail)..])))
 }
 
 /// The greatest length up to `len` whose text has at most `max_tokens` tokens, if tokens grow with length.
@@ -64,6 +62,15 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::cell::Cell;
+
+    fn middle_cut(
+        prompt: &str,
+        max_tokens: usize,
+        count: &dyn Fn(&str) -> Result<usize>,
+    ) -> Result<String> {
+        let ends = ends(prompt, max_tokens, count)?;
+        Ok(ends.map_or_else(|| prompt.to_owned(), |(head, tail)| [head, tail].concat()))
+    }
 
     /// A token for each started group of three characters.
     fn count(text: &str) -> Result<usize> {

@@ -77,3 +77,19 @@ fn every_source_file_says_what_it_owns() {
         check(&root().join(folder).join("src"));
     }
 }
+
+#[test]
+fn the_readme_shows_the_example_that_is_compiled() {
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, after) = readme.split_once("```rust\n").unwrap();
+    let (shown, _) = after.split_once("```").unwrap();
+    let source = std::fs::read_to_string(root().join("engine/src/lib.rs")).unwrap();
+    let docs: Vec<&str> = source.lines().map_while(|line| line.strip_prefix("//!")).collect();
+    let docs = docs.iter().map(|line| line.strip_prefix(' ').unwrap_or(line));
+    let example = docs.skip_while(|line| !line.starts_with("```")).skip(1);
+    let compiled: Vec<&str> = example
+        .take_while(|line| !line.starts_with("```"))
+        .filter(|line| !line.starts_with('#'))
+        .collect();
+    assert_eq!(shown.trim_end(), compiled.join("\n").trim_end());
+}

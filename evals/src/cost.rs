@@ -2,6 +2,7 @@
 //! Knows no task and no score.
 
 use crate::job::{self, Ask, Job, Result, Scratch};
+use crate::subject::Model;
 use std::path::PathBuf;
 
 #[derive(clap::Args, Debug, Clone)]
@@ -26,8 +27,18 @@ pub(crate) struct Args {
     decode: usize,
 }
 
-/// English prose of these sources: bytes a token of SmolLM2's tokenizer, so that a file is cut without tokenising it.
-const BYTES_A_TOKEN: f64 = 4.3;
+/// The beginning of `text`, repeated where it is too short, with about `tokens` tokens, and how many it has.
+fn beginning(text: &str, tokens: usize, model: &Model) -> Result<(String, usize)> {
+    // English prose; every further guess goes by what the one before it had.
+    let mut chars = tokens * 4;
+    for _ in 0..3 {
+        let cut: String = text.chars().cycle().take(chars).collect();
+        chars = chars * tokens / model.count_tokens(&cut)?.max(1);
+    }
+    let cut: String = text.chars().cycle().take(chars).collect();
+    let counted = model.count_tokens(&cut)?;
+    Ok((cut, counted))
+}
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let mut text = String::new();
@@ -38,9 +49,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if text.is_empty() {
         return Err("cost: the haystack is empty".into());
     }
+    let tokenizer = Model::open(&args.model)?;
     println!("revision {}, window {}", job::revision(), args.window);
     println!(
-        "| fed as | tokens (about) | model tokens | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decode tok/s | same bits |"
+        "| fed as | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decode tok/s | same bits |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|");
     let model = args.lengths.iter().map(|length| (true, *length));
@@ -48,8 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for (through_model, length) in model.chain(memory) {
         let scratch = Scratch::new(&format!("cost-{through_model}-{length}"))?;
         let path = scratch.path().join("text.txt");
-        let bytes = (length as f64 * BYTES_A_TOKEN) as usize;
-        let cut: String = text.chars().cycle().take(bytes).collect();
+        let (cut, tokens) = beginning(&text, length, &tokenizer)?;
         std::fs::write(&path, cut)?;
         let base = Job {
             store: scratch.path().join("store"),
@@ -73,11 +84,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let asked = job::spawn(&Job { ask: Some(ask), ..base }, 0)?;
         let to_first = asked.open_s + asked.first_token_s;
         println!(
-            "| {} | {length} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {:.1} | {} |",
+            "| {} | {tokens} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {:.1} | {} |",
             if through_model { "model" } else { "text" },
             fed.fed_tokens,
             fed.feed_s,
-            length as f64 / fed.feed_s,
+            tokens as f64 / fed.feed_s,
             fed.peak_rss_bytes >> 20,
             asked.open_s,
             asked.first_token_s,

@@ -52,9 +52,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokenizer = Model::open(&args.model)?;
     println!("revision {}, window {}", job::revision(), args.window);
     println!(
-        "| fed as | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decode tok/s | same bits |"
+        "| fed as | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | same bits |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
     let model = args.lengths.iter().map(|length| (true, *length));
     let memory = args.text_lengths.iter().map(|length| (false, *length));
     for (through_model, length) in model.chain(memory) {
@@ -84,7 +84,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let asked = job::spawn(&Job { ask: Some(ask), ..base }, 0)?;
         let to_first = asked.open_s + asked.first_token_s;
         println!(
-            "| {} | {tokens} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {:.1} | {} |",
+            "| {} | {tokens} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {} |",
             if through_model { "model" } else { "text" },
             fed.fed_tokens,
             fed.feed_s,
@@ -93,6 +93,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             asked.open_s,
             asked.first_token_s,
             to_first / fed.feed_s * 100.0,
+            asked.generated_tokens,
             asked.decode_tokens_per_s,
             if fed.logits_hash == again.logits_hash { "yes" } else { "NO" }
         );

@@ -129,12 +129,14 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     if let Some(ask) = &job.ask {
         let started = Instant::now();
         let mut first = None;
+        let mut last = 0.0;
         let mut events =
             std::pin::pin!(session.send_with(ask.message.as_str(), send_options(job, ask)));
         while let Some(event) = StreamExt::next(&mut events).await {
             match event? {
                 Event::Token(token) => {
-                    first.get_or_insert_with(|| started.elapsed().as_secs_f64());
+                    last = started.elapsed().as_secs_f64();
+                    first.get_or_insert(last);
                     outcome.output.push_str(&token.text);
                 }
                 Event::Done(usage) => {
@@ -146,10 +148,13 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
                 _ => {}
             }
         }
-        let total = started.elapsed().as_secs_f64();
-        outcome.first_token_s = first.unwrap_or(total);
+        outcome.first_token_s = first.unwrap_or_else(|| started.elapsed().as_secs_f64());
+        // Up to the last token that was seen: what comes after it is the commit.
         let decoded = outcome.generated_tokens.saturating_sub(1) as f64;
-        outcome.decode_tokens_per_s = decoded / (total - outcome.first_token_s).max(1e-9);
+        outcome.decode_tokens_per_s = decoded / (last - outcome.first_token_s).max(1e-9);
+        if decoded == 0.0 || last <= outcome.first_token_s {
+            outcome.decode_tokens_per_s = 0.0;
+        }
     }
     if let Some(text) = &job.peek {
         let logits = session.peek_logits(text).await?;

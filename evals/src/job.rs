@@ -151,10 +151,8 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
         outcome.first_token_s = first.unwrap_or_else(|| started.elapsed().as_secs_f64());
         // Up to the last token that was seen: what comes after it is the commit.
         let decoded = outcome.generated_tokens.saturating_sub(1) as f64;
-        outcome.decode_tokens_per_s = decoded / (last - outcome.first_token_s).max(1e-9);
-        if decoded == 0.0 || last <= outcome.first_token_s {
-            outcome.decode_tokens_per_s = 0.0;
-        }
+        let seconds = last - outcome.first_token_s;
+        outcome.decode_tokens_per_s = if seconds > 0.0 { decoded / seconds } else { 0.0 };
     }
     if let Some(text) = &job.peek {
         let logits = session.peek_logits(text).await?;

@@ -14,6 +14,8 @@
 //! | [`silu_mul`] | silu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
 
 mod attention;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod elementwise;
 mod error;
 pub mod packed;

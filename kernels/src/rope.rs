@@ -1,16 +1,21 @@
 //! Rotary position embedding in the half-split layout of the HuggingFace models.
 //! Knows inverse frequencies and positions; which scaling made the frequencies is the model's matter.
 
-use candle_core::{Result, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Cosines and sines of a run of positions, shared by every layer and head.
+///
+/// Cost: cloning copies pointers. A CUDA device gets its copy at the first rotation there.
 #[derive(Debug, Clone)]
 pub struct RotaryAngles {
     /// (t, d/2) each, row-major.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    cos: Arc<[f32]>,
+    sin: Arc<[f32]>,
     half: usize,
+    #[cfg(feature = "cuda")]
+    on_device: Arc<std::sync::OnceLock<(Tensor, Tensor)>>,
 }
 
 impl RotaryAngles {
@@ -26,12 +31,39 @@ impl RotaryAngles {
                 sin.push((s * scale) as f32);
             }
         }
-        Self { cos, sin, half: inv_freq.len() }
+        Self {
+            cos: cos.into(),
+            sin: sin.into(),
+            half: inv_freq.len(),
+            #[cfg(feature = "cuda")]
+            on_device: Arc::default(),
+        }
     }
 
     /// Number of positions.
     pub fn len(&self) -> usize {
         self.cos.len() / self.half.max(1)
+    }
+
+    /// Both tables on `device`, (t, d/2) each, f32; uploaded once for the first device that asks.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on(&self, device: &candle_core::CudaDevice) -> Result<(Tensor, Tensor)> {
+        use candle_core::Device;
+        let device = Device::Cuda(device.clone());
+        let upload = || -> Result<(Tensor, Tensor)> {
+            let shape = (self.len(), self.half);
+            let table = |values: &[f32]| Tensor::from_slice(values, shape, &device);
+            Ok((table(&self.cos)?, table(&self.sin)?))
+        };
+        if let Some(tables) = self.on_device.get()
+            && tables.0.device().same_device(&device)
+        {
+            return Ok(tables.clone());
+        }
+        let tables = upload()?;
+        // Another device's tables may have come first: this one's are then used and dropped.
+        let _ = self.on_device.set(tables.clone());
+        Ok(tables)
     }
 
     /// Whether there is no position.
@@ -40,36 +72,114 @@ impl RotaryAngles {
     }
 }
 
-/// Rotates `x` (t, h, d), f32 on the CPU, to the positions of `angles` (t of them).
+/// Rotates `x` (t, h, d) to the positions of `angles` (t of them): f32 on the CPU; f32, bf16 or f16 on CUDA.
 ///
 /// y[i] = x[i] cos θᵢ - x[i + d/2] sin θᵢ ; y[i + d/2] = x[i + d/2] cos θᵢ + x[i] sin θᵢ.
+/// Its gradient is the inverse rotation of the result's.
 ///
 /// # Errors
 /// If the number of positions or `d` does not fit the angles.
 pub fn rotate(x: &Tensor, angles: &RotaryAngles) -> Result<Tensor> {
-    let (t, h, d) = x.dims3()?;
-    let half = angles.half;
-    if d != 2 * half || t != angles.len() {
+    let (t, _, d) = x.dims3()?;
+    if d != 2 * angles.half || t != angles.len() {
         candle_core::bail!(
-            "rotate: x is ({t}, {h}, {d}), expected {} positions of head_dim {}",
+            "rotate: x {:?}, expected {} positions of head_dim {}",
+            x.shape(),
             angles.len(),
-            2 * half
+            2 * angles.half
         );
     }
-    let mut out = x.flatten_all()?.to_vec1::<f32>()?;
-    if t > 0 {
-        out.par_chunks_mut(h * d).with_min_len(32).enumerate().for_each(|(i, heads)| {
-            let cos = &angles.cos[i * half..(i + 1) * half];
-            let sin = &angles.sin[i * half..(i + 1) * half];
-            for head in heads.chunks_exact_mut(d) {
-                let (low, high) = head.split_at_mut(half);
-                for j in 0..half {
-                    let (a, b) = (low[j], high[j]);
-                    low[j] = a * cos[j] - b * sin[j];
-                    high[j] = b * cos[j] + a * sin[j];
-                }
-            }
-        });
-    }
-    Tensor::from_vec(out, (t, h, d), x.device())
+    x.contiguous()?.apply_op1(Rotate { angles: angles.clone(), inverse: false })
 }
+
+struct Rotate {
+    angles: RotaryAngles,
+    inverse: bool,
+}
+
+impl CustomOp1 for Rotate {
+    fn name(&self) -> &'static str {
+        "rotate"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (t, h, d) = layout.shape().dims3()?;
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("rotate: layout {layout:?}, expected a contiguous one")
+        };
+        let mut out = storage.as_slice::<f32>()?[start..end].to_vec();
+        let half = self.angles.half;
+        let sign = if self.inverse { -1.0 } else { 1.0 };
+        if t > 0 {
+            out.par_chunks_mut(h * d).with_min_len(32).enumerate().for_each(|(i, heads)| {
+                let cos = &self.angles.cos[i * half..(i + 1) * half];
+                let sin = &self.angles.sin[i * half..(i + 1) * half];
+                for head in heads.chunks_exact_mut(d) {
+                    let (low, high) = head.split_at_mut(half);
+                    for j in 0..half {
+                        let (a, b, s) = (low[j], high[j], sign * sin[j]);
+                        low[j] = a * cos[j] - b * s;
+                        high[j] = b * cos[j] + a * s;
+                    }
+                }
+            });
+        }
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        storage: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use crate::cuda;
+        use candle_core::backend::BackendStorage;
+
+        let (_, h, _) = layout.shape().dims3()?;
+        let device = storage.device();
+        let out = cuda::output(device, storage.dtype(), layout.shape().elem_count())?;
+        let (cos, sin) = self.angles.on(device)?;
+        let pairs = (layout.shape().elem_count() / 2) as u64;
+        let params = RopeParams {
+            x: cuda::address_of(storage, layout)?,
+            cosine: cuda::address(&cos)?,
+            sine: cuda::address(&sin)?,
+            y: cuda::address_of(&out, &Layout::contiguous(layout.shape()))?,
+            pairs,
+            heads: h as u32,
+            half: self.angles.half as u32,
+            sign: if self.inverse { -1.0 } else { 1.0 },
+        };
+        let kernel = format!("rope_{}", cuda::suffix("rotate", storage.dtype())?);
+        // Beyond 64 K blocks of 256 a thread takes several pairs.
+        let blocks = pairs.div_ceil(256).min(65_536) as u32;
+        let launch = cuda::Launch { grid: (blocks, 1, 1), block: 256, shared_bytes: 0 };
+        cuda::launch(device, "rope", &kernel, launch, &params)?;
+        Ok((out, layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let inverse = Rotate { angles: self.angles.clone(), inverse: !self.inverse };
+        Ok(Some(grad.contiguous()?.apply_op1(inverse)?))
+    }
+}
+
+/// As in `cuda/rope.cu`.
+#[cfg(feature = "cuda")]
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RopeParams {
+    x: u64,
+    cosine: u64,
+    sine: u64,
+    y: u64,
+    pairs: u64,
+    heads: u32,
+    half: u32,
+    sign: f32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernel declares them.
+#[cfg(feature = "cuda")]
+unsafe impl candle_core::cuda_backend::cudarc::driver::DeviceRepr for RopeParams {}

@@ -1,5 +1,7 @@
 //! One binary for every integration test of the kernels.
 
 mod attention;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod packed;
 mod route;

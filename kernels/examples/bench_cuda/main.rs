@@ -1,0 +1,45 @@
+//! Every CUDA op against the ceilings of the same run: device copy and matrix product.
+//!
+//! `bench_cuda [OP ..]` prints one Markdown table per op; without arguments, all of them.
+
+mod timing;
+
+use candle_core::{DType, Device, Result, Tensor};
+use timing::Bench;
+
+/// The tables by name.
+const TABLES: &[(&str, fn(&Bench) -> Result<()>)] = &[("rope", rope)];
+
+fn main() -> Result<()> {
+    let device = match Device::new_cuda_with_stream(0) {
+        Ok(device) => device,
+        Err(error) => {
+            println!("skipped: no CUDA device: {error}");
+            return Ok(());
+        }
+    };
+    let asked: Vec<String> = std::env::args().skip(1).collect();
+    let bench = Bench::new(device)?;
+    for (name, table) in TABLES {
+        if asked.is_empty() || asked.iter().any(|a| a == name) {
+            println!("\n## {name}\n");
+            table(&bench)?;
+        }
+    }
+    Ok(())
+}
+
+fn rope(bench: &Bench) -> Result<()> {
+    println!("| shape | type | µs | GB/s | of copy |\n|---|---|---|---|---|");
+    for dtype in [DType::BF16, DType::F32] {
+        let (t, h, d) = (16_384, 32, 128);
+        let x = Tensor::randn(0f32, 1.0, (t, h, d), bench.device())?.to_dtype(dtype)?;
+        let frequencies: Vec<f64> =
+            (0..d / 2).map(|i| 10_000f64.powf(-2.0 * i as f64 / d as f64)).collect();
+        let angles = mka_kernels::RotaryAngles::new(0..t as u64, &frequencies, 1.0);
+        let seconds = bench.median(|| mka_kernels::rotate(&x, &angles).map(drop))?;
+        let bytes = 2 * x.elem_count() * dtype.size_in_bytes();
+        println!("| {t} x {h} x {d} | {dtype:?} | {}", bench.memory_row(seconds, bytes));
+    }
+    Ok(())
+}

@@ -1,0 +1,205 @@
+//! The CUDA device under the kernels: embedded modules, launches, addresses, outputs.
+//! Knows no operation: an op brings a parameter struct and names its kernel.
+//!
+//! Every launch goes to the device's one stream, so that launches, copies and the freeing of memory keep their order.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaStorageSlice;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
+    sys,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
+};
+use half::{bf16, f16};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+static POISON: AtomicBool = AtomicBool::new(false);
+
+/// Kernels of this crate launched by the process so far, on every device.
+pub fn launches() -> u64 {
+    LAUNCHES.load(Ordering::Relaxed)
+}
+
+/// Fills every output with NaN before its kernel runs, so that a test sees what a kernel left unwritten.
+pub fn poison_outputs(on: bool) {
+    POISON.store(on, Ordering::Relaxed);
+}
+
+/// The shape of one launch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Launch {
+    /// Blocks along x, y and z; y and z at most 65,535.
+    pub(crate) grid: (u32, u32, u32),
+    /// Threads of a block, along x.
+    pub(crate) block: u32,
+    /// Dynamic shared memory of a block; beyond 48 KiB the kernel's limit is raised.
+    pub(crate) shared_bytes: u32,
+}
+
+/// Launches `kernel` of the file `cuda/{source}.cu`, whose one argument is `params` by value.
+///
+/// A grid with an empty dimension launches nothing.
+///
+/// # Errors
+/// If the kernel does not exist or the driver refuses the launch.
+pub(crate) fn launch<P: DeviceRepr>(
+    device: &CudaDevice,
+    source: &'static str,
+    kernel: &str,
+    launch: Launch,
+    params: &P,
+) -> Result<()> {
+    if launch.grid.0 == 0 || launch.grid.1 == 0 || launch.grid.2 == 0 {
+        return Ok(());
+    }
+    let failed = |e: &dyn std::fmt::Display| {
+        candle_core::Error::Msg(format!("launch {source}/{kernel} with {launch:?}: {e}"))
+    };
+    let function = module(device, source)?.load_function(kernel).map_err(|e| failed(&e))?;
+    if launch.shared_bytes > 48 * 1024 {
+        let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(limit, launch.shared_bytes as i32).map_err(|e| failed(&e))?;
+    }
+    let stream = device.cuda_stream();
+    let mut builder = stream.launch_builder(&function);
+    builder.arg(params);
+    let config = LaunchConfig {
+        grid_dim: launch.grid,
+        block_dim: (launch.block, 1, 1),
+        shared_mem_bytes: launch.shared_bytes,
+    };
+    // SAFETY: the op that built `params` took its addresses from live tensors of checked shapes on this device, and
+    // the stream frees memory only after the work enqueued before.
+    unsafe { builder.launch(config) }.map_err(|e| failed(&e))?;
+    LAUNCHES.fetch_add(1, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The module of `cuda/{source}.cu`, loaded once per device and kept until the process ends.
+fn module(device: &CudaDevice, source: &'static str) -> Result<Arc<CudaModule>> {
+    static LOADED: Mutex<Option<HashMap<(usize, &'static str), Arc<CudaModule>>>> =
+        Mutex::new(None);
+    let context = device.cuda_stream().context().clone();
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let loaded = loaded.get_or_insert_with(HashMap::new);
+    let key = (context.ordinal(), source);
+    if let Some(module) = loaded.get(&key) {
+        return Ok(module.clone());
+    }
+    let Some((_, fatbin)) = FATBINS.iter().find(|(name, _)| *name == source) else {
+        bail!("cuda: no file {source}.cu was compiled")
+    };
+    let module = context
+        .load_module(Ptx::from_binary(fatbin.to_vec()))
+        .map_err(|e| candle_core::Error::Msg(format!("cuda: load {source}: {e}")))?;
+    loaded.insert(key, module.clone());
+    Ok(module)
+}
+
+/// The CUDA device of `tensor`, or an error that names `op`.
+pub(crate) fn device_of(op: &str, tensor: &Tensor) -> Result<CudaDevice> {
+    match tensor.device() {
+        Device::Cuda(device) => Ok(device.clone()),
+        other => bail!("{op}: a tensor on {:?}, expected one on a CUDA device", other.location()),
+    }
+}
+
+/// Device address of the first element of a contiguous tensor. The caller keeps the tensor until after the launch.
+///
+/// # Errors
+/// As [`address_of`], and if the tensor is not on a CUDA device.
+pub(crate) fn address(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) => address_of(storage, layout),
+        _ => bail!("cuda: tensor on {:?}, expected a CUDA device", tensor.device().location()),
+    }
+}
+
+/// Device address of the first element that `layout` names, for the `cuda_fwd` of a custom op.
+///
+/// # Errors
+/// If the layout is not contiguous or no kernel reads the element type.
+pub(crate) fn address_of(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
+    if !layout.is_contiguous() {
+        bail!("cuda: layout {layout:?}, expected a contiguous one");
+    }
+    let stream = storage.device.cuda_stream();
+    fn start<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> (u64, usize) {
+        (slice.device_ptr(stream).0, size_of::<T>())
+    }
+    let (base, size) = match &storage.slice {
+        CudaStorageSlice::U8(x) => start(x, &stream),
+        CudaStorageSlice::U32(x) => start(x, &stream),
+        CudaStorageSlice::I64(x) => start(x, &stream),
+        CudaStorageSlice::BF16(x) => start(x, &stream),
+        CudaStorageSlice::F16(x) => start(x, &stream),
+        CudaStorageSlice::F32(x) => start(x, &stream),
+        _ => bail!("cuda: {:?}, expected u8, u32, i64, bf16, f16 or f32", storage.dtype()),
+    };
+    Ok(base + (layout.start_offset() * size) as u64)
+}
+
+/// Memory for a kernel to write, `len` elements: uninitialised, or NaN while [`poison_outputs`] is on.
+///
+/// # Errors
+/// If the device has no room, or for a type that no kernel writes.
+pub(crate) fn output(device: &CudaDevice, dtype: DType, len: usize) -> Result<CudaStorage> {
+    // The driver refuses an allocation of nothing.
+    let len = len.max(1);
+    fn uninit<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice<T>> {
+        // SAFETY: the kernel that gets this output writes every element that is read later.
+        let slice = unsafe { device.alloc::<T>(len) }?;
+        if POISON.load(Ordering::Relaxed) {
+            let stream = device.cuda_stream();
+            let start = slice.device_ptr(&stream).0;
+            // SAFETY: `start` is the beginning of an allocation of exactly this many bytes on this stream.
+            unsafe {
+                result::memset_d8_async(start, 0xff, len * size_of::<T>(), stream.cu_stream())
+            }
+            .map_err(|e| candle_core::Error::Msg(format!("cuda: poison an output: {e}")))?;
+        }
+        Ok(slice)
+    }
+    Ok(match dtype {
+        DType::U8 => CudaStorage::wrap_cuda_slice(uninit::<u8>(device, len)?, device.clone()),
+        DType::U32 => CudaStorage::wrap_cuda_slice(uninit::<u32>(device, len)?, device.clone()),
+        DType::BF16 => CudaStorage::wrap_cuda_slice(uninit::<bf16>(device, len)?, device.clone()),
+        DType::F16 => CudaStorage::wrap_cuda_slice(uninit::<f16>(device, len)?, device.clone()),
+        DType::F32 => CudaStorage::wrap_cuda_slice(uninit::<f32>(device, len)?, device.clone()),
+        other => bail!("cuda: output of {other:?}, expected u8, u32, bf16, f16 or f32"),
+    })
+}
+
+/// [`output`] as a tensor without history.
+///
+/// # Errors
+/// As [`output`].
+pub(crate) fn output_tensor(
+    device: &CudaDevice,
+    dtype: DType,
+    shape: impl Into<Shape>,
+) -> Result<Tensor> {
+    let shape = shape.into();
+    let storage = output(device, dtype, shape.elem_count())?;
+    Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+}
+
+/// The suffix of a kernel's name for an element type: `f32`, `bf16` or `f16`.
+pub(crate) fn suffix(op: &str, dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("f32"),
+        DType::BF16 => Ok("bf16"),
+        DType::F16 => Ok("f16"),
+        other => bail!("{op}: elements of {other:?}, expected f32, bf16 or f16"),
+    }
+}

@@ -1,0 +1,17 @@
+//! The CUDA side of every op against its f64 reference. Skipped, with the reason printed, where there is no device.
+
+mod rope;
+
+use candle_core::Device;
+
+/// The device, its outputs poisoned; None, with a line that says so, where there is none.
+fn device(test: &str) -> Option<Device> {
+    mka_kernels::cuda::poison_outputs(true);
+    match Device::new_cuda_with_stream(0) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            println!("{test}: skipped: no CUDA device: {error}");
+            None
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! What a session costs by length: peak memory, decode speed, feeding, and reopening to the bit.
 //! Knows no task and no score.
 
-use crate::job::{self, Ask, Job, Result, Scratch};
+use crate::job::{self, Ask, Job, Outcome, Result, Scratch};
 use crate::subject::Model;
 use std::path::PathBuf;
 
@@ -25,6 +25,9 @@ pub(crate) struct Args {
     /// Tokens decoded to measure the speed.
     #[arg(long, default_value_t = 128)]
     decode: usize,
+    /// Questions asked of each length in turn; times are medians over them.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
 }
 
 /// The beginning of `text`, repeated where it is too short, with about `tokens` tokens, and how many it has.
@@ -57,6 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
     let model = args.lengths.iter().map(|length| (true, *length));
     let memory = args.text_lengths.iter().map(|length| (false, *length));
+    let mut streams = Vec::new();
     for (through_model, length) in model.chain(memory) {
         let scratch = Scratch::new(&format!("cost-{through_model}-{length}"))?;
         let path = scratch.path().join("text.txt");
@@ -76,27 +80,71 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             0,
         )?;
         let again = job::spawn(&Job { peek, ..base.clone() }, 0)?;
-        let ask = Ask {
-            message: "Go on with the story.".into(),
-            max_new_tokens: args.decode,
-            ..Ask::default()
-        };
-        let asked = job::spawn(&Job { ask: Some(ask), ..base }, 0)?;
-        let to_first = asked.open_s + asked.first_token_s;
-        println!(
-            "| {} | {tokens} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {} |",
-            if through_model { "model" } else { "text" },
-            fed.fed_tokens,
-            fed.feed_s,
-            tokens as f64 / fed.feed_s,
-            fed.peak_rss_bytes >> 20,
-            asked.open_s,
-            asked.first_token_s,
-            to_first / fed.feed_s * 100.0,
-            asked.generated_tokens,
-            asked.decode_tokens_per_s,
-            if fed.logits_hash == again.logits_hash { "yes" } else { "NO" }
-        );
+        streams.push(Stream {
+            scratch,
+            base,
+            through_model,
+            tokens,
+            fed,
+            again,
+            asked: Vec::new(),
+        });
+    }
+    // The lengths take turns, so that a machine that slows down for a while does so for all of them.
+    for _ in 0..args.rounds.max(1) {
+        for stream in &mut streams {
+            let ask = Ask {
+                // A list that a greedy small model does not end early: the speed rests on every token of it.
+                message: "Count from 1 to 1000.".into(),
+                answer_prefix: "1, 2, 3, 4, 5, 6,".into(),
+                max_new_tokens: args.decode,
+                ..Ask::default()
+            };
+            stream.asked.push(job::spawn(&Job { ask: Some(ask), ..stream.base.clone() }, 0)?);
+        }
+    }
+    for stream in &streams {
+        println!("{}", stream.row());
     }
     Ok(())
+}
+
+/// One length: what feeding it cost, and every question asked of it.
+struct Stream {
+    /// Removed with its store at the end.
+    #[allow(dead_code, reason = "held for its drop")]
+    scratch: Scratch,
+    base: Job,
+    through_model: bool,
+    tokens: usize,
+    fed: Outcome,
+    again: Outcome,
+    asked: Vec<Outcome>,
+}
+
+impl Stream {
+    fn row(&self) -> String {
+        let median = |value: fn(&Outcome) -> f64| {
+            let mut values: Vec<f64> = self.asked.iter().map(value).collect();
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
+        };
+        let (fed, again) = (&self.fed, &self.again);
+        let to_first = median(|asked| asked.open_s + asked.first_token_s);
+        format!(
+            "| {} | {} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {} |",
+            if self.through_model { "model" } else { "text" },
+            self.tokens,
+            fed.fed_tokens,
+            fed.feed_s,
+            self.tokens as f64 / fed.feed_s,
+            fed.peak_rss_bytes >> 20,
+            median(|asked| asked.open_s),
+            median(|asked| asked.first_token_s),
+            to_first / fed.feed_s * 100.0,
+            self.asked.iter().map(|asked| asked.generated_tokens).sum::<usize>(),
+            median(|asked| asked.decode_tokens_per_s),
+            if fed.logits_hash == again.logits_hash { "yes" } else { "NO" }
+        )
+    }
 }

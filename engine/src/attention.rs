@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::models::decoder::Linear;
 use crate::models::frequencies::Frequencies;
 use crate::models::weights::Weights;
-use candle_core::{D, Tensor};
+use candle_core::{D, Device, Tensor};
 use mka_kernels::{
     AttentionParams, PAGE_TOKENS, RotaryAngles, ema_advance, ema_scan, fuse_levels, merge_states,
     paged_attention, rotate,
@@ -30,6 +30,7 @@ impl Route {
         q_size: usize,
         num_rates: usize,
         weights: &Weights,
+        device: &Device,
     ) -> Result<Self> {
         let name = |part: &str| format!("layers.{layer}.{part}");
         if !weights.contains(&name("gate")) {
@@ -40,7 +41,7 @@ impl Route {
         let linear = |part: &str, rows: usize, cols: usize| -> Result<Linear> {
             let weight = weights.matrix(&name(&format!("router.{part}.weight")), rows, cols)?;
             let bias = weights.vector(&name(&format!("router.{part}.bias")), rows)?;
-            Ok(Linear::new(weight, Some(bias)))
+            Linear::new(weight, Some(bias)).to_device(device)
         };
         let (down, up) = (linear("down", inner, q_size)?, linear("up", levels, inner)?);
         Ok(if gate == 0.0 { Self::Closed } else { Self::Open { gate, down, up } })

@@ -28,6 +28,7 @@ const SPARE_PAGES: usize = 8;
 /// Keys and values of the sinks and the window, and the EMA summary, of one stream.
 pub(crate) struct Cache {
     shape: CacheShape,
+    device: Device,
     pools: Vec<PagePool>,
     /// Page of the stream -> slot of every pool.
     slots: BTreeMap<u64, usize>,
@@ -47,7 +48,7 @@ pub(crate) struct Checkpoint {
 impl Cache {
     /// # Errors
     /// If the device has no room.
-    pub(crate) fn new(shape: CacheShape) -> Result<Self> {
+    pub(crate) fn new(shape: CacheShape, device: &Device) -> Result<Self> {
         let pages = |tokens: usize| tokens.div_ceil(PAGE_TOKENS);
         let num_slots = SINK_PAGES as usize
             + pages(shape.window_tokens)
@@ -55,7 +56,7 @@ impl Cache {
             + 2
             + SPARE_PAGES;
         let pools = (0..shape.num_layers)
-            .map(|_| PagePool::new(num_slots, shape.num_kv_heads, shape.head_dim, &Device::Cpu))
+            .map(|_| PagePool::new(num_slots, shape.num_kv_heads, shape.head_dim, device))
             .collect::<candle_core::Result<_>>()
             .map_err(|source| {
                 Error::new(ErrorKind::OutOfMemory, format!("allocate {num_slots} pages: {source}"))
@@ -63,6 +64,7 @@ impl Cache {
             })?;
         Ok(Self {
             shape,
+            device: device.clone(),
             pools,
             slots: BTreeMap::new(),
             free: (0..num_slots).rev().collect(),
@@ -255,12 +257,13 @@ impl Cache {
     /// If pages are missing or of another size: the caller then fills the cache from the tokens.
     pub(crate) fn restore(
         shape: CacheShape,
+        device: &Device,
         position: u64,
         ema: &[u8],
         pages: &[(u64, Vec<u8>)],
         angles: impl Fn(std::ops::Range<u64>) -> RotaryAngles,
     ) -> Result<Self> {
-        let mut cache = Self::new(shape)?;
+        let mut cache = Self::new(shape, device)?;
         cache.position = position;
         let damaged = |what: String| Error::new(ErrorKind::Corrupted, format!("restore: {what}"));
         let expected: usize = cache.ema.iter().map(|layer| layer.len() * 4).sum();
@@ -307,7 +310,7 @@ impl Cache {
         let tensor = |bytes: &[u8]| {
             let (values, _) = bytes.as_chunks::<4>();
             let values = values.iter().map(|x| f32::from_le_bytes(*x)).collect();
-            Tensor::from_vec(values, shape, &Device::Cpu)
+            Tensor::from_vec(values, shape, &self.device)
         };
         for (pool, bytes) in self.pools.iter().zip(bytes.chunks_exact(2 * tensor_bytes)) {
             let raw = tensor(&bytes[..tensor_bytes])?;

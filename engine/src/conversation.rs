@@ -75,6 +75,7 @@ impl Conversation {
             let (state, ema) = SessionState::from_bytes(&snapshot.state)?;
             let cache = Cache::restore(
                 shared.cache_shape(model),
+                model.decoder.device(),
                 snapshot.position,
                 ema,
                 &snapshot.pages,
@@ -92,7 +93,8 @@ impl Conversation {
                 if let Some(Err(error)) = other {
                     tracing::warn!(scope = %conversation.scope, %error, "snapshot not usable: refilling from the log");
                 }
-                conversation.cache = Some(Cache::new(shared.cache_shape(model))?);
+                conversation.cache =
+                    Some(Cache::new(shared.cache_shape(model), model.decoder.device())?);
                 if num_turns > 0 {
                     conversation.refill(num_turns, false)?;
                 }
@@ -138,7 +140,7 @@ impl Conversation {
         }
         // The head and the window may not hold a token twice.
         head.truncate(if tokens > window { PAGE_TOKENS } else { 0 });
-        self.cache = Some(Cache::new(shared.cache_shape(model))?);
+        self.cache = Some(Cache::new(shared.cache_shape(model), model.decoder.device())?);
         self.dirty_from = 0;
         self.last_prompt = None;
         self.state = SessionState {

@@ -27,12 +27,71 @@ pub enum Device {
     /// The processor, every core.
     #[default]
     Cpu,
+    /// The CUDA device of this ordinal; needs a build with the feature `cuda`.
+    Cuda(usize),
 }
 
 impl Device {
-    /// The fastest device that this build supports: the processor.
+    /// The fastest device of this machine that this build supports: the first CUDA device, or else the processor.
     pub fn auto() -> Self {
-        Self::Cpu
+        Self::available().pop().unwrap_or_default()
+    }
+
+    /// Every device of this machine that this build supports, the fastest last.
+    pub fn available() -> Vec<Self> {
+        #[cfg(feature = "cuda")]
+        let cuda = {
+            use candle_core::cuda_backend::cudarc::driver::CudaContext;
+            // Without a driver this is an error: no device.
+            (0..CudaContext::device_count().unwrap_or(0).max(0) as usize).rev().map(Self::Cuda)
+        };
+        #[cfg(not(feature = "cuda"))]
+        let cuda = std::iter::empty();
+        std::iter::once(Self::Cpu).chain(cuda).collect()
+    }
+
+    fn open(self) -> Result<candle_core::Device> {
+        match self {
+            Self::Cpu => Ok(candle_core::Device::Cpu),
+            // One explicit stream, whichever thread a turn runs on.
+            Self::Cuda(ordinal) => {
+                candle_core::Device::new_cuda_with_stream(ordinal).map_err(|source| {
+                    let built = if cfg!(feature = "cuda") {
+                        ""
+                    } else {
+                        "this build lacks the feature `cuda`: "
+                    };
+                    Error::new(ErrorKind::Device, format!("open {self}: {built}{source}"))
+                        .with_source(source)
+                })
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Device {
+    type Err = Error;
+
+    /// `auto`, `cpu`, `cuda` (the first) or `cuda:N`.
+    fn from_str(text: &str) -> Result<Self> {
+        match (text, text.strip_prefix("cuda:").map(str::parse)) {
+            ("auto", _) => Ok(Self::auto()),
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            (_, Some(Ok(ordinal))) => Ok(Self::Cuda(ordinal)),
+            _ => {
+                Err(Error::invalid(format!("device {text:?}: expected auto, cpu, cuda or cuda:N")))
+            }
+        }
     }
 }
 
@@ -98,14 +157,14 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    fn load(files: &ModelFiles) -> Result<Self> {
+    fn load(files: &ModelFiles, device: &candle_core::Device) -> Result<Self> {
         match files {
-            ModelFiles::Folder(folder) => Self::load_folder(folder),
-            ModelFiles::Gguf(path) => Self::load_gguf(path),
+            ModelFiles::Folder(folder) => Self::load_folder(folder, device),
+            ModelFiles::Gguf(path) => Self::load_gguf(path, device),
         }
     }
 
-    fn load_folder(folder: &Path) -> Result<Self> {
+    fn load_folder(folder: &Path, device: &candle_core::Device) -> Result<Self> {
         let read = |name: &str| {
             let path = folder.join(name);
             std::fs::read_to_string(&path).map_err(|e| Error::io("read model file", &path, e))
@@ -121,11 +180,11 @@ impl Model {
             Some(template) => Scaffold::new(&template)?,
             None => Scaffold::plain(),
         };
-        let decoder = Decoder::load(config, &Weights::open_folder(folder)?)?;
+        let decoder = Decoder::load(config, &Weights::open_folder(folder)?, device)?;
         Self::new(folder, decoder, tokenizer, scaffold)
     }
 
-    fn load_gguf(path: &Path) -> Result<Self> {
+    fn load_gguf(path: &Path, device: &candle_core::Device) -> Result<Self> {
         let (weights, gguf) = Weights::open_gguf(path)?;
         let mut config = DecoderConfig::from_gguf(&gguf)?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
@@ -135,7 +194,7 @@ impl Model {
             Some(template) => Scaffold::new(&template)?,
             None => Scaffold::plain(),
         };
-        let decoder = Decoder::load(config, &weights)?;
+        let decoder = Decoder::load(config, &weights, device)?;
         Self::new(path, decoder, tokenizer, scaffold)
     }
 
@@ -175,6 +234,7 @@ pub(crate) struct Shared {
     pub(crate) store: Store,
     pub(crate) model: Option<Model>,
     pub(crate) config: MemoryConfig,
+    device: Device,
     /// Sessions that are open, one handle an id; true once the handle is dropped and only a stream's worker is left.
     open: Mutex<HashMap<Scope, bool>>,
     released: Condvar,
@@ -300,10 +360,13 @@ impl EngineBuilder {
     /// As [`EngineBuilder::open`].
     pub fn open_blocking(self) -> Result<Engine> {
         self.memory.check()?;
-        let Device::Cpu = self.device;
+        let device = self.device.open()?;
+        tracing::info!(device = %self.device, "open engine");
         let mut progress = crate::hub::terminal_progress(self.quiet);
         let model = match &self.model {
-            Some(source) => Some(Model::load(&crate::hub::resolve(source, &mut progress)?)?),
+            Some(source) => {
+                Some(Model::load(&crate::hub::resolve(source, &mut progress)?, &device)?)
+            }
             None => None,
         };
         if let Some(model) = &model {
@@ -324,7 +387,8 @@ impl EngineBuilder {
         let config = self.memory;
         let open = Mutex::new(HashMap::new());
         let released = Condvar::new();
-        Ok(Engine { shared: Arc::new(Shared { store, model, config, open, released }) })
+        let device = self.device;
+        Ok(Engine { shared: Arc::new(Shared { store, model, config, device, open, released }) })
     }
 }
 
@@ -383,6 +447,11 @@ impl Engine {
     pub fn count_tokens(&self, text: &str) -> Result<usize> {
         self.shared.model("count_tokens")?;
         self.shared.count_tokens(text)
+    }
+
+    /// Where the model runs.
+    pub fn device(&self) -> Device {
+        self.shared.device
     }
 
     /// Name of the model's folder or file; None without a model.

@@ -22,6 +22,9 @@ pub(crate) struct Args {
     /// Tokens attended exactly.
     #[arg(long, default_value_t = 2048)]
     window: usize,
+    /// Where the model runs: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
     /// Tokens decoded to measure the speed.
     #[arg(long, default_value_t = 128)]
     decode: usize,
@@ -70,6 +73,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             store: scratch.path().join("store"),
             model: args.model.clone(),
             window: args.window,
+            device: Some(args.device.clone()),
             recall_k: 0,
             ..Job::default()
         };

@@ -3,7 +3,8 @@
 
 use futures_util::StreamExt;
 use mka::{
-    Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, Sampling, Scope, SendOptions,
+    Device, Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, Sampling, Scope,
+    SendOptions,
 };
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -19,6 +20,8 @@ pub(crate) struct Job {
     pub(crate) store: PathBuf,
     pub(crate) model: String,
     pub(crate) window: usize,
+    /// Where the model runs, as the command line says it; none: the fastest device.
+    pub(crate) device: Option<String>,
     /// Memories looked up for the question; 0 is no memory.
     pub(crate) recall_k: usize,
     /// Text file to feed first.
@@ -103,6 +106,7 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     let started = Instant::now();
     let engine = Engine::builder(&job.store)
         .model(job.model.parse::<ModelSource>()?)
+        .device(job.device.as_deref().unwrap_or("auto").parse::<Device>()?)
         .memory(config)
         .quiet(true)
         .open()

@@ -18,6 +18,9 @@ pub(crate) struct Args {
     /// Tokens decoded after each prompt.
     #[arg(long, default_value_t = 128)]
     decode: usize,
+    /// Where the model runs: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
     /// Repetitions; the best is printed.
     #[arg(long, default_value_t = 3)]
     repeat: usize,
@@ -35,6 +38,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 store: scratch.path().join("store"),
                 model: args.model.clone(),
                 window: 4096,
+                device: Some(args.device.clone()),
                 feed: Some(path),
                 through_model: true,
                 ask: Some(Ask {
@@ -50,7 +54,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             decode = decode.max(outcome.decode_tokens_per_s);
         }
         let line = serde_json::json!({
-            "engine": "mka", "revision": job::revision(), "prompt_tokens": tokens,
+            "engine": "mka", "revision": job::revision(), "device": args.device, "prompt_tokens": tokens,
             "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode,
         });
         println!("{line}");

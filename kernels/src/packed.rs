@@ -8,6 +8,8 @@
 
 mod activation;
 mod block;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod portable;
 pub mod reference;
 mod schedule;
@@ -19,7 +21,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 
 use crate::{Error, Result};
 
@@ -188,6 +190,8 @@ pub struct PackedMatrix {
     cols: usize,
     bytes: SharedBytes,
     range: Range<usize>,
+    #[cfg(feature = "cuda")]
+    on_device: Option<cuda::DeviceMatrix>,
 }
 
 impl PackedMatrix {
@@ -215,7 +219,15 @@ impl PackedMatrix {
             .ok_or_else(|| {
                 Error::invalid(format!("packed matrix: {rows} x {cols} does not fit in memory"))
             })?;
-        let matrix = Self { ty, rows, cols, bytes, range };
+        let matrix = Self {
+            ty,
+            rows,
+            cols,
+            bytes,
+            range,
+            #[cfg(feature = "cuda")]
+            on_device: None,
+        };
         let got = matrix.data()?.len();
         if got != expected {
             return Err(Error::invalid(format!(
@@ -223,6 +235,25 @@ impl PackedMatrix {
             )));
         }
         Ok(matrix)
+    }
+
+    /// The matrix with a copy on `device`, where [`linear`] then multiplies it; on the CPU the matrix as it is.
+    /// Rows can still be decoded on the CPU.
+    ///
+    /// Cost: the bytes of the matrix on the device; f16 and bf16 are held in f32 there.
+    ///
+    /// # Errors
+    /// If the device has no room, or this build has no kernels for it.
+    pub fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
+        match device {
+            Device::Cpu => Ok(self.clone()),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => {
+                let on_device = Some(cuda::DeviceMatrix::new(self, device)?);
+                Ok(Self { on_device, ..self.clone() })
+            }
+            other => candle_core::bail!("packed matrix: no kernels for {:?}", other.location()),
+        }
     }
 
     /// Number of rows: out_features.
@@ -354,13 +385,17 @@ impl fmt::Debug for PackedMatrix {
     }
 }
 
-/// `x Wᵀ` as a tensor: x `(.., in_features)`, f32 on the CPU; result `(.., out_features)`. No gradient flows through it.
+/// `x Wᵀ` as a tensor: x `(.., in_features)`, f32; result `(.., out_features)` on x's device. No gradient flows through it.
 ///
 /// Cost: an x that is not contiguous is copied first.
 ///
 /// # Errors
-/// If x is not f32 on the CPU or its last dimension is not the matrix's number of columns.
+/// If x is not f32, if its last dimension is not the matrix's number of columns, or if the matrix is not on x's device.
 pub fn linear(x: &Tensor, w: &PackedMatrix) -> candle_core::Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let (Device::Cuda(_), Some(on_device)) = (x.device(), &w.on_device) {
+        return on_device.forward(&x.contiguous()?);
+    }
     x.contiguous()?.apply_op1_no_bwd(&Linear(w))
 }
 

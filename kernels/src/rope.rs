@@ -152,8 +152,8 @@ impl CustomOp1 for Rotate {
             sign: if self.inverse { -1.0 } else { 1.0 },
         };
         let kernel = format!("rope_{}", cuda::suffix("rotate", storage.dtype())?);
-        // Beyond 64 K blocks of 256 a thread takes several pairs.
-        let blocks = pairs.div_ceil(256).min(65_536) as u32;
+        // Four pairs or more a thread; beyond 64 K blocks more.
+        let blocks = pairs.div_ceil(1024).min(65_536) as u32;
         let launch = cuda::Launch { grid: (blocks, 1, 1), block: 256, shared_bytes: 0 };
         cuda::launch(device, "rope", &kernel, launch, &params)?;
         Ok((out, layout.shape().clone()))

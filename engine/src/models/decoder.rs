@@ -24,6 +24,11 @@ impl Linear {
         Self { weight, bias }
     }
 
+    pub(crate) fn to_device(&self, device: &Device) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|bias| bias.to_device(device)).transpose()?;
+        Ok(Self { weight: self.weight.to_device(device)?, bias })
+    }
+
     /// x (t, in) -> (t, out).
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = linear(x, &self.weight)?;
@@ -64,6 +69,8 @@ pub(crate) struct Decoder {
     pub(crate) config: DecoderConfig,
     pub(crate) frequencies: Frequencies,
     pub(crate) fingerprint: [u8; 16],
+    device: Device,
+    /// On the CPU, whatever the device: a row a token is decoded and uploaded.
     embedding: PackedMatrix,
     layers: Vec<Layer>,
     norm: Norm,
@@ -75,20 +82,20 @@ impl Decoder {
     ///
     /// # Errors
     /// Names the first tensor that is missing or has another shape: what was expected, what was found.
-    pub(crate) fn load(config: DecoderConfig, weights: &Weights) -> Result<Self> {
+    pub(crate) fn load(config: DecoderConfig, weights: &Weights, device: &Device) -> Result<Self> {
         let c = &config;
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (q_size, kv_size) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let norm = |name: &str, len: usize| -> Result<Norm> {
             Ok(Norm {
-                weight: weights.vector(&format!("{name}.weight"), len)?,
+                weight: weights.vector(&format!("{name}.weight"), len)?.to_device(device)?,
                 eps: c.rms_norm_eps as f32,
             })
         };
         let plain = |name: String, rows: usize, cols: usize, bias: bool| -> Result<Linear> {
             let weight = weights.matrix(&format!("{name}.weight"), rows, cols)?;
             let bias = bias.then(|| weights.vector(&format!("{name}.bias"), rows)).transpose()?;
-            Ok(Linear { weight, bias })
+            Linear::new(weight, bias).to_device(device)
         };
         let heads = |name: String, rows: usize| -> Result<Linear> {
             let weight =
@@ -97,7 +104,7 @@ impl Decoder {
                 .qkv_bias
                 .then(|| weights.head_vector(&format!("{name}.bias"), rows, c.head_dim))
                 .transpose()?;
-            Ok(Linear { weight, bias })
+            Linear::new(weight, bias).to_device(device)
         };
         let mut layers = Vec::with_capacity(c.num_layers);
         for i in 0..c.num_layers {
@@ -116,7 +123,7 @@ impl Decoder {
                 v: plain(at("self_attn.v_proj"), kv_size, hidden, c.qkv_bias)?,
                 o: plain(at("self_attn.o_proj"), hidden, q_size, c.output_bias)?,
                 qk_norm,
-                route: Route::load(i, q_size, c.mka.rates.len(), weights)?,
+                route: Route::load(i, q_size, c.mka.rates.len(), weights, device)?,
                 mlp_norm: norm(&at("post_attention_layernorm"), hidden)?,
                 gate: plain(at("mlp.gate_proj"), inner, hidden, c.mlp_bias)?,
                 up: plain(at("mlp.up_proj"), inner, hidden, c.mlp_bias)?,
@@ -128,6 +135,7 @@ impl Decoder {
             true => embedding.clone(),
             false => weights.matrix("lm_head.weight", c.vocab_size, hidden)?,
         };
+        let head = head.to_device(device)?;
         let mut frequencies = Frequencies::new(c.rope_theta, c.head_dim, &c.rope_scaling);
         if weights.contains("rope_freqs.weight") {
             // llama.cpp folds llama3 scaling into a divisor per frequency.
@@ -139,6 +147,7 @@ impl Decoder {
         Ok(Self {
             fingerprint: weights.fingerprint(&config),
             frequencies,
+            device: device.clone(),
             embedding,
             layers,
             norm: norm("model.norm", hidden)?,
@@ -168,7 +177,7 @@ impl Decoder {
                 .dequantize_rows(token..token + 1, row)
                 .map_err(|e| Error::model(format!("forward: embedding: {e}")).with_source(e))?;
         }
-        let mut hidden = Tensor::from_vec(rows, (t, c.hidden_size), &Device::Cpu)?;
+        let mut hidden = Tensor::from_vec(rows, (t, c.hidden_size), &self.device)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let x = layer.attention_norm.forward(&hidden)?;
             let attended = self.attend(i, layer, &x, seam)?;
@@ -211,6 +220,11 @@ impl Decoder {
             bias_correction: self.config.mka.bias_correction,
             trained_tokens: self.config.trained_tokens as u64,
         }
+    }
+
+    /// Where the model runs.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
     }
 
     /// The cache that a stream of this model needs.

@@ -31,7 +31,7 @@ fn golden(name: &str) -> PathBuf {
 
 fn load_folder(folder: &Path) -> crate::Result<Decoder> {
     let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
-    Decoder::load(DecoderConfig::from_json(&text)?, &Weights::open_folder(folder)?)
+    Decoder::load(DecoderConfig::from_json(&text)?, &Weights::open_folder(folder)?, &Device::Cpu)
 }
 
 fn load(name: &str) -> Decoder {
@@ -40,7 +40,7 @@ fn load(name: &str) -> Decoder {
 
 fn load_gguf(path: &Path) -> crate::Result<Decoder> {
     let (weights, gguf) = Weights::open_gguf(path)?;
-    Decoder::load(DecoderConfig::from_gguf(&gguf)?, &weights)
+    Decoder::load(DecoderConfig::from_gguf(&gguf)?, &weights, &Device::Cpu)
 }
 
 fn tensors(path: PathBuf) -> HashMap<String, Tensor> {
@@ -88,7 +88,7 @@ fn logits_equal_transformers_on_every_family_however_the_prompt_is_cut() {
         let golden = tensors(golden(name).join("golden.safetensors"));
         let tokens = ids(&golden["ids"]);
         for blocks in [&[512][..], &[1][..], &[7, 1, 30]] {
-            let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
+            let mut cache = Cache::new(decoder.cache_shape(128, 512), &Device::Cpu).unwrap();
             let logits = run(&decoder, &mut cache, &tokens, blocks);
             let difference = max_difference(&logits, &expected(&golden));
             assert!(difference <= 1e-4, "{name} in blocks of {blocks:?}: off by {difference}");
@@ -101,7 +101,7 @@ fn greedy_continuation_equals_transformers() {
     for name in FOLDERS.iter().filter(|name| !name.starts_with("fastmka")) {
         let decoder = load(name);
         let golden = tensors(golden(name).join("golden.safetensors"));
-        let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
+        let mut cache = Cache::new(decoder.cache_shape(128, 512), &Device::Cpu).unwrap();
         let mut logits = run(&decoder, &mut cache, &ids(&golden["ids"]), &[512]);
         let mut generated = Vec::new();
         for _ in 0..16 {
@@ -118,13 +118,13 @@ fn greedy_continuation_equals_transformers() {
 fn gguf_with_interleaved_heads_equals_transformers() {
     let decoder = load_gguf(&golden("gguf/model.gguf")).unwrap();
     let golden = tensors(golden("gguf/golden.safetensors"));
-    let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(128, 512), &Device::Cpu).unwrap();
     let logits = run(&decoder, &mut cache, &ids(&golden["ids"]), &[512]);
     let difference = max_difference(&logits, &expected(&golden));
     assert!(difference <= 2e-4, "off by {difference}");
     // Token by token the activations are rounded to eight bits, as ggml does: each of the 15 products in a row adds
     // an error of about 1/256, so that the logits are within a few per cent.
-    let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(128, 512), &Device::Cpu).unwrap();
     let logits = run(&decoder, &mut cache, &ids(&golden["ids"]), &[1]);
     let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
     let exact = expected(&golden);
@@ -260,7 +260,7 @@ fn a_closed_gate_is_the_pretrained_model_bit_for_bit() {
     let tokens: Vec<u32> = (0..70).map(|i| (i * 37 + 5) % 128).collect();
     let logits = |folder: &Path| {
         let decoder = load_folder(folder).unwrap();
-        let mut cache = Cache::new(decoder.cache_shape(128, 512)).unwrap();
+        let mut cache = Cache::new(decoder.cache_shape(128, 512), &Device::Cpu).unwrap();
         run(&decoder, &mut cache, &tokens, &[33])
     };
     let opened = logits(with_mka.path());
@@ -278,9 +278,9 @@ fn chunked_prefill_equals_token_by_token_far_past_the_window_with_the_gate_open(
     for name in ["fastmka", "mistral", "qwen3"] {
         let decoder = load(name);
         let tokens: Vec<u32> = (0..700u32).map(|i| (i * i * 31 + i * 7 + 3) % 128).collect();
-        let mut one = Cache::new(decoder.cache_shape(128, 200)).unwrap();
+        let mut one = Cache::new(decoder.cache_shape(128, 200), &Device::Cpu).unwrap();
         let by_token = run(&decoder, &mut one, &tokens, &[1]);
-        let mut many = Cache::new(decoder.cache_shape(128, 200)).unwrap();
+        let mut many = Cache::new(decoder.cache_shape(128, 200), &Device::Cpu).unwrap();
         let by_block = run(&decoder, &mut many, &tokens, &[200, 3, 64]);
         let difference = max_difference(&by_token, &by_block);
         assert!(difference <= 2e-3, "{name}: logits off by {difference}");
@@ -302,7 +302,7 @@ fn chunked_prefill_equals_token_by_token_far_past_the_window_with_the_gate_open(
 #[test]
 fn device_memory_is_constant_in_the_length_of_the_stream() {
     let decoder = load("smollm2");
-    let mut cache = Cache::new(decoder.cache_shape(64, 32)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(64, 32), &Device::Cpu).unwrap();
     for _ in 0..30 {
         run(&decoder, &mut cache, &[5; 100], &[32]);
         assert!(cache.window_pages(cache.position()).len() <= 4);
@@ -316,7 +316,7 @@ fn a_restored_cache_continues_bit_for_bit() {
         let decoder = load(name);
         let tokens: Vec<u32> = (0..400u32).map(|i| (i * 17 + i / 3) % 128).collect();
         for stop in [1usize, 63, 64, 65, 200, 333] {
-            let mut cache = Cache::new(decoder.cache_shape(128, 64)).unwrap();
+            let mut cache = Cache::new(decoder.cache_shape(128, 64), &Device::Cpu).unwrap();
             run(&decoder, &mut cache, &tokens[..stop], &[64]);
             let pages: Vec<_> = cache
                 .window_pages(stop as u64)
@@ -326,6 +326,7 @@ fn a_restored_cache_continues_bit_for_bit() {
             let f = &decoder.frequencies;
             let mut restored = Cache::restore(
                 decoder.cache_shape(128, 64),
+                &Device::Cpu,
                 stop as u64,
                 &cache.ema_bytes(),
                 &pages,
@@ -342,7 +343,7 @@ fn a_restored_cache_continues_bit_for_bit() {
 #[test]
 fn a_rewound_cache_continues_as_if_nothing_had_followed() {
     let decoder = load("fastmka");
-    let mut cache = Cache::new(decoder.cache_shape(128, 64)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(128, 64), &Device::Cpu).unwrap();
     run(&decoder, &mut cache, &[9; 300], &[64]);
     let checkpoint = cache.checkpoint();
     let first = run(&decoder, &mut cache, &[1, 2, 3, 4, 5], &[2]);
@@ -357,7 +358,7 @@ fn a_rewound_cache_continues_as_if_nothing_had_followed() {
 #[test]
 fn tokens_outside_the_vocabulary_are_an_error() {
     let decoder = load("smollm2");
-    let mut cache = Cache::new(decoder.cache_shape(64, 32)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(64, 32), &Device::Cpu).unwrap();
     let mut seam = AttentionSeam::open(decoder.seam_config(), &mut cache, 1).unwrap();
     let error = decoder.forward(&[128], &mut seam).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
@@ -372,7 +373,7 @@ fn the_default_model_equals_transformers() {
     assert_eq!((decoder.config.trained_tokens, decoder.config.rope_theta), (8192, 100_000.0));
     let golden = tensors(golden("smollm2_135m_q4_1.safetensors"));
     let tokens = ids(&golden["ids"]);
-    let mut cache = Cache::new(decoder.cache_shape(512, 512)).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(512, 512), &Device::Cpu).unwrap();
     let logits = run(&decoder, &mut cache, &tokens, &[512]).pop().unwrap();
     let expected = golden["logits"].to_vec1::<f32>().unwrap();
     let difference = max_difference(std::slice::from_ref(&logits), std::slice::from_ref(&expected));
@@ -384,4 +385,51 @@ fn the_default_model_equals_transformers() {
         assert_eq!(next, *expected);
         next = best(&run(&decoder, &mut cache, &[next], &[1]).pop().unwrap()).unwrap() as u32;
     }
+}
+
+/// The default model in f32 on both devices: the same greedy tokens, over a prompt of several windows and past it.
+#[cfg(feature = "cuda")]
+#[test]
+fn the_default_model_decodes_the_same_tokens_on_cuda() {
+    let path = crate::hub::cache_folder().unwrap().join("models/SmolLM2-135M-Instruct-Q4_1.gguf");
+    let gpu = match Device::new_cuda_with_stream(0) {
+        Ok(gpu) if path.exists() => gpu,
+        Ok(_) => return println!("skipped: no file {}", path.display()),
+        Err(error) => return println!("skipped: no CUDA device: {error}"),
+    };
+    let decode = |device: &Device| {
+        let (weights, gguf) = Weights::open_gguf(&path).unwrap();
+        let config = DecoderConfig::from_gguf(&gguf).unwrap();
+        let decoder = Decoder::load(config, &weights.decoded(), device).unwrap();
+        let tokenizer = crate::tokenizer::Tokenizer::from_gguf(&gguf).unwrap();
+        let text = include_str!("../../../README.md").repeat(2);
+        let prompt = tokenizer.encode_document(&text).unwrap();
+        assert!(prompt.len() > 1500, "{} tokens", prompt.len());
+        let mut cache = Cache::new(decoder.cache_shape(512, 256), device).unwrap();
+        let step = |cache: &mut Cache, tokens: &[u32]| {
+            let mut seam = AttentionSeam::open(decoder.seam_config(), cache, tokens.len()).unwrap();
+            let hidden = decoder.forward(tokens, &mut seam).unwrap();
+            seam.finish();
+            let last = hidden.narrow(0, tokens.len() - 1, 1).unwrap();
+            decoder.logits(&last).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let mut logits = Vec::new();
+        for block in prompt.chunks(256) {
+            logits = step(&mut cache, block);
+        }
+        let first = logits.clone();
+        let mut generated = Vec::new();
+        for _ in 0..128 {
+            let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
+            generated.push(best as u32);
+            logits = step(&mut cache, &[best as u32]);
+        }
+        (first, generated)
+    };
+    let (cpu_logits, cpu_tokens) = decode(&Device::Cpu);
+    let (gpu_logits, gpu_tokens) = decode(&gpu);
+    let error = cpu_logits.iter().zip(&gpu_logits).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+    println!("logits after the prompt differ by at most {error}");
+    assert!(error < 2e-3, "{error}");
+    assert_eq!(cpu_tokens, gpu_tokens);
 }

@@ -151,6 +151,26 @@ impl Weights {
         Ok((Self { files, entries, interleaved_heads, place }, gguf))
     }
 
+    /// The same weights with every tensor decoded to f32.
+    #[cfg(all(test, feature = "cuda"))]
+    pub(crate) fn decoded(mut self) -> Self {
+        let mut decoded = Vec::new();
+        for entry in self.entries.values_mut() {
+            let cols = entry.shape.last().copied().unwrap_or(1);
+            let rows = entry.shape.iter().product::<usize>() / cols.max(1);
+            let bytes = self.files[entry.file].1.clone();
+            let matrix = PackedMatrix::new(entry.ty, rows, cols, bytes, entry.range.clone());
+            let mut values = vec![0f32; rows * cols];
+            matrix.unwrap().dequantize_rows(0..rows, &mut values).unwrap();
+            let start = decoded.len();
+            decoded.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+            (entry.file, entry.ty, entry.range) =
+                (self.files.len(), PackedType::F32, start..decoded.len());
+        }
+        self.files.push((PathBuf::new(), Arc::new(decoded)));
+        self
+    }
+
     pub(crate) fn contains(&self, name: &str) -> bool {
         self.entries.contains_key(name)
     }

@@ -5,7 +5,7 @@ use super::{Answer, Options, Subject, prompt_hash};
 use crate::cut;
 use crate::job::{self, Ask, Job, Outcome, Result, Scratch};
 use crate::sample::Sample;
-use mka::{Engine, ModelSource};
+use mka::{Device, Engine, ModelSource};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,6 +29,8 @@ impl Model {
         let scratch = Scratch::new("tokenizer")?;
         let engine = Engine::builder(scratch.path().join("store"))
             .model(source.parse::<ModelSource>()?)
+            // It only counts tokens.
+            .device(Device::Cpu)
             .open_blocking()?;
         let (Some(name), Some(trained_tokens)) = (engine.model_name(), engine.trained_tokens())
         else {
@@ -152,6 +154,7 @@ impl Local {
             store: scratch.path().join("store"),
             model: self.options.model.clone(),
             window: self.options.window,
+            device: Some(self.options.device.clone()),
             recall_k: if self.way.recalls { self.options.recall_k } else { 0 },
             completion: !sample.chat,
             ..Job::default()

@@ -4,7 +4,8 @@
 
 use clap::Parser;
 use mka::{
-    Engine, Event, Events, Forget, MemoryConfig, Recall, Sampling, Scope, SendOptions, Session,
+    Device, Engine, Event, Events, Forget, MemoryConfig, Recall, Sampling, Scope, SendOptions,
+    Session,
 };
 use std::io::{BufRead, IsTerminal, Write};
 
@@ -26,6 +27,9 @@ struct Args {
     /// Which conversation.
     #[arg(long, default_value = "chat")]
     session: String,
+    /// Where the model runs: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: Device,
     /// Tokens attended exactly.
     #[arg(long, default_value_t = 2048)]
     window: usize,
@@ -45,6 +49,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     let engine = Engine::builder(&args.store)
         .model(mka_examples::model(&args.model)?)
+        .device(args.device)
         .memory(MemoryConfig::with_window(args.window))
         .open()
         .await?;

@@ -6,7 +6,9 @@
 //! ```
 
 use clap::Parser;
-use mka::{Engine, Event, FeedEvent, FeedMode, FeedOptions, MemoryConfig, Scope, SendOptions};
+use mka::{
+    Device, Engine, Event, FeedEvent, FeedMode, FeedOptions, MemoryConfig, Scope, SendOptions,
+};
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -25,6 +27,9 @@ struct Args {
     /// Model folder, GGUF file or repository id.
     #[arg(long, default_value = mka_examples::DEFAULT_MODEL)]
     model: String,
+    /// Where the model runs: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: Device,
     /// Tokens attended exactly.
     #[arg(long, default_value_t = 2048)]
     window: usize,
@@ -44,6 +49,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let engine = Engine::builder(&args.store)
         .model(mka_examples::model(&args.model)?)
+        .device(args.device)
         .memory(MemoryConfig::with_window(args.window))
         .open()
         .await?;

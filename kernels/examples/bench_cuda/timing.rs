@@ -21,9 +21,11 @@ impl Bench {
     pub(crate) fn new(device: Device) -> Result<Self> {
         let flush = Tensor::zeros(FLUSH_FLOATS, DType::F32, &device)?;
         let mut bench = Self { device, flush, copy_bytes_per_s: 1.0, matmul_flops: 1.0 };
-        let source = Tensor::zeros(256 << 20, DType::U8, &bench.device)?;
-        let to = Tensor::zeros(256 << 20, DType::U8, &bench.device)?;
-        let copy = bench.median(|| to.slice_set(&source, 0, 0))?;
+        let stream = bench.device.as_cuda_device()?.cuda_stream();
+        let source = stream.alloc_zeros::<u8>(256 << 20).map_err(candle_core::Error::wrap)?;
+        let mut to = stream.alloc_zeros::<u8>(256 << 20).map_err(candle_core::Error::wrap)?;
+        let copy = bench
+            .median(|| stream.memcpy_dtod(&source, &mut to).map_err(candle_core::Error::wrap))?;
         bench.copy_bytes_per_s = (512 << 20) as f64 / copy;
         let n = 8192;
         let a = Tensor::randn(0f32, 1.0, (n, n), &bench.device)?.to_dtype(DType::BF16)?;

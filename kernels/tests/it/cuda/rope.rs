@@ -13,7 +13,7 @@ fn angles(t: usize, d: usize) -> RotaryAngles {
 #[test]
 fn rotation_on_the_device_has_the_bits_of_the_cpu() -> Result<()> {
     let Some(gpu) = device("rotation") else { return Ok(()) };
-    for (t, h, d) in [(0, 3, 64), (1, 1, 64), (7, 9, 96), (130, 4, 128), (3, 2, 256)] {
+    for (t, h, d) in [(1, 1, 64), (7, 9, 96), (130, 4, 128), (3, 2, 256), (5, 3, 10)] {
         let x = Tensor::randn(0f32, 1.0, (t, h, d), &Device::Cpu)?;
         let angles = angles(t, d);
         let expected = rotate(&x, &angles)?.flatten_all()?.to_vec1::<f32>()?;
@@ -31,6 +31,14 @@ fn rotation_on_the_device_has_the_bits_of_the_cpu() -> Result<()> {
             );
         }
     }
+    Ok(())
+}
+
+#[test]
+fn rotation_of_no_token_on_the_device_is_empty() -> Result<()> {
+    let Some(gpu) = device("rotation of no token") else { return Ok(()) };
+    let x = Tensor::zeros((1, 3, 64), DType::F32, &gpu)?.narrow(0, 0, 0)?;
+    assert_eq!(rotate(&x, &angles(0, 64))?.dims(), [0, 3, 64]);
     Ok(())
 }
 

@@ -1,6 +1,9 @@
 //! Causal attention of new tokens over a list of pages, and the merge of two such attentions.
 //! Knows no stream: which pages, and what of them a query may see, are arguments.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use crate::pages::PAGE_TOKENS;
 use crate::simd::{self, multiversion};
 use candle_core::{Layout, Result, Storage, Tensor};
@@ -87,6 +90,10 @@ pub fn paged_attention(
         candle_core::bail!("paged_attention: {page:?}, expected a slot below {slots}");
     }
     let q = q.contiguous()?;
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return cuda::paged_attention(&q, keys, values, params);
+    }
     let (q_storage, q_layout) = q.storage_and_layout();
     let (k_storage, k_layout) = keys.storage_and_layout();
     let (v_storage, v_layout) = values.storage_and_layout();
@@ -122,6 +129,10 @@ pub fn merge_states(a: &AttentionState, b: &AttentionState) -> Result<AttentionS
             b.out.shape(),
             a.out.shape()
         );
+    }
+    #[cfg(feature = "cuda")]
+    if a.out.device().is_cuda() {
+        return cuda::merge_states(a, b);
     }
     let mut out = a.out.flatten_all()?.to_vec1::<f32>()?;
     let mut lse = a.lse.flatten_all()?.to_vec1::<f32>()?;

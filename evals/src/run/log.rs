@@ -56,6 +56,16 @@ pub(crate) struct Log {
     file: Mutex<File>,
 }
 
+impl Drop for Log {
+    /// Unlocks before the file closes: a process that this one is just starting holds a copy of the file until it runs
+    /// its program, and the lock with it.
+    fn drop(&mut self) {
+        let file = self.file.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // A lock that is not given back now goes with the last copy.
+        let _ = file.unlock();
+    }
+}
+
 impl Log {
     /// Opens or creates the log in `folder`, cuts off the half line that a killed run left, and reads the rest.
     ///

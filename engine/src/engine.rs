@@ -360,11 +360,11 @@ impl EngineBuilder {
     /// As [`EngineBuilder::open`].
     pub fn open_blocking(self) -> Result<Engine> {
         self.memory.check()?;
-        let device = self.device.open()?;
-        tracing::info!(device = %self.device, "open engine");
         let mut progress = crate::hub::terminal_progress(self.quiet);
         let model = match &self.model {
             Some(source) => {
+                let device = self.device.open()?;
+                tracing::info!(device = %self.device, "open model");
                 Some(Model::load(&crate::hub::resolve(source, &mut progress)?, &device)?)
             }
             None => None,

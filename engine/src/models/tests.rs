@@ -30,8 +30,24 @@ fn golden(name: &str) -> PathBuf {
 }
 
 fn load_folder(folder: &Path) -> crate::Result<Decoder> {
+    load_folder_on(folder, &Device::Cpu)
+}
+
+fn load_folder_on(folder: &Path, device: &Device) -> crate::Result<Decoder> {
     let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
-    Decoder::load(DecoderConfig::from_json(&text)?, &Weights::open_folder(folder)?, &Device::Cpu)
+    Decoder::load(DecoderConfig::from_json(&text)?, &Weights::open_folder(folder)?, device)
+}
+
+/// The processor, and a CUDA device where the build and the machine have one.
+fn devices() -> Vec<Device> {
+    let mut devices = vec![Device::Cpu];
+    if cfg!(feature = "cuda") {
+        match Device::new_cuda_with_stream(0) {
+            Ok(gpu) => devices.push(gpu),
+            Err(error) => println!("on the processor alone: no CUDA device: {error}"),
+        }
+    }
+    devices
 }
 
 fn load(name: &str) -> Decoder {
@@ -83,15 +99,18 @@ fn expected(golden: &HashMap<String, Tensor>) -> Vec<Vec<f32>> {
 
 #[test]
 fn logits_equal_transformers_on_every_family_however_the_prompt_is_cut() {
-    for name in FOLDERS {
-        let decoder = load(name);
+    for (name, device) in
+        FOLDERS.iter().flat_map(|name| devices().into_iter().map(move |d| (name, d)))
+    {
+        let decoder = load_folder_on(&golden(name), &device).unwrap();
         let golden = tensors(golden(name).join("golden.safetensors"));
         let tokens = ids(&golden["ids"]);
         for blocks in [&[512][..], &[1][..], &[7, 1, 30]] {
-            let mut cache = Cache::new(decoder.cache_shape(128, 512), &Device::Cpu).unwrap();
+            let mut cache = Cache::new(decoder.cache_shape(128, 512), &device).unwrap();
             let logits = run(&decoder, &mut cache, &tokens, blocks);
             let difference = max_difference(&logits, &expected(&golden));
-            assert!(difference <= 1e-4, "{name} in blocks of {blocks:?}: off by {difference}");
+            let case = format!("{name} on {device:?} in blocks of {blocks:?}");
+            assert!(difference <= 1e-4, "{case}: off by {difference}");
         }
     }
 }

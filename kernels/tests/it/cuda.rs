@@ -1,5 +1,6 @@
 //! The CUDA side of every op against its f64 reference. Skipped, with the reason printed, where there is no device.
 
+mod flash;
 mod rope;
 
 use candle_core::Device;

@@ -14,6 +14,20 @@ template <int D> __device__ __forceinline__ uint32_t tile_at(uint32_t row, uint3
   return row * (2 * D) + ((chunk ^ turn) << 4);
 }
 
+// The address `chunks` (even) further in the row, from an address whose chunk was 0 or 1 before its turn. Tiles start at
+// multiples of 128 bytes, so that the turned bits of the address are those of the chunk alone.
+template <int D> __device__ __forceinline__ uint32_t tile_step(uint32_t at, int chunks) {
+  constexpr int TURNED = D % 64 == 0 ? 7 : 3;
+  return (at ^ (chunks & TURNED) << 4) + ((chunks & ~TURNED) << 4);
+}
+
+// The same number, of which the compiler knows nothing: the addresses of a loop's steps are computed from it at each
+// step, at one instruction, and not all kept in registers from before the loop.
+__device__ __forceinline__ uint32_t fresh(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 template <int ROWS, int D> constexpr int TILE_BYTES = ROWS * D * 2;
 
 // Starts the copy of the rows [first, first + ROWS) of a matrix into a tile; rows from `limit` on become zeros.
@@ -40,18 +54,18 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
   static_assert(NT % 2 == 0, "one ldmatrix brings the fragments of 16 columns");
   const int lane = threadIdx.x % 32;
   // Matrices of a left fragment: (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
-  const int left_row = a_row + lane % 16, left_chunk = lane / 16;
+  const uint32_t left_at = fresh(a + tile_at<D>(a_row + lane % 16, lane / 16));
   // Of two right fragments: (columns 0-7, k 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15).
-  const int right_row = b_row + lane % 8 + lane / 16 * 8, right_chunk = lane / 8 % 2;
+  const uint32_t right_at = fresh(b + tile_at<D>(b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2));
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t left[MT][4];
 #pragma unroll
-    for (int m = 0; m < MT; ++m) load_matrix_x4(left[m], a + tile_at<D>(left_row + 16 * m, 2 * k + left_chunk));
+    for (int m = 0; m < MT; ++m) load_matrix_x4(left[m], tile_step<D>(left_at, 2 * k) + 32 * D * m);
 #pragma unroll
     for (int n = 0; n < NT / 2; ++n) {
       uint32_t right[4];
-      load_matrix_x4(right, b + tile_at<D>(right_row + 16 * n, 2 * k + right_chunk));
+      load_matrix_x4(right, tile_step<D>(right_at, 2 * k) + 32 * D * n);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         multiply<T>(acc[m][2 * n], left[m], right[0], right[1]);
@@ -67,13 +81,13 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], con
                                                  int b_row) {
   const int lane = threadIdx.x % 32;
   // Matrices as stored: (k 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15); each is transposed on the way.
-  const int row = b_row + lane % 16, chunk = lane / 16;
+  const uint32_t right_at = fresh(b + tile_at<D>(b_row + lane % 16, lane / 16));
 #pragma unroll
   for (int k = 0; k < KT; ++k) {
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
       uint32_t right[4];
-      load_matrix_x4_transposed(right, b + tile_at<D>(row + 16 * k, 2 * n + chunk));
+      load_matrix_x4_transposed(right, tile_step<D>(right_at, 2 * n) + 32 * D * k);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         multiply<T>(acc[m][2 * n], a[m][k], right[0], right[1]);

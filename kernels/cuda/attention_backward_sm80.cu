@@ -58,7 +58,7 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardPar
   const int kv_head = int(blockIdx.x / num_tiles) % shape.kv_heads;
   const int batch = int(blockIdx.x / num_tiles) / shape.kv_heads;
   const int group = shape.query_heads / shape.kv_heads;
-  const int64_t q_stride = int64_t(shape.query_heads) * D, kv_stride = int64_t(shape.kv_heads) * D;
+  const int q_stride = shape.query_heads * D, kv_stride = shape.kv_heads * D;
   const int64_t q_start = int64_t(batch) * shape.query_tokens * q_stride;
   const int64_t kv_start = int64_t(batch) * shape.key_tokens * kv_stride + int64_t(kv_head) * D;
 
@@ -107,7 +107,8 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardPar
     const uint32_t dout_tile = shared + DOUT + buffer * TILE_BYTES<ROWS, D>;
     const bool edge = shape.is_edge(row0, ROWS, key0, KEYS);
 
-#pragma unroll
+    // Not unrolled: the sub-tiles of a step would share registers that there are none of.
+#pragma unroll 1
     for (int sub = 0; sub < ROWS; sub += SUB) {
       float probabilities[MT][NT][4]; // transposed: rows are keys, columns are queries
       clear(probabilities);
@@ -213,8 +214,8 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardPar
         if (row < shape.query_tokens) {
 #pragma unroll
           for (int n = 0; n < COLUMNS / 8; ++n) {
-            atomicAdd(to + row * q_stride + 8 * n, dq[n][2 * half]);
-            atomicAdd(to + row * q_stride + 8 * n + 1, dq[n][2 * half + 1]);
+            atomicAdd(to + int64_t(row) * q_stride + 8 * n, dq[n][2 * half]);
+            atomicAdd(to + int64_t(row) * q_stride + 8 * n + 1, dq[n][2 * half + 1]);
           }
         }
       }
@@ -253,7 +254,7 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardPara
   const int head = int(blockIdx.x / num_tiles) % shape.query_heads;
   const int batch = int(blockIdx.x / num_tiles) / shape.query_heads;
   const int kv_head = head / (shape.query_heads / shape.kv_heads);
-  const int64_t q_stride = int64_t(shape.query_heads) * D, kv_stride = int64_t(shape.kv_heads) * D;
+  const int q_stride = shape.query_heads * D, kv_stride = shape.kv_heads * D;
   const int64_t q_start = int64_t(batch) * shape.query_tokens * q_stride + int64_t(head) * D;
   const int64_t kv_start = int64_t(batch) * shape.key_tokens * kv_stride + int64_t(kv_head) * D;
 

@@ -31,7 +31,7 @@ __device__ __forceinline__ void attention_forward(const AttentionForwardParams &
   const int head = int(blockIdx.x / num_tiles) % shape.query_heads;
   const int batch = int(blockIdx.x / num_tiles) / shape.query_heads;
   const int kv_head = head / (shape.query_heads / shape.kv_heads);
-  const int64_t q_stride = int64_t(shape.query_heads) * D, kv_stride = int64_t(shape.kv_heads) * D;
+  const int q_stride = shape.query_heads * D, kv_stride = shape.kv_heads * D;
   const int64_t q_start = int64_t(batch) * shape.query_tokens * q_stride + int64_t(head) * D;
   const int64_t kv_start = int64_t(batch) * shape.key_tokens * kv_stride + int64_t(kv_head) * D;
   const T *q = static_cast<const T *>(p.q) + q_start;
@@ -56,8 +56,7 @@ __device__ __forceinline__ void attention_forward(const AttentionForwardParams &
     load_tile<T, D, KEYS, THREADS>(k_tile, k, kv_stride, (end_tile - 1) * KEYS, shape.key_tokens);
     copy_commit();
   }
-  for (int tile = end_tile - 1; tile >= first_tile; --tile) {
-    const int key0 = tile * KEYS;
+  for (int key0 = (end_tile - 1) * KEYS; key0 >= first_tile * KEYS; key0 -= KEYS) {
     copy_wait<0>();
     __syncthreads(); // The keys are there, and no warp reads the values of the tile before any more.
     load_tile<T, D, KEYS, THREADS>(v_tile, v, kv_stride, key0, shape.key_tokens);
@@ -69,7 +68,7 @@ __device__ __forceinline__ void attention_forward(const AttentionForwardParams &
 
     copy_wait<0>();
     __syncthreads(); // The values are there, and no warp reads these keys any more.
-    if (tile > first_tile) {
+    if (key0 > first_tile * KEYS) {
       load_tile<T, D, KEYS, THREADS>(k_tile, k, kv_stride, key0 - KEYS, shape.key_tokens);
       copy_commit();
     }
@@ -126,6 +125,7 @@ __device__ __forceinline__ void attention_forward(const AttentionForwardParams &
     multiply_columns<T, D, MT, NT / 2>(out, probabilities, v_tile, 0);
   }
 
+  float *const lse = p.lse + (int64_t(batch) * shape.query_heads + head) * shape.query_tokens;
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -141,7 +141,7 @@ __device__ __forceinline__ void attention_forward(const AttentionForwardParams &
       }
       const int row = row0 + warp_row + 16 * m + 8 * half + lane / 4;
       if (lane % 4 == 0 && row < shape.query_tokens)
-        p.lse[(int64_t(batch) * shape.query_heads + head) * shape.query_tokens + row] =
+        lse[row] =
             sum == 0.f ? -INFINITY : row_max[m][half] * shape.scale + logf(sum);
     }
   // Only this warp ever read its rows of the query tile.

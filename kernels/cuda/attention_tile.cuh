@@ -33,15 +33,15 @@ template <int ROWS, int D> constexpr int TILE_BYTES = ROWS * D * 2;
 // Starts the copy of the rows [first, first + ROWS) of a matrix into a tile; rows from `limit` on become zeros.
 // A thread copies the same chunks of every STEP-th row: neither its swizzle nor its column changes on the way.
 template <typename T, int D, int ROWS, int THREADS>
-__device__ __forceinline__ void load_tile(uint32_t tile, const T *from, int64_t stride, int first, int limit) {
+__device__ __forceinline__ void load_tile(uint32_t tile, const T *from, int stride, int first, int limit) {
   constexpr int LINE = D % 64 != 0 ? 4 : THREADS / 8 <= ROWS ? 8 : 16; // chunks that neighbouring threads copy
   constexpr int STEP = THREADS / LINE;
   static_assert(D / 8 % LINE == 0 && ROWS % STEP == 0 && STEP % 8 == 0, "whole steps that keep the swizzle");
   const int row = threadIdx.x / LINE, chunk = threadIdx.x % LINE;
   const uint32_t to = tile + tile_at<D>(row, chunk);
-  const T *source = from + (first + row) * stride + chunk * 8;
+  const T *source = from + int64_t(first + row) * stride + chunk * 8;
 #pragma unroll
-  for (int j = 0; j < ROWS / STEP; ++j, source += STEP * stride)
+  for (int j = 0; j < ROWS / STEP; ++j, source += int64_t(STEP) * stride)
 #pragma unroll
     for (int part = 0; part < D / 8 / LINE; ++part)
       // An address past the end is formed but not read.
@@ -125,7 +125,7 @@ template <int A, int B> __device__ __forceinline__ void clear(float (&x)[A][B][4
 // `tile`, in 16-byte stores; rows from `limit` on are left out. No other warp may still read those rows of the tile.
 template <typename T, int D, int MT>
 __device__ __forceinline__ void store_rows(const float (&acc)[MT][D / 8][4], uint8_t *tile, int tile_row, T *to,
-                                           int64_t stride, int first, int limit) {
+                                           int stride, int first, int limit) {
   constexpr int CHUNKS = D / 8;
   const int lane = threadIdx.x % 32;
   __syncwarp();
@@ -140,11 +140,11 @@ __device__ __forceinline__ void store_rows(const float (&acc)[MT][D / 8][4], uin
             pack<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
       }
   __syncwarp();
-#pragma unroll
+#pragma unroll 4
   for (int i = lane; i < 16 * MT * CHUNKS; i += 32) {
     const int row = tile_row + i / CHUNKS, chunk = i % CHUNKS;
     if (first + row < limit)
-      *reinterpret_cast<uint4 *>(to + (first + row) * stride + chunk * 8) =
+      *reinterpret_cast<uint4 *>(to + int64_t(first + row) * stride + chunk * 8) =
           *reinterpret_cast<const uint4 *>(tile + tile_at<D>(row, chunk));
   }
 }

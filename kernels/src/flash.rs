@@ -109,6 +109,7 @@ impl AttentionShape {
         (self.batch, self.query_heads, self.query_tokens)
     }
 
+    #[cfg(feature = "cuda")]
     fn has_no_query(&self) -> bool {
         self.batch * self.query_tokens * self.query_heads == 0
     }

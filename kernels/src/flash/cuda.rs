@@ -69,6 +69,8 @@ impl ShapeParams {
                 candle_core::Error::Msg(format!("{op}: {name} {x}, expected at most {}", i32::MAX))
             })
         };
+        // The kernels' row strides, in elements.
+        int("query heads · head_dim", shape.query_heads * shape.head_dim)?;
         let window = params.window.map(|window| window.min(UNBOUNDED as usize) as i32);
         Ok(Self {
             batch: int("batch", shape.batch)?,

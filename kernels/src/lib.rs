@@ -1,12 +1,14 @@
 //! The attention core of mka: pure functions on tensors.
 //! Knows no session, chunk, tokenizer, model or file.
 //!
-//! Shapes use one alphabet: `t` query tokens, `s` page slots, `p` = [`PAGE_TOKENS`], `h` query heads,
+//! Shapes use one alphabet: `b` batch, `t` query tokens (`tq` queries and `tk` keys
+//! where both are given), `s` page slots, `p` = [`PAGE_TOKENS`], `h` query heads,
 //! `g` key/value heads, `d` head dimension, `c` hidden size, `m` EMA rates.
 //!
 //! | op | formula | shapes | source |
 //! |---|---|---|---|
 //! | [`paged_attention`] | softmax(q kᵀ · scale) v over a list of pages | q (t, h, d); pools (s, g, p, d) | FlashAttention-2, arXiv 2307.08691, alg. 1 |
+//! | [`attention`] | softmax(q kᵀ · scale) v, with gradients | q (b, tq, h, d); k, v (b, tk, g, d) | FlashAttention-2, arXiv 2307.08691, alg. 1 and 2 |
 //! | [`merge_states`] | log-sum-exp merge of two attentions | out (t, h, d), lse (t, h) | FlashInfer, arXiv 2501.01005, sec. 2.2 |
 //! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
 //! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (t, c), state (m, c) | MKA, arXiv 2603.20586, alg. 2 |
@@ -18,6 +20,7 @@ mod attention;
 pub mod cuda;
 mod elementwise;
 mod error;
+mod flash;
 pub mod packed;
 mod pages;
 mod pool;
@@ -29,6 +32,7 @@ mod simd;
 pub use attention::{AttentionParams, AttentionState, PageRef, merge_states, paged_attention};
 pub use elementwise::silu_mul;
 pub use error::{Error, ErrorKind, Result};
+pub use flash::{DenseAttentionParams, attention, attention_backward, attention_forward};
 pub use packed::{PackedMatrix, PackedType, linear};
 pub use pages::{PAGE_TOKENS, PagePool};
 pub use pool::on_pool;

@@ -1,6 +1,10 @@
 //! Every op in plain f64 loops: the oracle that the fast versions are tested against.
 //! Knows nothing of speed.
 
+mod flash;
+
+pub use flash::{attention, attention_backward};
+
 use crate::{AttentionParams, PAGE_TOKENS};
 
 /// [`crate::paged_attention`] by its definition: (out, lse) of shapes (t, h, d) and (t, h).

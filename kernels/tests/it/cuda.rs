@@ -2,6 +2,7 @@
 
 mod attention;
 mod elementwise;
+mod flash;
 mod packed;
 mod rope;
 

@@ -3,5 +3,6 @@
 mod attention;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod flash;
 mod packed;
 mod route;

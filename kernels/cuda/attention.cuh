@@ -1,0 +1,92 @@
+// What every dense attention kernel shares: the shape of the problem and which keys a query sees.
+#pragma once
+#include "number.cuh"
+
+// Row strides are query_heads · d and kv_heads · d elements; query head i reads key/value head i / group.
+struct AttentionShape {
+  int32_t batch;
+  int32_t query_tokens; // at most 2^28, as are key_tokens: no sum below leaves 32 bits
+  int32_t key_tokens;
+  int32_t query_heads;
+  int32_t kv_heads;
+  // A query at position i sees the keys i - left <= j <= i + right; either is 2^29 where that side has no bound.
+  int32_t left;
+  int32_t right;
+  float scale;
+
+  // Position of query 0: queries are aligned to the end of the keys. Negative where there are more queries than keys.
+  __device__ __forceinline__ int offset() const { return key_tokens - query_tokens; }
+
+  // The keys that any query of the rows [first, end) may see, and the reverse; an empty range has end <= first.
+  __device__ __forceinline__ int first_key(int first_row) const { return max(0, first_row + offset() - left); }
+  __device__ __forceinline__ int end_key(int end_row) const {
+    return min(key_tokens, min(end_row, query_tokens) + offset() + right);
+  }
+  __device__ __forceinline__ int first_row(int first_key) const { return max(0, first_key - right - offset()); }
+  __device__ __forceinline__ int end_row(int end_key) const {
+    return min(query_tokens, min(end_key, key_tokens) + left - offset());
+  }
+
+  // Whether some pair of a tile is masked, or its keys run past the end. Rows past the end need no mask: they are
+  // loaded as zeros and never stored.
+  __device__ __forceinline__ bool is_edge(int row, int rows, int key, int keys) const {
+    return key + keys > key_tokens || key + keys - 1 > row + offset() + right || key < row + rows - 1 + offset() - left;
+  }
+};
+
+struct AttentionForwardParams {
+  const void *q; // (b, tq, h, d)
+  const void *k; // (b, tk, g, d)
+  const void *v; // (b, tk, g, d)
+  void *out;     // (b, tq, h, d)
+  float *lse;    // (b, h, tq)
+  AttentionShape shape;
+  int32_t d;
+};
+
+struct AttentionBackwardParams {
+  const void *q;     // (b, tq, h, d)
+  const void *k;     // (b, tk, g, d)
+  const void *v;     // (b, tk, g, d)
+  const void *out;   // (b, tq, h, d)
+  const void *dout;  // (b, tq, h, d)
+  const float *lse;  // (b, h, tq)
+  const float *dlse; // (b, h, tq) or null
+  float2 *rows;      // (b, h, tq): {lse · log2 e, delta}
+  float *dq_sum;     // (b, tq, h, d), zero at first; only where dq is summed by atomics
+  void *dq;          // (b, tq, h, d)
+  void *dk;          // (b, tk, g, d)
+  void *dv;          // (b, tk, g, d)
+  AttentionShape shape;
+  int32_t d;
+};
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// 2^x on the special function unit; 0 for -inf.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// rows = {lse · log2 e, rowsum(dout ∘ out) - dlse}, one warp a row of (b, tq, h). A row that saw no key has
+// lse = -inf; +inf in its place makes every probability 2^(s - inf) = 0, and its gradients 0, without a mask.
+template <typename T> __device__ void attention_backward_rows(const AttentionBackwardParams &p) {
+  const AttentionShape &shape = p.shape;
+  const uint64_t row = uint64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  const uint64_t num_rows = uint64_t(shape.batch) * shape.query_tokens * shape.query_heads;
+  if (row >= num_rows) return;
+  const T *out = static_cast<const T *>(p.out) + row * p.d, *dout = static_cast<const T *>(p.dout) + row * p.d;
+  float delta = 0.f;
+  for (int x = threadIdx.x % 32; x < p.d; x += 32) delta += to_float(out[x]) * to_float(dout[x]);
+  delta = warp_sum(delta);
+  if (threadIdx.x % 32 == 0) {
+    const uint64_t head = row % shape.query_heads, token = row / shape.query_heads;
+    const uint64_t batch = token / shape.query_tokens;
+    const uint64_t at = (batch * shape.query_heads + head) * shape.query_tokens + token % shape.query_tokens;
+    const float lse = p.lse[at];
+    if (p.dlse != nullptr) delta -= p.dlse[at];
+    p.rows[at] = make_float2(lse == -INFINITY ? INFINITY : lse * LOG2_E, delta);
+  }
+}

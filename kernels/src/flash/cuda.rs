@@ -1,0 +1,281 @@
+//! Launches of the dense attention kernels: tiles by head_dim, grids, buffers.
+//! Knows the kernels' names and tiles; the shapes it gets are checked.
+
+use super::{AttentionShape, DenseAttentionParams};
+use crate::cuda::{self, Launch};
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Storage, Tensor, bail};
+
+/// In place of a bound that is not there.
+const UNBOUNDED: i32 = 1 << 29;
+
+/// As in `cuda/attention.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ShapeParams {
+    batch: i32,
+    query_tokens: i32,
+    key_tokens: i32,
+    query_heads: i32,
+    kv_heads: i32,
+    left: i32,
+    right: i32,
+    scale: f32,
+}
+
+/// As in `cuda/attention.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ForwardParams {
+    q: u64,
+    k: u64,
+    v: u64,
+    out: u64,
+    lse: u64,
+    shape: ShapeParams,
+    d: i32,
+}
+
+/// As in `cuda/attention.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct BackwardParams {
+    q: u64,
+    k: u64,
+    v: u64,
+    out: u64,
+    dout: u64,
+    lse: u64,
+    dlse: u64,
+    rows: u64,
+    dq_sum: u64,
+    dq: u64,
+    dk: u64,
+    dv: u64,
+    shape: ShapeParams,
+    d: i32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernels declare them.
+unsafe impl DeviceRepr for ForwardParams {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for BackwardParams {}
+
+impl ShapeParams {
+    fn new(op: &str, shape: &AttentionShape, params: &DenseAttentionParams) -> Result<Self> {
+        let int = |name: &str, x: usize| {
+            i32::try_from(x).map_err(|_| {
+                candle_core::Error::Msg(format!("{op}: {name} {x}, expected at most {}", i32::MAX))
+            })
+        };
+        // The kernels' row strides, in elements.
+        int("query heads · head_dim", shape.query_heads * shape.head_dim)?;
+        let window = params.window.map(|window| window.min(UNBOUNDED as usize) as i32);
+        Ok(Self {
+            batch: int("batch", shape.batch)?,
+            query_tokens: int("query tokens", shape.query_tokens)?,
+            key_tokens: int("key tokens", shape.key_tokens)?,
+            query_heads: int("query heads", shape.query_heads)?,
+            kv_heads: int("key/value heads", shape.kv_heads)?,
+            left: window.map_or(UNBOUNDED, |window| window - 1),
+            right: if params.causal || window.is_some() { 0 } else { UNBOUNDED },
+            scale: params.scale,
+        })
+    }
+}
+
+/// How a block of one kernel works, as the kernel's file has it.
+struct Tile {
+    /// Rows (queries or keys) that a block owns.
+    rows: usize,
+    warps: u32,
+    shared_bytes: usize,
+}
+
+impl Tile {
+    /// The forward kernel in 16 bits: q, k and v tiles.
+    fn forward(d: usize) -> Self {
+        Self {
+            rows: 128,
+            warps: if d == 256 { 8 } else { 4 },
+            shared_bytes: (128 + 2 * 64) * d * 2,
+        }
+    }
+
+    /// The kernel of dk and dv in 16 bits: k and v, twice q, dout and {lse, delta}, and dSᵀ where it makes dq too.
+    fn backward_kv(d: usize, with_queries: bool) -> Self {
+        let walked = Self::walked(d);
+        let ds = if with_queries { 128 * walked * 2 } else { 0 };
+        let shared_bytes = 2 * 128 * d * 2 + 4 * walked * d * 2 + 2 * walked * 8 + ds;
+        Self { rows: 128, warps: Self::backward_warps(d), shared_bytes }
+    }
+
+    /// The kernel of dq alone in 16 bits: q and dout, and twice k and v.
+    fn backward_q(d: usize) -> Self {
+        let shared_bytes = 2 * 128 * d * 2 + 4 * Self::walked(d) * d * 2;
+        Self { rows: 128, warps: Self::backward_warps(d), shared_bytes }
+    }
+
+    /// Rows of the tiles that a backward block walks.
+    fn walked(d: usize) -> usize {
+        if d == 256 { 16 } else { 64 }
+    }
+
+    fn backward_warps(d: usize) -> u32 {
+        if d == 64 { 4 } else { 8 }
+    }
+
+    /// Any f32 kernel, with `tiles` padded tiles of 32 rows.
+    fn f32(d: usize, tiles: usize) -> Self {
+        Self { rows: 32, warps: 8, shared_bytes: tiles * 32 * (d + 4) * 4 }
+    }
+
+    /// One block for every `rows` of `tokens`, of `heads` heads.
+    fn launch(&self, op: &str, tokens: usize, heads: usize) -> Result<Launch> {
+        let blocks = tokens.div_ceil(self.rows).saturating_mul(heads);
+        if blocks > i32::MAX as usize {
+            bail!("{op}: {blocks} blocks, expected at most {}", i32::MAX);
+        }
+        Ok(Launch {
+            grid: (blocks as u32, 1, 1),
+            block: 32 * self.warps,
+            shared_bytes: self.shared_bytes as u32,
+        })
+    }
+}
+
+fn check_head_dim(op: &str, dtype: DType, d: usize) -> Result<()> {
+    let known = match dtype {
+        DType::F32 => d.is_multiple_of(32) && d <= 256,
+        _ => matches!(d, 64 | 96 | 128 | 256),
+    };
+    if !known {
+        bail!(
+            "{op}: head_dim {d} in {dtype:?} on CUDA, expected 64, 96, 128 or 256, or in f32 a multiple of 32 up to 256"
+        );
+    }
+    Ok(())
+}
+
+/// A tensor without history over what a kernel wrote.
+pub(super) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+}
+
+/// (out, lse) of the contiguous q, k and v at these addresses, multiples of 16.
+pub(super) fn forward(
+    device: &CudaDevice,
+    dtype: DType,
+    [q, k, v]: [u64; 3],
+    shape: &AttentionShape,
+    params: &DenseAttentionParams,
+) -> Result<(CudaStorage, Tensor)> {
+    let op = "attention_forward";
+    let d = shape.head_dim;
+    check_head_dim(op, dtype, d)?;
+    let out_shape = Shape::from(shape.out());
+    let out = cuda::output(device, dtype, out_shape.elem_count())?;
+    let lse = cuda::output_tensor(device, DType::F32, shape.lse())?;
+    if shape.has_no_query() {
+        return Ok((out, lse));
+    }
+    let kernel_params = ForwardParams {
+        q,
+        k,
+        v,
+        out: cuda::address_of(&out, &candle_core::Layout::contiguous(&out_shape))?,
+        lse: cuda::address(&lse)?,
+        shape: ShapeParams::new(op, shape, params)?,
+        d: d as i32,
+    };
+    let (source, kernel, tile) = match dtype {
+        DType::F32 => {
+            ("attention_forward_f32", "attention_forward_f32".to_owned(), Tile::f32(d, 3))
+        }
+        _ => {
+            let kernel = format!("attention_forward_{}_{d}", cuda::suffix(op, dtype)?);
+            ("attention_forward_sm80", kernel, Tile::forward(d))
+        }
+    };
+    let launch = tile.launch(op, shape.query_tokens, shape.batch * shape.query_heads)?;
+    cuda::launch(device, source, &kernel, launch, &kernel_params)?;
+    Ok((out, lse))
+}
+
+/// (dq, dk, dv); `inputs` are q, k, v, out and dout, contiguous at multiples of 16 bytes, as are `lse` and `dlse`.
+pub(super) fn backward(
+    device: &CudaDevice,
+    inputs: &[Tensor; 5],
+    lse: &Tensor,
+    dlse: Option<&Tensor>,
+    shape: &AttentionShape,
+    params: &DenseAttentionParams,
+    deterministic: bool,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let op = "attention_backward";
+    let [q, k, v, out, dout] = inputs;
+    let (d, dtype) = (shape.head_dim, q.dtype());
+    check_head_dim(op, dtype, d)?;
+    if shape.has_no_query() || shape.key_tokens == 0 {
+        return Ok((q.zeros_like()?, k.zeros_like()?, v.zeros_like()?));
+    }
+    let dq = cuda::output_tensor(device, dtype, shape.out())?;
+    let dk = cuda::output_tensor(device, dtype, shape.keys())?;
+    let dv = cuda::output_tensor(device, dtype, shape.keys())?;
+    let (batch, h, tq) = shape.lse();
+    let rows = cuda::output_tensor(device, DType::F32, (batch, h, tq, 2))?;
+    let with_queries = !deterministic && dtype != DType::F32 && d != 256;
+    let dq_sum =
+        if with_queries { Some(Tensor::zeros(shape.out(), DType::F32, q.device())?) } else { None };
+    let kernel_params = BackwardParams {
+        q: cuda::address(q)?,
+        k: cuda::address(k)?,
+        v: cuda::address(v)?,
+        out: cuda::address(out)?,
+        dout: cuda::address(dout)?,
+        lse: cuda::address(lse)?,
+        dlse: dlse.map(cuda::address).transpose()?.unwrap_or(0),
+        rows: cuda::address(&rows)?,
+        dq_sum: dq_sum.as_ref().map(cuda::address).transpose()?.unwrap_or(0),
+        dq: cuda::address(&dq)?,
+        dk: cuda::address(&dk)?,
+        dv: cuda::address(&dv)?,
+        shape: ShapeParams::new(op, shape, params)?,
+        d: d as i32,
+    };
+    let suffix = cuda::suffix(op, dtype)?;
+    let (source, size) = match dtype {
+        DType::F32 => ("attention_backward_f32", String::new()),
+        _ => ("attention_backward_sm80", format!("_{d}")),
+    };
+    let run = |name: &str, launch: Launch| {
+        cuda::launch(device, source, &format!("attention_backward_{name}"), launch, &kernel_params)
+    };
+    let per_row = Tile { rows: 8, warps: 8, shared_bytes: 0 };
+    run(&format!("rows_{suffix}"), per_row.launch(op, batch * h * tq, 1)?)?;
+
+    let (kv_tile, q_tile) = match dtype {
+        DType::F32 => (Tile::f32(d, 4), Tile::f32(d, 4)),
+        _ => (Tile::backward_kv(d, with_queries), Tile::backward_q(d)),
+    };
+    let kv_kernels: &[&str] = match (dtype, d) {
+        (DType::F32, _) => &["kv"],
+        (_, 256) => &["kv_dk", "kv_dv"],
+        _ if with_queries => &["kv_dq"],
+        _ => &["kv"],
+    };
+    for kernel in kv_kernels {
+        let launch = kv_tile.launch(op, shape.key_tokens, batch * shape.kv_heads)?;
+        run(&format!("{kernel}_{suffix}{size}"), launch)?;
+    }
+    if with_queries {
+        // Beyond 64 K blocks a thread converts several pairs.
+        let blocks = (dq.elem_count() / 2).div_ceil(256).min(65_536) as u32;
+        let launch = Launch { grid: (blocks, 1, 1), block: 256, shared_bytes: 0 };
+        run(&format!("convert_{suffix}"), launch)?;
+    } else {
+        run(&format!("q_{suffix}{size}"), q_tile.launch(op, tq, batch * h)?)?;
+    }
+    Ok((dq, dk, dv))
+}

@@ -26,7 +26,10 @@ mod rope;
 mod route;
 mod simd;
 
-pub use attention::{AttentionParams, AttentionState, PageRef, merge_states, paged_attention};
+pub use attention::{
+    AttentionParams, AttentionState, MergeGradients, PageRef, merge_states, merge_states_backward,
+    paged_attention,
+};
 pub use elementwise::silu_mul;
 pub use error::{Error, ErrorKind, Result};
 pub use packed::{PackedMatrix, PackedType, linear};

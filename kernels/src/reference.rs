@@ -36,8 +36,11 @@ pub fn paged_attention(
                         let score: f64 = (0..d)
                             .map(|x| f64::from(query[x]) * f64::from(keys[at + x]))
                             .sum::<f64>()
-                            * f64::from(params.scale);
-                        seen.push((score, at));
+                            * f64::from(params.scale)
+                            + f64::from(page.bias);
+                        if score > f64::NEG_INFINITY {
+                            seen.push((score, at));
+                        }
                     }
                 }
             }

@@ -39,6 +39,7 @@ impl Inputs {
         let n = slots * case.g * PAGE_TOKENS * case.d;
         let pages = (0..num_pages)
             .map(|p| PageRef {
+                bias: 0.0,
                 slot: slots - 1 - p,
                 start: (p * PAGE_TOKENS) as u64,
                 len: (total - p * PAGE_TOKENS).min(PAGE_TOKENS),
@@ -154,7 +155,7 @@ fn wrong_shapes_are_errors() {
     let zeros =
         |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
     let params = AttentionParams {
-        pages: vec![PageRef { slot: 3, start: 0, len: 1 }],
+        pages: vec![PageRef { slot: 3, start: 0, len: 1, bias: 0.0 }],
         ..AttentionParams::default()
     };
     let pool = zeros(&[2, 2, PAGE_TOKENS, 8]);

@@ -7,7 +7,8 @@
 // and a warp passes over a page that none of its own rows sees.
 //
 // Bound by arithmetic. MT = 2 (4 warps) up to d = 128: every K and V fragment feeds two products, so that ldmatrix
-// (4 cycles) keeps up with mma; at d = 256 O alone is 128 registers with MT = 1 (8 warps). Rows of shared memory are
+// (4 cycles) keeps up with mma; at d = 256 O alone is 128 registers with MT = 1 (8 warps). A warp scores KEYS keys at
+// a time: 32 where O and S of a whole page would not fit 255 registers. Rows of shared memory are
 // d + 8 elements: 16-byte units odd, so that the eight rows of an ldmatrix meet different banks. Shared memory
 // (128 + 4 · 64) · (d + 8) · 2 B = 102 KiB at d = 128: two blocks on Hopper; one, 198 KiB, at d = 256.
 //
@@ -17,14 +18,14 @@
 
 constexpr int ROWS = 128;
 
-template <typename T, int D, int MT> __device__ __forceinline__ void prefill(const PagedParams &p) {
+template <typename T, int D, int MT, int KEYS> __device__ __forceinline__ void prefill(const PagedParams &p) {
   static_assert(D % 32 == 0, "whole k steps");
   constexpr int WARPS = ROWS / (16 * MT);
   constexpr int THREADS = WARPS * 32;
   constexpr int STRIDE = D + 8;
   constexpr int PAGE = PAGE_TOKENS * STRIDE;
   constexpr int CHUNKS = D / 8; // of 16 bytes
-  constexpr int NS = PAGE_TOKENS / 8, NO = D / 8;
+  constexpr int NS = KEYS / 8, NO = D / 8;
   extern __shared__ __align__(16) unsigned char shared[];
   const uint32_t q_at = shared_address(shared);
   const uint32_t kv_at = q_at + ROWS * STRIDE * 2; // two stages of K, V
@@ -61,15 +62,15 @@ template <typename T, int D, int MT> __device__ __forceinline__ void prefill(con
     copy_async_16(q_at + (row * STRIDE + column) * 2,
                   valid ? from + output_row(p, head, row0 + row) * D + column : from, valid);
   }
-  // Row i of the m tile: accumulators 0, 1 are row lane/4, 2, 3 are row lane/4 + 8.
-  Visible sees[MT][2];
+  // In shared memory, since only the pages at an edge of what is visible ask for it.
+  __shared__ Visible sees[ROWS];
+  for (int i = tid; i < ROWS; i += THREADS) sees[i] = visible_to_row(p, row0 + i);
   float o[MT][NO][4] = {};
   float max[MT][2], sum[MT][2];
 #pragma unroll
   for (int m = 0; m < MT; m++) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      sees[m][i] = visible_to_row(p, warp_row0 + 16 * m + 8 * i + lane / 4);
       max[m][i] = -INFINITY, sum[m][i] = 0.0f;
     }
   }
@@ -88,11 +89,13 @@ template <typename T, int D, int MT> __device__ __forceinline__ void prefill(con
     copy_commit();
     copy_wait<1>();
     __syncthreads();
-    if (warp_view.any(page)) {
-      const uint32_t k_at = kv_at + stage * 2 * PAGE * 2 + k_lane;
-      const uint32_t v_at = kv_at + (stage * 2 + 1) * PAGE * 2 + v_lane;
+    const bool any = warp_view.any(page), all = warp_view.all(page);
+#pragma unroll 1
+    for (int key0 = 0; any && key0 < PAGE_TOKENS; key0 += KEYS) {
+      const uint32_t k_at = kv_at + (stage * 2 * PAGE + key0 * STRIDE) * 2 + k_lane;
+      const uint32_t v_at = kv_at + ((stage * 2 + 1) * PAGE + key0 * STRIDE) * 2 + v_lane;
       float s[MT][NS][4] = {};
-#pragma unroll 2
+#pragma unroll 4
       for (int step = 0; step < D / 16; step++) {
         uint32_t a[MT][4];
 #pragma unroll
@@ -108,21 +111,35 @@ template <typename T, int D, int MT> __device__ __forceinline__ void prefill(con
           }
         }
       }
-      const bool all = warp_view.all(page);
 #pragma unroll
       for (int m = 0; m < MT; m++) {
+        // Accumulators 0 and 1 are of row lane/4 of the m tile, 2 and 3 of row lane/4 + 8.
         float top[2] = {max[m][0], max[m][1]};
 #pragma unroll
         for (int n = 0; n < NS; n++) {
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             s[m][n][e] = fmaf(s[m][n][e], p.scale, page.bias);
-            if (!all) {
-              const int key = n * 8 + lane % 4 * 2 + e % 2;
-              if (key >= int(page.len) || !sees[m][e / 2].sees(page.start + key)) s[m][n][e] = -INFINITY;
-            }
-            top[e / 2] = fmaxf(top[e / 2], s[m][n][e]);
           }
+        }
+        if (!all) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const Visible row = sees[(warp * MT + m) * 16 + 8 * i + lane / 4];
+#pragma unroll
+            for (int n = 0; n < NS; n++) {
+#pragma unroll
+              for (int e = 0; e < 2; e++) {
+                const int key = key0 + n * 8 + lane % 4 * 2 + e;
+                if (key >= int(page.len) || !row.sees(page.start + key)) s[m][n][2 * i + e] = -INFINITY;
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < NS; n++) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) top[e / 2] = fmaxf(top[e / 2], s[m][n][e]);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -142,7 +159,7 @@ template <typename T, int D, int MT> __device__ __forceinline__ void prefill(con
         }
       }
 #pragma unroll
-      for (int step = 0; step < PAGE_TOKENS / 16; step++) {
+      for (int step = 0; step < KEYS / 16; step++) {
         uint32_t a[MT][4];
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -185,15 +202,15 @@ template <typename T, int D, int MT> __device__ __forceinline__ void prefill(con
   }
 }
 
-#define KERNEL(name, T, D, MT) \
+#define KERNEL(name, T, D, MT, KEYS) \
   extern "C" __global__ void __launch_bounds__(ROWS / (16 * MT) * 32) name(const __grid_constant__ PagedParams p) { \
-    prefill<T, D, MT>(p); \
+    prefill<T, D, MT, KEYS>(p); \
   }
-KERNEL(paged_prefill_bf16_64, __nv_bfloat16, 64, 2)
-KERNEL(paged_prefill_bf16_96, __nv_bfloat16, 96, 2)
-KERNEL(paged_prefill_bf16_128, __nv_bfloat16, 128, 2)
-KERNEL(paged_prefill_bf16_256, __nv_bfloat16, 256, 1)
-KERNEL(paged_prefill_f16_64, __half, 64, 2)
-KERNEL(paged_prefill_f16_96, __half, 96, 2)
-KERNEL(paged_prefill_f16_128, __half, 128, 2)
-KERNEL(paged_prefill_f16_256, __half, 256, 1)
+KERNEL(paged_prefill_bf16_64, __nv_bfloat16, 64, 2, 64)
+KERNEL(paged_prefill_bf16_96, __nv_bfloat16, 96, 2, 32)
+KERNEL(paged_prefill_bf16_128, __nv_bfloat16, 128, 2, 32)
+KERNEL(paged_prefill_bf16_256, __nv_bfloat16, 256, 1, 64)
+KERNEL(paged_prefill_f16_64, __half, 64, 2, 64)
+KERNEL(paged_prefill_f16_96, __half, 96, 2, 32)
+KERNEL(paged_prefill_f16_128, __half, 128, 2, 32)
+KERNEL(paged_prefill_f16_256, __half, 256, 1, 64)

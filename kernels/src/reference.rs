@@ -1,6 +1,12 @@
 //! Every op in plain f64 loops: the oracle that the fast versions are tested against.
 //! Knows nothing of speed.
 
+mod merge;
+mod select;
+
+pub use merge::{RowGradients, merge_states, merge_states_backward};
+pub use select::{landmarks, score_landmarks, top_k};
+
 use crate::{AttentionParams, PAGE_TOKENS};
 
 /// [`crate::paged_attention`] by its definition: (out, lse) of shapes (t, h, d) and (t, h).

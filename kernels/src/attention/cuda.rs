@@ -202,11 +202,9 @@ fn num_splits(
     pages: usize,
 ) -> Result<usize> {
     let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-    let processors = device
-        .cuda_stream()
-        .context()
-        .attribute(attribute)
-        .map_err(candle_core::Error::wrap)? as usize;
+    let processors =
+        device.cuda_stream().context().attribute(attribute).map_err(candle_core::Error::wrap)?
+            as usize;
     // Blocks that fit an SM at once, by the registers of the 16-bit kernels and the shared memory of the f32 ones.
     let resident = match (dtype, d) {
         (DType::F32, 64) => 4,

@@ -1,6 +1,8 @@
 //! The CUDA side of every op against its f64 reference. Skipped, with the reason printed, where there is no device.
 
+mod paged;
 mod rope;
+mod select;
 
 use candle_core::Device;
 

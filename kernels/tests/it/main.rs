@@ -5,3 +5,4 @@ mod attention;
 mod cuda;
 mod packed;
 mod route;
+mod select;

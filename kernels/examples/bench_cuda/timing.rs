@@ -76,7 +76,6 @@ impl Bench {
     }
 
     /// Cells of an op bound by arithmetic: µs, TFLOP/s, share of the matrix product's rate.
-    #[allow(dead_code, reason = "the first op here is bound by memory")]
     pub(crate) fn compute_row(&self, seconds: f64, flops: f64) -> String {
         let rate = flops / seconds;
         format!("{:.1} | {:.0} | {:.2} |", seconds * 1e6, rate / 1e12, rate / self.matmul_flops)

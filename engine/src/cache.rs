@@ -173,7 +173,7 @@ impl Cache {
             .map(|index| {
                 let start = index * page;
                 let len = end.saturating_sub(start).min(page) as usize;
-                Ok(PageRef { slot: self.slot(index)?, start, len })
+                Ok(PageRef { slot: self.slot(index)?, start, len, bias: 0.0 })
             })
             .collect()
     }

@@ -3,15 +3,20 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+mod merge;
+
+pub use merge::{MergeGradients, merge_states, merge_states_backward};
 
 use crate::pages::PAGE_TOKENS;
 use crate::simd::{self, multiversion};
+#[cfg(feature = "cuda")]
+use candle_core::Device;
 use candle_core::{Layout, Result, Storage, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// One page of the key/value pool as a query sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PageRef {
     /// Index of the page in the pool.
     pub slot: usize,
@@ -19,6 +24,8 @@ pub struct PageRef {
     pub start: u64,
     /// Tokens in the page, at most [`PAGE_TOKENS`].
     pub len: usize,
+    /// Added to every score of the page: the log of its level's gate, 0 for none, -inf for a page that no query sees.
+    pub bias: f32,
 }
 
 /// What one call attends to.
@@ -51,7 +58,7 @@ impl AttentionParams {
 /// The result of attending to one set of keys, mergeable with that of another set.
 #[derive(Debug, Clone)]
 pub struct AttentionState {
-    /// (t, h, d), f32: the softmax-weighted mean of the values; 0 for a query that saw no key.
+    /// (t, h, d), f32, or the 16-bit type of the pages on CUDA: the softmax-weighted mean of the values; 0 for a query that saw no key.
     pub out: Tensor,
     /// (t, h), f32: log of the sum of e^score; -inf for a query that saw no key.
     pub lse: Tensor,
@@ -61,13 +68,15 @@ pub struct AttentionState {
 ///
 /// Shapes: `q` (t, h, d), rotated; `keys`, `values` (s, g, PAGE_TOKENS, d), contiguous; h a multiple of g, head i
 /// reading key/value head i / (h / g). Nothing of the pool is copied.
+/// Types: f32 on the CPU; f32, bf16 or f16, all three alike, on CUDA, where d is 64, 96, 128 or 256, for f32 also
+/// 16 or 32.
 ///
 /// The split of the work depends on the shapes alone, so that equal inputs give equal bits on any number of threads.
 ///
 /// Source: FlashAttention-2 (arXiv 2307.08691) algorithm 1; pages as in PagedAttention (arXiv 2309.06180) section 4.
 ///
 /// # Errors
-/// If shapes disagree or a page lies outside the pool.
+/// If shapes, types or devices disagree, a page lies outside the pool, or a bias is NaN or +inf.
 pub fn paged_attention(
     q: &Tensor,
     keys: &Tensor,
@@ -89,10 +98,13 @@ pub fn paged_attention(
     if let Some(page) = params.pages.iter().find(|p| p.slot >= slots || p.len > PAGE_TOKENS) {
         candle_core::bail!("paged_attention: {page:?}, expected a slot below {slots}");
     }
+    if let Some(page) = params.pages.iter().find(|p| p.bias.is_nan() || p.bias == f32::INFINITY) {
+        candle_core::bail!("paged_attention: {page:?}, expected a bias that is a number or -inf");
+    }
     let q = q.contiguous()?;
     #[cfg(feature = "cuda")]
-    if q.device().is_cuda() {
-        return cuda::paged_attention(&q, keys, values, params);
+    if let Device::Cuda(device) = q.device() {
+        return cuda::paged_attention(device, &q, keys, values, params);
     }
     let (q_storage, q_layout) = q.storage_and_layout();
     let (k_storage, k_layout) = keys.storage_and_layout();
@@ -111,50 +123,6 @@ pub fn paged_attention(
     Ok(AttentionState {
         out: Tensor::from_vec(out, (t, h, d), q.device())?,
         lse: Tensor::from_vec(lse, (t, h), q.device())?,
-    })
-}
-
-/// Joins attention over two disjoint sets of keys into attention over their union.
-///
-/// lse = ln(e^lse₁ + e^lse₂), out = Σ e^(lseᵢ - lse) outᵢ: associative and commutative up to rounding, with the
-/// state that saw no key (lse = -inf) as its neutral element.
-///
-/// # Errors
-/// If the shapes differ.
-pub fn merge_states(a: &AttentionState, b: &AttentionState) -> Result<AttentionState> {
-    let (t, h, d) = a.out.dims3()?;
-    if b.out.dims3()? != (t, h, d) || a.lse.dims2()? != (t, h) || b.lse.dims2()? != (t, h) {
-        candle_core::bail!(
-            "merge_states: out {:?}, expected the shape of {:?}",
-            b.out.shape(),
-            a.out.shape()
-        );
-    }
-    #[cfg(feature = "cuda")]
-    if a.out.device().is_cuda() {
-        return cuda::merge_states(a, b);
-    }
-    let mut out = a.out.flatten_all()?.to_vec1::<f32>()?;
-    let mut lse = a.lse.flatten_all()?.to_vec1::<f32>()?;
-    let other_out = b.out.flatten_all()?.to_vec1::<f32>()?;
-    let other_lse = b.lse.flatten_all()?.to_vec1::<f32>()?;
-    for (row, (lse, other)) in lse.iter_mut().zip(&other_lse).enumerate() {
-        let max = lse.max(*other);
-        if max == f32::NEG_INFINITY {
-            continue;
-        }
-        let (wa, wb) = ((*lse - max).exp(), (other - max).exp());
-        let sum = wa + wb;
-        let range = row * d..(row + 1) * d;
-        for (x, y) in out[range.clone()].iter_mut().zip(&other_out[range]) {
-            *x = (*x * wa + y * wb) / sum;
-        }
-        *lse = max + sum.ln();
-    }
-    let device = a.out.device();
-    Ok(AttentionState {
-        out: Tensor::from_vec(out, (t, h, d), device)?,
-        lse: Tensor::from_vec(lse, (t, h), device)?,
     })
 }
 
@@ -290,6 +258,9 @@ impl Problem<'_> {
                 for row in 0..rows {
                     let row_scores = &mut scores[row * PAGE_TOKENS..row * PAGE_TOKENS + page.len];
                     let range = visible(row);
+                    if page.bias != 0.0 {
+                        row_scores.iter_mut().for_each(|score| *score += page.bias);
+                    }
                     row_scores[..range.start].fill(f32::NEG_INFINITY);
                     row_scores[range.end..].fill(f32::NEG_INFINITY);
                     let acc = &mut partial.acc[row * d..(row + 1) * d];
@@ -310,6 +281,7 @@ impl Problem<'_> {
                         query,
                         &keys[part.clone()],
                         &values[part],
+                        page.bias,
                         &mut scores[..range.len()],
                         acc,
                         &mut partial.max[row],
@@ -402,10 +374,12 @@ multiversion! {
 
 /// One query over one run of keys: scores, softmax, weighted values.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn attend_row_body(
     query: &[f32],
     keys: &[f32],
     values: &[f32],
+    bias: f32,
     scores: &mut [f32],
     acc: &mut [f32],
     max: &mut f32,
@@ -413,7 +387,7 @@ fn attend_row_body(
 ) {
     let d = query.len();
     for (score, key) in scores.iter_mut().zip(keys.chunks_exact(d)) {
-        *score = simd::dot(query, key);
+        *score = simd::dot(query, key) + bias;
     }
     softmax_row_body(scores, acc, max, sum);
     for (weight, value) in scores.iter().zip(values.chunks_exact(d)) {
@@ -424,10 +398,12 @@ fn attend_row_body(
 }
 
 multiversion! {
+    #[allow(clippy::too_many_arguments)]
     fn attend_row = attend_row_body(
         query: &[f32],
         keys: &[f32],
         values: &[f32],
+        bias: f32,
         scores: &mut [f32],
         acc: &mut [f32],
         max: &mut f32,

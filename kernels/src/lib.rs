@@ -10,6 +10,8 @@
 //! | [`paged_attention`] | softmax(q kᵀ · scale) v over a list of pages | q (t, h, d); pools (s, g, p, d) | FlashAttention-2, arXiv 2307.08691, alg. 1 |
 //! | [`attention`] | softmax(q kᵀ · scale) v, with gradients | q (b, tq, h, d); k, v (b, tk, g, d) | FlashAttention-2, arXiv 2307.08691, alg. 1 and 2 |
 //! | [`merge_states`] | log-sum-exp merge of two attentions | out (t, h, d), lse (t, h) | FlashInfer, arXiv 2501.01005, sec. 2.2 |
+//! | [`landmarks`], [`score_landmarks`] | means of keys; Σ over heads of softmax(q landmarkᵀ · scale) | pool (s, g, p, d); landmarks (n, g, d) | `reference` |
+//! | [`top_k`], [`gather_pages`] | exact k largest; copy of pages | votes (g, n); pool (s, g, p, d) | `reference` |
 //! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
 //! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (t, c), state (m, c) | MKA, arXiv 2603.20586, alg. 2 |
 //! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
@@ -27,9 +29,13 @@ mod pool;
 pub mod reference;
 mod rope;
 mod route;
+mod select;
 mod simd;
 
-pub use attention::{AttentionParams, AttentionState, PageRef, merge_states, paged_attention};
+pub use attention::{
+    AttentionParams, AttentionState, MergeGradients, PageRef, merge_states, merge_states_backward,
+    paged_attention,
+};
 pub use elementwise::silu_mul;
 pub use error::{Error, ErrorKind, Result};
 pub use flash::{DenseAttentionParams, attention, attention_backward, attention_forward};
@@ -38,3 +44,4 @@ pub use pages::{PAGE_TOKENS, PagePool};
 pub use pool::on_pool;
 pub use rope::{RotaryAngles, rotate};
 pub use route::{ema_advance, ema_scan, fuse_levels};
+pub use select::{gather_pages, gather_pages_backward, landmarks, score_landmarks, top_k};

@@ -2,8 +2,12 @@
 //! Knows nothing of speed.
 
 mod flash;
+mod merge;
+mod select;
 
 pub use flash::{attention, attention_backward};
+pub use merge::{RowGradients, merge_states, merge_states_backward};
+pub use select::{landmarks, score_landmarks, top_k};
 
 use crate::{AttentionParams, PAGE_TOKENS};
 
@@ -40,8 +44,11 @@ pub fn paged_attention(
                         let score: f64 = (0..d)
                             .map(|x| f64::from(query[x]) * f64::from(keys[at + x]))
                             .sum::<f64>()
-                            * f64::from(params.scale);
-                        seen.push((score, at));
+                            * f64::from(params.scale)
+                            + f64::from(page.bias);
+                        if score > f64::NEG_INFINITY {
+                            seen.push((score, at));
+                        }
                     }
                 }
             }

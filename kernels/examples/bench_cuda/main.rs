@@ -3,14 +3,20 @@
 //! `bench_cuda [OP ..]` prints one Markdown table per op; without arguments, all of them.
 
 mod attention;
+mod paged;
 mod timing;
 
 use candle_core::{DType, Device, Result, Tensor};
 use timing::Bench;
 
 /// The tables by name.
-const TABLES: &[(&str, fn(&Bench) -> Result<()>)] =
-    &[("attention", attention::table), ("rope", rope)];
+const TABLES: &[(&str, fn(&Bench) -> Result<()>)] = &[
+    ("attention", attention::table),
+    ("rope", rope),
+    ("paged_decode", paged::decode),
+    ("paged_prefill", paged::prefill),
+    ("select", paged::select),
+];
 
 fn main() -> Result<()> {
     let device = match Device::new_cuda_with_stream(0) {

@@ -1,26 +1,35 @@
-//! Paged attention and the merge of states on a CUDA device.
-//! Knows no more of a stream than the CPU's version; shapes were checked before.
+//! Attention over pages, and the merge of its states, on a CUDA device: the parameters of the kernels and their launch.
+//! Knows no masks beyond their encoding: the kernels of `cuda/paged*.cu` apply them.
 
-use super::{AttentionParams, AttentionState};
+mod any_dim;
+
+use super::{AttentionParams, AttentionState, MergeGradients, PageRef};
 use crate::cuda::{self, Launch};
-use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::{DType, Result, Tensor, bail};
+use crate::pages::PAGE_TOKENS;
+use candle_core::cuda_backend::DeviceId;
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, sys};
+use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
+use std::sync::{Mutex, PoisonError};
 
-/// As in `cuda/paged_attention_f32.cu`.
-const MAX_DIM: usize = 256;
-const MAX_INLINE_PAGES: usize = 192;
-const WARPS: usize = 4;
-/// Warps that keep an H100's 132 multiprocessors busy with some to spare: 16 each.
-const ENOUGH_WARPS: usize = 2112;
-/// Pages below which a split costs more than it saves.
+/// Pages that travel in the launch itself, without an upload; as in `cuda/paged.cuh`, like all numbers here.
+const INLINE_PAGES: usize = 200;
+/// Query rows (tokens · heads of the group) of one decode tile.
+const DECODE_ROWS: usize = 8;
+/// Up to this many query rows of a key/value head the pages are split over the device instead of the queries.
+const MAX_DECODE_ROWS: usize = 16;
+const MAX_SPLITS: usize = 256;
+/// Pages of the smallest split: fewer would not outweigh the merge of one more part.
 const MIN_SPLIT_PAGES: usize = 2;
+/// Tiles whose arrivals are counted: key/value heads times decode tiles.
+const MAX_COUNTERS: usize = 4096;
 
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
+#[repr(C, align(16))]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Page {
-    start: u64,
     slot: u32,
+    start: i32,
     len: u32,
+    bias: f32,
 }
 
 #[repr(C)]
@@ -32,26 +41,30 @@ struct PagedParams {
     out: u64,
     lse: u64,
     partial: u64,
-    pages: u64,
+    counters: u64,
+    table: u64,
     query_start: u64,
-    window: u64,
-    sliding: u64,
+    window_tokens: u64,
+    sliding_window: u64,
     t: u32,
     h: u32,
     g: u32,
-    d: u32,
+    group: u32,
     num_pages: u32,
+    tiles: u32,
     splits: u32,
     scale: f32,
-    unused: u32,
-    inline_pages: [Page; MAX_INLINE_PAGES],
+    pages: [Page; INLINE_PAGES],
 }
 
-// SAFETY: plain numbers in C layout, as the kernel declares them.
+const _: () = assert!(size_of::<PagedParams>() == 128 + INLINE_PAGES * 16);
+
+// SAFETY: plain numbers in C layout, as the kernels declare them.
 unsafe impl DeviceRepr for PagedParams {}
 
-/// [`super::paged_attention`] on a CUDA device; `q` contiguous.
+/// [`super::paged_attention`] on `device`; shapes, slots and biases are checked, `q` is contiguous.
 pub(super) fn paged_attention(
+    device: &CudaDevice,
     q: &Tensor,
     keys: &Tensor,
     values: &Tensor,
@@ -59,124 +72,292 @@ pub(super) fn paged_attention(
 ) -> Result<AttentionState> {
     let (t, h, d) = q.dims3()?;
     let g = keys.dim(1)?;
-    for (name, tensor) in [("q", q), ("keys", keys), ("values", values)] {
-        if tensor.dtype() != DType::F32 {
-            bail!("paged_attention: {name} of {:?}, expected f32", tensor.dtype());
+    let dtype = q.dtype();
+    for (name, pool) in [("keys", keys), ("values", values)] {
+        if pool.dtype() != dtype || !pool.device().same_device(q.device()) {
+            bail!(
+                "paged_attention: {name} {:?} on {:?}, expected {dtype:?} on {:?} as q",
+                pool.dtype(),
+                pool.device().location(),
+                q.device().location()
+            );
         }
     }
-    if d > MAX_DIM {
-        bail!("paged_attention: head_dim {d}, expected at most {MAX_DIM} on CUDA");
-    }
-    let device = cuda::device_of("paged_attention", q)?;
-    let rows = t * h;
-    let out = cuda::output_tensor(&device, DType::F32, (t, h, d))?;
-    let lse = cuda::output_tensor(&device, DType::F32, (t, h))?;
-    if rows == 0 {
-        return Ok(AttentionState { out, lse });
-    }
-    let num_pages = params.pages.len();
-    let splits = (ENOUGH_WARPS / rows).clamp(1, (num_pages / MIN_SPLIT_PAGES).max(1));
-    let partial = match splits {
-        1 => None,
-        _ => Some(cuda::output_tensor(&device, DType::F32, (splits, rows, d + 2))?),
-    };
-    let pages: Vec<Page> = params
-        .pages
-        .iter()
-        .map(|page| Page { start: page.start, slot: page.slot as u32, len: page.len as u32 })
-        .collect();
-    let mut inline_pages = [Page::default(); MAX_INLINE_PAGES];
-    let uploaded = match inline_pages.get_mut(..num_pages) {
-        Some(inline) => {
-            inline.copy_from_slice(&pages);
-            None
+    let suffix = cuda::suffix("paged_attention", dtype)?;
+    let small = dtype == DType::F32 && matches!(d, 16 | 32);
+    if !small && !matches!(d, 64 | 96 | 128 | 256) {
+        if dtype == DType::F32 {
+            return any_dim::paged_attention(device, q, keys, values, params);
         }
-        None => {
-            let words = pages.iter().flat_map(|page| {
-                [page.start as u32, (page.start >> 32) as u32, page.slot, page.len]
-            });
-            Some(Tensor::from_iter(words, q.device())?)
-        }
-    };
-    let address = |tensor: &Option<Tensor>| tensor.as_ref().map_or(Ok(0), cuda::address);
-    let kernel_params = PagedParams {
+        bail!("paged_attention: head_dim {d} of {dtype:?} on CUDA, expected 64, 96, 128 or 256");
+    }
+    if t.saturating_mul(h) > i32::MAX as usize / 2 {
+        bail!("paged_attention: {t} query tokens of {h} heads, expected below 2^30 rows");
+    }
+    let pages = visible_pages(params, t)?;
+    if t == 0 || h == 0 || pages.is_empty() {
+        return Ok(AttentionState {
+            out: Tensor::zeros((t, h, d), dtype, q.device())?,
+            lse: Tensor::full(f32::NEG_INFINITY, (t, h), q.device())?,
+        });
+    }
+    let out = cuda::output_tensor(device, dtype, (t, h, d))?;
+    let lse = cuda::output_tensor(device, DType::F32, (t, h))?;
+    let group = h / g;
+    let rows = t * group;
+    let decode = rows <= MAX_DECODE_ROWS && !small && g * rows <= MAX_COUNTERS;
+    let tiles = rows.div_ceil(DECODE_ROWS);
+    let splits = if decode { num_splits(device, dtype, d, g * tiles, pages.len())? } else { 1 };
+    // (parts, 8, d) and the maximum and sum of each row.
+    let parts = if decode { g * tiles * splits } else { 0 };
+    let partial = cuda::output_tensor(device, DType::F32, parts * DECODE_ROWS * (d + 2))?;
+    let counters = counters(device)?;
+    let table =
+        if pages.len() > INLINE_PAGES { Some(uploaded_table(device, &pages)?) } else { None };
+    let mut paged = PagedParams {
         q: cuda::address(q)?,
         keys: cuda::address(keys)?,
         values: cuda::address(values)?,
         out: cuda::address(&out)?,
         lse: cuda::address(&lse)?,
-        partial: address(&partial)?,
-        pages: address(&uploaded)?,
+        partial: cuda::address(&partial)?,
+        counters: cuda::address(&counters)?,
+        table: table.as_ref().map_or(Ok(0), cuda::address)?,
         query_start: params.query_start,
-        window: params.window_tokens.unwrap_or(u64::MAX),
-        sliding: params.sliding_window.unwrap_or(u64::MAX),
+        window_tokens: params.window_tokens.unwrap_or(u64::MAX),
+        sliding_window: params.sliding_window.unwrap_or(u64::MAX),
         t: t as u32,
         h: h as u32,
         g: g as u32,
-        d: d as u32,
-        num_pages: num_pages as u32,
+        group: group as u32,
+        num_pages: pages.len() as u32,
+        tiles: tiles as u32,
         splits: splits as u32,
-        scale: params.scale,
-        unused: 0,
-        inline_pages,
+        scale: params.scale * std::f32::consts::LOG2_E,
+        pages: [Page::default(); INLINE_PAGES],
     };
-    let blocks = rows.div_ceil(WARPS) as u32;
-    let launch =
-        |splits| Launch { grid: (blocks, splits, 1), block: 32 * WARPS as u32, shared_bytes: 0 };
-    let source = "paged_attention_f32";
-    cuda::launch(&device, source, source, launch(splits as u32), &kernel_params)?;
-    if splits > 1 {
-        cuda::launch(&device, source, "paged_attention_join_f32", launch(1), &kernel_params)?;
+    if table.is_none() {
+        paged.pages[..pages.len()].copy_from_slice(&pages);
     }
+    let half = dtype != DType::F32;
+    let (source, kernel, launch) = if decode {
+        let source = if half { "paged_decode_sm80" } else { "paged_decode_f32" };
+        let grid = (g as u32, splits as u32, tiles as u32);
+        // f32: two pages of keys, rows of d + 4.
+        let shared_bytes = if half { 0 } else { 2 * PAGE_TOKENS * (d + 4) * 4 };
+        let block = if half { 128 } else { d };
+        (
+            source,
+            "paged_decode",
+            Launch { grid, block: block as u32, shared_bytes: shared_bytes as u32 },
+        )
+    } else if half {
+        let block = if d == 256 { 256 } else { 128 };
+        let shared_bytes = ((128 + 4 * PAGE_TOKENS) * (d + 8) * 2) as u32;
+        let grid = (rows.div_ceil(128) as u32, g as u32, 1);
+        ("paged_prefill_sm80", "paged_prefill", Launch { grid, block, shared_bytes })
+    } else {
+        let floats = 2 * PAGE_TOKENS * (d + 4) + PAGE_TOKENS * d + PAGE_TOKENS * (PAGE_TOKENS + 4);
+        let grid = (rows.div_ceil(64) as u32, g as u32, 1);
+        let launch = Launch { grid, block: 256, shared_bytes: (floats * 4) as u32 };
+        ("paged_prefill_f32", "paged_prefill", launch)
+    };
+    cuda::launch(device, source, &format!("{kernel}_{suffix}_{d}"), launch, &paged)?;
     Ok(AttentionState { out, lse })
+}
+
+/// The pages that some query sees, as the kernels read them.
+fn visible_pages(params: &AttentionParams, t: usize) -> Result<Vec<Page>> {
+    let from = params.first_visible(params.query_start);
+    let to = params.query_start + t as u64;
+    // A page this far back must be visible to all queries alike, so that its distance need not be exact.
+    const FAR: i64 = 1 << 30;
+    let seen = |page: &&PageRef| {
+        page.len > 0
+            && page.start < to
+            && page.start + page.len as u64 > from
+            && page.bias > f32::NEG_INFINITY
+    };
+    params
+        .pages
+        .iter()
+        .filter(seen)
+        .map(|page| {
+            let start = page.start as i64 - params.query_start as i64;
+            if start <= -FAR && params.first_visible(to.saturating_sub(1)) > page.start {
+                bail!("paged_attention: {page:?} at the edge of a window, expected windows below 2^30 tokens");
+            }
+            Ok(Page {
+                slot: u32::try_from(page.slot).map_err(candle_core::Error::wrap)?,
+                // Above every clamped `first_visible`.
+                start: start.max(1 - FAR) as i32,
+                len: page.len as u32,
+                bias: page.bias * std::f32::consts::LOG2_E,
+            })
+        })
+        .collect()
+}
+
+/// Parts that the pages are split into: one wave of blocks, each of at least two pages.
+fn num_splits(
+    device: &CudaDevice,
+    dtype: DType,
+    d: usize,
+    tiles: usize,
+    pages: usize,
+) -> Result<usize> {
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    let processors =
+        device.cuda_stream().context().attribute(attribute).map_err(candle_core::Error::wrap)?
+            as usize;
+    // Blocks that fit an SM at once, by the registers of the 16-bit kernels and the shared memory of the f32 ones.
+    let resident = match (dtype, d) {
+        (DType::F32, 64) => 4,
+        (DType::F32, 256) => 1,
+        (DType::F32, _) => 2,
+        (_, 64 | 96) => 4,
+        (_, 256) => 2,
+        _ => 3,
+    };
+    let wave = processors * resident / tiles.max(1);
+    Ok(wave.min(pages / MIN_SPLIT_PAGES).clamp(1, MAX_SPLITS))
+}
+
+/// The arrival counters of `device`: zero, and left at zero by every launch.
+fn counters(device: &CudaDevice) -> Result<Tensor> {
+    static COUNTERS: Mutex<Vec<(DeviceId, Tensor)>> = Mutex::new(Vec::new());
+    let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, tensor)) = counters.iter().find(|(id, _)| *id == device.id()) {
+        return Ok(tensor.clone());
+    }
+    let tensor = Tensor::zeros(MAX_COUNTERS, DType::U32, &Device::Cuda(device.clone()))?;
+    counters.push((device.id(), tensor.clone()));
+    Ok(tensor)
+}
+
+/// The page list on `device`. The last one of each device is kept: the layers of a model ask for the same in turn.
+fn uploaded_table(device: &CudaDevice, pages: &[Page]) -> Result<Tensor> {
+    static LAST: Mutex<Vec<(DeviceId, Vec<Page>, Tensor)>> = Mutex::new(Vec::new());
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = last.iter().position(|(id, ..)| *id == device.id());
+    if let Some((_, _, table)) = known.map(|i| &last[i]).filter(|(_, list, _)| list == pages) {
+        return Ok(table.clone());
+    }
+    let words: Vec<u32> = pages
+        .iter()
+        .flat_map(|page| [page.slot, page.start as u32, page.len, page.bias.to_bits()])
+        .collect();
+    let table = Tensor::from_slice(&words, words.len(), &Device::Cuda(device.clone()))?;
+    let entry = (device.id(), pages.to_vec(), table.clone());
+    match known {
+        Some(i) => last[i] = entry,
+        None => last.push(entry),
+    }
+    Ok(table)
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct MergeParams {
-    out_a: u64,
-    lse_a: u64,
-    out_b: u64,
-    lse_b: u64,
+    a: u64,
+    b: u64,
+    a_lse: u64,
+    b_lse: u64,
     out: u64,
     lse: u64,
     rows: u64,
     d: u32,
-    unused: u32,
 }
 
 // SAFETY: plain numbers in C layout, as the kernel declares them.
 unsafe impl DeviceRepr for MergeParams {}
 
-/// [`super::merge_states`] on a CUDA device.
-pub(super) fn merge_states(a: &AttentionState, b: &AttentionState) -> Result<AttentionState> {
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct MergeBackwardParams {
+    a: u64,
+    b: u64,
+    dout: u64,
+    a_lse: u64,
+    b_lse: u64,
+    dlse: u64,
+    da: u64,
+    db: u64,
+    da_lse: u64,
+    db_lse: u64,
+    rows: u64,
+    d: u32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernel declares them.
+unsafe impl DeviceRepr for MergeBackwardParams {}
+
+/// One warp a row, eight rows a block of 256 threads.
+fn row_launch(rows: usize) -> Launch {
+    Launch { grid: (rows.div_ceil(8).min(65_536) as u32, 1, 1), block: 256, shared_bytes: 0 }
+}
+
+/// [`super::merge_states`] on `device`; shapes and types are checked.
+pub(super) fn merge_states(
+    device: &CudaDevice,
+    a: &AttentionState,
+    b: &AttentionState,
+) -> Result<AttentionState> {
     let (t, h, d) = a.out.dims3()?;
-    let device = cuda::device_of("merge_states", &a.out)?;
-    let inputs = [&a.out, &a.lse, &b.out, &b.lse];
-    if let Some(other) = inputs.iter().find(|tensor| tensor.dtype() != DType::F32) {
-        bail!("merge_states: {:?}, expected f32", other.dtype());
-    }
-    let inputs = inputs.map(|tensor| tensor.contiguous());
-    let [out_a, lse_a, out_b, lse_b] = &inputs;
-    let address = |tensor: &Result<Tensor>| match tensor {
-        Ok(tensor) => cuda::address(tensor),
-        Err(error) => bail!("merge_states: {error}"),
-    };
-    let out = cuda::output_tensor(&device, DType::F32, (t, h, d))?;
-    let lse = cuda::output_tensor(&device, DType::F32, (t, h))?;
+    let dtype = a.out.dtype();
+    let (a_out, b_out) = (a.out.contiguous()?, b.out.contiguous()?);
+    let (a_lse, b_lse) = (a.lse.contiguous()?, b.lse.contiguous()?);
+    let out = cuda::output_tensor(device, dtype, (t, h, d))?;
+    let lse = cuda::output_tensor(device, DType::F32, (t, h))?;
     let params = MergeParams {
-        out_a: address(out_a)?,
-        lse_a: address(lse_a)?,
-        out_b: address(out_b)?,
-        lse_b: address(lse_b)?,
+        a: cuda::address(&a_out)?,
+        b: cuda::address(&b_out)?,
+        a_lse: cuda::address(&a_lse)?,
+        b_lse: cuda::address(&b_lse)?,
         out: cuda::address(&out)?,
         lse: cuda::address(&lse)?,
         rows: (t * h) as u64,
         d: d as u32,
-        unused: 0,
     };
-    let blocks = (t * h).div_ceil(4).min(65_536) as u32;
-    let launch = Launch { grid: (blocks, 1, 1), block: 128, shared_bytes: 0 };
-    cuda::launch(&device, "merge_states", "merge_states_f32", launch, &params)?;
+    let kernel = format!("merge_states_{}", cuda::suffix("merge_states", dtype)?);
+    cuda::launch(device, "merge_states", &kernel, row_launch(t * h), &params)?;
     Ok(AttentionState { out, lse })
+}
+
+/// [`super::merge_states_backward`] on `device`; shapes and types are checked.
+pub(super) fn merge_states_backward(
+    device: &CudaDevice,
+    a: &AttentionState,
+    b: &AttentionState,
+    dout: &Tensor,
+    dlse: Option<&Tensor>,
+) -> Result<MergeGradients> {
+    let (t, h, d) = a.out.dims3()?;
+    let dtype = a.out.dtype();
+    let (a_out, b_out, dout) = (a.out.contiguous()?, b.out.contiguous()?, dout.contiguous()?);
+    let (a_lse, b_lse) = (a.lse.contiguous()?, b.lse.contiguous()?);
+    let dlse = dlse.map(Tensor::contiguous).transpose()?;
+    let gradients = MergeGradients {
+        a_out: cuda::output_tensor(device, dtype, (t, h, d))?,
+        a_lse: cuda::output_tensor(device, DType::F32, (t, h))?,
+        b_out: cuda::output_tensor(device, dtype, (t, h, d))?,
+        b_lse: cuda::output_tensor(device, DType::F32, (t, h))?,
+    };
+    let params = MergeBackwardParams {
+        a: cuda::address(&a_out)?,
+        b: cuda::address(&b_out)?,
+        dout: cuda::address(&dout)?,
+        a_lse: cuda::address(&a_lse)?,
+        b_lse: cuda::address(&b_lse)?,
+        dlse: dlse.as_ref().map_or(Ok(0), cuda::address)?,
+        da: cuda::address(&gradients.a_out)?,
+        db: cuda::address(&gradients.b_out)?,
+        da_lse: cuda::address(&gradients.a_lse)?,
+        db_lse: cuda::address(&gradients.b_lse)?,
+        rows: (t * h) as u64,
+        d: d as u32,
+    };
+    let kernel = format!("merge_states_backward_{}", cuda::suffix("merge_states_backward", dtype)?);
+    cuda::launch(device, "merge_states", &kernel, row_launch(t * h), &params)?;
+    Ok(gradients)
 }

@@ -2,36 +2,38 @@
 
 use candle_core::{Device, Tensor};
 use mka_kernels::{
-    AttentionParams, AttentionState, PAGE_TOKENS, PageRef, merge_states, paged_attention, reference,
+    AttentionParams, AttentionState, PAGE_TOKENS, PageRef, merge_states, merge_states_backward,
+    paged_attention, reference,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-struct Case {
-    t: usize,
-    h: usize,
-    g: usize,
-    d: usize,
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Case {
+    pub(crate) t: usize,
+    pub(crate) h: usize,
+    pub(crate) g: usize,
+    pub(crate) d: usize,
     /// Tokens in the stream before the queries.
-    before: usize,
-    window: Option<u64>,
-    sliding: Option<u64>,
+    pub(crate) before: usize,
+    pub(crate) window: Option<u64>,
+    pub(crate) sliding: Option<u64>,
 }
 
 fn random(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.random_range(-1.5f32..1.5)).collect()
 }
 
-struct Inputs {
-    q: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    slots: usize,
-    params: AttentionParams,
+pub(crate) struct Inputs {
+    pub(crate) q: Vec<f32>,
+    pub(crate) keys: Vec<f32>,
+    pub(crate) values: Vec<f32>,
+    pub(crate) slots: usize,
+    pub(crate) params: AttentionParams,
 }
 
 impl Inputs {
-    fn new(case: &Case, seed: u64) -> Self {
+    pub(crate) fn new(case: &Case, seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let total = case.before + case.t;
         let num_pages = total.div_ceil(PAGE_TOKENS);
@@ -39,6 +41,7 @@ impl Inputs {
         let n = slots * case.g * PAGE_TOKENS * case.d;
         let pages = (0..num_pages)
             .map(|p| PageRef {
+                bias: 0.0,
                 slot: slots - 1 - p,
                 start: (p * PAGE_TOKENS) as u64,
                 len: (total - p * PAGE_TOKENS).min(PAGE_TOKENS),
@@ -56,6 +59,14 @@ impl Inputs {
                 window_tokens: case.window,
                 sliding_window: case.sliding,
             },
+        }
+    }
+
+    /// Gives every page a bias; some are hidden by theirs.
+    pub(crate) fn bias_pages(&mut self) {
+        let biases = [0.4, -0.7, 0.0, f32::NEG_INFINITY, 1.5];
+        for (i, page) in self.params.pages.iter_mut().enumerate() {
+            page.bias = biases[i % biases.len()];
         }
     }
 
@@ -113,6 +124,78 @@ fn paged_attention_equals_its_definition_over_the_grid() {
 }
 
 #[test]
+fn a_bias_of_a_page_is_added_to_its_scores() {
+    for (seed, case) in GRID.iter().enumerate() {
+        let mut inputs = Inputs::new(case, seed as u64);
+        inputs.bias_pages();
+        let shape = (case.t, case.h, case.g, case.d);
+        let Inputs { q, keys, values: v, params, .. } = &inputs;
+        let (out, lse) = reference::paged_attention(q, keys, v, shape, params);
+        let got = inputs.run(case, params);
+        assert_close(&format!("out of case {seed}"), &values(&got.out), &out);
+        assert_close(&format!("lse of case {seed}"), &values(&got.lse), &lse);
+    }
+}
+
+#[test]
+fn a_gap_in_the_list_of_pages_is_not_attended() {
+    let case = Case { t: 3, h: 4, g: 2, d: 16, before: 500, window: None, sliding: None };
+    let mut inputs = Inputs::new(&case, 5);
+    inputs.params.pages.drain(1..5);
+    let shape = (case.t, case.h, case.g, case.d);
+    let Inputs { q, keys, values: v, params, .. } = &inputs;
+    let (out, _) = reference::paged_attention(q, keys, v, shape, params);
+    assert_close("out", &values(&inputs.run(&case, params).out), &out);
+}
+
+#[test]
+fn gradient_of_a_merge_is_that_of_its_definition() {
+    let (t, h, d) = (3, 2, 5);
+    let rows = t * h;
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let [a_out, b_out, dout] = [(); 3].map(|()| random(&mut rng, rows * d));
+    let [mut a_lse, mut b_lse, dlse] = [(); 3].map(|()| random(&mut rng, rows));
+    // One empty, the other empty, both empty.
+    for (row, a_empty, b_empty) in [(0, true, false), (1, false, true), (2, true, true)] {
+        a_lse[row] = if a_empty { f32::NEG_INFINITY } else { a_lse[row] };
+        b_lse[row] = if b_empty { f32::NEG_INFINITY } else { b_lse[row] };
+    }
+    let state = |out: &[f32], lse: &[f32]| AttentionState {
+        out: Tensor::from_slice(out, (t, h, d), &Device::Cpu).unwrap(),
+        lse: Tensor::from_slice(lse, (t, h), &Device::Cpu).unwrap(),
+    };
+    let (a, b) = (state(&a_out, &a_lse), state(&b_out, &b_lse));
+    let upstream = state(&dout, &dlse);
+    let got = merge_states_backward(&a, &b, &upstream.out, Some(&upstream.lse)).unwrap();
+    let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
+    for row in 0..rows {
+        let of = |x: &[f32]| wide(&x[row * d..(row + 1) * d]);
+        let (a_row, b_row, dout_row) = (of(&a_out), of(&b_out), of(&dout));
+        let (la, lb) = (f64::from(a_lse[row]), f64::from(b_lse[row]));
+        let outer = f64::from(dlse[row]);
+        let (da, dla, db, dlb) =
+            reference::merge_states_backward((&a_row, la), (&b_row, lb), &dout_row, outer);
+        let part = |x: &Tensor| values(x)[row * d..(row + 1) * d].to_vec();
+        assert_close("da", &part(&got.a_out), &da);
+        assert_close("db", &part(&got.b_out), &db);
+        assert_close("dlse a", &values(&got.a_lse)[row..=row], &[dla]);
+        assert_close("dlse b", &values(&got.b_lse)[row..=row], &[dlb]);
+        if la.is_finite() && lb.is_finite() {
+            let loss = |la: f64, lb: f64| -> f64 {
+                let (out, lse) = reference::merge_states((&a_row, la), (&b_row, lb));
+                out.iter().zip(&dout_row).map(|(o, g)| o * g).sum::<f64>() + lse * outer
+            };
+            let step = 1e-5;
+            let by_a = (loss(la + step, lb) - loss(la - step, lb)) / (2.0 * step);
+            let by_b = (loss(la, lb + step) - loss(la, lb - step)) / (2.0 * step);
+            assert!((by_a - dla).abs() < 1e-8 && (by_b - dlb).abs() < 1e-8, "row {row}");
+        }
+    }
+    let without = merge_states_backward(&a, &b, &upstream.out, None).unwrap();
+    assert_eq!(values(&without.a_out), values(&got.a_out));
+}
+
+#[test]
 fn merging_any_split_of_the_pages_equals_the_unsplit_result() {
     for (seed, case) in GRID.iter().enumerate() {
         let inputs = Inputs::new(case, seed as u64);
@@ -154,7 +237,7 @@ fn wrong_shapes_are_errors() {
     let zeros =
         |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
     let params = AttentionParams {
-        pages: vec![PageRef { slot: 3, start: 0, len: 1 }],
+        pages: vec![PageRef { slot: 3, start: 0, len: 1, bias: 0.0 }],
         ..AttentionParams::default()
     };
     let pool = zeros(&[2, 2, PAGE_TOKENS, 8]);

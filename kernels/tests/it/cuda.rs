@@ -4,7 +4,9 @@ mod attention;
 mod elementwise;
 mod flash;
 mod packed;
+mod paged;
 mod rope;
+mod select;
 
 use candle_core::Device;
 

@@ -6,3 +6,4 @@ mod cuda;
 mod flash;
 mod packed;
 mod route;
+mod select;

@@ -1,4 +1,4 @@
-// Attention of f32 queries over a list of pages, any head_dim: out = softmax(scale · q kᵀ + masks) v, one online softmax.
+// Attention of f32 queries over a list of pages for the head dimensions that the tiled kernels do not take: out = softmax(scale · q kᵀ + masks) v, one online softmax.
 // A warp owns one query row (token, head) and one split of the pages. Of a page's 64 keys a lane scores two; for the
 // values a lane owns every 32nd column, so that rows are read whole. Exact arithmetic in f32; bound by L2.
 // The splits of a row are joined by the second kernel in their order, so that equal inputs give equal bits.
@@ -6,13 +6,15 @@
 
 constexpr int PAGE_TOKENS = 64;
 constexpr int MAX_DIM = 256;
-constexpr int MAX_INLINE_PAGES = 192; // 3 KiB of the 4 KiB that a launch may carry
+constexpr int MAX_INLINE_PAGES = 128; // 3 KiB of the 4 KiB that a launch may carry
 constexpr int WARPS = 4;
 
 struct Page {
   uint64_t start; // stream position of its first token
   uint32_t slot;
   uint32_t len;
+  float bias; // added to every score of the page
+  uint32_t unused;
 };
 
 struct PagedParams {
@@ -40,7 +42,7 @@ __device__ __forceinline__ uint64_t first_visible(const PagedParams &p, uint64_t
   return first;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention_f32(const __grid_constant__ PagedParams p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_any_f32(const __grid_constant__ PagedParams p) {
   __shared__ float queries[WARPS][MAX_DIM];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint64_t row = uint64_t(blockIdx.x) * WARPS + warp; // token · h + head
@@ -84,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention_f32(con
           for (int x = 0; x < p.d; x++) score += queries[warp][x] * k[x];
         }
       }
-      scores[half] = score;
+      scores[half] = score + entry->bias;
     }
     const float page_max = warp_max(fmaxf(scores[0], scores[1]));
     if (page_max == -INFINITY) continue;
@@ -126,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention_f32(con
 }
 
 // Joins the splits of a row; a warp a row.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention_join_f32(const __grid_constant__ PagedParams p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_any_join_f32(const __grid_constant__ PagedParams p) {
   const int lane = threadIdx.x % 32;
   const uint64_t row = uint64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
   const uint64_t rows = uint64_t(p.t) * p.h, stride = rows * (p.d + 2);

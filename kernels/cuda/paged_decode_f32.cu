@@ -5,7 +5,8 @@
 // a thread owns four columns of 16 keys, loaded before the scores are computed.
 //
 // Bound by memory: 8 rows are 16 FMA for each float of K or V, below the 35 FMA that an SM does in the time of one
-// float. Shared memory 2 · 64 · (d+4) · 4 B = 66 KiB at d = 128: three blocks an SM.
+// float. Shared memory 2 · 64 · (d+4) · 4 B = 66 KiB at d = 128, and 8 KiB of q, scores and weights: two
+// blocks of a Hopper SM.
 #include "mma_sm80.cuh"
 #include "paged.cuh"
 

@@ -5,8 +5,9 @@
 // owns the same rows' columns 4x..4x+3 (+64, ..) of the output; a row's sixteen threads are half a warp, so that its
 // softmax needs no barrier. K and V of a page come by cp.async, each while the other is multiplied.
 //
-// Bound by arithmetic (FMA, no tensor cores: f32 stays f32). Shared memory (64 · (3d + 8) + 64 · 68) · 4 B = 115 KiB
-// at d = 128: one block an SM on A100, two on Hopper.
+// Bound by arithmetic (FMA, no tensor cores: f32 stays f32). Shared memory 64 · (3d + 4 + 64) · 4 B = 113 KiB at
+// d = 128: with the 1 KiB that each block reserves, two are exactly the 228 KiB of a Hopper SM (one block on A100).
+// Only K is read by eight rows at once and needs padding.
 #include "mma_sm80.cuh"
 #include "paged.cuh"
 
@@ -16,10 +17,9 @@ constexpr int THREADS = 256;
 template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
   static_assert(D % 16 == 0, "whole float4 columns");
   constexpr int STRIDE = D + 4; // 16-byte units: odd, so that eight rows meet eight different bank groups
-  constexpr int SCORES = PAGE_TOKENS + 4;
   constexpr int PARTS = (D + 63) / 64; // output columns of a thread, four each
   extern __shared__ __align__(16) float shared[];
-  float *q = shared, *k = q + ROWS * STRIDE, *v = k + PAGE_TOKENS * STRIDE, *weights = v + PAGE_TOKENS * D;
+  float *q = shared, *k = q + ROWS * D, *v = k + PAGE_TOKENS * STRIDE, *weights = v + PAGE_TOKENS * D;
 
   const int tid = threadIdx.x, y = tid / 16, x = tid % 16;
   // The last tile sees most: it starts first.
@@ -45,7 +45,7 @@ template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
     const int row = i / (D / 4), column = i % (D / 4) * 4;
     const bool valid = row0 + row < rows;
     const float *from = static_cast<const float *>(p.q);
-    copy_async_16(shared_address(q + row * STRIDE + column),
+    copy_async_16(shared_address(q + row * D + column),
                   valid ? from + output_row(p, head, row0 + row) * D + column : from, valid);
   }
   Visible sees[4];
@@ -71,7 +71,7 @@ template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
       float4 a[4], b[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        a[i] = *reinterpret_cast<const float4 *>(q + (4 * y + i) * STRIDE + c);
+        a[i] = *reinterpret_cast<const float4 *>(q + (4 * y + i) * D + c);
         b[i] = *reinterpret_cast<const float4 *>(k + (x + 16 * i) * STRIDE + c);
       }
 #pragma unroll
@@ -111,7 +111,7 @@ template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
       for (int j = 0; j < 4; j++) {
         const float weight = exp2f(s[i][j] - base);
         sum[i] += weight;
-        weights[(4 * y + i) * SCORES + x + 16 * j] = weight;
+        weights[(4 * y + i) * PAGE_TOKENS + x + 16 * j] = weight;
       }
     }
     copy_wait<1>(); // V
@@ -122,7 +122,7 @@ template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
 #pragma unroll
       for (int i = 0; i < 4; i++)
         *reinterpret_cast<float4 *>(w[i]) =
-            *reinterpret_cast<const float4 *>(weights + (4 * y + i) * SCORES + key);
+            *reinterpret_cast<const float4 *>(weights + (4 * y + i) * PAGE_TOKENS + key);
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
         const int column = 4 * x + 64 * part;
@@ -164,9 +164,16 @@ template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
   }
 }
 
+// On Hopper the compiler keeps to 128 registers by itself, which two blocks need. On A100 the shared memory holds one
+// block: a bound of one lets it take more and spill none.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define BOUNDS __launch_bounds__(THREADS)
+#else
+#define BOUNDS __launch_bounds__(THREADS, 1)
+#endif
+
 #define KERNEL(D) \
-  extern "C" __global__ void __launch_bounds__(THREADS) paged_prefill_f32_##D( \
-      const __grid_constant__ PagedParams p) { \
+  extern "C" __global__ void BOUNDS paged_prefill_f32_##D(const __grid_constant__ PagedParams p) { \
     prefill<D>(p); \
   }
 KERNEL(16)

@@ -22,7 +22,7 @@ __device__ __forceinline__ uint32_t key_of(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) top_k(const SelectParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) top_k(const SelectParams p) {
   __shared__ uint32_t histogram[BINS];
   __shared__ uint32_t warp_sums[WARPS], warp_larger[WARPS], warp_equal[WARPS];
   __shared__ uint32_t chosen_bin, chosen_rest;

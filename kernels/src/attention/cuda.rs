@@ -157,7 +157,7 @@ pub(super) fn paged_attention(
         let grid = (rows.div_ceil(128) as u32, g as u32, 1);
         ("paged_prefill_sm80", "paged_prefill", Launch { grid, block, shared_bytes })
     } else {
-        let floats = 2 * PAGE_TOKENS * (d + 4) + PAGE_TOKENS * d + PAGE_TOKENS * (PAGE_TOKENS + 4);
+        let floats = PAGE_TOKENS * (3 * d + 4 + PAGE_TOKENS);
         let grid = (rows.div_ceil(64) as u32, g as u32, 1);
         let launch = Launch { grid, block: 256, shared_bytes: (floats * 4) as u32 };
         ("paged_prefill_f32", "paged_prefill", launch)

@@ -53,7 +53,6 @@ struct AttentionBackwardParams {
   const float *lse;  // (b, h, tq)
   const float *dlse; // (b, h, tq) or null
   float2 *rows;      // (b, h, tq): {lse · log2 e, delta}
-  float *dq_sum;     // (b, tq, h, d), zero at first; only where dq is summed by atomics
   void *dq;          // (b, tq, h, d)
   void *dk;          // (b, tk, g, d)
   void *dv;          // (b, tk, g, d)

@@ -6,26 +6,27 @@
 //
 // attention_backward_rows: per query row {lse · log2 e, delta}; bound by memory.
 // attention_backward_kv: a block owns KEYS keys, a warp 16·MT of them, and walks the queries that see them in tiles of
-//   ROWS, in turn of SUB rows: four products. `_dq` adds a fifth: dSᵀ goes to shared memory, and the block adds its part
-//   of dq (ROWS x d) to an f32 buffer by atomics; attention_backward_convert rounds that buffer to dq.
-// attention_backward_q: the deterministic dq. A block owns rows of queries, a warp 16·MT of them, and walks their keys.
-// Tiles are double-buffered through cp.async, one barrier a tile (two with `_dq`). Bound by arithmetic.
+//   ROWS, in turn of SUB rows: four products.
+// attention_backward_q: a block owns rows of queries, a warp 16·MT of them, and walks their keys: three products.
+// Seven products instead of five, but no atomics: equal inputs give equal bits, and on an H100 this was 1.03 to 1.17
+// times as fast as adding dq to an f32 buffer from the kv kernel (kernels/docs/attention.md).
+// Tiles are double-buffered through cp.async, one barrier a tile. Bound by arithmetic.
 //
 // | kernel | d | stationary x walked (at once) | warps | shared memory | accumulators a thread |
 // |---|---|---|---|---|---|
-// | kv | 64 | 128 keys x 64 rows (32) | 4 | k v 32 + q dout 2·16 + dS 16 = 80 KiB | 64 + 64 + 32 + 32 |
-// | kv | 96 | 128 x 64 (32) | 8 | 48 + 2·24 + 16 = 112 KiB | 48 + 48 + 16 + 16 |
-// | kv | 128 | 128 x 64 (32) | 8 | 64 + 2·32 + 16 = 144 KiB | 64 + 64 + 16 + 16 |
+// | kv | 64 | 128 keys x 64 rows (32) | 4 | k v 32 + q dout 2·16 = 64 KiB | 64 + 64 + 32 + 32 |
+// | kv | 96 | 128 x 64 (32) | 8 | 48 + 2·24 = 96 KiB | 48 + 48 + 16 + 16 |
+// | kv | 128 | 128 x 64 (32) | 8 | 64 + 2·32 = 128 KiB | 64 + 64 + 16 + 16 |
 // | kv, dk and dv apart | 256 | 128 x 16 (16) | 8 | 128 + 2·16 = 160 KiB | 128 + 8 + 8 |
 // | q | 64 | 128 rows x 64 keys (32) | 4 | q dout 32 + k v 2·16 = 64 KiB | 64 + 32 + 32 |
 // | q | 96 | 128 x 64 (32) | 8 | 48 + 2·24 = 96 KiB | 48 + 16 + 16 |
 // | q | 128 | 128 x 64 (32) | 8 | 64 + 2·32 = 128 KiB | 64 + 16 + 16 |
 // | q | 256 | 128 x 16 (16) | 8 | 128 + 2·16 = 160 KiB | 128 + 8 + 8 |
 // The kv kernels take 16 bytes a walked row more for {lse, delta}. At d = 256 both gradients of 16 keys would be
-// 256 registers: dk and dv are two launches there, five products for four, and dq is always the deterministic one.
+// 256 registers: dk and dv are two launches there, five products for four.
 #include "attention_tile.cuh"
 
-enum Gradients { KEYS_AND_VALUES, KEYS_ONLY, VALUES_ONLY, KEYS_VALUES_AND_QUERIES };
+enum Gradients { KEYS_AND_VALUES, KEYS_ONLY, VALUES_ONLY };
 
 // Starts the copy of {lse · log2 e, delta} of ROWS query rows. Zeros stand for rows past the end: their q and dout are
 // zeros too, so that P = 1 and dS = 1 · (0 - 0) meet zeros in every product.
@@ -40,13 +41,11 @@ template <int ROWS> __device__ __forceinline__ void load_rows(uint32_t to, const
 template <typename T, int D, int WARPS, int MT, int ROWS, int SUB, Gradients WHICH>
 __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardParams &p) {
   constexpr bool WITH_KEYS = WHICH != VALUES_ONLY, WITH_VALUES = WHICH != KEYS_ONLY;
-  constexpr bool WITH_QUERIES = WHICH == KEYS_VALUES_AND_QUERIES;
   constexpr int THREADS = 32 * WARPS, KEYS = 16 * MT * WARPS, NT = SUB / 8;
   static_assert(ROWS <= THREADS && ROWS % SUB == 0 && SUB % 16 == 0, "a walked tile is whole sub-tiles");
-  // In bytes: keys, values, then q, dout and {lse, delta} twice, then dSᵀ (KEYS x ROWS).
+  // In bytes: keys, values, then q, dout and {lse, delta} twice.
   constexpr int K = 0, V = K + TILE_BYTES<KEYS, D>, Q = V + TILE_BYTES<KEYS, D>;
   constexpr int DOUT = Q + 2 * TILE_BYTES<ROWS, D>, STATS = DOUT + 2 * TILE_BYTES<ROWS, D>;
-  constexpr int DS = STATS + 2 * ROWS * 8;
   extern __shared__ __align__(128) uint8_t memory[];
   const uint32_t shared = shared_address(memory);
   const AttentionShape &shape = p.shape;
@@ -97,7 +96,7 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardPar
   }
   for (int step = 0; step < num_steps; ++step) {
     copy_wait<0>();
-    __syncthreads(); // This step's tiles are there, and no warp reads those of the step before, nor its dSᵀ, any more.
+    __syncthreads(); // This step's tiles are there, and no warp reads those of the step before any more.
     if (step + 1 < num_steps) {
       load_step(step + 1);
       copy_commit();
@@ -165,59 +164,6 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardPar
         }
         as_left<T>(left, ds);
         multiply_columns<T, D, MT, NT / 2>(dk, left, q_tile, sub);
-      }
-      if constexpr (WITH_QUERIES) {
-#pragma unroll
-        for (int m = 0; m < MT; ++m)
-#pragma unroll
-          for (int k = 0; k < NT / 2; ++k)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int key = warp_row + 16 * m + 8 * (e % 2) + lane / 4, chunk = sub / 8 + 2 * k + e / 2;
-              *reinterpret_cast<uint32_t *>(memory + DS + tile_at<ROWS>(key, chunk) + lane % 4 * 4) = left[m][k][e];
-            }
-      }
-    }
-
-    if constexpr (WITH_QUERIES) {
-      // dq (ROWS x D): a warp takes 16 rows and one of PARTS column ranges, over all keys.
-      constexpr int PARTS = WARPS * 16 / ROWS, COLUMNS = D / PARTS;
-      static_assert(PARTS * ROWS == WARPS * 16 && COLUMNS % 16 == 0, "the warps cover dq exactly");
-      const int part_row = warp % (ROWS / 16) * 16, part_column = warp / (ROWS / 16) * COLUMNS;
-      __syncthreads(); // Every warp's dSᵀ is there.
-      float dq[COLUMNS / 8][4];
-#pragma unroll
-      for (int n = 0; n < COLUMNS / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) dq[n][e] = 0.f;
-#pragma unroll
-      for (int k = 0; k < KEYS / 16; ++k) {
-        // Matrices as stored: (keys 0-7, rows 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15); transposed on the way they
-        // are those of a left fragment.
-        uint32_t ds[4];
-        load_matrix_x4_transposed(ds, shared + DS + tile_at<ROWS>(16 * k + lane % 8 + lane / 16 * 8,
-                                                                  part_row / 8 + lane / 8 % 2));
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 16; ++n) {
-          uint32_t right[4];
-          load_matrix_x4_transposed(right,
-                                    shared + K + tile_at<D>(16 * k + lane % 16, part_column / 8 + 2 * n + lane / 16));
-          multiply<T>(dq[2 * n], ds, right[0], right[1]);
-          multiply<T>(dq[2 * n + 1], ds, right[2], right[3]);
-        }
-      }
-      const int head = kv_head * group + step / tiles_a_head;
-      float *to = p.dq_sum + q_start + int64_t(head) * D + part_column + lane % 4 * 2;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row0 + part_row + 8 * half + lane / 4;
-        if (row < shape.query_tokens) {
-#pragma unroll
-          for (int n = 0; n < COLUMNS / 8; ++n) {
-            atomicAdd(to + int64_t(row) * q_stride + 8 * n, dq[n][2 * half]);
-            atomicAdd(to + int64_t(row) * q_stride + 8 * n + 1, dq[n][2 * half + 1]);
-          }
-        }
       }
     }
   }
@@ -343,16 +289,6 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardPara
                        shape.query_tokens);
 }
 
-// dq = scale · dq_sum, rounded; two elements a thread.
-template <typename T> __device__ void attention_backward_convert(const AttentionBackwardParams &p) {
-  const uint64_t pairs = uint64_t(p.shape.batch) * p.shape.query_tokens * p.shape.query_heads * p.d / 2;
-  const uint64_t step = uint64_t(gridDim.x) * blockDim.x;
-  for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < pairs; i += step) {
-    const float2 sum = reinterpret_cast<const float2 *>(p.dq_sum)[i];
-    static_cast<uint32_t *>(p.dq)[i] = pack<T>(sum.x * p.shape.scale, sum.y * p.shape.scale);
-  }
-}
-
 #define ATTENTION_BACKWARD_KV(NAME, T, D, SUFFIX, WHICH, WARPS, MT, ROWS, SUB, BLOCKS)                                 \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                     \
       attention_backward_kv##SUFFIX##_##NAME##_##D(const __grid_constant__ AttentionBackwardParams p) {                \
@@ -369,17 +305,11 @@ template <typename T> __device__ void attention_backward_convert(const Attention
   extern "C" __global__ void attention_backward_rows_##NAME(const __grid_constant__ AttentionBackwardParams p) {       \
     attention_backward_rows<T>(p);                                                                                     \
   }                                                                                                                    \
-  extern "C" __global__ void attention_backward_convert_##NAME(const __grid_constant__ AttentionBackwardParams p) {    \
-    attention_backward_convert<T>(p);                                                                                  \
-  }                                                                                                                    \
   ATTENTION_BACKWARD_KV(NAME, T, 64, , KEYS_AND_VALUES, 4, 2, 64, 32, 2)                                               \
   ATTENTION_BACKWARD_KV(NAME, T, 96, , KEYS_AND_VALUES, 8, 1, 64, 32, 1)                                               \
   ATTENTION_BACKWARD_KV(NAME, T, 128, , KEYS_AND_VALUES, 8, 1, 64, 32, 1)                                              \
   ATTENTION_BACKWARD_KV(NAME, T, 256, _dk, KEYS_ONLY, 8, 1, 16, 16, 1)                                                 \
   ATTENTION_BACKWARD_KV(NAME, T, 256, _dv, VALUES_ONLY, 8, 1, 16, 16, 1)                                               \
-  ATTENTION_BACKWARD_KV(NAME, T, 64, _dq, KEYS_VALUES_AND_QUERIES, 4, 2, 64, 32, 2)                                    \
-  ATTENTION_BACKWARD_KV(NAME, T, 96, _dq, KEYS_VALUES_AND_QUERIES, 8, 1, 64, 32, 1)                                    \
-  ATTENTION_BACKWARD_KV(NAME, T, 128, _dq, KEYS_VALUES_AND_QUERIES, 8, 1, 64, 32, 1)                                   \
   ATTENTION_BACKWARD_Q(NAME, T, 64, 4, 2, 64, 32, 2)                                                                   \
   ATTENTION_BACKWARD_Q(NAME, T, 96, 8, 1, 64, 32, 1)                                                                   \
   ATTENTION_BACKWARD_Q(NAME, T, 128, 8, 1, 64, 32, 1)                                                                  \

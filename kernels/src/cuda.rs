@@ -86,8 +86,9 @@ pub(crate) fn launch<P: DeviceRepr>(
 
 /// The module of `cuda/{source}.cu`, loaded once per device and kept until the process ends.
 fn module(device: &CudaDevice, source: &'static str) -> Result<Arc<CudaModule>> {
-    static LOADED: Mutex<Option<HashMap<(usize, &'static str), Arc<CudaModule>>>> =
-        Mutex::new(None);
+    /// By ordinal of the device and name of the file.
+    type Modules = HashMap<(usize, &'static str), Arc<CudaModule>>;
+    static LOADED: Mutex<Option<Modules>> = Mutex::new(None);
     let context = device.cuda_stream().context().clone();
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     let loaded = loaded.get_or_insert_with(HashMap::new);

@@ -174,16 +174,13 @@ pub fn attention_forward(
 /// dS = P ∘ (dP - delta + dlse), dq = scale · dS k, dk = scale · dSᵀ q, dv = Pᵀ dout, all summed in f32.
 /// A query that sees no key has gradient 0.
 ///
-/// With `deterministic` equal inputs give equal bits on CUDA. Without it, dq in bf16 and f16 is summed by atomics in the
-/// kernel that makes dk and dv: five matrix products for seven, and the last bits of dq may vary. f32, head_dim 256
-/// and the CPU are always deterministic.
+/// Equal inputs give equal bits: no sum is made by atomics.
 ///
 /// Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2; the term of dlse follows from d lse / d score = P.
 ///
 /// # Errors
 /// As [`attention_forward`], and if a result or gradient does not have its shape and type.
 #[allow(clippy::too_many_arguments, reason = "the arguments of the formula")]
-#[cfg_attr(not(feature = "cuda"), allow(unused_variables, reason = "the CPU is deterministic"))]
 pub fn attention_backward(
     q: &Tensor,
     k: &Tensor,
@@ -193,7 +190,6 @@ pub fn attention_backward(
     dout: &Tensor,
     dlse: Option<&Tensor>,
     params: &DenseAttentionParams,
-    deterministic: bool,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let op = "attention_backward";
     let shape = AttentionShape::check(op, q, k, v, params)?;
@@ -236,13 +232,13 @@ pub fn attention_backward(
             let inputs = [aligned(q)?, aligned(k)?, aligned(v)?, aligned(out)?, aligned(dout)?];
             let lse = lse.contiguous()?;
             let dlse = dlse.map(Tensor::contiguous).transpose()?;
-            cuda::backward(device, &inputs, &lse, dlse.as_ref(), &shape, params, deterministic)
+            cuda::backward(device, &inputs, &lse, dlse.as_ref(), &shape, params)
         }
         other => bail!("{op}: tensors on {:?}, expected the CPU or CUDA", other.location()),
     }
 }
 
-/// [`attention_forward`]'s out with gradients for q, k and v; dq by atomics where [`attention_backward`] has them.
+/// [`attention_forward`]'s out with gradients for q, k and v.
 ///
 /// # Errors
 /// As [`attention_forward`].
@@ -324,7 +320,7 @@ impl CustomOp3 for Attention {
         let Some(lse) = self.lse.get() else {
             bail!("attention: backward without its forward, expected lse from it")
         };
-        let (dq, dk, dv) = attention_backward(q, k, v, out, lse, dout, None, &self.params, false)?;
+        let (dq, dk, dv) = attention_backward(q, k, v, out, lse, dout, None, &self.params)?;
         Ok((Some(dq), Some(dk), Some(dv)))
     }
 }

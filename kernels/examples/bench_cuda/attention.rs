@@ -53,15 +53,11 @@ fn row(bench: &Bench, d: usize, t: usize, window: Option<usize>) -> Result<()> {
     let label = window.map_or("-".to_owned(), |window| window.to_string());
     let seconds = bench.median(|| attention_forward(&q, &k, &v, &params).map(drop))?;
     println!("| {d} | {b} x {t} | {label} | forward | {}", bench.compute_row(seconds, flops));
-    for (pass, deterministic) in [("backward", false), ("backward, deterministic", true)] {
-        let seconds = bench.median(|| {
-            attention_backward(&q, &k, &v, &out, &lse, &dout, None, &params, deterministic)
-                .map(drop)
-        })?;
-        println!(
-            "| {d} | {b} x {t} | {label} | {pass} | {}",
-            bench.compute_row(seconds, 2.5 * flops)
-        );
-    }
+    let seconds = bench
+        .median(|| attention_backward(&q, &k, &v, &out, &lse, &dout, None, &params).map(drop))?;
+    println!(
+        "| {d} | {b} x {t} | {label} | backward | {}",
+        bench.compute_row(seconds, 2.5 * flops)
+    );
     Ok(())
 }

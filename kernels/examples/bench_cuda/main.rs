@@ -9,8 +9,11 @@ mod timing;
 use candle_core::{DType, Device, Result, Tensor};
 use timing::Bench;
 
+/// Prints the rows of one op.
+type Table = fn(&Bench) -> Result<()>;
+
 /// The tables by name.
-const TABLES: &[(&str, fn(&Bench) -> Result<()>)] = &[
+const TABLES: &[(&str, Table)] = &[
     ("attention", attention::table),
     ("rope", rope),
     ("paged_decode", paged::decode),

@@ -95,7 +95,13 @@ pub(super) fn paged_attention(
         bail!("paged_attention: {t} query tokens of {h} heads, expected below 2^30 rows");
     }
     let pages = visible_pages(params, t)?;
-    if t == 0 || h == 0 || pages.is_empty() {
+    if t == 0 || h == 0 {
+        // candle fills no tensor of nothing on a device.
+        let out = cuda::output_tensor(device, dtype, (t, h, d))?;
+        let lse = cuda::output_tensor(device, DType::F32, (t, h))?;
+        return Ok(AttentionState { out, lse });
+    }
+    if pages.is_empty() {
         return Ok(AttentionState {
             out: Tensor::zeros((t, h, d), dtype, q.device())?,
             lse: Tensor::full(f32::NEG_INFINITY, (t, h), q.device())?,

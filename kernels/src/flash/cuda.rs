@@ -49,7 +49,6 @@ struct BackwardParams {
     lse: u64,
     dlse: u64,
     rows: u64,
-    dq_sum: u64,
     dq: u64,
     dk: u64,
     dv: u64,
@@ -103,15 +102,14 @@ impl Tile {
         }
     }
 
-    /// The kernel of dk and dv in 16 bits: k and v, twice q, dout and {lse, delta}, and dSᵀ where it makes dq too.
-    fn backward_kv(d: usize, with_queries: bool) -> Self {
+    /// The kernel of dk and dv in 16 bits: k and v, twice q, dout and {lse, delta}.
+    fn backward_kv(d: usize) -> Self {
         let walked = Self::walked(d);
-        let ds = if with_queries { 128 * walked * 2 } else { 0 };
-        let shared_bytes = 2 * 128 * d * 2 + 4 * walked * d * 2 + 2 * walked * 8 + ds;
+        let shared_bytes = 2 * 128 * d * 2 + 4 * walked * d * 2 + 2 * walked * 8;
         Self { rows: 128, warps: Self::backward_warps(d), shared_bytes }
     }
 
-    /// The kernel of dq alone in 16 bits: q and dout, and twice k and v.
+    /// The kernel of dq in 16 bits: q and dout, and twice k and v.
     fn backward_q(d: usize) -> Self {
         let shared_bytes = 2 * 128 * d * 2 + 4 * Self::walked(d) * d * 2;
         Self { rows: 128, warps: Self::backward_warps(d), shared_bytes }
@@ -211,7 +209,6 @@ pub(super) fn backward(
     dlse: Option<&Tensor>,
     shape: &AttentionShape,
     params: &DenseAttentionParams,
-    deterministic: bool,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let op = "attention_backward";
     let [q, k, v, out, dout] = inputs;
@@ -225,9 +222,6 @@ pub(super) fn backward(
     let dv = cuda::output_tensor(device, dtype, shape.keys())?;
     let (batch, h, tq) = shape.lse();
     let rows = cuda::output_tensor(device, DType::F32, (batch, h, tq, 2))?;
-    let with_queries = !deterministic && dtype != DType::F32 && d != 256;
-    let dq_sum =
-        if with_queries { Some(Tensor::zeros(shape.out(), DType::F32, q.device())?) } else { None };
     let kernel_params = BackwardParams {
         q: cuda::address(q)?,
         k: cuda::address(k)?,
@@ -237,7 +231,6 @@ pub(super) fn backward(
         lse: cuda::address(lse)?,
         dlse: dlse.map(cuda::address).transpose()?.unwrap_or(0),
         rows: cuda::address(&rows)?,
-        dq_sum: dq_sum.as_ref().map(cuda::address).transpose()?.unwrap_or(0),
         dq: cuda::address(&dq)?,
         dk: cuda::address(&dk)?,
         dv: cuda::address(&dv)?,
@@ -257,25 +250,17 @@ pub(super) fn backward(
 
     let (kv_tile, q_tile) = match dtype {
         DType::F32 => (Tile::f32(d, 4), Tile::f32(d, 4)),
-        _ => (Tile::backward_kv(d, with_queries), Tile::backward_q(d)),
+        _ => (Tile::backward_kv(d), Tile::backward_q(d)),
     };
     let kv_kernels: &[&str] = match (dtype, d) {
         (DType::F32, _) => &["kv"],
         (_, 256) => &["kv_dk", "kv_dv"],
-        _ if with_queries => &["kv_dq"],
         _ => &["kv"],
     };
     for kernel in kv_kernels {
         let launch = kv_tile.launch(op, shape.key_tokens, batch * shape.kv_heads)?;
         run(&format!("{kernel}_{suffix}{size}"), launch)?;
     }
-    if with_queries {
-        // Beyond 64 K blocks a thread converts several pairs.
-        let blocks = (dq.elem_count() / 2).div_ceil(256).min(65_536) as u32;
-        let launch = Launch { grid: (blocks, 1, 1), block: 256, shared_bytes: 0 };
-        run(&format!("convert_{suffix}"), launch)?;
-    } else {
-        run(&format!("q_{suffix}{size}"), q_tile.launch(op, tq, batch * h)?)?;
-    }
+    run(&format!("q_{suffix}{size}"), q_tile.launch(op, tq, batch * h)?)?;
     Ok((dq, dk, dv))
 }

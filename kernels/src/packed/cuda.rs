@@ -2,6 +2,7 @@
 //! Knows no file: bytes are copied to the device once.
 
 use super::{PackedMatrix, PackedType};
+use crate::cuda;
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use std::borrow::Cow;
@@ -56,7 +57,9 @@ impl DeviceMatrix {
                 Self::Dense(weight) => weight.dim(0)?,
             };
             dims.push(rows);
-            return Tensor::zeros(dims, DType::F32, x.device());
+            // candle fills no tensor of nothing on a device.
+            let device = cuda::device_of("packed linear", x)?;
+            return cuda::output_tensor(&device, DType::F32, dims);
         }
         let x = x.reshape((m, cols))?;
         let y = match self {

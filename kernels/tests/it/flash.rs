@@ -200,22 +200,13 @@ pub(crate) fn elements(x: &Tensor) -> Result<Vec<f64>> {
 }
 
 /// Runs a case forward and backward and holds every result against twice the error of the plain version.
-pub(crate) fn check(case: &Case, dtype: DType, device: &Device, deterministic: bool) -> Result<()> {
+pub(crate) fn check(case: &Case, dtype: DType, device: &Device) -> Result<()> {
     let inputs = Inputs::new(case, dtype);
     let [q, k, v, dout, dlse] = inputs.tensors(dtype, device)?;
     let (out, lse) = attention_forward(&q, &k, &v, &inputs.params)?;
     assert_eq!((out.dtype(), lse.dtype()), (dtype, DType::F32));
-    let (dq, dk, dv) = attention_backward(
-        &q,
-        &k,
-        &v,
-        &out,
-        &lse,
-        &dout,
-        Some(&dlse),
-        &inputs.params,
-        deterministic,
-    )?;
+    let (dq, dk, dv) =
+        attention_backward(&q, &k, &v, &out, &lse, &dout, Some(&dlse), &inputs.params)?;
     assert_eq!((dq.shape(), dk.shape(), dv.shape()), (q.shape(), k.shape(), v.shape()));
     let (expected, plain) = (inputs.expected(), inputs.plain(dtype));
     let names = ["out", "lse", "dq", "dk", "dv"];
@@ -227,7 +218,7 @@ pub(crate) fn check(case: &Case, dtype: DType, device: &Device, deterministic: b
         let floor = 4e-6 * size;
         assert!(
             max <= 2.0 * plain_max + floor && rms <= 2.0 * plain_rms + floor,
-            "{case:?} {dtype:?} deterministic {deterministic}: {}: max {max:.3e}, rms {rms:.3e}, expected twice {plain_max:.3e}, {plain_rms:.3e}",
+            "{case:?} {dtype:?}: {}: max {max:.3e}, rms {rms:.3e}, expected twice {plain_max:.3e}, {plain_rms:.3e}",
             names[i]
         );
     }
@@ -238,7 +229,7 @@ pub(crate) fn check(case: &Case, dtype: DType, device: &Device, deterministic: b
 fn dense_attention_and_its_gradients_equal_their_definition() -> Result<()> {
     for case in CASES {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
-            check(case, dtype, &Device::Cpu, true)?;
+            check(case, dtype, &Device::Cpu)?;
         }
     }
     Ok(())
@@ -293,8 +284,7 @@ pub(crate) fn check_graph(dtype: DType, device: &Device) -> Result<()> {
     let loss = (out.to_dtype(DType::F32)? * dout.to_dtype(DType::F32)?)?.sum_all()?;
     let grads = loss.backward()?;
     let (out, lse) = attention_forward(&q, &k, &v, &inputs.params)?;
-    let (dq, dk, dv) =
-        attention_backward(&q, &k, &v, &out, &lse, &dout, None, &inputs.params, true)?;
+    let (dq, dk, dv) = attention_backward(&q, &k, &v, &out, &lse, &dout, None, &inputs.params)?;
     for (name, var, expected) in [("dq", &q, dq), ("dk", &k, dk), ("dv", &v, dv)] {
         let got = grads.get(var).expect("a variable of the loss");
         let (max, _) = errors(&elements(got)?, &elements(&expected)?);
@@ -339,7 +329,7 @@ fn arguments_that_do_not_fit_are_refused_with_what_was_expected() -> Result<()> 
         assert!(refusal(&q, &q, &q, &DenseAttentionParams { scale, ..params }).contains("scale"));
     }
     let lse = Tensor::zeros((1, 3, 5), DType::F32, &Device::Cpu)?;
-    let wrong = attention_backward(&q, &q, &q, &q, &lse, &q, None, &params, true);
+    let wrong = attention_backward(&q, &q, &q, &q, &lse, &q, None, &params);
     assert!(wrong.map(drop).expect_err("refused").to_string().contains("lse"));
     Ok(())
 }

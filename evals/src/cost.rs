@@ -58,9 +58,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokenizer = Model::open(&args.model)?;
     println!("revision {}, window {}", job::revision(), args.window);
     println!(
-        "| fed as | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | same bits |"
+        "| fed as | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | same bits | device |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     let model = args.lengths.iter().map(|length| (true, *length));
     let memory = args.text_lengths.iter().map(|length| (false, *length));
     let mut streams = Vec::new();
@@ -136,7 +136,7 @@ impl Stream {
         let (fed, again) = (&self.fed, &self.again);
         let to_first = median(|asked| asked.open_s + asked.first_token_s);
         format!(
-            "| {} | {} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {} |",
+            "| {} | {} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {} | {} |",
             if self.through_model { "model" } else { "text" },
             self.tokens,
             fed.fed_tokens,
@@ -148,7 +148,8 @@ impl Stream {
             to_first / fed.feed_s * 100.0,
             self.asked.iter().map(|asked| asked.generated_tokens).sum::<usize>(),
             median(|asked| asked.decode_tokens_per_s),
-            if fed.logits_hash == again.logits_hash { "yes" } else { "NO" }
+            if fed.logits_hash == again.logits_hash { "yes" } else { "NO" },
+            fed.device
         )
     }
 }

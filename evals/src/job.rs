@@ -65,6 +65,8 @@ pub(crate) struct Outcome {
     /// FNV-1a of the bits of every logit.
     pub(crate) logits_hash: Option<u64>,
     pub(crate) peak_rss_bytes: u64,
+    /// Where the model ran.
+    pub(crate) device: String,
 }
 
 /// Runs `job` in a new process of this program with `threads` threads (0: all cores).
@@ -113,6 +115,7 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
         .await?;
     let mut session = engine.session(Scope::user("evals").session("sample")).await?;
     outcome.open_s = started.elapsed().as_secs_f64();
+    outcome.device = engine.device().to_string();
     if let Some(path) = &job.feed {
         let text = std::fs::read_to_string(path)?;
         let options = match job.through_model {

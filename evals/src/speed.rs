@@ -30,6 +30,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let text = std::fs::read_to_string(&args.text)?;
     for &bytes in &args.bytes {
         let (mut prefill, mut decode, mut tokens) = (0f64, 0f64, 0);
+        let mut device = String::new();
         for repeat in 0..args.repeat.max(1) {
             let scratch = Scratch::new(&format!("speed-{bytes}-{repeat}"))?;
             let path = scratch.path().join("prompt.txt");
@@ -50,11 +51,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             };
             let outcome = job::spawn(&job, 0)?;
             tokens = outcome.fed_tokens;
+            device = outcome.device;
             prefill = prefill.max(outcome.fed_tokens as f64 / outcome.feed_s);
             decode = decode.max(outcome.decode_tokens_per_s);
         }
         let line = serde_json::json!({
-            "engine": "mka", "revision": job::revision(), "device": args.device, "prompt_tokens": tokens,
+            "engine": "mka", "revision": job::revision(), "device": device, "prompt_tokens": tokens,
             "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode,
         });
         println!("{line}");

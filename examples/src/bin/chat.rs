@@ -53,6 +53,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         .memory(MemoryConfig::with_window(args.window))
         .open()
         .await?;
+    if args.usage {
+        eprintln!("model {} on {}", engine.model_name().unwrap_or("none"), engine.device());
+    }
     let scope = Scope::user(&args.user).session(&args.session);
     let mut chat = engine.session(scope.clone()).await?;
     if let Some(prompt) = &args.prompt {

@@ -9,7 +9,7 @@
 //! | [`paged_attention`] | softmax(q kᵀ · scale) v over a list of pages | q (t, h, d); pools (s, g, p, d) | FlashAttention-2, arXiv 2307.08691, alg. 1 |
 //! | [`merge_states`] | log-sum-exp merge of two attentions | out (t, h, d), lse (t, h) | FlashInfer, arXiv 2501.01005, sec. 2.2 |
 //! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
-//! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (t, c), state (m, c) | MKA, arXiv 2603.20586, alg. 2 |
+//! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (.., t, c), state (.., m, c) | MKA, arXiv 2603.20586, alg. 2 |
 //! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
 //! | [`silu_mul`] | silu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
 
@@ -33,4 +33,4 @@ pub use packed::{PackedMatrix, PackedType, linear};
 pub use pages::{PAGE_TOKENS, PagePool};
 pub use pool::on_pool;
 pub use rope::{RotaryAngles, rotate};
-pub use route::{ema_advance, ema_scan, fuse_levels};
+pub use route::{MAX_RATES, ema_advance, ema_scan, ema_scan_learned, fuse_levels};

@@ -1,6 +1,8 @@
 //! Every op in plain f64 loops: the oracle that the fast versions are tested against.
 //! Knows nothing of speed.
 
+pub mod route;
+
 use crate::{AttentionParams, PAGE_TOKENS};
 
 /// [`crate::paged_attention`] by its definition: (out, lse) of shapes (t, h, d) and (t, h).

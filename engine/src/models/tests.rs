@@ -327,7 +327,7 @@ fn a_restored_cache_continues_bit_for_bit() {
             let mut restored = Cache::restore(
                 decoder.cache_shape(128, 64),
                 stop as u64,
-                &cache.ema_bytes(),
+                &cache.ema_bytes().unwrap(),
                 &pages,
                 |positions| f.angles(positions),
             )

@@ -115,15 +115,21 @@ impl<'a> AttentionSeam<'a> {
         x: &Tensor,
         q: &Tensor,
     ) -> Result<Tensor> {
-        let state = self.cache.ema_mut(layer);
+        let state = self.cache.ema(layer);
+        // The summary runs on the processor, whatever the device.
+        let inputs = x.to_device(&Device::Cpu)?;
         match route {
             Route::Closed => {
-                ema_advance(x, state, self.config.rates)?;
+                let advanced = ema_advance(&inputs, state, self.config.rates)?;
+                self.cache.set_ema(layer, advanced);
                 Ok(x.clone())
             }
             Route::Open { gate, down, up } => {
                 let correction = self.config.bias_correction;
-                let levels = ema_scan(x, state, self.config.rates, self.start, correction)?;
+                let (levels, advanced) =
+                    ema_scan(&inputs, state, self.config.rates, self.start, correction)?;
+                self.cache.set_ema(layer, advanced);
+                let levels = levels.to_device(x.device())?;
                 let weights = Route::weights(down, up, q)?;
                 Ok(fuse_levels(x, &levels, &weights, *gate)?)
             }

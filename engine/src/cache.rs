@@ -2,7 +2,7 @@
 //! Knows no attention rule and no file; a page leaves it as bytes.
 
 use crate::error::{Error, ErrorKind, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mka_kernels::{PAGE_TOKENS, PagePool, PageRef, RotaryAngles, rotate};
 use std::collections::BTreeMap;
 
@@ -34,15 +34,15 @@ pub(crate) struct Cache {
     slots: BTreeMap<u64, usize>,
     free: Vec<usize>,
     position: u64,
-    /// Per layer (rates, hidden): the streaming EMA of each layer's normed input.
-    ema: Vec<Vec<f32>>,
+    /// Per layer (rates, hidden), f32: the streaming EMA of each layer's normed input. Replaced, never written into.
+    ema: Vec<Tensor>,
 }
 
 /// A point that the cache can be taken back to while its pages are still there.
 #[derive(Clone)]
 pub(crate) struct Checkpoint {
     pub(crate) position: u64,
-    ema: Vec<Vec<f32>>,
+    ema: Vec<Tensor>,
 }
 
 impl Cache {
@@ -62,6 +62,7 @@ impl Cache {
                 Error::new(ErrorKind::OutOfMemory, format!("allocate {num_slots} pages: {source}"))
                     .with_source(source)
             })?;
+        let ema = Tensor::zeros((shape.num_rates, shape.hidden_size), DType::F32, &Device::Cpu)?;
         Ok(Self {
             shape,
             device: device.clone(),
@@ -69,7 +70,7 @@ impl Cache {
             slots: BTreeMap::new(),
             free: (0..num_slots).rev().collect(),
             position: 0,
-            ema: vec![vec![0f32; shape.num_rates * shape.hidden_size]; shape.num_layers],
+            ema: vec![ema; shape.num_layers],
         })
     }
 
@@ -182,8 +183,12 @@ impl Cache {
         &self.pools[layer]
     }
 
-    pub(crate) fn ema_mut(&mut self, layer: usize) -> &mut [f32] {
-        &mut self.ema[layer]
+    pub(crate) fn ema(&self, layer: usize) -> &Tensor {
+        &self.ema[layer]
+    }
+
+    pub(crate) fn set_ema(&mut self, layer: usize, ema: Tensor) {
+        self.ema[layer] = ema;
     }
 
     /// Where the stream stands now.
@@ -246,8 +251,14 @@ impl Cache {
     }
 
     /// The EMA of every layer, layer by layer, f32 little-endian.
-    pub(crate) fn ema_bytes(&self) -> Vec<u8> {
-        self.ema.iter().flatten().flat_map(|x| x.to_le_bytes()).collect()
+    pub(crate) fn ema_bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for layer in &self.ema {
+            for x in layer.flatten_all()?.to_vec1::<f32>()? {
+                bytes.extend_from_slice(&x.to_le_bytes());
+            }
+        }
+        Ok(bytes)
     }
 
     /// Rebuilds the cache at `position` from what [`Cache::page_bytes`] and [`Cache::ema_bytes`] wrote, rotating keys
@@ -266,13 +277,15 @@ impl Cache {
         let mut cache = Self::new(shape, device)?;
         cache.position = position;
         let damaged = |what: String| Error::new(ErrorKind::Corrupted, format!("restore: {what}"));
-        let expected: usize = cache.ema.iter().map(|layer| layer.len() * 4).sum();
+        let layer_len = shape.num_rates * shape.hidden_size;
+        let expected = shape.num_layers * layer_len * 4;
         if ema.len() != expected {
             return Err(damaged(format!("summary of {} bytes, expected {expected}", ema.len())));
         }
         let (values, _) = ema.as_chunks::<4>();
-        for (into, bytes) in cache.ema.iter_mut().flatten().zip(values) {
-            *into = f32::from_le_bytes(*bytes);
+        for (layer, bytes) in cache.ema.iter_mut().zip(values.chunks_exact(layer_len.max(1))) {
+            let values: Vec<f32> = bytes.iter().map(|x| f32::from_le_bytes(*x)).collect();
+            *layer = Tensor::from_vec(values, layer.shape(), &Device::Cpu)?;
         }
         for page in cache.window_pages(position) {
             let bytes = pages

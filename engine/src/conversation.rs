@@ -311,7 +311,7 @@ impl Conversation {
         Ok(Some(NewSnapshot {
             fingerprint: model.decoder.fingerprint,
             position,
-            state: self.state.to_bytes(&cache.ema_bytes())?,
+            state: self.state.to_bytes(&cache.ema_bytes()?)?,
             pages,
             window,
         }))

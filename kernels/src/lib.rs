@@ -13,7 +13,7 @@
 //! | [`landmarks`], [`score_landmarks`] | means of keys; Σ over heads of softmax(q landmarkᵀ · scale) | pool (s, g, p, d); landmarks (n, g, d) | `reference` |
 //! | [`top_k`], [`gather_pages`] | exact k largest; copy of pages | votes (g, n); pool (s, g, p, d) | `reference` |
 //! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
-//! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (t, c), state (m, c) | MKA, arXiv 2603.20586, alg. 2 |
+//! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (.., t, c), state (.., m, c) | MKA, arXiv 2603.20586, alg. 2 |
 //! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
 //! | [`silu_mul`] | silu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
 
@@ -43,5 +43,5 @@ pub use packed::{PackedMatrix, PackedType, linear};
 pub use pages::{PAGE_TOKENS, PagePool};
 pub use pool::on_pool;
 pub use rope::{RotaryAngles, rotate};
-pub use route::{ema_advance, ema_scan, fuse_levels};
+pub use route::{MAX_RATES, ema_advance, ema_scan, ema_scan_learned, fuse_levels};
 pub use select::{gather_pages, gather_pages_backward, landmarks, score_landmarks, top_k};

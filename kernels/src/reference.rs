@@ -3,6 +3,7 @@
 
 mod flash;
 mod merge;
+pub mod route;
 mod select;
 
 pub use flash::{attention, attention_backward};

@@ -1,60 +1,103 @@
 //! FastMKA's levels: the multi-rate EMA scan and the mix that stands before the K/V projections.
 //! Knows no router weights and no projections.
 
-use candle_core::{Result, Tensor};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
-/// Streams `x` (t, c) through the EMA of every rate and returns the levels, (t, m, c), f32.
+/// Most rates that the CUDA kernels take; the CPU takes any number.
+pub const MAX_RATES: usize = 4;
+
+/// Streams `x` through the EMA of every rate: (levels, state after the last token), both f32.
 ///
 /// e_t = b e_{t-1} + (1 - b) x_t per rate b; with `bias_correction` the level is e_t / (1 - b^(n+1)),
-/// n = `seen` + t the tokens before it. `state` (m, c) is e after the last token seen so far and is advanced.
-/// The recurrence runs token by token in f32: any chunking of a stream gives the same bits.
+/// n = `seen` + t the tokens before it. `state` is e after the last token seen so far.
+///
+/// Shapes: `x` (t, c) or (b, t, c), f32, bf16 or f16; `state` (m, c) or (b, m, c), f32; levels (.., t, m, c).
+/// On the CPU the recurrence runs token by token: any chunking of a stream gives the same bits. On CUDA it runs in
+/// chunks of 128 tokens from the call's first: the same bits at every run, but not for every chunking.
+/// Gradients reach `x` and `state`; [`ema_scan_learned`] adds the rates.
 ///
 /// Source: MKA, arXiv 2603.20586, session memory; bias correction and several rates are ours.
 ///
 /// # Errors
-/// If `state` is not (rates, c).
+/// If the shapes disagree, a rate is outside [0, 1), or on CUDA there are more than [`MAX_RATES`].
 pub fn ema_scan(
     x: &Tensor,
-    state: &mut [f32],
+    state: &Tensor,
     rates: &[f32],
     seen: u64,
     bias_correction: bool,
-) -> Result<Tensor> {
-    let (t, c) = x.dims2()?;
-    check_state(state, rates, c)?;
-    let values = x.flatten_all()?.to_vec1::<f32>()?;
-    let mut levels = vec![0f32; t * rates.len() * c];
-    for (i, row) in values.chunks_exact(c.max(1)).enumerate() {
-        advance(row, state, rates);
-        for (m, rate) in rates.iter().enumerate() {
-            let correction = if bias_correction {
-                let n = (seen + i as u64 + 1).min(i32::MAX as u64) as i32;
-                (1.0 / (1.0 - f64::from(*rate).powi(n))) as f32
-            } else {
-                1.0
-            };
-            let level = &mut levels[(i * rates.len() + m) * c..][..c];
-            for (out, e) in level.iter_mut().zip(&state[m * c..(m + 1) * c]) {
-                *out = e * correction;
-            }
-        }
-    }
-    Tensor::from_vec(levels, (t, rates.len(), c), x.device())
+) -> Result<(Tensor, Tensor)> {
+    check_rates("ema_scan", rates)?;
+    let rates = Tensor::from_slice(rates, rates.len(), x.device())?;
+    ema_scan_learned(x, state, &rates, seen, bias_correction)
 }
 
-/// Advances `state` (m, c) over `x` (t, c) without forming the levels: what a layer with a closed gate needs.
-///
-/// Bit-identical to the state that [`ema_scan`] leaves.
+/// [`ema_scan`] with the rates as a tensor (m), f32, to which gradients flow too. The caller keeps them inside [0, 1).
 ///
 /// # Errors
-/// If `state` is not (rates, c).
-pub fn ema_advance(x: &Tensor, state: &mut [f32], rates: &[f32]) -> Result<()> {
-    let (_, c) = x.dims2()?;
-    check_state(state, rates, c)?;
-    for row in x.flatten_all()?.to_vec1::<f32>()?.chunks_exact(c.max(1)) {
-        advance(row, state, rates);
+/// As [`ema_scan`]; the rates are not looked at.
+pub fn ema_scan_learned(
+    x: &Tensor,
+    state: &Tensor,
+    rates: &Tensor,
+    seen: u64,
+    bias_correction: bool,
+) -> Result<(Tensor, Tensor)> {
+    let shape = EmaShape::of("ema_scan", x, state, rates)?;
+    let EmaShape { batch, tokens, channels, rates: m } = shape;
+    let mut level_shape = x.dims().to_vec();
+    level_shape.insert(level_shape.len() - 1, m);
+    if tokens == 0 || shape.state_len() == 0 {
+        let levels = match x.device() {
+            // candle fills no tensor of nothing on a device.
+            #[cfg(feature = "cuda")]
+            candle_core::Device::Cuda(device) => {
+                crate::cuda::output_tensor(device, DType::F32, level_shape)?
+            }
+            device => Tensor::zeros(level_shape, DType::F32, device)?,
+        };
+        return Ok((levels, state.clone()));
     }
-    Ok(())
+    let op = EmaScan { shape, seen, bias_correction };
+    let x = readable(x)?.reshape((batch, tokens, channels))?;
+    let packed = x.apply_op3(&state.contiguous()?, &rates.contiguous()?, op)?;
+    let levels = packed.narrow(0, 0, shape.levels_len())?.reshape(level_shape)?;
+    // A copy: the state outlives the levels, whose memory it would hold.
+    let new_state = packed.narrow(0, shape.levels_len(), shape.state_len())?.force_contiguous()?;
+    Ok((levels, new_state.reshape(state.shape())?))
+}
+
+/// The state after `x`, without forming the levels: what a layer with a closed gate needs. No gradient flows.
+///
+/// Shapes and bits are those of the state that [`ema_scan`] returns.
+///
+/// # Errors
+/// As [`ema_scan`].
+pub fn ema_advance(x: &Tensor, state: &Tensor, rates: &[f32]) -> Result<Tensor> {
+    check_rates("ema_advance", rates)?;
+    let rate_tensor = Tensor::from_slice(rates, rates.len(), &candle_core::Device::Cpu)?;
+    let shape = EmaShape::of("ema_advance", x, state, &rate_tensor)?;
+    if shape.tokens == 0 || shape.state_len() == 0 {
+        return Ok(state.detach());
+    }
+    let x = readable(&x.detach())?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let rates = rate_tensor.to_device(x.device())?;
+        let op = EmaScan { shape, seen: 0, bias_correction: false };
+        return device::advance(&op, &x, &state.detach().contiguous()?, &rates);
+    }
+    let values = x.flatten_all()?.to_vec1::<f32>()?;
+    let mut advanced = state.flatten_all()?.to_vec1::<f32>()?;
+    let per_batch = rates.len() * shape.channels;
+    for (x, state) in
+        values.chunks_exact(shape.tokens * shape.channels).zip(advanced.chunks_exact_mut(per_batch))
+    {
+        for row in x.chunks_exact(shape.channels) {
+            advance(row, state, rates);
+        }
+    }
+    Tensor::from_vec(advanced, state.shape(), state.device())
 }
 
 /// xf = x + gate · Σ_l λ_l (L_l - x): (t, c).
@@ -65,10 +108,20 @@ pub fn ema_advance(x: &Tensor, state: &mut [f32], rates: &[f32]) -> Result<()> {
 /// # Errors
 /// If the shapes disagree.
 pub fn fuse_levels(x: &Tensor, levels: &Tensor, weights: &Tensor, gate: f64) -> Result<Tensor> {
+    x + (level_shift("fuse_levels", x, levels, weights)? * gate)?
+}
+
+/// Σ_l λ_l (L_l - x), what the gate scales: (t, c).
+pub(crate) fn level_shift(
+    op: &str,
+    x: &Tensor,
+    levels: &Tensor,
+    weights: &Tensor,
+) -> Result<Tensor> {
     let (t, m, c) = levels.dims3()?;
     if x.dims2()? != (t, c) || weights.dims2()? != (t, m + 1) {
-        candle_core::bail!(
-            "fuse_levels: x {:?}, weights {:?}, expected ({t}, {c}) and ({t}, {})",
+        bail!(
+            "{op}: x {:?}, weights {:?}, expected ({t}, {c}) and ({t}, {})",
             x.shape(),
             weights.shape(),
             m + 1
@@ -76,19 +129,58 @@ pub fn fuse_levels(x: &Tensor, levels: &Tensor, weights: &Tensor, gate: f64) -> 
     }
     let difference = levels.broadcast_sub(&x.unsqueeze(1)?)?; // (t, m, c)
     let memory_weights = weights.narrow(1, 1, m)?.unsqueeze(2)?; // (t, m, 1)
-    let shift = difference.broadcast_mul(&memory_weights)?.sum(1)?; // (t, c)
-    x + (shift * gate)?
+    difference.broadcast_mul(&memory_weights)?.sum(1)
 }
 
-fn check_state(state: &[f32], rates: &[f32], c: usize) -> Result<()> {
-    if state.len() != rates.len() * c {
-        candle_core::bail!(
-            "ema: state of {} values, expected {} rates of {c}",
-            state.len(),
-            rates.len()
-        );
+/// Sizes of one scan.
+#[derive(Debug, Clone, Copy)]
+struct EmaShape {
+    batch: usize,
+    tokens: usize,
+    channels: usize,
+    rates: usize,
+}
+
+impl EmaShape {
+    fn of(op: &str, x: &Tensor, state: &Tensor, rates: &Tensor) -> Result<Self> {
+        let m = rates.dims1()?;
+        let (shape, expected) = match *x.dims() {
+            [t, c] => (Self { batch: 1, tokens: t, channels: c, rates: m }, vec![m, c]),
+            [b, t, c] => (Self { batch: b, tokens: t, channels: c, rates: m }, vec![b, m, c]),
+            _ => bail!("{op}: x {:?}, expected (t, c) or (b, t, c)", x.shape()),
+        };
+        if state.dims() != expected {
+            bail!("{op}: state {:?}, expected {expected:?}", state.shape());
+        }
+        if state.dtype() != DType::F32 || rates.dtype() != DType::F32 {
+            bail!("{op}: state of {:?}, rates of {:?}, expected f32", state.dtype(), rates.dtype());
+        }
+        if x.device().is_cuda() && m > MAX_RATES {
+            bail!("{op}: {m} rates, expected at most {MAX_RATES} on CUDA");
+        }
+        Ok(shape)
     }
-    Ok(())
+
+    fn levels_len(&self) -> usize {
+        self.batch * self.tokens * self.rates * self.channels
+    }
+
+    fn state_len(&self) -> usize {
+        self.batch * self.rates * self.channels
+    }
+}
+
+fn check_rates(op: &str, rates: &[f32]) -> Result<()> {
+    match rates.iter().find(|rate| !(0.0..1.0).contains(*rate)) {
+        Some(rate) => bail!("{op}: a rate of {rate}, expected one in [0, 1)"),
+        None => Ok(()),
+    }
+}
+
+/// `x` as the scan of its device reads it: contiguous, and f32 on the CPU.
+fn readable(x: &Tensor) -> Result<Tensor> {
+    let x = if x.device().is_cuda() { x.clone() } else { x.to_dtype(DType::F32)? };
+    x.contiguous()
 }
 
 fn advance(row: &[f32], state: &mut [f32], rates: &[f32]) {
@@ -97,5 +189,369 @@ fn advance(row: &[f32], state: &mut [f32], rates: &[f32]) {
         for (e, x) in e.iter_mut().zip(row) {
             *e = rate * *e + new * x;
         }
+    }
+}
+
+/// 1 / (1 - b^n), n = `tokens` seen and this one.
+fn correction(rate: f32, tokens: u64) -> f64 {
+    1.0 / (1.0 - f64::from(rate).powi(tokens.min(i32::MAX as u64) as i32))
+}
+
+/// (x, state, rates) -> levels and the new state, one after the other in one f32 vector.
+struct EmaScan {
+    shape: EmaShape,
+    seen: u64,
+    bias_correction: bool,
+}
+
+impl EmaScan {
+    fn factor(&self, rate: f32, t: usize) -> f64 {
+        if self.bias_correction { correction(rate, self.seen + t as u64 + 1) } else { 1.0 }
+    }
+
+    /// Gradients of x (b, t, c), f32, of the state and of the rates, from those of the levels and of the new state.
+    fn backward_cpu(
+        &self,
+        x: &[f32],
+        state: &[f32],
+        rates: &[f32],
+        (dlevels, dstate): (&[f32], &[f32]),
+    ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+        let EmaShape { batch, tokens, channels, rates: m } = self.shape;
+        let mut dx = vec![0f64; x.len()];
+        let mut dstate_in = vec![0f32; state.len()];
+        let mut drates = vec![0f64; m];
+        let mut e = vec![0f64; tokens + 1];
+        for (b, rate_idx, c) in (0..batch)
+            .flat_map(|b| (0..m).flat_map(move |rate| (0..channels).map(move |c| (b, rate, c))))
+        {
+            let rate = f64::from(rates[rate_idx]);
+            let at = |t: usize| (b * tokens + t) * channels + c;
+            let state_at = (b * m + rate_idx) * channels + c;
+            e[0] = f64::from(state[state_at]);
+            for t in 0..tokens {
+                e[t + 1] = rate * e[t] + (1.0 - rate) * f64::from(x[at(t)]);
+            }
+            let mut g = f64::from(dstate[state_at]);
+            for t in (0..tokens).rev() {
+                let d = f64::from(dlevels[((b * tokens + t) * m + rate_idx) * channels + c]);
+                let factor = self.factor(rates[rate_idx], t);
+                g += d * factor;
+                drates[rate_idx] += g * (e[t] - f64::from(x[at(t)]));
+                if self.bias_correction {
+                    let n = (self.seen + t as u64 + 1).min(i32::MAX as u64) as i32;
+                    drates[rate_idx] +=
+                        d * e[t + 1] * f64::from(n) * rate.powi(n - 1) * factor * factor;
+                }
+                dx[at(t)] += (1.0 - rate) * g;
+                g *= rate;
+            }
+            dstate_in[state_at] = g as f32;
+        }
+        let single = |values: Vec<f64>| values.into_iter().map(|x| x as f32).collect();
+        (single(dx), dstate_in, single(drates))
+    }
+}
+
+fn slice_of<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => bail!("ema_scan: layout {layout:?}, expected a contiguous one"),
+    }
+}
+
+impl CustomOp3 for EmaScan {
+    fn name(&self) -> &'static str {
+        "ema_scan"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        state: &CpuStorage,
+        state_layout: &Layout,
+        rates: &CpuStorage,
+        rates_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let EmaShape { tokens, channels, rates: m, .. } = self.shape;
+        let (x, rates) = (slice_of(x, x_layout)?, slice_of(rates, rates_layout)?);
+        let len = self.shape.levels_len() + self.shape.state_len();
+        let mut packed = Vec::with_capacity(len);
+        let mut state = slice_of(state, state_layout)?.to_vec();
+        for (x, state) in
+            x.chunks_exact(tokens * channels).zip(state.chunks_exact_mut(m * channels))
+        {
+            for (t, row) in x.chunks_exact(channels).enumerate() {
+                advance(row, state, rates);
+                for (rate, e) in rates.iter().zip(state.chunks_exact(channels)) {
+                    let factor = self.factor(*rate, t) as f32;
+                    packed.extend(e.iter().map(|e| e * factor));
+                }
+            }
+        }
+        packed.extend_from_slice(&state);
+        Ok((CpuStorage::F32(packed), Shape::from(len)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        x_layout: &Layout,
+        state: &candle_core::CudaStorage,
+        state_layout: &Layout,
+        rates: &candle_core::CudaStorage,
+        rates_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        device::scan(self, (x, x_layout), (state, state_layout), (rates, rates_layout))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        state: &Tensor,
+        rates: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.detach().contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let (dx, dstate, drates) = device::backward(self, x, state, rates, &grad)?;
+            return Ok((Some(dx), Some(dstate), Some(drates)));
+        }
+        let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+        let grad = values(&grad)?;
+        let grads = grad.split_at(self.shape.levels_len());
+        let (dx, dstate, drates) =
+            self.backward_cpu(&values(x)?, &values(state)?, &values(rates)?, grads);
+        let like = |values: Vec<f32>, x: &Tensor| Tensor::from_vec(values, x.shape(), x.device());
+        Ok((Some(like(dx, x)?), Some(like(dstate, state)?), Some(like(drates, rates)?)))
+    }
+}
+
+/// The launches of `cuda/ema_scan.cu`.
+#[cfg(feature = "cuda")]
+mod device {
+    use super::{EmaScan, EmaShape};
+    use crate::cuda::{
+        Launch, address, address_of, device_of, launch, output, output_tensor, suffix,
+    };
+    use candle_core::backend::BackendStorage;
+    use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+    use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor};
+
+    /// Tokens of a chunk and threads of a block, as in the kernels.
+    const CHUNK: usize = 128;
+    const THREADS: usize = 128;
+
+    /// As in `cuda/ema_scan.cu`.
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct EmaParams {
+        x: u64,
+        rates: u64,
+        state: u64,
+        new_state: u64,
+        carries: u64,
+        levels: u64,
+        dlevels: u64,
+        dstate: u64,
+        adjoints: u64,
+        dx: u64,
+        dstate_in: u64,
+        partial: u64,
+        drates: u64,
+        seen: u64,
+        partials: u64,
+        batch: u32,
+        tokens: u32,
+        channels: u32,
+        rates_len: u32,
+        chunks: u32,
+        first_chunk: u32,
+        correct: u32,
+    }
+
+    // SAFETY: plain numbers in C layout, as the kernels declare them.
+    unsafe impl DeviceRepr for EmaParams {}
+
+    struct Launcher<'a> {
+        device: &'a CudaDevice,
+        shape: EmaShape,
+        dtype: DType,
+        /// Channels of a thread.
+        width: usize,
+    }
+
+    impl Launcher<'_> {
+        fn chunks(&self) -> usize {
+            self.shape.tokens.div_ceil(CHUNK)
+        }
+
+        fn params(&self, op: &EmaScan) -> Result<EmaParams> {
+            let shape = self.shape;
+            let small = |x: usize| {
+                u32::try_from(x).map_err(|_| {
+                    candle_core::Error::Msg(format!(
+                        "ema_scan: {shape:?}, expected sizes below 2^32"
+                    ))
+                })
+            };
+            Ok(EmaParams {
+                seen: op.seen,
+                batch: small(shape.batch)?,
+                tokens: small(shape.tokens)?,
+                channels: small(shape.channels)?,
+                rates_len: small(shape.rates)?,
+                chunks: small(self.chunks())?,
+                correct: op.bias_correction.into(),
+                ..EmaParams::default()
+            })
+        }
+
+        fn blocks(&self) -> usize {
+            self.shape.channels.div_ceil(THREADS * self.width)
+        }
+
+        /// A kernel over `chunks` chunks of every channel and batch, named by width and, if it reads x, type.
+        fn chunked(&self, kernel: &str, typed: bool, chunks: usize, p: &EmaParams) -> Result<()> {
+            let name = match typed {
+                true => format!("{kernel}_{}_{}", suffix("ema_scan", self.dtype)?, self.width),
+                false => format!("{kernel}_{}", self.width),
+            };
+            let grid = (self.blocks() as u32, chunks as u32, p.batch);
+            let shape = Launch { grid, block: THREADS as u32, shared_bytes: 0 };
+            launch(self.device, "ema_scan", &name, shape, p)
+        }
+
+        fn carry(&self, kernel: &str, p: &EmaParams) -> Result<()> {
+            let grid = (p.channels.div_ceil(THREADS as u32), p.rates_len, p.batch);
+            let shape = Launch { grid, block: THREADS as u32, shared_bytes: 0 };
+            launch(self.device, "ema_scan", kernel, shape, p)
+        }
+
+        fn scratch(&self) -> Result<Tensor> {
+            output_tensor(self.device, DType::F32, self.chunks() * self.shape.state_len())
+        }
+
+        /// The state before every chunk into `p.carries`.
+        fn carries(&self, p: &EmaParams) -> Result<()> {
+            self.chunked("ema_aggregate", true, self.chunks() - 1, p)?;
+            self.carry("ema_carry", p)
+        }
+    }
+
+    fn launcher<'a>(
+        op: &EmaScan,
+        device: &'a CudaDevice,
+        dtype: DType,
+        addresses: &[u64],
+    ) -> Launcher<'a> {
+        // Four channels are one load of 16 bytes at most.
+        let aligned = addresses.iter().all(|address| address % 16 == 0);
+        let width = if op.shape.channels.is_multiple_of(4) && aligned { 4 } else { 1 };
+        Launcher { device, shape: op.shape, dtype, width }
+    }
+
+    /// Levels and new state in one vector.
+    pub(super) fn scan(
+        op: &EmaScan,
+        (x, x_layout): (&CudaStorage, &Layout),
+        (state, state_layout): (&CudaStorage, &Layout),
+        (rates, rates_layout): (&CudaStorage, &Layout),
+    ) -> Result<(CudaStorage, Shape)> {
+        let device = x.device();
+        let len = op.shape.levels_len() + op.shape.state_len();
+        let out = output(device, DType::F32, len)?;
+        let shape = Shape::from(len);
+        let levels = address_of(&out, &Layout::contiguous(&shape))?;
+        let (x_address, state) = (address_of(x, x_layout)?, address_of(state, state_layout)?);
+        let launcher = launcher(op, device, x.dtype(), &[x_address, state]);
+        let scratch = launcher.scratch()?;
+        let p = EmaParams {
+            x: x_address,
+            state,
+            rates: address_of(rates, rates_layout)?,
+            carries: address(&scratch)?,
+            levels,
+            new_state: levels + 4 * op.shape.levels_len() as u64,
+            ..launcher.params(op)?
+        };
+        if launcher.chunks() > 1 {
+            launcher.carries(&p)?;
+        }
+        launcher.chunked("ema_levels", true, launcher.chunks(), &p)?;
+        Ok((out, shape))
+    }
+
+    /// The new state alone.
+    pub(super) fn advance(
+        op: &EmaScan,
+        x: &Tensor,
+        state: &Tensor,
+        rates: &Tensor,
+    ) -> Result<Tensor> {
+        let device = device_of("ema_advance", x)?;
+        let out = output_tensor(&device, DType::F32, state.shape())?;
+        let (x_address, state) = (address(x)?, address(state)?);
+        let launcher = launcher(op, &device, x.dtype(), &[x_address, state]);
+        let scratch = launcher.scratch()?;
+        let p = EmaParams {
+            x: x_address,
+            state,
+            rates: address(rates)?,
+            carries: address(&scratch)?,
+            new_state: address(&out)?,
+            first_chunk: (launcher.chunks() - 1) as u32,
+            ..launcher.params(op)?
+        };
+        if launcher.chunks() > 1 {
+            launcher.carries(&p)?;
+        }
+        launcher.chunked("ema_levels", true, 1, &p)?;
+        Ok(out)
+    }
+
+    /// Gradients of x, state and rates from that of the packed result.
+    pub(super) fn backward(
+        op: &EmaScan,
+        x: &Tensor,
+        state: &Tensor,
+        rates: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Tensor, Tensor, Tensor)> {
+        let device = device_of("ema_scan", x)?;
+        let dx = output_tensor(&device, x.dtype(), x.shape())?;
+        let dstate = output_tensor(&device, DType::F32, state.shape())?;
+        let drates = output_tensor(&device, DType::F32, rates.shape())?;
+        let (x_address, state, grad) = (address(x)?, address(state)?, address(grad)?);
+        let launcher = launcher(op, &device, x.dtype(), &[x_address, state, grad]);
+        let (carries, adjoints) = (launcher.scratch()?, launcher.scratch()?);
+        let partials = op.shape.batch * launcher.chunks() * launcher.blocks();
+        let partial = output_tensor(&device, DType::F32, partials * op.shape.rates)?;
+        let p = EmaParams {
+            x: x_address,
+            state,
+            rates: address(rates)?,
+            carries: address(&carries)?,
+            adjoints: address(&adjoints)?,
+            dlevels: grad,
+            dstate: grad + 4 * op.shape.levels_len() as u64,
+            dx: address(&dx)?,
+            dstate_in: address(&dstate)?,
+            partial: address(&partial)?,
+            drates: address(&drates)?,
+            partials: partials as u64,
+            ..launcher.params(op)?
+        };
+        launcher.carries(&p)?;
+        launcher.chunked("ema_backward_aggregate", false, launcher.chunks() - 1, &p)?;
+        launcher.carry("ema_backward_carry", &p)?;
+        launcher.chunked("ema_backward", true, launcher.chunks(), &p)?;
+        let shape = Launch { grid: (p.rates_len, 1, 1), block: THREADS as u32, shared_bytes: 0 };
+        launch(&device, "ema_scan", "ema_sum_rates", shape, &p)?;
+        Ok((dx, dstate, drates))
     }
 }

@@ -347,7 +347,7 @@ fn a_restored_cache_continues_bit_for_bit() {
                 decoder.cache_shape(128, 64),
                 &Device::Cpu,
                 stop as u64,
-                &cache.ema_bytes(),
+                &cache.ema_bytes().unwrap(),
                 &pages,
                 |positions| f.angles(positions),
             )

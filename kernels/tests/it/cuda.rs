@@ -6,6 +6,7 @@ mod flash;
 mod packed;
 mod paged;
 mod rope;
+mod route;
 mod select;
 
 use candle_core::Device;

@@ -85,7 +85,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         )?;
         let again = job::spawn(&Job { peek, ..base.clone() }, 0)?;
         streams.push(Stream {
-            scratch,
+            _scratch: scratch,
             base,
             through_model,
             tokens,
@@ -116,8 +116,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// One length: what feeding it cost, and every question asked of it.
 struct Stream {
     /// Removed with its store at the end.
-    #[allow(dead_code, reason = "held for its drop")]
-    scratch: Scratch,
+    _scratch: Scratch,
     base: Job,
     through_model: bool,
     tokens: usize,

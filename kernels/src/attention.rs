@@ -9,6 +9,7 @@ pub use merge::{MergeGradients, merge_states, merge_states_backward};
 
 use crate::pages::PAGE_TOKENS;
 use crate::simd::{self, multiversion};
+use crate::storage::contiguous_range;
 #[cfg(feature = "cuda")]
 use candle_core::Device;
 use candle_core::{Layout, Result, Storage, Tensor};
@@ -110,9 +111,9 @@ pub fn paged_attention(
     let (k_storage, k_layout) = keys.storage_and_layout();
     let (v_storage, v_layout) = values.storage_and_layout();
     let problem = Problem {
-        q: cpu_slice(&q_storage, q_layout, "q")?,
-        keys: cpu_slice(&k_storage, k_layout, "keys")?,
-        values: cpu_slice(&v_storage, v_layout, "values")?,
+        q: cpu_slice(&q_storage, q_layout, "paged_attention: q")?,
+        keys: cpu_slice(&k_storage, k_layout, "paged_attention: keys")?,
+        values: cpu_slice(&v_storage, v_layout, "paged_attention: values")?,
         t,
         h,
         g,
@@ -127,9 +128,9 @@ pub fn paged_attention(
 }
 
 fn cpu_slice<'a>(storage: &'a Storage, layout: &Layout, name: &str) -> Result<&'a [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(cpu), Some((start, end))) => Ok(&cpu.as_slice::<f32>()?[start..end]),
-        _ => candle_core::bail!("paged_attention: {name}, expected contiguous f32 on the CPU"),
+    match storage {
+        Storage::Cpu(cpu) => Ok(&cpu.as_slice::<f32>()?[contiguous_range(name, layout)?]),
+        _ => candle_core::bail!("{name}: expected f32 on the CPU"),
     }
 }
 

@@ -16,18 +16,12 @@ use candle_core::{
 };
 use half::{bf16, f16};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
-static LAUNCHES: AtomicU64 = AtomicU64::new(0);
 static POISON: AtomicBool = AtomicBool::new(false);
-
-/// Kernels of this crate launched by the process so far, on every device.
-pub fn launches() -> u64 {
-    LAUNCHES.load(Ordering::Relaxed)
-}
 
 /// Fills every output with NaN before its kernel runs, so that a test sees what a kernel left unwritten.
 pub fn poison_outputs(on: bool) {
@@ -80,7 +74,6 @@ pub(crate) fn launch<P: DeviceRepr>(
     // SAFETY: the op that built `params` took its addresses from live tensors of checked shapes on this device, and
     // the stream frees memory only after the work enqueued before.
     unsafe { builder.launch(config) }.map_err(|e| failed(&e))?;
-    LAUNCHES.fetch_add(1, Ordering::Relaxed);
     Ok(())
 }
 
@@ -191,8 +184,12 @@ pub(crate) fn output_tensor(
     shape: impl Into<Shape>,
 ) -> Result<Tensor> {
     let shape = shape.into();
-    let storage = output(device, dtype, shape.elem_count())?;
-    Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+    Ok(tensor(output(device, dtype, shape.elem_count())?, shape))
+}
+
+/// A tensor without history over what a kernel wrote.
+pub(crate) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
 /// The suffix of a kernel's name for an element type: `f32`, `bf16` or `f16`.

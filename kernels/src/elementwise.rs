@@ -2,6 +2,7 @@
 //! Knows no layer.
 
 use crate::simd::{self, multiversion};
+use crate::storage::contiguous_range;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -37,13 +38,10 @@ impl CustomOp2 for SiluMul {
         up: &CpuStorage,
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (Some((gate_start, gate_end)), Some((up_start, up_end))) =
-            (gate_layout.contiguous_offsets(), up_layout.contiguous_offsets())
-        else {
-            candle_core::bail!("silu_mul: {gate_layout:?}, {up_layout:?}, expected contiguous ones")
+        let values = |storage, layout| -> Result<&[f32]> {
+            Ok(&CpuStorage::as_slice(storage)?[contiguous_range("silu_mul", layout)?])
         };
-        let mut out = gate.as_slice::<f32>()?[gate_start..gate_end].to_vec();
-        let up = &up.as_slice::<f32>()?[up_start..up_end];
+        let (mut out, up) = (values(gate, gate_layout)?.to_vec(), values(up, up_layout)?);
         // 16 K floats are 64 KiB: large enough that a task outweighs its dispatch.
         const BLOCK: usize = 16 * 1024;
         out.par_chunks_mut(BLOCK)

@@ -1,6 +1,7 @@
 //! Dense attention over contiguous keys and values, forward and backward: what training and whole-prompt prefill run.
 //! Knows no pages and no cache; positions follow from the shapes alone.
 
+use crate::storage::contiguous_range;
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
@@ -161,7 +162,7 @@ pub fn attention_forward(
             let inputs =
                 [crate::cuda::address(&q)?, crate::cuda::address(&k)?, crate::cuda::address(&v)?];
             let (out, lse) = cuda::forward(device, q.dtype(), inputs, &shape, params)?;
-            Ok((cuda::tensor(out, shape.out()), lse))
+            Ok((crate::cuda::tensor(out, shape.out()), lse))
         }
         other => bail!("{op}: tensors on {:?}, expected the CPU or CUDA", other.location()),
     }
@@ -346,13 +347,11 @@ fn values(tensor: &Tensor) -> Result<Vec<f32>> {
 }
 
 fn stored_values(storage: &CpuStorage, layout: &Layout) -> Result<Vec<f32>> {
-    let Some((start, end)) = layout.contiguous_offsets() else {
-        bail!("attention: layout {layout:?}, expected a contiguous one")
-    };
+    let range = contiguous_range("attention", layout)?;
     Ok(match storage {
-        CpuStorage::F32(x) => x[start..end].to_vec(),
-        CpuStorage::BF16(x) => x[start..end].iter().map(|x| x.to_f32()).collect(),
-        CpuStorage::F16(x) => x[start..end].iter().map(|x| x.to_f32()).collect(),
+        CpuStorage::F32(x) => x[range].to_vec(),
+        CpuStorage::BF16(x) => x[range].iter().map(|x| x.to_f32()).collect(),
+        CpuStorage::F16(x) => x[range].iter().map(|x| x.to_f32()).collect(),
         _ => bail!("attention: elements of {:?}, expected f32, bf16 or f16", storage.dtype()),
     })
 }

@@ -31,6 +31,7 @@ mod rope;
 mod route;
 mod select;
 mod simd;
+mod storage;
 
 pub use attention::{
     AttentionParams, AttentionState, MergeGradients, PageRef, merge_states, merge_states_backward,

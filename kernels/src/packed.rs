@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor};
 
+use crate::storage::contiguous_range;
 use crate::{Error, Result};
 
 /// The layout of a packed matrix: ggml's type of the same name, byte for byte.
@@ -421,10 +422,7 @@ impl CustomOp1 for Linear<'_> {
                 layout.shape()
             ),
         }
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            candle_core::bail!("packed linear: expected a contiguous x, got {layout:?}")
-        };
-        let x = &storage.as_slice::<f32>()?[start..end];
+        let x = &storage.as_slice::<f32>()?[contiguous_range("packed linear", layout)?];
         let m = dims[..dims.len() - 1].iter().product();
         let mut out = vec![0.0; m * w.rows];
         w.matmul(x, m, &mut out).map_err(candle_core::Error::wrap)?;

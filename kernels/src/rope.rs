@@ -1,6 +1,7 @@
 //! Rotary position embedding in the half-split layout of the HuggingFace models.
 //! Knows inverse frequencies and positions; which scaling made the frequencies is the model's matter.
 
+use crate::storage::contiguous_range;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -104,10 +105,7 @@ impl CustomOp1 for Rotate {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (t, h, d) = layout.shape().dims3()?;
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            candle_core::bail!("rotate: layout {layout:?}, expected a contiguous one")
-        };
-        let mut out = storage.as_slice::<f32>()?[start..end].to_vec();
+        let mut out = storage.as_slice::<f32>()?[contiguous_range("rotate", layout)?].to_vec();
         let half = self.angles.half;
         let sign = if self.inverse { -1.0 } else { 1.0 };
         if t > 0 {

@@ -1,6 +1,7 @@
 //! FastMKA's levels: the multi-rate EMA scan and the mix that stands before the K/V projections.
 //! Knows no router weights and no projections.
 
+use crate::storage::{contiguous_range, zeros};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 /// Most rates that the CUDA kernels take; the CPU takes any number.
@@ -48,15 +49,7 @@ pub fn ema_scan_learned(
     let mut level_shape = x.dims().to_vec();
     level_shape.insert(level_shape.len() - 1, m);
     if tokens == 0 || shape.state_len() == 0 {
-        let levels = match x.device() {
-            // candle fills no tensor of nothing on a device.
-            #[cfg(feature = "cuda")]
-            candle_core::Device::Cuda(device) => {
-                crate::cuda::output_tensor(device, DType::F32, level_shape)?
-            }
-            device => Tensor::zeros(level_shape, DType::F32, device)?,
-        };
-        return Ok((levels, state.clone()));
+        return Ok((zeros(level_shape, DType::F32, x.device())?, state.clone()));
     }
     let op = EmaScan { shape, seen, bias_correction };
     let x = readable(x)?.reshape((batch, tokens, channels))?;
@@ -254,10 +247,7 @@ impl EmaScan {
 }
 
 fn slice_of<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => bail!("ema_scan: layout {layout:?}, expected a contiguous one"),
-    }
+    Ok(&storage.as_slice::<f32>()?[contiguous_range("ema_scan", layout)?])
 }
 
 impl CustomOp3 for EmaScan {

@@ -8,6 +8,7 @@ mod gather;
 pub use gather::{gather_pages, gather_pages_backward};
 
 use crate::pages::PAGE_TOKENS;
+use crate::storage::zeros;
 use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -79,7 +80,7 @@ pub fn score_landmarks(q: &Tensor, landmarks: &Tensor, scale: f32) -> Result<Ten
         bail!("score_landmarks: landmarks {landmarks:?}, expected (n, g, {d}) as q {q:?}");
     }
     if n == 0 || t == 0 {
-        return Tensor::zeros((g, n), DType::F32, q.device());
+        return zeros((g, n), DType::F32, q.device());
     }
     let (q, landmarks) = (q.contiguous()?, landmarks.contiguous()?);
     #[cfg(feature = "cuda")]
@@ -122,7 +123,7 @@ pub fn top_k(votes: &Tensor, k: usize) -> Result<Tensor> {
         bail!("top_k: {k} of votes {votes:?}, expected f32 and at most {n}, below 2^31");
     }
     if k == 0 || g == 0 {
-        return Tensor::zeros((g, k), DType::U32, votes.device());
+        return zeros((g, k), DType::U32, votes.device());
     }
     let votes = votes.contiguous()?;
     #[cfg(feature = "cuda")]

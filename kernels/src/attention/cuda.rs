@@ -96,7 +96,6 @@ pub(super) fn paged_attention(
     }
     let pages = visible_pages(params, t)?;
     if t == 0 || h == 0 {
-        // candle fills no tensor of nothing on a device.
         let out = cuda::output_tensor(device, dtype, (t, h, d))?;
         let lse = cuda::output_tensor(device, DType::F32, (t, h))?;
         return Ok(AttentionState { out, lse });

@@ -3,9 +3,9 @@
 
 use super::{AttentionShape, DenseAttentionParams};
 use crate::cuda::{self, Launch};
+use crate::storage::zeros;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Tensor, bail};
 
 /// In place of a bound that is not there.
 const UNBOUNDED: i32 = 1 << 29;
@@ -156,11 +156,6 @@ fn check_head_dim(op: &str, dtype: DType, d: usize) -> Result<()> {
     Ok(())
 }
 
-/// A tensor without history over what a kernel wrote.
-pub(super) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
-    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
-}
-
 /// (out, lse) of the contiguous q, k and v at these addresses, multiples of 16.
 pub(super) fn forward(
     device: &CudaDevice,
@@ -215,7 +210,8 @@ pub(super) fn backward(
     let (d, dtype) = (shape.head_dim, q.dtype());
     check_head_dim(op, dtype, d)?;
     if shape.has_no_query() || shape.key_tokens == 0 {
-        return Ok((q.zeros_like()?, k.zeros_like()?, v.zeros_like()?));
+        let zeros = |x: &Tensor| zeros(x.shape(), dtype, x.device());
+        return Ok((zeros(q)?, zeros(k)?, zeros(v)?));
     }
     let dq = cuda::output_tensor(device, dtype, shape.out())?;
     let dk = cuda::output_tensor(device, dtype, shape.keys())?;

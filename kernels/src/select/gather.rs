@@ -2,6 +2,7 @@
 //! Knows no scores.
 
 use crate::pages::PAGE_TOKENS;
+use crate::storage::{contiguous_range, zeros};
 #[cfg(feature = "cuda")]
 use candle_core::DType;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
@@ -47,7 +48,7 @@ pub fn gather_pages_backward(dpages: &Tensor, slots: &[u32], num_slots: usize) -
         }
     }
     let dpages = dpages.contiguous()?;
-    let into = Tensor::zeros((num_slots, g, PAGE_TOKENS, d), dpages.dtype(), dpages.device())?;
+    let into = zeros((num_slots, g, PAGE_TOKENS, d), dpages.dtype(), dpages.device())?;
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = dpages.device() {
         super::cuda::scatter_pages(device, &dpages, slots, &into)?;
@@ -70,9 +71,7 @@ impl CustomOp1 for Gather {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (_, g, p, d) = layout.shape().dims4()?;
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            bail!("gather_pages: layout {layout:?}, expected a contiguous one")
-        };
+        let range = contiguous_range("gather_pages", layout)?;
         let shape = Shape::from((self.slots.len(), g, p, d));
         fn copy<T: Copy>(pool: &[T], page: usize, slots: &[u32]) -> Vec<T> {
             let mut out = Vec::with_capacity(slots.len() * page);
@@ -83,9 +82,9 @@ impl CustomOp1 for Gather {
         }
         let page = g * p * d;
         let out = match storage {
-            CpuStorage::F32(x) => CpuStorage::F32(copy(&x[start..end], page, &self.slots)),
-            CpuStorage::BF16(x) => CpuStorage::BF16(copy(&x[start..end], page, &self.slots)),
-            CpuStorage::F16(x) => CpuStorage::F16(copy(&x[start..end], page, &self.slots)),
+            CpuStorage::F32(x) => CpuStorage::F32(copy(&x[range], page, &self.slots)),
+            CpuStorage::BF16(x) => CpuStorage::BF16(copy(&x[range], page, &self.slots)),
+            CpuStorage::F16(x) => CpuStorage::F16(copy(&x[range], page, &self.slots)),
             _ => bail!("gather_pages: an element type other than f32, bf16 and f16"),
         };
         Ok((out, shape))

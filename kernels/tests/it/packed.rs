@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 
 const SEED: u64 = 20;
 
-fn candle_type(ty: PackedType) -> GgmlDType {
+pub(crate) fn candle_type(ty: PackedType) -> GgmlDType {
     match ty {
         PackedType::F32 => GgmlDType::F32,
         PackedType::F16 => GgmlDType::F16,

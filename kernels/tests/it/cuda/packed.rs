@@ -1,6 +1,8 @@
 //! Products with packed weights on the device against those of the CPU.
 
 use super::device;
+use crate::packed::candle_type;
+use candle_core::quantized::QTensor;
 use candle_core::{Device, Result, Tensor};
 use mka_kernels::{PackedMatrix, PackedType, linear};
 use rand::{Rng, SeedableRng};
@@ -11,32 +13,9 @@ use std::sync::Arc;
 fn random_matrix(ty: PackedType, rows: usize, cols: usize) -> PackedMatrix {
     let mut rng = ChaCha8Rng::seed_from_u64(ty.ggml_id().into());
     let values: Vec<f32> = (0..rows * cols).map(|_| rng.random_range(-0.5f32..0.5)).collect();
-    let bytes: Vec<u8> = match ty {
-        PackedType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        PackedType::F16 => {
-            values.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect()
-        }
-        PackedType::BF16 => {
-            values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect()
-        }
-        _ => {
-            use candle_core::quantized::{GgmlDType, QTensor};
-            let dtype = match ty {
-                PackedType::Q4_0 => GgmlDType::Q4_0,
-                PackedType::Q4_1 => GgmlDType::Q4_1,
-                PackedType::Q5_0 => GgmlDType::Q5_0,
-                PackedType::Q5_1 => GgmlDType::Q5_1,
-                PackedType::Q8_0 => GgmlDType::Q8_0,
-                PackedType::Q2K => GgmlDType::Q2K,
-                PackedType::Q3K => GgmlDType::Q3K,
-                PackedType::Q4K => GgmlDType::Q4K,
-                PackedType::Q5K => GgmlDType::Q5K,
-                _ => GgmlDType::Q6K,
-            };
-            let plain = Tensor::from_vec(values, (rows, cols), &Device::Cpu).unwrap();
-            QTensor::quantize(&plain, dtype).unwrap().data().unwrap().into_owned()
-        }
-    };
+    let plain = Tensor::from_vec(values, (rows, cols), &Device::Cpu).unwrap();
+    let packed = QTensor::quantize(&plain, candle_type(ty)).unwrap();
+    let bytes = packed.data().unwrap().into_owned();
     let range = 0..bytes.len();
     PackedMatrix::new(ty, rows, cols, Arc::new(bytes), range).unwrap()
 }

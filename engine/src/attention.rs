@@ -76,6 +76,9 @@ impl SeamConfig<'_> {
     }
 }
 
+/// Attention to sinks and recalled tokens; the latter, with lse (t, num_heads) of them alone.
+type Far = (AttentionState, Option<(Arc<Recalled>, Tensor)>);
+
 /// One forward pass's handle on a session's cache: `count` tokens at the cache's position.
 pub(crate) struct AttentionSeam<'a> {
     config: SeamConfig<'a>,
@@ -247,7 +250,7 @@ impl<'a> AttentionSeam<'a> {
         first: usize,
         q: &Tensor,
         rotated: Tensor,
-    ) -> Result<(AttentionState, Option<(Arc<Recalled>, Tensor)>)> {
+    ) -> Result<Far> {
         let query_start = self.start + first as u64;
         let scope = RecallScope {
             before_page: self.cache.first_window_page(query_start),

@@ -54,10 +54,9 @@ fn fill(store: &Store) {
 fn answers(store: &Store) -> Vec<(String, f32, u32)> {
     let queries = ["river engine window", "Note 7 begins", "seaside"];
     let scopes = [trip(), trip(), Scope::user("bob")];
-    let hits = queries
-        .iter()
-        .zip(&scopes)
-        .flat_map(|(query, scope)| store.recall(scope, query, &Recall::default()).unwrap());
+    let hits = queries.iter().zip(&scopes).flat_map(|(query, scope)| {
+        store.recall(scope, query, &Recall { follow_up: false, ..Recall::default() }).unwrap()
+    });
     hits.map(|hit| (hit.text, hit.why.cosine, hit.count)).collect()
 }
 

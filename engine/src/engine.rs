@@ -16,7 +16,7 @@ use crate::session::Session;
 use crate::stream::offload;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
-use mka_memory::{Scope, Store, StoreOptions};
+use mka_memory::{Backend, EncryptionKey, Hygiene, Scope, Store, StoreOptions};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -317,6 +317,8 @@ pub struct EngineBuilder {
     device: Device,
     embedder: EmbedderSource,
     memory: MemoryConfig,
+    store: StoreOptions,
+    reembed_share: Option<f32>,
     quiet: bool,
 }
 
@@ -347,6 +349,32 @@ impl EngineBuilder {
         self
     }
 
+    /// Which database keeps the small records of a new store; one that exists keeps what it has.
+    pub fn backend(mut self, backend: Backend) -> Self {
+        self.store.backend = backend;
+        self
+    }
+
+    /// Encrypts everything that memory writes. Given when the store is created, and at every opening from then on.
+    pub fn encryption_key(mut self, key: EncryptionKey) -> Self {
+        self.store.key = Some(key);
+        self
+    }
+
+    /// What memory does not store twice, and what it does not store at all.
+    pub fn hygiene(mut self, hygiene: Hygiene) -> Self {
+        self.store.hygiene = hygiene;
+        self
+    }
+
+    /// Takes another embedder over than the one that the store was made with, instead of refusing it.
+    /// The engine opens at once and recalls by words alone what is not embedded again yet; a thread does that, working
+    /// `share` of the time, more than 0 and at most 1. [`Stats::turns_to_embed`](crate::Stats) says how much is left.
+    pub fn reembed(mut self, share: f32) -> Self {
+        self.reembed_share = Some(share);
+        self
+    }
+
     /// Shows no progress bar while files are fetched.
     pub fn quiet(mut self, quiet: bool) -> Self {
         self.quiet = quiet;
@@ -368,6 +396,11 @@ impl EngineBuilder {
     /// As [`EngineBuilder::open`].
     pub fn open_blocking(self) -> Result<Engine> {
         self.memory.check()?;
+        if let Some(share) = self.reembed_share.filter(|share| !(*share > 0.0 && *share <= 1.0)) {
+            return Err(Error::invalid(format!(
+                "open: expected a share of more than 0 and at most 1 to embed again, got {share}"
+            )));
+        }
         let mut progress = crate::hub::terminal_progress(self.quiet);
         let model = match &self.model {
             Some(source) => {
@@ -392,14 +425,21 @@ impl EngineBuilder {
         let embedder = self.embedder.load(&mut progress)?;
         let options = StoreOptions {
             evicted_page_bytes: self.memory.evicted_page_bytes,
-            ..StoreOptions::default()
+            reembed: self.reembed_share.is_some(),
+            ..self.store
         };
         let store = Store::open(&self.path, embedder, options)?;
         let config = self.memory;
         let open = Mutex::new(HashMap::new());
         let released = Condvar::new();
         let device = self.device;
-        Ok(Engine { shared: Arc::new(Shared { store, model, config, device, open, released }) })
+        let shared = Arc::new(Shared { store, model, config, device, open, released });
+        // Whoever opened it without a share goes on where an earlier opening stopped, at half speed.
+        if shared.store.stats().turns_to_embed > 0 {
+            let share = self.reembed_share.unwrap_or(0.5);
+            crate::memory::reembed_in_background(Arc::downgrade(&shared), share)?;
+        }
+        Ok(Engine { shared })
     }
 }
 
@@ -424,6 +464,8 @@ impl Engine {
             device: Device::auto(),
             embedder: EmbedderSource::default(),
             memory: MemoryConfig::default(),
+            store: StoreOptions::default(),
+            reembed_share: None,
             quiet: false,
         }
     }

@@ -68,6 +68,7 @@ pub use session::{Context, SendOptions, Session};
 pub use stream::{Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage};
 
 pub use mka_memory::{
-    ChunkInfo, Committed, Forget, Hit, NewTurn, Recall, Receipt, Role, Scope, Source, Stats,
-    TurnId, Why,
+    Backend, Backup, Checkup, ChunkInfo, Committed, DiskUsage, EncryptionKey, Exported, Finding,
+    Forget, Hit, Hygiene, Imported, NewTurn, Policy, Problem, Recall, Receipt, Repair, Role, Scope,
+    Sensitive, SessionInfo, Source, Stats, Trust, Turn, TurnId, Why,
 };

@@ -255,7 +255,12 @@ impl Session {
     pub async fn context(&self, query: &str, budget_tokens: usize) -> Result<Context> {
         let (live, query) = (self.live.clone(), query.to_owned());
         offload("context", move || {
-            let options = Recall { k: 32, across_sessions: true, ..Recall::default() };
+            let options = Recall {
+                k: 32,
+                across_sessions: true,
+                now_ms: Some(now_ms()),
+                ..Recall::default()
+            };
             let hits = live.shared.store.recall(&live.scope, &query, &options)?;
             let count = |text: &str| live.shared.count_tokens(text);
             let quotations = Quotation::of(&hits, &query, Quote::Passage);
@@ -322,6 +327,7 @@ fn recall(
         k,
         across_sessions: options.across_sessions,
         before_turn: conversation.first_turn_in_window(coming_tokens + budget),
+        now_ms: Some(now_ms()),
         ..Recall::default()
     };
     let mut hits = shared.store.recall(&conversation.scope, message, &query)?;

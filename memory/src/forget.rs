@@ -15,6 +15,8 @@ pub enum Forget {
     Turn(TurnId),
     /// Every turn before this time, in milliseconds since the Unix epoch.
     Before(i64),
+    /// Every turn whose time to be recalled was over at this time, in milliseconds since the Unix epoch.
+    Expired(i64),
     /// The scope's session, with its place in the log.
     Session,
     /// Every session of the scope, with its place in the log.
@@ -35,6 +37,11 @@ impl Forget {
     /// Every turn before `time_ms`, in milliseconds since the Unix epoch.
     pub fn before(time_ms: i64) -> Self {
         Self::Before(time_ms)
+    }
+
+    /// Every turn that had expired at `now_ms`, in milliseconds since the Unix epoch.
+    pub fn expired(now_ms: i64) -> Self {
+        Self::Expired(now_ms)
     }
 
     /// The scope's session.

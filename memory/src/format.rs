@@ -8,10 +8,16 @@ use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
 use self::fields::{
     Reader, put_bytes, put_floats, put_option, put_option_ref, put_ref, put_u32, put_u64, role_code,
 };
-use crate::{Error, ErrorKind, Result, Role};
+use crate::{Error, ErrorKind, NewTurn, Result, Role};
 
-/// Version of everything in this file; another one is refused as [`ErrorKind::Incompatible`].
-pub(crate) const VERSION: u32 = 1;
+/// Version of what is written; a later one is refused as [`ErrorKind::Incompatible`].
+pub(crate) const VERSION: u32 = 2;
+/// The earliest version that is still read.
+const OLDEST_VERSION: u32 = 1;
+/// Key of the record that says how the others are encrypted; itself it never is.
+pub(crate) const CIPHER_KEY: &[u8] = b"e";
+/// XChaCha20-Poly1305, the only cipher.
+const CIPHER_XCHACHA20_POLY1305: u8 = 1;
 /// First bytes of a segment file.
 pub(crate) const SEGMENT_MAGIC: [u8; 8] = *b"mka-seg\n";
 /// First bytes of a record in a segment file.
@@ -23,7 +29,7 @@ pub(crate) const RECORD_HEADER_BYTES: u64 = 20;
 /// The longest payload of a record: 1 GiB, so that a length fits 32 bits with room to spare.
 pub(crate) const MAX_PAYLOAD_BYTES: usize = 1 << 30;
 
-/// What the payload of a segment record is.
+/// What the payload of a segment record is. Those of version 1 are read, and copied as they are, but not written any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Names of a session's scope.
@@ -38,24 +44,38 @@ pub(crate) enum Kind {
     State,
     /// A session's running means: derived from its chunks.
     Summary,
+    /// Names without the session's number.
+    NamesV1,
+    /// A turn without subject and expiry.
+    BodyV1,
+    /// Chunks without the embedder's tag.
+    ChunksV1,
+    /// Running means without the embedder's tag.
+    SummaryV1,
 }
 
+/// Every kind with its code.
+const KINDS: [(Kind, u8); 10] = [
+    (Kind::NamesV1, 1),
+    (Kind::BodyV1, 2),
+    (Kind::ChunksV1, 3),
+    (Kind::Page, 4),
+    (Kind::State, 5),
+    (Kind::SummaryV1, 6),
+    (Kind::Names, 7),
+    (Kind::Body, 8),
+    (Kind::Chunks, 9),
+    (Kind::Summary, 10),
+];
+
 impl Kind {
-    fn code(self) -> u8 {
-        match self {
-            Self::Names => 1,
-            Self::Body => 2,
-            Self::Chunks => 3,
-            Self::Page => 4,
-            Self::State => 5,
-            Self::Summary => 6,
-        }
+    /// The code in the header of a record.
+    pub(crate) fn code(self) -> u8 {
+        KINDS.iter().find(|(kind, _)| *kind == self).map_or(0, |(_, code)| *code)
     }
 
     fn from_code(code: u8) -> Option<Self> {
-        [Self::Names, Self::Body, Self::Chunks, Self::Page, Self::State, Self::Summary]
-            .into_iter()
-            .find(|kind| kind.code() == code)
+        KINDS.iter().find(|(_, known)| *known == code).map(|(kind, _)| *kind)
     }
 }
 
@@ -85,11 +105,20 @@ pub(crate) fn payload_hash(kind: Kind, payload: &[u8]) -> u64 {
 
 /// The header of a segment file.
 pub(crate) fn segment_header(number: u32) -> [u8; SEGMENT_HEADER_BYTES as usize] {
+    segment_header_of(VERSION, number)
+}
+
+fn segment_header_of(version: u32, number: u32) -> [u8; SEGMENT_HEADER_BYTES as usize] {
     let mut header = [0; SEGMENT_HEADER_BYTES as usize];
     header[..8].copy_from_slice(&SEGMENT_MAGIC);
-    header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    header[8..12].copy_from_slice(&version.to_le_bytes());
     header[12..].copy_from_slice(&number.to_le_bytes());
     header
+}
+
+/// Whether a segment of this number, of any version that is read, begins so.
+pub(crate) fn is_segment_header(number: u32, header: &[u8]) -> bool {
+    (OLDEST_VERSION..=VERSION).any(|version| header == segment_header_of(version, number))
 }
 
 /// The header of a segment record.
@@ -148,16 +177,16 @@ pub(crate) struct Body {
     pub(crate) source: Option<String>,
     pub(crate) text: String,
     pub(crate) tokens: Vec<u32>,
+    /// What the turn is a fact about: the newest one of a subject supersedes the others.
+    pub(crate) subject: Option<String>,
+    /// When it stops being recalled, in milliseconds since the Unix epoch.
+    pub(crate) expires_ms: Option<i64>,
 }
 
 impl Body {
-    /// The same fields as those of the struct, borrowed.
-    pub(crate) fn encode(
-        head: &TurnHead,
-        source: Option<&str>,
-        text: &str,
-        tokens: &[u32],
-    ) -> Vec<u8> {
+    /// The payload of a new turn.
+    pub(crate) fn encode(head: &TurnHead, turn: &NewTurn) -> Vec<u8> {
+        let (text, tokens) = (&turn.text, &turn.tokens);
         let mut out = Vec::with_capacity(64 + text.len() + tokens.len() * 4);
         put_u64(&mut out, head.session);
         put_u64(&mut out, head.turn);
@@ -166,14 +195,19 @@ impl Body {
         put_u64(&mut out, head.time_ms as u64);
         out.push(role_code(head.role));
         out.push(u8::from(head.remember));
-        put_option(&mut out, source);
+        put_option(&mut out, turn.source.as_deref());
         put_bytes(&mut out, text.as_bytes());
         put_u32(&mut out, tokens.len() as u32);
         tokens.iter().for_each(|&token| put_u32(&mut out, token));
+        put_option(&mut out, turn.subject.as_deref());
+        out.push(u8::from(turn.expires_ms.is_some()));
+        turn.expires_ms.iter().for_each(|time_ms| put_u64(&mut out, *time_ms as u64));
         out
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
+    /// Reads the payload of a record of this kind.
+    pub(crate) fn decode(kind: Kind, bytes: &[u8]) -> Result<Self> {
+        expect(kind, &[Kind::Body, Kind::BodyV1])?;
         let mut reader = Reader::new(bytes, "turn");
         let head = TurnHead {
             session: reader.u64()?,
@@ -188,9 +222,24 @@ impl Body {
         let text = reader.text()?;
         let num_tokens = reader.u32()? as usize;
         let tokens = reader.numbers(num_tokens, u32::from_le_bytes)?;
+        let (mut subject, mut expires_ms) = (None, None);
+        if kind == Kind::Body {
+            subject = reader.option()?;
+            expires_ms = reader.flag()?.then(|| reader.u64()).transpose()?.map(|ms| ms as i64);
+        }
         reader.finish()?;
-        Ok(Self { head, source, text, tokens })
+        Ok(Self { head, source, text, tokens, subject, expires_ms })
     }
+}
+
+/// A chunk of a turn: identity, and bytes of the turn's text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ChunkSpan {
+    pub(crate) id: u128,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    /// The text is nearly that of the chunk `id`, not the same.
+    pub(crate) near: bool,
 }
 
 /// One chunk of a turn.
@@ -202,6 +251,8 @@ pub(crate) struct TurnChunk {
     pub(crate) end: u64,
     /// One vector per sentence, row-major; empty if another turn holds them.
     pub(crate) vectors: Vec<f32>,
+    /// The text is nearly that of the chunk `id`, which stands in another turn.
+    pub(crate) near: bool,
 }
 
 /// A turn's chunks.
@@ -209,80 +260,123 @@ pub(crate) struct TurnChunk {
 pub(crate) struct TurnChunks {
     pub(crate) session: u64,
     pub(crate) turn: u64,
+    /// Tag of the embedder whose vectors these are; none in a record of version 1.
+    pub(crate) embedder: Option<u64>,
     pub(crate) chunks: Vec<TurnChunk>,
 }
 
 impl TurnChunks {
-    /// `chunks`: id, start, end and vectors `(sentences, dim)` of each.
+    /// `chunks`: each with its vectors `(sentences, dim)`.
     pub(crate) fn encode<'a>(
         session: u64,
         turn: u64,
-        chunks: impl ExactSizeIterator<Item = (u128, u64, u64, &'a [f32])>,
+        embedder: u64,
+        chunks: impl ExactSizeIterator<Item = (ChunkSpan, &'a [f32])>,
     ) -> Vec<u8> {
         let mut out = Vec::new();
         put_u64(&mut out, session);
         put_u64(&mut out, turn);
+        put_u64(&mut out, embedder);
         put_u32(&mut out, chunks.len() as u32);
-        for (id, start, end, vectors) in chunks {
-            out.extend_from_slice(&id.to_le_bytes());
-            put_u64(&mut out, start);
-            put_u64(&mut out, end);
+        for (span, vectors) in chunks {
+            out.extend_from_slice(&span.id.to_le_bytes());
+            put_u64(&mut out, span.start);
+            put_u64(&mut out, span.end);
+            out.push(u8::from(span.near));
             put_floats(&mut out, vectors);
         }
         out
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
+    /// Reads the payload of a record of this kind.
+    pub(crate) fn decode(kind: Kind, bytes: &[u8]) -> Result<Self> {
+        expect(kind, &[Kind::Chunks, Kind::ChunksV1])?;
+        let is_current = kind == Kind::Chunks;
         let mut reader = Reader::new(bytes, "chunks of a turn");
         let (session, turn) = (reader.u64()?, reader.u64()?);
+        let embedder = is_current.then(|| reader.u64()).transpose()?;
         let num_chunks = reader.u32()? as usize;
         let mut chunks = Vec::new();
         for _ in 0..num_chunks {
             let id = u128::from_le_bytes(reader.array()?);
             let (start, end) = (reader.u64()?, reader.u64()?);
-            chunks.push(TurnChunk { id, start, end, vectors: reader.floats()? });
+            let near = is_current && reader.flag()?;
+            chunks.push(TurnChunk { id, start, end, vectors: reader.floats()?, near });
         }
         reader.finish()?;
-        Ok(Self { session, turn, chunks })
+        Ok(Self { session, turn, embedder, chunks })
     }
 }
 
-/// The names of a session's scope: user, agent, session.
-pub(crate) fn encode_names(user: &str, agent: Option<&str>, session: &str) -> Vec<u8> {
+/// A session's number, and the names of its scope: user, agent, session.
+pub(crate) fn encode_names(id: u64, user: &str, agent: Option<&str>, session: &str) -> Vec<u8> {
     let mut out = Vec::new();
+    put_u64(&mut out, id);
     put_bytes(&mut out, user.as_bytes());
     put_option(&mut out, agent);
     put_bytes(&mut out, session.as_bytes());
     out
 }
 
-/// Reads what [`encode_names`] wrote.
-pub(crate) fn decode_names(bytes: &[u8]) -> Result<(String, Option<String>, String)> {
+/// What [`encode_names`] wrote: the session's number (none in a record of version 1) and its names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Names {
+    pub(crate) id: Option<u64>,
+    pub(crate) user: String,
+    pub(crate) agent: Option<String>,
+    pub(crate) session: String,
+}
+
+/// Reads the payload of a record of this kind.
+pub(crate) fn decode_names(kind: Kind, bytes: &[u8]) -> Result<Names> {
+    expect(kind, &[Kind::Names, Kind::NamesV1])?;
     let mut reader = Reader::new(bytes, "names of a session");
-    let names = (reader.text()?, reader.option()?, reader.text()?);
+    let id = (kind == Kind::Names).then(|| reader.u64()).transpose()?;
+    let names =
+        Names { id, user: reader.text()?, agent: reader.option()?, session: reader.text()? };
     reader.finish()?;
     Ok(names)
 }
 
-/// A session's running means: how many vectors went in, and one mean per rate.
-pub(crate) fn encode_summary(count: u64, means: &[Vec<f32>]) -> Vec<u8> {
+/// A session's running means: whose vectors went in, how many, and one mean per rate.
+pub(crate) fn encode_summary(embedder: u64, count: u64, means: &[Vec<f32>]) -> Vec<u8> {
     let mut out = Vec::new();
+    put_u64(&mut out, embedder);
     put_u64(&mut out, count);
     put_u32(&mut out, means.len() as u32);
     means.iter().for_each(|mean| put_floats(&mut out, mean));
     out
 }
 
-/// Reads what [`encode_summary`] wrote.
-pub(crate) fn decode_summary(bytes: &[u8]) -> Result<(u64, Vec<Vec<f32>>)> {
+/// Reads what [`encode_summary`] wrote: the embedder's tag (none in a record of version 1), count and means.
+#[allow(clippy::type_complexity)]
+pub(crate) fn decode_summary(
+    kind: Kind,
+    bytes: &[u8],
+) -> Result<(Option<u64>, u64, Vec<Vec<f32>>)> {
+    expect(kind, &[Kind::Summary, Kind::SummaryV1])?;
     let mut reader = Reader::new(bytes, "summary");
+    let embedder = (kind == Kind::Summary).then(|| reader.u64()).transpose()?;
     let count = reader.u64()?;
     let mut means = Vec::new();
     for _ in 0..reader.u32()? {
         means.push(reader.floats()?);
     }
     reader.finish()?;
-    Ok((count, means))
+    Ok((embedder, count, means))
+}
+
+/// Refuses a payload of another kind than the ones that can be read as what is wanted.
+fn expect(kind: Kind, readable: &[Kind]) -> Result<()> {
+    if readable.contains(&kind) {
+        return Ok(());
+    }
+    Err(Error::corrupted(format!("record: expected one of {readable:?}, got {kind:?}")))
+}
+
+/// The tag of an embedder in the records that hold its vectors.
+pub(crate) fn embedder_tag(identity: &str, dim: usize) -> u64 {
+    xxh3_64_with_seed(identity.as_bytes(), dim as u64)
 }
 
 // --- records of the database ---
@@ -297,6 +391,15 @@ pub(crate) struct StoreRecord {
     pub(crate) next_session: u64,
     /// A `forget` was recorded but its bytes may still be in the segments.
     pub(crate) purge_pending: bool,
+    /// Tag of the embedder whose vectors the records of version 1 hold, which have no tag.
+    pub(crate) untagged: u64,
+}
+
+impl StoreRecord {
+    /// The tag of the store's embedder.
+    pub(crate) fn tag(&self) -> u64 {
+        embedder_tag(&self.embedder, self.dim as usize)
+    }
 }
 
 /// A session.
@@ -416,6 +519,7 @@ impl Record {
                 put_u64(&mut out, record.next_session);
                 out.push(u8::from(record.purge_pending));
                 put_bytes(&mut out, record.embedder.as_bytes());
+                put_u64(&mut out, record.untagged);
             }
             Self::Session(record) => {
                 put_ref(&mut out, &record.names);
@@ -440,7 +544,7 @@ impl Record {
                 put_ref(&mut out, &record.blob);
             }
         }
-        let sum = checksum(key, &out);
+        let sum = checksum(VERSION, key, &out);
         put_u64(&mut out, sum);
         out
     }
@@ -457,25 +561,32 @@ impl Record {
             ))
         })?;
         let (fields, sum) = bytes.split_at(fields_end);
-        let intact = sum == checksum(key, fields).to_le_bytes();
+        let intact = sum == checksum(version, key, fields).to_le_bytes();
         if !intact {
             return Err(Error::corrupted("database record: checksum does not match"));
         }
-        if version != VERSION {
+        if !(OLDEST_VERSION..=VERSION).contains(&version) {
             return Err(Error::new(
                 ErrorKind::Incompatible,
-                format!("database record: expected format version {VERSION}, got {version}"),
+                format!(
+                    "database record: expected format version {OLDEST_VERSION} to {VERSION}, got {version}"
+                ),
             ));
         }
         let mut reader = Reader::new(&fields[4..], "database record");
         let record = match key {
-            Key::Store => Self::Store(StoreRecord {
-                seed: reader.u64()?,
-                dim: reader.u32()?,
-                next_session: reader.u64()?,
-                purge_pending: reader.flag()?,
-                embedder: reader.text()?,
-            }),
+            Key::Store => {
+                let mut record = StoreRecord {
+                    seed: reader.u64()?,
+                    dim: reader.u32()?,
+                    next_session: reader.u64()?,
+                    purge_pending: reader.flag()?,
+                    embedder: reader.text()?,
+                    untagged: 0,
+                };
+                record.untagged = if version == 1 { record.tag() } else { reader.u64()? };
+                Self::Store(record)
+            }
             Key::Session(_) => Self::Session(SessionRecord {
                 names: reader.blob_ref()?,
                 summary: reader.option_ref()?,
@@ -532,6 +643,11 @@ impl Record {
     }
 }
 
+/// The version of a database record that was decoded before.
+pub(crate) fn record_version(bytes: &[u8]) -> u32 {
+    Reader::new(bytes, "database record").u32().unwrap_or(0)
+}
+
 /// The hash that identifies an erased turn in a receipt.
 pub(crate) fn turn_digest(seed: u64, session: u64, turn: u64, text: &str) -> u128 {
     let mut bytes = Vec::with_capacity(17 + text.len());
@@ -552,11 +668,41 @@ pub(crate) fn chunk_digest(seed: u64, session: u64, turn: u64, id: u128) -> u128
     xxh3_128_with_seed(&bytes, seed)
 }
 
-fn checksum(key: &Key, fields: &[u8]) -> u64 {
+/// The checksum of a record with its key; that of version 1 and 2 is the same but for the version as seed.
+fn checksum(version: u32, key: &Key, fields: &[u8]) -> u64 {
     let mut bytes = key.encode();
     bytes.extend_from_slice(fields);
-    xxh3_64_with_seed(&bytes, u64::from(VERSION))
+    xxh3_64_with_seed(&bytes, u64::from(version))
 }
 
+/// The record under [`CIPHER_KEY`]: version, cipher, and what tells whether a key is the right one.
+pub(crate) fn encode_cipher(check: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    put_u32(&mut out, VERSION);
+    out.push(CIPHER_XCHACHA20_POLY1305);
+    put_bytes(&mut out, check);
+    out
+}
+
+/// Reads what [`encode_cipher`] wrote.
+pub(crate) fn decode_cipher(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut reader = Reader::new(bytes, "record of the cipher");
+    let (version, cipher) = (reader.u32()?, reader.u8()?);
+    if version > VERSION || cipher != CIPHER_XCHACHA20_POLY1305 {
+        return Err(Error::new(
+            ErrorKind::Incompatible,
+            format!(
+                "record of the cipher: expected format version up to {VERSION} and cipher {CIPHER_XCHACHA20_POLY1305}, got {version} and {cipher}"
+            ),
+        ));
+    }
+    let len = reader.u32()? as usize;
+    let check = reader.take(len)?.to_vec();
+    reader.finish()?;
+    Ok(check)
+}
+
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;

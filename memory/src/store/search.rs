@@ -6,8 +6,8 @@ use std::collections::HashSet;
 use super::Store;
 use super::read::source;
 use super::state::State;
-use crate::partition::{Chunk, Partition, Place};
-use crate::recall::{Parts, fuse};
+use crate::partition::{Chunk, Moment, Partition, Place};
+use crate::recall::{Parts, fading, fuse};
 use crate::summary::{FOLLOW_UP_TERM_WEIGHT, FOLLOW_UP_TERMS, FOLLOW_UP_WORDS};
 use crate::vectors::best;
 use crate::words::{Collection, Query};
@@ -28,6 +28,9 @@ impl Store {
         scope.check("recall")?;
         if options.min_score.is_nan() {
             return Err(Error::invalid("recall: expected min_score to be a number"));
+        }
+        if options.half_life_ms == Some(0) {
+            return Err(Error::invalid("recall: expected half_life_ms of at least 1, got 0"));
         }
         if options.k == 0 || query.trim().is_empty() {
             return Ok(Vec::new());
@@ -66,16 +69,24 @@ impl Store {
         for partition in &partitions {
             let scores = partition.words().scores(&weighted, collection);
             for (slot, chunk) in partition.iter() {
-                let Some(place) = chunk.places.iter().rfind(|place| view.sees(place)) else {
-                    continue;
-                };
+                // A place with the very text, unless only near ones are seen.
+                let exact = chunk.places.iter().rfind(|place| !place.near && view.sees(place));
+                let place = exact.or_else(|| chunk.places.iter().rfind(|place| view.sees(place)));
+                let Some(place) = place else { continue };
                 let bm25 = scores.get(slot as usize).copied().unwrap_or(0.0);
                 let cosine = best(&vector, &chunk.vectors);
                 candidates.push((chunk, place, Parts { bm25, cosine, order: place.order }));
             }
         }
         let parts: Vec<Parts> = candidates.iter().map(|(_, _, parts)| *parts).collect();
-        let fused = fuse(&parts, follow_up);
+        let mut fused = fuse(&parts, follow_up);
+        if let Some(half_life_ms) = options.half_life_ms {
+            let newest = candidates.iter().map(|(_, place, _)| place.time_ms).max().unwrap_or(0);
+            let now = options.as_of_ms.or(options.now_ms).unwrap_or(newest);
+            for ((score, _), (_, place, _)) in fused.iter_mut().zip(&candidates) {
+                *score *= fading(now, place.time_ms, half_life_ms);
+            }
+        }
         let mut order: Vec<usize> = (0..candidates.len())
             .filter(|&at| {
                 fused[at].0 >= options.min_score && (parts[at].bm25 > 0.0 || parts[at].cosine > 0.0)
@@ -92,6 +103,7 @@ impl Store {
             order.into_iter().filter(|&at| seen.insert(&candidates[at].0.text)).filter_map(|at| {
                 let (chunk, place, _) = candidates[at];
                 let (score, why) = fused[at];
+                let stale = place.is_stale(view.moment);
                 Some(Hit {
                     chunk: ChunkId(chunk.id),
                     text: chunk.text.to_string(),
@@ -100,6 +112,7 @@ impl Store {
                     source: source(&state, place)?,
                     trust: Trust::of(place.role),
                     count: chunk.places.iter().filter(|place| view.sees(place)).count() as u32,
+                    stale,
                 })
             });
         Ok(hits.take(options.k).collect())
@@ -130,13 +143,15 @@ struct View<'a> {
     state: &'a State,
     scope: &'a Scope,
     options: &'a Recall,
+    moment: Moment,
     /// The scope's own session, if it names one that exists.
     own: Option<u64>,
 }
 
 impl<'a> View<'a> {
     fn new(state: &'a State, scope: &'a Scope, options: &'a Recall) -> Self {
-        Self { state, scope, options, own: state.session(scope).map(|(id, _)| id) }
+        let moment = Moment { as_of_ms: options.as_of_ms, now_ms: options.now_ms };
+        Self { state, scope, options, moment, own: state.session(scope).map(|(id, _)| id) }
     }
 
     /// The partitions with anything to see; statistics of words come from these and no others.
@@ -160,5 +175,7 @@ impl<'a> View<'a> {
             && (options.roles.is_empty() || options.roles.contains(&place.role))
             && options.since_ms.is_none_or(|since| place.time_ms >= since)
             && options.until_ms.is_none_or(|until| place.time_ms < until)
+            && place.exists(self.moment)
+            && (options.stale || !place.is_stale(self.moment))
     }
 }

@@ -118,20 +118,17 @@ impl<'a> AttentionSeam<'a> {
         q: &Tensor,
     ) -> Result<Tensor> {
         let state = self.cache.ema(layer);
-        // The summary runs on the processor, whatever the device.
-        let inputs = x.to_device(&Device::Cpu)?;
         match route {
             Route::Closed => {
-                let advanced = ema_advance(&inputs, state, self.config.rates)?;
+                let advanced = ema_advance(x, state, self.config.rates)?;
                 self.cache.set_ema(layer, advanced);
                 Ok(x.clone())
             }
             Route::Open { gate, down, up } => {
                 let correction = self.config.bias_correction;
                 let (levels, advanced) =
-                    ema_scan(&inputs, state, self.config.rates, self.start, correction)?;
+                    ema_scan(x, state, self.config.rates, self.start, correction)?;
                 self.cache.set_ema(layer, advanced);
-                let levels = levels.to_device(x.device())?;
                 let weights = Route::weights(down, up, q)?;
                 Ok(fuse_levels(x, &levels, &weights, *gate)?)
             }
@@ -150,7 +147,7 @@ impl<'a> AttentionSeam<'a> {
         k: &Tensor,
         v: &Tensor,
     ) -> Result<Tensor> {
-        self.cache.write(layer, &rotate(k, &self.angles)?, k, v)?;
+        self.cache.write(layer, k, v, &self.angles)?;
         let end = self.start + self.count as u64;
         let last_page = end.div_ceil(PAGE_TOKENS as u64);
         let first_page = self.cache.first_window_page(self.start);

@@ -56,7 +56,11 @@ impl Device {
             Self::Cpu => Ok(candle_core::Device::Cpu),
             // One explicit stream, whichever thread a turn runs on.
             Self::Cuda(ordinal) => {
-                candle_core::Device::new_cuda_with_stream(ordinal).map_err(|source| {
+                #[cfg(feature = "cuda")]
+                let opened = mka_kernels::cuda::open(ordinal);
+                #[cfg(not(feature = "cuda"))]
+                let opened = candle_core::Device::new_cuda_with_stream(ordinal);
+                opened.map_err(|source| {
                     let built = if cfg!(feature = "cuda") {
                         ""
                     } else {

@@ -29,7 +29,7 @@
 //! # }
 //! ```
 //!
-//! What it does not do yet: recall inside attention, training and GPUs. See Limits in the README.
+//! Models are trained in [`training`]. What it does not do yet: see Limits in the README.
 
 mod attention;
 mod cache;
@@ -53,6 +53,7 @@ mod template;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
+pub mod training;
 
 pub use embedding::EmbedderSource;
 pub use engine::{Device, Engine, EngineBuilder, MemoryConfig};

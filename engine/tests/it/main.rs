@@ -6,6 +6,7 @@ mod disk;
 mod kill;
 mod memory;
 mod session;
+mod training;
 
 use mka::{Engine, Event, Events, MemoryConfig, ModelSource, Scope, Usage};
 use std::path::{Path, PathBuf};

@@ -1,7 +1,8 @@
 //! Prefill and decoding of a model in training: what each kind of attention keeps of a token, and how fast it reads it.
 //! Knows no session. A pretrained model's sessions run in the engine; this measures kinds that sessions do not run too.
 
-use super::layers::{Cached, LayerCache, Pass};
+use super::cache::{Cached, LayerCache};
+use super::layers::Pass;
 use super::model::TrainModel;
 use crate::error::{Error, Result};
 use candle_core::Tensor;
@@ -86,27 +87,6 @@ pub(super) fn measure(model: &TrainModel, prompt: &[u32], tokens: usize) -> Resu
         cache_bytes_per_token: per_token,
         state_bytes,
     })
-}
-
-/// Keys or values of one kind, (1, capacity, ..): room that is written in place.
-pub(super) struct Kept {
-    room: Tensor,
-}
-
-impl Kept {
-    pub(super) fn new(room: Tensor) -> Self {
-        Self { room }
-    }
-
-    /// Appends `x` (1, t, ..) after `seen` tokens and returns all of them: (1, seen + t, ..).
-    pub(super) fn append(&self, x: &Tensor, seen: usize) -> Result<Tensor> {
-        self.room.slice_set(&x.detach().contiguous()?, 1, seen)?;
-        Ok(self.room.narrow(1, 0, seen + x.dim(1)?)?)
-    }
-
-    pub(super) fn bytes_per_token(&self) -> usize {
-        self.room.elem_count() / self.room.dims()[1].max(1) * self.room.dtype().size_in_bytes()
-    }
 }
 
 /// A pass of one sequence from `start` on.

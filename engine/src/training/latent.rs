@@ -3,9 +3,9 @@
 //!
 //! Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1, equations 9 to 19 without the compression of queries.
 
+use super::cache::{Cached, Kept, LayerCache};
 use super::config::LatentSettings;
-use super::decode::Kept;
-use super::layers::{Cached, LayerCache, Linear, Pass};
+use super::layers::{Linear, Pass};
 use super::operations::{Reach, attend, rms_norm, softmax};
 use super::parameters::Builder;
 use crate::error::Result;
@@ -100,7 +100,8 @@ impl LatentAttention {
         let room = |width: usize| -> Result<Kept> {
             Ok(Kept::new(Tensor::zeros((1, capacity, width), like.dtype(), like.device())?))
         };
-        Ok(LayerCache::latent(room(self.settings.rank)?, room(self.settings.rope_dim)?))
+        let (latent, key) = (room(self.settings.rank)?, room(self.settings.rope_dim)?);
+        Ok(LayerCache::new(vec![(latent, key)]))
     }
 
     /// [`LatentAttention::forward`] of one sequence that goes on from the cache, with the up-projection absorbed into

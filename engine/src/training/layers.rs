@@ -1,17 +1,17 @@
-//! The layers of the decoder with gradients: projections with adapters, grouped attention with its memory, gated MLP.
+//! The layers of the decoder with gradients: projections with adapters, what mixes tokens, gated MLP.
 //! Knows no loss and no optimizer. The forward pass of a session is `models/decoder.rs`; tests hold the two together.
 
-use super::config::{LoraSettings, MemoryKind, MemorySettings};
-use super::decode::Kept;
+use super::cache::{Cached, LayerCache};
+use super::config::{LatentSettings, LoraSettings, MemoryKind, MemorySettings};
+use super::grouped::GroupedAttention;
 use super::latent::LatentAttention;
-use super::operations::{Reach, attend, mix, product, rms_norm, softmax};
+use super::operations::{Reach, product, rms_norm};
 use super::parameters::{Builder, Init};
+use super::summary::{Rates, Summary};
 use crate::error::{Error, Result};
 use crate::models::config::DecoderConfig;
-use candle_core::{DType, Tensor};
-use mka_kernels::{
-    DenseAttentionParams, RotaryAngles, attention_forward, ema_scan_learned, rotate, silu_mul,
-};
+use candle_core::Tensor;
+use mka_kernels::{RotaryAngles, silu_mul};
 
 /// What a forward pass runs over: `b` sequences of `t` tokens, n = b · t rows.
 pub(super) struct Pass {
@@ -30,7 +30,7 @@ pub(super) struct Pass {
 
 impl Pass {
     /// What a layer with a window of its own sees.
-    fn reach(&self, sliding_window: Option<u64>) -> Result<Reach> {
+    pub(super) fn reach(&self, sliding_window: Option<u64>) -> Result<Reach> {
         let own = sliding_window.map(|window| window as usize);
         let window = Some(self.window_tokens).filter(|window| *window > 0);
         match (own, window) {
@@ -86,243 +86,13 @@ impl Linear {
         self.with_bias(self.project(x, adapters)?)
     }
 
-    fn with_bias(&self, y: Tensor) -> Result<Tensor> {
+    pub(super) fn with_bias(&self, y: Tensor) -> Result<Tensor> {
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
         })
     }
 }
-
-/// Gate and router of one layer (design 3.4).
-struct Memory {
-    kind: MemoryKind,
-    bias_correction: bool,
-    /// (1), f32.
-    gate: Tensor,
-    down: (Tensor, Tensor),
-    up: (Tensor, Tensor),
-    rates: Rates,
-}
-
-/// The rates of the EMA, shared by all layers.
-#[derive(Clone)]
-pub(super) enum Rates {
-    Fixed(Tensor),
-    /// Logits of a sigmoid.
-    Learned(Tensor),
-}
-
-impl Rates {
-    /// (m), f32.
-    pub(super) fn values(&self) -> Result<Tensor> {
-        Ok(match self {
-            Self::Fixed(rates) => rates.clone(),
-            Self::Learned(logits) => ((logits.neg()?.exp()? + 1.0)?).recip()?,
-        })
-    }
-}
-
-impl Memory {
-    fn new(
-        builder: &mut Builder<'_>,
-        layer: usize,
-        q_size: usize,
-        settings: &MemorySettings,
-        rates: &Rates,
-    ) -> Result<Self> {
-        let at = |part: &str| format!("layers.{layer}.{part}");
-        let rank = if settings.router_rank > 0 { settings.router_rank } else { q_size / 2 };
-        let levels = settings.rates.len() + 1;
-        // The levels start even, whatever the query: the last matrix is zero, so that the gate opens first.
-        let spread = Init::Normal(1.0 / (q_size as f32).sqrt());
-        Ok(Self {
-            kind: settings.kind,
-            bias_correction: settings.bias_correction,
-            gate: builder.memory(&at("gate"), &[1], Init::Constant(settings.initial_gate))?,
-            down: (
-                builder.memory(&at("router.down.weight"), &[rank, q_size], spread)?,
-                builder.memory(&at("router.down.bias"), &[rank], Init::Constant(0.0))?,
-            ),
-            up: (
-                builder.memory(&at("router.up.weight"), &[levels, rank], Init::Constant(0.0))?,
-                builder.memory(&at("router.up.bias"), &[levels], Init::Constant(0.0))?,
-            ),
-            rates: rates.clone(),
-        })
-    }
-
-    /// λ = softmax(MLP(q)): (n, h · d) -> (n, 1 + m), f32.
-    fn weights(&self, q: &Tensor) -> Result<Tensor> {
-        let q = q.to_dtype(DType::F32)?;
-        let inner = product(&q, &self.down.0)?.broadcast_add(&self.down.1)?;
-        // x · σ(x), in candle's ops: the gradient of its silu is exact.
-        let inner = inner.silu()?;
-        softmax(&product(&inner, &self.up.0)?.broadcast_add(&self.up.1)?)
-    }
-
-    /// The levels of projected keys and values: kv (n, c) -> (n, m, c), f32.
-    ///
-    /// A rate that is one number commutes with the projections, and the projections are narrower than the hidden state.
-    fn levels(&self, kv: &Tensor, pass: &Pass, cached: Option<&mut Cached<'_>>) -> Result<Tensor> {
-        let c = kv.dim(1)?;
-        let rates = self.rates.values()?;
-        let m = rates.dim(0)?;
-        let kv = kv.reshape((pass.b, pass.t, c))?;
-        let levels = match cached {
-            None => {
-                let state = Tensor::zeros((pass.b, m, c), DType::F32, kv.device())?;
-                ema_scan_learned(&kv, &state, &rates, 0, self.bias_correction)?.0
-            }
-            Some(Cached { cache, seen }) => {
-                let state = match &cache.ema {
-                    Some(state) => state.clone(),
-                    None => Tensor::zeros((pass.b, m, c), DType::F32, kv.device())?,
-                };
-                let seen = *seen as u64;
-                let (levels, state) =
-                    ema_scan_learned(&kv, &state, &rates, seen, self.bias_correction)?;
-                cache.ema = Some(state.detach());
-                levels
-            }
-        };
-        Ok(levels.reshape((pass.b * pass.t, m, c))?)
-    }
-}
-
-/// Attention with grouped heads, and the memory beside it.
-pub(super) struct GroupedAttention {
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    o: Linear,
-    qk_norm: Option<(Tensor, Tensor)>,
-    memory: Option<Memory>,
-    sliding_window: Option<u64>,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    eps: f64,
-}
-
-impl GroupedAttention {
-    /// x (n, hidden) -> (n, hidden); with a cache, one sequence that goes on from what is in it.
-    fn forward(
-        &self,
-        x: &Tensor,
-        pass: &Pass,
-        mut cached: Option<&mut Cached<'_>>,
-    ) -> Result<Tensor> {
-        let adapters = pass.adapters;
-        let q = self.q.forward(x, adapters)?;
-        let (k, v) = (self.k.project(x, adapters)?, self.v.project(x, adapters)?);
-        let Some(memory) = self.memory.as_ref().filter(|_| pass.memory) else {
-            let attended = self.attend(&q, &k, &v, pass, cached.map(|cached| (cached, 0)))?;
-            return self.o.forward(&attended, adapters);
-        };
-        let width = k.dim(1)?;
-        let kv = Tensor::cat(&[&k, &v], 1)?;
-        let levels = memory.levels(&kv, pass, cached.as_deref_mut())?;
-        let weights = memory.weights(&q)?;
-        let attended = match memory.kind {
-            MemoryKind::Mka => {
-                let at = cached.as_deref_mut().map(|cached| (cached, 0));
-                let first = self.attend(&q, &k, &v, pass, at)?;
-                let mut others = Vec::new();
-                for level in 0..levels.dim(1)? {
-                    let kv = levels.narrow(1, level, 1)?.squeeze(1)?.to_dtype(k.dtype())?;
-                    let (k, v) = (kv.narrow(1, 0, width)?, kv.narrow(1, width, width)?);
-                    let at = cached.as_deref_mut().map(|cached| (cached, level + 1));
-                    others.push(self.attend(&q, &k, &v, pass, at)?.unsqueeze(1)?);
-                }
-                mix(&first, &Tensor::cat(&others, 1)?, &weights, &memory.gate)?
-            }
-            _ => {
-                let mixed = mix(&kv, &levels, &weights, &memory.gate)?;
-                let (k, v) = (mixed.narrow(1, 0, width)?, mixed.narrow(1, width, width)?);
-                self.attend(&q, &k, &v, pass, cached.map(|cached| (cached, 0)))?
-            }
-        };
-        self.o.forward(&attended, adapters)
-    }
-
-    /// q (n, h · d); k, v (n, g · d) without bias -> (n, h · d); with a cache, of the level that is named.
-    fn attend(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        pass: &Pass,
-        cached: Option<(&mut Cached<'_>, usize)>,
-    ) -> Result<Tensor> {
-        let (b, t, d) = (pass.b, pass.t, self.head_dim);
-        let n = b * t;
-        let mut q = q.reshape((n, self.heads, d))?;
-        let mut k = self.k.with_bias(k.contiguous()?)?.reshape((n, self.kv_heads, d))?;
-        let mut v = self.v.with_bias(v.contiguous()?)?.reshape((b, t, self.kv_heads, d))?;
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            (q, k) = (rms_norm(&q, q_norm, self.eps)?, rms_norm(&k, k_norm, self.eps)?);
-        }
-        let q = rotate(&q, &pass.angles)?.reshape((b, t, self.heads, d))?;
-        let mut k = rotate(&k, &pass.angles)?.reshape((b, t, self.kv_heads, d))?;
-        let out = match cached {
-            None => attend(&q, &k, &v, pass.reach(self.sliding_window)?)?,
-            Some((Cached { cache, seen }, level)) => {
-                let (keys, values) = &cache.levels[level];
-                (k, v) = (keys.append(&k, *seen)?, values.append(&v, *seen)?);
-                let params = DenseAttentionParams {
-                    scale: 1.0 / (d as f32).sqrt(),
-                    causal: true,
-                    window: self.sliding_window.map(|window| window as usize),
-                };
-                attention_forward(&q.detach(), &k, &v, &params)?.0
-            }
-        };
-        Ok(out.reshape((n, self.heads * d))?)
-    }
-
-    fn cache(&self, capacity: usize) -> Result<LayerCache> {
-        let like = &self.k.weight;
-        let room = || -> Result<Kept> {
-            let shape = (1, capacity, self.kv_heads, self.head_dim);
-            Ok(Kept::new(Tensor::zeros(shape, like.dtype(), like.device())?))
-        };
-        let count = match &self.memory {
-            Some(Memory { kind: MemoryKind::Mka, rates, .. }) => 1 + rates.values()?.dim(0)?,
-            _ => 1,
-        };
-        let levels = (0..count).map(|_| Ok((room()?, room()?))).collect::<Result<_>>()?;
-        Ok(LayerCache { levels, ema: None })
-    }
-}
-
-/// What one layer keeps of a stream.
-pub(super) struct LayerCache {
-    /// Keys and values, of each level of full MKA; of latent attention the latent and the rotary key.
-    pub(super) levels: Vec<(Kept, Kept)>,
-    /// After the last token: (1, m, 2 · g · d).
-    ema: Option<Tensor>,
-}
-
-impl LayerCache {
-    pub(super) fn latent(latent: Kept, key: Kept) -> Self {
-        Self { levels: vec![(latent, key)], ema: None }
-    }
-
-    /// Bytes a token, and bytes whatever the length.
-    pub(super) fn bytes(&self) -> (usize, usize) {
-        let kept = self.levels.iter().map(|(a, b)| a.bytes_per_token() + b.bytes_per_token()).sum();
-        (kept, self.ema.as_ref().map_or(0, |ema| 4 * ema.elem_count()))
-    }
-}
-
-/// A layer's cache as one pass sees it.
-pub(super) struct Cached<'a> {
-    pub(super) cache: &'a mut LayerCache,
-    /// Tokens before the pass.
-    pub(super) seen: usize,
-}
-
 /// What mixes tokens in a layer.
 pub(super) enum Attention {
     Grouped(Box<GroupedAttention>),
@@ -345,7 +115,7 @@ pub(super) struct Blueprint<'a> {
     pub(super) config: &'a DecoderConfig,
     pub(super) memory: &'a MemorySettings,
     pub(super) lora: Option<&'a LoraSettings>,
-    pub(super) latent: Option<super::config::LatentSettings>,
+    pub(super) latent: Option<LatentSettings>,
     pub(super) rates: Rates,
 }
 
@@ -413,7 +183,7 @@ impl Blueprint<'_> {
                 };
                 let memory = match self.memory.kind {
                     MemoryKind::None => None,
-                    _ => Some(Memory::new(builder, i, q_size, self.memory, &self.rates)?),
+                    _ => Some(Summary::new(builder, i, q_size, self.memory, &self.rates)?),
                 };
                 Attention::Grouped(Box::new(GroupedAttention {
                     q: heads(builder, "q", q_size)?,

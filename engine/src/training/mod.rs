@@ -5,6 +5,7 @@
 //! says how, with what was measured.
 
 mod base;
+mod cache;
 mod checkpoint;
 mod collective;
 mod config;
@@ -12,15 +13,19 @@ mod corpus;
 mod decode;
 mod device;
 mod export;
+mod grouped;
+mod held_out;
 mod inspect;
 mod latent;
 mod layers;
+mod log;
 mod loss;
 mod model;
 mod operations;
 mod optimizer;
 mod parameters;
 mod reduce;
+mod summary;
 mod trainer;
 
 #[cfg(test)]
@@ -33,5 +38,7 @@ pub use config::{
 };
 pub use decode::DecodeReport;
 pub use device::peak_device_bytes;
+pub use held_out::{Comparison, Evaluation};
 pub use inspect::{Inspection, inspect};
-pub use trainer::{Comparison, Evaluation, StepReport, Trainer, merge, read_log};
+pub use log::{StepReport, read_log};
+pub use trainer::{Trainer, merge};

@@ -3,10 +3,11 @@
 
 use super::config::{MemoryKind, MemorySettings, TrainMode, TrainingConfig};
 use super::decode;
-use super::layers::{Blueprint, Layer, Pass, Rates};
+use super::layers::{Blueprint, Layer, Pass};
 use super::loss::{self, CHUNK};
 use super::operations::rms_norm;
 use super::parameters::{Builder, Parameter, RATES, Source};
+use super::summary::Rates;
 use crate::error::{Error, ErrorKind, Result};
 use crate::models::config::DecoderConfig;
 use crate::models::frequencies::Frequencies;

@@ -8,75 +8,15 @@ use super::config::{TrainMode, TrainingConfig};
 use super::corpus::Corpus;
 use super::decode::{self, DecodeReport};
 use super::export;
+use super::held_out::{self, Comparison, Evaluation};
+use super::log::{self, StepReport};
 use super::model::{Batch, Gradients, TrainModel, View};
 use super::optimizer::AdamW;
 use super::reduce::Reducer;
 use crate::Device;
 use crate::error::{Error, ErrorKind, Result};
-use serde::{Deserialize, Serialize};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-
-/// What one optimizer step did; a line of log.jsonl.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct StepReport {
-    /// From 1.
-    pub step: u64,
-    /// Mean over the step's tokens before the update, in nats; mixed with the divergence if the run distils.
-    pub loss: f64,
-    /// Of this step.
-    pub learning_rate: f64,
-    /// Norm of all gradients before clipping.
-    pub gradient_norm: f64,
-    /// Tokens of the step, over all processes.
-    pub tokens: usize,
-    /// Time of the step, its checkpoint and measurement not included.
-    pub seconds: f64,
-    /// Held-out loss after the step, where it was measured.
-    pub held_out: Option<Evaluation>,
-}
-
-/// Loss over held-out sequences.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct Evaluation {
-    /// Mean over tokens, in nats.
-    pub loss: f64,
-    /// e^loss.
-    pub perplexity: f64,
-    /// Mean over the tokens whose whole past is inside the window; all without a window.
-    pub inside_window: f64,
-    /// Mean over the others; none without a window.
-    pub beyond_window: Option<f64>,
-    /// Tokens measured.
-    pub tokens: usize,
-    /// Time it took.
-    pub seconds: f64,
-}
-
-/// The held-out loss of the trained model beside what it lies between.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct Comparison {
-    /// The untouched model with the whole sequence.
-    pub dense: Evaluation,
-    /// The untouched model behind the window and the sinks.
-    pub windowed: Evaluation,
-    /// The trained model.
-    pub trained: Evaluation,
-    /// The trained model with every gate shut: what the adapters do alone.
-    pub without_memory: Evaluation,
-}
-
-impl Comparison {
-    /// Share of the gap between windowed and dense that is closed beyond the window; none without a window.
-    pub fn gap_closed(&self, of: &Evaluation) -> Option<f64> {
-        let (windowed, dense) = (self.windowed.beyond_window?, self.dense.beyond_window?);
-        Some((windowed - of.beyond_window?) / (windowed - dense))
-    }
-}
 
 /// A training run.
 ///
@@ -169,7 +109,9 @@ impl Trainer {
         let reducer = Reducer::new(collective);
         let trainer =
             Self { config, base, model, twin, train, held_out, optimizer, step, reducer, device };
-        trainer.cut_log()?;
+        if trainer.reducer.rank() == 0 {
+            log::cut(&trainer.config.output, step)?;
+        }
         Ok(trainer)
     }
 
@@ -243,7 +185,7 @@ impl Trainer {
                 report.held_out = Some(self.evaluate()?);
             }
             if first {
-                self.append_log(&report)?;
+                log::append(&self.config.output, &report)?;
                 if due(self.config.train.save_every) {
                     self.save()?;
                 }
@@ -377,32 +319,12 @@ impl Trainer {
     }
 
     fn evaluate_as(&self, model: &TrainModel, view: View) -> Result<Evaluation> {
-        let started = Instant::now();
         let window = match self.config.memory.window_tokens {
             0 => usize::MAX,
             window => window,
         };
-        let count = self.config.train.evaluate_sequences.min(self.held_out.len());
-        let (mut inside, mut beyond) = ((0.0, 0usize), (0.0, 0usize));
-        for i in 0..count {
-            // Spread over the whole text.
-            let (inputs, targets) = self.held_out.sequence(i * self.held_out.len() / count);
-            let batch = Batch { inputs: inputs.to_vec(), targets: targets.to_vec(), sequences: 1 };
-            for (position, loss) in model.losses(&batch, view)?.into_iter().enumerate() {
-                let (sum, tokens) = if position < window { &mut inside } else { &mut beyond };
-                *sum += f64::from(loss);
-                *tokens += 1;
-            }
-        }
-        let loss = (inside.0 + beyond.0) / (inside.1 + beyond.1) as f64;
-        Ok(Evaluation {
-            loss,
-            perplexity: loss.exp(),
-            inside_window: inside.0 / inside.1 as f64,
-            beyond_window: (beyond.1 > 0).then(|| beyond.0 / beyond.1 as f64),
-            tokens: inside.1 + beyond.1,
-            seconds: started.elapsed().as_secs_f64(),
-        })
+        let count = self.config.train.evaluate_sequences;
+        held_out::measure(model, view, &self.held_out, count, window)
     }
 
     /// Speed of one stream of the model as it is: a prompt of held-out text, then greedy decoding.
@@ -445,49 +367,6 @@ impl Trainer {
     pub fn export(&self, folder: &Path) -> Result<()> {
         export::write(&self.base, &self.model, &self.config, folder)
     }
-
-    fn log_path(&self) -> PathBuf {
-        self.config.output.join("log.jsonl")
-    }
-
-    fn append_log(&self, report: &StepReport) -> Result<()> {
-        let path = self.log_path();
-        let line = serde_json::to_string(report)
-            .map_err(|e| Error::new(ErrorKind::Storage, format!("log: {e}")).with_source(e))?;
-        std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .and_then(|mut file| writeln!(file, "{line}"))
-            .map_err(|e| Error::io("write log", &path, e))
-    }
-
-    /// Removes the lines of steps that will be done again.
-    fn cut_log(&self) -> Result<()> {
-        let path = self.log_path();
-        if self.reducer.rank() > 0 || !path.exists() {
-            return Ok(());
-        }
-        let kept: String = read_log(&path)?
-            .into_iter()
-            .filter(|report| report.step <= self.step)
-            .filter_map(|report| serde_json::to_string(&report).ok())
-            .map(|line| line + "\n")
-            .collect();
-        let partial = path.with_extension("partial");
-        std::fs::write(&partial, kept)
-            .and_then(|()| std::fs::rename(&partial, &path))
-            .map_err(|e| Error::io("write log", &path, e))
-    }
-}
-
-/// The steps of a run's log.jsonl; a last line that a kill cut off is left out.
-///
-/// # Errors
-/// `NotFound` or `Storage` if it cannot be read.
-pub fn read_log(path: &Path) -> Result<Vec<StepReport>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read log", path, e))?;
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
 /// Merges the newest checkpoint of the run in `run` into its base and writes the HuggingFace folder `out`.

@@ -55,6 +55,8 @@ pub struct TcpCollective {
 const HELLO: &[u8; 8] = b"mka-tcp1";
 /// How long a process waits for the others to start, and for a message.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a new connection may take to say who it is.
+const GREETING: Duration = Duration::from_secs(2);
 
 impl TcpCollective {
     /// Joins the group that RANK, WORLD_SIZE, MASTER_ADDR (127.0.0.1) and MASTER_PORT (29500) name; none without
@@ -135,14 +137,18 @@ fn accept(address: &str, port: u16, world_size: usize) -> Result<Vec<TcpStream>>
             continue;
         };
         let mut hello = [0u8; 24];
-        if prepare(&stream).and_then(|()| stream.read_exact(&mut hello)).is_err() {
+        // A stranger on the port is not let in and does not keep the others waiting.
+        let greeted = stream
+            .set_nonblocking(false)
+            .and_then(|()| stream.set_read_timeout(Some(GREETING)))
+            .and_then(|()| stream.read_exact(&mut hello));
+        if greeted.is_err() || &hello[..8] != HELLO {
             continue;
         }
+        prepare(&stream).map_err(|source| failed(place.clone(), source))?;
         let word = |at: usize| u64::from_le_bytes(hello[at..at + 8].try_into().expect("8 bytes"));
         let rank = word(8) as usize;
-        // A stranger on the port is not let in.
-        let known = &hello[..8] == HELLO && word(16) == world_size as u64;
-        match peers.get_mut(rank.wrapping_sub(1)).filter(|_| known) {
+        match peers.get_mut(rank.wrapping_sub(1)).filter(|_| word(16) == world_size as u64) {
             Some(place) if place.is_none() => *place = Some(stream),
             _ => {
                 return Err(Error::invalid(format!(

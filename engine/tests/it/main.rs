@@ -5,6 +5,7 @@ mod bad_input;
 mod disk;
 mod kill;
 mod memory;
+mod pages;
 mod session;
 mod training;
 

@@ -39,7 +39,9 @@ impl Route {
             return Ok(Self::Closed);
         }
         let gate = f64::from(weights.values(&name("gate"), 1)?[0]);
-        let (inner, levels) = (q_size / 2, num_rates + 1);
+        // Half of the queries' width, or a low rank: the file says.
+        let inner = weights.rows(&name("router.down.weight")).unwrap_or(q_size / 2);
+        let levels = num_rates + 1;
         let linear = |part: &str, rows: usize, cols: usize| -> Result<Linear> {
             let weight = weights.matrix(&name(&format!("router.{part}.weight")), rows, cols)?;
             let bias = weights.vector(&name(&format!("router.{part}.bias")), rows)?;

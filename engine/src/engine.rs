@@ -51,7 +51,7 @@ impl Device {
         std::iter::once(Self::Cpu).chain(cuda).collect()
     }
 
-    fn open(self) -> Result<candle_core::Device> {
+    pub(crate) fn open(self) -> Result<candle_core::Device> {
         match self {
             Self::Cpu => Ok(candle_core::Device::Cpu),
             // One explicit stream, whichever thread a turn runs on.
@@ -509,6 +509,13 @@ impl Engine {
     /// Where the model runs.
     pub fn device(&self) -> Device {
         self.shared.device
+    }
+
+    /// Bytes of keys and values that a session holds on the device for each token of its window; None without a model.
+    pub fn kv_bytes_per_token(&self) -> Option<usize> {
+        let config = &self.shared.model.as_ref()?.decoder.config;
+        // Keys and values, f32.
+        Some(config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4)
     }
 
     /// Name of the model's folder or file; None without a model.

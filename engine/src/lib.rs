@@ -29,7 +29,7 @@
 //! # }
 //! ```
 //!
-//! What it does not do yet: training. See Limits in the README.
+//! Models are trained in [`training`]. What it does not do yet: see Limits in the README.
 
 mod attention;
 mod cache;
@@ -54,6 +54,7 @@ mod template;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
+pub mod training;
 
 pub use embedding::EmbedderSource;
 pub use engine::{Device, Engine, EngineBuilder, MemoryConfig};

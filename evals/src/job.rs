@@ -114,6 +114,8 @@ pub(crate) struct Outcome {
     /// FNV-1a of the bits of every logit.
     pub(crate) logits_hash: Option<u64>,
     pub(crate) peak_rss_bytes: u64,
+    /// Bytes of keys and values that the model keeps for each token of its window.
+    pub(crate) kv_bytes_per_token: usize,
     /// Where the model ran.
     pub(crate) device: String,
 }
@@ -169,6 +171,7 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     let mut session = engine.session(Scope::user("evals").session("sample")).await?;
     outcome.open_s = started.elapsed().as_secs_f64();
     outcome.device = engine.device().to_string();
+    outcome.kv_bytes_per_token = engine.kv_bytes_per_token().unwrap_or(0);
     if let Some(path) = &job.feed {
         let text = std::fs::read_to_string(path)?;
         let options = match job.through_model {
@@ -242,7 +245,7 @@ fn send_options(job: &Job, ask: &Ask) -> SendOptions {
 /// Most resident memory of this process so far; 0 where the system does not say.
 ///
 /// From `/proc`, not `getrusage`: the latter counts what the parent had before this program was started.
-fn peak_rss_bytes() -> u64 {
+pub(crate) fn peak_rss_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let kib =
         status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());

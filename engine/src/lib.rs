@@ -59,13 +59,15 @@ pub use engine::{Device, Engine, EngineBuilder, MemoryConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use feeding::{FeedMode, FeedOptions};
 pub use hub::ModelSource;
-pub use memory::MemoryHandle;
+pub use memory::{Context, MemoryHandle};
 pub use quote::Quote;
 pub use sampling::Sampling;
-pub use session::{Context, SendOptions, Session};
-pub use stream::{Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage};
+pub use session::{SendOptions, Session};
+pub use stream::{
+    Canceller, Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage,
+};
 
 pub use mka_memory::{
-    ChunkInfo, Committed, Forget, Hit, NewTurn, Recall, Receipt, Role, Scope, Source, Stats,
-    TurnId, Why,
+    ChunkId, ChunkInfo, Committed, Forget, Hit, NewTurn, Recall, Receipt, Role, Scope, SessionInfo,
+    Source, Stats, Trust, Turn, TurnId, Why,
 };

@@ -1,4 +1,4 @@
-//! One scripted conversation from Rust; its twins are in `python/examples` and `swift/Examples`, and print the same bytes.
+//! One scripted conversation from Rust; its twin in `python/examples` prints the same bytes.
 //!
 //! `conversation STORE MODEL SCRIPT FROM TO` runs steps FROM to before TO of SCRIPT and prints a line an event.
 

@@ -1,4 +1,4 @@
-//! What a token and a recall cost from Rust: `overhead MODEL` prints microseconds; Python and Swift have twins.
+//! What a token and a recall cost from Rust: `overhead MODEL` prints microseconds; Python has a twin.
 
 use mka::{
     Device, Engine, Event, MemoryConfig, ModelSource, NewTurn, Recall, Role, Scope, SendOptions,

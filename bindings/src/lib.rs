@@ -3,7 +3,7 @@
 //!
 //! Every call has an async form and one that blocks, named `..._blocking`; work runs on threads of the engine, never on
 //! the thread that polls. Streams are pulled in batches: what is ready comes in one call, which costs a foreign caller
-//! as much as a single event. The packages in `python/` and `swift/` put each language's own forms on top.
+//! as much as a single event. The package in `python/` puts the language's own forms on top.
 
 mod config;
 mod engine;

@@ -107,7 +107,8 @@ fn an_engine_that_was_closed_leaves_its_folder_free_even_while_a_stream_works() 
         engine.close_blocking();
     }
     let engine = engine(folder.path(), 128);
-    assert_eq!(wait(engine.memory().turns(&trip(), 0..100)).unwrap().len(), 10);
+    let turns = wait(engine.memory().turns(&trip(), 0..100)).unwrap();
+    assert_eq!(turns.iter().filter(|turn| turn.text == "tell me").count(), 5);
     wait(engine.close()).unwrap();
 }
 

@@ -250,6 +250,32 @@ pub(crate) struct Shared {
     /// Sessions that are open, one handle an id; true once the handle is dropped and only a stream's worker is left.
     open: Mutex<HashMap<Scope, bool>>,
     released: Condvar,
+    // The last field: it says so when everything above is dropped.
+    closed: Closed,
+}
+
+/// Tells whoever waits that the last handle is gone and the store with it.
+#[derive(Clone, Default)]
+struct Latch(Arc<(Mutex<bool>, Condvar)>);
+
+impl Latch {
+    fn wait(&self) {
+        let (open, opened) = &*self.0;
+        let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
+        while !*open {
+            open = opened.wait(open).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+struct Closed(Latch);
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        let (open, opened) = &*self.0.0;
+        *open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        opened.notify_all();
+    }
 }
 
 impl Shared {
@@ -437,7 +463,8 @@ impl EngineBuilder {
         let open = Mutex::new(HashMap::new());
         let released = Condvar::new();
         let device = self.device;
-        let shared = Arc::new(Shared { store, model, config, device, open, released });
+        let closed = Closed(Latch::default());
+        let shared = Arc::new(Shared { store, model, config, device, open, released, closed });
         // Whoever opened it without a share goes on where an earlier opening stopped, at half speed.
         if shared.store.stats().turns_to_embed > 0 {
             let share = self.reembed_share.unwrap_or(0.5);
@@ -490,6 +517,23 @@ impl Engine {
     /// As [`Engine::session`].
     pub fn session_blocking(&self, scope: Scope) -> Result<Session> {
         Session::open(self.shared.clone(), scope)
+    }
+
+    /// Drops this handle and waits until the store is closed: for the last call and stream at work, and for every
+    /// other handle, which its holder must drop. Then the folder can be opened again.
+    pub async fn close(self) -> Result<()> {
+        offload("close", move || {
+            self.close_blocking();
+            Ok(())
+        })
+        .await
+    }
+
+    /// [`Engine::close`], blocking the thread.
+    pub fn close_blocking(self) {
+        let closed = self.shared.closed.0.clone();
+        drop(self);
+        closed.wait();
     }
 
     /// The memory of every scope: remember, recall, forget.

@@ -61,15 +61,17 @@ pub use engine::{Device, Engine, EngineBuilder, MemoryConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use feeding::{FeedMode, FeedOptions};
 pub use hub::ModelSource;
-pub use memory::MemoryHandle;
+pub use memory::{Context, MemoryHandle};
 pub use pages::{PageConfig, PagePrecision, PageRule, PageUsage, Prefill, RecallPolicy};
 pub use quote::Quote;
 pub use sampling::Sampling;
-pub use session::{Context, SendOptions, Session};
-pub use stream::{Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage};
+pub use session::{SendOptions, Session};
+pub use stream::{
+    Canceller, Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage,
+};
 
 pub use mka_memory::{
-    Backend, Backup, Checkup, ChunkInfo, Committed, DiskUsage, EncryptionKey, Exported, Finding,
-    Forget, Hit, Hygiene, Imported, NewTurn, Policy, Problem, Recall, Receipt, Repair, Role, Scope,
-    Sensitive, SessionInfo, Source, Stats, Trust, Turn, TurnId, Why,
+    Backend, Backup, Checkup, ChunkId, ChunkInfo, Committed, DiskUsage, EncryptionKey, Exported,
+    Finding, Forget, Hit, Hygiene, Imported, NewTurn, Policy, Problem, Recall, Receipt, Repair,
+    Role, Scope, Sensitive, SessionInfo, Source, Stats, Trust, Turn, TurnId, Why,
 };

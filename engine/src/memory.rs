@@ -3,6 +3,7 @@
 
 use crate::engine::Shared;
 use crate::error::Result;
+use crate::quote::{self, Quotation, Quote};
 use crate::session::now_ms;
 use crate::stream::offload;
 use mka_memory::{
@@ -17,6 +18,38 @@ use std::time::{Duration, Instant};
 
 /// Sentences embedded again at once: some tenths of a second with a small model.
 const REEMBED_SENTENCES: usize = 32;
+
+/// Text assembled for a model that lives elsewhere.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct Context {
+    /// Quoted, attributed memories under a header, in the order in which they were said; empty if nothing was found.
+    pub text: String,
+    /// Tokens of `text`: never above the budget.
+    pub tokens: usize,
+    /// The memories in it, best first.
+    pub hits: Vec<Hit>,
+}
+
+/// [`MemoryHandle::context`] and [`crate::Session::context`]; the future borrows nothing.
+pub(crate) fn context(
+    shared: Arc<Shared>,
+    scope: Scope,
+    query: &str,
+    budget_tokens: usize,
+) -> impl Future<Output = Result<Context>> + Send + use<> {
+    let query = query.to_owned();
+    offload("context", move || {
+        let options =
+            Recall { k: 32, across_sessions: true, now_ms: Some(now_ms()), ..Recall::default() };
+        let hits = shared.store.recall(&scope, &query, &options)?;
+        let quotations = Quotation::of(&hits, &query, Quote::Passage);
+        let count = |text: &str| shared.count_tokens(text);
+        let (text, chosen) = quote::assemble(&quotations, budget_tokens, count)?;
+        let hits = chosen.into_iter().map(|i| hits[i].clone()).collect();
+        Ok(Context { tokens: shared.count_tokens(&text)?, text, hits })
+    })
+}
 
 /// Remember, recall and forget, over every session of the engine.
 #[derive(Clone)]
@@ -48,6 +81,21 @@ impl MemoryHandle {
         let (shared, scope, query) = (self.shared.clone(), scope.clone(), query.to_owned());
         let options = Recall { now_ms: options.now_ms.or_else(|| Some(now_ms())), ..options };
         offload("recall", move || Ok(shared.store.recall(&scope, &query, &options)?)).await
+    }
+
+    /// What `scope` holds on `query`, laid out for another model within `budget_tokens`, headers included.
+    ///
+    /// Counted with the model's own tokenizer; an engine without one counts a token for every two bytes.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the scope is malformed.
+    pub async fn context(
+        &self,
+        scope: &Scope,
+        query: &str,
+        budget_tokens: usize,
+    ) -> Result<Context> {
+        context(self.shared.clone(), scope.clone(), query, budget_tokens).await
     }
 
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries, and says what went.
@@ -93,6 +141,19 @@ impl MemoryHandle {
     pub async fn sessions(&self, scope: &Scope) -> Result<Vec<SessionInfo>> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         offload("sessions", move || Ok(shared.store.sessions(&scope)?)).await
+    }
+
+    /// One unit vector a text, by the store's embedder: `(texts, dim)`, row-major, and `dim`.
+    ///
+    /// # Errors
+    /// `Incompatible` if the embedder breaks its word.
+    pub async fn embed(&self, texts: Vec<String>) -> Result<(Vec<f32>, usize)> {
+        let shared = self.shared.clone();
+        offload("embed", move || {
+            let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+            Ok((shared.store.embed(&texts)?, shared.store.dim()))
+        })
+        .await
     }
 
     /// Writes the log of `scope`, or of every user if it is none, into the file `path` as lines of JSON.

@@ -64,9 +64,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "| fed as | memory | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | same bits | device |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
-    let model = args.lengths.iter().flat_map(|length| {
-        args.memory.iter().map(move |memory| (true, *memory, *length))
-    });
+    let model = args
+        .lengths
+        .iter()
+        .flat_map(|length| args.memory.iter().map(move |memory| (true, *memory, *length)));
     let text_alone = args.text_lengths.iter().map(|length| (false, Memory::Off, *length));
     let mut streams = Vec::new();
     for (through_model, memory, length) in model.chain(text_alone) {

@@ -171,8 +171,16 @@ impl Store {
         Ok(state)
     }
 
+    /// Numbers of one vector of the store's embedder.
+    pub fn dim(&self) -> usize {
+        self.embedder.dim()
+    }
+
     /// One vector per text, checked: `(texts, dim)` row-major.
-    fn embed(&self, texts: &[&str]) -> Result<Vec<f32>> {
+    ///
+    /// # Errors
+    /// `Incompatible` if the embedder gives another number of vectors, or one that is not finite.
+    pub fn embed(&self, texts: &[&str]) -> Result<Vec<f32>> {
         let dim = self.embedder.dim();
         let mut rows = Vec::with_capacity(texts.len() * dim);
         for batch in texts.chunks(EMBED_BATCH) {

@@ -299,3 +299,30 @@ fn dropping_a_backup_cancels_it() {
     }
     wait(engine.memory().backup(folder.path().join("another"))).unwrap();
 }
+
+#[test]
+fn the_log_and_the_sessions_of_a_user_can_be_read_and_texts_become_unit_vectors() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = Engine::builder(folder.path().join("store")).open_blocking().unwrap();
+    let memory = engine.memory();
+    for session in ["b", "a"] {
+        let scope = Scope::user("ada").session(session);
+        let turns = ["one", "two"].map(|text| NewTurn::new(Role::User, text)).to_vec();
+        wait(memory.remember(&scope, turns)).unwrap();
+    }
+    let scope = Scope::user("ada").session("a");
+    let turns = wait(memory.turns(&scope, 1..9)).unwrap();
+    assert_eq!(
+        turns.iter().map(|turn| (turn.id, turn.text.as_str())).collect::<Vec<_>>(),
+        [(1, "two")]
+    );
+    let sessions = wait(memory.sessions(&Scope::user("ada"))).unwrap();
+    let names: Vec<_> = sessions.iter().filter_map(|info| info.scope.session_id()).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert!(wait(memory.sessions(&Scope::user("bob"))).unwrap().is_empty());
+    let (rows, dim) = wait(memory.embed(vec!["a cat".into(), "a dog".into()])).unwrap();
+    assert_eq!(rows.len(), 2 * dim);
+    for row in rows.chunks(dim) {
+        assert!((row.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-4);
+    }
+}

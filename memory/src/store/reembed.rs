@@ -1,7 +1,9 @@
 //! Embedding again: chunks whose vectors another embedder made get those of the present one, a few at a time.
 //! Knows nothing of search.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use super::records::Change;
 use super::{Store, Writer};
@@ -18,12 +20,13 @@ pub struct Reembedded {
     pub turns_left: usize,
 }
 
-/// A chunk that waits: its identity, text and sentences.
+/// A chunk that waits: its identity, and its bytes of the turn's text.
 struct Waiting {
     turn: (u64, u64),
     scope: Scope,
     id: u128,
-    text: Box<str>,
+    start: u64,
+    end: u64,
 }
 
 impl Store {
@@ -36,14 +39,30 @@ impl Store {
     /// Whatever the embedder reports; `Storage`.
     pub fn reembed(&self, max_sentences: usize) -> Result<Reembedded> {
         let waiting = self.waiting(max_sentences.max(1));
+        // Sentences of the turn's whole text, as they were when it was committed: a chunk alone may be cut otherwise.
+        let mut texts = BTreeMap::new();
+        for chunk in &waiting {
+            if let Entry::Vacant(text) = texts.entry(chunk.turn) {
+                let turns = self.turns(&chunk.scope, chunk.turn.1..chunk.turn.1 + 1)?;
+                text.insert(turns.into_iter().next().map_or_else(String::new, |turn| turn.text));
+            }
+        }
+        let sentences: BTreeMap<(u64, u64), Vec<Range<usize>>> = texts
+            .iter()
+            .map(|(turn, text)| {
+                let spans = chunk::spans(text, self.options.chunk_words);
+                (*turn, spans.into_iter().flat_map(|span| span.units).collect())
+            })
+            .collect();
         let mut units = Vec::new();
         let mut counts = Vec::with_capacity(waiting.len());
         for chunk in &waiting {
             let before = units.len();
-            let spans = chunk::spans(&chunk.text, self.options.chunk_words);
-            units.extend(
-                spans.into_iter().flat_map(|span| span.units).map(|unit| &chunk.text[unit]),
-            );
+            let bytes = chunk.start as usize..chunk.end as usize;
+            let own = sentences[&chunk.turn]
+                .iter()
+                .filter(|unit| bytes.start <= unit.start && unit.end <= bytes.end);
+            units.extend(own.map(|unit| &texts[&chunk.turn][unit.clone()]));
             counts.push(units.len() - before);
         }
         let rows = self.embed(&units)?;
@@ -87,17 +106,18 @@ impl Store {
             };
             let Some(partition) = state.partition(scope) else { continue };
             let mut seen = BTreeSet::new();
-            let chunks = turn_state.chunks.iter().filter(|span| !span.near && seen.insert(span.id));
-            for chunk in chunks.filter_map(|span| partition.get(span.id)) {
+            let spans = turn_state.chunks.iter().filter(|span| !span.near && seen.insert(span.id));
+            for span in spans {
+                let Some(chunk) = partition.get(span.id) else { continue };
                 if chunk.home == turn && chunk.vectors.is_empty() {
                     num_words += chunk.text.split_whitespace().count();
-                    let (scope, text) = (scope.clone(), chunk.text.clone());
-                    waiting.push(Waiting { turn, scope, id: chunk.id, text });
+                    let (scope, start, end) = (scope.clone(), span.start, span.end);
+                    waiting.push(Waiting { turn, scope, id: span.id, start, end });
                 }
             }
             if waiting.last().is_none_or(|last| last.turn != turn) {
                 // Its chunks went, or moved, since they were found waiting: nothing to embed, but to be crossed off.
-                waiting.push(Waiting { turn, scope: scope.clone(), id: 0, text: "".into() });
+                waiting.push(Waiting { turn, scope: scope.clone(), id: 0, start: 0, end: 0 });
             }
         }
         waiting

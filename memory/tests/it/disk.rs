@@ -152,6 +152,13 @@ impl Disk {
         let chance = [1.0, 0.0, 0.5][self.rng.random_range(0..3)];
         let oldest_len = undos.first().map(|undo| undo.old_len);
         for undo in undos.iter().rev() {
+            // A shorter length is a write to the file's metadata: it is lost as a whole, and the old tail is back.
+            if len_of(fd) < undo.offset + undo.old.len() as u64 {
+                if self.rng.random_bool(chance) {
+                    raw_pwrite(fd, &undo.old, undo.offset);
+                }
+                continue;
+            }
             let mut at = 0;
             while at < undo.old.len() {
                 let sector_end = SECTOR_BYTES - (undo.offset as usize + at) % SECTOR_BYTES;

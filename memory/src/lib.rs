@@ -54,7 +54,7 @@ pub use hygiene::{Finding, Hygiene, Policy, Sensitive};
 pub use log::{Commit, Committed, NewSnapshot, NewTurn, Role, Snapshot, Turn, TurnId};
 pub use recall::{ChunkId, Hit, Recall, Source, Trust, Why};
 pub use scope::Scope;
-pub use storage::{Backend, RecordChange, Storage};
+pub use storage::{Backend, RecordChange, Storage, Visit};
 pub use store::{
     Backup, Checkup, ChunkInfo, DiskUsage, Exported, Imported, Problem, Reembedded, Repair,
     SessionInfo, Stats, Store, StoreOptions,

@@ -8,6 +8,9 @@ use crate::Result;
 /// One change of a batch: a key, and its new value or none to remove it.
 pub type RecordChange = (Vec<u8>, Option<Vec<u8>>);
 
+/// What [`Storage::scan`] calls with each key and its value.
+pub type Visit<'a> = dyn FnMut(&[u8], &[u8]) -> Result<()> + 'a;
+
 /// A database of small records, sorted by key. Keys have at most 32 bytes, values at most 4 KB.
 ///
 /// One store owns it, and one thread at a time calls it.
@@ -17,7 +20,7 @@ pub trait Storage: Send {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>>;
 
     /// Calls `each` with every key and value from `from` on, by ascending key, until it fails.
-    fn scan(&self, from: &[u8], each: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>) -> Result<()>;
+    fn scan(&self, from: &[u8], each: &mut Visit<'_>) -> Result<()>;
 
     /// Applies all changes or none; they are on the disk when this returns, power loss included.
     /// After an error it is unknown which of the two happened, until the database is opened again.

@@ -29,6 +29,9 @@ struct Waiting {
     end: u64,
 }
 
+/// Vectors of each turn's chunks by their identity, one a sentence, row-major.
+type NewVectors = BTreeMap<((u64, u64), u128), Box<[f32]>>;
+
 impl Store {
     /// Embeds about `max_sentences` sentences of chunks whose vectors were another embedder's; see
     /// [`StoreOptions::reembed`](crate::StoreOptions::reembed). Call it until no turn is left: the caller paces it.
@@ -66,7 +69,7 @@ impl Store {
             counts.push(units.len() - before);
         }
         let rows = self.embed(&units)?;
-        let mut vectors: BTreeMap<((u64, u64), u128), Box<[f32]>> = BTreeMap::new();
+        let mut vectors = NewVectors::new();
         let mut rest = rows.as_slice();
         for (chunk, count) in waiting.iter().zip(counts) {
             let (own, tail) = rest.split_at(count * self.embedder.dim());
@@ -127,7 +130,7 @@ impl Store {
         &self,
         writer: &mut Writer,
         turns: &BTreeMap<(u64, u64), &Scope>,
-        mut vectors: BTreeMap<((u64, u64), u128), Box<[f32]>>,
+        mut vectors: NewVectors,
     ) -> Result<()> {
         let mut changes = Vec::new();
         {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use mka_memory::{
     Backend, Cancel, Commit, Error, ErrorKind, HashedEmbedder, NewTurn, Recall, RecordChange, Role,
-    Storage, Store, StoreOptions,
+    Storage, Store, StoreOptions, Visit,
 };
 
 use crate::support::{BACKENDS, open, open_as, say, trip};
@@ -24,11 +24,7 @@ impl Storage for Failing {
         Ok(self.records.lock().unwrap().get(key).cloned())
     }
 
-    fn scan(
-        &self,
-        from: &[u8],
-        each: &mut dyn FnMut(&[u8], &[u8]) -> mka_memory::Result<()>,
-    ) -> mka_memory::Result<()> {
+    fn scan(&self, from: &[u8], each: &mut Visit<'_>) -> mka_memory::Result<()> {
         let records = self.records.lock().unwrap();
         records.range(from.to_vec()..).try_for_each(|(key, value)| each(key, value))
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use redb::{Database, ReadableDatabase, TableDefinition};
 
-use crate::storage::RecordChange;
+use crate::storage::{RecordChange, Visit};
 use crate::store::segment::sync_folder;
 use crate::{Error, ErrorKind, Result, Storage};
 
@@ -51,7 +51,7 @@ impl Storage for RedbFile {
         })
     }
 
-    fn scan(&self, from: &[u8], each: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>) -> Result<()> {
+    fn scan(&self, from: &[u8], each: &mut Visit<'_>) -> Result<()> {
         let mut entries = guard("read", &self.file, || {
             Ok(self.db.begin_read()?.open_table(TABLE)?.range(from..)?)
         })?;

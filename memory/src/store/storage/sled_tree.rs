@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{remove_folder, rename};
-use crate::storage::RecordChange;
+use crate::storage::{RecordChange, Visit};
 use crate::store::segment::sync_folder;
 use crate::{Error, ErrorKind, Result, Storage};
 
@@ -58,7 +58,7 @@ impl Storage for SledTree {
         guard("read", &self.folder, || Ok(db.get(key)?.map(|value| value.to_vec())))
     }
 
-    fn scan(&self, from: &[u8], each: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>) -> Result<()> {
+    fn scan(&self, from: &[u8], each: &mut Visit<'_>) -> Result<()> {
         let db = self.db()?;
         let mut entries = guard("read", &self.folder, || Ok(db.range(from..)))?;
         while let Some((key, value)) = guard("read", &self.folder, || entries.next().transpose())? {

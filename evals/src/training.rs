@@ -4,7 +4,7 @@
 use crate::curve::{self, Line};
 use crate::job::{self, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use mka::training::{Comparison, Evaluation, StepReport, TcpCollective, Trainer, TrainingConfig};
+use mka::training::{Comparison, Evaluation, StepReport, Trainer, TrainingConfig};
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug, Clone)]
@@ -54,10 +54,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let output = config.output.clone();
     let steps = config.train.steps;
-    let group = TcpCollective::from_env()?;
-    let first = group.as_ref().is_none_or(|group| mka::training::Collective::rank(group) == 0);
+    // torchrun and its like start a process a card and leave the choice to LOCAL_RANK.
+    if let Ok(local) = std::env::var("LOCAL_RANK")
+        && matches!(config.device.as_str(), "auto" | "cuda")
+        && mka::Device::available().len() > 1
+    {
+        config.device = format!("cuda:{local}");
+    }
+    let group = mka::training::group_from_env(config.device.parse().unwrap_or(mka::Device::Cpu))?;
+    let first = group.as_ref().is_none_or(|group| group.rank() == 0);
     let mut trainer = match group {
-        Some(group) => Trainer::open_with(config, Box::new(group))?,
+        Some(group) => Trainer::open_with(config, group)?,
         None => Trainer::open(config)?,
     };
     if first {

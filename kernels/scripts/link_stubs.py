@@ -19,6 +19,7 @@ LIBRARIES = {
     "cublasLt": ("cublaslt", ["libcublasLt.so.13"]),
     "curand": ("curand", ["libcurand.so.10"]),
     "nvrtc": ("nvrtc", ["libnvrtc.so.13"]),
+    "nccl": ("nccl", ["libnccl.so.2"]),
 }
 
 RESOLVER = r"""

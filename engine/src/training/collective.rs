@@ -1,7 +1,9 @@
 //! Several processes as one: sums over all of them, in the order of their ranks.
 //! Knows no parameter; a process learns its place from the variables that torchrun, mpirun and SLURM scripts set.
 
+use crate::Device;
 use crate::error::{Error, ErrorKind, Result};
+use candle_core::Tensor;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -21,6 +23,41 @@ pub trait Collective: Send {
     /// # Errors
     /// If another process is gone or sends another number of values.
     fn all_reduce_sum(&mut self, values: &mut [f32]) -> Result<()>;
+
+    /// The sum of `values` (n), f32, over all processes, on their device; to be read after [`Collective::settle`].
+    ///
+    /// # Errors
+    /// As [`Collective::all_reduce_sum`], and if the device fails.
+    fn all_reduce_tensor(&mut self, values: Tensor) -> Result<Tensor> {
+        let mut sum = values.to_vec1::<f32>()?;
+        self.all_reduce_sum(&mut sum)?;
+        Ok(Tensor::from_vec(sum, values.shape(), values.device())?)
+    }
+
+    /// Makes what a device does from now on see the sums that were asked for.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn settle(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The group that RANK, WORLD_SIZE, MASTER_ADDR (127.0.0.1) and MASTER_PORT (29500) name; none without WORLD_SIZE or
+/// where it is 1.
+///
+/// Gradients on a CUDA device travel through NCCL in a build with the feature `nccl`, else through TCP.
+///
+/// # Errors
+/// As [`TcpCollective::from_env`], and if NCCL cannot be used.
+pub fn group_from_env(device: Device) -> Result<Option<Box<dyn Collective>>> {
+    let Some(group) = TcpCollective::from_env()? else { return Ok(None) };
+    #[cfg(feature = "nccl")]
+    if let Device::Cuda(ordinal) = device {
+        return Ok(Some(Box::new(super::nccl::NcclCollective::join(group, ordinal)?)));
+    }
+    let _ = device;
+    Ok(Some(Box::new(group)))
 }
 
 /// One process alone.

@@ -21,6 +21,8 @@ mod layers;
 mod log;
 mod loss;
 mod model;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod operations;
 mod optimizer;
 mod parameters;
@@ -31,7 +33,7 @@ mod trainer;
 #[cfg(test)]
 mod tests;
 
-pub use collective::{Collective, TcpCollective};
+pub use collective::{Collective, TcpCollective, group_from_env};
 pub use config::{
     DataSettings, LatentSettings, LoraSettings, MemoryKind, MemorySettings, ModelSettings,
     OptimizerSettings, Precision, ScratchSettings, TrainMode, TrainSettings, TrainingConfig,
@@ -41,4 +43,6 @@ pub use device::peak_device_bytes;
 pub use held_out::{Comparison, Evaluation};
 pub use inspect::{Inspection, inspect};
 pub use log::{StepReport, read_log};
+#[cfg(feature = "nccl")]
+pub use nccl::NcclCollective;
 pub use trainer::{Trainer, merge};

@@ -14,7 +14,9 @@ use crate::models::frequencies::Frequencies;
 use crate::models::weights::Weights;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use mka_kernels::RotaryAngles;
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 /// As what the model reads: what is measured, and what a student is compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +85,8 @@ pub(super) struct TrainModel {
     pub(super) tensors: BTreeMap<String, Tensor>,
     window_tokens: usize,
     sink_tokens: usize,
+    /// Of the last batch: every batch of a run has its shape.
+    angles: Mutex<Option<(usize, usize, RotaryAngles)>>,
 }
 
 impl TrainModel {
@@ -141,6 +145,7 @@ impl TrainModel {
             tensors,
             window_tokens: config.memory.window_tokens,
             sink_tokens: config.memory.sink_tokens,
+            angles: Mutex::new(None),
             config: decoder,
         })
     }
@@ -157,15 +162,27 @@ impl TrainModel {
     fn pass(&self, batch: &Batch, view: View) -> Pass {
         let b = batch.sequences;
         let t = batch.inputs.len() / b;
-        let positions = (0..b).flat_map(|_| 0..t as u64);
         Pass {
             b,
             t,
-            angles: self.frequencies.angles(positions),
+            angles: self.angles(b, t),
             memory: view == View::Trained,
             adapters: matches!(view, View::Trained | View::WithoutMemory),
             window_tokens: if view == View::Dense { 0 } else { self.window_tokens },
             sink_tokens: self.sink_tokens,
+        }
+    }
+
+    /// Angles of `b` sequences of `t` tokens.
+    fn angles(&self, b: usize, t: usize) -> RotaryAngles {
+        let mut last = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some((sequences, tokens, angles)) if (*sequences, *tokens) == (b, t) => angles.clone(),
+            _ => {
+                let angles = self.frequencies.angles((0..b).flat_map(|_| 0..t as u64));
+                *last = Some((b, t, angles.clone()));
+                angles
+            }
         }
     }
 

@@ -8,8 +8,15 @@ use candle_core::{Device, Tensor};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-/// A bucket of values under way.
-type Bucket = Result<Vec<f32>>;
+/// What the thread is asked for, in turn.
+enum Request {
+    Sum(Tensor),
+    /// The sums so far are about to be read.
+    Settle,
+}
+
+/// A sum, or nothing for [`Request::Settle`].
+type Reply = Result<Option<Tensor>>;
 
 /// A thread that owns the collective and reduces bucket after bucket.
 pub(super) struct Reducer {
@@ -22,8 +29,8 @@ pub(super) struct Reducer {
 
 struct Worker {
     /// None once the thread is told to end.
-    to: Option<Sender<Vec<f32>>>,
-    from: Receiver<Bucket>,
+    to: Option<Sender<Request>>,
+    from: Receiver<Reply>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -31,13 +38,16 @@ impl Reducer {
     pub(super) fn new(mut collective: Box<dyn Collective>) -> Self {
         let (rank, world_size) = (collective.rank(), collective.world_size());
         let worker = (world_size > 1).then(|| {
-            let (to, inbox) = channel::<Vec<f32>>();
-            let (outbox, from) = channel::<Bucket>();
+            let (to, inbox) = channel::<Request>();
+            let (outbox, from) = channel::<Reply>();
             let thread = std::thread::spawn(move || {
-                for mut values in inbox {
-                    let reduced = collective.all_reduce_sum(&mut values).map(|()| values);
-                    let failed = reduced.is_err();
-                    if outbox.send(reduced).is_err() || failed {
+                for request in inbox {
+                    let reply = match request {
+                        Request::Sum(values) => collective.all_reduce_tensor(values).map(Some),
+                        Request::Settle => collective.settle().map(|()| None),
+                    };
+                    let failed = reply.is_err();
+                    if outbox.send(reply).is_err() || failed {
                         return;
                     }
                 }
@@ -61,15 +71,13 @@ impl Reducer {
         if whole.is_empty() {
             return Ok(());
         }
-        let mut values = Vec::new();
-        for gradient in whole.iter().filter_map(|index| gradients.get(*index)) {
-            values.extend(gradient.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?);
-        }
+        let values: Vec<Tensor> = whole
+            .iter()
+            .filter_map(|index| gradients.get(*index))
+            .map(Tensor::flatten_all)
+            .collect::<candle_core::Result<_>>()?;
         self.pending.push(whole.to_vec());
-        // A thread that has ended has left its error to be read in `finish`.
-        if let Some(to) = &worker.to {
-            let _ = to.send(values);
-        }
+        worker.ask(Request::Sum(Tensor::cat(&values, 0)?));
         Ok(())
     }
 
@@ -77,31 +85,48 @@ impl Reducer {
     pub(super) fn finish(&mut self, gradients: &mut Gradients, loss: f64) -> Result<f64> {
         let pending = std::mem::take(&mut self.pending);
         let Some(worker) = &self.worker else { return Ok(loss) };
+        let mut sums = Vec::with_capacity(pending.len());
         for indexes in pending {
-            let values = receive(worker)?;
-            let mut rest = &values[..];
+            sums.push((indexes, worker.sum()?));
+        }
+        worker.ask(Request::Settle);
+        worker.reply()?;
+        for (indexes, sum) in sums {
+            let mut start = 0;
             for index in indexes {
                 let Some(gradient) = gradients.get(index) else { continue };
-                let (mine, after) = rest.split_at(gradient.elem_count());
-                let sum = Tensor::from_slice(mine, gradient.shape(), gradient.device())?;
-                rest = after;
-                gradients.replace(index, sum);
+                let mine = sum.narrow(0, start, gradient.elem_count())?;
+                start += gradient.elem_count();
+                let mine = mine.reshape(gradient.shape())?;
+                gradients.replace(index, mine);
             }
         }
-        if let Some(to) = &worker.to {
-            // In two parts, so that the sum keeps the precision of f64.
-            let high = loss as f32;
-            let _ = to.send(vec![high, (loss - f64::from(high)) as f32]);
-        }
-        let parts = receive(worker)?;
+        // In two parts, so that the sum keeps the precision of f64.
+        let high = loss as f32;
+        let parts = [high, (loss - f64::from(high)) as f32];
+        worker.ask(Request::Sum(Tensor::new(&parts, &Device::Cpu)?));
+        let parts = worker.sum()?.to_vec1::<f32>()?;
         Ok(parts.into_iter().map(f64::from).sum())
     }
 }
 
-fn receive(worker: &Worker) -> Bucket {
-    worker.from.recv().unwrap_or_else(|_| {
-        Err(Error::model("collective: the group ended, expected every process to go on"))
-    })
+impl Worker {
+    /// A thread that has ended has left its error to be read as the reply.
+    fn ask(&self, request: Request) {
+        if let Some(to) = &self.to {
+            let _ = to.send(request);
+        }
+    }
+
+    fn reply(&self) -> Reply {
+        self.from.recv().unwrap_or_else(|_| {
+            Err(Error::model("collective: the group ended, expected every process to go on"))
+        })
+    }
+
+    fn sum(&self) -> Result<Tensor> {
+        self.reply()?.ok_or_else(|| Error::model("collective: no sum, expected one"))
+    }
 }
 
 impl Drop for Reducer {

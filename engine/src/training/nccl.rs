@@ -3,7 +3,6 @@
 
 use super::collective::{Collective, TcpCollective};
 use crate::error::{Error, ErrorKind, Result};
-use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaStream};
 use candle_core::cuda_backend::cudarc::nccl::{Comm, Id, ReduceOp, result::NcclError};

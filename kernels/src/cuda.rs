@@ -39,7 +39,24 @@ pub fn open(ordinal: usize) -> Result<Device> {
     // SAFETY: the device's one stream is the only one that its tensors are ever used on: candle and every op here take
     // the stream from the device, and refuse tensors of another device.
     unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    keep_memory(ordinal);
     Ok(device)
+}
+
+/// Keeps freed memory in the driver's pool for the next output.
+///
+/// By default the pool hands all of it back whenever the host waits for the device, which is at every token and several
+/// times a training step, and mapping it anew costs more than the kernels that use it.
+fn keep_memory(ordinal: usize) {
+    let mut bytes = u64::MAX;
+    // SAFETY: the device is one that the driver names, and the attribute is one 64-bit number.
+    let kept = result::device::get(ordinal as i32).and_then(|device| unsafe {
+        let pool = result::device::get_default_mem_pool(device)?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        sys::cuMemPoolSetAttribute(pool, attribute, std::ptr::from_mut(&mut bytes).cast()).result()
+    });
+    // A device without pools allocates without them.
+    let _ = kept;
 }
 
 static LAUNCHES: AtomicU64 = AtomicU64::new(0);

@@ -57,11 +57,13 @@ pub(super) fn write(
     fs::create_dir_all(&partial).map_err(io("make checkpoint folder", &partial))?;
     let mut trained = HashMap::new();
     let mut moments = HashMap::new();
-    for (i, parameter) in model.parameters.iter().enumerate() {
+    for parameter in &model.parameters {
         trained.insert(parameter.name.clone(), parameter.master().to_device(&Device::Cpu)?);
-        for (kind, tensors) in [("first", &optimizer.first), ("second", &optimizer.second)] {
-            moments
-                .insert(format!("{kind}.{}", parameter.name), tensors[i].to_device(&Device::Cpu)?);
+    }
+    for (index, first, second) in optimizer.moments()? {
+        for (kind, moment) in [("first", first), ("second", second)] {
+            let name = format!("{kind}.{}", model.parameters[index].name);
+            moments.insert(name, moment.contiguous()?.to_device(&Device::Cpu)?);
         }
     }
     for (i, (file, tensors)) in [(TRAINED, &trained), (MOMENTS, &moments)].into_iter().enumerate() {
@@ -216,13 +218,11 @@ impl Checkpoint {
             parameter.set(&self.tensor(&self.trained, &parameter.name, parameter.master())?)?;
         }
         if let Some(optimizer) = optimizer {
-            for (i, parameter) in model.parameters.iter().enumerate() {
-                let moment = |kind: &str| {
-                    let name = format!("{kind}.{}", parameter.name);
-                    self.tensor(&self.moments, &name, parameter.master())
-                };
-                (optimizer.first[i], optimizer.second[i]) = (moment("first")?, moment("second")?);
-            }
+            optimizer.restore(|index, kind| {
+                let parameter = &model.parameters[index];
+                let name = format!("{kind}.{}", parameter.name);
+                self.tensor(&self.moments, &name, parameter.master())
+            })?;
         }
         Ok(())
     }

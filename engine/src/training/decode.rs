@@ -91,5 +91,15 @@ pub(super) fn measure(model: &TrainModel, prompt: &[u32], tokens: usize) -> Resu
 
 /// A pass of one sequence from `start` on.
 pub(super) fn pass(angles: mka_kernels::RotaryAngles, t: usize) -> Pass {
-    Pass { b: 1, t, angles, memory: true, adapters: true, window_tokens: 0, sink_tokens: 0 }
+    let row_angles = angles.clone();
+    Pass {
+        b: 1,
+        t,
+        angles,
+        row_angles,
+        memory: true,
+        adapters: true,
+        window_tokens: 0,
+        sink_tokens: 0,
+    }
 }

@@ -7,7 +7,7 @@ use super::layers::{Linear, Pass};
 use super::operations::{attend, mix, rms_norm};
 use super::summary::Summary;
 use crate::error::Result;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use mka_kernels::{DenseAttentionParams, attention_forward, rotate};
 
 /// Attention with grouped heads, and the memory beside it.
@@ -42,6 +42,13 @@ impl GroupedAttention {
         };
         let width = k.dim(1)?;
         let kv = Tensor::cat(&[&k, &v], 1)?;
+        if cached.is_none()
+            && let Some((k, v)) = self.fused(memory, &q, &kv, pass)?
+        {
+            let q = self.queries(&q, pass)?;
+            let out = attend(&q, &k, &v, pass.reach(self.sliding_window)?)?;
+            return self.o.forward(&out.reshape((q.dim(0)? * q.dim(1)?, ()))?, adapters);
+        }
         let levels = memory.levels(&kv, pass, cached.as_deref_mut())?;
         let weights = memory.weights(&q)?;
         let attended = match memory.kind {
@@ -66,6 +73,38 @@ impl GroupedAttention {
         self.o.forward(&attended, adapters)
     }
 
+    /// [`Summary::fused`] with this layer's bias and norm.
+    fn fused(
+        &self,
+        memory: &Summary,
+        q: &Tensor,
+        kv: &Tensor,
+        pass: &Pass,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        let single = |x: &Tensor| x.to_dtype(DType::F32);
+        let bias = match (self.k.bias(), self.v.bias()) {
+            (Some(k), Some(v)) => Some(Tensor::cat(&[single(k)?, single(v)?], 0)?.reshape((
+                2,
+                self.kv_heads,
+                self.head_dim,
+            ))?),
+            _ => None,
+        };
+        let norm = self.qk_norm.as_ref().map(|(_, k)| single(k)).transpose()?;
+        let heads = (self.kv_heads, self.head_dim);
+        memory.fused((q, kv), heads, (bias.as_ref(), norm.as_ref()), self.eps, pass)
+    }
+
+    /// Normed and rotated queries: q (n, h · d) -> (b, t, h, d).
+    fn queries(&self, q: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let (b, t, d) = (pass.b, pass.t, self.head_dim);
+        let mut q = q.reshape((b * t, self.heads, d))?;
+        if let Some((norm, _)) = &self.qk_norm {
+            q = rms_norm(&q, norm, self.eps)?;
+        }
+        Ok(rotate(&q, &pass.angles)?.reshape((b, t, self.heads, d))?)
+    }
+
     /// q (n, h · d); k, v (n, g · d) without bias -> (n, h · d); with a cache, of the level that is named.
     fn attend(
         &self,
@@ -77,13 +116,12 @@ impl GroupedAttention {
     ) -> Result<Tensor> {
         let (b, t, d) = (pass.b, pass.t, self.head_dim);
         let n = b * t;
-        let mut q = q.reshape((n, self.heads, d))?;
         let mut k = self.k.with_bias(k.contiguous()?)?.reshape((n, self.kv_heads, d))?;
         let mut v = self.v.with_bias(v.contiguous()?)?.reshape((b, t, self.kv_heads, d))?;
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            (q, k) = (rms_norm(&q, q_norm, self.eps)?, rms_norm(&k, k_norm, self.eps)?);
+        if let Some((_, norm)) = &self.qk_norm {
+            k = rms_norm(&k, norm, self.eps)?;
         }
-        let q = rotate(&q, &pass.angles)?.reshape((b, t, self.heads, d))?;
+        let q = self.queries(q, pass)?;
         let mut k = rotate(&k, &pass.angles)?.reshape((b, t, self.kv_heads, d))?;
         let out = match cached {
             None => attend(&q, &k, &v, pass.reach(self.sliding_window)?)?,

@@ -19,6 +19,8 @@ pub(super) struct Pass {
     pub(super) t: usize,
     /// Of every row.
     pub(super) angles: RotaryAngles,
+    /// Of the rows of one sequence.
+    pub(super) row_angles: RotaryAngles,
     /// Whether the gates are as trained, or shut.
     pub(super) memory: bool,
     /// Whether adapters count.
@@ -84,6 +86,10 @@ impl Linear {
     /// x (n, in) -> (n, out).
     pub(super) fn forward(&self, x: &Tensor, adapters: bool) -> Result<Tensor> {
         self.with_bias(self.project(x, adapters)?)
+    }
+
+    pub(super) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
     }
 
     pub(super) fn with_bias(&self, y: Tensor) -> Result<Tensor> {

@@ -86,7 +86,7 @@ pub(super) struct TrainModel {
     window_tokens: usize,
     sink_tokens: usize,
     /// Of the last batch: every batch of a run has its shape.
-    angles: Mutex<Option<(usize, usize, RotaryAngles)>>,
+    angles: Mutex<Option<(usize, usize, [RotaryAngles; 2])>>,
 }
 
 impl TrainModel {
@@ -113,7 +113,10 @@ impl TrainModel {
                 let logits = memory.rates.iter().map(logit).collect();
                 Rates::Learned(builder.given(RATES, logits)?)
             }
-            false => Rates::Fixed(Tensor::from_slice(&memory.rates, memory.rates.len(), device)?),
+            false => Rates::Fixed {
+                tensor: Tensor::from_slice(&memory.rates, memory.rates.len(), device)?,
+                values: memory.rates.clone(),
+            },
         };
         let scratch = config.model.scratch.as_ref();
         let blueprint = Blueprint {
@@ -162,10 +165,12 @@ impl TrainModel {
     fn pass(&self, batch: &Batch, view: View) -> Pass {
         let b = batch.sequences;
         let t = batch.inputs.len() / b;
+        let [row_angles, angles] = self.angles(b, t);
         Pass {
             b,
             t,
-            angles: self.angles(b, t),
+            angles,
+            row_angles,
             memory: view == View::Trained,
             adapters: matches!(view, View::Trained | View::WithoutMemory),
             window_tokens: if view == View::Dense { 0 } else { self.window_tokens },
@@ -173,15 +178,19 @@ impl TrainModel {
         }
     }
 
-    /// Angles of `b` sequences of `t` tokens.
-    fn angles(&self, b: usize, t: usize) -> RotaryAngles {
+    /// Angles of one sequence of `t` tokens, and of `b` of them.
+    fn angles(&self, b: usize, t: usize) -> [RotaryAngles; 2] {
         let mut last = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
         match &*last {
             Some((sequences, tokens, angles)) if (*sequences, *tokens) == (b, t) => angles.clone(),
             _ => {
-                let angles = self.frequencies.angles((0..b).flat_map(|_| 0..t as u64));
-                *last = Some((b, t, angles.clone()));
-                angles
+                let row = self.frequencies.angles(0..t as u64);
+                let all = match b {
+                    1 => row.clone(),
+                    _ => self.frequencies.angles((0..b).flat_map(|_| 0..t as u64)),
+                };
+                *last = Some((b, t, [row.clone(), all.clone()]));
+                [row, all]
             }
         }
     }
@@ -365,5 +374,6 @@ impl TrainModel {
 
 /// Gradients of everything behind `out`, given the gradient of `out` itself.
 fn along(out: &Tensor, gradient: &Tensor) -> Result<GradStore> {
-    Ok((out * gradient.detach())?.sum_all()?.backward()?)
+    // candle starts from ones of the shape of what it is asked for: a sum in front would only cost its own pass.
+    Ok((out * gradient.detach())?.backward()?)
 }

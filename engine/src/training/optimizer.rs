@@ -8,28 +8,103 @@ use crate::error::Result;
 use candle_core::{DType, Tensor};
 
 /// First and second moments of every parameter, f32.
+///
+/// Parameters with the same settings are updated as one long vector: a model has hundreds of small ones, and on a card
+/// an operation on each would cost its launch many times over.
 pub(super) struct AdamW {
-    pub(super) first: Vec<Tensor>,
-    pub(super) second: Vec<Tensor>,
+    groups: Vec<Group>,
+}
+
+/// Parameters that are updated alike.
+struct Group {
+    /// Index and shape of each, in order.
+    members: Vec<(usize, Vec<usize>)>,
+    decays: bool,
+    memory: bool,
+    /// (values of all members).
+    first: Tensor,
+    second: Tensor,
+}
+
+impl Group {
+    /// Where `flat` (values of all members) holds each member, with its shape.
+    fn split<'a>(
+        &'a self,
+        flat: &'a Tensor,
+    ) -> impl Iterator<Item = (usize, candle_core::Result<Tensor>)> + 'a {
+        let mut start = 0;
+        self.members.iter().map(move |(index, shape)| {
+            let len = shape.iter().product();
+            let part = flat.narrow(0, start, len).and_then(|part| part.reshape(shape.as_slice()));
+            start += len;
+            (*index, part)
+        })
+    }
+
+    /// What `of` gives for each member, as one vector.
+    fn join(&self, mut of: impl FnMut(usize, &[usize]) -> Result<Tensor>) -> Result<Tensor> {
+        let parts: Vec<Tensor> = self
+            .members
+            .iter()
+            .map(|(index, shape)| Ok(of(*index, shape)?.flatten_all()?))
+            .collect::<Result<_>>()?;
+        Ok(Tensor::cat(&parts, 0)?)
+    }
 }
 
 impl AdamW {
     pub(super) fn new(parameters: &[Parameter]) -> Result<Self> {
-        let zeros = || -> Result<Vec<Tensor>> {
-            parameters
+        let mut groups = Vec::new();
+        for (decays, memory) in [(true, false), (false, false), (false, true)] {
+            let members: Vec<_> = parameters
                 .iter()
-                .map(|parameter| {
-                    let like = parameter.master();
-                    Ok(Tensor::zeros(like.shape(), DType::F32, like.device())?)
+                .enumerate()
+                .map(|(index, parameter)| (index, parameter, parameter.master().dims().to_vec()))
+                .filter(|(_, parameter, shape)| {
+                    parameter.is_memory() == memory && (shape.len() > 1 && !memory) == decays
                 })
-                .collect()
-        };
-        Ok(Self { first: zeros()?, second: zeros()? })
+                .map(|(index, _, shape)| (index, shape))
+                .collect();
+            let Some((index, _)) = members.first() else { continue };
+            let device = parameters[*index].master().device();
+            let len: usize = members.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            let first = Tensor::zeros(len, DType::F32, device)?;
+            let second = first.clone();
+            groups.push(Group { members, decays, memory, first, second });
+        }
+        Ok(Self { groups })
+    }
+
+    /// First and second moment of every parameter, by its index.
+    pub(super) fn moments(&self) -> Result<Vec<(usize, Tensor, Tensor)>> {
+        let mut all = Vec::new();
+        for group in &self.groups {
+            for ((index, first), (_, second)) in
+                group.split(&group.first).zip(group.split(&group.second))
+            {
+                all.push((index, first?, second?));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Puts back what [`AdamW::moments`] gave: `of` is asked for the first and the second moment of each parameter.
+    pub(super) fn restore(
+        &mut self,
+        mut of: impl FnMut(usize, &str) -> Result<Tensor>,
+    ) -> Result<()> {
+        for group in &mut self.groups {
+            let first = group.join(|index, _| of(index, "first"))?;
+            let second = group.join(|index, _| of(index, "second"))?;
+            (group.first, group.second) = (first, second);
+        }
+        Ok(())
     }
 
     /// Applies `gradients` as step `step` (from 1) of `steps`; returns their norm before clipping, and the learning rate.
     ///
-    /// A norm that is no number changes nothing: the caller sees it and stops.
+    /// A parameter without a gradient has one of 0. A norm that is no number changes nothing: the caller sees it and
+    /// stops.
     pub(super) fn step(
         &mut self,
         settings: &OptimizerSettings,
@@ -37,8 +112,16 @@ impl AdamW {
         gradients: &Gradients,
         (step, steps): (u64, u64),
     ) -> Result<(f64, f64)> {
-        let norm = norm(parameters, gradients)?;
-        let rate = learning_rate(settings, step, steps);
+        let mut flat = Vec::with_capacity(self.groups.len());
+        for group in &self.groups {
+            let device = group.first.device();
+            flat.push(group.join(|index, shape| match gradients.get(index) {
+                Some(gradient) => Ok(gradient.clone()),
+                None => Ok(Tensor::zeros(shape, DType::F32, device)?),
+            })?);
+        }
+        let squares = flat.iter().map(square_sum).sum::<Result<f64>>()?;
+        let (norm, rate) = (squares.sqrt(), learning_rate(settings, step, steps));
         if !norm.is_finite() {
             return Ok((norm, rate));
         }
@@ -47,37 +130,43 @@ impl AdamW {
         let (beta1, beta2) = (settings.beta1, settings.beta2);
         let power = step.min(i32::MAX as u64) as i32;
         let (correct1, correct2) = (1.0 - beta1.powi(power), 1.0 - beta2.powi(power));
-        for (i, parameter) in parameters.iter().enumerate() {
-            let Some(gradient) = gradients.get(i) else { continue };
+        for (group, gradient) in self.groups.iter_mut().zip(flat) {
             let gradient = (gradient * scale)?;
-            let first = ((&self.first[i] * beta1)? + (&gradient * (1.0 - beta1))?)?;
-            let second = ((&self.second[i] * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+            let first = ((&group.first * beta1)? + (&gradient * (1.0 - beta1))?)?;
+            let second = ((&group.second * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
             let root = ((&second / correct2)?.sqrt()? + settings.eps)?;
             let mut change = ((&first / correct1)? / root)?;
-            let master = parameter.master();
-            let memory = parameter.is_memory();
-            if settings.weight_decay > 0.0 && master.rank() > 1 && !memory {
-                change = (change + (master * settings.weight_decay)?)?;
+            let master = group.join(|index, _| Ok(parameters[index].master().clone()))?;
+            if settings.weight_decay > 0.0 && group.decays {
+                change = (change + (&master * settings.weight_decay)?)?;
             }
-            let rate = if memory { rate * settings.memory_ratio } else { rate };
-            parameter.set(&(master - (change * rate)?)?)?;
-            (self.first[i], self.second[i]) = (first, second);
+            let rate = if group.memory { rate * settings.memory_ratio } else { rate };
+            let master = (master - (change * rate)?)?;
+            for (index, value) in group.split(&master) {
+                parameters[index].set(&value?)?;
+            }
+            (group.first, group.second) = (first, second);
         }
         Ok((norm, rate))
     }
 }
 
-/// Norm of all gradients together, summed in f64 in the order of the parameters.
-fn norm(parameters: &[Parameter], gradients: &Gradients) -> Result<f64> {
-    let squares: Vec<Tensor> = (0..parameters.len())
-        .filter_map(|i| gradients.get(i))
-        .map(|gradient| Ok(gradient.sqr()?.sum_all()?))
-        .collect::<Result<_>>()?;
-    if squares.is_empty() {
-        return Ok(0.0);
+/// Sum of the squares of a vector: rows in f32, and the rows in f64 in their order.
+fn square_sum(flat: &Tensor) -> Result<f64> {
+    /// Values of a row: short enough for a sum in f32, long enough that few sums travel.
+    const ROW: usize = 4096;
+    let squares = flat.sqr()?;
+    let whole = flat.elem_count() / ROW * ROW;
+    let mut sums = Vec::new();
+    if whole > 0 {
+        let rows = squares.narrow(0, 0, whole)?.reshape((whole / ROW, ROW))?;
+        sums = rows.sum(1)?.to_vec1::<f32>()?;
     }
-    let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
-    Ok(squares.iter().map(|square| f64::from(*square)).sum::<f64>().sqrt())
+    let rest = squares.narrow(0, whole, flat.elem_count() - whole)?;
+    if rest.elem_count() > 0 {
+        sums.push(rest.sum_all()?.to_scalar()?);
+    }
+    Ok(sums.into_iter().map(f64::from).sum())
 }
 
 /// Linear warm-up, then half a cosine down to `final_ratio` at the last step.

@@ -8,7 +8,7 @@ use super::operations::{product, softmax};
 use super::parameters::{Builder, Init};
 use crate::error::Result;
 use candle_core::{DType, Tensor};
-use mka_kernels::ema_scan_learned;
+use mka_kernels::{MAX_RATES, RouteInputs, RouteParams, ema_scan_learned, route};
 
 /// Gate and router of one layer (design 3.4).
 pub(super) struct Summary {
@@ -24,7 +24,11 @@ pub(super) struct Summary {
 /// The rates of the EMA, shared by all layers.
 #[derive(Clone)]
 pub(super) enum Rates {
-    Fixed(Tensor),
+    Fixed {
+        /// (m), f32.
+        tensor: Tensor,
+        values: Vec<f32>,
+    },
     /// Logits of a sigmoid.
     Learned(Tensor),
 }
@@ -33,7 +37,7 @@ impl Rates {
     /// (m), f32.
     pub(super) fn values(&self) -> Result<Tensor> {
         Ok(match self {
-            Self::Fixed(rates) => rates.clone(),
+            Self::Fixed { tensor, .. } => tensor.clone(),
             Self::Learned(logits) => ((logits.neg()?.exp()? + 1.0)?).recip()?,
         })
     }
@@ -70,11 +74,54 @@ impl Summary {
 
     /// λ = softmax(MLP(q)): (n, h · d) -> (n, 1 + m), f32.
     pub(super) fn weights(&self, q: &Tensor) -> Result<Tensor> {
+        softmax(&self.logits(q)?)
+    }
+
+    /// MLP(q): (n, h · d) -> (n, 1 + m), f32.
+    fn logits(&self, q: &Tensor) -> Result<Tensor> {
         let q = q.to_dtype(DType::F32)?;
         let inner = product(&q, &self.down.0)?.broadcast_add(&self.down.1)?;
         // x · σ(x), in candle's ops: the gradient of its silu is exact.
         let inner = inner.silu()?;
-        softmax(&product(&inner, &self.up.0)?.broadcast_add(&self.up.1)?)
+        Ok(product(&inner, &self.up.0)?.broadcast_add(&self.up.1)?)
+    }
+
+    /// Fused keys and values as attention reads them, in the kernels' one pass; none where they have none: on the
+    /// processor, whose plain operations are what that pass is tested against, and for rates that are learned.
+    ///
+    /// q (n, h · d); kv (n, 2 · g · d) without bias; bias (2, g, d) and norm (d) of the keys, f32 -> (b, t, g, d) each.
+    pub(super) fn fused(
+        &self,
+        (q, kv): (&Tensor, &Tensor),
+        (kv_heads, head_dim): (usize, usize),
+        (bias, norm): (Option<&Tensor>, Option<&Tensor>),
+        eps: f64,
+        pass: &Pass,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        let (Rates::Fixed { values, .. }, MemoryKind::Fastmka) = (&self.rates, self.kind) else {
+            return Ok(None);
+        };
+        if !kv.device().is_cuda() || values.len() > MAX_RATES || !head_dim.is_multiple_of(8) {
+            return Ok(None);
+        }
+        let (b, t, m) = (pass.b, pass.t, values.len());
+        let inputs = RouteInputs {
+            kv: &kv.reshape((b, t, 2, kv_heads, head_dim))?,
+            logits: &self.logits(q)?.reshape((b, t, 1 + m))?,
+            state: &Tensor::zeros((b, m, 2, kv_heads, head_dim), DType::F32, kv.device())?,
+            gate: &self.gate,
+            bias,
+            norm,
+        };
+        let params = RouteParams {
+            rates: values,
+            seen: 0,
+            bias_correction: self.bias_correction,
+            eps: eps as f32,
+            angles: &pass.row_angles,
+        };
+        let out = route(&inputs, &params)?;
+        Ok(Some((out.keys, out.values)))
     }
 
     /// The levels of projected keys and values: kv (n, c) -> (n, m, c), f32.

@@ -177,17 +177,19 @@ fn a_card_gives_the_losses_and_gradients_of_the_processor() {
         intermediate: 96,
         latent: latent.then_some(LatentSettings { rank: 48, rope_dim: 32 }),
     };
+    // Rates that are not learned take the kernels' fused pass.
     for (case, kind, window, latent) in [
         ("plain", MemoryKind::None, 0, false),
-        ("fastmka", MemoryKind::Fastmka, 0, false),
-        ("window", MemoryKind::Fastmka, 20, false),
+        ("fused", MemoryKind::Fastmka, 0, false),
+        ("fused window", MemoryKind::Fastmka, 20, false),
+        ("learned rates", MemoryKind::Fastmka, 20, false),
         ("mka", MemoryKind::Mka, 0, false),
         ("latent", MemoryKind::None, 0, true),
     ] {
         for (precision, bound) in [(Precision::F32, 1e-3), (Precision::Bf16, 0.1)] {
             let mut config = full(kind);
             config.seed = 5;
-            config.memory.learn_rates = true;
+            config.memory.learn_rates = matches!(case, "learned rates" | "mka");
             config.memory.initial_gate = 0.6;
             (config.memory.window_tokens, config.memory.sink_tokens) = (window, 4);
             config.model.scratch = Some(shape(latent));
@@ -206,6 +208,12 @@ fn a_card_gives_the_losses_and_gradients_of_the_processor() {
                 // A gradient that is nearly zero is compared with the largest.
                 let allowed = bound * (norm(exact) + 0.01 * largest);
                 assert!(error < allowed, "{case}, {precision:?}: {name} off by {error}");
+            }
+            if case == "fused" {
+                config.memory.initial_gate = 0.0;
+                let shut = TrainModel::load(decoder(), None, &config, &card, false).unwrap();
+                let logits = |view| shut.logits(&batch, view).unwrap().to_vec2::<f32>().unwrap();
+                assert!(logits(View::Trained) == logits(View::Dense), "{precision:?}: gate 0");
             }
         }
     }

@@ -66,6 +66,6 @@ pub use session::{Context, SendOptions, Session};
 pub use stream::{Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage};
 
 pub use mka_memory::{
-    ChunkInfo, Committed, Forget, Hit, NewTurn, Recall, Receipt, Role, Scope, Source, Stats,
-    TurnId, Why,
+    ChunkInfo, Committed, Filter, Forget, Hit, Metadata, NewTurn, Recall, Receipt, Role, Scope,
+    Source, Stats, TurnId, Value, Why,
 };

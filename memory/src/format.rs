@@ -2,13 +2,15 @@
 //! Knows no file, index or lock; it turns values into bytes and back, and refuses bytes it did not write.
 
 mod fields;
+pub(crate) mod vectors;
 
 use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
 
 use self::fields::{
-    Reader, put_bytes, put_floats, put_option, put_option_ref, put_ref, put_u32, put_u64, role_code,
+    Reader, put_bytes, put_floats, put_metadata, put_option, put_option_ref, put_ref, put_u32,
+    put_u64, role_code,
 };
-use crate::{Error, ErrorKind, Result, Role};
+use crate::{Error, ErrorKind, Metadata, Result, Role};
 
 /// Version of everything in this file; another one is refused as [`ErrorKind::Incompatible`].
 pub(crate) const VERSION: u32 = 1;
@@ -148,15 +150,18 @@ pub(crate) struct Body {
     pub(crate) source: Option<String>,
     pub(crate) text: String,
     pub(crate) tokens: Vec<u32>,
+    pub(crate) metadata: Metadata,
 }
 
 impl Body {
-    /// The same fields as those of the struct, borrowed.
+    /// The same fields as those of the struct, borrowed. Without metadata it ends after the tokens, as bodies did
+    /// before there was any.
     pub(crate) fn encode(
         head: &TurnHead,
         source: Option<&str>,
         text: &str,
         tokens: &[u32],
+        metadata: &Metadata,
     ) -> Vec<u8> {
         let mut out = Vec::with_capacity(64 + text.len() + tokens.len() * 4);
         put_u64(&mut out, head.session);
@@ -170,6 +175,7 @@ impl Body {
         put_bytes(&mut out, text.as_bytes());
         put_u32(&mut out, tokens.len() as u32);
         tokens.iter().for_each(|&token| put_u32(&mut out, token));
+        put_metadata(&mut out, metadata);
         out
     }
 
@@ -188,8 +194,9 @@ impl Body {
         let text = reader.text()?;
         let num_tokens = reader.u32()? as usize;
         let tokens = reader.numbers(num_tokens, u32::from_le_bytes)?;
+        let metadata = reader.metadata()?;
         reader.finish()?;
-        Ok(Self { head, source, text, tokens })
+        Ok(Self { head, source, text, tokens, metadata })
     }
 }
 

@@ -28,6 +28,7 @@
 mod chunk;
 mod embedder;
 mod error;
+mod filter;
 mod forget;
 mod format;
 mod hashed;
@@ -37,14 +38,17 @@ mod recall;
 mod scope;
 mod store;
 mod summary;
+mod tags;
 mod vectors;
 mod words;
 
 pub use embedder::Embedder;
 pub use error::{Error, ErrorKind, Result};
+pub use filter::{Filter, Metadata, Value};
 pub use forget::{Forget, Receipt};
 pub use hashed::HashedEmbedder;
 pub use log::{Commit, Committed, NewSnapshot, NewTurn, Role, Snapshot, Turn, TurnId};
 pub use recall::{ChunkId, Hit, Recall, Source, Trust, Why};
 pub use scope::Scope;
 pub use store::{ChunkInfo, SessionInfo, Stats, Store, StoreOptions};
+pub use vectors::{RowSet, VectorIndex};

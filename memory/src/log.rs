@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Metadata;
+
 /// Who produced a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -37,6 +39,8 @@ pub struct NewTurn {
     pub source: Option<String>,
     /// Whether it can be recalled later. Without effect on [`Role::Recalled`], which never can.
     pub remember: bool,
+    /// What [`Recall::filter`](crate::Recall::filter) asks for: at most 256 keys of 1 to 256 bytes.
+    pub metadata: Metadata,
 }
 
 impl NewTurn {
@@ -49,6 +53,7 @@ impl NewTurn {
             tokens: Vec::new(),
             source: None,
             remember: matches!(role, Role::User | Role::Assistant | Role::Document),
+            metadata: Metadata::new(),
         }
     }
 }
@@ -69,6 +74,8 @@ pub struct Turn {
     pub tokens: Vec<u32>,
     /// Where the text comes from.
     pub source: Option<String>,
+    /// What it was marked with.
+    pub metadata: Metadata,
     /// Superseded by a later commit: kept in the log, no longer recalled.
     pub retracted: bool,
     /// Erased by [`Store::forget`](crate::Store::forget): only its place in the log is left.

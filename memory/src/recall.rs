@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use crate::{Role, TurnId};
+use crate::{Filter, Role, TurnId};
 
 /// Share of the words' score, divided by the best one, in the fused score.
 /// Half and half found 0.93 of paraphrased and 1.00 of keyword needles among the best five;
@@ -13,6 +13,10 @@ pub(crate) const WORDS_WEIGHT: f32 = 0.5;
 pub(crate) const VECTOR_WEIGHT: f32 = 0.5;
 /// What the newest candidate gains over the oldest: breaks ties, and never outweighs a real difference.
 pub(crate) const RECENCY_WEIGHT: f32 = 0.02;
+
+/// Weights of coverage and cosine, and a constant, of the logistic curve behind [`Hit::relevance`]: fitted on questions
+/// with and without an answer that `bench_recall` keeps for choosing; docs/index.md has both embedders on the rest.
+const RELEVANCE: [f32; 3] = [4.0, 6.0, -4.0];
 
 /// How to recall.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,8 +35,13 @@ pub struct Recall {
     pub since_ms: Option<i64>,
     /// Only chunks of turns before this time, in milliseconds since the Unix epoch: memory as of then.
     pub until_ms: Option<i64>,
+    /// Only chunks of turns whose metadata this accepts; see [`NewTurn::metadata`](crate::NewTurn::metadata).
+    pub filter: Option<Filter>,
     /// Hits that score less are left out.
     pub min_score: f32,
+    /// Hits less [relevant](Hit::relevance) are left out, so that a question that nothing answers gets no hits.
+    /// 0 keeps all; 0.5 is where an answer is as likely as none.
+    pub min_relevance: f32,
     /// Let a short question lean on what its session was about just now; see [`Why::follow_up`].
     pub follow_up: bool,
 }
@@ -46,7 +55,9 @@ impl Default for Recall {
             roles: Vec::new(),
             since_ms: None,
             until_ms: None,
+            filter: None,
             min_score: 0.0,
+            min_relevance: 0.0,
             follow_up: true,
         }
     }
@@ -75,6 +86,9 @@ pub struct Hit {
     pub text: String,
     /// The fused score, 0 to 1.02; higher is better.
     pub score: f32,
+    /// How likely the hit is about the question at all, 0 to 1. The score compares the hits of one question with each
+    /// other; this compares with all questions.
+    pub relevance: f32,
     /// What the score is made of.
     pub why: Why,
     /// Where the text was said: the latest place that the scope may see.
@@ -91,6 +105,8 @@ pub struct Hit {
 pub struct Why {
     /// BM25 of the query's words, 0 if none occurs.
     pub bm25: f32,
+    /// Share of the question's words, weighted by how rare they are, that the chunk holds: 0 to 1.
+    pub coverage: f32,
     /// Place by words alone, from 1; none if no word occurs.
     pub bm25_rank: Option<u32>,
     /// Cosine of the query and the chunk's best sentence, -1 to 1.
@@ -160,7 +176,8 @@ pub(crate) struct Parts {
 }
 
 /// Fuses the parts of all candidates; the result is in the order of `parts`.
-pub(crate) fn fuse(parts: &[Parts], follow_up: bool) -> Vec<(f32, Why)> {
+/// `attainable` is the BM25 of a chunk of mean length that holds every word of the question once.
+pub(crate) fn fuse(parts: &[Parts], attainable: f32, follow_up: bool) -> Vec<(f32, Why)> {
     let best = parts.iter().map(|part| part.bm25).fold(0.0f32, f32::max);
     let oldest = parts.iter().map(|part| part.order).min().unwrap_or(0);
     let newest = parts.iter().map(|part| part.order).max().unwrap_or(0);
@@ -176,6 +193,7 @@ pub(crate) fn fuse(parts: &[Parts], follow_up: bool) -> Vec<(f32, Why)> {
             let score = WORDS_WEIGHT * words + VECTOR_WEIGHT * part.cosine.max(0.0) + recency;
             let why = Why {
                 bm25: part.bm25,
+                coverage: if attainable > 0.0 { (part.bm25 / attainable).min(1.0) } else { 0.0 },
                 bm25_rank: (part.bm25 > 0.0).then_some(by_words[at]),
                 cosine: part.cosine,
                 cosine_rank: by_cosine[at],
@@ -185,6 +203,13 @@ pub(crate) fn fuse(parts: &[Parts], follow_up: bool) -> Vec<(f32, Why)> {
             (score, why)
         })
         .collect()
+}
+
+/// How likely a hit with these parts is about the question.
+pub(crate) fn relevance(why: &Why) -> f32 {
+    let [coverage, cosine, constant] = RELEVANCE;
+    let logit = coverage * why.coverage + cosine * why.cosine.max(0.0) + constant;
+    1.0 / (1.0 + (-logit).exp())
 }
 
 /// Places from 1 by descending value; equal values keep their order.

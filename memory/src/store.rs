@@ -4,20 +4,25 @@
 mod commit;
 mod compact;
 mod erase;
+mod indexing;
 mod load;
 mod lock;
+mod queries;
 mod read;
 mod records;
 mod search;
 mod segment;
 mod state;
+mod vectors;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub use read::{ChunkInfo, SessionInfo, Stats};
 
+use self::indexing::Indexer;
 use self::lock::Lock;
+use self::queries::Queries;
 use self::records::{Change, Records};
 use self::segment::Appender;
 use self::state::State;
@@ -37,11 +42,22 @@ pub struct StoreOptions {
     /// Seed of the chunks' identities. Used when the store is created, and kept in it.
     /// A secret seed keeps others from crafting texts whose identities collide.
     pub seed: u64,
+    /// From so many sentence vectors of one user and agent on, a graph (HNSW) is built over them in the background, and
+    /// searches without a filter walk it instead of scanning codes; never, with `usize::MAX`.
+    pub graph_vectors: usize,
+    /// Threads that one scan of more than 131,072 vectors may use; at least 1.
+    pub scan_threads: usize,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { evicted_page_bytes: 0, chunk_words: 96, seed: 0x6d6b_615f_7365_6564 }
+        Self {
+            evicted_page_bytes: 0,
+            chunk_words: 96,
+            seed: 0x6d6b_615f_7365_6564,
+            graph_vectors: 250_000,
+            scan_threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
+        }
     }
 }
 
@@ -52,7 +68,9 @@ impl Default for StoreOptions {
 pub struct Store {
     embedder: Arc<dyn Embedder>,
     options: StoreOptions,
-    state: RwLock<State>,
+    state: Arc<RwLock<State>>,
+    indexer: Indexer,
+    queries: Queries,
     writer: Mutex<Writer>,
     _lock: Lock,
 }

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::Value;
 
 fn blob(kind: Kind) -> BlobRef {
     BlobRef { segment: 3, offset: 77, len: 5, hash: 0xdead_beef, kind }
@@ -102,14 +103,19 @@ proptest! {
     }
 
     #[test]
-    fn a_body_reads_back_as_written(source in prop::option::of(".{0,20}"), text in ".{0,200}", tokens in prop::collection::vec(any::<u32>(), 0..40)) {
-        let bytes = Body::encode(&HEAD, source.as_deref(), &text, &tokens);
-        prop_assert_eq!(Body::decode(&bytes).unwrap(), Body { head: HEAD, source, text, tokens });
+    fn a_body_reads_back_as_written(source in prop::option::of(".{0,20}"), text in ".{0,200}", tokens in prop::collection::vec(any::<u32>(), 0..40), number in -1e9f64..1e9) {
+        let marks = [("kind", Value::from(text.as_str())), ("flag", true.into()), ("number", number.into())];
+        let marks = marks.map(|(key, value)| (key.to_owned(), value));
+        for metadata in [Metadata::new(), marks.into()] {
+            let bytes = Body::encode(&HEAD, source.as_deref(), &text, &tokens, &metadata);
+            let body = Body { head: HEAD, source: source.clone(), text: text.clone(), tokens: tokens.clone(), metadata };
+            prop_assert_eq!(Body::decode(&bytes).unwrap(), body);
+        }
     }
 
     #[test]
     fn a_cut_payload_is_refused(text in ".{1,50}", cut in any::<prop::sample::Index>()) {
-        let body = Body::encode(&HEAD, Some("a"), &text, &[1, 2]);
+        let body = Body::encode(&HEAD, Some("a"), &text, &[1, 2], &Metadata::new());
         prop_assert!(Body::decode(&body[..cut.index(body.len())]).is_err());
         let vectors = [0.5f32, -1.0];
         let chunks = TurnChunks::encode(1, 2, [(7u128, 0u64, 3u64, &vectors[..])].into_iter());

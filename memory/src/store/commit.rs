@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::records::Change;
 use super::state::{ChunkSpan, Session, State, counts_in_summary, place};
 use super::{Store, Writer};
+use crate::filter::check_metadata;
 use crate::format::{
     Body, Key, Kind, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord, TurnChunks,
     TurnHead, TurnRecord, encode_names,
@@ -60,6 +61,7 @@ impl Store {
         if let Some(snapshot) = &commit.snapshot {
             check_pages(snapshot)?;
         }
+        commit.turns.iter().try_for_each(|turn| check_metadata(&turn.metadata))?;
         if commit.turns.is_empty() && commit.snapshot.is_none() && commit.retract.is_none() {
             return Ok(Committed::default());
         }
@@ -72,7 +74,10 @@ impl Store {
         let planned = self.plan(&mut writer, scope, &commit, &cuts, embedded);
         let done = planned.and_then(|plan| self.carry_out(&mut writer, scope, &cuts, plan));
         match &done {
-            Ok(_) => self.compact_one(&mut writer),
+            Ok(_) => {
+                self.compact_one(&mut writer);
+                self.index_in_background();
+            }
             Err(_) => writer.appender.abandon(),
         }
         done
@@ -222,6 +227,11 @@ impl Store {
         for (id, place) in places {
             partition.add_place(id, place);
         }
+        for (&turn, cut) in committed.turns.iter().zip(cuts) {
+            if !cut.spans.is_empty() {
+                partition.set_metadata(plan.session, turn, &cut.turn.metadata);
+            }
+        }
         // After the new places: a text that is retracted and said again keeps its chunk.
         let mut bare = Vec::new();
         for (turn, id) in dropped {
@@ -299,7 +309,8 @@ impl<'a> Plan<'a> {
             role: new.role,
             remember: new.remember,
         };
-        let body = Body::encode(&head, new.source.as_deref(), &new.text, &new.tokens);
+        let body =
+            Body::encode(&head, new.source.as_deref(), &new.text, &new.tokens, &new.metadata);
         let body = writer.appender.append(Kind::Body, &body)?;
         let partition = state.partition(scope);
         let mut spans: Vec<ChunkSpan> = Vec::with_capacity(cut.spans.len());

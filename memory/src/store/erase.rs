@@ -72,6 +72,7 @@ impl Store {
             erasure.receipt.take().ok_or_else(|| Error::invalid("forget: nothing was planned"))?;
         self.carry_out_erasure(&mut writer, &changes, erasure)?;
         receipt.segments = self.purge(&mut writer)?;
+        self.index_in_background();
         Ok(receipt)
     }
 

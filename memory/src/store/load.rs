@@ -6,16 +6,19 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::commit::start_of;
+use super::indexing::Indexer;
 use super::lock::Lock;
+use super::queries::Queries;
 use super::records::{Change, Records};
 use super::segment::{Appender, SEGMENT_BYTES, Segment, sync_folder};
 use super::state::{ChunkSpan, State, TurnState, partition_key, place};
+use super::vectors::GraphFolder;
 use super::{Store, StoreOptions, Writer};
 use crate::format::{
     Body, Key, Kind, Record, SEGMENT_HEADER_BYTES, StoreRecord, TurnChunk, TurnChunks, TurnRecord,
     decode_names,
 };
-use crate::partition::{Chunk, chunk_id};
+use crate::partition::{Chunk, Partition, chunk_id};
 use crate::summary::Summary;
 use crate::words::Terms;
 use crate::{Embedder, Error, ErrorKind, Result, Role, Scope, chunk};
@@ -57,7 +60,9 @@ pub(super) fn open(
     let store = Store {
         embedder,
         options,
-        state: RwLock::new(state),
+        state: Arc::new(RwLock::new(state)),
+        indexer: Indexer::new(Some(GraphFolder::new(path.join("index")))),
+        queries: Queries::default(),
         writer: Mutex::new(Writer { appender, records, broken: false }),
         _lock: lock,
     };
@@ -71,7 +76,13 @@ pub(super) fn open(
         let change = Change::put(Key::Store, Record::Store(record));
         drop(store.publish(&mut *store.writer()?, &[change])?);
     }
+    if store.read().store.purge_pending {
+        store.remove_graphs()?;
+    } else {
+        store.load_graphs();
+    }
     store.settle(&stale, &stale_summaries)?;
+    store.index_in_background();
     Ok(store)
 }
 
@@ -279,6 +290,9 @@ impl Loader<'_> {
             }
             spans.push(span);
         }
+        if !record.retracted && !spans.is_empty() {
+            self.state.partition_mut(scope).set_metadata(id, turn, &body.metadata);
+        }
         let session = self.state.session_mut(id);
         if record.role == Role::User && !record.retracted {
             session.last_user_text = start_of(&body.text).into();
@@ -342,7 +356,7 @@ impl Loader<'_> {
                 chunk.vectors = rows.into();
             }
             chunk.places.sort_by_key(|place| (place.order, place.start));
-            let partition = self.state.partitions.entry(key).or_default();
+            let partition = self.state.partitions.entry(key).or_insert_with(|| Partition::new(dim));
             partition.insert(&self.terms, chunk);
         }
         Ok(())

@@ -55,6 +55,8 @@ pub struct Stats {
     pub chunks: usize,
     /// Their sentence vectors.
     pub vectors: usize,
+    /// Those of them that searches without a filter find by a graph instead of scanning codes.
+    pub vectors_in_graphs: usize,
     /// Distinct words, summed over the (user, agent) pairs.
     pub terms: usize,
     /// Stored pages, evicted ones included.
@@ -93,8 +95,9 @@ impl Store {
         for (id, record, body) in found {
             let forgotten = body.is_none();
             let body = body.map(|body| read_body(scope, id, body)).transpose()?;
-            let (text, tokens, source) =
-                body.map_or_else(Default::default, |body| (body.text, body.tokens, body.source));
+            let (text, tokens, source, metadata) = body.map_or_else(Default::default, |body| {
+                (body.text, body.tokens, body.source, body.metadata)
+            });
             turns.push(Turn {
                 id,
                 role: record.role,
@@ -102,6 +105,7 @@ impl Store {
                 time_ms: record.time_ms,
                 tokens,
                 source,
+                metadata,
                 retracted: record.retracted,
                 forgotten,
             });
@@ -225,7 +229,6 @@ impl Store {
     pub fn stats(&self) -> Stats {
         let state = self.read();
         let partitions = state.partitions.values();
-        let vectors = |(_, chunk): (u32, &Chunk)| chunk.vectors.len() / state.dim();
         let live_bytes = state.live_bytes.values().sum();
         let lengths = state.segments.values().filter_map(|segment| segment.len().ok());
         let stored: u64 = lengths.map(|len| len.saturating_sub(SEGMENT_HEADER_BYTES)).sum();
@@ -233,7 +236,8 @@ impl Store {
             sessions: state.by_scope.len(),
             turns: state.sessions.values().map(|session| session.num_turns).sum(),
             chunks: partitions.clone().map(|partition| partition.len()).sum(),
-            vectors: partitions.clone().flat_map(|partition| partition.iter()).map(vectors).sum(),
+            vectors: partitions.clone().map(|partition| partition.num_vectors().0).sum(),
+            vectors_in_graphs: partitions.clone().map(|partition| partition.num_vectors().1).sum(),
             terms: partitions.map(|partition| partition.words().num_terms()).sum(),
             pages: state.sessions.values().map(|session| session.pages.len()).sum(),
             segments: state.segments.len(),

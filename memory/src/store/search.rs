@@ -6,12 +6,18 @@ use std::collections::HashSet;
 use super::Store;
 use super::read::source;
 use super::state::State;
-use crate::partition::{Chunk, Partition, Place};
-use crate::recall::{Parts, fuse};
+use crate::partition::{Chunk, Partition, Place, Wanted};
+use crate::recall::{Parts, fuse, relevance};
 use crate::summary::{FOLLOW_UP_TERM_WEIGHT, FOLLOW_UP_TERMS, FOLLOW_UP_WORDS};
+use crate::tags::Accepted;
 use crate::vectors::best;
 use crate::words::{Collection, Query};
-use crate::{ChunkId, Error, Hit, Recall, Result, Scope, Trust};
+use crate::{ChunkId, Error, Filter, Hit, Recall, Result, Scope, Trust};
+
+/// Chunks scored for each hit asked for, by words and as many by vectors, where there are too many to score them all;
+/// and the fewest. A chunk whose fused score is among the best is among the best of one of the two.
+const CANDIDATES_PER_HIT: usize = 8;
+const MIN_CANDIDATES: usize = 64;
 
 impl Store {
     /// The chunks that answer `query` best, best first.
@@ -23,21 +29,29 @@ impl Store {
     /// `InvalidArgument` for a malformed scope or a `min_score` that is not a number; and whatever the embedder reports.
     ///
     /// # Cost
-    /// One embedding of the query, and a scan of every sentence vector that the scope may see.
+    /// One embedding of the query (none if it is among the latest), a look at every chunk that holds one of its words, and a scan of the one-bit codes of
+    /// all sentence vectors that the scope may see, or a walk of their graph: see [`StoreOptions::graph_vectors`].
+    ///
+    /// [`StoreOptions::graph_vectors`]: crate::StoreOptions::graph_vectors
     pub fn recall(&self, scope: &Scope, query: &str, options: &Recall) -> Result<Vec<Hit>> {
         scope.check("recall")?;
-        if options.min_score.is_nan() {
-            return Err(Error::invalid("recall: expected min_score to be a number"));
+        if options.min_score.is_nan() || options.min_relevance.is_nan() {
+            return Err(Error::invalid(
+                "recall: expected min_score and min_relevance to be numbers",
+            ));
         }
+        options.filter.iter().try_for_each(Filter::check)?;
         if options.k == 0 || query.trim().is_empty() {
             return Ok(Vec::new());
         }
         let terms = self.terms();
         let mut words = terms.query(query);
-        let mut vector = self.embed(&[query])?;
+        let mut vector = self.embed_query(query)?;
+        let _searching = self.indexer.searching();
         let state = self.read();
-        let view = View::new(&state, scope, options);
+        let mut view = View::new(&state, scope, options);
         let partitions = view.partitions();
+        view.accept(&partitions);
         let mut collection = Collection::default();
         partitions.iter().for_each(|partition| partition.words().collect(&mut collection));
         let num_holding = |term: &str| -> u64 {
@@ -63,9 +77,18 @@ impl Store {
             .collect();
 
         let mut candidates: Vec<(&Chunk, &Place, Parts)> = Vec::new();
-        for partition in &partitions {
+        for (at, partition) in partitions.iter().enumerate() {
             let scores = partition.words().scores(&weighted, collection);
-            for (slot, chunk) in partition.iter() {
+            let visible = |chunk: &Chunk| chunk.places.iter().any(|place| view.sees(place));
+            let wanted = Wanted {
+                query: &vector,
+                scores: &scores,
+                num: (CANDIDATES_PER_HIT * options.k).max(MIN_CANDIDATES),
+                threads: self.options.scan_threads,
+                among: view.accepted.get(at),
+                visible: if view.sees_all() { None } else { Some(&visible) },
+            };
+            for (slot, chunk) in partition.candidates(&wanted) {
                 let Some(place) = chunk.places.iter().rfind(|place| view.sees(place)) else {
                     continue;
                 };
@@ -75,10 +98,13 @@ impl Store {
             }
         }
         let parts: Vec<Parts> = candidates.iter().map(|(_, _, parts)| *parts).collect();
-        let fused = fuse(&parts, follow_up);
+        let attainable: f32 = weighted.iter().map(|(_, weight)| weight).sum();
+        let fused = fuse(&parts, attainable, follow_up);
         let mut order: Vec<usize> = (0..candidates.len())
             .filter(|&at| {
-                fused[at].0 >= options.min_score && (parts[at].bm25 > 0.0 || parts[at].cosine > 0.0)
+                fused[at].0 >= options.min_score
+                    && relevance(&fused[at].1) >= options.min_relevance
+                    && (parts[at].bm25 > 0.0 || parts[at].cosine > 0.0)
             })
             .collect();
         order.sort_by(|&a, &b| {
@@ -96,6 +122,7 @@ impl Store {
                     chunk: ChunkId(chunk.id),
                     text: chunk.text.to_string(),
                     score,
+                    relevance: relevance(&why),
                     why,
                     source: source(&state, place)?,
                     trust: Trust::of(place.role),
@@ -132,11 +159,22 @@ struct View<'a> {
     options: &'a Recall,
     /// The scope's own session, if it names one that exists.
     own: Option<u64>,
+    /// What the filter accepts, one for each partition; empty if there is no filter.
+    accepted: Vec<Accepted<'a>>,
 }
 
 impl<'a> View<'a> {
     fn new(state: &'a State, scope: &'a Scope, options: &'a Recall) -> Self {
-        Self { state, scope, options, own: state.session(scope).map(|(id, _)| id) }
+        let own = state.session(scope).map(|(id, _)| id);
+        Self { state, scope, options, own, accepted: Vec::new() }
+    }
+
+    /// Evaluates the filter over the turns of each partition.
+    fn accept(&mut self, partitions: &[&'a Partition]) {
+        let filters = self.options.filter.iter();
+        let accepted =
+            filters.flat_map(|filter| partitions.iter().map(move |p| p.tags().accepted(filter)));
+        self.accepted = accepted.collect();
     }
 
     /// The partitions with anything to see; statistics of words come from these and no others.
@@ -145,6 +183,16 @@ impl<'a> View<'a> {
             return self.state.partition(self.scope).into_iter().collect();
         }
         self.state.partitions_in(self.scope).map(|(_, partition)| partition).collect()
+    }
+
+    /// Whether every chunk may be seen, or nearly every: those that may not are passed over one by one.
+    fn sees_all(&self) -> bool {
+        let options = self.options;
+        self.scope.session_id().is_none()
+            && options.filter.is_none()
+            && options.roles.is_empty()
+            && options.since_ms.is_none()
+            && options.until_ms.is_none()
     }
 
     fn sees(&self, place: &Place) -> bool {
@@ -160,5 +208,8 @@ impl<'a> View<'a> {
             && (options.roles.is_empty() || options.roles.contains(&place.role))
             && options.since_ms.is_none_or(|since| place.time_ms >= since)
             && options.until_ms.is_none_or(|until| place.time_ms < until)
+            // A session's turns are those of one partition.
+            && (options.filter.is_none()
+                || self.accepted.iter().any(|accepted| accepted.contains(place.session, place.turn)))
     }
 }

@@ -4,6 +4,7 @@
 mod crash;
 mod damage;
 mod forget;
+mod index;
 mod ingest;
 mod log;
 mod recall;

@@ -14,8 +14,8 @@ pub(crate) const VECTOR_WEIGHT: f32 = 0.5;
 /// What the newest candidate gains over the oldest: breaks ties, and never outweighs a real difference.
 pub(crate) const RECENCY_WEIGHT: f32 = 0.02;
 
-/// Weights of coverage and cosine, and a constant, of the logistic curve behind [`Hit::relevance`]: fitted on questions
-/// with and without an answer that `bench_recall` keeps for choosing; docs/index.md has both embedders on the rest.
+/// Weights of coverage and cosine, and a constant, of the logistic curve behind [`Hit::relevance`]: chosen by hand so that
+/// either all of the words or a cosine of two thirds is even odds. `bench_recall` fits and checks them.
 const RELEVANCE: [f32; 3] = [4.0, 6.0, -4.0];
 
 /// How to recall.
@@ -40,7 +40,7 @@ pub struct Recall {
     /// Hits that score less are left out.
     pub min_score: f32,
     /// Hits less [relevant](Hit::relevance) are left out, so that a question that nothing answers gets no hits.
-    /// 0 keeps all; 0.5 is where an answer is as likely as none.
+    /// 0 keeps all; see there for how far it can be trusted.
     pub min_relevance: f32,
     /// Let a short question lean on what its session was about just now; see [`Why::follow_up`].
     pub follow_up: bool,
@@ -87,7 +87,7 @@ pub struct Hit {
     /// The fused score, 0 to 1.02; higher is better.
     pub score: f32,
     /// How likely the hit is about the question at all, 0 to 1. The score compares the hits of one question with each
-    /// other; this compares with all questions.
+    /// other; this compares with all questions. Its curve is set by hand, not calibrated on any embedder: choose a threshold by trial.
     pub relevance: f32,
     /// What the score is made of.
     pub why: Why,

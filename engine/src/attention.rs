@@ -6,11 +6,13 @@ use crate::error::Result;
 use crate::models::decoder::Linear;
 use crate::models::frequencies::Frequencies;
 use crate::models::weights::Weights;
+use crate::pages::{RecallScope, Recalled};
 use candle_core::{D, Device, Tensor};
 use mka_kernels::{
-    AttentionParams, PAGE_TOKENS, RotaryAngles, ema_advance, ema_scan, fuse_levels, merge_states,
-    paged_attention, rotate,
+    AttentionParams, AttentionState, PAGE_TOKENS, PageRef, RotaryAngles, ema_advance, ema_scan,
+    fuse_levels, merge_states, paged_attention, rotate,
 };
+use std::sync::Arc;
 
 /// FastMKA's gate and router of one layer (design 3.4); closed for a pretrained model.
 pub(crate) enum Route {
@@ -81,8 +83,11 @@ pub(crate) struct AttentionSeam<'a> {
     start: u64,
     count: usize,
     angles: RotaryAngles,
-    /// Angles of the queries on the compact axis, where the sinks keep positions 0..64; None in exact mode.
-    compact: Option<RotaryAngles>,
+    /// Positions are compact: what a query attends to lies, in stream order, at 0..n - 1, itself last
+    /// (StreamingLLM, section 3.2).
+    compact: bool,
+    /// Angles of the pass's queries on the compact axis, by the first query and the tokens recalled before it.
+    compact_angles: Vec<(u64, usize, RotaryAngles)>,
 }
 
 impl<'a> AttentionSeam<'a> {
@@ -90,19 +95,13 @@ impl<'a> AttentionSeam<'a> {
     pub(crate) fn open(config: SeamConfig<'a>, cache: &'a mut Cache, count: usize) -> Result<Self> {
         cache.reserve(count)?;
         let start = cache.position();
-        let frequencies = config.frequencies;
-        let positions = start..start + count as u64;
-        let angles = frequencies.angles(positions.clone());
-        let compact = (start >= config.trained_tokens).then(|| {
-            // What a query attends to lies, in stream order, at 0..n - 1, itself last (StreamingLLM, section 3.2).
-            let sinks = SINK_PAGES * PAGE_TOKENS as u64;
-            let compact = |t: u64| {
-                let window_start = (cache.first_window_page(t) * PAGE_TOKENS as u64).max(sinks);
-                (t - window_start.min(t)) + sinks.min(t)
-            };
-            frequencies.angles(positions.map(compact))
-        });
-        Ok(Self { config, cache, start, count, angles, compact })
+        let angles = config.frequencies.angles(start..start + count as u64);
+        let compact = start >= config.trained_tokens;
+        if let Some(pages) = cache.pages_mut() {
+            let end = (start + count as u64).min(config.trained_tokens);
+            pages.need_angles(end, |positions| config.frequencies.angles(positions));
+        }
+        Ok(Self { config, cache, start, count, angles, compact, compact_angles: Vec::new() })
     }
 
     /// FastMKA's mix before the key and value projections: x (t, hidden), q (t, q_size) -> (t, hidden).
@@ -136,7 +135,7 @@ impl<'a> AttentionSeam<'a> {
         }
     }
 
-    /// Appends keys and values and attends to sinks and window with one softmax.
+    /// Appends keys and values and attends to sinks, recalled tokens and window with one softmax.
     ///
     /// Shapes: `q` (t, num_heads, head_dim), `k`, `v` (t, num_kv_heads, head_dim), before RoPE and after q/k norm;
     /// the result is (t, num_heads, head_dim). `sliding_window`: the layer's own token-exact window.
@@ -152,38 +151,180 @@ impl<'a> AttentionSeam<'a> {
         let end = self.start + self.count as u64;
         let last_page = end.div_ceil(PAGE_TOKENS as u64);
         let first_page = self.cache.first_window_page(self.start);
-        let pool = self.cache.pool(layer);
+        let last_first_page = self.cache.first_window_page(end.saturating_sub(1));
+        self.cache.absorb(layer, last_first_page)?;
         let rotated = rotate(q, &self.angles)?;
-        let scale = 1.0 / (q.dim(2)? as f32).sqrt();
-        let attend = |q: &Tensor, pages, window_tokens, sliding_window| -> Result<_> {
-            let pages = self.cache.page_refs(pages, end)?;
-            let params = AttentionParams {
-                scale,
-                query_start: self.start,
-                pages,
-                window_tokens,
-                sliding_window,
-            };
-            Ok(paged_attention(q, &pool.keys, &pool.values, &params)?)
-        };
-        let window = Some(self.cache.window_tokens());
-        if self.cache.first_window_page(end.saturating_sub(1)) == 0 && self.compact.is_none() {
-            return Ok(
-                attend(&rotated, (0..last_page).collect::<Vec<_>>(), None, sliding_window)?.out
-            );
+        if let Some(pages) = self.cache.pages_mut() {
+            pages.note_queries(layer, self.start, q)?;
+        }
+        if last_first_page == 0 && !self.compact {
+            let pages = (0..last_page).collect();
+            return Ok(self.attend_stream(layer, &rotated, pages, None, sliding_window)?.out);
         }
         let window_pages: Vec<u64> = (first_page.max(SINK_PAGES)..last_page).collect();
-        let recent = attend(&rotated, window_pages, window, sliding_window)?;
-        let sink_pages: Vec<u64> = (0..SINK_PAGES.min(last_page)).collect();
-        let sinks = match &self.compact {
-            Some(compact) => attend(&rotate(q, compact)?, sink_pages, None, None)?,
-            None => attend(&rotated, sink_pages, None, sliding_window)?,
+        let window = Some(self.cache.window_tokens());
+        let recent = self.attend_stream(layer, &rotated, window_pages, window, sliding_window)?;
+        let mut far = Vec::new();
+        let mut recalled = None;
+        for (first, count) in self.runs() {
+            let q = q.narrow(0, first, count)?.contiguous()?;
+            let rotated = rotated.narrow(0, first, count)?.contiguous()?;
+            let (state, own) = self.attend_far(layer, sliding_window, first, &q, rotated)?;
+            far.push(state);
+            recalled = own;
+        }
+        let merged = merge_states(&joined(far)?, &recent)?;
+        if let (Some((recalled, lse)), 1) = (recalled, self.count) {
+            self.note_share(layer, &recalled, &lse, &merged.lse)?;
+        }
+        Ok(merged.out)
+    }
+
+    /// Notes which share of one query's attention the recalled tokens have: lse (1, num_heads) of them and of all.
+    fn note_share(
+        &mut self,
+        layer: usize,
+        recalled: &Recalled,
+        lse: &Tensor,
+        all: &Tensor,
+    ) -> Result<()> {
+        let numbers = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+        let (lse, all) = (numbers(lse)?, numbers(all)?);
+        let shares = lse.iter().zip(&all).map(|(own, all)| (own - all).exp());
+        let share = shares.sum::<f32>() / lse.len().max(1) as f32;
+        if let Some(pages) = self.cache.pages_mut() {
+            pages.note_share(layer, recalled, share);
+        }
+        Ok(())
+    }
+
+    /// Attention of rotated queries to `pages` of the stream in the device's pool.
+    fn attend_stream(
+        &self,
+        layer: usize,
+        q: &Tensor,
+        pages: Vec<u64>,
+        window_tokens: Option<u64>,
+        sliding_window: Option<u64>,
+    ) -> Result<AttentionState> {
+        let pool = self.cache.pool(layer);
+        let params = AttentionParams {
+            scale: scale(q)?,
+            query_start: self.start,
+            pages: self.cache.page_refs(pages, self.start + self.count as u64)?,
+            window_tokens,
+            sliding_window,
         };
-        Ok(merge_states(&sinks, &recent)?.out)
+        Ok(paged_attention(q, &pool.keys, &pool.values, &params)?)
+    }
+
+    /// The pass cut where the window moves on by a page: (first query, count). Queries of one run have the same tokens
+    /// behind their window, and choose among them together. One run where nothing is recalled.
+    fn runs(&self) -> Vec<(usize, usize)> {
+        if self.cache.pages().is_none_or(|pages| !pages.active) {
+            return vec![(0, self.count)];
+        }
+        let mut runs = Vec::new();
+        let mut first = 0;
+        while first < self.count {
+            let page = |i: usize| self.cache.first_window_page(self.start + i as u64);
+            let more = (first..self.count).take_while(|i| page(*i) == page(first)).count();
+            // Before the window first moves a run would be as long as the window.
+            let count = more.min(PAGE_TOKENS);
+            runs.push((first, count));
+            first += count;
+        }
+        runs
+    }
+
+    /// Attention of one run's queries to the sinks and to what they recall; the latter, with the log of its own sum.
+    ///
+    /// Shapes: `q`, `rotated` (t, num_heads, head_dim), `first` the run's first query in the pass; lse (t, num_heads).
+    fn attend_far(
+        &mut self,
+        layer: usize,
+        sliding_window: Option<u64>,
+        first: usize,
+        q: &Tensor,
+        rotated: Tensor,
+    ) -> Result<(AttentionState, Option<(Arc<Recalled>, Tensor)>)> {
+        let query_start = self.start + first as u64;
+        let scope = RecallScope {
+            before_page: self.cache.first_window_page(query_start),
+            compact: self.compact,
+            sliding: sliding_window.is_some(),
+        };
+        let recalled = match self.cache.pages_mut() {
+            Some(pages) => pages.recall(layer, q, scope)?,
+            None => None,
+        };
+        let num_recalled = recalled.as_ref().map_or(0, |recalled| recalled.tokens);
+        let query = match self.compact {
+            true => rotate(q, &self.compact_angles(query_start, q.dim(0)?, num_recalled))?,
+            false => rotated,
+        };
+        let sliding_window = sliding_window.filter(|_| !self.compact);
+        let attend = |keys: &Tensor, values: &Tensor, pages: Vec<PageRef>| -> Result<_> {
+            let scale = scale(&query)?;
+            let params =
+                AttentionParams { scale, query_start, pages, window_tokens: None, sliding_window };
+            Ok(paged_attention(&query, keys, values, &params)?)
+        };
+        let pool = self.cache.pool(layer);
+        let end = self.start + self.count as u64;
+        let sink_pages = 0..SINK_PAGES.min(end.div_ceil(PAGE_TOKENS as u64));
+        let sinks = attend(&pool.keys, &pool.values, self.cache.page_refs(sink_pages, end)?)?;
+        let Some(recalled) = recalled else { return Ok((sinks, None)) };
+        let far = attend(&recalled.keys, &recalled.values, recalled.page_refs())?;
+        let mut merged = merge_states(&sinks, &far)?;
+        let pages = self.cache.pages();
+        if let Some(rest) =
+            pages.map(|pages| pages.estimate(layer, q, &recalled)).transpose()?.flatten()
+        {
+            merged = merge_states(&merged, &rest)?;
+        }
+        Ok((merged, Some((recalled, far.lse))))
+    }
+
+    /// Angles of `count` queries from `query_start` on, on the axis of what they attend to.
+    fn compact_angles(&mut self, query_start: u64, count: usize, recalled: usize) -> RotaryAngles {
+        let known = self
+            .compact_angles
+            .iter()
+            .find(|(at, num, angles)| (*at, *num, angles.len()) == (query_start, recalled, count));
+        if let Some((.., angles)) = known {
+            return angles.clone();
+        }
+        let sinks = SINK_PAGES * PAGE_TOKENS as u64;
+        let compact = |t: u64| {
+            let window = (self.cache.first_window_page(t) * PAGE_TOKENS as u64).max(sinks);
+            (t - window.min(t)) + sinks.min(t) + recalled as u64
+        };
+        let positions = query_start..query_start + count as u64;
+        let angles = self.config.frequencies.angles(positions.map(compact));
+        self.compact_angles.push((query_start, recalled, angles.clone()));
+        angles
     }
 
     /// Ends the pass: its tokens are part of the stream now.
     pub(crate) fn finish(self) {
         self.cache.advance(self.count);
+    }
+}
+
+/// 1/√d for q (t, h, d).
+fn scale(q: &Tensor) -> Result<f32> {
+    Ok(1.0 / (q.dim(2)? as f32).sqrt())
+}
+
+/// States of successive queries as one.
+fn joined(states: Vec<AttentionState>) -> Result<AttentionState> {
+    match <[AttentionState; 1]>::try_from(states) {
+        Ok([state]) => Ok(state),
+        Err(states) => {
+            let outs: Vec<&Tensor> = states.iter().map(|state| &state.out).collect();
+            let lses: Vec<&Tensor> = states.iter().map(|state| &state.lse).collect();
+            Ok(AttentionState { out: Tensor::cat(&outs, 0)?, lse: Tensor::cat(&lses, 0)? })
+        }
     }
 }

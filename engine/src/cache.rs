@@ -2,6 +2,7 @@
 //! Knows no attention rule and no file; a page leaves it as bytes.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::pages::{PageConfig, PageShape, PageStore};
 use candle_core::{DType, Device, Tensor};
 use mka_kernels::{PAGE_TOKENS, PagePool, PageRef, RotaryAngles, rotate};
 use std::collections::BTreeMap;
@@ -36,6 +37,8 @@ pub(crate) struct Cache {
     position: u64,
     /// Per layer (rates, hidden), f32: the streaming EMA of each layer's normed input. Replaced, never written into.
     ema: Vec<Tensor>,
+    /// What left the window and can be recalled; None where nothing is kept.
+    pages: Option<PageStore>,
 }
 
 /// A point that the cache can be taken back to while its pages are still there.
@@ -71,7 +74,47 @@ impl Cache {
             free: (0..num_slots).rev().collect(),
             position: 0,
             ema: vec![ema; shape.num_layers],
+            pages: None,
         })
+    }
+
+    /// Keeps what leaves the window from now on, for recall inside attention.
+    pub(crate) fn keep_pages(&mut self, config: PageConfig) {
+        let shape = PageShape {
+            num_layers: self.shape.num_layers,
+            num_kv_heads: self.shape.num_kv_heads,
+            head_dim: self.shape.head_dim,
+            window_tokens: self.shape.window_tokens,
+        };
+        self.pages = Some(PageStore::new(shape, config, &self.device));
+    }
+
+    /// The pages that left the window.
+    pub(crate) fn pages(&self) -> Option<&PageStore> {
+        self.pages.as_ref()
+    }
+
+    pub(crate) fn pages_mut(&mut self) -> Option<&mut PageStore> {
+        self.pages.as_mut()
+    }
+
+    /// Hands the pages of `layer` before page `end`, which no query from here on sees in its window, to the store.
+    pub(crate) fn absorb(&mut self, layer: usize, end: u64) -> Result<()> {
+        let Some(mut pages) = self.pages.take() else { return Ok(()) };
+        let absorbed = (pages.next_page(layer)..end).try_for_each(|page| -> Result<()> {
+            let (keys, values) = self.pools[layer].read(self.slot(page)?, PAGE_TOKENS)?;
+            let numbers = |x: Tensor| x.flatten_all()?.to_vec1::<f32>();
+            pages.absorb(layer, page, &numbers(keys)?, &numbers(values)?);
+            Ok(())
+        });
+        self.pages = Some(pages);
+        absorbed
+    }
+
+    /// [`Cache::absorb`] of every layer, up to what the next token's window does not hold: before a snapshot.
+    pub(crate) fn absorb_all(&mut self) -> Result<()> {
+        let end = self.first_window_page(self.position);
+        (0..self.shape.num_layers).try_for_each(|layer| self.absorb(layer, end))
     }
 
     /// Tokens in the stream so far.
@@ -214,6 +257,10 @@ impl Cache {
         }
         self.position = checkpoint.position;
         self.ema.clone_from(&checkpoint.ema);
+        let window = self.first_window_page(checkpoint.position);
+        if let Some(pages) = &mut self.pages {
+            pages.truncate(window);
+        }
         true
     }
 

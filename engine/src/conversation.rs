@@ -5,6 +5,7 @@ use crate::attention::AttentionSeam;
 use crate::cache::{Cache, Checkpoint};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
+use crate::pages::{PageSource, PageStore, PageUsage, RecallPolicy};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, on_pool};
@@ -24,6 +25,8 @@ pub(crate) struct Conversation {
     dirty_from: u64,
     /// Where the last answer began, for `regenerate`; None after a reopening.
     pub(crate) last_prompt: Option<LastPrompt>,
+    /// Whether queries recall pages now.
+    recalls_pages: bool,
 }
 
 /// What is needed to answer the last message again.
@@ -33,6 +36,8 @@ pub(crate) struct LastPrompt {
     pub(crate) before_last: Saved,
     pub(crate) last_token: u32,
     pub(crate) answer_prefix: String,
+    /// Landmarks that the message's words pinned.
+    pub(crate) pins: Vec<u64>,
 }
 
 /// A point that the conversation can be taken back to.
@@ -51,6 +56,7 @@ impl Conversation {
             state: SessionState::default(),
             dirty_from: 0,
             last_prompt: None,
+            recalls_pages: shared.config.recall.has_pages(),
             shared: shared.clone(),
             scope,
         };
@@ -71,8 +77,11 @@ impl Conversation {
             Err(error) => return Err(error.into()),
         };
         let frequencies = &model.decoder.frequencies;
-        let restored = snapshot.map(|snapshot| -> Result<(Cache, SessionState)> {
+        let restored = snapshot.map(|mut snapshot| -> Result<(Cache, SessionState)> {
             let (state, ema) = SessionState::from_bytes(&snapshot.state)?;
+            for (key, _) in &mut snapshot.pages {
+                *key = page_of(*key, state.stream).unwrap_or(u64::MAX);
+            }
             let cache = Cache::restore(
                 shared.cache_shape(model),
                 model.decoder.device(),
@@ -88,6 +97,7 @@ impl Conversation {
                 conversation.dirty_from = cache.position() / PAGE_TOKENS as u64;
                 conversation.cache = Some(cache);
                 conversation.state = state;
+                conversation.keep_pages(true)?;
             }
             other => {
                 if let Some(Err(error)) = other {
@@ -97,10 +107,97 @@ impl Conversation {
                     Some(Cache::new(shared.cache_shape(model), model.decoder.device())?);
                 if num_turns > 0 {
                     conversation.refill(num_turns, false)?;
+                } else {
+                    conversation.keep_pages(false)?;
                 }
             }
         }
         Ok(conversation)
+    }
+
+    /// Keeps the pages that leave the window, if the configuration asks for them; `stored` ones are taken in first.
+    fn keep_pages(&mut self, stored: bool) -> Result<()> {
+        let (shared, stream) = (self.shared.clone(), self.state.stream);
+        let Some(cache) = self.cache.as_mut().filter(|_| shared.config.recall.has_pages()) else {
+            return Ok(());
+        };
+        cache.keep_pages(shared.config.pages.clone());
+        let window = cache.first_window_page(cache.position());
+        let Some(pages) = cache.pages_mut() else { return Ok(()) };
+        pages.active = self.recalls_pages;
+        if shared.config.evicted_page_bytes == 0 {
+            return Ok(());
+        }
+        let keys = shared.store.pages(&self.scope)?;
+        let scope = self.scope.clone();
+        pages.set_source(Arc::new(StoredPages { shared, scope, stream }));
+        if stored {
+            let known: Vec<u64> = keys.iter().filter_map(|key| page_of(*key, stream)).collect();
+            pages.restore(&known, window, &self.state.window_ids)?;
+        }
+        Ok(())
+    }
+
+    /// Says by what the next queries recall.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if `policy` asks for pages and the engine keeps none.
+    pub(crate) fn set_policy(&mut self, policy: RecallPolicy) -> Result<()> {
+        if policy.has_pages() && !self.shared.config.recall.has_pages() {
+            return Err(Error::invalid(format!(
+                "send: recall {policy:?}, expected an engine opened with MemoryConfig::recall Pages or Both"
+            )));
+        }
+        self.recalls_pages = policy.has_pages();
+        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
+            pages.active = self.recalls_pages;
+            pages.begin_turn();
+        }
+        Ok(())
+    }
+
+    /// Pins the places where the rare words of a message stand, if the configuration asks for it.
+    pub(crate) fn pin_words(&mut self, message: &[u32]) {
+        let is_asked = self.recalls_pages && self.shared.config.pages.lexical;
+        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut).filter(|_| is_asked) {
+            pages.pin_words(message);
+        }
+    }
+
+    /// What is pinned.
+    pub(crate) fn pins(&self) -> Vec<u64> {
+        self.pages().map_or_else(Vec::new, |pages| pages.pins.clone())
+    }
+
+    /// Pins what was pinned before.
+    pub(crate) fn set_pins(&mut self, pins: &[u64]) {
+        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
+            pages.pins = pins.to_vec();
+        }
+    }
+
+    /// What the turn recalled inside attention; None where its policy recalls no pages.
+    pub(crate) fn page_usage(&self) -> Option<PageUsage> {
+        let usage = self.pages().filter(|pages| pages.active).map(PageStore::usage)?;
+        tracing::debug!(
+            stored = usage.stored_tokens,
+            recalled = usage.recalled_tokens,
+            share = ?usage.share,
+            recovered = ?usage.recovered,
+            "recalled inside attention"
+        );
+        Some(usage)
+    }
+
+    fn pages(&self) -> Option<&PageStore> {
+        self.cache.as_ref().and_then(Cache::pages)
+    }
+
+    /// Whether so many pages wait to be committed that the budget would soon let one go.
+    pub(crate) fn pages_wait(&self) -> bool {
+        let config = &self.shared.config;
+        config.evicted_page_bytes > 0
+            && self.pages().is_some_and(|pages| pages.fresh_bytes() > config.pages.bytes / 4)
     }
 
     /// Fills the cache anew from the log's tokens before turn `end`: the first page of the stream and its last window.
@@ -143,7 +240,11 @@ impl Conversation {
         self.cache = Some(Cache::new(shared.cache_shape(model), model.decoder.device())?);
         self.dirty_from = 0;
         self.last_prompt = None;
+        // The stream is counted from 0 again: what the store holds of the one before is no page of this one.
+        let last = shared.store.pages(&self.scope)?.last().map_or(0, |key| key >> STREAM_SHIFT);
+        let stream = self.state.stream.max(last as u32) + 1;
         self.state = SessionState {
+            stream,
             open: match turns.last().map(|turn| turn.role) {
                 None => OpenTurn::Start,
                 Some(Role::Assistant) => OpenTurn::Answered { closed_by: None },
@@ -151,6 +252,7 @@ impl Conversation {
             },
             ..SessionState::default()
         };
+        self.keep_pages(false)?;
         self.prefill(&head, &mut || true)?;
         for turn in &turns {
             let skip = match tokens > window {
@@ -209,6 +311,10 @@ impl Conversation {
             }
             let count = config.block_limit(cache.position(), cache.block_tokens()).min(rest.len());
             let (block, after) = rest.split_at(count);
+            let position = cache.position();
+            if let Some(pages) = cache.pages_mut() {
+                pages.note_tokens(position, block);
+            }
             let mut seam = AttentionSeam::open(config, cache, count)?;
             let hidden = on_pool(|| model.decoder.forward(block, &mut seam))?;
             seam.finish();
@@ -287,6 +393,7 @@ impl Conversation {
         match self.shared.store.commit(&self.scope, commit) {
             Ok(committed) => {
                 self.dirty_from = self.position() / PAGE_TOKENS as u64;
+                self.pages_committed()?;
                 Ok(committed)
             }
             Err(error) => {
@@ -296,18 +403,44 @@ impl Conversation {
         }
     }
 
+    /// Notes what the store holds of the stream's pages now; what is recalled next depends on no choice before it,
+    /// so that a session that is opened again recalls the same.
+    fn pages_committed(&mut self) -> Result<()> {
+        let stream = self.state.stream;
+        let is_kept = self.shared.config.evicted_page_bytes > 0;
+        let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) else { return Ok(()) };
+        pages.forget_choices();
+        if is_kept {
+            let keys = self.shared.store.pages(&self.scope)?;
+            let known: Vec<u64> = keys.iter().filter_map(|key| page_of(*key, stream)).collect();
+            pages.set_durable(&known);
+        }
+        Ok(())
+    }
+
     fn new_snapshot(&mut self) -> Result<Option<NewSnapshot>> {
-        let Some(cache) = &self.cache else { return Ok(None) };
+        let Some(cache) = &mut self.cache else { return Ok(None) };
         let model = self.shared.model("commit")?;
+        let stream = self.state.stream;
+        cache.absorb_all()?;
         let position = cache.position();
         let window = cache.window_pages(position);
-        let window_start = cache.first_window_page(position) * PAGE_TOKENS as u64;
+        let first_page = cache.first_window_page(position);
+        let window_start = first_page * PAGE_TOKENS as u64;
         self.state.turn_starts.retain(|(_, start)| *start >= window_start);
-        let pages = window
+        let mut pages = window
             .iter()
             .filter(|page| **page >= self.dirty_from)
-            .map(|page| Ok((*page, cache.page_bytes(*page)?)))
-            .collect::<Result<_>>()?;
+            .map(|page| Ok((key_of(*page, stream), cache.page_bytes(*page)?)))
+            .collect::<Result<Vec<_>>>()?;
+        if let Some(kept) = cache.pages() {
+            self.state.window_ids = kept.noted_tokens(first_page, position);
+            if self.shared.config.evicted_page_bytes > 0 {
+                let fresh = kept.fresh_pages().into_iter();
+                pages.extend(fresh.map(|(page, bytes)| (key_of(page, stream), bytes)));
+            }
+        }
+        let window = window.into_iter().map(|page| key_of(page, stream)).collect();
         Ok(Some(NewSnapshot {
             fingerprint: model.decoder.fingerprint,
             position,
@@ -330,4 +463,28 @@ impl Conversation {
 /// Whether an error leaves the model's state half-way, so that the conversation must be taken back.
 pub(crate) fn is_cancelled(error: &Error) -> bool {
     error.kind() == ErrorKind::Cancelled
+}
+
+/// A store's page index names the stream above this bit and the page below it.
+const STREAM_SHIFT: u32 = 40;
+
+fn key_of(page: u64, stream: u32) -> u64 {
+    u64::from(stream) << STREAM_SHIFT | page
+}
+
+fn page_of(key: u64, stream: u32) -> Option<u64> {
+    (key >> STREAM_SHIFT == u64::from(stream)).then_some(key & ((1 << STREAM_SHIFT) - 1))
+}
+
+/// The pages of one stream as the store holds them.
+struct StoredPages {
+    shared: Arc<Shared>,
+    scope: Scope,
+    stream: u32,
+}
+
+impl PageSource for StoredPages {
+    fn page(&self, page: u64) -> Result<Option<Vec<u8>>> {
+        Ok(self.shared.store.page(&self.scope, key_of(page, self.stream))?)
+    }
 }

@@ -9,6 +9,7 @@ use crate::memory::MemoryHandle;
 use crate::models::config::{DecoderConfig, token_ids};
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
+use crate::pages::{PageConfig, RecallPolicy};
 use crate::prompt::Scaffold;
 use crate::quote::Quote;
 use crate::session::Session;
@@ -111,6 +112,11 @@ pub struct MemoryConfig {
     pub quote: Quote,
     /// Bytes of evicted key/value pages kept on disk for each session.
     pub evicted_page_bytes: u64,
+    /// How older tokens come back, where [`SendOptions`](crate::SendOptions) does not say; pages are kept with
+    /// [`RecallPolicy::Pages`] and [`RecallPolicy::Both`] alone.
+    pub recall: RecallPolicy,
+    /// Recall inside attention.
+    pub pages: PageConfig,
 }
 
 impl Default for MemoryConfig {
@@ -122,6 +128,8 @@ impl Default for MemoryConfig {
             recall_tokens: 768,
             quote: Quote::default(),
             evicted_page_bytes: 0,
+            recall: RecallPolicy::default(),
+            pages: PageConfig::default(),
         }
     }
 }
@@ -376,6 +384,9 @@ impl EngineBuilder {
                     "open: window_tokens {}, expected at most the model's trained length {trained}",
                     self.memory.window_tokens
                 )));
+            }
+            if self.memory.recall.has_pages() {
+                self.memory.pages.check(self.memory.window_tokens, trained)?;
             }
         }
         let embedder = self.embedder.load(&mut progress)?;

@@ -85,6 +85,7 @@ pub(crate) fn feed(
     sink: &Sink<FeedEvent>,
 ) -> Result<FeedSummary> {
     let time_ms = options.time_ms.unwrap_or(now_ms);
+    conversation.set_policy(conversation.shared.config.recall)?;
     take_in(conversation, text, options, time_ms, &mut |taken| {
         sink.send(FeedEvent::Progress {
             fed_bytes: taken.fed_bytes,
@@ -169,7 +170,7 @@ pub(crate) fn take_in(
         feeding.turns.push(turn);
         feeding.starts.push(Some(start));
         feeding.taken.fed_bytes = section.end as u64;
-        if uncommitted >= COMMIT_TOKENS {
+        if uncommitted >= COMMIT_TOKENS || conversation.pages_wait() {
             feeding.commit(conversation)?;
             uncommitted = 0;
         }

@@ -29,7 +29,7 @@
 //! # }
 //! ```
 //!
-//! What it does not do yet: recall inside attention, training and GPUs. See Limits in the README.
+//! What it does not do yet: training. See Limits in the README.
 
 mod attention;
 mod cache;
@@ -43,6 +43,7 @@ mod gguf;
 mod hub;
 mod memory;
 mod models;
+mod pages;
 mod prompt;
 mod quote;
 mod sampling;
@@ -60,6 +61,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use feeding::{FeedMode, FeedOptions};
 pub use hub::ModelSource;
 pub use memory::MemoryHandle;
+pub use pages::{PageConfig, PagePrecision, PageRule, PageUsage, Prefill, RecallPolicy};
 pub use quote::Quote;
 pub use sampling::Sampling;
 pub use session::{Context, SendOptions, Session};

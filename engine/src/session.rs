@@ -6,6 +6,7 @@ use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
 use crate::feeding::{self, FeedOptions};
 use crate::generation::{self, Stop};
+use crate::pages::RecallPolicy;
 use crate::quote::{self, Quotation, Quote};
 use crate::sampling::Sampling;
 use crate::snapshot::OpenTurn;
@@ -33,6 +34,8 @@ pub struct SendOptions {
     pub joined: bool,
     /// Instructions that stand before the first message of a session; ignored later.
     pub system: Option<String>,
+    /// How older tokens come back; None: as the engine's [`MemoryConfig`](crate::MemoryConfig) says.
+    pub recall: Option<RecallPolicy>,
     /// Memories to look up; None: the engine's `recall_k`.
     pub recall_k: Option<usize>,
     /// Whether other sessions of the same user are searched too.
@@ -75,6 +78,12 @@ impl SendOptions {
     /// Looks up `k` memories; 0 recalls nothing.
     pub fn recall_k(mut self, k: usize) -> Self {
         self.recall_k = Some(k);
+        self
+    }
+
+    /// Brings older tokens back by `policy`.
+    pub fn recall(mut self, policy: RecallPolicy) -> Self {
+        self.recall = Some(policy);
         self
     }
 
@@ -275,6 +284,7 @@ impl Session {
         offload("peek_logits", move || {
             let mut conversation = live.lock();
             let tokens = live.shared.model("peek_logits")?.tokenizer.encode(&text, false)?;
+            conversation.set_policy(live.shared.config.recall)?;
             let saved = conversation.save();
             let logits = match conversation.prefill(&tokens, &mut || true)? {
                 Some(hidden) => conversation.logits(&hidden),
@@ -304,7 +314,8 @@ fn recall(
     let k = options.recall_k.unwrap_or(shared.config.recall_k);
     // Recalled text may take half the window at most, so that the message and an answer fit beside it.
     let budget = shared.config.recall_tokens.min(shared.config.window_tokens / 2);
-    if k == 0 || budget == 0 {
+    let has_text = options.recall.unwrap_or(shared.config.recall).has_text();
+    if !has_text || k == 0 || budget == 0 {
         return Ok((String::new(), Vec::new()));
     }
     let query = Recall {
@@ -335,6 +346,7 @@ fn send(
     let model = shared.model("send")?;
     let time_ms = options.time_ms.unwrap_or_else(now_ms);
 
+    conversation.set_policy(options.recall.unwrap_or(shared.config.recall))?;
     let longest = shared.config.window_tokens / 2;
     let (document, message) = feeding::split_long(model, message, longest)?;
     if !document.is_empty() {
@@ -361,6 +373,7 @@ fn send(
         prompt = model.tokenizer.encode("\n\n", false)?;
     }
     let recalled_tokens = model.tokenizer.encode(&recalled, false)?;
+    conversation.pin_words(&model.tokenizer.encode(message, false)?);
     prompt.extend_from_slice(&recalled_tokens);
     let body = match recalled.is_empty() {
         true => message.to_owned(),
@@ -383,6 +396,7 @@ fn send(
         before_last: conversation.save(),
         last_token: *last_token,
         answer_prefix: options.answer_prefix.clone(),
+        pins: conversation.pins(),
     };
     let prompt_tokens = conversation.attended_tokens() + 1;
     let answer = generation::generate(conversation, *last_token, options, sink)?;
@@ -409,6 +423,7 @@ fn send(
             generated_tokens: answer.tokens.len(),
             stream_tokens: conversation.position(),
             stop: StopReason::MaxTokens,
+            pages: conversation.page_usage(),
         },
     )?;
     conversation.last_prompt = Some(last_prompt);
@@ -449,6 +464,7 @@ fn regenerate(
     options.sampling.check()?;
     let shared = conversation.shared.clone();
     shared.model("regenerate")?;
+    conversation.set_policy(options.recall.unwrap_or(shared.config.recall))?;
     let nothing =
         || Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn");
     let num_turns = shared.store.num_turns(&conversation.scope)?;
@@ -468,9 +484,11 @@ fn regenerate(
                 before_last: conversation.save(),
                 last_token,
                 answer_prefix: answer_prefix(&shared, &turns)?,
+                pins: Vec::new(),
             }
         }
     };
+    conversation.set_pins(&last.pins);
     let reused = conversation.attended_tokens();
     let start = conversation.position() + 1;
     let options = SendOptions { answer_prefix: last.answer_prefix.clone(), ..options.clone() };
@@ -493,6 +511,7 @@ fn regenerate(
             generated_tokens: answer.tokens.len(),
             stream_tokens: conversation.position(),
             stop: StopReason::MaxTokens,
+            pages: conversation.page_usage(),
         },
     )?;
     conversation.last_prompt = Some(last);

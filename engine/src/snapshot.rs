@@ -25,6 +25,12 @@ pub(crate) struct SessionState {
     pub(crate) turn_starts: Vec<(TurnId, u64)>,
     /// The newest tokens of the stream, for the repetition penalty.
     pub(crate) recent_tokens: Vec<u32>,
+    /// Counts the streams that this session had: pages of a stream that was begun anew are not this one's.
+    #[serde(default)]
+    pub(crate) stream: u32,
+    /// Ids of the tokens in the window, from its first whole page on; empty where no pages are kept.
+    #[serde(default)]
+    pub(crate) window_ids: Vec<u32>,
 }
 
 /// Version of the bytes below.
@@ -75,6 +81,8 @@ mod tests {
             open: OpenTurn::Answered { closed_by: Some(2) },
             turn_starts: vec![(3, 64), (4, 200)],
             recent_tokens: vec![1, 2, 3],
+            stream: 1,
+            window_ids: vec![7, u32::MAX],
         };
         let bytes = state.to_bytes(&[9, 8, 7]).unwrap();
         assert_eq!(SessionState::from_bytes(&bytes).unwrap(), (state, &[9u8, 8, 7][..]));

@@ -2,6 +2,7 @@
 //! Knows no model; a stream is the receiving end of a channel that the worker thread fills.
 
 use crate::error::{Error, Result};
+use crate::pages::PageUsage;
 use futures_core::Stream;
 use mka_memory::Hit;
 use std::pin::Pin;
@@ -29,7 +30,7 @@ pub enum StopReason {
 }
 
 /// What one turn cost, in tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Usage {
     /// Tokens that the first new token could attend to: sinks, window and the new prompt.
@@ -44,6 +45,8 @@ pub struct Usage {
     pub stream_tokens: u64,
     /// Why the answer ended.
     pub stop: StopReason,
+    /// What was recalled inside attention; None where the turn's policy recalls no pages.
+    pub pages: Option<PageUsage>,
 }
 
 /// What happens while a turn is answered.

@@ -107,6 +107,9 @@ const fn needle(
 /// Llama2-7B's mean score in percent at 4K: what a length must reach to count as effective.
 pub(crate) const EFFECTIVE_PERCENT: f64 = 85.6;
 
+/// Drawings of a sample whose units are too large to fill the length, of which the fullest is taken.
+const ATTEMPTS: usize = 64;
+
 /// One sample whose haystack can still be of any size.
 struct Draft<'a> {
     /// The context with a haystack of that many units; ends with the newline before the question.
@@ -177,9 +180,10 @@ impl Ruler {
         task: &Task,
         length: usize,
         index: usize,
+        attempt: usize,
         count_tokens: &dyn Fn(&str) -> Result<usize>,
     ) -> Result<Draft<'_>> {
-        let seed = Seed::new(self.config.seed, task.name, length, index);
+        let seed = Seed::new(self.config.seed, task.name, length, index, attempt);
         let unread = || {
             format!("ruler: {} has no sample {index} with the files that were opened", task.name)
         };
@@ -248,16 +252,32 @@ impl Benchmark for Ruler {
             let tokens = task.max_new_tokens + self.config.scaffold_tokens;
             return Err(too_short(tokens).into());
         }
-        let draft = self.draft(task, length, cell.index, count_tokens)?;
-        let fixed =
-            task.max_new_tokens + self.config.scaffold_tokens + count_tokens(&draft.answer_prefix)?;
-        let mut measure = |units: usize| -> Result<usize> {
-            let mut text = (draft.context)(units);
-            text.push_str(&draft.question);
-            Ok(fixed + count_tokens(&text)?)
+        let fit_draft = |attempt: usize| -> Result<_> {
+            let draft = self.draft(task, length, cell.index, attempt, count_tokens)?;
+            let fixed = task.max_new_tokens
+                + self.config.scaffold_tokens
+                + count_tokens(&draft.answer_prefix)?;
+            let mut measure = |units: usize| -> Result<usize> {
+                let mut text = (draft.context)(units);
+                text.push_str(&draft.question);
+                Ok(fixed + count_tokens(&text)?)
+            };
+            let fit = size::largest(length, draft.units.clone(), &mut measure)?;
+            Ok((draft, fit))
         };
-        let fit = size::largest(length, draft.units.clone(), &mut measure)?
-            .map_err(|size::TooLarge(tokens)| too_short(tokens))?;
+        let (mut draft, fit) = fit_draft(0)?;
+        let mut fit = fit.map_err(|size::TooLarge(tokens)| too_short(tokens))?;
+        // A line of uuids or a document is more than a hundredth of a short text: draw again until one fills it.
+        for attempt in 1..ATTEMPTS {
+            if length - fit.tokens <= size::slack(length) || fit.units == *draft.units.end() {
+                break;
+            }
+            if let (other, Ok(fuller)) = fit_draft(attempt)?
+                && fuller.tokens > fit.tokens
+            {
+                (draft, fit) = (other, fuller);
+            }
+        }
         if fit.units == *draft.units.end() && length - fit.tokens > size::slack(length) {
             return Err(format!(
                 "ruler: {} at length {length} needs more than {} distinct words: give --words with a text file of one \

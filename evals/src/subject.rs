@@ -64,9 +64,9 @@ pub(crate) struct Options {
     /// Feed mka through the model rather than as text memory.
     #[arg(long)]
     pub(crate) through_model: bool,
-    /// Where the model runs: auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    pub(crate) device: String,
+    /// Where the model runs: auto, cpu, cuda or cuda:N; of several the samples take one each in turn.
+    #[arg(long, value_delimiter = ',', default_value = "auto")]
+    pub(crate) device: Vec<String>,
     /// Threads of each local sample; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     pub(crate) threads: usize,

@@ -297,7 +297,7 @@ impl Problem<'_> {
 
 /// dst (m, n), rows `dst_stride` apart, = keep · dst + a (m, k) b (k, n), each with (row, column) strides; one thread.
 #[allow(clippy::too_many_arguments)]
-fn matmul(
+pub(crate) fn matmul(
     dst: &mut [f32],
     dst_stride: usize,
     a: &[f32],

@@ -12,6 +12,7 @@
 //! | [`merge_states`] | log-sum-exp merge of two attentions | out (t, h, d), lse (t, h) | FlashInfer, arXiv 2501.01005, sec. 2.2 |
 //! | [`landmarks`], [`score_landmarks`] | means of keys; Σ over heads of softmax(q landmarkᵀ · scale) | pool (s, g, p, d); landmarks (n, g, d) | `reference` |
 //! | [`top_k`], [`gather_pages`] | exact k largest; copy of pages | votes (g, n); pool (s, g, p, d) | `reference` |
+//! | [`rows`] | scores, softmax and the largest over rows of host memory | queries (r, d), rows (n, d) | `rows` |
 //! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
 //! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (.., t, c), state (.., m, c) | MKA, arXiv 2603.20586, alg. 2 |
 //! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
@@ -29,6 +30,7 @@ mod pool;
 pub mod reference;
 mod rope;
 mod route;
+pub mod rows;
 mod select;
 mod simd;
 mod storage;

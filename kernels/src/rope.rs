@@ -46,6 +46,15 @@ impl RotaryAngles {
         self.cos.len() / self.half.max(1)
     }
 
+    /// Cosines and sines of the position of index `i`, d/2 each.
+    ///
+    /// # Panics
+    /// If `i` is not below [`RotaryAngles::len`].
+    pub fn at(&self, i: usize) -> (&[f32], &[f32]) {
+        let row = i * self.half..(i + 1) * self.half;
+        (&self.cos[row.clone()], &self.sin[row])
+    }
+
     /// Both tables on `device`, (t, d/2) each, f32; uploaded once for the first device that asks.
     #[cfg(feature = "cuda")]
     pub(crate) fn on(&self, device: &candle_core::CudaDevice) -> Result<(Tensor, Tensor)> {

@@ -5,6 +5,7 @@ mod bad_input;
 mod disk;
 mod kill;
 mod memory;
+mod pages;
 mod session;
 
 use mka::{Engine, Event, Events, MemoryConfig, ModelSource, Scope, Usage};

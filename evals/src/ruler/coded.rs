@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn the_text_is_the_template() {
         let vocabulary = [DOTS, "aaaaaa"].map(str::to_owned);
-        let text = context(&vocabulary, 2, Seed::new(42, "fwe", 4_096, 0));
+        let text = context(&vocabulary, 2, Seed::new(42, "fwe", 4_096, 0, 0));
         assert_eq!(
             text + QUESTION + ANSWER_PREFIX,
             "Read the following coded text and track the frequency of each coded word. Find the three most frequently \
@@ -108,7 +108,8 @@ mod tests {
 
     #[test]
     fn the_answers_are_the_ranks_after_the_dots() {
-        let draft = draft(4_096, 50, Seed::new(42, "fwe", 4_096, 0)).expect("the length has room");
+        let draft =
+            draft(4_096, 50, Seed::new(42, "fwe", 4_096, 0, 0)).expect("the length has room");
         let text = (draft.context)(1_000);
         let times = |word: &str| text.split_whitespace().filter(|&other| other == word).count();
         assert_eq!(times(DOTS), 607);
@@ -118,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_vocabulary_without_three_answers_is_an_error() {
-        let error = draft(249, 50, Seed::new(42, "fwe", 249, 0)).err().expect("three words");
+        let error = draft(249, 50, Seed::new(42, "fwe", 249, 0, 0)).err().expect("three words");
         assert_eq!(
             error.to_string(),
             "ruler: fwe at length 249, expected at least 250 for a vocabulary of 4"

@@ -276,7 +276,7 @@ mod tests {
     };
 
     fn seed() -> Seed {
-        Seed::new(42, "niah", 4_096, 0)
+        Seed::new(42, "niah", 4_096, 0, 0)
     }
 
     #[test]

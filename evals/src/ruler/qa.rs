@@ -262,7 +262,7 @@ mod tests {
     }
 
     fn seed() -> Seed {
-        Seed::new(42, "qa_1", 4_096, 0)
+        Seed::new(42, "qa_1", 4_096, 0, 0)
     }
 
     #[test]

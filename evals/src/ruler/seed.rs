@@ -22,8 +22,10 @@ pub(super) enum Stream {
 pub(super) struct Seed([u8; 32]);
 
 impl Seed {
-    pub(super) fn new(seed: u64, task: &str, length: usize, index: usize) -> Self {
-        let parts = [seed, fnv1a(task), length as u64, index as u64];
+    /// Chance of sample `index`; each `attempt` at it (below 2^32) has another, and the first is the sample's own.
+    pub(super) fn new(seed: u64, task: &str, length: usize, index: usize, attempt: usize) -> Self {
+        let place = index as u64 ^ (attempt as u64) << 32;
+        let parts = [seed, fnv1a(task), length as u64, place];
         let mut bytes = [0; 32];
         for (bytes, part) in bytes.chunks_exact_mut(8).zip(parts) {
             bytes.copy_from_slice(&part.to_le_bytes());
@@ -31,7 +33,7 @@ impl Seed {
         Self(bytes)
     }
 
-    /// Chance that every sample of the task at that length has in common.
+    /// Chance that every sample of the task at that length has in common, whatever the attempt.
     pub(super) fn shared(mut self) -> Self {
         self.0[24..].fill(0xff);
         self

@@ -112,6 +112,22 @@ fn every_sample_fills_its_length_and_no_more() {
 }
 
 #[test]
+fn a_text_of_large_units_is_drawn_until_one_fills_the_length() {
+    let files = Files::new();
+    let config = Config { samples: 12, ..files.config(&["niah_multikey_3"], &[4_096]) };
+    let ruler = Ruler::open(config).expect("no file is needed");
+    let mut drawn_again = 0;
+    for cell in ruler.cells() {
+        let task = find(&cell.task).expect("one of the thirteen");
+        let sample = ruler.sample(&cell, &count).expect("it fits");
+        assert!(4_096 - sample.tokens <= 40 && sample.tokens <= 4_096, "{}", sample.tokens);
+        let first = ruler.draft(task, 4_096, cell.index, 0, &count).expect("it is drawn");
+        drawn_again += usize::from(first.references != sample.references);
+    }
+    assert!(drawn_again > 0, "every first drawing filled the length: the test shows nothing");
+}
+
+#[test]
 fn answers_are_in_the_text_of_synthetic_tasks() {
     let files = Files::new();
     let tasks: Vec<&str> = all().into_iter().filter(|task| !task.starts_with("qa")).collect();

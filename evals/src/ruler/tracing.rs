@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     fn seed(index: usize) -> Seed {
-        Seed::new(42, "vt", 4_096, index)
+        Seed::new(42, "vt", 4_096, index, 0)
     }
 
     #[test]

@@ -103,7 +103,7 @@ mod tests {
         let words: Vec<String> = (0..11).map(|word| format!("w{word}")).collect();
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let repeats = Repeats { common: 1, other: 0 };
-        let text = list(&words, repeats, &mut Seed::new(0, "cwe", 0, 0).rng(Stream::Places));
+        let text = list(&words, repeats, &mut Seed::new(0, "cwe", 0, 0, 0).rng(Stream::Places));
         let (intro, list) = text.split_at(INTRO.len());
         assert_eq!(
             intro.to_owned() + QUESTION + ANSWER_PREFIX,
@@ -125,7 +125,7 @@ mod tests {
         for (length, num_example, example_repeats, repeats) in
             [(4_095, 20, (3, 1), (6, 1)), (4_096, 40, (10, 3), (30, 3))]
         {
-            let draft = draft(&lexicon, length, Seed::new(42, "cwe", length, 0));
+            let draft = draft(&lexicon, length, Seed::new(42, "cwe", length, 0, 0));
             let text = (draft.context)(12) + &draft.question;
             let lines: Vec<&str> = text.split('\n').collect();
             let [intro, example, answer, same_intro, list, question] = lines[..] else {
@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn words_of_the_user_come_after_the_built_in() {
         let lexicon = lexicon();
-        let draft = draft(&lexicon, 4_096, Seed::new(42, "cwe", 4_096, 0));
+        let draft = draft(&lexicon, 4_096, Seed::new(42, "cwe", 4_096, 0, 0));
         assert_eq!(draft.units, 10..=41);
         assert_eq!((draft.context)(40).matches(". more").count(), 0);
         assert_eq!((draft.context)(41).matches(". more").count(), 3);

@@ -148,13 +148,16 @@ impl Local {
         Ok(Answer { feed_s: fed.feed_s, peak_rss_bytes, ..answer(sample, outcome) })
     }
 
-    /// What all processes of a sample have in common.
+    /// What all processes of a sample have in common, its device among it.
     fn job(&self, scratch: &Scratch, sample: &Sample) -> Job {
+        static TURN: AtomicUsize = AtomicUsize::new(0);
+        let devices = &self.options.device;
+        let turn = TURN.fetch_add(1, Ordering::Relaxed) % devices.len().max(1);
         Job {
             store: scratch.path().join("store"),
             model: self.options.model.clone(),
             window: self.options.window,
-            device: Some(self.options.device.clone()),
+            device: devices.get(turn).cloned(),
             recall_k: if self.way.recalls { self.options.recall_k } else { 0 },
             completion: !sample.chat,
             ..Job::default()

@@ -1,0 +1,151 @@
+//! Recall inside attention: which older tokens are kept, chosen and attended to, as its caller configures it.
+//! Knows no session and no file; the parts below hold the pages, choose among them and lay them out.
+
+mod codec;
+mod estimate;
+mod gather;
+mod index;
+mod lexical;
+mod rivals;
+mod selection;
+mod store;
+#[cfg(test)]
+mod tests;
+mod vote;
+
+pub use codec::PagePrecision;
+pub(crate) use gather::RecallScope;
+pub(crate) use store::{PageShape, PageSource, PageStore, Recalled};
+
+use crate::error::{Error, Result};
+use mka_kernels::PAGE_TOKENS;
+
+/// How older tokens come back into a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum RecallPolicy {
+    /// Not at all: the first page of the stream and the window are attended.
+    Off,
+    /// As text put before the message.
+    #[default]
+    Text,
+    /// As keys and values inside attention.
+    Pages,
+    /// As text and inside attention.
+    Both,
+}
+
+impl RecallPolicy {
+    /// Whether text is looked up.
+    pub(crate) fn has_text(self) -> bool {
+        matches!(self, Self::Text | Self::Both)
+    }
+
+    /// Whether pages are attended.
+    pub(crate) fn has_pages(self) -> bool {
+        matches!(self, Self::Pages | Self::Both)
+    }
+}
+
+/// The rule by which recalled tokens are chosen; all but the first are other systems' rules over the same pages, for
+/// comparison. Every rule chooses `PageConfig::tokens` tokens, and none in the layers below `PageConfig::first_layer`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum PageRule {
+    /// Landmarks of 8 keys with outliers, softmax a head and then the sum over a key/value head's group, four times
+    /// over-fetched, then exact scores token by token (ShadowKV, arXiv 2410.21465, and TokenSelect, arXiv 2411.02886).
+    #[default]
+    Mka,
+    /// Nothing: sinks and window (StreamingLLM, arXiv 2309.17453).
+    Streaming,
+    /// Blocks of 128 tokens by the mean of their four representative keys, one choice for all heads
+    /// (InfLLM, arXiv 2402.04617). Representatives are ranked by the queries of the window that follows them.
+    InfLlm,
+    /// Runs of 16 tokens by the upper bound that their least and largest key entries give (Quest, arXiv 2406.10774).
+    Quest,
+    /// Tokens by the sum over all heads of each head's softmax over all tokens, one choice for all heads
+    /// (TokenSelect, arXiv 2411.02886).
+    TokenSelect,
+}
+
+/// What a block of a prompt attends to while the stream fits the model's trained length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Prefill {
+    /// Sinks, window and what is chosen for the block: device memory is constant.
+    #[default]
+    Selected,
+    /// Every stored token, as the model was trained; device memory grows up to the trained length.
+    Dense,
+}
+
+/// Recall inside attention: budgets and rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PageConfig {
+    /// Tokens that each key/value head recalls, rounded up to whole pages of 64.
+    pub tokens: usize,
+    /// Bytes of host memory for the stored pages of one session and their index; beyond it the least used pages stay
+    /// on disk alone (as far as `MemoryConfig::evicted_page_bytes` allows), or the oldest are let go.
+    pub bytes: u64,
+    /// How stored keys and values are held.
+    pub precision: PagePrecision,
+    /// How tokens are chosen.
+    pub rule: PageRule,
+    /// What a prompt's blocks attend to.
+    pub prefill: Prefill,
+    /// Layers below this one choose nothing: their queries look nearby.
+    pub first_layer: usize,
+    /// Whether the rare words of a message pin the places where they stand.
+    pub lexical: bool,
+    /// Whether the tokens that are not recalled enter the softmax too, each page as its mean key and mean value.
+    pub estimate: bool,
+}
+
+impl Default for PageConfig {
+    fn default() -> Self {
+        Self {
+            tokens: 2048,
+            bytes: 2 << 30,
+            precision: PagePrecision::default(),
+            rule: PageRule::default(),
+            prefill: Prefill::default(),
+            first_layer: 3,
+            lexical: true,
+            estimate: false,
+        }
+    }
+}
+
+/// What recall inside attention did for a turn.
+#[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
+pub struct PageUsage {
+    /// Tokens of the stream whose keys and values are stored and can be chosen.
+    pub stored_tokens: usize,
+    /// Tokens that each key/value head recalled for a query.
+    pub recalled_tokens: usize,
+    /// For each layer, the share of the answer's attention that went to recalled tokens.
+    pub share: Vec<f32>,
+    /// For each layer, the share of the attention to all stored tokens that the recalled ones hold, as landmarks
+    /// estimate it; 0 where the layer recalled nothing or its rule gives no estimate. Low means that much of what the
+    /// answer asked for was left out.
+    pub recovered: Vec<f32>,
+}
+
+impl PageConfig {
+    /// Refuses what no model of `trained_tokens` could attend to together with a window of `window_tokens`.
+    pub(crate) fn check(&self, window_tokens: usize, trained_tokens: usize) -> Result<()> {
+        // Sinks, recalled tokens and the window, which begins on a page's border, share the trained length.
+        let beside = window_tokens + 2 * PAGE_TOKENS;
+        let room = trained_tokens.saturating_sub(beside);
+        if self.tokens == 0 || self.tokens.next_multiple_of(PAGE_TOKENS) > room {
+            return Err(Error::invalid(format!(
+                "open: pages.tokens {}, expected 1 to {room}: a trained length of {trained_tokens} less the window of {window_tokens} and {} more",
+                self.tokens,
+                2 * PAGE_TOKENS
+            )));
+        }
+        Ok(())
+    }
+}

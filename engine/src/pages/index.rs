@@ -1,0 +1,147 @@
+//! The landmarks of stored pages: what a query is compared with before any key is read.
+//! Knows rows of one layer and head; which page a row stands for is the store's matter.
+
+use super::codec::to_bf16;
+use mka_kernels::{PAGE_TOKENS, rows};
+
+/// Keys that share a landmark: accuracy falls above 8 (ShadowKV, arXiv 2410.21465, section 4).
+pub(super) const SPAN: usize = 8;
+/// Landmarks of one page.
+pub(super) const MARKS: usize = PAGE_TOKENS / SPAN;
+/// Share of the landmarks whose keys agree least with their mean: each of these keys is a landmark of its own
+/// (ShadowKV: 0.2 to 0.3 %).
+const OUTLIERS: f64 = 0.003;
+
+/// Landmarks of one layer and key/value head, a page after the other.
+#[derive(Default)]
+pub(super) struct HeadIndex {
+    /// (pages · MARKS, d), bf16: means of the stored keys, before RoPE.
+    landmarks: Vec<u8>,
+    /// (pages · MARKS): the lowest cosine of a key with its landmark.
+    agreement: Vec<f32>,
+    /// Landmarks that are outliers, ascending, and their keys (outliers · SPAN, d), bf16.
+    outliers: Vec<u32>,
+    outlier_keys: Vec<u8>,
+    /// (pages, 2, d), bf16: the mean key and the mean value of each page, where they are asked for.
+    means: Vec<u8>,
+    /// Pages at the front that were let go; their rows go when they are many.
+    let_go: usize,
+}
+
+impl HeadIndex {
+    /// Bytes of one page: landmarks, their agreement, its part of the outliers' keys and, if asked for, its means.
+    pub(super) fn page_bytes(d: usize, has_means: bool) -> usize {
+        let outliers = (OUTLIERS * (MARKS * SPAN * 2 * d) as f64).ceil() as usize;
+        MARKS * (2 * d + 4) + outliers + if has_means { 4 * d } else { 0 }
+    }
+
+    /// Pages in it.
+    pub(super) fn len(&self) -> usize {
+        self.agreement.len() / MARKS - self.let_go
+    }
+
+    /// Takes in a page's keys (PAGE_TOKENS, d), as they will be read back.
+    pub(super) fn push(&mut self, keys: &[f32], d: usize) {
+        let mut mean = vec![0f32; d];
+        for chunk in keys.chunks_exact(SPAN * d) {
+            mean.fill(0.0);
+            for key in chunk.chunks_exact(d) {
+                mean.iter_mut().zip(key).for_each(|(m, k)| *m += k / SPAN as f32);
+            }
+            self.landmarks.extend(mean.iter().flat_map(|x| to_bf16(*x).to_le_bytes()));
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f32>();
+            let length = dot(&mean, &mean).sqrt();
+            let cosine = |key: &[f32]| dot(key, &mean) / (length * dot(key, key).sqrt() + 1e-20);
+            let lowest = chunk.chunks_exact(d).map(cosine).fold(f32::INFINITY, f32::min);
+            self.agreement.push(lowest);
+        }
+    }
+
+    /// Takes in the means of a page's keys and values (PAGE_TOKENS, d).
+    pub(super) fn push_means(&mut self, keys: &[f32], values: &[f32], d: usize) {
+        for rows in [keys, values] {
+            let mut mean = vec![0f32; d];
+            for row in rows.chunks_exact(d) {
+                mean.iter_mut().zip(row).for_each(|(m, x)| *m += x / PAGE_TOKENS as f32);
+            }
+            self.means.extend(mean.iter().flat_map(|x| to_bf16(*x).to_le_bytes()));
+        }
+    }
+
+    /// Names the outliers anew; `keys_of` gives the keys (SPAN, d) of a landmark, None where they are not at hand.
+    pub(super) fn name_outliers(&mut self, keys_of: impl Fn(usize) -> Option<Vec<f32>>) {
+        let live = &self.agreement[self.let_go * MARKS..];
+        // The largest of the negated agreement are the lowest.
+        let negated: Vec<f32> = live.iter().map(|x| -x).collect();
+        let count = (OUTLIERS * live.len() as f64) as usize;
+        let outliers = rows::largest(&negated, count);
+        if outliers == self.outliers {
+            return;
+        }
+        self.outliers.clear();
+        self.outlier_keys.clear();
+        for outlier in outliers {
+            if let Some(keys) = keys_of(outlier as usize) {
+                self.outliers.push(outlier);
+                self.outlier_keys.extend(keys.iter().flat_map(|x| to_bf16(*x).to_le_bytes()));
+            }
+        }
+    }
+
+    /// Keeps the first `pages` pages.
+    pub(super) fn truncate(&mut self, pages: usize, d: usize) {
+        let marks = (self.let_go + pages.min(self.len())) * MARKS;
+        self.agreement.truncate(marks);
+        self.landmarks.truncate(marks * 2 * d);
+        self.means.truncate(marks / MARKS * 4 * d);
+        let live = (pages * MARKS) as u32;
+        self.outliers.retain(|outlier| *outlier < live);
+        self.outlier_keys.truncate(self.outliers.len() * SPAN * 2 * d);
+    }
+
+    /// Lets the first page go.
+    pub(super) fn pop_front(&mut self, d: usize) {
+        self.let_go += 1;
+        let gone = self.outliers.iter().take_while(|outlier| **outlier < MARKS as u32).count();
+        self.outliers.drain(..gone);
+        self.outlier_keys.drain(..gone * SPAN * 2 * d);
+        self.outliers.iter_mut().for_each(|outlier| *outlier -= MARKS as u32);
+        if self.let_go > self.len() {
+            let marks = self.let_go * MARKS;
+            self.agreement.drain(..marks);
+            self.landmarks.drain(..marks * 2 * d);
+            self.means.drain(..self.means.len().min(marks / MARKS * 4 * d));
+            self.let_go = 0;
+        }
+    }
+
+    /// Outliers among the first `pages` pages.
+    pub(super) fn outliers(&self, pages: usize) -> &[u32] {
+        let live = (pages * MARKS) as u32;
+        &self.outliers[..self.outliers.partition_point(|outlier| *outlier < live)]
+    }
+
+    /// Landmarks from `first` on as f32: out (n, d).
+    pub(super) fn landmarks(&self, first: usize, d: usize, out: &mut [f32]) {
+        let at = (self.let_go * MARKS + first) * 2 * d;
+        rows::widen_bf16(&self.landmarks[at..at + 2 * out.len()], out);
+    }
+
+    /// Outliers' keys from `first` on as f32: out (n, d).
+    pub(super) fn outlier_keys(&self, first: usize, d: usize, out: &mut [f32]) {
+        let at = first * 2 * d;
+        rows::widen_bf16(&self.outlier_keys[at..at + 2 * out.len()], out);
+    }
+
+    /// Mean keys and mean values of the first `pages` pages as f32: (pages, d) each.
+    pub(super) fn means(&self, pages: usize, d: usize) -> (Vec<f32>, Vec<f32>) {
+        let (mut keys, mut values) = (vec![0f32; pages * d], vec![0f32; pages * d]);
+        let own = self.means[self.let_go * 4 * d..].chunks_exact(4 * d);
+        let out = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
+        for (bytes, (key, value)) in own.zip(out) {
+            rows::widen_bf16(&bytes[..2 * d], key);
+            rows::widen_bf16(&bytes[2 * d..], value);
+        }
+        (keys, values)
+    }
+}

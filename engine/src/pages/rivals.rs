@@ -1,0 +1,240 @@
+//! Other systems' rules over the same stored pages: InfLLM, Quest, TokenSelect. For comparison, not for speed.
+//! Knows the store's rows; each rule reads the keys it needs where its own system would keep an index.
+//!
+//! What differs from the systems themselves is the cache that they run over, which is ours: window, sinks, positions
+//! and the layers that choose nothing are the same for every rule, and queries are compared at the window's distance.
+
+use super::PageRule;
+use super::store::{PageShape, PageStore};
+use super::vote::{Queries, soft_vote};
+use crate::error::Result;
+use candle_core::Tensor;
+use mka_kernels::{PAGE_TOKENS, rows};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
+
+/// Tokens of an InfLLM block, two pages, and the keys that represent it (arXiv 2402.04617, section 3.2 and 4.1).
+const BLOCK_PAGES: usize = 2;
+const REPRESENTATIVES: usize = 4;
+/// Tokens of a Quest page (arXiv 2406.10774, section 4.1).
+const QUEST_TOKENS: usize = 16;
+
+/// What InfLLM keeps beside the keys: the queries that followed them, and the keys that these asked for most.
+pub(super) struct Following {
+    shape: PageShape,
+    /// By layer and page: sums over the page's tokens of the queries of each key/value head's group, (g · d).
+    sums: Vec<BTreeMap<u64, Vec<f32>>>,
+    /// By layer and block's first page: the mean of the representative keys, (g · d).
+    means: Vec<BTreeMap<u64, Vec<f32>>>,
+}
+
+impl Following {
+    pub(super) fn new(shape: PageShape) -> Self {
+        let layers = || (0..shape.num_layers).map(|_| BTreeMap::new()).collect();
+        Self { shape, sums: layers(), means: layers() }
+    }
+
+    /// Chooses the representatives of the block that ends with `page`, once the page has left the window.
+    pub(super) fn choose(
+        &mut self,
+        layer: usize,
+        page: u64,
+        keys_of: &dyn Fn(u64, usize, &mut [f32]) -> bool,
+    ) {
+        let first = page / BLOCK_PAGES as u64 * BLOCK_PAGES as u64;
+        let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
+        let mut followed = vec![0f32; g * d];
+        for sums in self.sums[layer].range(first..).map(|(_, sums)| sums) {
+            followed.iter_mut().zip(sums).for_each(|(all, sum)| *all += sum);
+        }
+        let mut means = Vec::with_capacity(g * d);
+        for (head, followed) in followed.chunks_exact(d).enumerate() {
+            let mut keys = Vec::new();
+            for page in first..=page {
+                let mut own = vec![0f32; PAGE_TOKENS * d];
+                if keys_of(page, head, &mut own) {
+                    keys.append(&mut own);
+                }
+            }
+            let mut scores = vec![0f32; keys.len() / d];
+            let num_keys = scores.len();
+            rows::score_rows(followed, &keys, d, &mut scores, num_keys);
+            let best = rows::largest(&scores, REPRESENTATIVES);
+            let mut mean = vec![0f32; d];
+            for key in &best {
+                let key = &keys[*key as usize * d..][..d];
+                mean.iter_mut().zip(key).for_each(|(m, k)| *m += k / best.len() as f32);
+            }
+            means.append(&mut mean);
+        }
+        // A block of one page so far is replaced when its second page leaves.
+        self.means[layer].insert(first, means);
+        self.sums[layer] = self.sums[layer].split_off(&first);
+    }
+
+    pub(super) fn truncate(&mut self, end: u64) {
+        for means in &mut self.means {
+            means.split_off(&(end / BLOCK_PAGES as u64 * BLOCK_PAGES as u64));
+        }
+    }
+}
+
+impl PageStore {
+    /// Notes the queries q (t, h, d), before RoPE, that begin at `position`; only InfLLM's rule asks for them.
+    pub(crate) fn note_queries(&mut self, layer: usize, position: u64, q: &Tensor) -> Result<()> {
+        if self.following.is_none() || layer < self.config.first_layer {
+            return Ok(());
+        }
+        let (_, h, d) = q.dims3()?;
+        let g = self.shape.num_kv_heads;
+        let mut values = q.flatten_all()?.to_vec1::<f32>()?;
+        if let Some((cos, sin)) = self.angles_at(self.shape.window_tokens as u64) {
+            values.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
+        }
+        let Some(following) = &mut self.following else { return Ok(()) };
+        for (position, token) in (position..).zip(values.chunks_exact(h * d)) {
+            let page = position / PAGE_TOKENS as u64;
+            let sums = following.sums[layer].entry(page).or_insert_with(|| vec![0f32; g * d]);
+            for (head, query) in token.chunks_exact(d).enumerate() {
+                let at = head / (h / g) * d;
+                sums[at..at + d].iter_mut().zip(query).for_each(|(sum, x)| *sum += x);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tokens for each key/value head by `rule`, as index row · PAGE_TOKENS + offset, ascending.
+    pub(super) fn select_by_rival(
+        &self,
+        rule: PageRule,
+        layer: usize,
+        queries: &Queries,
+        rows: usize,
+        budget: usize,
+    ) -> Vec<Vec<u32>> {
+        match rule {
+            PageRule::InfLlm => self.by_blocks(layer, queries, rows, budget),
+            PageRule::Quest => self.by_bounds(layer, queries, rows, budget),
+            PageRule::TokenSelect => self.by_tokens(layer, queries, rows, budget),
+            PageRule::Mka | PageRule::Streaming => Vec::new(),
+        }
+    }
+
+    /// InfLLM: the mean query of the block against one vector a block of tokens, all heads side by side.
+    fn by_blocks(
+        &self,
+        layer: usize,
+        queries: &Queries,
+        rows: usize,
+        budget: usize,
+    ) -> Vec<Vec<u32>> {
+        let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
+        let mut query = vec![0f32; g * d];
+        for (own, head) in query.chunks_exact_mut(d).zip(&queries.heads) {
+            for row in head.chunks_exact(d) {
+                own.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+            }
+        }
+        let order = &self.order[..rows];
+        // Blocks whose two pages are both there.
+        let Some(following) = &self.following else { return Vec::new() };
+        let blocks: Vec<(usize, &Vec<f32>)> = following.means[layer]
+            .iter()
+            .filter_map(|(page, mean)| {
+                let row = order.binary_search(page).ok()?;
+                (order.get(row + 1) == Some(&(page + 1))).then_some((row, mean))
+            })
+            .collect();
+        let dot = |mean: &[f32]| query.iter().zip(mean).map(|(x, y)| x * y).sum::<f32>();
+        let scores: Vec<f32> = blocks.iter().map(|(_, mean)| dot(mean)).collect();
+        let count = budget / (BLOCK_PAGES * PAGE_TOKENS);
+        let tokens: Vec<u32> = rows::largest(&scores, count)
+            .into_iter()
+            .flat_map(|block| {
+                let first = (blocks[block as usize].0 * PAGE_TOKENS) as u32;
+                first..first + (BLOCK_PAGES * PAGE_TOKENS) as u32
+            })
+            .collect();
+        vec![tokens; g]
+    }
+
+    /// Quest: for each head, Σ max(q · least, q · largest) over the entries of a run's keys bounds its scores.
+    fn by_bounds(
+        &self,
+        layer: usize,
+        queries: &Queries,
+        rows: usize,
+        budget: usize,
+    ) -> Vec<Vec<u32>> {
+        let d = queries.d;
+        let runs = PAGE_TOKENS / QUEST_TOKENS;
+        let there = self.bytes_by_row(rows);
+        (0..self.shape.num_kv_heads)
+            .into_par_iter()
+            .map(|head| {
+                let reader = self.reader(layer, head);
+                let bounds: Vec<f32> = there
+                    .par_iter()
+                    .flat_map_iter(|bytes| {
+                        let mut keys = vec![0f32; PAGE_TOKENS * d];
+                        reader.read(bytes.unwrap_or_default(), 0, &mut keys);
+                        let bound = |run: &[f32]| {
+                            let (mut least, mut largest) = (run[..d].to_vec(), run[..d].to_vec());
+                            for key in run.chunks_exact(d).skip(1) {
+                                least.iter_mut().zip(key).for_each(|(l, k)| *l = l.min(*k));
+                                largest.iter_mut().zip(key).for_each(|(l, k)| *l = l.max(*k));
+                            }
+                            let of = |query: &[f32]| -> f32 {
+                                let entries = query.iter().zip(least.iter().zip(&largest));
+                                entries.map(|(q, (low, high))| (q * low).max(q * high)).sum()
+                            };
+                            let own = queries.heads[head].chunks_exact(d);
+                            own.map(of).fold(f32::NEG_INFINITY, f32::max)
+                        };
+                        keys.chunks_exact(QUEST_TOKENS * d).map(bound).collect::<Vec<f32>>()
+                    })
+                    .collect();
+                debug_assert_eq!(bounds.len(), rows * runs);
+                rows::largest(&bounds, budget / QUEST_TOKENS)
+                    .into_iter()
+                    .flat_map(|run| (run * QUEST_TOKENS as u32..).take(QUEST_TOKENS))
+                    .collect()
+            })
+            .collect()
+    }
+
+    /// TokenSelect: every token, every head; the sum over all heads names one set for all.
+    fn by_tokens(
+        &self,
+        layer: usize,
+        queries: &Queries,
+        rows: usize,
+        budget: usize,
+    ) -> Vec<Vec<u32>> {
+        let (g, d) = (self.shape.num_kv_heads, queries.d);
+        let there = self.bytes_by_row(rows);
+        // The mean query of a block stands for it (section 3.3 of its paper).
+        let mean = |head: &Vec<f32>| -> Vec<f32> {
+            let mut mean = vec![0f32; queries.group * d];
+            for rows in head.chunks_exact(queries.group * d) {
+                let count = queries.count as f32;
+                mean.iter_mut().zip(rows).for_each(|(m, x)| *m += x / count);
+            }
+            mean
+        };
+        let heads = queries.heads.iter().map(mean).collect();
+        let mean = Queries { heads, count: 1, ..*queries };
+        let votes = soft_vote(&mean, &vec![rows * PAGE_TOKENS; g], |head, first, out| {
+            let reader = self.reader(layer, head);
+            let pages = there[first / PAGE_TOKENS..].iter();
+            for (bytes, out) in pages.zip(out.chunks_mut(PAGE_TOKENS * d)) {
+                reader.read(bytes.unwrap_or_default(), 0, out);
+            }
+        });
+        let mut sums = vec![0f32; rows * PAGE_TOKENS];
+        for head in &votes {
+            sums.iter_mut().zip(&head.rows).for_each(|(sum, vote)| *sum += vote);
+        }
+        vec![rows::largest(&sums, budget); g]
+    }
+}

@@ -1,0 +1,256 @@
+//! The choice of recalled tokens by landmarks and exact scores: design section 3.3, on stored keys before RoPE.
+//! Knows the store's index and rows; knows nothing of how the chosen tokens are attended.
+
+use super::index::{MARKS, SPAN};
+use super::store::PageStore;
+use super::vote::{Queries, Votes, soft_vote};
+use super::{PagePrecision, PageRule};
+use crate::error::Result;
+use candle_core::Tensor;
+use mka_kernels::{PAGE_TOKENS, rows};
+use rayon::prelude::*;
+
+/// Tokens chosen for each key/value head, as index row · PAGE_TOKENS + offset, ascending, equally many for each.
+pub(super) struct Selection {
+    pub(super) heads: Vec<Vec<u32>>,
+    /// Share of the attention to all stored tokens that the chosen ones hold; None where it is not estimated.
+    pub(super) recovered: Option<f32>,
+}
+
+/// Tokens of landmarks that are scored one by one, for each token that is chosen.
+const OVER_FETCH: usize = 4;
+/// Queries of a block whose mean stands for them: neighbours look for much the same, and a block of 64 costs as much
+/// as eight queries.
+const POOLED: usize = 8;
+
+impl PageStore {
+    /// Chooses `budget` tokens among the first `rows` pages for queries `q` (t, h, d), before RoPE.
+    pub(super) fn select(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        rows: usize,
+        budget: usize,
+    ) -> Result<Selection> {
+        let queries = self.queries(q)?;
+        match self.config.rule {
+            PageRule::Mka => Ok(self.select_by_landmarks(layer, &queries, rows, budget)),
+            rule => {
+                self.bring(&(0..rows).collect::<Vec<_>>());
+                let heads = self.select_by_rival(rule, layer, &queries, rows, budget);
+                Ok(Selection { heads: evened(heads), recovered: None })
+            }
+        }
+    }
+
+    /// Queries as if they stood a window behind the keys, pooled and scaled: q̃ = RoPE(q, window), keys unrotated
+    /// (TokenSelect and InfLLM). Distances beyond the window would be ones that the model never saw.
+    fn queries(&self, q: &Tensor) -> Result<Queries> {
+        let (t, h, d) = q.dims3()?;
+        let group = h / self.shape.num_kv_heads;
+        let scale = 1.0 / (d as f32).sqrt();
+        let mut values = q.flatten_all()?.to_vec1::<f32>()?;
+        if let Some((cos, sin)) = self.angles_at(self.shape.window_tokens as u64) {
+            values.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
+        }
+        let mut heads = vec![Vec::new(); self.shape.num_kv_heads];
+        let mut mean = vec![0f32; h * d];
+        for tokens in values.chunks(POOLED * h * d) {
+            mean.fill(0.0);
+            let factor = scale / (tokens.len() / (h * d)) as f32;
+            for token in tokens.chunks_exact(h * d) {
+                mean.iter_mut().zip(token).for_each(|(m, x)| *m += x * factor);
+            }
+            for (head, own) in mean.chunks_exact(group * d).enumerate() {
+                heads[head].extend_from_slice(own);
+            }
+        }
+        Ok(Queries { heads, count: t.div_ceil(POOLED), group, d })
+    }
+
+    fn select_by_landmarks(
+        &mut self,
+        layer: usize,
+        queries: &Queries,
+        rows: usize,
+        budget: usize,
+    ) -> Selection {
+        let wanted = OVER_FETCH * budget / SPAN;
+        let (marks, missed) = self.best_marks(layer, queries, rows, wanted);
+        // The most wanted pages first, for a budget that cannot hold them all.
+        let mut votes_by_row = vec![0f32; rows];
+        for head in &marks {
+            for (mark, vote) in head {
+                let row = &mut votes_by_row[*mark as usize / MARKS];
+                *row = row.max(*vote);
+            }
+        }
+        let mut wanted: Vec<usize> = (0..rows).filter(|row| votes_by_row[*row] > 0.0).collect();
+        wanted.sort_by(|a, b| votes_by_row[*b].total_cmp(&votes_by_row[*a]).then(a.cmp(b)));
+        self.bring(&wanted);
+
+        let there = self.bytes_by_row(rows);
+        let candidates: Vec<Vec<u32>> = marks
+            .iter()
+            .map(|head| {
+                let marks = head.iter().map(|(mark, _)| *mark);
+                marks.filter(|mark| there[*mark as usize / MARKS].is_some()).collect()
+            })
+            .collect();
+        let num_rows: Vec<usize> = candidates.iter().map(|marks| marks.len() * SPAN).collect();
+        let votes = soft_vote(queries, &num_rows, |head, first, out| {
+            let reader = self.reader(layer, head);
+            let runs = candidates[head][first / SPAN..].iter();
+            for (mark, out) in runs.zip(out.chunks_mut(SPAN * queries.d)) {
+                let bytes = there[*mark as usize / MARKS].unwrap_or_default();
+                reader.read(bytes, *mark as usize % MARKS * SPAN, out);
+            }
+        });
+        let pinned = self.pinned(rows);
+        let mut recovered = Vec::new();
+        let heads = candidates
+            .par_iter()
+            .zip(&votes)
+            .map(|(marks, votes)| {
+                let mut token_votes = votes.rows.clone();
+                for mark in &pinned {
+                    if let Ok(at) = marks.binary_search(mark) {
+                        token_votes[at * SPAN..(at + 1) * SPAN].fill(f32::INFINITY);
+                    }
+                }
+                let best = rows::largest(&token_votes, budget);
+                let token = |i: &u32| marks[*i as usize / SPAN] * SPAN as u32 + i % SPAN as u32;
+                let held: f32 = best.iter().map(|i| votes.rows[*i as usize]).sum();
+                (best.iter().map(token).collect::<Vec<u32>>(), held)
+            })
+            .collect::<Vec<_>>();
+        if queries.count == 1 {
+            for ((_, held), (votes, missed)) in heads.iter().zip(votes.iter().zip(&missed)) {
+                recovered.push(recovered_share(*held, votes, missed, queries.group));
+            }
+        }
+        let mean = recovered.iter().sum::<f32>() / recovered.len().max(1) as f32;
+        Selection {
+            heads: evened(heads.into_iter().map(|(tokens, _)| tokens).collect()),
+            recovered: (!recovered.is_empty()).then_some(mean),
+        }
+    }
+
+    /// The `wanted` landmarks of most votes of each head, ascending, with their votes; and for each head of the group
+    /// the largest score and the sum of those that were not taken.
+    #[allow(clippy::type_complexity)]
+    fn best_marks(
+        &self,
+        layer: usize,
+        queries: &Queries,
+        rows: usize,
+        wanted: usize,
+    ) -> (Vec<Vec<(u32, f32)>>, Vec<Vec<(f32, f32)>>) {
+        let (d, num_marks) = (queries.d, rows * MARKS);
+        let index = self.heads(layer);
+        let pinned = self.pinned(rows);
+        if wanted >= num_marks {
+            let all: Vec<(u32, f32)> = (0..num_marks as u32).map(|mark| (mark, 1.0)).collect();
+            return (vec![all; index.len()], vec![Vec::new(); index.len()]);
+        }
+        let num_rows: Vec<usize> =
+            index.iter().map(|head| num_marks + head.outliers(rows).len() * SPAN).collect();
+        let votes = soft_vote(queries, &num_rows, |head, first, out| {
+            // The landmarks, and behind them the keys of outliers.
+            let marks = num_marks.saturating_sub(first).min(out.len() / d);
+            let (means, keys) = out.split_at_mut(marks * d);
+            index[head].landmarks(first.min(num_marks), d, means);
+            index[head].outlier_keys((first + marks) - num_marks.min(first + marks), d, keys);
+        });
+        let chosen: Vec<(Vec<(u32, f32)>, Vec<(f32, f32)>)> = votes
+            .into_par_iter()
+            .zip(index)
+            .map(|(votes, index)| {
+                let mut by_mark = votes.rows[..num_marks].to_vec();
+                let keys = votes.rows[num_marks..].chunks_exact(SPAN);
+                for (outlier, votes) in index.outliers(rows).iter().zip(keys) {
+                    let vote = &mut by_mark[*outlier as usize];
+                    *vote = votes.iter().copied().fold(*vote, f32::max);
+                }
+                for mark in &pinned {
+                    by_mark[*mark as usize] = f32::INFINITY;
+                }
+                let best = rows::largest(&by_mark, wanted);
+                // The votes of the last query are all there is to tell how much of each head's sum was taken.
+                let held: f32 = best.iter().map(|mark| votes.rows[*mark as usize]).sum();
+                let left = 1.0 - (held / queries.group as f32).min(1.0);
+                let missed = votes.last.iter().map(|(max, sum)| (*max, sum * left)).collect();
+                (best.into_iter().map(|mark| (mark, by_mark[mark as usize])).collect(), missed)
+            })
+            .collect();
+        chosen.into_iter().unzip()
+    }
+
+    /// Pinned landmarks among the first `rows` pages, as index row · MARKS + landmark, ascending.
+    fn pinned(&self, rows: usize) -> Vec<u32> {
+        let place = |pin: &u64| {
+            let row = self.order[..rows].binary_search(&(pin / MARKS as u64)).ok()?;
+            Some((row * MARKS) as u32 + (pin % MARKS as u64) as u32)
+        };
+        self.pins.iter().filter_map(place).collect()
+    }
+
+    /// A reader of one head's keys out of pages' bytes.
+    pub(super) fn reader(&self, layer: usize, head: usize) -> KeyReader {
+        let (precision, d) = (self.config.precision, self.shape.head_dim);
+        let row_bytes = precision.row_bytes(d);
+        let first = 2 * layer * self.shape.num_kv_heads + head;
+        KeyReader { precision, d, row_bytes, at: first * PAGE_TOKENS * row_bytes }
+    }
+}
+
+/// Reads keys of one layer and head out of a page's bytes.
+pub(super) struct KeyReader {
+    precision: PagePrecision,
+    d: usize,
+    row_bytes: usize,
+    at: usize,
+}
+
+impl KeyReader {
+    /// Keys from `first` on as f32: out (n, d).
+    pub(super) fn read(&self, bytes: &[u8], first: usize, out: &mut [f32]) {
+        let len = out.len() / self.d * self.row_bytes;
+        let at = self.at + first * self.row_bytes;
+        let Some(bytes) = bytes.get(at..at + len) else { return };
+        if self.precision == PagePrecision::Bf16 {
+            self.precision.decode(bytes, out);
+            return;
+        }
+        for (bytes, out) in bytes.chunks_exact(self.row_bytes).zip(out.chunks_exact_mut(self.d)) {
+            self.precision.decode(bytes, out);
+        }
+    }
+}
+
+/// Heads share positions and page lengths, so each takes as many tokens as the poorest has.
+fn evened(mut heads: Vec<Vec<u32>>) -> Vec<Vec<u32>> {
+    let shortest = heads.iter().map(Vec::len).min().unwrap_or(0);
+    heads.iter_mut().for_each(|tokens| {
+        // The oldest go: a shorter list is one whose pages could not be read.
+        tokens.drain(..tokens.len() - shortest);
+    });
+    heads
+}
+
+/// Of the attention of one head's group to all stored tokens, the share that the chosen ones hold: their votes by the
+/// exact scores, less what stands behind the landmarks that were not taken, each for [`SPAN`] tokens.
+fn recovered_share(held: f32, votes: &Votes, missed: &[(f32, f32)], group: usize) -> f32 {
+    let held = (held / group as f32).min(1.0);
+    if missed.is_empty() {
+        return held;
+    }
+    let share = |((max, sum), (other, rest)): (&(f32, f32), &(f32, f32))| {
+        let top = max.max(*other);
+        let own = sum * (max - top).exp();
+        let rest = SPAN as f32 * rest * (other - top).exp();
+        own / (own + rest)
+    };
+    let shares = votes.last.iter().zip(missed).map(share).sum::<f32>();
+    held * shares / group as f32
+}

@@ -1,0 +1,542 @@
+//! The pages that left a session's window: their keys and values within a byte budget, and the index over them.
+//! Knows no attention rule and no file; pages that the budget sends away are read back through [`PageSource`].
+
+use super::index::HeadIndex;
+use super::rivals::Following;
+use super::{PageConfig, PageRule, PageUsage};
+use crate::cache::SINK_PAGES;
+use crate::error::Result;
+use candle_core::{Device, Tensor};
+use mka_kernels::{PAGE_TOKENS, PageRef, RotaryAngles};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// What a stored page holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PageShape {
+    pub(crate) num_layers: usize,
+    pub(crate) num_kv_heads: usize,
+    pub(crate) head_dim: usize,
+    /// Tokens of the window, the distance at which keys are compared.
+    pub(crate) window_tokens: usize,
+}
+
+/// Where pages lie that host memory has no room for.
+pub(crate) trait PageSource: Send + Sync {
+    /// The bytes of a page as [`PageStore::fresh_pages`] gave them, or as the window wrote them; None if it is gone.
+    fn page(&self, page: u64) -> Result<Option<Vec<u8>>>;
+}
+
+/// One page of the stream.
+struct Stored {
+    /// For each layer keys, then values, (num_kv_heads, PAGE_TOKENS) rows each; None while only the disk has them.
+    bytes: Option<Box<[u8]>>,
+    tokens: Box<[u32; PAGE_TOKENS]>,
+    /// Whether the disk has it, and whether it was ever given to the disk, which may have let it go since.
+    durable: bool,
+    given: bool,
+    /// When it was last read, by the store's own count.
+    used: u64,
+}
+
+/// What one layer's queries attend to beside sinks and window.
+pub(crate) struct Recalled {
+    /// (pages, num_kv_heads, PAGE_TOKENS, head_dim), rotated; each head may hold other tokens.
+    pub(crate) keys: Tensor,
+    pub(crate) values: Tensor,
+    /// Tokens in them.
+    pub(crate) tokens: usize,
+    /// Stream positions of the pages' first tokens where they are whole pages of the stream in its order.
+    pub(crate) starts: Option<Vec<u64>>,
+    /// Share of the attention to all stored tokens that these hold, estimated from landmarks; None if not estimated.
+    pub(crate) recovered: Option<f32>,
+    /// For each key/value head, the tokens of each stored page that are not in them; None unless they are estimated.
+    pub(crate) left: Option<Vec<Vec<u8>>>,
+}
+
+impl Recalled {
+    /// References to its pages, each visible to every query.
+    pub(crate) fn page_refs(&self) -> Vec<PageRef> {
+        let len = |slot: usize| PAGE_TOKENS.min(self.tokens - slot * PAGE_TOKENS);
+        let start = |slot: usize| match &self.starts {
+            Some(starts) => starts[slot],
+            None => (slot * PAGE_TOKENS) as u64,
+        };
+        let page = |slot| PageRef { slot, start: start(slot), len: len(slot), bias: 0.0 };
+        (0..self.tokens.div_ceil(PAGE_TOKENS)).map(page).collect()
+    }
+}
+
+/// The last choice of one layer, and what it was made for.
+#[derive(Default)]
+pub(super) struct Held {
+    pub(super) recalled: Option<Arc<Recalled>>,
+    /// The queries that it was made for (h, d); empty where every token was taken.
+    pub(super) query: Vec<f32>,
+    pub(super) steps: usize,
+    /// Pages of the index, its first page, and the kind of positions that it was made under.
+    pub(super) made_under: (usize, Option<u64>, bool),
+}
+
+/// The pages of one session.
+pub(crate) struct PageStore {
+    pub(super) shape: PageShape,
+    pub(super) config: PageConfig,
+    device: Device,
+    source: Option<Arc<dyn PageSource>>,
+    pages: BTreeMap<u64, Stored>,
+    /// Page of each row of the index, ascending.
+    pub(super) order: Vec<u64>,
+    /// By layer and key/value head; empty for layers that choose nothing.
+    index: Vec<Vec<HeadIndex>>,
+    /// The next page that each layer takes in.
+    next: Vec<u64>,
+    /// Token ids of pages that have not left the window.
+    recent: BTreeMap<u64, Box<[u32; PAGE_TOKENS]>>,
+    resident_bytes: u64,
+    clock: u64,
+    pub(super) held: Vec<Held>,
+    /// Angles of positions from 0 on, as far as they were needed.
+    angles: Option<RotaryAngles>,
+    /// What InfLLM's rule keeps; None for the others.
+    pub(super) following: Option<Following>,
+    /// Landmarks that a message's words pin, by their place in the stream (position / SPAN), ascending.
+    pub(crate) pins: Vec<u64>,
+    /// Whether queries recall anything now.
+    pub(crate) active: bool,
+    /// What single queries recalled since [`PageStore::begin_turn`], by layer.
+    tally: Vec<Tally>,
+}
+
+/// Sums over single queries of one layer.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    queries: usize,
+    tokens: usize,
+    share: f32,
+    estimated: usize,
+    recovered: f32,
+}
+
+impl PageStore {
+    pub(crate) fn new(shape: PageShape, config: PageConfig, device: &Device) -> Self {
+        let head = |layer: usize| match layer < config.first_layer {
+            true => Vec::new(),
+            false => (0..shape.num_kv_heads).map(|_| HeadIndex::default()).collect(),
+        };
+        Self {
+            shape,
+            device: device.clone(),
+            source: None,
+            pages: BTreeMap::new(),
+            order: Vec::new(),
+            index: (0..shape.num_layers).map(head).collect(),
+            next: vec![SINK_PAGES; shape.num_layers],
+            recent: BTreeMap::new(),
+            resident_bytes: 0,
+            clock: 0,
+            held: (0..shape.num_layers).map(|_| Held::default()).collect(),
+            angles: None,
+            following: (config.rule == PageRule::InfLlm).then(|| Following::new(shape)),
+            pins: Vec::new(),
+            active: true,
+            tally: vec![Tally::default(); shape.num_layers],
+            config,
+        }
+    }
+
+    /// Says where pages are read from once the budget has sent them away.
+    pub(crate) fn set_source(&mut self, source: Arc<dyn PageSource>) {
+        self.source = Some(source);
+    }
+
+    /// Bytes of one page's keys and values in every layer.
+    pub(crate) fn page_bytes(&self) -> usize {
+        let rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
+        rows * self.config.precision.row_bytes(self.shape.head_dim)
+    }
+
+    /// Bytes of one page in the index: landmarks of every layer that chooses, and token ids.
+    fn index_bytes(&self) -> usize {
+        let layers = self.index.iter().filter(|heads| !heads.is_empty()).count();
+        let head = HeadIndex::page_bytes(self.shape.head_dim, self.config.estimate);
+        layers * self.shape.num_kv_heads * head + PAGE_TOKENS * 4 + size_of::<Stored>() + 16
+    }
+
+    /// Bytes of host memory that pages and index take: never above `PageConfig::bytes`.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        self.resident_bytes + (self.pages.len() * self.index_bytes()) as u64
+    }
+
+    /// Stored tokens that can be chosen.
+    pub(crate) fn stored_tokens(&self) -> usize {
+        self.order.len() * PAGE_TOKENS
+    }
+
+    /// The next page that `layer` has to take in.
+    pub(crate) fn next_page(&self, layer: usize) -> u64 {
+        self.next[layer]
+    }
+
+    /// Notes the ids of `tokens`, which begin at `position` of the stream.
+    pub(crate) fn note_tokens(&mut self, position: u64, tokens: &[u32]) {
+        for (position, token) in (position..).zip(tokens) {
+            let page = position / PAGE_TOKENS as u64;
+            let ids = self.recent.entry(page).or_insert_with(|| Box::new([u32::MAX; PAGE_TOKENS]));
+            ids[(position % PAGE_TOKENS as u64) as usize] = *token;
+        }
+    }
+
+    /// Ids of the tokens from page `first` on that were noted and have not been taken in, in stream order.
+    pub(crate) fn noted_tokens(&self, first: u64, end: u64) -> Vec<u32> {
+        (first * PAGE_TOKENS as u64..end)
+            .map(|position| {
+                let ids = self.recent.get(&(position / PAGE_TOKENS as u64));
+                ids.map_or(u32::MAX, |ids| ids[(position % PAGE_TOKENS as u64) as usize])
+            })
+            .collect()
+    }
+
+    /// Takes in one layer of a page that left the window: keys before RoPE and values, (num_kv_heads, PAGE_TOKENS, d).
+    ///
+    /// The first layer makes room: what the budget has no room for goes, least used or oldest first.
+    pub(crate) fn absorb(&mut self, layer: usize, page: u64, keys: &[f32], values: &[f32]) {
+        self.next[layer] = page + 1;
+        if layer == 0 {
+            let tokens = self.recent.remove(&page).unwrap_or_else(|| Box::new([u32::MAX; 64]));
+            if !self.make_room(self.page_bytes() + self.index_bytes(), &[], true) {
+                return;
+            }
+            let bytes = vec![0; self.page_bytes()].into_boxed_slice();
+            self.resident_bytes += bytes.len() as u64;
+            let used = self.tick();
+            let (bytes, durable, given) = (Some(bytes), false, false);
+            self.pages.insert(page, Stored { bytes, tokens, durable, given, used });
+            self.order.push(page);
+        }
+        let (precision, d) = (self.config.precision, self.shape.head_dim);
+        let row_bytes = precision.row_bytes(d);
+        let half = self.shape.num_kv_heads * PAGE_TOKENS * row_bytes;
+        let Some(stored) = self.pages.get_mut(&page) else { return };
+        let Some(bytes) = &mut stored.bytes else { return };
+        let own = &mut bytes[2 * layer * half..2 * (layer + 1) * half];
+        for (part, numbers) in own.chunks_exact_mut(half).zip([keys, values]) {
+            for (row, numbers) in part.chunks_exact_mut(row_bytes).zip(numbers.chunks_exact(d)) {
+                precision.encode(numbers, row);
+            }
+        }
+        self.index_page(layer, page);
+    }
+
+    /// Adds the landmarks of a page whose bytes are there.
+    fn index_page(&mut self, layer: usize, page: u64) {
+        let (d, num_heads) = (self.shape.head_dim, self.index[layer].len());
+        let mut index = std::mem::take(&mut self.index[layer]);
+        let mut keys = vec![0f32; PAGE_TOKENS * d];
+        for (head, own) in index.iter_mut().enumerate() {
+            self.read_rows(page, layer, 0, head, 0, &mut keys);
+            own.push(&keys, d);
+            if self.config.estimate {
+                let mut values = vec![0f32; PAGE_TOKENS * d];
+                self.read_rows(page, layer, 1, head, 0, &mut values);
+                own.push_means(&keys, &values, d);
+            }
+            own.name_outliers(|mark| {
+                let mut keys = vec![0f32; super::index::SPAN * d];
+                let page = self.order.get(mark / super::index::MARKS)?;
+                let first = mark % super::index::MARKS * super::index::SPAN;
+                self.read_rows(*page, layer, 0, head, first, &mut keys).then_some(keys)
+            });
+        }
+        let mut following = self.following.take();
+        if let Some(following) = following.as_mut().filter(|_| num_heads > 0) {
+            following.choose(layer, page, &|page, head, keys: &mut [f32]| {
+                self.read_rows(page, layer, 0, head, 0, keys)
+            });
+        }
+        self.following = following;
+        self.index[layer] = index;
+    }
+
+    /// Makes room for `bytes` more, sending the least used durable pages but `kept` away; with `let_go`, once only pages
+    /// are left that the disk does not have, the oldest of all are let go. False where there is no room still.
+    fn make_room(&mut self, bytes: usize, kept: &[u64], let_go: bool) -> bool {
+        while self.used_bytes() + bytes as u64 > self.config.bytes {
+            let is_spare = |(page, stored): &(&u64, &mut Stored)| {
+                stored.durable && stored.bytes.is_some() && kept.binary_search(page).is_err()
+            };
+            let spare = self.pages.iter_mut().filter(is_spare).min_by_key(|(_, s)| s.used);
+            if let Some((_, stored)) = spare {
+                let freed = stored.bytes.take().map_or(0, |bytes| bytes.len() as u64);
+                self.resident_bytes -= freed;
+            } else if !let_go || !self.let_go_oldest() {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn let_go_oldest(&mut self) -> bool {
+        let Some((_, stored)) = self.pages.pop_first() else { return false };
+        self.resident_bytes -= stored.bytes.map_or(0, |bytes| bytes.len() as u64);
+        self.order.remove(0);
+        // A layer that has not taken the page in yet will not.
+        for head in self.index.iter_mut().flatten().filter(|head| head.len() > 0) {
+            head.pop_front(self.shape.head_dim);
+        }
+        true
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// Rows of one head of a page as f32 from token `first` on: `kind` 0 for keys, 1 for values; `out` (n, d).
+    /// False, and nothing written, where the page is not in memory.
+    pub(super) fn read_rows(
+        &self,
+        page: u64,
+        layer: usize,
+        kind: usize,
+        head: usize,
+        first: usize,
+        out: &mut [f32],
+    ) -> bool {
+        let (precision, d) = (self.config.precision, self.shape.head_dim);
+        let Some(bytes) = self.pages.get(&page).and_then(|stored| stored.bytes.as_ref()) else {
+            return false;
+        };
+        let row_bytes = precision.row_bytes(d);
+        let row = ((2 * layer + kind) * self.shape.num_kv_heads + head) * PAGE_TOKENS + first;
+        let bytes = &bytes[row * row_bytes..];
+        if precision == super::PagePrecision::Bf16 {
+            // Rows of bf16 lie side by side as one run.
+            precision.decode(&bytes[..2 * out.len()], out);
+            return true;
+        }
+        for (bytes, out) in bytes.chunks_exact(row_bytes).zip(out.chunks_exact_mut(d)) {
+            precision.decode(bytes, out);
+        }
+        true
+    }
+
+    /// Bytes of stored pages by index row, for loops that read many: None where a page is not in memory.
+    pub(super) fn bytes_by_row(&self, rows: usize) -> Vec<Option<&[u8]>> {
+        // Rows and pages are in the same order, and every page has a row once its layers are in.
+        self.pages.values().take(rows).map(|stored| stored.bytes.as_deref()).collect()
+    }
+
+    pub(super) fn heads(&self, layer: usize) -> &[HeadIndex] {
+        &self.index[layer]
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Token ids of the first `rows` pages.
+    pub(super) fn token_ids(
+        &self,
+        rows: usize,
+    ) -> impl Iterator<Item = (u64, &[u32; PAGE_TOKENS])> {
+        self.pages.iter().take(rows).map(|(page, stored)| (*page, &*stored.tokens))
+    }
+
+    /// Reads the pages of index rows `wanted` (most wanted first) back into memory, as many as the budget has room for
+    /// beside each other, and marks them as used.
+    pub(super) fn bring(&mut self, wanted: &[usize]) {
+        let used = self.tick();
+        let pages: Vec<u64> = wanted.iter().map(|row| self.order[*row]).collect();
+        let mut missing = Vec::new();
+        for page in &pages {
+            if let Some(stored) = self.pages.get_mut(page) {
+                stored.used = used;
+                if stored.bytes.is_none() && stored.durable {
+                    missing.push(*page);
+                }
+            }
+        }
+        if missing.is_empty() {
+            return;
+        }
+        let mut kept = pages;
+        kept.sort_unstable();
+        for page in missing {
+            if !self.make_room(self.page_bytes(), &kept, false) {
+                return;
+            }
+            let read = self.source.as_ref().map(|source| source.page(page));
+            let bytes = match read {
+                Some(Ok(Some(bytes))) => self.encoded(bytes),
+                Some(Err(error)) => {
+                    tracing::warn!(page, %error, "a stored page cannot be read: it is recalled no more");
+                    None
+                }
+                _ => None,
+            };
+            let Some(stored) = self.pages.get_mut(&page) else { continue };
+            match bytes {
+                Some((bytes, _)) => {
+                    self.resident_bytes += bytes.len() as u64;
+                    stored.bytes = Some(bytes);
+                }
+                // Its landmarks stay, so that rows keep their places; no token of it can be chosen.
+                None => stored.durable = false,
+            }
+        }
+    }
+
+    /// A page from the disk in this store's precision, with its token ids; None if it is of another shape.
+    fn encoded(&self, mut bytes: Vec<u8>) -> Option<(Box<[u8]>, Box<[u32; PAGE_TOKENS]>)> {
+        use super::PagePrecision::{Bf16, F32, Int4, Int8};
+        let d = self.shape.head_dim;
+        let num_rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
+        let mut tokens = Box::new([u32::MAX; PAGE_TOKENS]);
+        let ids_bytes = PAGE_TOKENS * 4;
+        // The window writes f32 without ids.
+        if bytes.len() != num_rows * F32.row_bytes(d) {
+            let ids = bytes.split_off(bytes.len().checked_sub(ids_bytes)?);
+            let (ids, _) = ids.as_chunks::<4>();
+            tokens.iter_mut().zip(ids).for_each(|(token, id)| *token = u32::from_le_bytes(*id));
+        }
+        let own = self.config.precision;
+        if bytes.len() == num_rows * own.row_bytes(d) {
+            return Some((bytes.into_boxed_slice(), tokens));
+        }
+        let has_len = |p: &super::PagePrecision| bytes.len() == num_rows * p.row_bytes(d);
+        let written = [F32, Bf16, Int8, Int4].into_iter().find(has_len)?;
+        let mut out = vec![0; num_rows * own.row_bytes(d)];
+        let mut numbers = vec![0f32; d];
+        let rows = bytes.chunks_exact(written.row_bytes(d));
+        for (row, out) in rows.zip(out.chunks_exact_mut(own.row_bytes(d))) {
+            written.decode(row, &mut numbers);
+            own.encode(&numbers, out);
+        }
+        Some((out.into_boxed_slice(), tokens))
+    }
+
+    /// Pages that the disk was not given yet, as bytes: keys and values, then token ids.
+    pub(crate) fn fresh_pages(&self) -> Vec<(u64, Vec<u8>)> {
+        let fresh = self.pages.iter().filter(|(_, stored)| !stored.given);
+        fresh
+            .filter_map(|(page, stored)| {
+                let mut bytes = stored.bytes.as_ref()?.to_vec();
+                bytes.extend(stored.tokens.iter().flat_map(|id| id.to_le_bytes()));
+                Some((*page, bytes))
+            })
+            .collect()
+    }
+
+    /// Says that every page was given to the disk, which has those of `durable` (ascending) and no other.
+    pub(crate) fn set_durable(&mut self, durable: &[u64]) {
+        for (page, stored) in &mut self.pages {
+            stored.durable = durable.binary_search(page).is_ok();
+            stored.given = true;
+        }
+    }
+
+    /// Bytes of pages that the disk was not given yet.
+    pub(crate) fn fresh_bytes(&self) -> u64 {
+        let fresh = self.pages.values().filter(|stored| !stored.given);
+        fresh.filter_map(|stored| stored.bytes.as_ref()).map(|bytes| bytes.len() as u64).sum()
+    }
+
+    /// Fills an empty store from the disk with pages `stored` (ascending) below `end`, where the window begins; `noted`
+    /// are the ids of the window's tokens.
+    ///
+    /// Pages that there is no room for keep their landmarks alone.
+    pub(crate) fn restore(&mut self, stored: &[u64], end: u64, noted: &[u32]) -> Result<()> {
+        self.note_tokens(end * PAGE_TOKENS as u64, noted);
+        self.next.fill(end.max(SINK_PAGES));
+        let Some(source) = self.source.clone() else { return Ok(()) };
+        for page in stored.iter().copied().filter(|page| (SINK_PAGES..end).contains(page)) {
+            let Some(bytes) = source.page(page)? else { continue };
+            let Some((bytes, tokens)) = self.encoded(bytes) else { continue };
+            if !self.make_room(self.page_bytes() + self.index_bytes(), &[], true) {
+                break;
+            }
+            self.resident_bytes += bytes.len() as u64;
+            let used = self.tick();
+            let (bytes, durable, given) = (Some(bytes), true, true);
+            self.pages.insert(page, Stored { bytes, tokens, durable, given, used });
+            self.order.push(page);
+            for layer in 0..self.shape.num_layers {
+                self.index_page(layer, page);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes back every page from `end` on: the window holds them again.
+    pub(crate) fn truncate(&mut self, end: u64) {
+        for next in &mut self.next {
+            *next = (*next).min(end.max(SINK_PAGES));
+        }
+        for (page, stored) in self.pages.split_off(&end) {
+            self.resident_bytes -= stored.bytes.map_or(0, |bytes| bytes.len() as u64);
+            self.recent.insert(page, stored.tokens);
+        }
+        let rows = self.order.partition_point(|page| *page < end);
+        self.order.truncate(rows);
+        for heads in &mut self.index {
+            heads.iter_mut().for_each(|head| head.truncate(rows, self.shape.head_dim));
+        }
+        if let Some(following) = &mut self.following {
+            following.truncate(end);
+        }
+        self.forget_choices();
+    }
+
+    /// Ends the reuse of choices: what is recalled next depends on nothing before it.
+    pub(crate) fn forget_choices(&mut self) {
+        self.held.iter_mut().for_each(|held| *held = Held::default());
+    }
+
+    /// Begins to count what a turn recalls.
+    pub(crate) fn begin_turn(&mut self) {
+        self.tally.fill(Tally::default());
+        self.pins.clear();
+    }
+
+    /// Notes that one query of `layer` gave `share` of its attention to `recalled`.
+    pub(crate) fn note_share(&mut self, layer: usize, recalled: &Recalled, share: f32) {
+        let tally = &mut self.tally[layer];
+        tally.queries += 1;
+        tally.tokens = recalled.tokens;
+        tally.share += share;
+        if let Some(recovered) = recalled.recovered {
+            tally.estimated += 1;
+            tally.recovered += recovered;
+        }
+    }
+
+    /// What the turn recalled.
+    pub(crate) fn usage(&self) -> PageUsage {
+        let mean = |sum: f32, count: usize| if count == 0 { 0.0 } else { sum / count as f32 };
+        PageUsage {
+            stored_tokens: self.stored_tokens(),
+            recalled_tokens: self.tally.iter().map(|tally| tally.tokens).max().unwrap_or(0),
+            share: self.tally.iter().map(|t| mean(t.share, t.queries)).collect(),
+            recovered: self.tally.iter().map(|t| mean(t.recovered, t.estimated)).collect(),
+        }
+    }
+
+    /// Makes sure that angles of positions below `end` are there.
+    pub(crate) fn need_angles(
+        &mut self,
+        end: u64,
+        angles: impl Fn(std::ops::Range<u64>) -> RotaryAngles,
+    ) {
+        let have = self.angles.as_ref().map_or(0, RotaryAngles::len) as u64;
+        if have < end {
+            self.angles = Some(angles(0..end.next_power_of_two().max(1024)));
+        }
+    }
+
+    /// Cosines and sines of a position that [`PageStore::need_angles`] covered.
+    pub(super) fn angles_at(&self, position: u64) -> Option<(&[f32], &[f32])> {
+        let angles = self.angles.as_ref()?;
+        (position < angles.len() as u64).then(|| angles.at(position as usize))
+    }
+}

@@ -1,0 +1,149 @@
+//! Recall inside attention through the public API: policies, restarts, answering again, forgetting.
+
+use crate::{finish, tiny_model, trip, wait};
+use mka::{
+    Engine, ErrorKind, FeedOptions, Forget, MemoryConfig, ModelSource, PagePrecision, RecallPolicy,
+    SendOptions, Session,
+};
+use std::path::Path;
+
+/// The tiny model with a window of 64 tokens, which recalls 64 more.
+fn config(recall: RecallPolicy) -> MemoryConfig {
+    let mut config = MemoryConfig::with_window(64);
+    config.block_tokens = 64;
+    config.recall = recall;
+    config.recall_k = 0;
+    config.pages.tokens = 64;
+    config.pages.first_layer = 0;
+    config.evicted_page_bytes = 1 << 30;
+    config
+}
+
+fn open(folder: &Path, config: MemoryConfig) -> mka::Result<Engine> {
+    let model = ModelSource::path(tiny_model());
+    Engine::builder(folder.join("store")).model(model).memory(config).open_blocking()
+}
+
+fn short() -> SendOptions {
+    SendOptions::default().max_new_tokens(6)
+}
+
+fn feed(chat: &mut Session) {
+    let text: String = (0..160).map(|i| format!("item {} is {}. ", i, i * i % 97)).collect();
+    wait(chat.feed_with(text, FeedOptions::through_model()).finish()).unwrap();
+}
+
+#[test]
+fn a_reopened_session_recalls_the_same_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let before = {
+        let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        feed(&mut chat);
+        let (_, usage) = finish(chat.send_with("what is item 7", short())).unwrap();
+        let pages = usage.pages.unwrap();
+        assert_eq!(pages.recalled_tokens, 64);
+        assert!(pages.stored_tokens > 1000, "{pages:?}");
+        assert!(pages.share.iter().all(|share| (0.0..=1.0).contains(share)), "{pages:?}");
+        assert!(pages.recovered.iter().all(|share| (0.0..=1.0).contains(share)), "{pages:?}");
+        assert!(pages.share.iter().any(|share| *share > 0.0), "{pages:?}");
+        wait(chat.peek_logits("the next")).unwrap()
+    };
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    assert_eq!(wait(chat.peek_logits("the next")).unwrap(), before);
+    drop((chat, engine));
+    // Without pages it is another attention.
+    let engine = open(folder.path(), config(RecallPolicy::Off)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    assert_ne!(wait(chat.peek_logits("the next")).unwrap(), before);
+}
+
+#[test]
+fn a_session_whose_pages_the_budget_sent_away_recalls_them_from_disk() {
+    let usage = |bytes: u64| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config(RecallPolicy::Pages);
+        config.pages.bytes = bytes;
+        let engine = open(folder.path(), config).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        feed(&mut chat);
+        finish(chat.send_with("what is item 7", short())).unwrap().1.pages.unwrap()
+    };
+    let (roomy, tight) = (usage(1 << 30), usage(300 << 10));
+    assert_eq!(roomy.recalled_tokens, tight.recalled_tokens);
+    assert_eq!(roomy.stored_tokens, tight.stored_tokens);
+}
+
+#[test]
+fn a_turn_may_recall_less_than_the_engine_keeps_and_not_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    feed(&mut chat);
+    let off = finish(chat.send_with("what is item 7", short().recall(RecallPolicy::Off))).unwrap();
+    assert!(off.1.pages.is_none());
+    let on = finish(chat.send_with("what is item 7", short())).unwrap();
+    assert!(on.1.pages.is_some());
+    drop((chat, engine));
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path(), config(RecallPolicy::Text)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let refused = finish(chat.send_with("hello", short().recall(RecallPolicy::Pages)));
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
+fn an_answer_is_given_again_with_the_same_pages() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    feed(&mut chat);
+    let (first, usage) = finish(chat.send_with("what is item 7", short())).unwrap();
+    let (again, usage_again) = finish(chat.regenerate(short())).unwrap();
+    assert_eq!(first, again);
+    assert_eq!(usage.pages, usage_again.pages);
+}
+
+#[test]
+fn a_forgotten_session_has_no_page_left_and_its_bytes_are_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    feed(&mut chat);
+    drop(chat);
+    assert!(engine.memory().stats().pages > 20);
+    let receipt = wait(engine.memory().forget(&trip(), Forget::Session)).unwrap();
+    wait(engine.memory().verify(receipt)).unwrap();
+    assert_eq!(engine.memory().stats().pages, 0);
+}
+
+#[test]
+fn pages_that_no_model_could_attend_to_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for tokens in [0, 65, 1 << 20] {
+        let mut config = config(RecallPolicy::Pages);
+        config.pages.tokens = tokens;
+        let error = open(folder.path(), config).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.to_string().contains("pages.tokens"), "{error}");
+    }
+}
+
+#[test]
+fn a_session_may_change_the_precision_of_its_pages() {
+    let folder = tempfile::tempdir().unwrap();
+    for precision in
+        [PagePrecision::F32, PagePrecision::Int4, PagePrecision::Int8, PagePrecision::Bf16]
+    {
+        let mut config = config(RecallPolicy::Both);
+        config.pages.precision = precision;
+        let engine = open(folder.path(), config).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        feed(&mut chat);
+        let (_, usage) = finish(chat.send_with("what is item 7", short())).unwrap();
+        let pages = usage.pages.unwrap();
+        let stream = usage.stream_tokens as usize;
+        assert!(pages.stored_tokens + 256 > stream, "{precision:?}: {pages:?} of {stream}");
+    }
+}

@@ -1,0 +1,209 @@
+//! Arithmetic on rows of host memory: scores of a few queries, softmax, the largest, widening and rotation.
+//! Knows no tensor and no stream; what a row stands for is its caller's matter.
+//!
+//! Recall scans keys that lie in host memory in a stored type, most of which no device ever sees: these are the loops
+//! of that scan. Shapes: `d` the length of a row, `r` queries, `n` rows.
+
+use crate::attention::matmul;
+use crate::simd::{self, multiversion};
+
+/// From this many queries on, rows are scored by a matrix product.
+const GEMM_QUERIES: usize = 8;
+
+/// scores[i, j] = queries[i] · rows[j]: `queries` (r, d), `rows` (n, d), `scores` r rows of n, `stride` apart.
+///
+/// # Panics
+/// If `d` is 0, a length is no multiple of it, or `scores` is too short.
+pub fn score_rows(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize) {
+    let (r, n) = (queries.len() / d, rows.len() / d);
+    assert!(queries.len() == r * d && rows.len() == n * d && stride >= n, "whole rows");
+    if r == 0 || n == 0 {
+        return;
+    }
+    if r >= GEMM_QUERIES {
+        matmul(scores, stride, queries, (d, 1), rows, (1, d), (r, n, d), 0.0);
+    } else {
+        dot_rows(queries, rows, d, scores, stride);
+    }
+}
+
+/// Replaces scores by e^(score - max), where `max` is the largest of them or above it; returns their sum.
+pub fn exponentiate(scores: &mut [f32], max: f32) -> f32 {
+    let mut sum = 0.0;
+    exponentiate_below(scores, max, &mut sum);
+    sum
+}
+
+/// Indices of the `k` largest of `values`, ascending by index; of equal values those of lower index.
+///
+/// Cost: a selection over a copy of the values, then one pass.
+pub fn largest(values: &[f32], k: usize) -> Vec<u32> {
+    if k >= values.len() {
+        return (0..values.len() as u32).collect();
+    }
+    if k == 0 {
+        return Vec::new();
+    }
+    let mut copy = values.to_vec();
+    let (above, threshold, _) = copy.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+    let threshold = *threshold;
+    let is_above = |value: f32| value.total_cmp(&threshold).is_gt();
+    let mut ties = k - above.iter().filter(|value| is_above(**value)).count();
+    let mut indices = Vec::with_capacity(k);
+    for (i, value) in values.iter().enumerate() {
+        let tie = value.total_cmp(&threshold).is_eq() && ties > 0;
+        ties -= usize::from(tie);
+        if tie || is_above(*value) {
+            indices.push(i as u32);
+        }
+    }
+    indices
+}
+
+/// Numbers of type bf16, little-endian, as f32.
+///
+/// # Panics
+/// If `bytes` holds another number of them than `out`.
+pub fn widen_bf16(bytes: &[u8], out: &mut [f32]) {
+    let (numbers, rest) = bytes.as_chunks::<2>();
+    assert!(rest.is_empty() && numbers.len() == out.len(), "two bytes for each number");
+    widen(numbers, out);
+}
+
+/// Rotates one row in the half-split layout: `cos`, `sin` (d/2), as [`crate::rotate`] does.
+///
+/// # Panics
+/// If the lengths do not fit.
+pub fn rotate_row(row: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = row.split_at_mut(cos.len());
+    assert!(low.len() == high.len() && sin.len() == cos.len(), "half a row of angles");
+    for j in 0..cos.len() {
+        let (a, b) = (low[j], high[j]);
+        low[j] = a * cos[j] - b * sin[j];
+        high[j] = b * cos[j] + a * sin[j];
+    }
+}
+
+#[inline(always)]
+fn dot_rows_body(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize) {
+    for (j, row) in rows.chunks_exact(d).enumerate() {
+        for (i, query) in queries.chunks_exact(d).enumerate() {
+            scores[i * stride + j] = simd::dot(query, row);
+        }
+    }
+}
+
+multiversion! {
+    fn dot_rows = dot_rows_body(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize)
+}
+
+#[inline(always)]
+fn exponentiate_below_body(scores: &mut [f32], max: f32, sum: &mut f32) {
+    let mut sums = [0f32; simd::LANES];
+    let (chunks, rest) = scores.as_chunks_mut::<{ simd::LANES }>();
+    for chunk in chunks {
+        for lane in 0..simd::LANES {
+            chunk[lane] = simd::exp(chunk[lane] - max);
+            sums[lane] += chunk[lane];
+        }
+    }
+    for score in rest {
+        *score = simd::exp(*score - max);
+        *sum += *score;
+    }
+    *sum += sums.iter().sum::<f32>();
+}
+
+multiversion! {
+    fn exponentiate_below = exponentiate_below_body(scores: &mut [f32], max: f32, sum: &mut f32)
+}
+
+#[inline(always)]
+fn widen_body(numbers: &[[u8; 2]], out: &mut [f32]) {
+    for (number, out) in numbers.iter().zip(out) {
+        *out = f32::from_bits(u32::from(u16::from_le_bytes(*number)) << 16);
+    }
+}
+
+multiversion! {
+    fn widen = widen_body(numbers: &[[u8; 2]], out: &mut [f32])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference;
+    use candle_core::{Device, Tensor};
+    use proptest::prelude::*;
+
+    fn numbers(seed: u32, count: usize) -> Vec<f32> {
+        let next = |i: u32| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32;
+        (0..count as u32).map(|i| next(i) / (1 << 23) as f32 - 1.0).collect()
+    }
+
+    #[test]
+    fn scores_are_dot_products_for_any_number_of_queries() {
+        for (r, n, d) in [(1, 5, 64), (3, 65, 64), (8, 3, 16), (24, 130, 96), (2, 0, 8)] {
+            let (queries, rows) = (numbers(1, r * d), numbers(2, n * d));
+            let stride = n + 3;
+            let mut scores = vec![7f32; r * stride];
+            score_rows(&queries, &rows, d, &mut scores, stride);
+            for i in 0..r {
+                for j in 0..n {
+                    let exact: f64 = (0..d)
+                        .map(|x| f64::from(queries[i * d + x]) * f64::from(rows[j * d + x]))
+                        .sum();
+                    assert!((f64::from(scores[i * stride + j]) - exact).abs() < 1e-4);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn exponentials_sum_to_what_a_softmax_divides_by() {
+        let mut scores = numbers(3, 77);
+        let exact: Vec<f64> = scores.iter().map(|x| f64::from(*x).exp()).collect();
+        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum = exponentiate(&mut scores, max);
+        let total: f64 = exact.iter().sum();
+        assert!((f64::from(sum) * f64::from(max).exp() / total - 1.0).abs() < 1e-5);
+        for (weight, exact) in scores.iter().zip(exact) {
+            assert!((f64::from(weight / sum) - exact / total).abs() < 1e-6);
+        }
+        assert_eq!(exponentiate(&mut [], 0.0), 0.0);
+        let mut unseen = [f32::NEG_INFINITY; 3];
+        assert_eq!((exponentiate(&mut unseen, 0.0), unseen), (0.0, [0.0; 3]));
+    }
+
+    #[test]
+    fn a_row_is_rotated_as_a_tensor_is() {
+        let angles = crate::RotaryAngles::new([5, 900], &[1.0, 0.3, 0.01, 0.002], 1.1);
+        let x = numbers(4, 16);
+        let tensor = Tensor::from_vec(x.clone(), (2, 1, 8), &Device::Cpu).unwrap();
+        let expected = crate::rotate(&tensor, &angles).unwrap().flatten_all().unwrap();
+        let mut rows = x;
+        for (i, row) in rows.chunks_exact_mut(8).enumerate() {
+            let (cos, sin) = angles.at(i);
+            rotate_row(row, cos, sin);
+        }
+        assert_eq!(rows, expected.to_vec1::<f32>().unwrap());
+    }
+
+    proptest! {
+        #[test]
+        fn the_largest_are_those_of_a_full_sort(values in prop::collection::vec(-3i8..3, 0..60), k in 0usize..70) {
+            let values: Vec<f32> = values.into_iter().map(f32::from).collect();
+            prop_assert_eq!(largest(&values, k), reference::top_k(&values, k));
+        }
+
+        #[test]
+        fn widened_numbers_are_those_that_were_written(values in prop::collection::vec(any::<f32>(), 0..40)) {
+            let short: Vec<half::bf16> = values.iter().map(|x| half::bf16::from_f32(*x)).collect();
+            let bytes: Vec<u8> = short.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let mut out = vec![0f32; short.len()];
+            widen_bf16(&bytes, &mut out);
+            let expected: Vec<u32> = short.iter().map(|x| x.to_f32().to_bits()).collect();
+            prop_assert_eq!(out.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), expected);
+        }
+    }
+}

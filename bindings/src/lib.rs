@@ -1,5 +1,35 @@
 //! The uniffi surface of mka: conversion only, no logic.
 //! Knows the public API of the engine and nothing below it.
+//!
+//! Every call has an async form and one that blocks, named `..._blocking`; work runs on threads of the engine, never on
+//! the thread that polls. Streams are pulled in batches: what is ready comes in one call, which costs a foreign caller
+//! as much as a single event. The package in `python/` puts the language's own forms on top.
+
+mod config;
+mod engine;
+mod error;
+mod events;
+mod log;
+mod memory;
+mod pull;
+mod records;
+mod session;
+mod wait;
+
+pub use config::{
+    EmbedderSource, EngineConfig, FeedMode, FeedOptions, Forget, ModelSource, NewTurn, Quote,
+    RecallOptions, Role, Scope, SendOptions,
+};
+pub use engine::NativeEngine;
+pub use error::MkaError;
+pub use events::{Event, FeedEvent, FeedSummary, NativeEvents, NativeFeed, StopReason, Usage};
+pub use log::{LogLevel, LogSink, forward_logs};
+pub use memory::NativeMemory;
+pub use records::{
+    ChunkInfo, Committed, Context, Hit, Receipt, SessionInfo, Source, Stats, Trust, Turn, Vectors,
+    Why,
+};
+pub use session::NativeSession;
 
 uniffi::setup_scaffolding!();
 
@@ -7,4 +37,10 @@ uniffi::setup_scaffolding!();
 #[uniffi::export]
 pub fn version() -> String {
     env!("CARGO_PKG_VERSION").to_owned()
+}
+
+/// Names of the devices that this build can use here, the fastest last; each is understood by `EngineConfig::device`.
+#[uniffi::export]
+pub fn available_devices() -> Vec<String> {
+    mka::Device::available().iter().map(ToString::to_string).collect()
 }

@@ -39,7 +39,9 @@ impl Route {
             return Ok(Self::Closed);
         }
         let gate = f64::from(weights.values(&name("gate"), 1)?[0]);
-        let (inner, levels) = (q_size / 2, num_rates + 1);
+        // Half of the queries' width, or a low rank: the file says.
+        let inner = weights.rows(&name("router.down.weight")).unwrap_or(q_size / 2);
+        let levels = num_rates + 1;
         let linear = |part: &str, rows: usize, cols: usize| -> Result<Linear> {
             let weight = weights.matrix(&name(&format!("router.{part}.weight")), rows, cols)?;
             let bias = weights.vector(&name(&format!("router.{part}.bias")), rows)?;
@@ -75,6 +77,9 @@ impl SeamConfig<'_> {
         }
     }
 }
+
+/// Attention to sinks and recalled tokens; the latter, with lse (t, num_heads) of them alone.
+type Far = (AttentionState, Option<(Arc<Recalled>, Tensor)>);
 
 /// One forward pass's handle on a session's cache: `count` tokens at the cache's position.
 pub(crate) struct AttentionSeam<'a> {
@@ -115,20 +120,17 @@ impl<'a> AttentionSeam<'a> {
         q: &Tensor,
     ) -> Result<Tensor> {
         let state = self.cache.ema(layer);
-        // The summary runs on the processor, whatever the device.
-        let inputs = x.to_device(&Device::Cpu)?;
         match route {
             Route::Closed => {
-                let advanced = ema_advance(&inputs, state, self.config.rates)?;
+                let advanced = ema_advance(x, state, self.config.rates)?;
                 self.cache.set_ema(layer, advanced);
                 Ok(x.clone())
             }
             Route::Open { gate, down, up } => {
                 let correction = self.config.bias_correction;
                 let (levels, advanced) =
-                    ema_scan(&inputs, state, self.config.rates, self.start, correction)?;
+                    ema_scan(x, state, self.config.rates, self.start, correction)?;
                 self.cache.set_ema(layer, advanced);
-                let levels = levels.to_device(x.device())?;
                 let weights = Route::weights(down, up, q)?;
                 Ok(fuse_levels(x, &levels, &weights, *gate)?)
             }
@@ -147,7 +149,7 @@ impl<'a> AttentionSeam<'a> {
         k: &Tensor,
         v: &Tensor,
     ) -> Result<Tensor> {
-        self.cache.write(layer, &rotate(k, &self.angles)?, k, v)?;
+        self.cache.write(layer, k, v, &self.angles)?;
         let end = self.start + self.count as u64;
         let last_page = end.div_ceil(PAGE_TOKENS as u64);
         let first_page = self.cache.first_window_page(self.start);
@@ -247,7 +249,7 @@ impl<'a> AttentionSeam<'a> {
         first: usize,
         q: &Tensor,
         rotated: Tensor,
-    ) -> Result<(AttentionState, Option<(Arc<Recalled>, Tensor)>)> {
+    ) -> Result<Far> {
         let query_start = self.start + first as u64;
         let scope = RecallScope {
             before_page: self.cache.first_window_page(query_start),

@@ -35,7 +35,8 @@ pub(crate) struct Cache {
     slots: BTreeMap<u64, usize>,
     free: Vec<usize>,
     position: u64,
-    /// Per layer (rates, hidden), f32: the streaming EMA of each layer's normed input. Replaced, never written into.
+    /// Per layer (rates, hidden), f32, on the device: the streaming EMA of each layer's normed input. Replaced, never
+    /// written into.
     ema: Vec<Tensor>,
     /// What left the window and can be recalled; None where nothing is kept.
     pages: Option<PageStore>,
@@ -65,7 +66,7 @@ impl Cache {
                 Error::new(ErrorKind::OutOfMemory, format!("allocate {num_slots} pages: {source}"))
                     .with_source(source)
             })?;
-        let ema = Tensor::zeros((shape.num_rates, shape.hidden_size), DType::F32, &Device::Cpu)?;
+        let ema = Tensor::zeros((shape.num_rates, shape.hidden_size), DType::F32, device)?;
         Ok(Self {
             shape,
             device: device.clone(),
@@ -162,36 +163,21 @@ impl Cache {
         Ok(())
     }
 
-    /// Writes keys and values of the reserved tokens into one layer.
+    /// Writes keys and values of the reserved tokens into one layer, keys rotated to `angles`.
     ///
-    /// Shapes: `rotated`, `raw`, `values` (t, num_kv_heads, head_dim).
+    /// Shapes: `keys` (before RoPE), `values` (t, num_kv_heads, head_dim).
     pub(crate) fn write(
         &self,
         layer: usize,
-        rotated: &Tensor,
-        raw: &Tensor,
+        keys: &Tensor,
         values: &Tensor,
+        angles: &RotaryAngles,
     ) -> Result<()> {
-        let t = rotated.dim(0)?;
-        let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous();
-        let (rotated, raw, values) = (by_head(rotated)?, by_head(raw)?, by_head(values)?);
-        let mut done = 0;
-        while done < t {
-            let position = self.position + done as u64;
-            let offset = (position % PAGE_TOKENS as u64) as usize;
-            let count = (PAGE_TOKENS - offset).min(t - done);
-            let slot = self.slot(position / PAGE_TOKENS as u64)?;
-            let part = |x: &Tensor| x.narrow(1, done, count);
-            self.pools[layer].write(
-                slot,
-                offset,
-                &part(&rotated)?,
-                &part(&raw)?,
-                &part(&values)?,
-            )?;
-            done += count;
-        }
-        Ok(())
+        let page = PAGE_TOKENS as u64;
+        let pages = self.position / page..(self.position + keys.dim(0)? as u64).div_ceil(page);
+        let slots: Vec<usize> = pages.map(|page| self.slot(page)).collect::<Result<_>>()?;
+        let offset = (self.position % page) as usize;
+        Ok(self.pools[layer].append(&slots, offset, keys, values, angles)?)
     }
 
     fn slot(&self, page: u64) -> Result<usize> {
@@ -332,7 +318,7 @@ impl Cache {
         let (values, _) = ema.as_chunks::<4>();
         for (layer, bytes) in cache.ema.iter_mut().zip(values.chunks_exact(layer_len.max(1))) {
             let values: Vec<f32> = bytes.iter().map(|x| f32::from_le_bytes(*x)).collect();
-            *layer = Tensor::from_vec(values, layer.shape(), &Device::Cpu)?;
+            *layer = Tensor::from_vec(values, layer.shape(), device)?;
         }
         for page in cache.window_pages(position) {
             let bytes = pages

@@ -16,7 +16,7 @@ use crate::session::Session;
 use crate::stream::offload;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
-use mka_memory::{Scope, Store, StoreOptions};
+use mka_memory::{Backend, EncryptionKey, Hygiene, Scope, Store, StoreOptions};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -51,12 +51,16 @@ impl Device {
         std::iter::once(Self::Cpu).chain(cuda).collect()
     }
 
-    fn open(self) -> Result<candle_core::Device> {
+    pub(crate) fn open(self) -> Result<candle_core::Device> {
         match self {
             Self::Cpu => Ok(candle_core::Device::Cpu),
             // One explicit stream, whichever thread a turn runs on.
             Self::Cuda(ordinal) => {
-                candle_core::Device::new_cuda_with_stream(ordinal).map_err(|source| {
+                #[cfg(feature = "cuda")]
+                let opened = mka_kernels::cuda::open(ordinal);
+                #[cfg(not(feature = "cuda"))]
+                let opened = candle_core::Device::new_cuda_with_stream(ordinal);
+                opened.map_err(|source| {
                     let built = if cfg!(feature = "cuda") {
                         ""
                     } else {
@@ -246,6 +250,32 @@ pub(crate) struct Shared {
     /// Sessions that are open, one handle an id; true once the handle is dropped and only a stream's worker is left.
     open: Mutex<HashMap<Scope, bool>>,
     released: Condvar,
+    // The last field: it says so when everything above is dropped.
+    closed: Closed,
+}
+
+/// Tells whoever waits that the last handle is gone and the store with it.
+#[derive(Clone, Default)]
+struct Latch(Arc<(Mutex<bool>, Condvar)>);
+
+impl Latch {
+    fn wait(&self) {
+        let (open, opened) = &*self.0;
+        let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
+        while !*open {
+            open = opened.wait(open).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+struct Closed(Latch);
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        let (open, opened) = &*self.0.0;
+        *open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        opened.notify_all();
+    }
 }
 
 impl Shared {
@@ -317,6 +347,8 @@ pub struct EngineBuilder {
     device: Device,
     embedder: EmbedderSource,
     memory: MemoryConfig,
+    store: StoreOptions,
+    reembed_share: Option<f32>,
     quiet: bool,
 }
 
@@ -347,6 +379,32 @@ impl EngineBuilder {
         self
     }
 
+    /// Which database keeps the small records of a new store; one that exists keeps what it has.
+    pub fn backend(mut self, backend: Backend) -> Self {
+        self.store.backend = backend;
+        self
+    }
+
+    /// Encrypts everything that memory writes. Given when the store is created, and at every opening from then on.
+    pub fn encryption_key(mut self, key: EncryptionKey) -> Self {
+        self.store.key = Some(key);
+        self
+    }
+
+    /// What memory does not store twice, and what it does not store at all.
+    pub fn hygiene(mut self, hygiene: Hygiene) -> Self {
+        self.store.hygiene = hygiene;
+        self
+    }
+
+    /// Takes another embedder over than the one that the store was made with, instead of refusing it.
+    /// The engine opens at once and recalls by words alone what is not embedded again yet; a thread does that, working
+    /// `share` of the time, more than 0 and at most 1. [`Stats::turns_to_embed`](crate::Stats) says how much is left.
+    pub fn reembed(mut self, share: f32) -> Self {
+        self.reembed_share = Some(share);
+        self
+    }
+
     /// Shows no progress bar while files are fetched.
     pub fn quiet(mut self, quiet: bool) -> Self {
         self.quiet = quiet;
@@ -368,6 +426,11 @@ impl EngineBuilder {
     /// As [`EngineBuilder::open`].
     pub fn open_blocking(self) -> Result<Engine> {
         self.memory.check()?;
+        if let Some(share) = self.reembed_share.filter(|share| !(*share > 0.0 && *share <= 1.0)) {
+            return Err(Error::invalid(format!(
+                "open: expected a share of more than 0 and at most 1 to embed again, got {share}"
+            )));
+        }
         let mut progress = crate::hub::terminal_progress(self.quiet);
         let model = match &self.model {
             Some(source) => {
@@ -392,14 +455,22 @@ impl EngineBuilder {
         let embedder = self.embedder.load(&mut progress)?;
         let options = StoreOptions {
             evicted_page_bytes: self.memory.evicted_page_bytes,
-            ..StoreOptions::default()
+            reembed: self.reembed_share.is_some(),
+            ..self.store
         };
         let store = Store::open(&self.path, embedder, options)?;
         let config = self.memory;
         let open = Mutex::new(HashMap::new());
         let released = Condvar::new();
         let device = self.device;
-        Ok(Engine { shared: Arc::new(Shared { store, model, config, device, open, released }) })
+        let closed = Closed(Latch::default());
+        let shared = Arc::new(Shared { store, model, config, device, open, released, closed });
+        // Whoever opened it without a share goes on where an earlier opening stopped, at half speed.
+        if shared.store.stats().turns_to_embed > 0 {
+            let share = self.reembed_share.unwrap_or(0.5);
+            crate::memory::reembed_in_background(Arc::downgrade(&shared), share)?;
+        }
+        Ok(Engine { shared })
     }
 }
 
@@ -424,6 +495,8 @@ impl Engine {
             device: Device::auto(),
             embedder: EmbedderSource::default(),
             memory: MemoryConfig::default(),
+            store: StoreOptions::default(),
+            reembed_share: None,
             quiet: false,
         }
     }
@@ -446,6 +519,23 @@ impl Engine {
         Session::open(self.shared.clone(), scope)
     }
 
+    /// Drops this handle and waits until the store is closed: for the last call and stream at work, and for every
+    /// other handle, which its holder must drop. Then the folder can be opened again.
+    pub async fn close(self) -> Result<()> {
+        offload("close", move || {
+            self.close_blocking();
+            Ok(())
+        })
+        .await
+    }
+
+    /// [`Engine::close`], blocking the thread.
+    pub fn close_blocking(self) {
+        let closed = self.shared.closed.0.clone();
+        drop(self);
+        closed.wait();
+    }
+
     /// The memory of every scope: remember, recall, forget.
     pub fn memory(&self) -> MemoryHandle {
         MemoryHandle::new(self.shared.clone())
@@ -463,6 +553,13 @@ impl Engine {
     /// Where the model runs.
     pub fn device(&self) -> Device {
         self.shared.device
+    }
+
+    /// Bytes of keys and values that a session holds on the device for each token of its window; None without a model.
+    pub fn kv_bytes_per_token(&self) -> Option<usize> {
+        let config = &self.shared.model.as_ref()?.decoder.config;
+        // Keys and values, f32.
+        Some(config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4)
     }
 
     /// Name of the model's folder or file; None without a model.

@@ -29,7 +29,7 @@
 //! # }
 //! ```
 //!
-//! What it does not do yet: training. See Limits in the README.
+//! Models are trained in [`training`]. What it does not do yet: see Limits in the README.
 
 mod attention;
 mod cache;
@@ -54,20 +54,25 @@ mod template;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
+pub mod training;
 
 pub use embedding::EmbedderSource;
 pub use engine::{Device, Engine, EngineBuilder, MemoryConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use feeding::{FeedMode, FeedOptions};
 pub use hub::ModelSource;
-pub use memory::MemoryHandle;
+pub use memory::{Context, MemoryHandle};
 pub use pages::{PageConfig, PagePrecision, PageRule, PageUsage, Prefill, RecallPolicy};
 pub use quote::Quote;
 pub use sampling::Sampling;
-pub use session::{Context, SendOptions, Session};
-pub use stream::{Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage};
+pub use session::{SendOptions, Session};
+pub use stream::{
+    Canceller, Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage,
+};
 
 pub use mka_memory::{
-    ChunkInfo, Committed, Filter, Forget, Hit, Metadata, NewTurn, Recall, Receipt, Role, Scope,
-    Source, Stats, TurnId, Value, Why,
+    Backend, Backup, Checkup, ChunkId, ChunkInfo, Committed, DiskUsage, EncryptionKey, Exported,
+    Filter, Finding, Forget, Hit, Hygiene, Imported, Metadata, NewTurn, Policy, Problem, Recall,
+    Receipt, Repair, Role, Scope, Sensitive, SessionInfo, Source, Stats, Trust, Turn, TurnId,
+    Value, Why,
 };

@@ -3,12 +3,53 @@
 
 use crate::engine::Shared;
 use crate::error::Result;
+use crate::quote::{self, Quotation, Quote};
+use crate::session::now_ms;
 use crate::stream::offload;
 use mka_memory::{
-    ChunkInfo, Commit, Committed, Forget, Hit, NewTurn, Recall, Receipt, Scope, Stats,
+    Backup, Cancel, Checkup, ChunkInfo, Commit, Committed, DiskUsage, Exported, Forget, Hit,
+    Imported, NewTurn, Recall, Receipt, Scope, SessionInfo, Stats, Turn, TurnId,
 };
+use std::io::BufReader;
 use std::ops::Range;
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+/// Sentences embedded again at once: some tenths of a second with a small model.
+const REEMBED_SENTENCES: usize = 32;
+
+/// Text assembled for a model that lives elsewhere.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct Context {
+    /// Quoted, attributed memories under a header, in the order in which they were said; empty if nothing was found.
+    pub text: String,
+    /// Tokens of `text`: never above the budget.
+    pub tokens: usize,
+    /// The memories in it, best first.
+    pub hits: Vec<Hit>,
+}
+
+/// [`MemoryHandle::context`] and [`crate::Session::context`]; the future borrows nothing.
+pub(crate) fn context(
+    shared: Arc<Shared>,
+    scope: Scope,
+    query: &str,
+    budget_tokens: usize,
+) -> impl Future<Output = Result<Context>> + Send + use<> {
+    let query = query.to_owned();
+    offload("context", move || {
+        let options =
+            Recall { k: 32, across_sessions: true, now_ms: Some(now_ms()), ..Recall::default() };
+        let hits = shared.store.recall(&scope, &query, &options)?;
+        let quotations = Quotation::of(&hits, &query, Quote::Passage);
+        let count = |text: &str| shared.count_tokens(text);
+        let (text, chosen) = quote::assemble(&quotations, budget_tokens, count)?;
+        let hits = chosen.into_iter().map(|i| hits[i].clone()).collect();
+        Ok(Context { tokens: shared.count_tokens(&text)?, text, hits })
+    })
+}
 
 /// Remember, recall and forget, over every session of the engine.
 #[derive(Clone)]
@@ -32,12 +73,29 @@ impl MemoryHandle {
     }
 
     /// The memories of `scope` that answer `query` best, best first.
+    /// What has expired by now is left out; `now_ms` of the options is the system's clock, if it is none.
     ///
     /// # Errors
     /// `InvalidArgument` if the scope is malformed.
     pub async fn recall(&self, scope: &Scope, query: &str, options: Recall) -> Result<Vec<Hit>> {
         let (shared, scope, query) = (self.shared.clone(), scope.clone(), query.to_owned());
+        let options = Recall { now_ms: options.now_ms.or_else(|| Some(now_ms())), ..options };
         offload("recall", move || Ok(shared.store.recall(&scope, &query, &options)?)).await
+    }
+
+    /// What `scope` holds on `query`, laid out for another model within `budget_tokens`, headers included.
+    ///
+    /// Counted with the model's own tokenizer; an engine without one counts a token for every two bytes.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the scope is malformed.
+    pub async fn context(
+        &self,
+        scope: &Scope,
+        query: &str,
+        budget_tokens: usize,
+    ) -> Result<Context> {
+        context(self.shared.clone(), scope.clone(), query, budget_tokens).await
     }
 
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries, and says what went.
@@ -67,8 +125,156 @@ impl MemoryHandle {
         offload("chunks", move || Ok(shared.store.chunks(&scope, range)?)).await
     }
 
+    /// The turns of the scope's session in `range`, as far as there are any; a forgotten turn has no text left.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the scope names no session; `Corrupted` if a turn is damaged.
+    pub async fn turns(&self, scope: &Scope, range: Range<TurnId>) -> Result<Vec<Turn>> {
+        let (shared, scope) = (self.shared.clone(), scope.clone());
+        offload("turns", move || Ok(shared.store.turns(&scope, range)?)).await
+    }
+
+    /// The sessions of `scope`, by name.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the scope is malformed.
+    pub async fn sessions(&self, scope: &Scope) -> Result<Vec<SessionInfo>> {
+        let (shared, scope) = (self.shared.clone(), scope.clone());
+        offload("sessions", move || Ok(shared.store.sessions(&scope)?)).await
+    }
+
+    /// One unit vector a text, by the store's embedder: `(texts, dim)`, row-major, and `dim`.
+    ///
+    /// # Errors
+    /// `Incompatible` if the embedder breaks its word.
+    pub async fn embed(&self, texts: Vec<String>) -> Result<(Vec<f32>, usize)> {
+        let shared = self.shared.clone();
+        offload("embed", move || {
+            let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+            Ok((shared.store.embed(&texts)?, shared.store.dim()))
+        })
+        .await
+    }
+
+    /// Writes the log of `scope`, or of every user if it is none, into the file `path` as lines of JSON.
+    /// The file appears when all of it is on the disk. Dropping the future cancels.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the scope is malformed; `Storage`.
+    pub async fn export(
+        &self,
+        scope: Option<&Scope>,
+        path: impl Into<PathBuf>,
+    ) -> Result<Exported> {
+        let (shared, scope, path) = (self.shared.clone(), scope.cloned(), path.into());
+        cancellable("export", move |cancel| {
+            Ok(shared.store.export_file(scope.as_ref(), &path, cancel)?)
+        })
+        .await
+    }
+
+    /// Appends the turns of an exported file to the sessions that they come from; those that are held are skipped.
+    /// Dropping the future cancels: what was imported stays, and another import goes on from there.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a line that is none of an export, with its number; `NotFound` if there is no such file.
+    pub async fn import(&self, path: impl Into<PathBuf>) -> Result<Imported> {
+        let (shared, path) = (self.shared.clone(), path.into());
+        cancellable("import", move |cancel| {
+            let file = std::fs::File::open(&path)
+                .map_err(|source| crate::Error::io("import", &path, source))?;
+            Ok(shared.store.import(&mut BufReader::new(file), cancel)?)
+        })
+        .await
+    }
+
+    /// Copies the store as it is at one moment to the folder `path`, which does not exist yet; sessions go on meanwhile.
+    /// The copy is a store to be opened. Dropping the future cancels.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if there is something at `path`; `Storage`.
+    pub async fn backup(&self, path: impl Into<PathBuf>) -> Result<Backup> {
+        let (shared, path) = (self.shared.clone(), path.into());
+        cancellable("backup", move |cancel| Ok(shared.store.backup(&path, cancel)?)).await
+    }
+
+    /// Reads every record, compares every checksum, and compares the indexes with the log; with `repair`, makes anew
+    /// what can be derived and leaves empty what is lost. Dropping the future cancels a check.
+    ///
+    /// # Errors
+    /// `Storage`.
+    pub async fn doctor(&self, repair: bool) -> Result<Checkup> {
+        let shared = self.shared.clone();
+        cancellable("doctor", move |cancel| Ok(shared.store.doctor(repair, cancel)?)).await
+    }
+
+    /// Gives all space on the disk back that nothing uses.
+    ///
+    /// # Errors
+    /// `Corrupted` if the database lost records; `Storage`.
+    pub async fn compact(&self) -> Result<()> {
+        let shared = self.shared.clone();
+        offload("compact", move || Ok(shared.store.compact_all()?)).await
+    }
+
+    /// What the store takes on the disk, and how much of it is in use.
+    ///
+    /// # Errors
+    /// `Storage`.
+    pub async fn disk_usage(&self) -> Result<DiskUsage> {
+        let shared = self.shared.clone();
+        offload("disk_usage", move || Ok(shared.store.disk_usage()?)).await
+    }
+
     /// Counts and bytes of the store.
     pub fn stats(&self) -> Stats {
         self.shared.store.stats()
     }
+}
+
+/// Cancels the work once the caller's future is dropped.
+struct CancelOnDrop(Cancel);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// [`offload`] for work that can be cancelled.
+async fn cancellable<T: Send + 'static>(
+    operation: &'static str,
+    work: impl FnOnce(&Cancel) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let cancel = Cancel::new();
+    let _guard = CancelOnDrop(cancel.clone());
+    offload(operation, move || work(&cancel)).await
+}
+
+/// Embeds again what another embedder had embedded, on a thread of its own that works `share` of the time.
+/// An engine that is dropped closes at the end of its present step, within a second or so with a small model.
+/// It ends with its work, with the engine, or with an error, which the next opening would meet again.
+pub(crate) fn reembed_in_background(shared: Weak<Shared>, share: f32) -> Result<()> {
+    let work = move || {
+        while let Some(shared) = shared.upgrade() {
+            let started = Instant::now();
+            match shared.store.reembed(REEMBED_SENTENCES) {
+                Ok(step) if step.turns_left == 0 => break,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "embedding again stopped");
+                    break;
+                }
+            }
+            drop(shared);
+            let rest = started.elapsed().as_secs_f32() * (1.0 / share - 1.0);
+            // Nothing of the engine is held meanwhile.
+            std::thread::sleep(Duration::from_secs_f32(rest));
+        }
+    };
+    let spawned = std::thread::Builder::new().name("mka-reembed".into()).spawn(work);
+    spawned.map(|_| ()).map_err(|source| {
+        crate::Error::new(crate::ErrorKind::OutOfMemory, format!("open: {source}"))
+            .with_source(source)
+    })
 }

@@ -6,8 +6,9 @@ use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
 use crate::feeding::{self, FeedOptions};
 use crate::generation::{self, Stop};
+use crate::memory::{self, Context};
 use crate::pages::RecallPolicy;
-use crate::quote::{self, Quotation, Quote};
+use crate::quote::{self, Quotation};
 use crate::sampling::Sampling;
 use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Events, Feed, FeedEvent, Sink, StopReason, Usage, offload};
@@ -104,18 +105,6 @@ impl SendOptions {
         self.across_sessions = across;
         self
     }
-}
-
-/// Text assembled for a model that lives elsewhere.
-#[derive(Debug, Clone, Default)]
-#[non_exhaustive]
-pub struct Context {
-    /// Quoted, attributed memories under a header, in the order in which they were said; empty if nothing was found.
-    pub text: String,
-    /// Tokens of `text`: never above the budget.
-    pub tokens: usize,
-    /// The memories in it, best first.
-    pub hits: Vec<Hit>,
 }
 
 /// One conversation in a scope; one handle at a time per id, released when it and its streams are dropped.
@@ -249,21 +238,16 @@ impl Session {
     /// What memory holds on `query`, laid out for another model within `budget_tokens`, headers included.
     ///
     /// Counted with the model's own tokenizer; an engine without one counts a token for every two bytes.
+    /// The future borrows nothing of the session.
     ///
     /// # Errors
     /// `Storage`, `Corrupted`.
-    pub async fn context(&self, query: &str, budget_tokens: usize) -> Result<Context> {
-        let (live, query) = (self.live.clone(), query.to_owned());
-        offload("context", move || {
-            let options = Recall { k: 32, across_sessions: true, ..Recall::default() };
-            let hits = live.shared.store.recall(&live.scope, &query, &options)?;
-            let count = |text: &str| live.shared.count_tokens(text);
-            let quotations = Quotation::of(&hits, &query, Quote::Passage);
-            let (text, chosen) = quote::assemble(&quotations, budget_tokens, count)?;
-            let hits = chosen.into_iter().map(|i| hits[i].clone()).collect();
-            Ok(Context { tokens: live.shared.count_tokens(&text)?, text, hits })
-        })
-        .await
+    pub fn context(
+        &self,
+        query: &str,
+        budget_tokens: usize,
+    ) -> impl Future<Output = Result<Context>> + Send + use<> {
+        memory::context(self.live.shared.clone(), self.live.scope.clone(), query, budget_tokens)
     }
 
     /// Number of turns in the session's log.
@@ -275,11 +259,14 @@ impl Session {
     }
 
     /// Logits of the next token after `text` is appended to the stream, without changing the session: for tests and
-    /// tools that compare sessions.
+    /// tools that compare sessions. The future borrows nothing of the session.
     ///
     /// # Errors
     /// `InvalidArgument` without a model or with an empty text.
-    pub async fn peek_logits(&mut self, text: &str) -> Result<Vec<f32>> {
+    pub fn peek_logits(
+        &mut self,
+        text: &str,
+    ) -> impl Future<Output = Result<Vec<f32>>> + Send + use<> {
         let (live, text) = (self.live.clone(), text.to_owned());
         offload("peek_logits", move || {
             let mut conversation = live.lock();
@@ -293,7 +280,6 @@ impl Session {
             conversation.take_back(&saved)?;
             logits
         })
-        .await
     }
 }
 
@@ -322,6 +308,7 @@ fn recall(
         k,
         across_sessions: options.across_sessions,
         before_turn: conversation.first_turn_in_window(coming_tokens + budget),
+        now_ms: Some(now_ms()),
         ..Recall::default()
     };
     let mut hits = shared.store.recall(&conversation.scope, message, &query)?;

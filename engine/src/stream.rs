@@ -6,6 +6,8 @@ use crate::pages::PageUsage;
 use futures_core::Stream;
 use mka_memory::Hit;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use tokio::sync::mpsc;
 
@@ -92,18 +94,40 @@ pub struct FeedSummary {
     pub chunks_deduplicated: usize,
 }
 
-/// The sending end that a worker thread holds; closed when the caller dropped the stream.
-pub(crate) struct Sink<T>(mpsc::Sender<Result<T>>);
+/// Stops the work of a stream from anywhere, while somebody else waits for the stream's next event.
+///
+/// The turn ends within one token, a feed at its next block. What was sent before can still be read; then the stream
+/// ends, and whoever has seen its end knows that the work is on disk or taken back.
+#[derive(Debug, Clone)]
+pub struct Canceller(Arc<AtomicBool>);
 
-impl<T> Sink<T> {
-    /// Whether the caller is gone: the work should stop at its next safe point.
-    pub(crate) fn is_cancelled(&self) -> bool {
-        self.0.is_closed()
+impl Canceller {
+    /// Stops the work; without effect on a stream that ended.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Release);
     }
 
-    /// Sends an event, waiting while the caller is behind; false if the caller is gone.
+    /// Whether [`Canceller::cancel`] was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// The sending end that a worker thread holds; closed when the caller dropped the stream.
+pub(crate) struct Sink<T> {
+    channel: mpsc::Sender<Result<T>>,
+    canceller: Canceller,
+}
+
+impl<T> Sink<T> {
+    /// Whether the caller is gone or wants no more: the work should stop at its next safe point.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.channel.is_closed() || self.canceller.is_cancelled()
+    }
+
+    /// Sends an event, waiting while the caller is behind; false if the caller is gone or wants no more.
     pub(crate) fn send(&self, event: T) -> bool {
-        self.0.blocking_send(Ok(event)).is_ok()
+        !self.canceller.is_cancelled() && self.channel.blocking_send(Ok(event)).is_ok()
     }
 }
 
@@ -122,6 +146,7 @@ pub struct Feed(Receiver<FeedEvent>);
 #[derive(Debug)]
 struct Receiver<T> {
     channel: mpsc::Receiver<Result<T>>,
+    canceller: Canceller,
 }
 
 /// Events that a worker may be ahead of its caller.
@@ -134,12 +159,13 @@ fn spawn<T: Send + 'static>(
     work: impl FnOnce(&Sink<T>) -> Result<Option<T>> + Send + 'static,
 ) -> Receiver<T> {
     let (sender, channel) = mpsc::channel(AHEAD);
+    let canceller = Canceller(Arc::new(AtomicBool::new(false)));
     let failed = sender.clone();
+    let sink = Sink { channel: sender, canceller: canceller.clone() };
     let spawned = std::thread::Builder::new().name("mka-session".into()).spawn(move || {
-        let sink = Sink(sender);
         if let Some(last) = work(&sink).transpose() {
             // A caller that is gone does not need it.
-            let _ = sink.0.blocking_send(last);
+            let _ = sink.channel.blocking_send(last);
         }
     });
     if let Err(source) = spawned {
@@ -148,7 +174,7 @@ fn spawn<T: Send + 'static>(
         // The channel is new and empty: there is room.
         let _ = failed.try_send(Err(error.with_source(source)));
     }
-    Receiver { channel }
+    Receiver { channel, canceller }
 }
 
 impl Events {
@@ -156,6 +182,11 @@ impl Events {
         work: impl FnOnce(&Sink<Event>) -> Result<Option<Event>> + Send + 'static,
     ) -> Self {
         Self(spawn(work))
+    }
+
+    /// What cancels the turn without dropping the stream.
+    pub fn canceller(&self) -> Canceller {
+        self.0.canceller.clone()
     }
 
     /// The next event; None after the last. The same as `StreamExt::next`, without the trait.
@@ -190,6 +221,11 @@ impl Feed {
         work: impl FnOnce(&Sink<FeedEvent>) -> Result<Option<FeedEvent>> + Send + 'static,
     ) -> Self {
         Self(spawn(work))
+    }
+
+    /// What cancels the feed without dropping the stream.
+    pub fn canceller(&self) -> Canceller {
+        self.0.canceller.clone()
     }
 
     /// The next event; None after the last.

@@ -100,6 +100,16 @@ impl Tokenizer {
         Self::new(built.tokenizer, gguf.path(), built.special, Some(built.prefix))
     }
 
+    /// What a GGUF file says of its vocabulary, as the text of a tokenizer.json.
+    ///
+    /// # Errors
+    /// As [`Self::from_gguf`].
+    pub(crate) fn gguf_json(gguf: &Gguf) -> Result<String> {
+        pipeline::build(gguf)?.tokenizer.to_string(true).map_err(|source| {
+            Error::model(format!("tokenizer {}: {source}", gguf.path().display()))
+        })
+    }
+
     fn new(
         mut tokenizer: HfTokenizer,
         path: &Path,

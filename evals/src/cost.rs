@@ -1,7 +1,7 @@
 //! What a session costs by length: peak memory, decode speed, feeding, and reopening to the bit.
 //! Knows no task and no score.
 
-use crate::job::{self, Ask, Job, Outcome, Result, Scratch};
+use crate::job::{self, Ask, Job, Memory, Outcome, Result, Scratch};
 use crate::subject::Model;
 use std::path::PathBuf;
 
@@ -22,6 +22,9 @@ pub(crate) struct Args {
     /// Tokens attended exactly.
     #[arg(long, default_value_t = 2048)]
     window: usize,
+    /// What is recalled of a stream fed through the model: each length is measured with each of them.
+    #[arg(long, value_delimiter = ',', default_value = "off")]
+    memory: Vec<Memory>,
     /// Where the model runs: auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -58,14 +61,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokenizer = Model::open(&args.model)?;
     println!("revision {}, window {}", job::revision(), args.window);
     println!(
-        "| fed as | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | same bits | device |"
+        "| fed as | memory | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | same bits | device |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
-    let model = args.lengths.iter().map(|length| (true, *length));
-    let memory = args.text_lengths.iter().map(|length| (false, *length));
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    let model = args
+        .lengths
+        .iter()
+        .flat_map(|length| args.memory.iter().map(move |memory| (true, *memory, *length)));
+    let text_alone = args.text_lengths.iter().map(|length| (false, Memory::Off, *length));
     let mut streams = Vec::new();
-    for (through_model, length) in model.chain(memory) {
-        let scratch = Scratch::new(&format!("cost-{through_model}-{length}"))?;
+    for (through_model, memory, length) in model.chain(text_alone) {
+        let scratch = Scratch::new(&format!("cost-{through_model}-{memory:?}-{length}"))?;
         let path = scratch.path().join("text.txt");
         let (cut, tokens) = beginning(&text, length, &tokenizer)?;
         std::fs::write(&path, cut)?;
@@ -74,7 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             model: args.model.clone(),
             window: args.window,
             device: Some(args.device.clone()),
-            recall_k: 0,
+            memory,
             ..Job::default()
         };
         let peek = Some("And then".to_owned());
@@ -135,8 +141,9 @@ impl Stream {
         let (fed, again) = (&self.fed, &self.again);
         let to_first = median(|asked| asked.open_s + asked.first_token_s);
         format!(
-            "| {} | {} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {} | {} |",
+            "| {} | {} | {} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {} | {} |",
             if self.through_model { "model" } else { "text" },
+            format!("{:?}", self.base.memory).to_lowercase(),
             self.tokens,
             fed.fed_tokens,
             fed.feed_s,

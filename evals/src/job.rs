@@ -3,8 +3,8 @@
 
 use futures_util::StreamExt;
 use mka::{
-    Device, Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, Sampling, Scope,
-    SendOptions,
+    Device, Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, PageRule,
+    RecallPolicy, Sampling, Scope, SendOptions,
 };
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -14,6 +14,52 @@ use std::time::Instant;
 
 pub(crate) type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
+/// How a session of a job remembers; each variant is a policy of the engine, with its rule where there are several.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub(crate) enum Memory {
+    /// Sinks and window alone.
+    #[default]
+    Off,
+    /// Passages of text.
+    Text,
+    /// Pages inside attention.
+    Pages,
+    /// Both of them.
+    Both,
+    /// InfLLM's rule over the same pages.
+    #[value(name = "infllm")]
+    InfLlm,
+    /// Quest's rule over the same pages.
+    Quest,
+    /// TokenSelect's rule over the same pages.
+    #[value(name = "tokenselect")]
+    TokenSelect,
+}
+
+impl Memory {
+    fn configure(self, config: &mut MemoryConfig) {
+        let (policy, rule) = match self {
+            Self::Off => (RecallPolicy::Off, PageRule::Mka),
+            Self::Text => (RecallPolicy::Text, PageRule::Mka),
+            Self::Pages => (RecallPolicy::Pages, PageRule::Mka),
+            Self::Both => (RecallPolicy::Both, PageRule::Mka),
+            Self::InfLlm => (RecallPolicy::Pages, PageRule::InfLlm),
+            Self::Quest => (RecallPolicy::Pages, PageRule::Quest),
+            Self::TokenSelect => (RecallPolicy::Pages, PageRule::TokenSelect),
+        };
+        config.recall = policy;
+        config.pages.rule = rule;
+        if matches!(policy, RecallPolicy::Pages | RecallPolicy::Both) {
+            // The process that is asked recalls what the one before it was fed: every page goes to the disk, and those
+            // of a million tokens of the default model (24 GB) may be in memory.
+            config.pages.bytes = 32 << 30;
+            config.evicted_page_bytes = 64 << 30;
+        }
+        // The words of a question are no part of the rules that are compared with.
+        config.pages.lexical = rule == PageRule::Mka;
+    }
+}
+
 /// What to do.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Job {
@@ -22,8 +68,11 @@ pub(crate) struct Job {
     pub(crate) window: usize,
     /// Where the model runs, as the command line says it; none: the fastest device.
     pub(crate) device: Option<String>,
-    /// Memories looked up for the question; 0 is no memory.
+    pub(crate) memory: Memory,
+    /// Memories looked up for the question, where text is recalled.
     pub(crate) recall_k: usize,
+    /// Tokens that attention recalls, where pages are; 0 is the engine's own number.
+    pub(crate) page_tokens: usize,
     /// Text file to feed first.
     pub(crate) feed: Option<PathBuf>,
     /// Feed through the model; else as text memory.
@@ -65,6 +114,8 @@ pub(crate) struct Outcome {
     /// FNV-1a of the bits of every logit.
     pub(crate) logits_hash: Option<u64>,
     pub(crate) peak_rss_bytes: u64,
+    /// Bytes of keys and values that the model keeps for each token of its window.
+    pub(crate) kv_bytes_per_token: usize,
     /// Where the model ran.
     pub(crate) device: String,
 }
@@ -104,7 +155,11 @@ pub(crate) fn serve() -> Result<()> {
 pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let mut config = MemoryConfig::with_window(job.window);
+    job.memory.configure(&mut config);
     config.recall_k = job.recall_k;
+    if job.page_tokens > 0 {
+        config.pages.tokens = job.page_tokens;
+    }
     let started = Instant::now();
     let engine = Engine::builder(&job.store)
         .model(job.model.parse::<ModelSource>()?)
@@ -116,6 +171,7 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     let mut session = engine.session(Scope::user("evals").session("sample")).await?;
     outcome.open_s = started.elapsed().as_secs_f64();
     outcome.device = engine.device().to_string();
+    outcome.kv_bytes_per_token = engine.kv_bytes_per_token().unwrap_or(0);
     if let Some(path) = &job.feed {
         let text = std::fs::read_to_string(path)?;
         let options = match job.through_model {
@@ -189,7 +245,7 @@ fn send_options(job: &Job, ask: &Ask) -> SendOptions {
 /// Most resident memory of this process so far; 0 where the system does not say.
 ///
 /// From `/proc`, not `getrusage`: the latter counts what the parent had before this program was started.
-fn peak_rss_bytes() -> u64 {
+pub(crate) fn peak_rss_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let kib =
         status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());

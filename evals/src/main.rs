@@ -1,10 +1,13 @@
 //! Command line of the evaluations: each one run from one command.
 //! Knows the public API of mka only.
 
+mod attention;
 mod benchmark;
 mod compare;
 mod cost;
+mod curve;
 mod cut;
+mod inference;
 mod job;
 mod longbench;
 mod ruler;
@@ -12,6 +15,7 @@ mod run;
 mod sample;
 mod speed;
 mod subject;
+mod training;
 
 use clap::{Parser, Subcommand};
 
@@ -34,6 +38,16 @@ enum Command {
     Cost(cost::Args),
     /// Prefill and decode speed of the model alone.
     Speed(speed::Args),
+    /// Trains a model from one TOML file: engine/docs/training.md.
+    Train(training::Args),
+    /// Writes the newest checkpoint of a run as a HuggingFace folder.
+    Merge(training::MergeArgs),
+    /// What a model folder or a run holds: shape, steps, gates.
+    Inspect(training::InspectArgs),
+    /// Trains one decoder with each kind of attention and compares them.
+    Attention(attention::Args),
+    /// Speed, time to the first token and memory of a model, with memory and without.
+    Inference(inference::Args),
     /// Differences of two runs, sample by sample, with their uncertainty.
     Compare(compare::Args),
     /// Runs one job read as JSON from standard input: what the other commands start as a process of its own.
@@ -51,6 +65,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Command::Longbench(args) => benchmark::run_longbench(args),
         Command::Cost(args) => cost::run(&args),
         Command::Speed(args) => speed::run(&args),
+        Command::Train(args) => training::run(&args),
+        Command::Merge(args) => training::merge(&args),
+        Command::Inspect(args) => training::inspect(&args),
+        Command::Attention(args) => attention::run(&args),
+        Command::Inference(args) => inference::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Job => job::serve(),
     }

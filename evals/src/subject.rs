@@ -52,15 +52,18 @@ pub(crate) struct Options {
     /// Model folder, GGUF file or repository id; it also counts the tokens of the samples.
     #[arg(long, default_value = "HuggingFaceTB/SmolLM2-135M-Instruct")]
     pub(crate) model: String,
-    /// Local subjects: full, truncate, streaming, mka.
+    /// Local subjects: full, truncate, streaming, mka (text), pages, both, infllm, quest, tokenselect.
     #[arg(long, value_delimiter = ',', default_value = "truncate,mka")]
     pub(crate) subjects: Vec<String>,
     /// Tokens attended exactly.
     #[arg(long, default_value_t = 2048)]
     pub(crate) window: usize,
-    /// Memories that mka looks up for a question.
+    /// Memories that mka and both look up for a question.
     #[arg(long, default_value_t = 8)]
     pub(crate) recall_k: usize,
+    /// Tokens that attention recalls for each key/value head: pages, both and the rules compared with them.
+    #[arg(long, default_value_t = 2048)]
+    pub(crate) page_tokens: usize,
     /// Feed mka through the model rather than as text memory.
     #[arg(long)]
     pub(crate) through_model: bool,

@@ -20,7 +20,7 @@
 // | kv, dk and dv apart | 256 | 128 x 16 (16) | 8 | 128 + 2·16 = 160 KiB | 128 + 8 + 8 |
 // | q | 64 | 128 rows x 64 keys (32) | 4 | q dout 32 + k v 2·16 = 64 KiB | 64 + 32 + 32 |
 // | q | 96 | 128 x 64 (32) | 8 | 48 + 2·24 = 96 KiB | 48 + 16 + 16 |
-// | q | 128 | 128 x 64 (32) | 8 | 64 + 2·32 = 128 KiB | 64 + 16 + 16 |
+// | q | 128 | 128 x 32 (32) | 4, two blocks | 64 + 2·16 = 96 KiB | 128 + 32 + 32 |
 // | q | 256 | 128 x 16 (16) | 8 | 128 + 2·16 = 160 KiB | 128 + 8 + 8 |
 // The kv kernels take 16 bytes a walked row more for {lse, delta}. At d = 256 both gradients of 16 keys would be
 // 256 registers: dk and dv are two launches there, five products for four.
@@ -312,7 +312,7 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardPara
   ATTENTION_BACKWARD_KV(NAME, T, 256, _dv, VALUES_ONLY, 8, 1, 16, 16, 1)                                               \
   ATTENTION_BACKWARD_Q(NAME, T, 64, 4, 2, 64, 32, 2)                                                                   \
   ATTENTION_BACKWARD_Q(NAME, T, 96, 8, 1, 64, 32, 1)                                                                   \
-  ATTENTION_BACKWARD_Q(NAME, T, 128, 8, 1, 64, 32, 1)                                                                  \
+  ATTENTION_BACKWARD_Q(NAME, T, 128, 4, 2, 32, 32, 2)                                                                  \
   ATTENTION_BACKWARD_Q(NAME, T, 256, 8, 1, 16, 16, 1)
 
 ATTENTION_BACKWARD_TYPE(bf16, __nv_bfloat16)

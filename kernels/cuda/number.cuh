@@ -13,6 +13,11 @@ template <> __device__ __forceinline__ float from_float<float>(float x) { return
 template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+// N neighbouring elements, loaded and stored as one.
+template <typename T, int N> struct alignas(sizeof(T) * N) Vector {
+  T x[N];
+};
+
 // Sum over the 32 lanes of a warp, in every lane; the order of additions is fixed.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

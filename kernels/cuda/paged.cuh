@@ -110,9 +110,11 @@ __device__ void finish_split(const PagedParams &p, uint32_t head, uint32_t tile,
   const uint64_t first_part = (uint64_t(head) * p.tiles + tile) * p.splits;
   const uint64_t parts = uint64_t(p.g) * p.tiles * p.splits;
   float *stats = p.partial + parts * DECODE_ROWS * D;
+  const uint32_t rows = p.t * p.group, row0 = tile * DECODE_ROWS;
+  const int count = rows - row0 < DECODE_ROWS ? int(rows - row0) : DECODE_ROWS;
   {
     float *to = p.partial + (first_part + split) * DECODE_ROWS * D;
-    for (int i = tid; i < DECODE_ROWS * D / 4; i += THREADS) {
+    for (int i = tid; i < count * D / 4; i += THREADS) {
       const int row = i / (D / 4), column = i % (D / 4) * 4;
       *reinterpret_cast<float4 *>(to + row * D + column) =
           *reinterpret_cast<const float4 *>(acc + row * stride + column);
@@ -132,19 +134,26 @@ __device__ void finish_split(const PagedParams &p, uint32_t head, uint32_t tile,
   if (!is_last) return;
   __threadfence();
 
-  const uint32_t rows = p.t * p.group, row0 = tile * DECODE_ROWS;
-  const int count = rows - row0 < DECODE_ROWS ? int(rows - row0) : DECODE_ROWS;
   for (int row = warp; row < count; row += THREADS / 32) {
     const float *at = stats + first_part * 2 * DECODE_ROWS + row;
-    float top = -INFINITY;
-    for (uint32_t s = lane; s < p.splits; s += 32) top = fmaxf(top, __ldcg(at + s * 2 * DECODE_ROWS));
+    // Both numbers of every part in one wait for memory.
+    float part_max[MAX_SPLITS / 32], part_sum[MAX_SPLITS / 32], top = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < MAX_SPLITS / 32; i++) {
+      const uint32_t s = lane + 32 * i;
+      const bool there = s < p.splits;
+      part_max[i] = there ? __ldcg(at + s * 2 * DECODE_ROWS) : -INFINITY;
+      part_sum[i] = there ? __ldcg(at + s * 2 * DECODE_ROWS + DECODE_ROWS) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < MAX_SPLITS / 32; i++) top = fmaxf(top, part_max[i]);
     top = warp_max(top);
     float total = 0.0f;
-    for (uint32_t s = lane; s < p.splits; s += 32) {
-      const float part_max = __ldcg(at + s * 2 * DECODE_ROWS);
-      const float weight = part_max == -INFINITY ? 0.0f : exp2f(part_max - top);
-      weights[row * MAX_SPLITS + s] = weight;
-      total += weight * __ldcg(at + s * 2 * DECODE_ROWS + DECODE_ROWS);
+#pragma unroll
+    for (int i = 0; i < MAX_SPLITS / 32; i++) {
+      const float weight = part_max[i] == -INFINITY ? 0.0f : exp2f(part_max[i] - top);
+      if (lane + 32 * i < p.splits) weights[row * MAX_SPLITS + lane + 32 * i] = weight;
+      total += weight * part_sum[i];
     }
     total = warp_sum(total);
     const float scale = total > 0.0f ? 1.0f / total : 0.0f;
@@ -158,7 +167,7 @@ __device__ void finish_split(const PagedParams &p, uint32_t head, uint32_t tile,
     const int row = i / (D / 4), column = i % (D / 4) * 4;
     const float *from = p.partial + first_part * DECODE_ROWS * D + row * D + column;
     float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
+#pragma unroll 16
     for (uint32_t s = 0; s < p.splits; s++) {
       const float4 y = __ldcg(reinterpret_cast<const float4 *>(from + uint64_t(s) * DECODE_ROWS * D));
       const float weight = weights[row * MAX_SPLITS + s];

@@ -14,10 +14,6 @@ struct RopeParams {
 };
 
 // A thread takes N neighbouring pairs: 16 bytes of each half where head_dim allows, one pair otherwise.
-template <typename T, int N> struct alignas(sizeof(T) * N) Vector {
-  T x[N];
-};
-
 template <typename T, int N> __device__ __forceinline__ void rotate(const RopeParams &p) {
   using V = Vector<T, N>;
   const T *x = static_cast<const T *>(p.x);

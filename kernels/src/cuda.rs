@@ -6,8 +6,8 @@
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
-    sys,
+    CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig,
+    PushKernelArg, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::op::BackpropOp;
@@ -16,7 +16,8 @@ use candle_core::{
 };
 use half::{bf16, f16};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -26,6 +27,26 @@ static POISON: AtomicBool = AtomicBool::new(false);
 /// Fills every output with NaN before its kernel runs, so that a test sees what a kernel left unwritten.
 pub fn poison_outputs(on: bool) {
     POISON.store(on, Ordering::Relaxed);
+}
+
+/// The CUDA device `ordinal` with a stream of its own, and without the two events an allocation and the waits a launch
+/// that candle keeps for programs of several streams.
+///
+/// # Errors
+/// If there is no such device or no driver.
+pub fn open(ordinal: usize) -> Result<Device> {
+    let device = Device::new_cuda_with_stream(ordinal)?;
+    // SAFETY: the device's one stream is the only one that its tensors are ever used on: candle and every op here take
+    // the stream from the device, and refuse tensors of another device.
+    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    Ok(device)
+}
+
+static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+
+/// Kernels of this crate launched so far by the process, on any device; candle's own are not among them.
+pub fn launches() -> u64 {
+    LAUNCHES.load(Ordering::Relaxed)
 }
 
 /// The shape of one launch.
@@ -58,11 +79,7 @@ pub(crate) fn launch<P: DeviceRepr>(
     let failed = |e: &dyn std::fmt::Display| {
         candle_core::Error::Msg(format!("launch {source}/{kernel} with {launch:?}: {e}"))
     };
-    let function = module(device, source)?.load_function(kernel).map_err(|e| failed(&e))?;
-    if launch.shared_bytes > 48 * 1024 {
-        let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(limit, launch.shared_bytes as i32).map_err(|e| failed(&e))?;
-    }
+    let function = function(device, source, kernel, launch.shared_bytes)?;
     let stream = device.cuda_stream();
     let mut builder = stream.launch_builder(&function);
     builder.arg(params);
@@ -74,29 +91,60 @@ pub(crate) fn launch<P: DeviceRepr>(
     // SAFETY: the op that built `params` took its addresses from live tensors of checked shapes on this device, and
     // the stream frees memory only after the work enqueued before.
     unsafe { builder.launch(config) }.map_err(|e| failed(&e))?;
+    LAUNCHES.fetch_add(1, Ordering::Relaxed);
     Ok(())
 }
 
-/// The module of `cuda/{source}.cu`, loaded once per device and kept until the process ends.
-fn module(device: &CudaDevice, source: &'static str) -> Result<Arc<CudaModule>> {
+/// A loaded file and what was asked of it so far.
+struct Loaded {
+    module: Arc<CudaModule>,
+    /// By name, with the dynamic shared memory that the kernel may have.
+    functions: HashMap<String, (CudaFunction, u32)>,
+}
+
+/// The kernel of `cuda/{source}.cu`, allowed `shared_bytes`. Modules are loaded once per device and kept until the
+/// process ends.
+fn function(
+    device: &CudaDevice,
+    source: &'static str,
+    kernel: &str,
+    shared_bytes: u32,
+) -> Result<CudaFunction> {
     /// By ordinal of the device and name of the file.
-    type Modules = HashMap<(usize, &'static str), Arc<CudaModule>>;
+    type Modules = HashMap<(usize, &'static str), Loaded>;
+    /// What every kernel may have.
+    const PLAIN_SHARED_BYTES: u32 = 48 * 1024;
     static LOADED: Mutex<Option<Modules>> = Mutex::new(None);
+    let failed = |e: &dyn std::fmt::Display| {
+        candle_core::Error::Msg(format!("cuda: load {source}/{kernel}: {e}"))
+    };
     let context = device.cuda_stream().context().clone();
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     let loaded = loaded.get_or_insert_with(HashMap::new);
     let key = (context.ordinal(), source);
-    if let Some(module) = loaded.get(&key) {
-        return Ok(module.clone());
-    }
-    let Some((_, fatbin)) = FATBINS.iter().find(|(name, _)| *name == source) else {
-        bail!("cuda: no file {source}.cu was compiled")
+    let file = match loaded.entry(key) {
+        Entry::Occupied(file) => file.into_mut(),
+        Entry::Vacant(place) => {
+            let Some((_, fatbin)) = FATBINS.iter().find(|(name, _)| *name == source) else {
+                bail!("cuda: no file {source}.cu was compiled")
+            };
+            let module =
+                context.load_module(Ptx::from_binary(fatbin.to_vec())).map_err(|e| failed(&e))?;
+            place.insert(Loaded { module, functions: HashMap::new() })
+        }
     };
-    let module = context
-        .load_module(Ptx::from_binary(fatbin.to_vec()))
-        .map_err(|e| candle_core::Error::Msg(format!("cuda: load {source}: {e}")))?;
-    loaded.insert(key, module.clone());
-    Ok(module)
+    let (function, allowed) = match file.functions.get(kernel) {
+        Some((function, allowed)) if *allowed >= shared_bytes => return Ok(function.clone()),
+        Some(known) => known.clone(),
+        None => (file.module.load_function(kernel).map_err(|e| failed(&e))?, PLAIN_SHARED_BYTES),
+    };
+    if shared_bytes > allowed {
+        let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(limit, shared_bytes as i32).map_err(|e| failed(&e))?;
+    }
+    let entry = (function.clone(), allowed.max(shared_bytes));
+    file.functions.insert(kernel.to_owned(), entry);
+    Ok(function)
 }
 
 /// The CUDA device of `tensor`, or an error that names `op`.

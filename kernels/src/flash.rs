@@ -1,7 +1,7 @@
 //! Dense attention over contiguous keys and values, forward and backward: what training and whole-prompt prefill run.
 //! Knows no pages and no cache; positions follow from the shapes alone.
 
-use crate::storage::contiguous_range;
+use crate::storage::{aligned, contiguous_range};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
@@ -323,16 +323,6 @@ impl CustomOp3 for Attention {
         };
         let (dq, dk, dv) = attention_backward(q, k, v, out, lse, dout, None, &self.params)?;
         Ok((Some(dq), Some(dk), Some(dv)))
-    }
-}
-
-/// Contiguous, with its first element at a multiple of 16 bytes, as the kernels load; else a copy that is.
-fn aligned(tensor: &Tensor) -> Result<Tensor> {
-    let tensor = tensor.contiguous()?;
-    if (tensor.layout().start_offset() * tensor.dtype().size_in_bytes()).is_multiple_of(16) {
-        Ok(tensor)
-    } else {
-        tensor.force_contiguous()
     }
 }
 

@@ -15,6 +15,7 @@
 //! | [`rows`] | scores, softmax and the largest over rows of host memory | queries (r, d), rows (n, d) | `rows` |
 //! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
 //! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (.., t, c), state (.., m, c) | MKA, arXiv 2603.20586, alg. 2 |
+//! | [`route()`], [`route_into_pages`] | scan, router softmax, mix, bias, key norm, RoPE, page write in one pass | kv (b, t, 2, g, d), logits (b, t, 1 + m) | MKA, alg. 2, on projected keys and values |
 //! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
 //! | [`silu_mul`] | silu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
 
@@ -46,5 +47,9 @@ pub use packed::{PackedMatrix, PackedType, linear};
 pub use pages::{PAGE_TOKENS, PagePool};
 pub use pool::on_pool;
 pub use rope::{RotaryAngles, rotate};
-pub use route::{MAX_RATES, ema_advance, ema_scan, ema_scan_learned, fuse_levels};
+pub use route::{
+    MAX_RATES, RouteCarries, RouteGradients, RouteInputs, RouteOutputs, RouteParams, ema_advance,
+    ema_scan, ema_scan_learned, fuse_levels, route, route_backward, route_forward,
+    route_into_pages,
+};
 pub use select::{gather_pages, gather_pages_backward, landmarks, score_landmarks, top_k};

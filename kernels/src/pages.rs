@@ -1,7 +1,8 @@
 //! The paged layout of keys and values that every attention op reads: one pool per layer.
 //! Knows no session and no eviction: which slot holds which page is its caller's table.
 
-use candle_core::{DType, Device, Result, Tensor};
+use crate::rope::{RotaryAngles, rotate};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// Tokens of one page: the unit of eviction, transfer and storage.
 pub const PAGE_TOKENS: usize = 64;
@@ -49,6 +50,91 @@ impl PagePool {
             pool.get(slot)?.slice_set(&new.contiguous()?, 1, offset)?;
         }
         Ok(())
+    }
+
+    /// Appends tokens to the pages `slots`, from token `offset` of the first on: rotates the keys to `angles` and writes
+    /// them, themselves and the values, in place; on CUDA in one launch.
+    ///
+    /// Shapes: `keys` (after the norm, before RoPE), `values`: (t, num_kv_heads, head_dim).
+    ///
+    /// # Errors
+    /// If the shapes are not those of the pool and the angles, or the slots are not as many as the tokens fill.
+    pub fn append(
+        &self,
+        slots: &[usize],
+        offset: usize,
+        keys: &Tensor,
+        values: &Tensor,
+        angles: &RotaryAngles,
+    ) -> Result<()> {
+        let (t, g, d) = keys.dims3()?;
+        if values.dims() != keys.dims() || angles.len() != t || 2 * angles.half() != d {
+            bail!(
+                "append: keys {:?}, values {:?}, expected two of ({}, g, {})",
+                keys.shape(),
+                values.shape(),
+                angles.len(),
+                2 * angles.half()
+            );
+        }
+        self.check_room("append", slots, offset, (t, g, d))?;
+        if t == 0 {
+            return Ok(());
+        }
+        #[cfg(feature = "cuda")]
+        if keys.device().is_cuda() && d.is_multiple_of(8) && d <= 256 {
+            return crate::route::append(self, slots, offset, keys, values, angles);
+        }
+        let by_head = |x: &Tensor| x.transpose(0, 1)?.contiguous();
+        let rotated = rotate(keys, angles)?;
+        self.write_pages(slots, offset, &by_head(&rotated)?, &by_head(keys)?, &by_head(values)?)
+    }
+
+    /// [`PagePool::write`] over several pages. Shapes: (num_kv_heads, t, head_dim).
+    pub(crate) fn write_pages(
+        &self,
+        slots: &[usize],
+        offset: usize,
+        keys: &Tensor,
+        raw_keys: &Tensor,
+        values: &Tensor,
+    ) -> Result<()> {
+        let t = keys.dim(1)?;
+        let mut done = 0;
+        while done < t {
+            let at = offset + done;
+            let count = (PAGE_TOKENS - at % PAGE_TOKENS).min(t - done);
+            let part = |x: &Tensor| x.narrow(1, done, count);
+            let (slot, first) = (slots[at / PAGE_TOKENS], at % PAGE_TOKENS);
+            self.write(slot, first, &part(keys)?, &part(raw_keys)?, &part(values)?)?;
+            done += count;
+        }
+        Ok(())
+    }
+
+    /// Whether `t` tokens from `offset` on fill `slots` and are of this pool's shape.
+    pub(crate) fn check_room(
+        &self,
+        op: &str,
+        slots: &[usize],
+        offset: usize,
+        (t, g, d): (usize, usize, usize),
+    ) -> Result<()> {
+        let (num_slots, heads, _, head_dim) = self.keys.dims4()?;
+        if (g, d) != (heads, head_dim) {
+            bail!("{op}: {g} heads of {d}, expected the pool's {heads} of {head_dim}");
+        }
+        let pages = if t == 0 { slots.len() } else { (offset + t).div_ceil(PAGE_TOKENS) };
+        if offset >= PAGE_TOKENS || slots.len() != pages {
+            bail!(
+                "{op}: {t} tokens from token {offset} of {} pages, expected {pages}",
+                slots.len()
+            );
+        }
+        match slots.iter().find(|slot| **slot >= num_slots) {
+            Some(slot) => bail!("{op}: slot {slot}, expected one below {num_slots}"),
+            None => Ok(()),
+        }
     }
 
     /// The first `len` tokens of `slot`: (raw keys, values), each (num_kv_heads, len, head_dim), copied.

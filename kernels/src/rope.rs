@@ -46,6 +46,11 @@ impl RotaryAngles {
         self.cos.len() / self.half.max(1)
     }
 
+    /// Half of the head dimension that the angles turn.
+    pub(crate) fn half(&self) -> usize {
+        self.half
+    }
+
     /// Cosines and sines of the position of index `i`, d/2 each.
     ///
     /// # Panics
@@ -61,9 +66,10 @@ impl RotaryAngles {
         use candle_core::Device;
         let device = Device::Cuda(device.clone());
         let upload = || -> Result<(Tensor, Tensor)> {
-            let shape = (self.len(), self.half);
-            let table = |values: &[f32]| Tensor::from_slice(values, shape, &device);
-            Ok((table(&self.cos)?, table(&self.sin)?))
+            // One copy for both.
+            let values = [&self.cos[..], &self.sin].concat();
+            let tables = Tensor::from_vec(values, (2, self.len(), self.half), &device)?;
+            Ok((tables.get(0)?, tables.get(1)?))
         };
         if let Some(tables) = self.on_device.get()
             && tables.0.device().same_device(&device)

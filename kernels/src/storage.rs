@@ -24,3 +24,13 @@ pub(crate) fn zeros(shape: impl Into<Shape>, dtype: DType, device: &Device) -> R
     }
     Tensor::zeros(shape, dtype, device)
 }
+
+/// Contiguous, with its first element at a multiple of 16 bytes, as the kernels load; else a copy that is.
+pub(crate) fn aligned(tensor: &Tensor) -> Result<Tensor> {
+    let tensor = tensor.contiguous()?;
+    if (tensor.layout().start_offset() * tensor.dtype().size_in_bytes()).is_multiple_of(16) {
+        Ok(tensor)
+    } else {
+        tensor.force_contiguous()
+    }
+}

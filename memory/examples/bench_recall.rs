@@ -526,7 +526,9 @@ impl Embedder for Recorder {
 
     fn embed(&self, texts: &[&str]) -> Result<Vec<f32>> {
         let mut known = self.texts.lock().expect("no panic so far");
-        texts.iter().for_each(|text| drop(known.insert(line(text), ())));
+        texts.iter().for_each(|text| {
+            known.insert(line(text), ());
+        });
         Ok([1.0, 0.0, 0.0, 0.0].repeat(texts.len()))
     }
 }

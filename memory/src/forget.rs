@@ -9,12 +9,14 @@ use crate::TurnId;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Forget {
-    /// Every turn whose text or source name contains this text, letter case aside.
+    /// Every turn whose text, source name, subject or metadata contains this text, letter case aside.
     Matching(String),
     /// One turn of the scope's session.
     Turn(TurnId),
     /// Every turn before this time, in milliseconds since the Unix epoch.
     Before(i64),
+    /// Every turn whose time to be recalled was over at this time, in milliseconds since the Unix epoch.
+    Expired(i64),
     /// The scope's session, with its place in the log.
     Session,
     /// Every session of the scope, with its place in the log.
@@ -22,7 +24,7 @@ pub enum Forget {
 }
 
 impl Forget {
-    /// Every turn whose text or source name contains `text`, letter case aside.
+    /// Every turn whose text, source name, subject or metadata contains `text`, letter case aside.
     pub fn matching(text: impl Into<String>) -> Self {
         Self::Matching(text.into())
     }
@@ -35,6 +37,11 @@ impl Forget {
     /// Every turn before `time_ms`, in milliseconds since the Unix epoch.
     pub fn before(time_ms: i64) -> Self {
         Self::Before(time_ms)
+    }
+
+    /// Every turn that had expired at `now_ms`, in milliseconds since the Unix epoch.
+    pub fn expired(now_ms: i64) -> Self {
+        Self::Expired(now_ms)
     }
 
     /// The scope's session.

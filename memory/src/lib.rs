@@ -25,30 +25,41 @@
 //! What it does not do: generate text, count tokens, tell the time, or reach a network.
 //! The format on disk and what each call promises are in `docs/format.md`.
 
+mod cancel;
 mod chunk;
+mod cipher;
 mod embedder;
 mod error;
 mod filter;
 mod forget;
 mod format;
 mod hashed;
+mod hygiene;
 mod log;
 mod partition;
 mod recall;
 mod scope;
+mod storage;
 mod store;
 mod summary;
 mod tags;
 mod vectors;
 mod words;
 
+pub use cancel::Cancel;
+pub use cipher::EncryptionKey;
 pub use embedder::Embedder;
 pub use error::{Error, ErrorKind, Result};
 pub use filter::{Filter, Metadata, Value};
 pub use forget::{Forget, Receipt};
 pub use hashed::HashedEmbedder;
+pub use hygiene::{Finding, Hygiene, Policy, Sensitive};
 pub use log::{Commit, Committed, NewSnapshot, NewTurn, Role, Snapshot, Turn, TurnId};
 pub use recall::{ChunkId, Hit, Recall, Source, Trust, Why};
 pub use scope::Scope;
-pub use store::{ChunkInfo, SessionInfo, Stats, Store, StoreOptions};
+pub use storage::{Backend, RecordChange, Storage, Visit};
+pub use store::{
+    Backup, Checkup, ChunkInfo, DiskUsage, Exported, Imported, Problem, Reembedded, Repair,
+    SessionInfo, Stats, Store, StoreOptions,
+};
 pub use vectors::{RowSet, VectorIndex};

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Metadata;
+use crate::{Finding, Metadata};
 
 /// Who produced a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -39,6 +39,13 @@ pub struct NewTurn {
     pub source: Option<String>,
     /// Whether it can be recalled later. Without effect on [`Role::Recalled`], which never can.
     pub remember: bool,
+    /// What it is a fact about, as `home city`, 1 to 256 bytes. Among the turns of one user and agent with the same
+    /// subject the newest by time (by order, if times are equal) wins: the others are stale. They stay in the log,
+    /// and recall leaves them out unless it is asked for them or for an earlier time.
+    pub subject: Option<String>,
+    /// When it stops being recalled, in milliseconds since the Unix epoch; never, if none.
+    /// The text stays in the log until [`Forget::Expired`](crate::Forget::Expired) erases it.
+    pub expires_ms: Option<i64>,
     /// What [`Recall::filter`](crate::Recall::filter) asks for: at most 256 keys of 1 to 256 bytes.
     pub metadata: Metadata,
 }
@@ -53,6 +60,8 @@ impl NewTurn {
             tokens: Vec::new(),
             source: None,
             remember: matches!(role, Role::User | Role::Assistant | Role::Document),
+            subject: None,
+            expires_ms: None,
             metadata: Metadata::new(),
         }
     }
@@ -74,6 +83,12 @@ pub struct Turn {
     pub tokens: Vec<u32>,
     /// Where the text comes from.
     pub source: Option<String>,
+    /// Whether it may be recalled, as it was committed.
+    pub remember: bool,
+    /// What it is a fact about.
+    pub subject: Option<String>,
+    /// When it stops being recalled, in milliseconds since the Unix epoch.
+    pub expires_ms: Option<i64>,
     /// What it was marked with.
     pub metadata: Metadata,
     /// Superseded by a later commit: kept in the log, no longer recalled.
@@ -133,4 +148,8 @@ pub struct Committed {
     pub chunks_added: usize,
     /// Chunks whose text the scope already held: counted there, not stored again.
     pub chunks_deduplicated: usize,
+    /// Chunks whose text was nearly one that the session already held: counted there, not stored again.
+    pub chunks_nearly_duplicated: usize,
+    /// What looks like a secret or like personal data in the turns, by turn and place.
+    pub findings: Vec<Finding>,
 }

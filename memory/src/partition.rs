@@ -4,10 +4,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::xxh3_128_with_seed;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
 use crate::Role;
 use crate::filter::Metadata;
+use crate::hygiene::gist;
 use crate::tags::{Accepted, Tags};
 use crate::vectors::{Bits, Graph, Index, Job, dot_fast};
 use crate::words::{Terms, Words};
@@ -27,6 +28,50 @@ pub(crate) struct Place {
     pub(crate) order: u64,
     pub(crate) role: Role,
     pub(crate) time_ms: i64,
+    /// When it stops being recalled; `i64::MAX` for never.
+    pub(crate) expires_ms: i64,
+    /// Time of the turn that superseded it, the first one if there are several; `i64::MAX` if none did.
+    pub(crate) superseded_ms: i64,
+    /// The place holds nearly the chunk's text, not the same.
+    pub(crate) near: bool,
+}
+
+/// The moment that a recall looks at memory from.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Moment {
+    /// Memory as it was at this time; as it is, if none.
+    pub(crate) as_of_ms: Option<i64>,
+    /// The caller's clock.
+    pub(crate) now_ms: Option<i64>,
+}
+
+impl Place {
+    /// Whether there is a time after which it is not recalled.
+    fn expires(&self) -> bool {
+        self.expires_ms < i64::MAX
+    }
+
+    /// Whether the place existed and had not expired.
+    pub(crate) fn exists(&self, moment: Moment) -> bool {
+        moment.as_of_ms.is_none_or(|as_of| self.time_ms <= as_of)
+            && moment.as_of_ms.or(moment.now_ms).is_none_or(|at| at < self.expires_ms)
+    }
+
+    /// Whether a newer turn of the same subject had taken its place.
+    pub(crate) fn is_stale(&self, moment: Moment) -> bool {
+        self.superseded_ms <= moment.as_of_ms.unwrap_or(i64::MAX - 1)
+    }
+}
+
+/// A turn that says something about a subject.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Version {
+    pub(crate) time_ms: i64,
+    pub(crate) order: u64,
+    /// Session and turn.
+    pub(crate) turn: (u64, u64),
+    /// The turn's chunks.
+    pub(crate) chunks: Vec<u128>,
 }
 
 /// A chunk in memory.
@@ -38,9 +83,12 @@ pub(crate) struct Chunk {
     pub(crate) vectors: Box<[f32]>,
     /// The session and turn whose record holds the vectors.
     pub(crate) home: (u64, u64),
-    /// Never empty, by ascending order; places of retracted and forgotten turns are not among them.
+    /// By ascending order, and one at least is not `near`; places of retracted and forgotten turns are not among them.
     pub(crate) places: Vec<Place>,
 }
+
+/// What a vector is called beyond one opening: its chunk, and which of the chunk's it is; none if it is gone.
+pub(crate) type VectorName = Option<(u128, u32)>;
 
 /// What a search asks of a partition.
 pub(crate) struct Wanted<'a> {
@@ -65,6 +113,14 @@ pub(crate) struct Partition {
     free: Vec<u32>,
     by_id: HashMap<u128, u32>,
     words: Words,
+    /// The latest chunk of each gist, by the gist's hash; see [`gist`].
+    by_gist: HashMap<u64, u32>,
+    /// What was said about each subject, oldest first.
+    subjects: HashMap<Box<str>, Vec<Version>>,
+    /// Chunks of the versions that another one superseded, one chunk as often as it stands in them.
+    num_superseded_chunks: usize,
+    /// Places that expire at some time.
+    num_expiring: usize,
     tags: Tags,
     index: Index,
     /// The index's row of each vector of a slot.
@@ -86,6 +142,10 @@ impl Partition {
             index: Index::new(dim),
             rows: Vec::new(),
             owners: Vec::new(),
+            by_gist: HashMap::new(),
+            subjects: HashMap::new(),
+            num_superseded_chunks: 0,
+            num_expiring: 0,
         }
     }
 
@@ -106,6 +166,26 @@ impl Partition {
         self.by_id.len()
     }
 
+    /// Subjects, and the turns about one that a newer turn superseded.
+    pub(crate) fn num_subjects(&self) -> (usize, usize) {
+        (self.subjects.len(), self.subjects.values().map(|versions| versions.len() - 1).sum())
+    }
+
+    /// Chunks of superseded turns, at least as many as there are.
+    pub(crate) fn num_superseded_chunks(&self) -> usize {
+        self.num_superseded_chunks
+    }
+
+    /// Places that expire at some time, or have.
+    pub(crate) fn num_expiring(&self) -> usize {
+        self.num_expiring
+    }
+
+    /// Places beyond the first of each chunk.
+    pub(crate) fn num_duplicates(&self) -> usize {
+        self.iter().map(|(_, chunk)| chunk.places.len().saturating_sub(1)).sum()
+    }
+
     /// The chunks with their slots, in no meaningful order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, &Chunk)> {
         self.slots
@@ -118,8 +198,16 @@ impl Partition {
         self.slots[*self.by_id.get(&id)? as usize].as_ref()
     }
 
-    pub(crate) fn get_mut(&mut self, id: u128) -> Option<&mut Chunk> {
+    fn get_mut(&mut self, id: u128) -> Option<&mut Chunk> {
         self.slots[*self.by_id.get(&id)? as usize].as_mut()
+    }
+
+    /// Moves a chunk's vectors to another turn's record; false if there are none to move.
+    pub(crate) fn set_home(&mut self, id: u128, home: (u64, u64)) -> bool {
+        self.get_mut(id).is_some_and(|chunk| {
+            chunk.home = home;
+            !chunk.vectors.is_empty()
+        })
     }
 
     /// Puts a chunk in that is not there yet.
@@ -130,7 +218,13 @@ impl Partition {
         });
         self.words.add(terms, slot, &chunk.text);
         self.index_rows(slot, &chunk.vectors);
-        chunk.places.iter().for_each(|place| self.tags.add((place.session, place.turn), slot));
+        for place in &chunk.places {
+            self.tags.add((place.session, place.turn), slot);
+            self.num_expiring += usize::from(place.expires());
+        }
+        if let Some(hash) = gist_hash(&gist(&chunk.text)) {
+            self.by_gist.insert(hash, slot);
+        }
         self.by_id.insert(chunk.id, slot);
         self.slots[slot as usize] = Some(chunk);
     }
@@ -229,6 +323,11 @@ impl Partition {
         self.index.is_build_due(graph_vectors)
     }
 
+    /// Whether a build that was started has not ended.
+    pub(crate) fn is_building(&self) -> bool {
+        self.index.is_building()
+    }
+
     /// Bytes of a row as the graph keeps it.
     pub(crate) fn padded(&self) -> usize {
         self.index.padded()
@@ -257,7 +356,7 @@ impl Partition {
     }
 
     /// The graph, and for each of its positions the chunk and which of its vectors stands there; none if it is gone.
-    pub(crate) fn sealed(&self) -> Option<(Arc<Graph>, Vec<Option<(u128, u32)>>)> {
+    pub(crate) fn sealed(&self) -> Option<(Arc<Graph>, Vec<VectorName>)> {
         let (graph, rows) = self.index.sealed()?;
         let name = |row: &u32| {
             self.vector(*row)?;
@@ -277,17 +376,29 @@ impl Partition {
         self.rows.get(*self.by_id.get(&id)? as usize)?.get(at as usize).copied()
     }
 
+    /// A chunk that says what `text` says in nearly the same words, and stands in a place that `fits`.
+    pub(crate) fn near(&self, text: &str, fits: impl Fn(&Place) -> bool) -> Option<&Chunk> {
+        let wanted = gist(text);
+        let slot = *self.by_gist.get(&gist_hash(&wanted)?)?;
+        self.slots[slot as usize].as_ref().filter(|chunk| {
+            // Two gists may share a hash.
+            chunk.places.iter().any(|place| !place.near && fits(place))
+                && gist(&chunk.text) == wanted
+        })
+    }
+
     /// Adds a place to a chunk; false if the chunk is unknown.
     pub(crate) fn add_place(&mut self, id: u128, place: Place) -> bool {
         let Some(&slot) = self.by_id.get(&id) else { return false };
         let Some(chunk) = &mut self.slots[slot as usize] else { return false };
         self.tags.add((place.session, place.turn), slot);
+        self.num_expiring += usize::from(place.expires());
         let at = chunk.places.partition_point(|known| known.order <= place.order);
         chunk.places.insert(at, place);
         true
     }
 
-    /// Takes out the places of one turn in the chunks `ids`; returns the ids that are left without any.
+    /// Takes out the places of one turn in the chunks `ids`; returns the ids whose text stands nowhere any more.
     /// They stay until [`remove`](Self::remove).
     pub(crate) fn remove_places(
         &mut self,
@@ -300,12 +411,104 @@ impl Partition {
         for id in ids {
             let Some(chunk) = self.get_mut(id) else { continue };
             let before = chunk.places.len();
-            chunk.places.retain(|place| (place.session, place.turn) != (session, turn));
-            if chunk.places.is_empty() && before > 0 {
+            let mut num_expiring = 0;
+            chunk.places.retain(|place| {
+                let stays = (place.session, place.turn) != (session, turn);
+                num_expiring += usize::from(!stays && place.expires());
+                stays
+            });
+            if chunk.places.iter().all(|place| place.near) && before > 0 {
                 bare.push(id);
             }
+            self.num_expiring -= num_expiring;
         }
         bare
+    }
+
+    /// Lets a turn speak about its subject: it supersedes older ones, and newer ones supersede it.
+    pub(crate) fn add_version(&mut self, subject: &str, version: Version) {
+        let versions = self.subjects.entry(subject.into()).or_default();
+        self.num_superseded_chunks -= num_superseded(versions);
+        let at = versions.partition_point(|known| *known < version);
+        versions.insert(at, version);
+        self.num_superseded_chunks += num_superseded(versions);
+        self.supersede(subject);
+    }
+
+    /// Takes a turn's word about its subject back.
+    pub(crate) fn remove_version(&mut self, subject: &str, turn: (u64, u64)) {
+        if let Some(versions) = self.subjects.get_mut(subject) {
+            self.num_superseded_chunks -= num_superseded(versions);
+            versions.retain(|version| version.turn != turn);
+            self.num_superseded_chunks += num_superseded(versions);
+            if versions.is_empty() {
+                self.subjects.remove(subject);
+            } else {
+                self.supersede(subject);
+            }
+        }
+    }
+
+    /// Marks the places of every turn about a subject with the time at which the next one came.
+    fn supersede(&mut self, subject: &str) {
+        let Some(versions) = self.subjects.get(subject).cloned() else { return };
+        for (at, version) in versions.iter().enumerate() {
+            let superseded_ms = versions.get(at + 1).map_or(i64::MAX, |next| next.time_ms);
+            for chunk in &version.chunks {
+                let Some(chunk) = self.get_mut(*chunk) else { continue };
+                let places = chunk.places.iter_mut();
+                places
+                    .filter(|place| (place.session, place.turn) == version.turn)
+                    .for_each(|place| place.superseded_ms = superseded_ms);
+            }
+        }
+    }
+
+    /// Gives a chunk that has none its vectors.
+    pub(crate) fn set_vectors(&mut self, id: u128, vectors: Box<[f32]>) {
+        let Some(&slot) = self.by_id.get(&id) else { return };
+        let known = self.rows.get_mut(slot as usize).map(std::mem::take);
+        known.iter().flatten().for_each(|&row| self.index.remove(row));
+        self.index_rows(slot, &vectors);
+        if let Some(chunk) = &mut self.slots[slot as usize] {
+            chunk.vectors = vectors;
+        }
+    }
+
+    /// How many chunks differ from those of `other`, or are in one of the two alone; words that count differently count
+    /// as one more. For a check: it visits every chunk.
+    pub(crate) fn differing(&self, other: &Self, terms: &Terms) -> usize {
+        let mut differing = other.by_id.keys().filter(|id| self.get(**id).is_none()).count();
+        let mut words = self.words.num_terms() != other.words.num_terms();
+        for (_, chunk) in self.iter() {
+            let same = other.get(chunk.id).is_some_and(|known| {
+                let mut ordered = [chunk.places.clone(), known.places.clone()];
+                ordered
+                    .iter_mut()
+                    .for_each(|places| places.sort_by_key(|p| (p.order, p.start, p.session)));
+                chunk.text == known.text
+                    && chunk.vectors == known.vectors
+                    && ordered[0] == ordered[1]
+                    && self.is_indexed(chunk)
+                    && chunk.places.iter().all(|place| {
+                        let turn = (place.session, place.turn);
+                        self.tags.metadata(turn) == other.tags.metadata(turn)
+                    })
+            });
+            differing += usize::from(!same);
+            terms.words(&chunk.text, |word, _| {
+                words |= self.words.num_holding(word) != other.words.num_holding(word);
+            });
+        }
+        differing + usize::from(words)
+    }
+
+    /// Whether each of a chunk's vectors has its row.
+    fn is_indexed(&self, chunk: &Chunk) -> bool {
+        chunk.vectors.chunks_exact(self.dim).enumerate().all(|(at, vector)| {
+            let row = self.row_of(chunk.id, at as u32);
+            row.and_then(|row| self.vector(row)) == Some(vector)
+        })
     }
 
     /// Takes chunks out, with their words.
@@ -316,6 +519,13 @@ impl Partition {
             if let Some(chunk) = self.slots[slot as usize].take() {
                 let rows = std::mem::take(&mut self.rows[slot as usize]);
                 rows.iter().for_each(|&row| self.index.remove(row));
+                let expiring = chunk.places.iter().filter(|place| place.expires());
+                self.num_expiring -= expiring.count();
+                if let Some(hash) = gist_hash(&gist(&chunk.text))
+                    && self.by_gist.get(&hash) == Some(&slot)
+                {
+                    self.by_gist.remove(&hash);
+                }
                 removed.push((slot, chunk));
                 self.free.push(slot);
             }
@@ -326,6 +536,11 @@ impl Partition {
     }
 }
 
+/// Chunks of all versions but the newest.
+fn num_superseded(versions: &[Version]) -> usize {
+    versions.iter().rev().skip(1).map(|version| version.chunks.len()).sum()
+}
+
 /// The numbers of the `num` greatest scores.
 fn greatest(mut scored: Vec<(f32, u32)>, num: usize) -> Vec<u32> {
     if num < scored.len() {
@@ -333,6 +548,10 @@ fn greatest(mut scored: Vec<(f32, u32)>, num: usize) -> Vec<u32> {
         scored.truncate(num);
     }
     scored.into_iter().map(|(_, number)| number).collect()
+}
+
+fn gist_hash(gist: &str) -> Option<u64> {
+    (!gist.is_empty()).then(|| xxh3_64(gist.as_bytes()))
 }
 
 /// The identity of `text`: its seeded hash, or the next free one if `text_of` knows another text under it.

@@ -33,8 +33,19 @@ pub struct Recall {
     pub roles: Vec<Role>,
     /// Only chunks of turns at this time or later, in milliseconds since the Unix epoch.
     pub since_ms: Option<i64>,
-    /// Only chunks of turns before this time, in milliseconds since the Unix epoch: memory as of then.
+    /// Only chunks of turns before this time, in milliseconds since the Unix epoch.
     pub until_ms: Option<i64>,
+    /// Memory as it was at this time, in milliseconds since the Unix epoch: later turns are not there yet, and a turn
+    /// counts as superseded or expired if it was by then.
+    pub as_of_ms: Option<i64>,
+    /// The caller's clock, in milliseconds since the Unix epoch: what expired by then is left out.
+    /// None leaves nothing out for having expired.
+    pub now_ms: Option<i64>,
+    /// Also return what a newer turn of the same subject superseded, marked by [`Hit::stale`].
+    pub stale: bool,
+    /// Halves a score for every so many milliseconds of age; none lets age count as little as it does anyway.
+    /// Age is counted from `as_of_ms`, else from `now_ms`, else from the newest chunk that can be seen.
+    pub half_life_ms: Option<u64>,
     /// Only chunks of turns whose metadata this accepts; see [`NewTurn::metadata`](crate::NewTurn::metadata).
     pub filter: Option<Filter>,
     /// Hits that score less are left out.
@@ -55,6 +66,10 @@ impl Default for Recall {
             roles: Vec::new(),
             since_ms: None,
             until_ms: None,
+            as_of_ms: None,
+            now_ms: None,
+            stale: false,
+            half_life_ms: None,
             filter: None,
             min_score: 0.0,
             min_relevance: 0.0,
@@ -82,7 +97,8 @@ impl fmt::Display for ChunkId {
 pub struct Hit {
     /// Identity of the text.
     pub chunk: ChunkId,
-    /// The text: the bytes `source.bytes` of its turn.
+    /// The text: the bytes `source.bytes` of its turn. Where only a turn with nearly the same text can be seen,
+    /// it is the text that was said first, in the same session.
     pub text: String,
     /// The fused score, 0 to 1.02; higher is better.
     pub score: f32,
@@ -95,8 +111,10 @@ pub struct Hit {
     pub source: Source,
     /// How far the text may be believed.
     pub trust: Trust,
-    /// How often the scope holds this very text.
+    /// How often the scope holds this text, near duplicates in the same session included.
     pub count: u32,
+    /// A newer turn of the same subject superseded it.
+    pub stale: bool,
 }
 
 /// What a score is made of: `0.5 * bm25 / best bm25 + 0.5 * max(cosine, 0) + recency`.
@@ -210,6 +228,12 @@ pub(crate) fn relevance(why: &Why) -> f32 {
     let [coverage, cosine, constant] = RELEVANCE;
     let logit = coverage * why.coverage + cosine * why.cosine.max(0.0) + constant;
     1.0 / (1.0 + (-logit).exp())
+}
+
+/// What is left of a score at an age.
+pub(crate) fn fading(now_ms: i64, time_ms: i64, half_life_ms: u64) -> f32 {
+    let age_ms = now_ms.saturating_sub(time_ms).max(0);
+    0.5f64.powf(age_ms as f64 / half_life_ms as f64) as f32
 }
 
 /// Places from 1 by descending value; equal values keep their order.

@@ -1,24 +1,34 @@
 //! The store: one folder, one writer, many readers. Only this file and its parts do I/O.
 //! Knows no bytes (see `format`) and no search (see `words`, `vectors`).
 
+mod backup;
 mod commit;
 mod compact;
+mod doctor;
 mod erase;
 mod indexing;
 mod load;
 mod lock;
+mod near;
 mod queries;
 mod read;
 mod records;
+mod reembed;
 mod search;
 mod segment;
 mod state;
+mod storage;
+mod transfer;
 mod vectors;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-pub use read::{ChunkInfo, SessionInfo, Stats};
+pub use backup::Backup;
+pub use doctor::{Checkup, Problem, Repair};
+pub use read::{ChunkInfo, DiskUsage, SessionInfo, Stats};
+pub use reembed::Reembedded;
+pub use transfer::{Exported, Imported};
 
 use self::indexing::Indexer;
 use self::lock::Lock;
@@ -27,7 +37,7 @@ use self::records::{Change, Records};
 use self::segment::Appender;
 use self::state::State;
 use crate::words::Terms;
-use crate::{Embedder, Error, ErrorKind, Result};
+use crate::{Backend, Embedder, EncryptionKey, Error, ErrorKind, Hygiene, Result, Storage};
 
 /// How many texts go to the embedder at once: bounds its memory, and is enough to fill its batches.
 const EMBED_BATCH: usize = 256;
@@ -42,6 +52,16 @@ pub struct StoreOptions {
     /// Seed of the chunks' identities. Used when the store is created, and kept in it.
     /// A secret seed keeps others from crafting texts whose identities collide.
     pub seed: u64,
+    /// Which database keeps the small records. Used when the store is created; one that exists keeps what it has.
+    pub backend: Backend,
+    /// Encrypts everything that is written: texts, names, vectors, pages and the database's values.
+    /// Given when the store is created, and at every opening from then on.
+    pub key: Option<EncryptionKey>,
+    /// Takes another embedder over instead of refusing it: the store opens at once, and finds by words alone what
+    /// [`Store::reembed`] has not embedded again yet. Vectors of two embedders are never mixed.
+    pub reembed: bool,
+    /// What is not stored twice, and what is not stored at all.
+    pub hygiene: Hygiene,
     /// From so many sentence vectors of one user and agent on, a graph (HNSW) is built over them in the background, and
     /// searches without a filter walk it instead of scanning codes; never, with `usize::MAX`.
     pub graph_vectors: usize,
@@ -55,6 +75,10 @@ impl Default for StoreOptions {
             evicted_page_bytes: 0,
             chunk_words: 96,
             seed: 0x6d6b_615f_7365_6564,
+            backend: Backend::default(),
+            key: None,
+            reembed: false,
+            hygiene: Hygiene::default(),
             graph_vectors: 250_000,
             scan_threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
         }
@@ -66,6 +90,7 @@ impl Default for StoreOptions {
 /// All methods block; all may be called from many threads at once.
 /// Readers do not wait for the writer's I/O, nor anyone for the embedder of another.
 pub struct Store {
+    path: PathBuf,
     embedder: Arc<dyn Embedder>,
     options: StoreOptions,
     state: Arc<RwLock<State>>,
@@ -88,7 +113,8 @@ impl Store {
     ///
     /// # Errors
     /// `Locked` if it is open already, with the pid in the text; `Incompatible` if it was made with another embedder or
-    /// format version; `Corrupted` if its database cannot be read; `InvalidArgument` for options out of range.
+    /// a later format version; `Corrupted` if its database cannot be read; `InvalidArgument` for options out of range
+    /// and for a key that is missing, wrong or not expected.
     /// Damage to single records does not keep a store from opening: see [`Stats::damaged`].
     ///
     /// # Cost
@@ -98,7 +124,20 @@ impl Store {
         embedder: Arc<dyn Embedder>,
         options: StoreOptions,
     ) -> Result<Self> {
-        load::open(path.as_ref(), embedder, options)
+        load::open(path.as_ref(), embedder, options, None)
+    }
+
+    /// [`Store::open`], with a database of the caller's for the small records; the folder keeps the segments.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with(
+        path: impl AsRef<Path>,
+        embedder: Arc<dyn Embedder>,
+        options: StoreOptions,
+        storage: Box<dyn Storage>,
+    ) -> Result<Self> {
+        load::open(path.as_ref(), embedder, options, Some(storage))
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -146,8 +185,16 @@ impl Store {
         Ok(state)
     }
 
+    /// Numbers of one vector of the store's embedder.
+    pub fn dim(&self) -> usize {
+        self.embedder.dim()
+    }
+
     /// One vector per text, checked: `(texts, dim)` row-major.
-    fn embed(&self, texts: &[&str]) -> Result<Vec<f32>> {
+    ///
+    /// # Errors
+    /// `Incompatible` if the embedder gives another number of vectors, or one that is not finite.
+    pub fn embed(&self, texts: &[&str]) -> Result<Vec<f32>> {
         let dim = self.embedder.dim();
         let mut rows = Vec::with_capacity(texts.len() * dim);
         for batch in texts.chunks(EMBED_BATCH) {

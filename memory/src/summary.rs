@@ -2,7 +2,7 @@
 //! Knows nothing of text or storage.
 
 use crate::Result;
-use crate::format;
+use crate::format::{self, Kind, StoreRecord};
 use crate::vectors::normalize;
 
 /// Decay per sentence: half-lives of about 7, 69 and 693 sentences.
@@ -60,14 +60,18 @@ impl Summary {
         normalize(query);
     }
 
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        format::encode_summary(self.count, &self.means)
+    /// The payload of a record, with the tag of the embedder whose vectors went in.
+    pub(crate) fn encode(&self, embedder: u64) -> Vec<u8> {
+        format::encode_summary(embedder, self.count, &self.means)
     }
 
-    /// Reads what [`encode`](Self::encode) wrote; none if it is of another shape.
-    pub(crate) fn decode(bytes: &[u8], dim: usize) -> Result<Option<Self>> {
-        let (count, means) = format::decode_summary(bytes)?;
-        let fits = means.len() == RATES.len() && means.iter().all(|mean| mean.len() == dim);
+    /// Reads the payload of a record; none if it is of another shape or of another embedder.
+    pub(crate) fn decode(kind: Kind, bytes: &[u8], store: &StoreRecord) -> Result<Option<Self>> {
+        let (embedder, count, means) = format::decode_summary(kind, bytes)?;
+        let dim = store.dim as usize;
+        let fits = embedder.unwrap_or(store.untagged) == store.tag()
+            && means.len() == RATES.len()
+            && means.iter().all(|mean| mean.len() == dim);
         Ok(fits.then_some(Self { count, means }))
     }
 }
@@ -104,7 +108,20 @@ mod tests {
         let mut apart = Summary::new(3);
         rows.chunks(3).for_each(|row| apart.push(row));
         assert_eq!(at_once, apart);
-        assert_eq!(Summary::decode(&apart.encode(), 3).unwrap(), Some(apart));
-        assert_eq!(Summary::decode(&at_once.encode(), 4).unwrap(), None);
+        let mut store = StoreRecord {
+            seed: 0,
+            dim: 3,
+            embedder: "test".into(),
+            next_session: 1,
+            purge_pending: false,
+            untagged: 0,
+        };
+        let payload = apart.encode(store.tag());
+        let decode = |store: &StoreRecord| Summary::decode(Kind::Summary, &payload, store).unwrap();
+        assert_eq!(decode(&store), Some(apart));
+        store.embedder = "another".into();
+        assert_eq!(decode(&store), None);
+        (store.embedder, store.dim) = ("test".into(), 4);
+        assert_eq!(decode(&store), None);
     }
 }

@@ -68,6 +68,12 @@ impl Tags {
         self.free.push(number);
     }
 
+    /// A turn's metadata; none if it has none.
+    pub(crate) fn metadata(&self, turn: TurnKey) -> Option<&Metadata> {
+        let &number = self.numbers.get(&turn)?;
+        Some(&self.turns[number as usize].metadata).filter(|metadata| !metadata.is_empty())
+    }
+
     /// The turns that a filter accepts.
     pub(crate) fn accepted(&self, filter: &Filter) -> Accepted<'_> {
         Accepted { tags: self, numbers: self.evaluate(filter) }

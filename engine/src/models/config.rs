@@ -410,6 +410,13 @@ fn mka_block(block: Option<&Value>) -> Result<MkaConfig> {
             block.get("version").unwrap_or(&Value::Null)
         )));
     }
+    if let Some(kind) = fields.opt_str("kind")?
+        && kind != "fastmka"
+    {
+        return Err(Error::model(format!(
+            "config.json: mka.kind {kind:?}, expected \"fastmka\": sessions do not run other kinds"
+        )));
+    }
     let mut config = MkaConfig::default();
     if let Some(rates) = fields.value("rates") {
         let parsed: Option<Vec<f32>> = rates

@@ -188,6 +188,7 @@ fn settings_that_are_not_understood_are_errors_that_name_them() {
         ("rope_scaling", serde_json::json!([1]), "object"),
         ("mka", serde_json::json!({"version": 2}), "version"),
         ("mka", serde_json::json!({"version": 1, "rates": [1.5]}), "rates"),
+        ("mka", serde_json::json!({"version": 1, "kind": "mka"}), "kind"),
     ];
     for (key, value, named) in cases {
         let mut json = base.clone();
@@ -411,7 +412,7 @@ fn the_default_model_equals_transformers() {
 #[test]
 fn the_default_model_decodes_the_same_tokens_on_cuda() {
     let path = crate::hub::cache_folder().unwrap().join("models/SmolLM2-135M-Instruct-Q4_1.gguf");
-    let gpu = match Device::new_cuda_with_stream(0) {
+    let gpu = match mka_kernels::cuda::open(0) {
         Ok(gpu) if path.exists() => gpu,
         Ok(_) => return println!("skipped: no file {}", path.display()),
         Err(error) => return println!("skipped: no CUDA device: {error}"),
@@ -438,10 +439,18 @@ fn the_default_model_decodes_the_same_tokens_on_cuda() {
         }
         let first = logits.clone();
         let mut generated = Vec::new();
+        let (before, start) = (mka_kernels::cuda::launches(), std::time::Instant::now());
         for _ in 0..128 {
             let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
             generated.push(best as u32);
             logits = step(&mut cache, &[best as u32]);
+        }
+        if device.is_cuda() {
+            println!(
+                "decode: {:.1} launches of the kernels of mka a token, {:.2} ms a token",
+                (mka_kernels::cuda::launches() - before) as f64 / 128.0,
+                start.elapsed().as_secs_f64() * 1e3 / 128.0
+            );
         }
         (first, generated)
     };

@@ -171,6 +171,21 @@ impl Weights {
         self
     }
 
+    /// The names of all tensors, in no order.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
+        self.entries.keys()
+    }
+
+    /// Numbers of all tensors together.
+    pub(crate) fn num_values(&self) -> usize {
+        self.entries.values().map(|entry| entry.shape.iter().product::<usize>()).sum()
+    }
+
+    /// Rows of the matrix `name`, if there is one.
+    pub(crate) fn rows(&self, name: &str) -> Option<usize> {
+        self.entries.get(name).filter(|entry| entry.shape.len() == 2).map(|entry| entry.shape[0])
+    }
+
     pub(crate) fn contains(&self, name: &str) -> bool {
         self.entries.contains_key(name)
     }

@@ -3,7 +3,7 @@
 
 use mka_kernels::rows;
 
-/// How stored keys and values are held; the loss of each is in `docs/recall.md`.
+/// How stored keys and values are held; bytes are in `docs/recall.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum PagePrecision {

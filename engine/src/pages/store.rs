@@ -27,6 +27,9 @@ pub(crate) trait PageSource: Send + Sync {
     fn page(&self, page: u64) -> Result<Option<Vec<u8>>>;
 }
 
+/// Keys and values of a page in the store's precision, and its token ids.
+type Encoded = (Box<[u8]>, Box<[u32; PAGE_TOKENS]>);
+
 /// One page of the stream.
 struct Stored {
     /// For each layer keys, then values, (num_kv_heads, PAGE_TOKENS) rows each; None while only the disk has them.
@@ -388,7 +391,7 @@ impl PageStore {
     }
 
     /// A page from the disk in this store's precision, with its token ids; None if it is of another shape.
-    fn encoded(&self, mut bytes: Vec<u8>) -> Option<(Box<[u8]>, Box<[u32; PAGE_TOKENS]>)> {
+    fn encoded(&self, mut bytes: Vec<u8>) -> Option<Encoded> {
         use super::PagePrecision::{Bf16, F32, Int4, Int8};
         let d = self.shape.head_dim;
         let num_rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;

@@ -7,6 +7,7 @@ mod kill;
 mod memory;
 mod pages;
 mod session;
+mod training;
 
 use mka::{Engine, Event, Events, MemoryConfig, ModelSource, Scope, Usage};
 use std::path::{Path, PathBuf};

@@ -1,7 +1,10 @@
 //! Memory through the engine: recall into a turn, context within a budget, forgetting, scopes.
 
 use crate::{engine, finish, trip, wait};
-use mka::{Engine, Event, FeedOptions, Forget, NewTurn, Recall, Role, Scope, SendOptions};
+use mka::{
+    Backend, EncryptionKey, Engine, ErrorKind, Event, FeedOptions, Forget, NewTurn, Recall, Role,
+    Scope, SendOptions,
+};
 use std::path::Path;
 
 const FACT: &str = "The magic number of fuzzy-badger is 7654321.";
@@ -137,4 +140,189 @@ fn memory_alone_works_without_a_model() {
     wait(session.feed(document()).finish()).unwrap();
     let context = wait(session.context("fuzzy-badger", 500)).unwrap();
     assert!(context.text.contains("7654321") && context.tokens <= 500, "{context:?}");
+}
+
+#[test]
+fn what_is_exported_or_backed_up_comes_back_in_another_engine() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let engine = engine(&path("one"), 256);
+    let memory = engine.memory();
+    let mut fact = NewTurn::new(Role::User, FACT);
+    fact.subject = Some("badger".into());
+    wait(memory.remember(&trip(), vec![fact, NewTurn::new(Role::Document, document())])).unwrap();
+    let exported = wait(memory.export(Some(&trip()), path("log.jsonl"))).unwrap();
+    assert_eq!((exported.sessions, exported.turns), (1, 2));
+    wait(memory.backup(path("copy").join("store"))).unwrap();
+
+    let other = crate::engine(&path("two"), 256);
+    assert_eq!(wait(other.memory().import(path("log.jsonl"))).unwrap().turns, 2);
+    assert_eq!(wait(other.memory().import(path("log.jsonl"))).unwrap().skipped, 2);
+    let copy = crate::engine(&path("copy"), 256);
+    for engine in [&engine, &other, &copy] {
+        let memory = engine.memory();
+        let hits = wait(memory.recall(&trip(), "fuzzy-badger", Recall::default())).unwrap();
+        assert!(hits[0].text.contains("7654321"));
+        let turns = wait(memory.turns(&trip(), 0..9)).unwrap();
+        assert_eq!((turns.len(), turns[0].subject.as_deref()), (2, Some("badger")));
+        assert_eq!(wait(memory.sessions(&Scope::user("ada"))).unwrap().len(), 1);
+        assert_eq!(wait(memory.doctor(true)).unwrap().problems, []);
+        wait(memory.compact()).unwrap();
+        let usage = wait(memory.disk_usage()).unwrap();
+        assert!(usage.live_bytes > 0 && usage.segment_bytes > 0 && usage.database_bytes > 0);
+    }
+    let missing = wait(other.memory().import(path("no such file"))).unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::NotFound);
+    let taken = wait(memory.backup(path("copy").join("store"))).unwrap_err();
+    assert_eq!(taken.kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
+fn a_newer_fact_supersedes_and_an_expired_one_is_not_recalled() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let told = |text: &str, time_ms| {
+        let mut turn = NewTurn::new(Role::User, text);
+        (turn.subject, turn.time_ms) = (Some("city".into()), time_ms);
+        turn
+    };
+    let mut gone = NewTurn::new(Role::User, "My city pass is valid.");
+    gone.expires_ms = Some(1_000);
+    let turns = vec![told("My city is Rome.", 1), told("My city is Oslo.", 2), gone];
+    wait(engine.memory().remember(&trip(), turns)).unwrap();
+    let texts = |options: Recall| -> Vec<String> {
+        let hits = wait(engine.memory().recall(&trip(), "my city", options)).unwrap();
+        hits.into_iter().map(|hit| hit.text).collect()
+    };
+    assert_eq!(texts(Recall::default()), ["My city is Oslo."]);
+    let then = Recall { as_of_ms: Some(1), ..Recall::default() };
+    assert!(texts(then).contains(&"My city is Rome.".to_owned()));
+    let context = wait(engine.session_blocking(trip()).unwrap().context("my city", 1_000)).unwrap();
+    assert!(context.text.contains("Oslo") && !context.text.contains("Rome"));
+}
+
+#[test]
+fn an_encrypted_engine_opens_with_its_key_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = |byte: Option<u8>| {
+        let builder = Engine::builder(folder.path()).backend(Backend::Redb).quiet(true);
+        match byte {
+            Some(byte) => builder.encryption_key(EncryptionKey::new([byte; 32])),
+            None => builder,
+        }
+        .open_blocking()
+    };
+    {
+        let engine = open(Some(7)).unwrap();
+        wait(engine.memory().remember(&trip(), vec![NewTurn::new(Role::User, FACT)])).unwrap();
+        assert!(engine.memory().stats().encrypted);
+    }
+    assert!(!holds(folder.path(), b"7654321"));
+    for wrong in [Some(8), None] {
+        assert_eq!(open(wrong).err().unwrap().kind(), ErrorKind::InvalidArgument);
+    }
+    let engine = open(Some(7)).unwrap();
+    let hits = wait(engine.memory().recall(&trip(), "fuzzy-badger", Recall::default())).unwrap();
+    assert_eq!(hits[0].text, FACT);
+}
+
+/// An embedder that is not the engine's.
+struct Constant;
+
+impl mka_memory::Embedder for Constant {
+    fn identity(&self) -> String {
+        "constant".into()
+    }
+    fn dim(&self) -> usize {
+        2
+    }
+    fn embed(&self, texts: &[&str]) -> mka_memory::Result<Vec<f32>> {
+        Ok([1.0, 0.0].repeat(texts.len()))
+    }
+}
+
+#[test]
+fn another_embedder_is_refused_or_taken_over_in_the_background() {
+    let folder = tempfile::tempdir().unwrap();
+    {
+        let store = mka_memory::Store::open(
+            folder.path(),
+            std::sync::Arc::new(Constant),
+            Default::default(),
+        )
+        .unwrap();
+        let turns = vec![NewTurn::new(Role::User, FACT), NewTurn::new(Role::Document, document())];
+        store.commit(&trip(), mka_memory::Commit { turns, ..Default::default() }).unwrap();
+    }
+    let open = |share: Option<f32>| {
+        let builder = Engine::builder(folder.path()).quiet(true);
+        match share {
+            Some(share) => builder.reembed(share),
+            None => builder,
+        }
+        .open_blocking()
+    };
+    assert_eq!(open(None).err().unwrap().kind(), ErrorKind::Incompatible);
+    assert_eq!(open(Some(0.0)).err().unwrap().kind(), ErrorKind::InvalidArgument);
+    let engine = open(Some(0.9)).unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while engine.memory().stats().turns_to_embed > 0 {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let hits = wait(engine.memory().recall(&trip(), "fuzzy-badger", Recall::default())).unwrap();
+    assert!(hits[0].text.contains("7654321") && hits[0].why.cosine > 0.0);
+}
+
+/// Work on the whole store ends when nobody waits for it any more.
+#[test]
+fn dropping_a_backup_cancels_it() {
+    use std::task::{Context, Poll, Waker};
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(&folder.path().join("one"), 256);
+    wait(engine.memory().remember(&trip(), vec![NewTurn::new(Role::Document, document())]))
+        .unwrap();
+    let memory = engine.memory();
+    let mut backup = Box::pin(memory.backup(folder.path().join("copy")));
+    let polled = backup.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    drop(backup);
+    // It may have been quick: then it is whole.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    loop {
+        let copy = folder.path().join("copy");
+        let partial = folder.path().join("copy.partial");
+        if copy.exists() || (!partial.exists() && matches!(polled, Poll::Pending)) {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    wait(engine.memory().backup(folder.path().join("another"))).unwrap();
+}
+
+#[test]
+fn the_log_and_the_sessions_of_a_user_can_be_read_and_texts_become_unit_vectors() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = Engine::builder(folder.path().join("store")).open_blocking().unwrap();
+    let memory = engine.memory();
+    for session in ["b", "a"] {
+        let scope = Scope::user("ada").session(session);
+        let turns = ["one", "two"].map(|text| NewTurn::new(Role::User, text)).to_vec();
+        wait(memory.remember(&scope, turns)).unwrap();
+    }
+    let scope = Scope::user("ada").session("a");
+    let turns = wait(memory.turns(&scope, 1..9)).unwrap();
+    assert_eq!(
+        turns.iter().map(|turn| (turn.id, turn.text.as_str())).collect::<Vec<_>>(),
+        [(1, "two")]
+    );
+    let sessions = wait(memory.sessions(&Scope::user("ada"))).unwrap();
+    let names: Vec<_> = sessions.iter().filter_map(|info| info.scope.session_id()).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert!(wait(memory.sessions(&Scope::user("bob"))).unwrap().is_empty());
+    let (rows, dim) = wait(memory.embed(vec!["a cat".into(), "a dog".into()])).unwrap();
+    assert_eq!(rows.len(), 2 * dim);
+    for row in rows.chunks(dim) {
+        assert!((row.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-4);
+    }
 }

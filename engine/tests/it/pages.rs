@@ -28,9 +28,13 @@ fn short() -> SendOptions {
     SendOptions::default().max_new_tokens(6)
 }
 
+/// Four documents, so that each is committed before the next.
 fn feed(chat: &mut Session) {
-    let text: String = (0..160).map(|i| format!("item {} is {}. ", i, i * i % 97)).collect();
-    wait(chat.feed_with(text, FeedOptions::through_model()).finish()).unwrap();
+    for part in 0..4 {
+        let items = part * 40..(part + 1) * 40;
+        let text: String = items.map(|i| format!("item {} is {}. ", i, i * i % 97)).collect();
+        wait(chat.feed_with(text, FeedOptions::through_model()).finish()).unwrap();
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::{engine, finish, trip, wait};
 use futures_util::StreamExt;
-use mka::{Event, FeedEvent, FeedOptions, Sampling, Scope, SendOptions, StopReason};
+use mka::{ErrorKind, Event, FeedEvent, FeedOptions, Sampling, Scope, SendOptions, StopReason};
 
 fn short() -> SendOptions {
     SendOptions::default().max_new_tokens(6)
@@ -69,6 +69,47 @@ fn a_session_with_another_window_or_a_lost_snapshot_refills_from_its_log() {
     let mut chat = engine.session_blocking(trip()).unwrap();
     let (_, usage) = finish(chat.send_with("and then", short())).unwrap();
     assert!(usage.reused_tokens > 100, "{usage:?}");
+}
+
+#[test]
+fn a_canceller_ends_the_stream_within_a_token_and_its_end_means_that_the_turn_is_on_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let mut events = chat.send_with("tell me", SendOptions::default().max_new_tokens(100_000));
+    assert!(events.next_blocking().unwrap().is_ok());
+    let canceller = events.canceller();
+    canceller.cancel();
+    assert!(canceller.is_cancelled());
+    // No more than was sent already: the channel's length.
+    let left = std::iter::from_fn(|| events.next_blocking()).map(Result::unwrap).count();
+    assert!(left <= 65, "{left}");
+    let turns = wait(engine.memory().turns(&trip(), 0..10)).unwrap();
+    assert_eq!(turns.len(), 2);
+    assert_eq!(turns[0].text, "tell me");
+    assert!(!turns[1].text.is_empty());
+    finish(chat.send_with("go on", short())).unwrap();
+
+    let feed = chat.feed("one two three ".repeat(10_000));
+    feed.canceller().cancel();
+    assert_eq!(wait(feed.finish()).unwrap_err().kind(), ErrorKind::Cancelled);
+}
+
+#[test]
+fn an_engine_that_was_closed_leaves_its_folder_free_even_while_a_stream_works() {
+    let folder = tempfile::tempdir().unwrap();
+    for _ in 0..5 {
+        let engine = engine(folder.path(), 128);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        let mut events = chat.send_with("tell me", SendOptions::default().max_new_tokens(100_000));
+        assert!(events.next_blocking().unwrap().is_ok());
+        drop((events, chat));
+        engine.close_blocking();
+    }
+    let engine = engine(folder.path(), 128);
+    let turns = wait(engine.memory().turns(&trip(), 0..100)).unwrap();
+    assert_eq!(turns.iter().filter(|turn| turn.text == "tell me").count(), 5);
+    wait(engine.close()).unwrap();
 }
 
 #[test]

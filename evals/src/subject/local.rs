@@ -3,7 +3,7 @@
 
 use super::{Answer, Options, Subject, prompt_hash};
 use crate::cut;
-use crate::job::{self, Ask, Job, Outcome, Result, Scratch};
+use crate::job::{self, Ask, Job, Memory, Outcome, Result, Scratch};
 use crate::sample::Sample;
 use mka::{Device, Engine, ModelSource};
 use std::path::PathBuf;
@@ -67,16 +67,21 @@ enum Feeding {
 struct Way {
     name: &'static str,
     given: Given,
-    /// Whether memories are looked up for the question.
-    recalls: bool,
+    memory: Memory,
 }
 
-const WAYS: [Way; 4] = [
-    Way { name: "full", given: Given::Whole, recalls: false },
-    Way { name: "truncate", given: Given::Cut, recalls: false },
+const WAYS: [Way; 9] = [
+    Way { name: "full", given: Given::Whole, memory: Memory::Off },
+    Way { name: "truncate", given: Given::Cut, memory: Memory::Off },
     // The first page of the stream (64 tokens) and the window: StreamingLLM (arXiv 2309.17453).
-    Way { name: "streaming", given: Given::Before(Feeding::Model), recalls: false },
-    Way { name: "mka", given: Given::Before(Feeding::AsAsked), recalls: true },
+    Way { name: "streaming", given: Given::Before(Feeding::Model), memory: Memory::Off },
+    Way { name: "mka", given: Given::Before(Feeding::AsAsked), memory: Memory::Text },
+    Way { name: "pages", given: Given::Before(Feeding::Model), memory: Memory::Pages },
+    Way { name: "both", given: Given::Before(Feeding::Model), memory: Memory::Both },
+    // Other systems' rules of choosing over the same pages and the same budget.
+    Way { name: "infllm", given: Given::Before(Feeding::Model), memory: Memory::InfLlm },
+    Way { name: "quest", given: Given::Before(Feeding::Model), memory: Memory::Quest },
+    Way { name: "tokenselect", given: Given::Before(Feeding::Model), memory: Memory::TokenSelect },
 ];
 
 /// Names of the local subjects.
@@ -158,7 +163,9 @@ impl Local {
             model: self.options.model.clone(),
             window: self.options.window,
             device: devices.get(turn).cloned(),
-            recall_k: if self.way.recalls { self.options.recall_k } else { 0 },
+            memory: self.way.memory,
+            recall_k: self.options.recall_k,
+            page_tokens: self.options.page_tokens,
             completion: !sample.chat,
             ..Job::default()
         }

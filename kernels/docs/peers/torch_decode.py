@@ -1,7 +1,8 @@
 """One decoded token over 4K and 64K keys with each backend of PyTorch's scaled_dot_product_attention, in µs.
 
 The counterpart of `bench_cuda paged_decode`: the same heads, bf16, the same rounds (three of warm-up, median of 21
-between two events), L2 flushed the same way (128 MiB written twice before each round).
+between two events), L2 flushed the same way (128 MiB written twice, then read,
+before each round: what is only read leaves L2 without being written back while the work runs).
 
     python torch_decode.py
 """
@@ -32,6 +33,7 @@ def median_us(work, flush):
         end = torch.cuda.Event(enable_timing=True)
         flush.zero_()
         flush.zero_()
+        flush.sum()
         begin.record()
         work()
         end.record()

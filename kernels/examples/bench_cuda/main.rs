@@ -3,10 +3,12 @@
 //! `bench_cuda [OP ..]` prints one Markdown table per op; without arguments, all of them.
 
 mod attention;
+mod layer;
 mod paged;
+mod route;
 mod timing;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use timing::Bench;
 
 /// Prints the rows of one op.
@@ -16,13 +18,15 @@ type Table = fn(&Bench) -> Result<()>;
 const TABLES: &[(&str, Table)] = &[
     ("attention", attention::table),
     ("rope", rope),
+    ("route", route::table),
+    ("layer", layer::table),
     ("paged_decode", paged::decode),
     ("paged_prefill", paged::prefill),
     ("select", paged::select),
 ];
 
 fn main() -> Result<()> {
-    let device = match Device::new_cuda_with_stream(0) {
+    let device = match mka_kernels::cuda::open(0) {
         Ok(device) => device,
         Err(error) => {
             println!("skipped: no CUDA device: {error}");

@@ -3,9 +3,9 @@
 use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::{DType, Device, Result, Tensor};
 
-/// Rounds of each measurement; the median is reported.
+/// Rounds of a measurement of microseconds; the median is reported.
 const ROUNDS: usize = 21;
-/// Written between rounds: more than the 50 MiB of an H100's L2.
+/// Written, then read between rounds: more than the 50 MiB of an H100's L2.
 const FLUSH_FLOATS: usize = 32 << 20;
 
 /// A device with its measured ceilings.
@@ -45,19 +45,30 @@ impl Bench {
     }
 
     /// Median device seconds of `work` over the rounds, L2 flushed before each, after three rounds of warm-up.
-    pub(crate) fn median(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    pub(crate) fn median(&self, work: impl FnMut() -> Result<()>) -> Result<f64> {
+        self.median_of(ROUNDS, work)
+    }
+
+    /// [`Bench::median`] of `rounds` rounds.
+    pub(crate) fn median_of(
+        &self,
+        rounds: usize,
+        mut work: impl FnMut() -> Result<()>,
+    ) -> Result<f64> {
         let stream = self.device.as_cuda_device()?.cuda_stream();
         let event = || {
             stream
                 .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
                 .map_err(candle_core::Error::wrap)
         };
-        let mut seconds = Vec::with_capacity(ROUNDS);
-        for round in 0..ROUNDS + 3 {
-            // Long enough on the device that the host has enqueued all of `work` before the first event passes.
+        let mut seconds = Vec::with_capacity(rounds);
+        for round in 0..rounds + 3 {
+            // Long enough on the device that the host has enqueued all of `work` before the first event passes. The
+            // read comes last: lines that were only read leave the cache without being written back during `work`.
             for _ in 0..2 {
                 self.flush.zero_set()?;
             }
+            let _ = self.flush.sum_all()?;
             let begin = event()?;
             work()?;
             let end = event()?;
@@ -68,7 +79,7 @@ impl Bench {
             }
         }
         seconds.sort_by(f64::total_cmp);
-        Ok(seconds[ROUNDS / 2])
+        Ok(seconds[rounds / 2])
     }
 
     /// Cells of an op bound by memory, `bytes` read and written: µs, GB/s, share of the copy's rate.

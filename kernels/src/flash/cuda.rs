@@ -111,11 +111,14 @@ impl Tile {
 
     /// The kernel of dq in 16 bits: q and dout, and twice k and v.
     fn backward_q(d: usize) -> Self {
-        let shared_bytes = 2 * 128 * d * 2 + 4 * Self::walked(d) * d * 2;
-        Self { rows: 128, warps: Self::backward_warps(d), shared_bytes }
+        let (warps, walked) = match d {
+            128 => (4, 32),
+            _ => (Self::backward_warps(d), Self::walked(d)),
+        };
+        Self { rows: 128, warps, shared_bytes: 2 * 128 * d * 2 + 4 * walked * d * 2 }
     }
 
-    /// Rows of the tiles that a backward block walks.
+    /// Rows of the tiles that a backward block walks, but for those of dq at head_dim 128.
     fn walked(d: usize) -> usize {
         if d == 256 { 16 } else { 64 }
     }

@@ -5,6 +5,7 @@ mod elementwise;
 mod flash;
 mod packed;
 mod paged;
+mod projected;
 mod rope;
 mod route;
 mod select;
@@ -14,7 +15,7 @@ use candle_core::Device;
 /// The device, its outputs poisoned; None, with a line that says so, where there is none.
 fn device(test: &str) -> Option<Device> {
     mka_kernels::cuda::poison_outputs(true);
-    match Device::new_cuda_with_stream(0) {
+    match mka_kernels::cuda::open(0) {
         Ok(device) => Some(device),
         Err(error) => {
             println!("{test}: skipped: no CUDA device: {error}");

@@ -5,5 +5,6 @@ mod attention;
 mod cuda;
 mod flash;
 mod packed;
+mod projected;
 mod route;
 mod select;

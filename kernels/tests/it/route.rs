@@ -19,7 +19,7 @@ fn zeros(m: usize, c: usize) -> Tensor {
     Tensor::zeros((m, c), DType::F32, &Device::Cpu).unwrap()
 }
 
-fn flat(x: &Tensor) -> Vec<f32> {
+pub(crate) fn flat(x: &Tensor) -> Vec<f32> {
     x.flatten_all().unwrap().to_vec1().unwrap()
 }
 
@@ -89,7 +89,7 @@ fn scan_equals_the_closed_form() {
 }
 
 /// Central differences of `loss` at every element of `at`.
-fn differences(at: &[f64], mut loss: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
+pub(crate) fn differences(at: &[f64], mut loss: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
     let mut x = at.to_vec();
     (0..at.len())
         .map(|i| {
@@ -104,11 +104,11 @@ fn differences(at: &[f64], mut loss: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
         .collect()
 }
 
-fn double(x: &Tensor) -> Vec<f64> {
+pub(crate) fn double(x: &Tensor) -> Vec<f64> {
     flat(x).into_iter().map(f64::from).collect()
 }
 
-fn assert_close(name: &str, got: &Tensor, expected: &[f64]) {
+pub(crate) fn assert_close(name: &str, got: &Tensor, expected: &[f64]) {
     let got = double(got);
     assert_eq!(got.len(), expected.len(), "{name}");
     let scale = expected.iter().fold(1e-3f64, |a, b| a.max(b.abs()));

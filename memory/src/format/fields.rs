@@ -147,8 +147,15 @@ impl<'a> Reader<'a> {
         if self.bytes.is_empty() {
             return Ok(metadata);
         }
-        for _ in 0..self.u32()? {
+        let num_entries = self.u32()?;
+        for _ in 0..num_entries {
             let key = self.text()?;
+            if metadata.last_key_value().is_some_and(|(last, _)| *last >= key) {
+                return Err(Error::corrupted(format!(
+                    "{}: expected ascending keys of metadata",
+                    self.what
+                )));
+            }
             let value = match self.u8()? {
                 0 => Value::Flag(self.flag()?),
                 1 => Value::Number(f64::from_bits(self.u64()?)),
@@ -161,6 +168,9 @@ impl<'a> Reader<'a> {
                 }
             };
             metadata.insert(key, value);
+        }
+        if metadata.is_empty() {
+            return Err(Error::corrupted(format!("{}: expected entries of metadata", self.what)));
         }
         Ok(metadata)
     }

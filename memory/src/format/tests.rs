@@ -4,13 +4,13 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::Value;
+use crate::{Metadata, NewTurn, Role, Value};
 
 fn blob(kind: Kind) -> BlobRef {
     BlobRef { segment: 3, offset: 77, len: 5, hash: 0xdead_beef, kind }
 }
 
-const HEAD: TurnHead = TurnHead {
+pub(super) const HEAD: TurnHead = TurnHead {
     session: 1,
     turn: 2,
     commit: 3,
@@ -20,7 +20,7 @@ const HEAD: TurnHead = TurnHead {
     remember: true,
 };
 
-fn samples() -> Vec<(Key, Record)> {
+pub(super) fn samples() -> Vec<(Key, Record)> {
     vec![
         (
             Key::Store,
@@ -30,6 +30,7 @@ fn samples() -> Vec<(Key, Record)> {
                 embedder: "hashed".into(),
                 next_session: 9,
                 purge_pending: true,
+                untagged: 5,
             }),
         ),
         (
@@ -73,6 +74,16 @@ fn every_record_reads_back_as_written() {
 }
 
 #[test]
+fn a_payload_of_another_kind_is_refused() {
+    let names = encode_names(1, "ada", None, "trip");
+    assert!(decode_names(Kind::Body, &names).is_err());
+    assert_eq!(
+        KINDS.map(|(kind, code)| (Kind::from_code(code), kind.code())),
+        KINDS.map(|(kind, code)| (Some(kind), code))
+    );
+}
+
+#[test]
 fn a_record_under_another_key_is_refused() {
     let (key, record) = samples().remove(4);
     let error = Record::decode(&Key::Page(1, 5), &record.encode(&key)).unwrap_err();
@@ -95,30 +106,46 @@ proptest! {
             let _ = Record::decode(&key, &bytes);
         }
         let _ = Key::decode(&bytes);
-        let _ = Body::decode(&bytes);
-        let _ = TurnChunks::decode(&bytes);
-        let _ = decode_names(&bytes);
-        let _ = decode_summary(&bytes);
+        for (kind, _) in KINDS {
+            let _ = Body::decode(kind, &bytes);
+            let _ = TurnChunks::decode(kind, &bytes);
+            let _ = decode_names(kind, &bytes);
+            let _ = decode_summary(kind, &bytes);
+        }
+        let _ = decode_cipher(&bytes);
         let _ = parse_record_header(&bytes);
     }
 
     #[test]
-    fn a_body_reads_back_as_written(source in prop::option::of(".{0,20}"), text in ".{0,200}", tokens in prop::collection::vec(any::<u32>(), 0..40), number in -1e9f64..1e9) {
+    fn a_body_reads_back_as_written(source in prop::option::of(".{0,20}"), text in ".{0,200}", tokens in prop::collection::vec(any::<u32>(), 0..40), subject in prop::option::of(".{0,20}"), expires_ms in any::<Option<i64>>(), number in -1e9f64..1e9) {
         let marks = [("kind", Value::from(text.as_str())), ("flag", true.into()), ("number", number.into())];
         let marks = marks.map(|(key, value)| (key.to_owned(), value));
         for metadata in [Metadata::new(), marks.into()] {
-            let bytes = Body::encode(&HEAD, source.as_deref(), &text, &tokens, &metadata);
-            let body = Body { head: HEAD, source: source.clone(), text: text.clone(), tokens: tokens.clone(), metadata };
-            prop_assert_eq!(Body::decode(&bytes).unwrap(), body);
+            let mut turn = NewTurn::new(HEAD.role, text.clone());
+            (turn.source, turn.tokens) = (source.clone(), tokens.clone());
+            (turn.subject, turn.expires_ms, turn.metadata) = (subject.clone(), expires_ms, metadata);
+            let bytes = Body::encode(&HEAD, &turn);
+            let NewTurn { source, text, tokens, subject, expires_ms, metadata, .. } = turn;
+            let body = Body { head: HEAD, source, text, tokens, subject, expires_ms, metadata };
+            prop_assert_eq!(Body::decode(Kind::Body, &bytes).unwrap(), body);
         }
     }
 
     #[test]
     fn a_cut_payload_is_refused(text in ".{1,50}", cut in any::<prop::sample::Index>()) {
-        let body = Body::encode(&HEAD, Some("a"), &text, &[1, 2], &Metadata::new());
-        prop_assert!(Body::decode(&body[..cut.index(body.len())]).is_err());
+        let mut turn = NewTurn::new(HEAD.role, text);
+        (turn.source, turn.tokens, turn.expires_ms) = (Some("a".into()), vec![1, 2], Some(3));
+        let body = Body::encode(&HEAD, &turn);
+        prop_assert!(Body::decode(Kind::Body, &body[..cut.index(body.len())]).is_err());
         let vectors = [0.5f32, -1.0];
-        let chunks = TurnChunks::encode(1, 2, [(7u128, 0u64, 3u64, &vectors[..])].into_iter());
-        prop_assert!(TurnChunks::decode(&chunks[..cut.index(chunks.len())]).is_err());
+        let span = ChunkSpan { id: 7, start: 0, end: 3, near: true };
+        let chunks = TurnChunks::encode(1, 2, 3, [(span, &vectors[..])].into_iter());
+        prop_assert!(TurnChunks::decode(Kind::Chunks, &chunks[..cut.index(chunks.len())]).is_err());
+        let names = encode_names(1, "ada", None, "trip");
+        prop_assert!(decode_names(Kind::Names, &names[..cut.index(names.len())]).is_err());
+        let summary = encode_summary(1, 2, &[vec![0.5]]);
+        prop_assert!(decode_summary(Kind::Summary, &summary[..cut.index(summary.len())]).is_err());
+        let cipher = encode_cipher(&[1; 40]);
+        prop_assert!(decode_cipher(&cipher[..cut.index(cipher.len())]).is_err());
     }
 }

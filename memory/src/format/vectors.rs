@@ -16,6 +16,7 @@ use std::io;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
 use super::fields::{Reader, put_u32, put_u64};
+use crate::partition::VectorName;
 use crate::vectors::{Column, Graph, Held, Idle, Layer};
 use crate::{Error, Result};
 
@@ -64,7 +65,7 @@ impl GraphHead {
 pub(crate) struct GraphFile {
     pub(crate) graph: Graph,
     /// The chunk and the number of its vector at each position; none where the row was gone.
-    pub(crate) names: Vec<Option<(u128, u32)>>,
+    pub(crate) names: Vec<VectorName>,
 }
 
 impl GraphFile {
@@ -72,7 +73,7 @@ impl GraphFile {
     pub(crate) fn write(
         head: &GraphHead,
         graph: &Graph,
-        names: &[Option<(u128, u32)>],
+        names: &[VectorName],
         out: &mut dyn FnMut(&[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         let mut hash = Xxh3::new();
@@ -161,7 +162,7 @@ impl GraphFile {
 }
 
 /// A name of 20 bytes; none if all are zero, which no chunk's identity is in practice, and if one is, only its row is lost.
-fn name(bytes: &[i8]) -> Option<(u128, u32)> {
+fn name(bytes: &[i8]) -> VectorName {
     let byte = |at: usize| bytes[at] as u8;
     let id = u128::from_le_bytes(std::array::from_fn(byte));
     let which = u32::from_le_bytes(std::array::from_fn(|at| byte(16 + at)));
@@ -187,7 +188,7 @@ impl Sections<'_> {
 /// Gives every section, padded, to `out`.
 fn sections(
     graph: &Graph,
-    names: &[Option<(u128, u32)>],
+    names: &[VectorName],
     out: &mut dyn FnMut(&[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut buffer: Vec<u8> = Vec::new();
@@ -231,7 +232,7 @@ fn pad(len: usize, out: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> io::Result<(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::sync::Arc;
 
     use proptest::prelude::*;
@@ -239,10 +240,10 @@ mod tests {
     use super::*;
     use crate::vectors::build;
 
-    fn sample() -> (GraphHead, Vec<u8>) {
+    pub(crate) fn sample() -> (GraphHead, Vec<u8>) {
         let rows: Vec<i8> = (0..200 * 64).map(|at: i32| ((at * at) % 251 - 125) as i8).collect();
         let graph = build(rows, 64, 1, &|| true).unwrap();
-        let names: Vec<Option<(u128, u32)>> =
+        let names: Vec<VectorName> =
             (0..200).map(|at| (at % 7 != 0).then_some((at + 1, at as u32))).collect();
         let head = GraphHead::new(7, "test", 50, "ada", None);
         let mut bytes = Vec::new();
@@ -258,6 +259,24 @@ mod tests {
         assert!(read.graph.row(7).iter().all(|&byte| byte == 0), "a row without a name is written");
         assert_eq!(read.graph.upper.len(), graph.upper.len());
         (head, bytes)
+    }
+
+    /// Makes the length and the checksums right again, whatever the numbers between them say.
+    pub(crate) fn reseal(bytes: &mut [u8]) {
+        let Some(num_layers) = bytes.get(44..48) else { return };
+        let num_layers = u32::from_le_bytes(num_layers.try_into().unwrap()) as usize;
+        let end = FIXED_BYTES + 8 * num_layers.min(MAX_LAYERS) + 16;
+        let start = (end + 8).next_multiple_of(ALIGN);
+        if bytes.len() < start {
+            return;
+        }
+        let len = (bytes.len() as u64).to_le_bytes();
+        bytes[end - 16..end - 8].copy_from_slice(&len);
+        let body = xxh3_64(&bytes[start..]).to_le_bytes();
+        bytes[end - 8..end].copy_from_slice(&body);
+        let head = xxh3_64(&bytes[..end]).to_le_bytes();
+        bytes[end..end + 8].copy_from_slice(&head);
+        bytes[end + 8..start].fill(0);
     }
 
     #[test]
@@ -307,10 +326,7 @@ mod tests {
         for (at, value) in [(36usize, 0u32), (36, 5_000), (40, 200), (48, 1 << 30)] {
             let mut changed = bytes.clone();
             changed[at..at + 4].copy_from_slice(&value.to_le_bytes());
-            let num_layers = u32::from_le_bytes(changed[44..48].try_into().unwrap()) as usize;
-            let end = FIXED_BYTES + 8 * num_layers + 16;
-            let hash = xxh3_64(&changed[..end]).to_le_bytes();
-            changed[end..end + 8].copy_from_slice(&hash);
+            reseal(&mut changed);
             let held: Held = Arc::new(changed);
             assert!(GraphFile::read(&held, &head).is_err(), "{at} {value}");
         }

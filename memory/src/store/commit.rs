@@ -1,28 +1,44 @@
 //! Commits: turns, snapshot and retraction of one session, all of it or nothing.
 //! Knows nothing of search; it plans under the writer's lock and applies after the disk has it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod pages;
 
+use std::collections::{BTreeSet, HashMap};
+
+use self::pages::check_pages;
 use super::records::Change;
-use super::state::{ChunkSpan, Session, State, counts_in_summary, place};
+use super::state::{Session, State, counts_in_summary};
 use super::{Store, Writer};
 use crate::filter::check_metadata;
 use crate::format::{
-    Body, Key, Kind, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord, TurnChunks,
-    TurnHead, TurnRecord, encode_names,
+    Body, ChunkSpan, Key, Kind, Record, SessionRecord, StoreRecord, TurnChunks, TurnHead,
+    TurnRecord, encode_names,
 };
+use crate::hygiene::gist;
 use crate::partition::{Chunk, Partition, chunk_id};
 use crate::summary::Summary;
-use crate::{
-    Commit, Committed, Error, ErrorKind, NewSnapshot, NewTurn, Result, Role, Scope, TurnId, chunk,
-};
+use crate::{Commit, Committed, Error, ErrorKind, NewTurn, Result, Role, Scope, TurnId, chunk};
 
 /// How much of a user turn is kept at hand for the short question that may follow.
 const LAST_USER_TEXT_BYTES: usize = 2048;
 
+/// The longest subject of a turn.
+const MAX_SUBJECT_BYTES: usize = 256;
+
+/// How a turn enters the log: as a new one does, or as it stood in another log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Entry {
+    New,
+    Retracted,
+    Forgotten,
+}
+
 /// A turn cut into chunks, before the writer's lock is taken.
 struct Cut<'a> {
     turn: &'a NewTurn,
+    entry: Entry,
+    /// Whether it may be recalled.
+    remember: bool,
     spans: Vec<chunk::Span>,
 }
 
@@ -38,7 +54,10 @@ struct Plan<'a> {
     fresh: Vec<(u128, &'a str, Vec<f32>, TurnId)>,
     /// Where a chunk is among `fresh`.
     fresh_at: HashMap<u128, usize>,
+    /// The chunk of `fresh` that says a gist first; not kept where near duplicates are stored.
+    fresh_by_gist: Option<HashMap<String, u128>>,
     num_deduplicated: usize,
+    num_nearly_duplicated: usize,
     retracted: Vec<TurnId>,
     next_order: u64,
     summary: Option<Summary>,
@@ -65,13 +84,33 @@ impl Store {
         if commit.turns.is_empty() && commit.snapshot.is_none() && commit.retract.is_none() {
             return Ok(Committed::default());
         }
-        let cuts: Vec<Cut<'_>> = commit.turns.iter().map(|turn| self.cut(turn)).collect();
+        commit.turns.iter().try_for_each(check_subject)?;
+        let verdict = self.options.hygiene.examine(&commit.turns)?;
+        let turns = commit.turns.iter().zip(&verdict.withheld);
+        let cuts = turns.map(|(turn, withheld)| self.cut(turn, Entry::New, *withheld)).collect();
+        let mut done = self.commit_cuts(scope, &commit, cuts)?;
+        done.findings = verdict.findings;
+        Ok(done)
+    }
+
+    /// Appends turns of another store's log as they stood there.
+    pub(super) fn append_log(
+        &self,
+        scope: &Scope,
+        turns: &[(NewTurn, Entry)],
+    ) -> Result<Committed> {
+        turns.iter().try_for_each(|(turn, _)| check_metadata(&turn.metadata))?;
+        let cuts = turns.iter().map(|(turn, entry)| self.cut(turn, *entry, false)).collect();
+        self.commit_cuts(scope, &Commit::default(), cuts)
+    }
+
+    fn commit_cuts(&self, scope: &Scope, commit: &Commit, cuts: Vec<Cut<'_>>) -> Result<Committed> {
         let mut embedded = HashMap::new();
-        self.embed_unknown(scope, &cuts, &mut embedded)?;
+        self.embed_unknown(scope, &cuts, commit.retract, &mut embedded)?;
         let mut writer = self.writer()?;
         // A chunk that was known may have been forgotten meanwhile.
-        self.embed_unknown(scope, &cuts, &mut embedded)?;
-        let planned = self.plan(&mut writer, scope, &commit, &cuts, embedded);
+        self.embed_unknown(scope, &cuts, commit.retract, &mut embedded)?;
+        let planned = self.plan(&mut writer, scope, commit, &cuts, embedded);
         let done = planned.and_then(|plan| self.carry_out(&mut writer, scope, &cuts, plan));
         match &done {
             Ok(_) => {
@@ -83,14 +122,14 @@ impl Store {
         done
     }
 
-    fn cut<'a>(&self, turn: &'a NewTurn) -> Cut<'a> {
-        let remembered = turn.remember && turn.role != Role::Recalled;
-        let spans = if remembered {
+    fn cut<'a>(&self, turn: &'a NewTurn, entry: Entry, withheld: bool) -> Cut<'a> {
+        let remember = turn.remember && !withheld;
+        let spans = if remember && turn.role != Role::Recalled && entry == Entry::New {
             chunk::spans(&turn.text, self.options.chunk_words)
         } else {
             Vec::new()
         };
-        Cut { turn, spans }
+        Cut { turn, entry, remember, spans }
     }
 
     /// Embeds the sentences of all chunks that neither the partition nor `embedded` has.
@@ -98,6 +137,7 @@ impl Store {
         &self,
         scope: &Scope,
         cuts: &[Cut<'a>],
+        retract: Option<TurnId>,
         embedded: &mut HashMap<&'a str, Vec<f32>>,
     ) -> Result<()> {
         let mut unknown: Vec<(&'a str, Vec<&'a str>)> = Vec::new();
@@ -109,7 +149,12 @@ impl Store {
                 for span in &cut.spans {
                     let text = &cut.turn.text[span.bytes.clone()];
                     let id = known_id(state.store.seed, text, partition);
-                    let is_known = partition.is_some_and(|partition| partition.get(id).is_some());
+                    let is_known = partition.is_some_and(|partition| {
+                        let session = state.session(scope).map(|(session, _)| session);
+                        let is_near =
+                            |session| self.near(partition, text, session, retract).is_some();
+                        partition.get(id).is_some() || session.is_some_and(is_near)
+                    });
                     if !is_known && !embedded.contains_key(text) && seen.insert(text) {
                         let units = span.units.iter().map(|unit| &cut.turn.text[unit.clone()]);
                         unknown.push((text, units.collect()));
@@ -150,7 +195,9 @@ impl Store {
             spans: Vec::new(),
             fresh: Vec::new(),
             fresh_at: HashMap::new(),
+            fresh_by_gist: self.options.hygiene.near_duplicates.then(HashMap::new),
             num_deduplicated: 0,
+            num_nearly_duplicated: 0,
             retracted: Vec::new(),
             next_order: state.next_order(scope.user_id()),
             summary: None,
@@ -165,7 +212,10 @@ impl Store {
         };
         let before = summary.clone();
         for (turn, cut) in (first_turn..).zip(cuts) {
-            plan.turn(writer, &state, scope, turn, cut, &mut embedded, &mut summary)?;
+            let near = |partition: &'_ Partition, text: &str| {
+                Some(self.near(partition, text, session, commit.retract)?.id)
+            };
+            plan.turn(writer, &state, scope, turn, cut, &near, &mut embedded, &mut summary)?;
         }
         if let Some(snapshot) = &commit.snapshot {
             plan.snapshot(writer, known, snapshot, self.options.evicted_page_bytes)?;
@@ -192,22 +242,34 @@ impl Store {
         let terms = self.terms();
         let turns: Vec<TurnId> = (plan.first_turn..).take(cuts.len()).collect();
         let mut places = Vec::new();
+        let mut versions = Vec::new();
         let mut dropped = Vec::new();
+        let mut silenced = Vec::new();
         if let Some(session) = state.sessions.get_mut(&plan.session) {
             for ((&id, cut), spans) in turns.iter().zip(cuts).zip(plan.spans) {
                 let Some(turn) = session.turns.get_mut(&id) else { continue };
-                places.extend(
-                    spans.iter().map(|span| (span.0, place(plan.session, id, span, &turn.record))),
-                );
                 turn.chunks = spans;
+                if cut.entry == Entry::Forgotten {
+                    continue;
+                }
                 turn.source = cut.turn.source.as_deref().map(Box::from);
-                if cut.turn.role == Role::User {
+                turn.subject = cut.turn.subject.as_deref().map(Box::from);
+                turn.expires_ms = cut.turn.expires_ms;
+                places.extend(
+                    turn.chunks.iter().map(|span| (span.id, turn.place(plan.session, id, span))),
+                );
+                versions.extend(
+                    turn.version(plan.session, id)
+                        .map(|(subject, version)| (subject.to_owned(), version)),
+                );
+                if cut.turn.role == Role::User && cut.entry == Entry::New {
                     session.last_user_text = start_of(&cut.turn.text).into();
                 }
             }
             for turn in &plan.retracted {
-                let chunks = session.turns.get(turn).map(|turn| &turn.chunks);
-                dropped.extend(chunks.into_iter().flatten().map(|chunk| (*turn, chunk.0)));
+                let Some(state) = session.turns.get(turn) else { continue };
+                dropped.extend(state.chunks.iter().map(|chunk| (*turn, chunk.id)));
+                silenced.extend(state.subject.clone().map(|subject| (subject, *turn)));
             }
             if let Some(summary) = plan.summary {
                 session.summary = summary;
@@ -217,6 +279,8 @@ impl Store {
             turns,
             chunks_added: plan.fresh.len(),
             chunks_deduplicated: plan.num_deduplicated,
+            chunks_nearly_duplicated: plan.num_nearly_duplicated,
+            findings: Vec::new(),
         };
         let partition = state.partition_mut(scope);
         for (id, text, vectors, turn) in plan.fresh {
@@ -238,9 +302,20 @@ impl Store {
             bare.extend(partition.remove_places(std::iter::once(id), plan.session, turn));
         }
         partition.remove(&terms, &bare);
+        for (subject, turn) in silenced {
+            partition.remove_version(&subject, (plan.session, turn));
+        }
+        for (subject, version) in versions {
+            partition.add_version(&subject, version);
+        }
         drop(guard);
         if !plan.retracted.is_empty() {
             self.refresh_last_user_text(plan.session);
+        }
+        if let Err(error) = self.promote(writer, &[(scope.clone(), bare)]) {
+            // The commit is durable; the next opening makes up for it.
+            writer.appender.abandon();
+            tracing::warn!(%error, "near duplicates of retracted text are not recalled");
         }
         Ok(committed)
     }
@@ -255,7 +330,7 @@ impl Store {
                 .filter(|turn| turn.record.role == Role::User && !turn.record.retracted)
                 .filter_map(|turn| turn.record.body);
             // A damaged turn is passed over, as it is when the store is opened.
-            spoken.find_map(|body| Body::decode(&state.read(&body).ok()?).ok())
+            spoken.find_map(|body| Body::decode(body.kind, &state.read(&body).ok()?).ok())
         };
         if let Some(session) = self.write().sessions.get_mut(&id) {
             session.last_user_text = latest.as_ref().map_or("", |body| start_of(&body.text)).into();
@@ -288,6 +363,21 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// The chunk that says what `text` says: one that is stored, or an earlier one of this commit.
+    fn twin(
+        &self,
+        text: &str,
+        partition: Option<&Partition>,
+        near: &dyn Fn(&Partition, &str) -> Option<u128>,
+    ) -> Option<u128> {
+        let gists = self.fresh_by_gist.as_ref()?;
+        if let Some(twin) = partition.and_then(|partition| near(partition, text)) {
+            return Some(twin);
+        }
+        let said = gist(text);
+        gists.get(&said).filter(|_| !said.is_empty()).copied()
+    }
+
     #[allow(clippy::too_many_arguments)]
     fn turn(
         &mut self,
@@ -296,6 +386,7 @@ impl<'a> Plan<'a> {
         scope: &Scope,
         turn: TurnId,
         cut: &Cut<'a>,
+        near: &dyn Fn(&Partition, &str) -> Option<u128>,
         embedded: &mut HashMap<&'a str, Vec<f32>>,
         summary: &mut Summary,
     ) -> Result<()> {
@@ -307,11 +398,12 @@ impl<'a> Plan<'a> {
             order: self.next_order,
             time_ms: new.time_ms,
             role: new.role,
-            remember: new.remember,
+            remember: cut.remember,
         };
-        let body =
-            Body::encode(&head, new.source.as_deref(), &new.text, &new.tokens, &new.metadata);
-        let body = writer.appender.append(Kind::Body, &body)?;
+        let body = match cut.entry {
+            Entry::Forgotten => None,
+            _ => Some(writer.appender.append(Kind::Body, &Body::encode(&head, new))?),
+        };
         let partition = state.partition(scope);
         let mut spans: Vec<ChunkSpan> = Vec::with_capacity(cut.spans.len());
         // Where each chunk's vectors are among `fresh`; none if an earlier turn holds them.
@@ -323,8 +415,30 @@ impl<'a> Plan<'a> {
                 let fresh = self.fresh_at.get(&id).map(|&at| self.fresh[at].1);
                 stored.map(|chunk| &*chunk.text).or(fresh)
             });
-            spans.push((id, span.bytes.start as u64, span.bytes.end as u64));
             let stored = partition.and_then(|partition| partition.get(id));
+            let mut chunk_span = ChunkSpan {
+                id,
+                start: span.bytes.start as u64,
+                end: span.bytes.end as u64,
+                near: false,
+            };
+            let is_new = stored.is_none() && !self.fresh_at.contains_key(&id);
+            let twin = is_new.then(|| self.twin(text, partition, near)).flatten();
+            if let Some(twin) = twin {
+                let stored = partition.and_then(|partition| partition.get(twin));
+                let fresh = self.fresh_at.get(&twin).map(|&at| &*self.fresh[at].2);
+                push(
+                    summary,
+                    new.role,
+                    stored.map(|it| &*it.vectors).or(fresh).unwrap_or_default(),
+                );
+                (chunk_span.id, chunk_span.near) = (twin, true);
+                spans.push(chunk_span);
+                homes.push(None);
+                self.num_nearly_duplicated += 1;
+                continue;
+            }
+            spans.push(chunk_span);
             match (stored, self.fresh_at.get(&id).copied()) {
                 (Some(chunk), _) => {
                     push(summary, new.role, &chunk.vectors);
@@ -341,6 +455,9 @@ impl<'a> Plan<'a> {
                     push(summary, new.role, &vectors);
                     homes.push(Some(self.fresh.len()));
                     self.fresh_at.insert(id, self.fresh.len());
+                    if let Some(gists) = &mut self.fresh_by_gist {
+                        gists.insert(gist(text), id);
+                    }
                     self.fresh.push((id, text, vectors, turn));
                 }
             }
@@ -348,80 +465,25 @@ impl<'a> Plan<'a> {
         let chunks = if spans.is_empty() {
             None
         } else {
-            let rows = spans.iter().zip(&homes).map(|(&(id, start, end), home)| {
-                (id, start, end, home.map_or(&[][..], |at| &self.fresh[at].2))
-            });
-            let payload = TurnChunks::encode(self.session, turn, rows);
+            let rows = spans
+                .iter()
+                .zip(&homes)
+                .map(|(&span, home)| (span, home.map_or(&[][..], |at| &self.fresh[at].2)));
+            let payload = TurnChunks::encode(self.session, turn, state.store.tag(), rows);
             Some(writer.appender.append(Kind::Chunks, &payload)?)
         };
         let record = TurnRecord {
             role: new.role,
             time_ms: new.time_ms,
             order: self.next_order,
-            remember: new.remember,
-            retracted: false,
-            body: Some(body),
+            remember: cut.remember,
+            retracted: cut.entry == Entry::Retracted,
+            body,
             chunks,
         };
         self.next_order += 1;
         self.put(Key::Turn(self.session, turn), Record::Turn(record));
         self.spans.push(spans);
-        Ok(())
-    }
-
-    fn snapshot(
-        &mut self,
-        writer: &mut Writer,
-        known: Option<&Session>,
-        new: &NewSnapshot,
-        evicted_page_bytes: u64,
-    ) -> Result<()> {
-        let old = known.and_then(|session| session.snapshot);
-        // Pages of another model are never mixed with this one's.
-        let same = old.is_some_and(|old| old.fingerprint == new.fingerprint);
-        let stored: BTreeMap<u64, PageRecord> =
-            known.filter(|_| same).map(|session| session.pages.clone()).unwrap_or_default();
-        let given: BTreeMap<u64, &[u8]> =
-            new.pages.iter().map(|(page, bytes)| (*page, bytes.as_slice())).collect();
-        let window: BTreeSet<u64> = new.window.iter().copied().collect();
-        if let Some(page) =
-            window.iter().find(|page| !given.contains_key(page) && !stored.contains_key(page))
-        {
-            return Err(Error::invalid(format!(
-                "commit: expected page {page} of the window among the pages given or stored"
-            )));
-        }
-        let evicted = evict(&stored, &given, &window, evicted_page_bytes);
-        let all: BTreeSet<u64> = stored.keys().chain(given.keys()).copied().collect();
-        for page in all {
-            let place = if window.contains(&page) { Some(0) } else { evicted.get(&page).copied() };
-            let key = Key::Page(self.session, page);
-            match (place, given.get(&page), stored.get(&page)) {
-                (Some(evicted), Some(bytes), _) => {
-                    let blob = writer.appender.append(Kind::Page, bytes)?;
-                    self.put(key, Record::Page(PageRecord { blob, evicted }));
-                }
-                (Some(evicted), None, Some(record)) if record.evicted != evicted => {
-                    self.put(key, Record::Page(PageRecord { evicted, ..*record }));
-                }
-                (None, _, Some(_)) => self.changes.push(Change::remove(key)),
-                _ => {}
-            }
-        }
-        for page in known.filter(|_| !same).iter().flat_map(|session| session.pages.keys()) {
-            // A page that was given anew is replaced by the change listed above.
-            if !given.contains_key(page) || !(window.contains(page) || evicted.contains_key(page)) {
-                self.changes.push(Change::remove(Key::Page(self.session, *page)));
-            }
-        }
-        let state = writer.appender.append(Kind::State, &new.state)?;
-        let record = SnapshotRecord {
-            fingerprint: new.fingerprint,
-            position: new.position,
-            num_window_pages: window.len() as u64,
-            state,
-        };
-        self.put(Key::Snapshot(self.session), Record::Snapshot(record));
         Ok(())
     }
 
@@ -441,7 +503,7 @@ impl<'a> Plan<'a> {
             Some(old) => old.names,
             None => {
                 let session = scope.session_id().unwrap_or_default();
-                let names = encode_names(scope.user_id(), scope.agent_id(), session);
+                let names = encode_names(self.session, scope.user_id(), scope.agent_id(), session);
                 let store = StoreRecord {
                     next_session: state.store.next_session + 1,
                     ..state.store.clone()
@@ -451,7 +513,9 @@ impl<'a> Plan<'a> {
             }
         };
         let blob = match &summary {
-            Some(summary) => Some(writer.appender.append(Kind::Summary, &summary.encode())?),
+            Some(summary) => {
+                Some(writer.appender.append(Kind::Summary, &summary.encode(state.store.tag()))?)
+            }
             None => old.and_then(|old| old.summary),
         };
         let record = SessionRecord { names, summary: blob };
@@ -461,48 +525,12 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Places in the order of eviction for the pages outside the window that fit the budget, newest kept first.
-fn evict(
-    stored: &BTreeMap<u64, PageRecord>,
-    given: &BTreeMap<u64, &[u8]>,
-    window: &BTreeSet<u64>,
-    budget_bytes: u64,
-) -> BTreeMap<u64, u64> {
-    let mut next = stored.values().map(|record| record.evicted).max().unwrap_or(0) + 1;
-    let mut outside: Vec<(u64, u64, u64)> = Vec::new();
-    let pages: BTreeSet<u64> = stored.keys().chain(given.keys()).copied().collect();
-    for page in pages.into_iter().filter(|page| !window.contains(page)) {
-        let record = stored.get(&page);
-        let stored_bytes = record.map_or(0, |record| u64::from(record.blob.len));
-        let bytes = given.get(&page).map_or(stored_bytes, |bytes| bytes.len() as u64);
-        let evicted = match record {
-            Some(record) if record.evicted > 0 => record.evicted,
-            _ => {
-                next += 1;
-                next - 1
-            }
-        };
-        outside.push((evicted, page, bytes));
-    }
-    outside.sort_unstable_by(|a, b| b.cmp(a));
-    let mut left = budget_bytes;
-    let mut kept = BTreeMap::new();
-    for (evicted, page, bytes) in outside {
-        if bytes > left {
-            break;
-        }
-        left -= bytes;
-        kept.insert(page, evicted);
-    }
-    // A budget of zero keeps nothing, not even pages without bytes.
-    if budget_bytes == 0 { BTreeMap::new() } else { kept }
-}
-
-fn check_pages(snapshot: &NewSnapshot) -> Result<()> {
-    let mut seen = BTreeSet::new();
-    match snapshot.pages.iter().find(|(page, _)| !seen.insert(*page)) {
-        None => Ok(()),
-        Some((page, _)) => Err(Error::invalid(format!("commit: page {page} is given twice"))),
+fn check_subject(turn: &NewTurn) -> Result<()> {
+    match turn.subject.as_ref().map(String::len) {
+        None | Some(1..=MAX_SUBJECT_BYTES) => Ok(()),
+        Some(len) => Err(Error::invalid(format!(
+            "commit: expected a subject of 1 to {MAX_SUBJECT_BYTES} bytes, got {len}"
+        ))),
     }
 }
 

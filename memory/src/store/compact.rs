@@ -10,8 +10,9 @@ use crate::format::{Key, Record, SEGMENT_HEADER_BYTES, StoreRecord};
 const BATCH_RECORDS: usize = 4096;
 
 impl Store {
-    /// Compacts at most one sealed segment that is less than half alive: the bound on what a commit adds.
+    /// Compacts at most one sealed segment that is less than two thirds alive: the bound on what a commit adds.
     /// The commit is durable already, so that a failure here is only noted.
+    /// The database is looked at as well.
     pub(super) fn compact_one(&self, writer: &mut Writer) {
         let active = writer.appender.active();
         let candidate = {
@@ -23,7 +24,7 @@ impl Store {
                 |segment| {
                     let live = state.live_bytes.get(&segment.number()).copied().unwrap_or(0);
                     let len = segment.len().ok()?;
-                    (live * 2 < len).then_some(segment.number())
+                    (live * 3 < len * 2).then_some(segment.number())
                 },
             )
         };
@@ -33,6 +34,32 @@ impl Store {
             writer.appender.abandon();
             tracing::warn!(segment = number, %error, "compaction failed");
         }
+        if let Err(error) = compact_records(writer) {
+            tracing::warn!(%error, "compaction of the database failed");
+        }
+    }
+
+    /// Gives all space back that nothing uses: segments with unused bytes and the database are written anew.
+    ///
+    /// Commits do it bit by bit, and bound what is unused to half of what is used (twice in the database);
+    /// this leaves nothing of it.
+    ///
+    /// # Errors
+    /// `Corrupted` if the database lost records: then no byte is known to be unused. `Storage`.
+    ///
+    /// # Cost
+    /// Rewrites every segment that holds unused bytes, and the database. Readers go on; writers wait.
+    pub fn compact_all(&self) -> Result<()> {
+        let mut writer = self.writer()?;
+        if self.read().refs_lost {
+            return Err(crate::Error::corrupted(
+                "compact: the database lost records, and any byte may be one of theirs",
+            ));
+        }
+        self.purge(&mut writer)?;
+        let compacted = writer.records.compact();
+        writer.broken |= compacted.is_err();
+        compacted
     }
 
     /// Moves what is alive in `number` to the active segment, and removes the file.
@@ -62,6 +89,7 @@ impl Store {
     }
 
     /// Leaves no byte in any segment that no record refers to; returns the segments that had some, and are gone.
+    /// A database that grew is compacted, too.
     pub(super) fn purge(&self, writer: &mut Writer) -> Result<Vec<u32>> {
         let mut impure = Vec::new();
         {
@@ -82,6 +110,14 @@ impl Store {
         self.rewrite_graphs()?;
         let store = StoreRecord { purge_pending: false, ..self.read().store.clone() };
         drop(self.publish(writer, &[Change::put(Key::Store, Record::Store(store))])?);
+        compact_records(writer)?;
         Ok(impure)
     }
+}
+
+/// Compacts a database that takes more than three times what is alive in it.
+fn compact_records(writer: &mut Writer) -> Result<()> {
+    let compacted = writer.records.compact_if_grown();
+    writer.broken |= compacted.is_err();
+    compacted.map(|_| ())
 }

@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::read::{open, read_body};
 use super::records::Change;
-use super::state::{Session, State};
+use super::state::{Session, State, TurnState};
 use super::{Store, Writer};
 use crate::format::{
     Body, Key, Kind, Record, StoreRecord, TurnChunks, TurnRecord, chunk_digest, turn_digest,
@@ -36,6 +36,7 @@ impl Store {
     /// Erases what `selector` names within `scope`, and compacts until its bytes are in no file of the store.
     ///
     /// An erased turn keeps its number, role and time, and nothing else; `Session` and `Everything` remove even that.
+    /// Backups and exports that were made before are files of the caller's, and keep it.
     /// A session that loses a turn loses its snapshot and pages, which may hold the text, and its summary is made anew.
     /// Turns in which memory quoted an erased chunk back to a model ([`Role::Recalled`]) are erased with it, in all
     /// sessions of the user. A turn that is damaged and cannot be read counts as matching any text.
@@ -70,7 +71,8 @@ impl Store {
         };
         let mut receipt =
             erasure.receipt.take().ok_or_else(|| Error::invalid("forget: nothing was planned"))?;
-        self.carry_out_erasure(&mut writer, &changes, erasure)?;
+        let removed = self.carry_out_erasure(&mut writer, &changes, erasure)?;
+        self.promote(&mut writer, &removed)?;
         receipt.segments = self.purge(&mut writer)?;
         self.index_in_background();
         Ok(receipt)
@@ -98,9 +100,9 @@ impl Store {
                     segment.number()
                 )));
             }
-            segment.walk(0, |kind, payload| match kind {
-                Kind::Body => {
-                    if let Ok(body) = Body::decode(payload) {
+            segment.walk(0, |blob, payload| match blob.kind {
+                Kind::Body | Kind::BodyV1 => {
+                    if let Ok(body) = Body::decode(blob.kind, payload) {
                         found.insert(turn_digest(
                             seed,
                             body.head.session,
@@ -109,8 +111,8 @@ impl Store {
                         ));
                     }
                 }
-                Kind::Chunks => {
-                    if let Ok(turn) = TurnChunks::decode(payload) {
+                Kind::Chunks | Kind::ChunksV1 => {
+                    if let Ok(turn) = TurnChunks::decode(blob.kind, payload) {
                         let chunks = turn.chunks.iter();
                         found
                             .extend(chunks.map(|chunk| {
@@ -151,6 +153,9 @@ impl Store {
                 let is_candidate = match selector {
                     Forget::Turn(wanted) => turn == *wanted,
                     Forget::Before(time_ms) => turn_state.record.time_ms < *time_ms,
+                    Forget::Expired(now_ms) => {
+                        turn_state.expires_ms.is_some_and(|expires| expires <= *now_ms)
+                    }
                     Forget::Matching(_) | Forget::Session | Forget::Everything => true,
                 };
                 if !is_candidate {
@@ -163,7 +168,9 @@ impl Store {
                             .source
                             .iter()
                             .any(|source| source.to_lowercase().contains(&needle));
-                        source || body.text.to_lowercase().contains(&needle)
+                        source
+                            || body.text.to_lowercase().contains(&needle)
+                            || is_marked(body, &needle)
                     });
                 if matches {
                     erasure.turns.insert((id, turn), body.map(|body| body.text));
@@ -245,7 +252,7 @@ impl Store {
             };
             digests.extend(text.as_ref().map(|text| turn_digest(seed, id, turn, text)));
             digests.extend(
-                turn_state.chunks.iter().map(|chunk| chunk_digest(seed, id, turn, chunk.0)),
+                turn_state.chunks.iter().map(|chunk| chunk_digest(seed, id, turn, chunk.id)),
             );
         }
         for (id, chunk) in bare_chunks(&state, erasure) {
@@ -283,7 +290,8 @@ impl Store {
         }
         for (&id, summary) in &erasure.summaries {
             if let Some(record) = state.sessions.get(&id).and_then(|session| session.record) {
-                let blob = writer.appender.append(Kind::Summary, &summary.encode())?;
+                let blob =
+                    writer.appender.append(Kind::Summary, &summary.encode(state.store.tag()))?;
                 let record = crate::format::SessionRecord { summary: Some(blob), ..record };
                 changes.push(Change::put(Key::Session(id), Record::Session(record)));
             }
@@ -310,12 +318,13 @@ impl Store {
         Ok(changes)
     }
 
+    /// Carries the changes out; returns the chunks whose text stands nowhere any more, by the scope of a session.
     fn carry_out_erasure(
         &self,
         writer: &mut Writer,
         changes: &[Change],
         erasure: Erasure,
-    ) -> Result<()> {
+    ) -> Result<Vec<(Scope, Vec<u128>)>> {
         // Chunks of erased turns, before the records that name them go.
         let mut dropped = Vec::new();
         {
@@ -326,8 +335,8 @@ impl Store {
                 else {
                     continue;
                 };
-                let ids: Vec<u128> = turn_state.chunks.iter().map(|chunk| chunk.0).collect();
-                dropped.push((scope.clone(), id, turn, ids));
+                let ids: Vec<u128> = turn_state.chunks.iter().map(|chunk| chunk.id).collect();
+                dropped.push((scope.clone(), id, turn, ids, turn_state.subject.clone()));
             }
         }
         let mut guard = self.publish(writer, changes)?;
@@ -335,34 +344,37 @@ impl Store {
         let terms = self.terms();
         let mut affected = BTreeSet::new();
         let mut bare: BTreeMap<Scope, Vec<u128>> = BTreeMap::new();
-        for (scope, id, turn, ids) in dropped {
-            let left = state.partition_mut(&scope).remove_places(ids.into_iter(), id, turn);
+        for (scope, id, turn, ids, subject) in dropped {
+            let partition = state.partition_mut(&scope);
+            let left = partition.remove_places(ids.into_iter(), id, turn);
+            if let Some(subject) = subject {
+                partition.remove_version(&subject, (id, turn));
+            }
             bare.entry(scope).or_default().extend(left);
             affected.insert(id);
             if let Some(session) = state.sessions.get_mut(&id)
                 && let Some(turn) = session.turns.get_mut(&turn)
             {
-                turn.chunks.clear();
-                turn.source = None;
+                *turn = TurnState::new(turn.record);
             }
         }
-        for (scope, ids) in bare {
-            state.partition_mut(&scope).remove(&terms, &ids);
+        for (scope, ids) in &bare {
+            state.partition_mut(scope).remove(&terms, ids);
         }
-        for (&(id, chunk), &home) in &erasure.moved {
+        for (&(_, chunk), &home) in &erasure.moved {
             let scope = state.sessions.get(&home.0).and_then(|session| session.scope.clone());
             let Some(scope) = scope else { continue };
-            if let Some(chunk) = state.partition_mut(&scope).get_mut(chunk) {
-                debug_assert!(chunk.home.0 == id);
-                chunk.home = home;
+            if !state.partition_mut(&scope).set_home(chunk, home) {
+                state.without_vectors.insert(home);
             }
         }
+        state.without_vectors.retain(|turn| !erasure.turns.contains_key(turn));
         for (id, summary) in erasure.summaries {
             state.session_mut(id).summary = summary;
         }
         drop(guard);
         affected.into_iter().for_each(|id| self.refresh_last_user_text(id));
-        Ok(())
+        Ok(bare.into_iter().collect())
     }
 }
 
@@ -370,7 +382,9 @@ impl Store {
 fn bare_chunks(state: &State, erasure: &Erasure) -> Vec<(u64, u128)> {
     let is_erased = |session: u64, turn: u64| erasure.turns.contains_key(&(session, turn));
     chunks_of(state, erasure)
-        .filter(|(_, chunk)| chunk.places.iter().all(|place| is_erased(place.session, place.turn)))
+        .filter(|(_, chunk)| {
+            chunk.places.iter().all(|place| place.near || is_erased(place.session, place.turn))
+        })
         .map(|(id, chunk)| (id, chunk.id))
         .collect()
 }
@@ -384,6 +398,7 @@ fn moved_chunks(state: &State, erasure: &Erasure) -> BTreeMap<(u64, u128), (u64,
             let heir = chunk
                 .places
                 .iter()
+                .filter(|place| !place.near)
                 .map(|place| (place.session, place.turn))
                 .find(|home| !is_erased(home));
             Some(((chunk.home.0, chunk.id), heir?))
@@ -401,7 +416,7 @@ fn chunks_of<'a>(
         let partition = session.and_then(|s| state.partition(s.scope.as_ref()?));
         let turn = session.and_then(|session| session.turns.get(&turn));
         let chunks = turn.into_iter().flat_map(|turn| &turn.chunks);
-        chunks.filter_map(move |chunk| Some((id, partition?.get(chunk.0)?)))
+        chunks.filter_map(move |chunk| Some((id, partition?.get(chunk.id)?)))
     })
 }
 
@@ -413,19 +428,28 @@ fn rehomed(state: &State, writer: &mut Writer, erasure: &Erasure) -> Result<Vec<
         let Some(session) = state.sessions.get(&id) else { continue };
         let Some(turn_state) = session.turns.get(&turn) else { continue };
         let partition = session.scope.as_ref().and_then(|scope| state.partition(scope));
-        let rows = turn_state.chunks.iter().map(|&(chunk_id, start, end)| {
-            let chunk = partition.and_then(|partition| partition.get(chunk_id)).filter(|chunk| {
-                let heir = erasure.moved.get(&(chunk.home.0, chunk_id));
+        let rows = turn_state.chunks.iter().map(|&span| {
+            let chunk = partition.and_then(|partition| partition.get(span.id)).filter(|chunk| {
+                let heir = erasure.moved.get(&(chunk.home.0, span.id));
                 chunk.home == (id, turn) || heir == Some(&(id, turn))
             });
-            (chunk_id, start, end, chunk.map_or(&[][..], |chunk| &chunk.vectors))
+            (span, chunk.map_or(&[][..], |chunk| &chunk.vectors))
         });
-        let payload = TurnChunks::encode(id, turn, rows);
+        let payload = TurnChunks::encode(id, turn, state.store.tag(), rows);
         let blob = writer.appender.append(Kind::Chunks, &payload)?;
         let record = TurnRecord { chunks: Some(blob), ..turn_state.record };
         changes.push(Change::put(Key::Turn(id, turn), Record::Turn(record)));
     }
     Ok(changes)
+}
+
+/// Whether a turn's subject or metadata hold a text.
+fn is_marked(body: &Body, needle: &str) -> bool {
+    let holds = |text: &str| text.to_lowercase().contains(needle);
+    body.subject.as_deref().is_some_and(holds)
+        || body.metadata.iter().any(|(key, value)| {
+            holds(key) || matches!(value, crate::Value::Text(text) if holds(text))
+        })
 }
 
 /// Letters and digits of a text in lower case: what is left of a chunk however it was quoted.

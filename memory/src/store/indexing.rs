@@ -165,7 +165,10 @@ fn work(
         };
         let built = build(bytes, padded, 1, &keep_going);
         let mut guard = write();
-        let Some(partition) = guard.partitions.get_mut(&key) else { continue };
+        // The indexes may have been derived anew meanwhile: their rows have other numbers.
+        let Some(partition) = guard.partitions.get_mut(&key).filter(|p| p.is_building()) else {
+            continue;
+        };
         match built {
             Ok(graph) => partition.seal(Arc::new(graph), job.rows),
             Err(why) => {

@@ -9,19 +9,19 @@ use super::commit::start_of;
 use super::indexing::Indexer;
 use super::lock::Lock;
 use super::queries::Queries;
-use super::records::{Change, Records};
+use super::records::{Change, Entry, Records};
 use super::segment::{Appender, SEGMENT_BYTES, Segment, sync_folder};
-use super::state::{ChunkSpan, State, TurnState, partition_key, place};
+use super::state::{PartitionKey, State, TurnState, partition_key};
 use super::vectors::GraphFolder;
-use super::{Store, StoreOptions, Writer};
+use super::{Store, StoreOptions, Writer, storage};
 use crate::format::{
-    Body, Key, Kind, Record, SEGMENT_HEADER_BYTES, StoreRecord, TurnChunk, TurnChunks, TurnRecord,
-    decode_names,
+    BlobRef, Body, ChunkSpan, Key, Kind, Record, SEGMENT_HEADER_BYTES, StoreRecord, TurnChunk,
+    TurnChunks, TurnRecord, VERSION, decode_names, record_version,
 };
-use crate::partition::{Chunk, Partition, chunk_id};
+use crate::partition::{Chunk, Partition, Place, chunk_id};
 use crate::summary::Summary;
 use crate::words::Terms;
-use crate::{Embedder, Error, ErrorKind, Result, Role, Scope, chunk};
+use crate::{Embedder, Error, ErrorKind, Result, Role, Scope, Storage, chunk};
 
 /// The longest identity of an embedder: it is kept in one database record.
 const MAX_IDENTITY_BYTES: usize = 1024;
@@ -33,45 +33,41 @@ pub(super) fn open(
     path: &Path,
     embedder: Arc<dyn Embedder>,
     options: StoreOptions,
+    storage: Option<Box<dyn Storage>>,
 ) -> Result<Store> {
     check(&*embedder, &options)?;
     std::fs::create_dir_all(path).map_err(|source| Error::io("open", path, source))?;
     let lock = Lock::take(path)?;
-    let records = Records::open(&path.join("db"))?;
+    let storage = match storage {
+        Some(storage) => storage,
+        None => storage::open(path, options.backend)?,
+    };
+    let records = Records::open(storage, options.key.as_ref())?;
     let entries = records.scan()?;
     let is_new = entries.is_empty();
-    let store = store_record(path, &entries, &*embedder, &options)?;
-    let (appender, segments) = Appender::open(&path.join("segments"))?;
-    let mut loader = Loader {
-        state: State::new(store.clone(), segments),
-        embedder: &*embedder,
-        options: &options,
-        terms: Terms::new(),
-        homes: HashMap::new(),
-        stale: BTreeSet::new(),
-        stale_summaries: BTreeSet::new(),
-    };
-    loader.records(entries);
-    loader.sessions();
-    loader.complete_vectors()?;
-    loader.summaries();
-    loader.orphans()?;
-    let Loader { state, stale, stale_summaries, .. } = loader;
+    let (record, is_changed) = store_record(path, &entries, &*embedder, &options)?;
+    let (appender, segments) = Appender::open(&path.join("segments"), records.cipher())?;
+    let Loaded { state, stale, stale_summaries } =
+        load(record, segments, entries, &*embedder, &options)?;
+    // A graph holds the vectors in the clear.
+    let graphs = options.key.is_none().then(|| GraphFolder::new(path.join("index")));
     let store = Store {
+        path: path.to_owned(),
         embedder,
         options,
         state: Arc::new(RwLock::new(state)),
-        indexer: Indexer::new(Some(GraphFolder::new(path.join("index")))),
+        indexer: Indexer::new(graphs),
         queries: Queries::default(),
         writer: Mutex::new(Writer { appender, records, broken: false }),
         _lock: lock,
     };
     if is_new {
         sync_folder(path)?;
-        sync_folder(&path.join("db"))?;
         if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             sync_folder(parent)?;
         }
+    }
+    if is_new || is_changed {
         let record = store.read().store.clone();
         let change = Change::put(Key::Store, Record::Store(record));
         drop(store.publish(&mut *store.writer()?, &[change])?);
@@ -103,13 +99,53 @@ fn check(embedder: &dyn Embedder, options: &StoreOptions) -> Result<()> {
     Ok(())
 }
 
-/// The store's own record: read and compared, or made for a new store.
-fn store_record(
-    path: &Path,
-    entries: &[(Vec<u8>, Vec<u8>)],
+/// What reading a store's files gives.
+pub(super) struct Loaded {
+    pub(super) state: State,
+    /// Turns whose chunks were made anew, and are to be written.
+    pub(super) stale: BTreeSet<(u64, u64)>,
+    /// Sessions whose summary was made anew.
+    pub(super) stale_summaries: BTreeSet<u64>,
+}
+
+/// Reads what the records refer to, and derives everything else from it.
+pub(super) fn load(
+    record: StoreRecord,
+    segments: BTreeMap<u32, Arc<Segment>>,
+    entries: Vec<Entry>,
     embedder: &dyn Embedder,
     options: &StoreOptions,
-) -> Result<StoreRecord> {
+) -> Result<Loaded> {
+    let mut loader = Loader {
+        tag: record.tag(),
+        state: State::new(record, segments),
+        embedder,
+        options,
+        terms: Terms::new(),
+        homes: HashMap::new(),
+        near: Vec::new(),
+        has_foreign: false,
+        stale: BTreeSet::new(),
+        stale_summaries: BTreeSet::new(),
+    };
+    loader.records(entries);
+    loader.sessions();
+    loader.near_places();
+    loader.complete_vectors()?;
+    loader.versions();
+    loader.summaries();
+    loader.orphans()?;
+    let Loader { state, stale, stale_summaries, .. } = loader;
+    Ok(Loaded { state, stale, stale_summaries })
+}
+
+/// The store's own record: read and compared, or made for a new store; and whether it has to be written.
+fn store_record(
+    path: &Path,
+    entries: &[Entry],
+    embedder: &dyn Embedder,
+    options: &StoreOptions,
+) -> Result<(StoreRecord, bool)> {
     let (identity, dim) = (embedder.identity(), embedder.dim());
     if entries.is_empty() {
         let has_segments = std::fs::read_dir(path.join("segments"))
@@ -120,13 +156,16 @@ fn store_record(
                 path.display()
             )));
         }
-        return Ok(StoreRecord {
+        let mut record = StoreRecord {
             seed: options.seed,
             dim: dim as u32,
             embedder: identity,
             next_session: 1,
             purge_pending: false,
-        });
+            untagged: 0,
+        };
+        record.untagged = record.tag();
+        return Ok((record, true));
     }
     let key = Key::Store.encode();
     let value = entries.iter().find(|(known, _)| *known == key).map(|(_, value)| value);
@@ -136,12 +175,19 @@ fn store_record(
             path.display()
         )));
     };
-    let record = Record::decode(&Key::Store, value).map_err(|error| {
-        Error::new(error.kind(), format!("open {}: {error}", path.display())).with_source(error)
-    })?;
+    let lost =
+        |error: &Error| Error::new(error.kind(), format!("open {}: {error}", path.display()));
+    let value = value.as_ref().map_err(lost)?;
+    let record =
+        Record::decode(&Key::Store, value).map_err(|error| lost(&error).with_source(error))?;
     match record {
         Record::Store(record) if record.embedder == identity && record.dim as usize == dim => {
-            Ok(record)
+            // A store of an earlier version takes the present one: programs of that version refuse it from here on.
+            let is_old = record_version(value) < VERSION;
+            Ok((record, is_old))
+        }
+        Record::Store(record) if options.reembed => {
+            Ok((StoreRecord { embedder: identity, dim: dim as u32, ..record }, true))
         }
         Record::Store(record) => Err(Error::new(
             ErrorKind::Incompatible,
@@ -161,8 +207,14 @@ struct Loader<'a> {
     embedder: &'a dyn Embedder,
     options: &'a StoreOptions,
     terms: Terms,
+    /// The embedder's tag.
+    tag: u64,
     /// Chunks read so far, by partition and identity; indexed once their places are known.
-    homes: HashMap<(super::state::PartitionKey, u128), Chunk>,
+    homes: HashMap<(PartitionKey, u128), Chunk>,
+    /// Places that hold nearly the text of a chunk, with their own text.
+    near: Vec<(PartitionKey, Place, ChunkSpan, Box<str>)>,
+    /// Some vectors are another embedder's: what has none waits for [`Store::reembed`].
+    has_foreign: bool,
     /// Turns whose chunks' record is damaged or incomplete.
     stale: BTreeSet<(u64, u64)>,
     /// Sessions whose summary is damaged or missing.
@@ -171,10 +223,15 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     /// Decodes the database; a damaged record is noted and skipped.
-    fn records(&mut self, entries: Vec<(Vec<u8>, Vec<u8>)>) {
+    fn records(&mut self, entries: Vec<Entry>) {
         for (key_bytes, value) in entries {
             let key = Key::decode(&key_bytes);
-            let record = key.as_ref().ok().map(|key| Record::decode(key, &value));
+            if matches!(key, Ok(Key::Store)) {
+                // It was read first, and may have been brought up to date.
+                continue;
+            }
+            let record =
+                key.as_ref().ok().map(|key| value.and_then(|value| Record::decode(key, &value)));
             match (key, record) {
                 (Ok(key), Some(Ok(record))) => self.state.apply(&Change::put(key, record)),
                 (Ok(key), Some(Err(error))) => {
@@ -192,7 +249,8 @@ impl Loader<'_> {
             }
         }
         for segment in self.state.segments.values() {
-            if !segment.header_is_intact() {
+            // A crash may leave a segment half made: nothing refers to it, and it is removed.
+            if self.state.is_live(segment.number()) && !segment.header_is_intact() {
                 let text = format!("{}: header does not match", segment.path().display());
                 self.state.damaged.push(text);
             }
@@ -218,9 +276,12 @@ impl Loader<'_> {
     fn scope_of(&self, id: u64) -> Result<Scope> {
         let record = self.state.sessions.get(&id).and_then(|session| session.record);
         let record = record.ok_or_else(|| Error::corrupted("its record is missing"))?;
-        let (user, agent, session) = decode_names(&self.state.read(&record.names)?)?;
-        let scope = Scope::user(user).session(session);
-        Ok(match agent {
+        let names = decode_names(record.names.kind, &self.state.read(&record.names)?)?;
+        if names.id.is_some_and(|known| known != id) {
+            return Err(Error::corrupted("they are those of another session"));
+        }
+        let scope = Scope::user(names.user).session(names.session);
+        Ok(match names.agent {
             Some(agent) => scope.agent(agent),
             None => scope,
         })
@@ -238,8 +299,8 @@ impl Loader<'_> {
             let order = self.state.orders.entry(scope.user_id().to_owned()).or_default();
             *order = (*order).max(record.order + 1);
             let Some(body) = &record.body else { continue };
-            let body = self.state.read(body).and_then(|bytes| Body::decode(&bytes));
-            match body {
+            let bytes = self.state.read(body);
+            match bytes.and_then(|bytes| Body::decode(body.kind, &bytes)) {
                 Ok(body) if body.head.belongs_to(id, turn, &record) => {
                     self.turn(id, scope, turn, record, body);
                 }
@@ -271,12 +332,25 @@ impl Loader<'_> {
         };
         self.state.next_commit = self.state.next_commit.max(body.head.commit.saturating_add(1));
         let partition = partition_key(scope);
-        let mut spans: Vec<ChunkSpan> = Vec::with_capacity(chunks.len());
+        let source = body.source.map(String::into_boxed_str);
+        let subject = body.subject.map(String::into_boxed_str);
+        let mut state =
+            TurnState { source, subject, expires_ms: body.expires_ms, ..TurnState::new(record) };
         for chunk in chunks {
-            let span = (chunk.id, chunk.start, chunk.end);
+            let TurnChunk { id: chunk_id, start, end, near, .. } = chunk;
+            let span = ChunkSpan { id: chunk_id, start, end, near };
+            let text = &body.text[start as usize..end as usize];
+            let place = state.place(id, turn, &span);
+            state.chunks.push(span);
+            if near {
+                if !record.retracted {
+                    self.near.push((partition.clone(), place, span, text.into()));
+                }
+                continue;
+            }
             let known = self.homes.entry((partition.clone(), chunk.id)).or_insert_with(|| Chunk {
                 id: chunk.id,
-                text: body.text[chunk.start as usize..chunk.end as usize].into(),
+                text: text.into(),
                 vectors: Box::default(),
                 home: (id, turn),
                 places: Vec::new(),
@@ -286,24 +360,27 @@ impl Loader<'_> {
                 known.home = (id, turn);
             }
             if !record.retracted {
-                known.places.push(place(id, turn, &span, &record));
+                known.places.push(place);
             }
-            spans.push(span);
         }
-        if !record.retracted && !spans.is_empty() {
+        if !record.retracted && !state.chunks.is_empty() {
             self.state.partition_mut(scope).set_metadata(id, turn, &body.metadata);
         }
         let session = self.state.session_mut(id);
         if record.role == Role::User && !record.retracted {
             session.last_user_text = start_of(&body.text).into();
         }
-        let source = body.source.map(String::into_boxed_str);
-        session.turns.insert(turn, TurnState { record, chunks: spans, source });
+        session.turns.insert(turn, state);
     }
 
     /// The stored chunks of a turn, if they fit its text, each other and the dimension.
-    fn chunks_of(&self, blob: &crate::format::BlobRef, body: &Body) -> Result<Vec<TurnChunk>> {
-        let stored = TurnChunks::decode(&self.state.read(blob)?)?;
+    /// Those of another embedder come without vectors.
+    fn chunks_of(&mut self, blob: &BlobRef, body: &Body) -> Result<Vec<TurnChunk>> {
+        let mut stored = TurnChunks::decode(blob.kind, &self.state.read(blob)?)?;
+        if stored.embedder.unwrap_or(self.state.store.untagged) != self.tag {
+            self.has_foreign |= stored.chunks.iter().any(|chunk| !chunk.vectors.is_empty());
+            stored.chunks.iter_mut().for_each(|chunk| chunk.vectors.clear());
+        }
         let fits = (stored.session, stored.turn) == (body.head.session, body.head.turn)
             && stored.chunks.iter().all(|chunk| {
                 let range = chunk.start as usize..chunk.end as usize;
@@ -324,17 +401,68 @@ impl Loader<'_> {
                 self.homes.get(&(partition.clone(), id)).map(|chunk| &*chunk.text)
             });
             let (start, end) = (span.bytes.start as u64, span.bytes.end as u64);
-            TurnChunk { id, start, end, vectors: Vec::new() }
+            TurnChunk { id, start, end, vectors: Vec::new(), near: false }
         };
         spans.into_iter().map(chunk).collect()
+    }
+
+    /// Adds the places that hold nearly a chunk's text; one whose chunk is gone becomes a chunk of its own.
+    fn near_places(&mut self) {
+        for (partition, place, span, text) in std::mem::take(&mut self.near) {
+            let has_home = |chunk: &&mut Chunk| chunk.places.iter().any(|place| !place.near);
+            let known = self.homes.get_mut(&(partition.clone(), span.id)).filter(has_home);
+            if let Some(chunk) = known {
+                chunk.places.push(place);
+                continue;
+            }
+            let id = chunk_id(self.state.store.seed, &text, |id| {
+                self.homes.get(&(partition.clone(), id)).map(|chunk| &*chunk.text)
+            });
+            let home = (place.session, place.turn);
+            let chunk = self.homes.entry((partition, id)).or_insert_with(|| Chunk {
+                id,
+                text,
+                vectors: Box::default(),
+                home,
+                places: Vec::new(),
+            });
+            chunk.places.push(Place { near: false, ..place });
+            self.stale.insert(home);
+            let turn = self.state.session_mut(home.0).turns.get_mut(&home.1);
+            for known in turn.into_iter().flat_map(|turn| &mut turn.chunks) {
+                if *known == span {
+                    *known = ChunkSpan { id, near: false, ..span };
+                }
+            }
+        }
+    }
+
+    /// Lets the turns with a subject supersede each other.
+    fn versions(&mut self) {
+        let dim = self.state.dim();
+        let State { sessions, partitions, .. } = &mut self.state;
+        for (&id, session) in sessions.iter() {
+            let Some(scope) = &session.scope else { continue };
+            for (&turn, state) in &session.turns {
+                if let Some((subject, version)) = state.version(id, turn) {
+                    let partition = partitions.entry(partition_key(scope));
+                    let partition = partition.or_insert_with(|| Partition::new(dim));
+                    partition.add_version(subject, version);
+                }
+            }
+        }
     }
 
     /// Embeds chunks whose vectors are lost, then indexes all that have a place.
     fn complete_vectors(&mut self) -> Result<()> {
         let dim = self.state.dim();
         for ((key, _), mut chunk) in std::mem::take(&mut self.homes) {
-            let Some(first) = chunk.places.iter().min_by_key(|place| place.order) else { continue };
-            if chunk.vectors.is_empty() {
+            let homes = chunk.places.iter().filter(|place| !place.near);
+            let Some(first) = homes.min_by_key(|place| place.order) else { continue };
+            if chunk.vectors.is_empty() && self.has_foreign {
+                chunk.home = (first.session, first.turn);
+                self.state.without_vectors.insert(chunk.home);
+            } else if chunk.vectors.is_empty() {
                 chunk.home = (first.session, first.turn);
                 self.stale.insert(chunk.home);
                 let units: Vec<&str> = chunk::spans(&chunk.text, self.options.chunk_words.max(1))
@@ -371,9 +499,8 @@ impl Loader<'_> {
         let mut commits = BTreeSet::new();
         for segment in state.segments.values() {
             let end = live_ends.get(&segment.number()).copied().unwrap_or(0);
-            segment.walk(end, |kind, payload| {
-                let body = (kind == Kind::Body).then(|| Body::decode(payload).ok()).flatten();
-                let Some(body) = body else { return };
+            segment.walk(end, |blob, payload| {
+                let Ok(body) = Body::decode(blob.kind, payload) else { return };
                 let is_unknown = match state.sessions.get(&body.head.session) {
                     Some(session) => body.head.turn >= session.num_turns,
                     None => body.head.session >= state.store.next_session,
@@ -399,8 +526,9 @@ impl Loader<'_> {
         for id in ids {
             let Some(session) = self.state.sessions.get(&id) else { continue };
             let Some(blob) = session.record.and_then(|record| record.summary) else { continue };
+            let bytes = self.state.read(&blob);
             let stored =
-                self.state.read(&blob).and_then(|bytes| Summary::decode(&bytes, self.state.dim()));
+                bytes.and_then(|bytes| Summary::decode(blob.kind, &bytes, &self.state.store));
             let summary = match stored {
                 Ok(Some(summary)) => summary,
                 _ => {
@@ -419,14 +547,14 @@ impl Store {
         let mut writer = self.writer()?;
         let (unused, last, purge_pending) = {
             let state = self.read();
-            let is_live = |number: &u32| state.live_bytes.get(number).is_some_and(|&live| live > 0);
             let unused: Vec<Arc<Segment>> = state
                 .segments
                 .values()
-                .filter(|segment| !state.refs_lost && !is_live(&segment.number()))
+                .filter(|segment| !state.refs_lost && !state.is_live(segment.number()))
                 .cloned()
                 .collect();
-            let last = state.segments.values().rfind(|segment| is_live(&segment.number())).cloned();
+            let last =
+                state.segments.values().rfind(|segment| state.is_live(segment.number())).cloned();
             let live_ends = state.live_ends();
             let end = |segment: &Arc<Segment>| live_ends.get(&segment.number()).copied();
             let last = last.and_then(|segment| Some((end(&segment)?, segment)));
@@ -467,12 +595,12 @@ impl Store {
             let Some(session) = state.sessions.get(&id) else { continue };
             let Some(turn_state) = session.turns.get(&turn) else { continue };
             let partition = session.scope.as_ref().and_then(|scope| state.partition(scope));
-            let rows = turn_state.chunks.iter().map(|&(chunk, start, end)| {
-                let chunk_state = partition.and_then(|partition| partition.get(chunk));
-                let home = chunk_state.filter(|chunk| chunk.home == (id, turn));
-                (chunk, start, end, home.map_or(&[][..], |chunk| &chunk.vectors))
+            let rows = turn_state.chunks.iter().map(|&span| {
+                let chunk = partition.and_then(|partition| partition.get(span.id));
+                let home = chunk.filter(|chunk| chunk.home == (id, turn) && !span.near);
+                (span, home.map_or(&[][..], |chunk| &chunk.vectors))
             });
-            let payload = TurnChunks::encode(id, turn, rows);
+            let payload = TurnChunks::encode(id, turn, state.store.tag(), rows);
             let blob = writer.appender.append(Kind::Chunks, &payload)?;
             let record = TurnRecord { chunks: Some(blob), ..turn_state.record };
             changes.insert(Key::Turn(id, turn), Record::Turn(record));
@@ -480,7 +608,9 @@ impl Store {
         for &id in summaries {
             let Some(session) = state.sessions.get(&id) else { continue };
             let Some(record) = session.record else { continue };
-            let blob = writer.appender.append(Kind::Summary, &session.summary.encode())?;
+            let blob = writer
+                .appender
+                .append(Kind::Summary, &session.summary.encode(state.store.tag()))?;
             let record = crate::format::SessionRecord { summary: Some(blob), ..record };
             changes.insert(Key::Session(id), Record::Session(record));
         }

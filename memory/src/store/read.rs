@@ -7,9 +7,10 @@ use std::sync::Arc;
 use super::Store;
 use super::segment::Segment;
 use super::state::{Session, State};
-use crate::format::{BlobRef, Body, Key, Record, SEGMENT_HEADER_BYTES};
+use super::vectors::GraphFolder;
+use crate::format::{BlobRef, Body, Key, Record, SEGMENT_HEADER_BYTES, TurnRecord};
 use crate::partition::{Chunk, Place};
-use crate::{ChunkId, Error, ErrorKind, Result, Scope, Snapshot, Source, Turn, TurnId};
+use crate::{ChunkId, Error, ErrorKind, Metadata, Result, Scope, Snapshot, Source, Turn, TurnId};
 
 /// A remembered piece of text, for a list of what memory holds.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,6 +60,18 @@ pub struct Stats {
     pub vectors_in_graphs: usize,
     /// Distinct words, summed over the (user, agent) pairs.
     pub terms: usize,
+    /// Turns that hold chunks without vectors, found by words alone until [`Store::reembed`] is through with them.
+    pub turns_to_embed: usize,
+    /// Subjects that something is known about.
+    pub subjects: usize,
+    /// Turns that a newer turn of the same subject superseded.
+    pub superseded: usize,
+    /// Places of chunks beyond their first: text that was said again, word by word or nearly so.
+    pub duplicates: usize,
+    /// Identity of the embedder that makes the vectors.
+    pub embedder: String,
+    /// Whether what is written is encrypted.
+    pub encrypted: bool,
     /// Stored pages, evicted ones included.
     pub pages: usize,
     /// Segment files.
@@ -69,6 +82,20 @@ pub struct Stats {
     pub dead_bytes: u64,
     /// What was found damaged when the store was opened and could not be made anew: one text for each loss.
     pub damaged: Vec<String>,
+}
+
+/// What a store takes on the disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DiskUsage {
+    /// Bytes of the segment files.
+    pub segment_bytes: u64,
+    /// Bytes of the database's files.
+    pub database_bytes: u64,
+    /// Bytes of the graphs' files, which can be made anew.
+    pub graph_bytes: u64,
+    /// Bytes in use: records of the segments, keys and values of the database, and 16 bytes for each of the latter.
+    pub live_bytes: u64,
 }
 
 impl Store {
@@ -93,11 +120,12 @@ impl Store {
         }
         let mut turns = Vec::with_capacity(found.len());
         for (id, record, body) in found {
-            let forgotten = body.is_none();
             let body = body.map(|body| read_body(scope, id, body)).transpose()?;
-            let (text, tokens, source, metadata) = body.map_or_else(Default::default, |body| {
-                (body.text, body.tokens, body.source, body.metadata)
-            });
+            let Some(body) = body else {
+                turns.push(forgotten_turn(id, &record));
+                continue;
+            };
+            let Body { text, tokens, source, subject, expires_ms, metadata, .. } = body;
             turns.push(Turn {
                 id,
                 role: record.role,
@@ -105,9 +133,12 @@ impl Store {
                 time_ms: record.time_ms,
                 tokens,
                 source,
+                remember: record.remember,
+                subject,
+                expires_ms,
                 metadata,
                 retracted: record.retracted,
-                forgotten,
+                forgotten: false,
             });
         }
         Ok(turns)
@@ -225,6 +256,25 @@ impl Store {
         Ok(state.sessions_in(scope).map(info).collect())
     }
 
+    /// What the store takes on the disk.
+    ///
+    /// # Errors
+    /// `Storage`.
+    ///
+    /// # Cost
+    /// Reads every record of the database; writers wait.
+    pub fn disk_usage(&self) -> Result<DiskUsage> {
+        let writer = self.writer()?;
+        let state = self.read();
+        let lengths = state.segments.values().map(|segment| segment.len());
+        Ok(DiskUsage {
+            segment_bytes: lengths.sum::<Result<u64>>()?,
+            database_bytes: writer.records.disk_bytes()?,
+            graph_bytes: self.indexer.folder().map_or(0, GraphFolder::disk_bytes),
+            live_bytes: state.live_bytes.values().sum::<u64>() + writer.records.live_bytes()?,
+        })
+    }
+
     /// Numbers about the whole store.
     pub fn stats(&self) -> Stats {
         let state = self.read();
@@ -238,7 +288,13 @@ impl Store {
             chunks: partitions.clone().map(|partition| partition.len()).sum(),
             vectors: partitions.clone().map(|partition| partition.num_vectors().0).sum(),
             vectors_in_graphs: partitions.clone().map(|partition| partition.num_vectors().1).sum(),
-            terms: partitions.map(|partition| partition.words().num_terms()).sum(),
+            terms: partitions.clone().map(|partition| partition.words().num_terms()).sum(),
+            turns_to_embed: state.without_vectors.len(),
+            subjects: partitions.clone().map(|partition| partition.num_subjects().0).sum(),
+            superseded: partitions.clone().map(|partition| partition.num_subjects().1).sum(),
+            duplicates: partitions.clone().map(|partition| partition.num_duplicates()).sum(),
+            embedder: state.store.embedder.clone(),
+            encrypted: self.options.key.is_some(),
             pages: state.sessions.values().map(|session| session.pages.len()).sum(),
             segments: state.segments.len(),
             live_bytes,
@@ -249,7 +305,7 @@ impl Store {
 }
 
 /// A blob together with its open file: readable after the lock is let go, even if compaction removes the file.
-type OpenBlob = (Arc<Segment>, BlobRef);
+pub(super) type OpenBlob = (Arc<Segment>, BlobRef);
 
 pub(super) fn open(state: &State, blob: BlobRef) -> Result<OpenBlob> {
     Ok((state.segment(&blob)?, blob))
@@ -261,8 +317,27 @@ fn read((segment, blob): OpenBlob) -> Result<Vec<u8>> {
 
 /// A turn's body; an error names the turn.
 pub(super) fn read_body(scope: &Scope, turn: TurnId, blob: OpenBlob) -> Result<Body> {
-    let body = read(blob).and_then(|bytes| Body::decode(&bytes));
+    let kind = blob.1.kind;
+    let body = read(blob).and_then(|bytes| Body::decode(kind, &bytes));
     body.map_err(|error| lost_turn(scope, turn, &error.to_string()).with_source(error))
+}
+
+/// What is left of an erased turn.
+fn forgotten_turn(id: TurnId, record: &TurnRecord) -> Turn {
+    Turn {
+        id,
+        role: record.role,
+        text: String::new(),
+        time_ms: record.time_ms,
+        tokens: Vec::new(),
+        source: None,
+        remember: record.remember,
+        subject: None,
+        expires_ms: None,
+        metadata: Metadata::new(),
+        retracted: record.retracted,
+        forgotten: true,
+    }
 }
 
 fn lost_turn(scope: &Scope, turn: TurnId, why: &str) -> Error {

@@ -1,19 +1,19 @@
-//! The database of small records: one sled tree, one atomic and durable batch at a time.
+//! The store's small records over its database: encoded, sealed if the store is encrypted, compacted when it grew.
 //! Knows nothing of what a record means; keys and values come encoded by `format`.
 
-use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
-use crate::format::{Key, Record};
-use crate::{Error, ErrorKind, Result};
+use crate::cipher::Cipher;
+use crate::format::{CIPHER_KEY, Key, Record, decode_cipher, encode_cipher};
+use crate::storage::RecordChange;
+use crate::{EncryptionKey, Error, ErrorKind, Result, Storage};
 
-/// sled's page cache. Records are read once, at open: a small one serves.
-const CACHE_BYTES: u64 = 16 << 20;
-
-/// Starting a program takes milliseconds, on a loaded machine some hundred of them.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// Below this the database's files are not looked at: sled's smallest one takes 1 MB.
+const MIN_COMPACT_BYTES: u64 = 4 << 20;
+/// The database is compacted when its files take more than so many times what is alive in them.
+const MAX_AMPLIFICATION: u64 = 3;
+/// What a database needs for a record besides key and value, about: lengths, page headers, half-empty pages.
+const RECORD_OVERHEAD_BYTES: u64 = 16;
 
 /// One change of a batch.
 #[derive(Debug, Clone)]
@@ -33,106 +33,149 @@ impl Change {
     }
 }
 
+/// A key and its value as they are stored; a value that cannot be decrypted is an error.
+pub(crate) type Entry = (Vec<u8>, Result<Vec<u8>>);
+
 /// The open database.
 pub(crate) struct Records {
-    db: sled::Db,
-    /// sled's one data file, to be synced after each flush.
-    file: PathBuf,
+    storage: Box<dyn Storage>,
+    cipher: Option<Arc<Cipher>>,
+    /// Size of the files at which they are looked at again.
+    check_at_bytes: u64,
 }
 
 impl Records {
-    /// Opens or creates the database in `folder`.
-    pub(crate) fn open(folder: &Path) -> Result<Self> {
-        remove_unfinished_snapshots(folder)?;
-        let config =
-            sled::Config::new().path(folder).cache_capacity(CACHE_BYTES).flush_every_ms(None);
-        let db = guard("open", folder, || open_unlocked(&config))?;
-        Ok(Self { db, file: folder.join("db") })
+    /// The records in `storage`, under the key that they were written with; a new database takes the key that is given.
+    pub(crate) fn open(mut storage: Box<dyn Storage>, key: Option<&EncryptionKey>) -> Result<Self> {
+        let path = storage.path().display().to_string();
+        let refused = |text: &str| Error::invalid(format!("open {path}: {text}"));
+        let mut is_empty = true;
+        storage
+            .scan(&[], &mut |_, _| {
+                is_empty = false;
+                // One record is enough to know.
+                Err(Error::new(ErrorKind::Cancelled, ""))
+            })
+            .or_else(|error| if is_empty { Err(error) } else { Ok(()) })?;
+        let cipher = key.map(|key| Arc::new(Cipher::new(key)));
+        match (storage.get(CIPHER_KEY)?, &cipher) {
+            (Some(value), Some(cipher)) => {
+                if !cipher.matches(&decode_cipher(&value)?) {
+                    return Err(refused(
+                        "expected the key that the store is encrypted with, got another one",
+                    ));
+                }
+            }
+            (Some(_), None) => {
+                return Err(refused("the store is encrypted, expected its key, got none"));
+            }
+            (None, Some(cipher)) if is_empty => {
+                let value = encode_cipher(&cipher.check()?);
+                storage.write(&[(CIPHER_KEY.to_vec(), Some(value))])?;
+            }
+            (None, Some(_)) => {
+                return Err(refused(
+                    "the store is not encrypted, expected no key; export it and import it into a new one",
+                ));
+            }
+            (None, None) => {}
+        }
+        Ok(Self { storage, cipher, check_at_bytes: MIN_COMPACT_BYTES })
     }
 
-    /// Every key and value, as stored.
-    pub(crate) fn scan(&self) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
-        guard("read", &self.file, || {
-            self.db
-                .iter()
-                .map(|entry| entry.map(|(key, value)| (key.to_vec(), value.to_vec())))
-                .collect::<sled::Result<Vec<_>>>()
-        })
+    pub(crate) fn cipher(&self) -> Option<&Arc<Cipher>> {
+        self.cipher.as_ref()
+    }
+
+    /// Every key and value.
+    pub(crate) fn scan(&self) -> Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        self.storage.scan(&[], &mut |key, value| {
+            if key != CIPHER_KEY {
+                let plain = match &self.cipher {
+                    Some(cipher) => cipher.open(key, value),
+                    None => Ok(value.to_vec()),
+                };
+                entries.push((key.to_vec(), plain));
+            }
+            Ok(())
+        })?;
+        Ok(entries)
+    }
+
+    /// Every key and value as the database has them, for a copy of the store.
+    pub(crate) fn scan_raw(&self) -> Result<Vec<RecordChange>> {
+        let mut entries = Vec::new();
+        self.storage.scan(&[], &mut |key, value| {
+            entries.push((key.to_vec(), Some(value.to_vec())));
+            Ok(())
+        })?;
+        Ok(entries)
     }
 
     /// Applies all changes or none; they are on the disk when this returns.
     /// After an error it is unknown which of the two happened, until the store is opened again.
-    pub(crate) fn write(&self, changes: &[Change]) -> Result<()> {
-        let mut batch = sled::Batch::default();
+    pub(crate) fn write(&mut self, changes: &[Change]) -> Result<()> {
+        let mut batch = Vec::with_capacity(changes.len());
         for change in changes {
             let key = change.key.encode();
-            match &change.record {
-                Some(record) => batch.insert(key, record.encode(&change.key)),
-                None => batch.remove(key),
-            }
-        }
-        guard("write", &self.file, || {
-            self.db.apply_batch(batch)?;
-            self.db.flush()
-        })?;
-        // On Linux sled flushes with sync_file_range alone, which neither writes the file's size
-        // nor empties the drive's cache.
-        File::open(&self.file)
-            .and_then(|file| file.sync_all())
-            .map_err(|source| Error::io("sync", &self.file, source))
-    }
-}
-
-/// Opens the database, waiting for sled's own lock on its file.
-///
-/// The store's lock is held by now, so no other store has the database open. What may still hold sled's lock is a
-/// process that another thread is starting just now: it has a copy of the file until it runs its program.
-fn open_unlocked(config: &sled::Config) -> sled::Result<sled::Db> {
-    let started = Instant::now();
-    loop {
-        match config.open() {
-            // sled has no error kind of its own for this.
-            Err(sled::Error::Io(error))
-                if error.to_string().starts_with("could not acquire lock")
-                    && started.elapsed() < LOCK_PATIENCE =>
-            {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            result => return result,
-        }
-    }
-}
-
-/// sled cannot open a folder where it died while writing a snapshot; the unfinished file holds nothing needed.
-fn remove_unfinished_snapshots(folder: &Path) -> Result<()> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
-    for entry in entries.flatten() {
-        let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == "generating") {
-            std::fs::remove_file(&path)
-                .map_err(|source| Error::io("open: remove", &path, source))?;
-        }
-    }
-    Ok(())
-}
-
-/// Runs a call into sled, which answers some damage with a panic instead of an error.
-fn guard<T>(operation: &str, path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T> {
-    let failed = |kind, text: String| {
-        Error::new(kind, format!("{operation} records {}: {text}", path.display()))
-    };
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(source)) => {
-            let kind = match source {
-                // The last two are how sled reports some damage to its own settings and pages.
-                sled::Error::Corruption { .. }
-                | sled::Error::Unsupported(_)
-                | sled::Error::ReportableBug(_) => ErrorKind::Corrupted,
-                _ => ErrorKind::Storage,
+            let value = match (&change.record, &self.cipher) {
+                (None, _) => None,
+                (Some(record), None) => Some(record.encode(&change.key)),
+                (Some(record), Some(cipher)) => {
+                    Some(cipher.seal(&key, &record.encode(&change.key))?)
+                }
             };
-            Err(failed(kind, source.to_string()).with_source(source))
+            batch.push((key, value));
         }
-        Err(_) => Err(failed(ErrorKind::Corrupted, "the database cannot be read".into())),
+        self.storage.write(&batch)
+    }
+
+    /// Removes records whose keys are none of this format.
+    pub(crate) fn remove_unknown(&mut self, keys: &[Vec<u8>]) -> Result<()> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let batch: Vec<RecordChange> = keys.iter().map(|key| (key.clone(), None)).collect();
+        self.storage.write(&batch)
+    }
+
+    /// Bytes of the files.
+    pub(crate) fn disk_bytes(&self) -> Result<u64> {
+        self.storage.disk_bytes()
+    }
+
+    /// Bytes of keys and values, and what any database adds to them.
+    pub(crate) fn live_bytes(&self) -> Result<u64> {
+        let mut live = 0;
+        self.storage.scan(&[], &mut |key, value| {
+            live += (key.len() + value.len()) as u64 + RECORD_OVERHEAD_BYTES;
+            Ok(())
+        })?;
+        Ok(live)
+    }
+
+    /// Compacts the files if they take more than three times what is alive in them.
+    /// After an error the store must be opened again to be written.
+    pub(crate) fn compact_if_grown(&mut self) -> Result<bool> {
+        let disk = self.storage.disk_bytes()?;
+        if disk < self.check_at_bytes {
+            return Ok(false);
+        }
+        let live = self.live_bytes()?;
+        let grown = disk > MAX_AMPLIFICATION * live;
+        if grown {
+            tracing::debug!(disk, live, "compact the database");
+            self.storage.compact()?;
+        }
+        // Counting reads every record: not again before the files have grown by half.
+        let next = (self.storage.disk_bytes()? * 3 / 2).min(MAX_AMPLIFICATION * live);
+        self.check_at_bytes = next.max(MIN_COMPACT_BYTES).max(disk.min(live * 2));
+        Ok(grown)
+    }
+
+    /// Compacts the files whatever they take.
+    pub(crate) fn compact(&mut self) -> Result<()> {
+        self.storage.compact()
     }
 }

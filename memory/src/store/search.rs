@@ -6,8 +6,8 @@ use std::collections::HashSet;
 use super::Store;
 use super::read::source;
 use super::state::State;
-use crate::partition::{Chunk, Partition, Place, Wanted};
-use crate::recall::{Parts, fuse, relevance};
+use crate::partition::{Chunk, Moment, Partition, Place, Wanted};
+use crate::recall::{Parts, fading, fuse, relevance};
 use crate::summary::{FOLLOW_UP_TERM_WEIGHT, FOLLOW_UP_TERMS, FOLLOW_UP_WORDS};
 use crate::tags::Accepted;
 use crate::vectors::best;
@@ -18,6 +18,8 @@ use crate::{ChunkId, Error, Filter, Hit, Recall, Result, Scope, Trust};
 /// and the fewest. A chunk whose fused score is among the best is among the best of one of the two.
 const CANDIDATES_PER_HIT: usize = 8;
 const MIN_CANDIDATES: usize = 64;
+/// So many times more where age counts: what fades is among the best by words or vectors, and may not be among all.
+const FADING_CANDIDATES: usize = 4;
 
 impl Store {
     /// The chunks that answer `query` best, best first.
@@ -41,6 +43,9 @@ impl Store {
             ));
         }
         options.filter.iter().try_for_each(Filter::check)?;
+        if options.half_life_ms == Some(0) {
+            return Err(Error::invalid("recall: expected half_life_ms of at least 1, got 0"));
+        }
         if options.k == 0 || query.trim().is_empty() {
             return Ok(Vec::new());
         }
@@ -80,18 +85,23 @@ impl Store {
         for (at, partition) in partitions.iter().enumerate() {
             let scores = partition.words().scores(&weighted, collection);
             let visible = |chunk: &Chunk| chunk.places.iter().any(|place| view.sees(place));
+            let fading = options.half_life_ms.map_or(1, |_| FADING_CANDIDATES);
+            let num = (CANDIDATES_PER_HIT * options.k).max(MIN_CANDIDATES) * fading;
+            // A few chunks that may not be seen are passed over; many would leave no room for the others.
+            let num_hidden = view.num_hidden(partition).filter(|hidden| *hidden <= num);
             let wanted = Wanted {
                 query: &vector,
                 scores: &scores,
-                num: (CANDIDATES_PER_HIT * options.k).max(MIN_CANDIDATES),
+                num: num + num_hidden.unwrap_or(0),
                 threads: self.options.scan_threads,
                 among: view.accepted.get(at),
-                visible: if view.sees_all() { None } else { Some(&visible) },
+                visible: if num_hidden.is_some() { None } else { Some(&visible) },
             };
             for (slot, chunk) in partition.candidates(&wanted) {
-                let Some(place) = chunk.places.iter().rfind(|place| view.sees(place)) else {
-                    continue;
-                };
+                // A place with the very text, unless only near ones are seen.
+                let exact = chunk.places.iter().rfind(|place| !place.near && view.sees(place));
+                let place = exact.or_else(|| chunk.places.iter().rfind(|place| view.sees(place)));
+                let Some(place) = place else { continue };
                 let bm25 = scores.get(slot as usize).copied().unwrap_or(0.0);
                 let cosine = best(&vector, &chunk.vectors);
                 candidates.push((chunk, place, Parts { bm25, cosine, order: place.order }));
@@ -99,7 +109,14 @@ impl Store {
         }
         let parts: Vec<Parts> = candidates.iter().map(|(_, _, parts)| *parts).collect();
         let attainable: f32 = weighted.iter().map(|(_, weight)| weight).sum();
-        let fused = fuse(&parts, attainable, follow_up);
+        let mut fused = fuse(&parts, attainable, follow_up);
+        if let Some(half_life_ms) = options.half_life_ms {
+            let newest = candidates.iter().map(|(_, place, _)| place.time_ms).max().unwrap_or(0);
+            let now = options.as_of_ms.or(options.now_ms).unwrap_or(newest);
+            for ((score, _), (_, place, _)) in fused.iter_mut().zip(&candidates) {
+                *score *= fading(now, place.time_ms, half_life_ms);
+            }
+        }
         let mut order: Vec<usize> = (0..candidates.len())
             .filter(|&at| {
                 fused[at].0 >= options.min_score
@@ -118,6 +135,7 @@ impl Store {
             order.into_iter().filter(|&at| seen.insert(&candidates[at].0.text)).filter_map(|at| {
                 let (chunk, place, _) = candidates[at];
                 let (score, why) = fused[at];
+                let stale = place.is_stale(view.moment);
                 Some(Hit {
                     chunk: ChunkId(chunk.id),
                     text: chunk.text.to_string(),
@@ -127,6 +145,7 @@ impl Store {
                     source: source(&state, place)?,
                     trust: Trust::of(place.role),
                     count: chunk.places.iter().filter(|place| view.sees(place)).count() as u32,
+                    stale,
                 })
             });
         Ok(hits.take(options.k).collect())
@@ -157,6 +176,7 @@ struct View<'a> {
     state: &'a State,
     scope: &'a Scope,
     options: &'a Recall,
+    moment: Moment,
     /// The scope's own session, if it names one that exists.
     own: Option<u64>,
     /// What the filter accepts, one for each partition; empty if there is no filter.
@@ -165,8 +185,9 @@ struct View<'a> {
 
 impl<'a> View<'a> {
     fn new(state: &'a State, scope: &'a Scope, options: &'a Recall) -> Self {
+        let moment = Moment { as_of_ms: options.as_of_ms, now_ms: options.now_ms };
         let own = state.session(scope).map(|(id, _)| id);
-        Self { state, scope, options, own, accepted: Vec::new() }
+        Self { state, scope, options, moment, own, accepted: Vec::new() }
     }
 
     /// Evaluates the filter over the turns of each partition.
@@ -185,14 +206,25 @@ impl<'a> View<'a> {
         self.state.partitions_in(self.scope).map(|(_, partition)| partition).collect()
     }
 
-    /// Whether every chunk may be seen, or nearly every: those that may not are passed over one by one.
-    fn sees_all(&self) -> bool {
+    /// How many chunks of a partition may not be seen, at most; none if that would have to be counted one by one.
+    fn num_hidden(&self, partition: &Partition) -> Option<usize> {
         let options = self.options;
-        self.scope.session_id().is_none()
+        let sees_all = (self.scope.session_id().is_none() || options.across_sessions)
             && options.filter.is_none()
             && options.roles.is_empty()
             && options.since_ms.is_none()
             && options.until_ms.is_none()
+            && options.as_of_ms.is_none();
+        if !sees_all {
+            return None;
+        }
+        let own = self.own.and_then(|own| self.state.sessions.get(&own)).zip(options.before_turn);
+        let recent = own.map_or(0, |(session, before)| {
+            session.turns.range(before..).map(|(_, turn)| turn.chunks.len()).sum()
+        });
+        let superseded = if options.stale { 0 } else { partition.num_superseded_chunks() };
+        let expiring = options.now_ms.map_or(0, |_| partition.num_expiring());
+        Some(recent + superseded + expiring)
     }
 
     fn sees(&self, place: &Place) -> bool {
@@ -208,6 +240,8 @@ impl<'a> View<'a> {
             && (options.roles.is_empty() || options.roles.contains(&place.role))
             && options.since_ms.is_none_or(|since| place.time_ms >= since)
             && options.until_ms.is_none_or(|until| place.time_ms < until)
+            && place.exists(self.moment)
+            && (options.stale || !place.is_stale(self.moment))
             // A session's turns are those of one partition.
             && (options.filter.is_none()
                 || self.accepted.iter().any(|accepted| accepted.contains(place.session, place.turn)))

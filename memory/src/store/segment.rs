@@ -7,8 +7,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::cipher::Cipher;
 use crate::format::{
-    BlobRef, Kind, MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES,
+    BlobRef, Kind, MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, is_segment_header,
     parse_record_header, payload_hash, record_header, segment_header,
 };
 use crate::{Error, Result};
@@ -24,24 +25,26 @@ pub(crate) struct Segment {
     number: u32,
     path: PathBuf,
     file: File,
+    /// Opens the payloads of an encrypted store.
+    cipher: Option<Arc<Cipher>>,
 }
 
 impl Segment {
-    fn create(folder: &Path, number: u32) -> Result<Self> {
+    fn create(folder: &Path, number: u32, cipher: Option<Arc<Cipher>>) -> Result<Self> {
         let path = file_path(folder, number);
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
         let file = file.map_err(|source| Error::io("create", &path, source))?;
         file.write_all_at(&segment_header(number), 0)
             .map_err(|source| Error::io("write", &path, source))?;
-        Ok(Self { number, path, file })
+        Ok(Self { number, path, file, cipher })
     }
 
-    fn open(folder: &Path, number: u32) -> Result<Self> {
+    fn open(folder: &Path, number: u32, cipher: Option<Arc<Cipher>>) -> Result<Self> {
         let path = file_path(folder, number);
         let file = OpenOptions::new().read(true).write(true).open(&path);
         let file = file.map_err(|source| Error::io("open", &path, source))?;
-        Ok(Self { number, path, file })
+        Ok(Self { number, path, file, cipher })
     }
 
     pub(crate) fn number(&self) -> u32 {
@@ -58,10 +61,18 @@ impl Segment {
         metadata.map(|m| m.len()).map_err(|source| Error::io("read", &self.path, source))
     }
 
-    /// Whether the file begins as a segment of this number and version does.
+    /// Whether the file begins as a segment of this number and of a version that is read does.
     pub(crate) fn header_is_intact(&self) -> bool {
         let mut header = [0; SEGMENT_HEADER_BYTES as usize];
-        self.file.read_exact_at(&mut header, 0).is_ok() && header == segment_header(self.number)
+        self.file.read_exact_at(&mut header, 0).is_ok() && is_segment_header(self.number, &header)
+    }
+
+    /// Writes the header anew; the records behind it stay as they are.
+    pub(crate) fn mend_header(&self) -> Result<()> {
+        self.file
+            .write_all_at(&segment_header(self.number), 0)
+            .and_then(|()| self.file.sync_data())
+            .map_err(|source| Error::io("write", &self.path, source))
     }
 
     /// The payload that `blob` names, checked against its header and hash.
@@ -89,7 +100,12 @@ impl Segment {
         if payload_hash(blob.kind, &payload) != blob.hash {
             return Err(lost("checksum does not match".into()));
         }
-        Ok(payload)
+        match &self.cipher {
+            None => Ok(payload),
+            Some(cipher) => {
+                cipher.open(&[blob.kind.code()], &payload).map_err(|error| lost(error.to_string()))
+            }
+        }
     }
 
     /// The payload's bytes as they are, damaged or not; zeros where the file ends early.
@@ -103,23 +119,39 @@ impl Segment {
         Ok(payload)
     }
 
-    /// Calls `each` with every intact record from `start` on, referred to or not, and skips damaged bytes.
-    pub(crate) fn walk(&self, start: u64, mut each: impl FnMut(Kind, &[u8])) -> Result<()> {
-        let start = start.max(SEGMENT_HEADER_BYTES);
-        let mut bytes = vec![0; self.len()?.saturating_sub(start) as usize];
+    /// `len` bytes of the file from `start` on, as they are.
+    pub(crate) fn read_raw(&self, start: u64, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
         self.file
             .read_exact_at(&mut bytes, start)
             .map_err(|source| Error::io("read", &self.path, source))?;
+        Ok(bytes)
+    }
+
+    /// Calls `each` with every intact record from `start` on, referred to or not, and skips damaged bytes.
+    /// It gets where the record lies, and the payload.
+    pub(crate) fn walk(&self, start: u64, mut each: impl FnMut(BlobRef, &[u8])) -> Result<()> {
+        let start = start.max(SEGMENT_HEADER_BYTES);
+        let bytes = self.read_raw(start, self.len()?.saturating_sub(start) as usize)?;
         let mut at = 0;
         while let Some(header) = bytes.get(at..at + RECORD_HEADER_BYTES as usize) {
             let payload_at = at + RECORD_HEADER_BYTES as usize;
             let record = parse_record_header(header).ok().and_then(|(kind, len, hash)| {
                 let payload = bytes.get(payload_at..payload_at + len as usize)?;
-                (payload_hash(kind, payload) == hash).then_some((kind, payload))
+                let offset = start + at as u64;
+                let blob = BlobRef { segment: self.number, offset, len, hash, kind };
+                (payload_hash(kind, payload) == hash).then_some((blob, payload))
             });
             at = match record {
-                Some((kind, payload)) => {
-                    each(kind, payload);
+                Some((blob, payload)) => {
+                    match &self.cipher {
+                        None => each(blob, payload),
+                        Some(cipher) => {
+                            if let Ok(payload) = cipher.open(&[blob.kind.code()], payload) {
+                                each(blob, &payload);
+                            }
+                        }
+                    }
                     payload_at + payload.len()
                 }
                 None => at + 1,
@@ -133,6 +165,8 @@ impl Segment {
 #[derive(Debug)]
 pub(crate) struct Appender {
     folder: PathBuf,
+    /// Seals the payloads of an encrypted store.
+    cipher: Option<Arc<Cipher>>,
     next_number: u32,
     active: Option<Arc<Segment>>,
     /// Where the active segment's records end, those in `buffer` included.
@@ -147,7 +181,10 @@ pub(crate) struct Appender {
 
 impl Appender {
     /// Opens the segments in `folder`; nothing is appended to any of them until [`resume`](Self::resume).
-    pub(crate) fn open(folder: &Path) -> Result<(Self, BTreeMap<u32, Arc<Segment>>)> {
+    pub(crate) fn open(
+        folder: &Path,
+        cipher: Option<&Arc<Cipher>>,
+    ) -> Result<(Self, BTreeMap<u32, Arc<Segment>>)> {
         std::fs::create_dir_all(folder).map_err(|source| Error::io("create", folder, source))?;
         let entries =
             std::fs::read_dir(folder).map_err(|source| Error::io("read", folder, source))?;
@@ -157,11 +194,12 @@ impl Appender {
             let name = entry.file_name();
             let number = name.to_str().and_then(|name| name.strip_suffix(".seg")?.parse().ok());
             let Some(number) = number else { continue };
-            segments.insert(number, Arc::new(Segment::open(folder, number)?));
+            segments.insert(number, Arc::new(Segment::open(folder, number, cipher.cloned())?));
         }
         let next_number = segments.last_key_value().map_or(1, |(number, _)| number + 1);
         let appender = Self {
             folder: folder.to_owned(),
+            cipher: cipher.cloned(),
             next_number,
             active: None,
             end: 0,
@@ -192,7 +230,11 @@ impl Appender {
 
     /// Appends a record; it is on the disk after [`finish`](Self::finish).
     pub(crate) fn append(&mut self, kind: Kind, payload: &[u8]) -> Result<BlobRef> {
-        self.append_as(kind, payload, payload_hash(kind, payload))
+        let Some(cipher) = &self.cipher else {
+            return self.append_as(kind, payload, payload_hash(kind, payload));
+        };
+        let sealed = cipher.seal(&[kind.code()], payload)?;
+        self.append_as(kind, &sealed, payload_hash(kind, &sealed))
     }
 
     /// Appends the record that `blob` names in `segment`; a damaged one stays as damaged as it was.
@@ -270,7 +312,7 @@ impl Appender {
     fn create(&mut self) -> Result<u32> {
         let number = self.next_number;
         self.next_number += 1;
-        let segment = Arc::new(Segment::create(&self.folder, number)?);
+        let segment = Arc::new(Segment::create(&self.folder, number, self.cipher.clone())?);
         self.created.push(segment.clone());
         (self.active, self.end) = (Some(segment), SEGMENT_HEADER_BYTES);
         Ok(number)

@@ -1,20 +1,18 @@
 //! What an open store holds in memory: the records, and the indexes derived from them.
 //! Knows no file beyond handles to read from; changes reach it after they reached the disk.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::records::Change;
 use super::segment::Segment;
 use crate::format::{
-    BlobRef, Key, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord, TurnRecord,
+    BlobRef, ChunkSpan, Key, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord,
+    TurnRecord,
 };
-use crate::partition::{Partition, Place};
+use crate::partition::{Partition, Place, Version};
 use crate::summary::Summary;
 use crate::{Error, Result, Role, Scope};
-
-/// A chunk of a turn: identity, and bytes of the turn's text.
-pub(crate) type ChunkSpan = (u128, u64, u64);
 
 /// A turn in memory, without its text.
 #[derive(Debug, Clone)]
@@ -23,6 +21,38 @@ pub(crate) struct TurnState {
     pub(crate) chunks: Vec<ChunkSpan>,
     /// Name of the document that the text comes from.
     pub(crate) source: Option<Box<str>>,
+    pub(crate) subject: Option<Box<str>>,
+    pub(crate) expires_ms: Option<i64>,
+}
+
+impl TurnState {
+    pub(crate) fn new(record: TurnRecord) -> Self {
+        Self { record, chunks: Vec::new(), source: None, subject: None, expires_ms: None }
+    }
+
+    /// The place of one of its chunks.
+    pub(crate) fn place(&self, session: u64, turn: u64, span: &ChunkSpan) -> Place {
+        Place {
+            session,
+            turn,
+            start: span.start,
+            end: span.end,
+            order: self.record.order,
+            role: self.record.role,
+            time_ms: self.record.time_ms,
+            expires_ms: self.expires_ms.unwrap_or(i64::MAX),
+            superseded_ms: i64::MAX,
+            near: span.near,
+        }
+    }
+
+    /// What it says about its subject; none if it has no subject, or was taken back.
+    pub(crate) fn version(&self, session: u64, turn: u64) -> Option<(&str, Version)> {
+        let subject = self.subject.as_deref().filter(|_| !self.record.retracted)?;
+        let chunks = self.chunks.iter().map(|span| span.id).collect();
+        let (time_ms, order) = (self.record.time_ms, self.record.order);
+        Some((subject, Version { time_ms, order, turn: (session, turn), chunks }))
+    }
 }
 
 /// A session in memory.
@@ -58,6 +88,8 @@ pub(crate) struct State {
     pub(crate) segments: BTreeMap<u32, Arc<Segment>>,
     /// Bytes of each segment that records refer to.
     pub(crate) live_bytes: HashMap<u32, u64>,
+    /// Turns that hold chunks whose vectors are another embedder's: they have none until they are embedded again.
+    pub(crate) without_vectors: BTreeSet<(u64, u64)>,
     /// What is damaged, one text each.
     pub(crate) damaged: Vec<String>,
     /// A damaged database record may refer to bytes that look unused: nothing is removed on its own.
@@ -75,6 +107,7 @@ impl State {
             next_commit: 1,
             segments,
             live_bytes: HashMap::new(),
+            without_vectors: BTreeSet::new(),
             damaged: Vec::new(),
             refs_lost: false,
         }
@@ -112,6 +145,11 @@ impl State {
         self.partitions.range(from..).take_while(|((user, _), _)| user == scope.user_id()).filter(
             |((_, agent), _)| scope.agent_id().is_none() || agent.as_deref() == scope.agent_id(),
         )
+    }
+
+    /// Whether a record refers into the segment.
+    pub(crate) fn is_live(&self, segment: u32) -> bool {
+        self.live_bytes.get(&segment).is_some_and(|&live| live > 0)
     }
 
     pub(crate) fn segment(&self, blob: &BlobRef) -> Result<Arc<Segment>> {
@@ -185,8 +223,8 @@ impl State {
             (&Key::Turn(id, turn), Some(Record::Turn(record))) => {
                 let session = self.session_mut(id);
                 session.num_turns = session.num_turns.max(turn + 1);
-                let state = TurnState { record: *record, chunks: Vec::new(), source: None };
-                session.turns.entry(turn).or_insert(state).record = *record;
+                session.turns.entry(turn).or_insert_with(|| TurnState::new(*record)).record =
+                    *record;
             }
             (&Key::Snapshot(id), Some(Record::Snapshot(record))) => {
                 self.session_mut(id).snapshot = Some(*record);
@@ -258,8 +296,8 @@ impl State {
         let turns = session.turns.iter().filter(|(id, turn)| {
             keep(**id) && !turn.record.retracted && counts_in_summary(turn.record.role)
         });
-        for (id, _, _) in turns.flat_map(|(_, turn)| &turn.chunks) {
-            if let Some(chunk) = partition.get(*id) {
+        for span in turns.flat_map(|(_, turn)| &turn.chunks) {
+            if let Some(chunk) = partition.get(span.id) {
                 summary.push(&chunk.vectors);
             }
         }
@@ -275,17 +313,4 @@ pub(crate) fn counts_in_summary(role: Role) -> bool {
 /// The partition that a session's chunks belong to.
 pub(crate) fn partition_key(scope: &Scope) -> PartitionKey {
     (scope.user_id().to_owned(), scope.agent_id().map(str::to_owned))
-}
-
-/// The place of a chunk in a turn.
-pub(crate) fn place(session: u64, turn: u64, span: &ChunkSpan, record: &TurnRecord) -> Place {
-    Place {
-        session,
-        turn,
-        start: span.1,
-        end: span.2,
-        order: record.order,
-        role: record.role,
-        time_ms: record.time_ms,
-    }
 }

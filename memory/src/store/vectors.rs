@@ -10,6 +10,7 @@ use super::Store;
 use super::segment::sync_folder;
 use super::state::{PartitionKey, State};
 use crate::format::vectors::{GraphFile, GraphHead};
+use crate::partition::VectorName;
 use crate::vectors::Held;
 use crate::{Error, Result};
 
@@ -60,6 +61,12 @@ impl GraphFolder {
         sync_folder(&self.path)
     }
 
+    /// Bytes of its files.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        let entries = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.metadata().ok()).map(|file| file.len()).sum()
+    }
+
     fn remove(&self, name: &str) -> Result<()> {
         let path = self.path.join(name);
         std::fs::remove_file(&path).map_err(|source| Error::io("remove", &path, source))
@@ -98,7 +105,7 @@ impl Store {
         let GraphFile { graph, names } = GraphFile::read(&held, &head(&state, &key))
             .map_err(|error| Error::corrupted(format!("read {}: {error}", path.display())))?;
         let Some(partition) = state.partitions.get_mut(&key) else { return Ok(()) };
-        let row = |name: Option<(u128, u32)>| {
+        let row = |name: VectorName| {
             name.and_then(|(id, at)| partition.row_of(id, at)).unwrap_or(u32::MAX)
         };
         let rows: Vec<u32> = names.into_iter().map(row).collect();

@@ -15,6 +15,7 @@ impl Bits {
     }
 
     /// Every number below `len`.
+    #[cfg(test)]
     pub(crate) fn all(len: usize) -> Self {
         let mut bits = Self { words: vec![u64::MAX; len.div_ceil(64)], len };
         bits.trim();

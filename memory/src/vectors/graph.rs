@@ -115,8 +115,7 @@ impl Graph {
         let mut at = self.entry;
         let mut closest = dot_words(words, self.row(at));
         for layer in self.upper.iter().rev() {
-            loop {
-                let Ok(member) = layer.members.binary_search(&at) else { break };
+            while let Ok(member) = layer.members.binary_search(&at) {
                 let before = at;
                 for next in self.neighbours(&layer.links, member) {
                     let dot = dot_words(words, self.row(next));

@@ -145,7 +145,7 @@ impl Index {
             return Vec::new();
         }
         let visible = Visible { live: &self.live, allowed };
-        let num_ranked = num_ranked(want, self.num_live);
+        let num_ranked = num_ranked(want, self.num_live, self.rotation.padded());
         if kept <= num_ranked {
             let rows = 0..self.live.len();
             return match allowed {
@@ -253,6 +253,11 @@ impl Index {
         self.sealed.as_ref().map(|sealed| (&sealed.graph, &*sealed.rows))
     }
 
+    /// Whether a build is under way.
+    pub(crate) fn is_building(&self) -> bool {
+        self.building
+    }
+
     /// A build has ended without a graph.
     pub(crate) fn give_up(&mut self) {
         self.building = false;
@@ -261,7 +266,9 @@ impl Index {
 
 /// How many rows a scan ranks exactly for `want` of them among `num_rows`: 8 for each at 1,000 rows, 6 more for each ten
 /// times as many. With 5 and 5, recall_at_10 on sentence vectors of MiniLM was 0.964 at 100,000 rows and 0.946 at 300,000.
-fn num_ranked(want: usize, num_rows: usize) -> usize {
+/// With fewer bits than their 384 the estimate errs more, as the root of the bits does.
+fn num_ranked(want: usize, num_rows: usize, bits: usize) -> usize {
     let decades = (num_rows.max(1_000) as f64 / 1_000.0).log10();
-    (want as f64 * (8.0 + 6.0 * decades)).ceil() as usize
+    let error = (384.0 / bits as f64).sqrt().max(1.0);
+    (want as f64 * (8.0 + 6.0 * decades) * error).ceil() as usize
 }

@@ -6,20 +6,22 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use mka_memory::{Commit, ErrorKind, Forget, NewSnapshot, NewTurn, Role, Scope, Store};
+use mka_memory::{Backend, Commit, ErrorKind, Forget, NewSnapshot, NewTurn, Role, Scope, Store};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::support::{files_with, open, prose, trip};
+use crate::support::{BACKENDS, files_with, open_as, prose, trip};
 
 const CHILD: &str = "MKA_CRASH_CHILD";
+const IS_REDB: &str = "MKA_CRASH_REDB";
 const TURNS_PER_COMMIT: u64 = 3;
 
-/// Runs `test` of this binary as a child that works in `folder`.
-fn child(test: &str, folder: &Path) -> Child {
+/// Runs `test` of this binary as a child that works in `folder`, with a database of this kind.
+fn child(test: &str, folder: &Path, backend: Backend) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(CHILD, folder)
+        .env(IS_REDB, (backend == Backend::Redb).to_string())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -29,6 +31,12 @@ fn child(test: &str, folder: &Path) -> Child {
 /// The folder to work in, if this process is the child.
 fn child_folder() -> Option<std::path::PathBuf> {
     std::env::var_os(CHILD).map(Into::into)
+}
+
+/// The child's store.
+fn open_child(folder: &Path) -> Store {
+    let is_redb = std::env::var(IS_REDB).unwrap() == "true";
+    open_as(folder, if is_redb { Backend::Redb } else { Backend::Sled })
 }
 
 /// The `number`th commit: its turns and pages can be told from the number.
@@ -80,20 +88,27 @@ fn check(store: &Store) -> u64 {
 #[test]
 fn killed_at_any_moment_every_acknowledged_turn_is_there() {
     if let Some(folder) = child_folder() {
-        let store = open(&folder);
+        let store = open_child(&folder);
         println!("\nopened");
         for number in next_number(&store).. {
             store.commit(&trip(), numbered(number)).unwrap();
             println!("\nacknowledged {number}");
         }
     }
-    let cycles = std::env::var("MKA_KILL_CYCLES").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
+    BACKENDS.into_iter().for_each(kill_writers);
+}
+
+fn kill_writers(backend: Backend) {
+    let cycles = std::env::var("MKA_KILL_CYCLES").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
     let folder = tempfile::tempdir().unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let mut acknowledged = 0;
     for cycle in 0..cycles {
-        let mut child =
-            child("crash::killed_at_any_moment_every_acknowledged_turn_is_there", folder.path());
+        let mut child = child(
+            "crash::killed_at_any_moment_every_acknowledged_turn_is_there",
+            folder.path(),
+            backend,
+        );
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         // Some children die while opening, most while committing.
         if cycle % 5 != 4 {
@@ -107,14 +122,14 @@ fn killed_at_any_moment_every_acknowledged_turn_is_there() {
                 acknowledged = number.parse::<u64>().unwrap() + 1;
             }
         }
-        let stored = check(&open(folder.path()));
+        let stored = check(&open_as(folder.path(), backend));
         assert!(
             stored >= acknowledged,
             "cycle {cycle}: {acknowledged} acknowledged, {stored} stored"
         );
         acknowledged = stored;
     }
-    println!("{cycles} kills, {acknowledged} commits of {TURNS_PER_COMMIT} turns");
+    println!("{backend:?}: {cycles} kills, {acknowledged} commits of {TURNS_PER_COMMIT} turns");
     assert!(acknowledged > cycles / 2);
 }
 
@@ -122,17 +137,18 @@ fn killed_at_any_moment_every_acknowledged_turn_is_there() {
 fn killed_while_forgetting_the_bytes_are_gone_after_the_next_opening_or_all_is_there() {
     const SECRET: &str = "walrus-4711";
     if let Some(folder) = child_folder() {
-        let store = open(&folder);
+        let store = open_child(&folder);
         println!("\nopened");
         store.forget(&trip(), &Forget::matching(SECRET)).unwrap();
         println!("\nforgotten");
     }
     let mut rng = ChaCha8Rng::seed_from_u64(12);
     let mut outcomes = (0, 0);
-    for _ in 0..8 {
+    for cycle in 0..8 {
+        let backend = BACKENDS[cycle % 2];
         let folder = tempfile::tempdir().unwrap();
         {
-            let store = open(folder.path());
+            let store = open_as(folder.path(), backend);
             for number in 0..6 {
                 store.commit(&trip(), numbered(number)).unwrap();
             }
@@ -142,6 +158,7 @@ fn killed_while_forgetting_the_bytes_are_gone_after_the_next_opening_or_all_is_t
         let mut child = child(
             "crash::killed_while_forgetting_the_bytes_are_gone_after_the_next_opening_or_all_is_there",
             folder.path(),
+            backend,
         );
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         lines.by_ref().find(|line| line.as_ref().unwrap() == "opened").unwrap().unwrap();
@@ -149,7 +166,7 @@ fn killed_while_forgetting_the_bytes_are_gone_after_the_next_opening_or_all_is_t
         child.kill().unwrap();
         child.wait().unwrap();
         let acknowledged = lines.map(Result::unwrap).any(|line| line == "forgotten");
-        let store = open(folder.path());
+        let store = open_as(folder.path(), backend);
         let turns = store.turns(&trip(), 0..99).unwrap();
         assert_eq!(turns.len(), 19);
         if turns[18].forgotten {
@@ -168,7 +185,7 @@ fn killed_while_forgetting_the_bytes_are_gone_after_the_next_opening_or_all_is_t
 fn a_full_disk_is_a_storage_error_and_loses_nothing() {
     if let Some(folder) = child_folder() {
         let limit: u64 = std::fs::read_to_string(folder.join("limit")).unwrap().parse().unwrap();
-        let store = open(&folder.join("store"));
+        let store = open_child(&folder.join("store"));
         let rlimit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
         // SAFETY: `rlimit` is a valid struct for the call's duration; ignoring a signal installs no handler.
         unsafe {
@@ -192,12 +209,14 @@ fn a_full_disk_is_a_storage_error_and_loses_nothing() {
         std::process::exit(0);
     }
     // Below sled's file, below the segment, and between.
-    for limit in [300_000u64, 540_000, 700_000, 1_200_000] {
+    let sled = [300_000u64, 540_000, 700_000, 1_200_000].map(|limit| (limit, Backend::Sled));
+    let redb = [1_060_000, 1_700_000].map(|limit| (limit, Backend::Redb));
+    for (limit, backend) in sled.into_iter().chain(redb) {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("limit"), limit.to_string()).unwrap();
-        drop(open(&folder.path().join("store")));
-        let mut child =
-            child("crash::a_full_disk_is_a_storage_error_and_loses_nothing", folder.path());
+        drop(open_as(&folder.path().join("store"), backend));
+        let test = "crash::a_full_disk_is_a_storage_error_and_loses_nothing";
+        let mut child = child(test, folder.path(), backend);
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let (sender, receiver) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
@@ -217,11 +236,11 @@ fn a_full_disk_is_a_storage_error_and_loses_nothing() {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(refused && ended, "limit {limit}: refused {refused}, ended {ended}");
-        let store = open(&folder.path().join("store"));
+        let store = open_as(&folder.path().join("store"), backend);
         let stored = check(&store);
         assert!(stored == acknowledged || stored == acknowledged + 1, "{stored} {acknowledged}");
         store.commit(&trip(), numbered(stored)).unwrap();
         drop(store);
-        assert_eq!(check(&open(&folder.path().join("store"))), stored + 1);
+        assert_eq!(check(&open_as(&folder.path().join("store"), backend)), stored + 1);
     }
 }

@@ -2,13 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use mka_memory::{Commit, ErrorKind, NewSnapshot, NewTurn, Recall, Role, Scope};
+use mka_memory::{Backend, Commit, ErrorKind, NewSnapshot, NewTurn, Recall, Role, Scope};
 use proptest::prelude::*;
 
-use crate::support::{files, open, prose, say, trip, try_open};
+use crate::support::{BACKENDS, files, open, open_as, prose, say, trip, try_open};
 
 fn fill(path: &Path) -> Vec<String> {
-    let store = open(path);
+    fill_as(path, Backend::Sled)
+}
+
+fn fill_as(path: &Path, backend: Backend) -> Vec<String> {
+    let store = open_as(path, backend);
     let texts: Vec<String> = (0..6).map(|number| prose(number, 120)).collect();
     for text in &texts {
         say(&store, &trip(), Role::Document, &[text]);
@@ -136,13 +140,13 @@ fn a_database_that_went_back_in_time_is_noticed_and_nothing_is_cut_off() {
 }
 
 #[derive(Debug, Clone)]
-enum Harm {
+pub(crate) enum Harm {
     Flip(prop::sample::Index, u8),
     Cut(prop::sample::Index),
     Zero(prop::sample::Index, usize),
 }
 
-fn harm() -> impl Strategy<Value = Harm> {
+pub(crate) fn harm() -> impl Strategy<Value = Harm> {
     let at = any::<prop::sample::Index>;
     prop_oneof![
         3 => (at(), 0u8..8).prop_map(|(at, bit)| Harm::Flip(at, bit)),
@@ -151,7 +155,7 @@ fn harm() -> impl Strategy<Value = Harm> {
     ]
 }
 
-fn apply(file: &Path, harms: &[Harm]) {
+pub(crate) fn apply(file: &Path, harms: &[Harm]) {
     let mut bytes = std::fs::read(file).unwrap();
     for harm in harms {
         if bytes.is_empty() {
@@ -216,12 +220,12 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_damage_to_the_database_gives_the_truth_or_an_error(harms in prop::collection::vec(harm(), 1..3), which in any::<prop::sample::Index>()) {
+    fn any_damage_to_the_database_gives_the_truth_or_an_error(harms in prop::collection::vec(harm(), 1..3), which in any::<prop::sample::Index>(), backend in 0usize..2) {
         let folder = tempfile::tempdir().unwrap();
-        let texts = fill(folder.path());
+        let texts = fill_as(folder.path(), BACKENDS[backend]);
         let files = files(&folder.path().join("db"));
         apply(&files[which.index(files.len())], &harms);
         check_truth(folder.path(), &texts);

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mka_memory::{
-    Commit, Filter, Forget, HashedEmbedder, NewTurn, Recall, Role, Scope, Store, StoreOptions,
+    Cancel, Commit, Embedder, Filter, Forget, HashedEmbedder, NewTurn, Recall, Role, Scope, Store,
+    StoreOptions,
 };
 
 use crate::support::{files, prose, trip};
@@ -157,6 +158,9 @@ fn what_is_forgotten_leaves_the_graph_and_its_file() {
     assert!(!top(&store, &ada, &forgotten, &options).contains(&forgotten));
 }
 
+/// Whether a filter keeps the fact of a number.
+type Keeps = fn(usize) -> bool;
+
 #[test]
 fn filters_are_applied_before_the_best_are_taken() {
     let folder = tempfile::tempdir().unwrap();
@@ -169,18 +173,14 @@ fn filters_are_applied_before_the_best_are_taken() {
         }
         // The best by far is not among the allowed: what is found must be the best of those.
         let query = "which code opens the locker of guest number 777";
-        let cases: [(Filter, Box<dyn Fn(usize) -> bool>); 5] = [
-            (Filter::eq("digit", "d3"), Box::new(|n| n % 10 == 3)),
-            (Filter::range("number", 100, 115), Box::new(|n| (100..=115).contains(&n))),
-            (Filter::eq("number", 42), Box::new(|n| n == 42)),
-            (
-                Filter::any_of("digit", ["d1", "d2"]).and(Filter::at_least("number", 1_400)),
-                Box::new(|n| (n % 10 == 1 || n % 10 == 2) && n >= 1_400),
-            ),
-            (
-                Filter::has("digit").and(Filter::at_most("number", 1_490).not()),
-                Box::new(|n| n > 1_490),
-            ),
+        let cases: [(Filter, Keeps); 5] = [
+            (Filter::eq("digit", "d3"), |n| n % 10 == 3),
+            (Filter::range("number", 100, 115), |n| (100..=115).contains(&n)),
+            (Filter::eq("number", 42), |n| n == 42),
+            (Filter::any_of("digit", ["d1", "d2"]).and(Filter::at_least("number", 1_400)), |n| {
+                (n % 10 == 1 || n % 10 == 2) && n >= 1_400
+            }),
+            (Filter::has("digit").and(Filter::at_most("number", 1_490).not()), |n| n > 1_490),
         ];
         for (filter, keeps) in cases {
             let options = Recall { k: 2_000, filter: Some(filter.clone()), ..Recall::default() };
@@ -253,4 +253,106 @@ fn searches_and_commits_go_on_while_a_graph_is_built() {
     fill(&store, &Scope::user("bob"), 1_000);
     drop(store);
     assert_eq!(finds(&open(folder.path(), usize::MAX), &ada, 1_000..1_010), 10);
+}
+
+#[test]
+fn what_is_embedded_again_is_in_the_index() {
+    let folder = tempfile::tempdir().unwrap();
+    let ada = Scope::user("ada");
+    drop(filled(folder.path(), &[(&ada, 1_200)]));
+    let embedder = Arc::new(Renamed(HashedEmbedder::new()));
+    let options = StoreOptions { reembed: true, graph_vectors: 1_000, ..StoreOptions::default() };
+    let store = Store::open(folder.path(), embedder, options).unwrap();
+    // The graph was over the other embedder's vectors.
+    assert_eq!((store.stats().vectors, store.stats().vectors_in_graphs), (0, 0));
+    assert!(files(&folder.path().join("index")).is_empty());
+    assert_eq!(finds(&store, &ada, (0..1_200).step_by(60)), 20);
+    while store.reembed(200).unwrap().turns_left > 0 {}
+    store.finish_indexing();
+    let stats = store.stats();
+    assert_eq!((stats.vectors, stats.vectors_in_graphs), (1_200, 1_200));
+    // No word in common with the facts, but their letters: what the vectors alone find.
+    let hits = store.recall(&ada, "lockerz guestz numberz", &Recall::default()).unwrap();
+    assert!(hits.iter().all(|hit| hit.why.cosine > 0.1) && !hits.is_empty());
+    assert_eq!(finds(&store, &ada, (0..1_200).step_by(60)), 20);
+    assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+}
+
+/// The hashed embedder under another name.
+struct Renamed(HashedEmbedder);
+
+impl Embedder for Renamed {
+    fn identity(&self) -> String {
+        "renamed".into()
+    }
+
+    fn dim(&self) -> usize {
+        self.0.dim()
+    }
+
+    fn embed(&self, texts: &[&str]) -> mka_memory::Result<Vec<f32>> {
+        self.0.embed(texts)
+    }
+}
+
+#[test]
+fn what_is_stale_or_expired_leaves_the_others_their_room() {
+    let folder = tempfile::tempdir().unwrap();
+    let ada = Scope::user("ada");
+    let store = open(folder.path(), 1_000);
+    fill(&store, &ada, 1_200);
+    // First so few that they are passed over, then more than are looked at.
+    for rounds in [20, 400] {
+        let told = (0..rounds).map(|round| {
+            let mut turn = NewTurn::new(Role::User, format!("The zebra's key is {round}."));
+            (turn.subject, turn.time_ms) = (Some("zebra key".into()), 10_000 + round);
+            turn
+        });
+        let fading = (0..rounds).map(|round| {
+            let mut turn = NewTurn::new(Role::User, format!("The zebra's lock is {round} now."));
+            turn.expires_ms = Some(20_000 - round);
+            turn
+        });
+        let turns = told.chain(fading).collect();
+        store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
+        store.finish_indexing();
+        let zebra = |options: Recall| {
+            let hits = top(&store, &ada, "what is the key of the zebra", &options);
+            hits.into_iter().filter(|text| text.contains("zebra")).count()
+        };
+        let now = Recall { now_ms: Some(30_000), k: 1, ..Recall::default() };
+        let latest = format!("The zebra's key is {}.", rounds - 1);
+        assert_eq!(top(&store, &ada, "what is the key of the zebra", &now), [latest]);
+        assert_eq!(zebra(Recall { k: 9_999, ..now.clone() }), 1);
+        let then = Recall { as_of_ms: Some(10_004), k: 1, ..Recall::default() };
+        assert_eq!(
+            top(&store, &ada, "what is the key of the zebra", &then),
+            ["The zebra's key is 4."]
+        );
+        let all = Recall { stale: true, k: 9_999, ..Recall::default() };
+        assert_eq!(zebra(all), 2 * rounds as usize);
+    }
+    // In one session of many, what is in its window is not recalled, and everything else is.
+    let own = Recall { across_sessions: true, before_turn: Some(0), ..Recall::default() };
+    assert!(top(&store, &trip(), "what is the zebra", &own).iter().all(|t| !t.contains("zebra")));
+    assert_eq!(top(&store, &trip(), &fact(77), &Recall { k: 1, ..own }), [fact(77)]);
+}
+
+#[test]
+fn a_repair_gives_the_index_and_the_graph_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let ada = Scope::user("ada");
+    let store = filled(folder.path(), &[(&ada, 1_200)]);
+    let segment = files(&folder.path().join("segments")).remove(0);
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let code = fact(40);
+    let at = bytes.windows(code.len()).position(|window| window == code.as_bytes()).unwrap();
+    bytes[at] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    assert!(!store.doctor(true, &Cancel::new()).unwrap().problems.is_empty());
+    store.finish_indexing();
+    let stats = store.stats();
+    assert_eq!((stats.vectors, stats.vectors_in_graphs), (1_199, 1_199));
+    assert_eq!(finds(&store, &ada, (1..1_200).step_by(39)), 30);
+    assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
 }

@@ -3,11 +3,25 @@
 
 mod crash;
 mod damage;
+// Stands in for functions of the C library, whose names and calls are those of this platform.
+#[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
+mod disk;
+mod doctor;
+mod encryption;
 mod forget;
+mod hygiene;
 mod index;
 mod ingest;
 mod log;
 mod recall;
+mod reembed;
 mod scope;
 mod snapshot;
+mod space;
+mod storage;
 mod support;
+mod time;
+#[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
+mod torn;
+mod transfer;
+mod upgrade;

@@ -1,7 +1,9 @@
 //! Scopes: whatever two users do, neither ever sees the other's memory.
 
-use mka_memory::{Commit, Forget, NewTurn, Recall, Role, Scope, Store};
+use mka_memory::{Cancel, Commit, Forget, NewTurn, Recall, Role, Scope, Store};
 use proptest::prelude::*;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 use crate::support::open;
 
@@ -121,4 +123,95 @@ proptest! {
         prop_assert_eq!(store.stats().chunks, stats.chunks);
         prop_assert_eq!(store.stats().live_bytes, stats.live_bytes);
     }
+}
+
+/// Everything that a scope can be asked for, looked through for what belongs to somebody else.
+fn look_for_leaks(store: &Store, rng: &mut ChaCha8Rng, operation: u64) {
+    let user = rng.random_range(0..2);
+    let (owner, other) = (USERS[user], USERS[1 - user]);
+    let scope = match rng.random_range(0..3) {
+        0 => Scope::user(owner),
+        1 => Scope::user(owner).agent("bot"),
+        _ => scope(user, rng.random_range(0..2), rng.random_range(0..2)),
+    };
+    let options = Recall {
+        k: rng.random_range(1..40),
+        across_sessions: rng.random(),
+        stale: rng.random(),
+        as_of_ms: rng.random_bool(0.3).then(|| rng.random_range(0..operation as i64 + 2)),
+        now_ms: Some(operation as i64),
+        ..Recall::default()
+    };
+    let query = format!("note on the {} of {other}", WORDS[rng.random_range(0..4)]);
+    for hit in store.recall(&scope, &query, &options).unwrap() {
+        assert_eq!(hit.source.user, owner, "operation {operation}");
+        assert!(!hit.text.contains(other), "operation {operation}: {}", hit.text);
+        let is_inside =
+            scope.agent_id().is_none() || hit.source.agent.as_deref() == scope.agent_id();
+        assert!(is_inside || scope.session_id().is_some(), "operation {operation}");
+        let own = hit.source.session == scope.session_id().unwrap_or(&hit.source.session);
+        assert!(own || options.across_sessions, "operation {operation}");
+    }
+    for chunk in store.chunks(&scope, 0..50).unwrap() {
+        assert!(chunk.first.user == owner && !chunk.text.contains(other), "operation {operation}");
+    }
+    for session in store.sessions(&scope).unwrap() {
+        assert_eq!(session.scope.user_id(), owner, "operation {operation}");
+    }
+    if operation.is_multiple_of(50) {
+        let mut out = Vec::new();
+        store.export(&scope, &mut out, &Cancel::new()).unwrap();
+        assert!(!String::from_utf8(out).unwrap().contains(other), "operation {operation}");
+    }
+}
+
+/// `MKA_SCOPE_OPERATIONS` sets how many; every operation is followed by a look for leaks.
+#[test]
+fn two_users_fuzzed_leak_nothing() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok());
+    let operations = number("MKA_SCOPE_OPERATIONS").unwrap_or(400);
+    let seed = number("MKA_SCOPE_SEED").unwrap_or(5);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    for operation in 0..operations {
+        let (user, word) = (rng.random_range(0..2), WORDS[rng.random_range(0..4)]);
+        let name = USERS[user];
+        let own = scope(user, rng.random_range(0..2), rng.random_range(0..2));
+        match rng.random_range(0..100) {
+            0..70 => {
+                let text =
+                    format!("A note on the {word} of {name}, number {}.", rng.random_range(0..30));
+                let mut turn = NewTurn::new(Role::User, text);
+                turn.time_ms = operation as i64;
+                turn.subject = rng.random_bool(0.3).then(|| word.to_owned());
+                turn.expires_ms = rng.random_bool(0.1).then_some(operation as i64 + 9);
+                store.commit(&own, Commit { turns: vec![turn], ..Commit::default() }).unwrap();
+            }
+            70..85 => {
+                let turn = store.num_turns(&own).unwrap().saturating_sub(rng.random_range(0..3));
+                store.commit(&own, Commit { retract: Some(turn), ..Commit::default() }).unwrap();
+            }
+            85..92 => {
+                let selector = match rng.random_range(0..3) {
+                    0 => Forget::matching(word),
+                    1 => Forget::expired(operation as i64),
+                    _ => Forget::before(operation as i64 - 100),
+                };
+                store.forget(&Scope::user(name), &selector).unwrap();
+            }
+            92..98 => drop(store.forget(&own, &Forget::session()).unwrap()),
+            _ => {
+                drop(store);
+                store = open(folder.path());
+            }
+        }
+        look_for_leaks(&store, &mut rng, operation);
+    }
+    let checkup = store.doctor(false, &Cancel::new()).unwrap();
+    assert!(checkup.problems.is_empty(), "{:?}", checkup.problems);
+    println!(
+        "{operations} operations of two users from seed {seed}, no leak; {} chunks",
+        store.stats().chunks
+    );
 }

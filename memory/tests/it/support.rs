@@ -3,14 +3,35 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mka_memory::{Commit, Committed, HashedEmbedder, NewTurn, Role, Scope, Store, StoreOptions};
+use mka_memory::{
+    Backend, Commit, Committed, EncryptionKey, HashedEmbedder, NewTurn, Role, Scope, Store,
+    StoreOptions,
+};
+
+/// Both databases: a test that depends on what is on the disk passes with each.
+pub(crate) const BACKENDS: [Backend; 2] = [Backend::Sled, Backend::Redb];
 
 pub(crate) fn open(path: &Path) -> Store {
     try_open(path).unwrap()
 }
 
 pub(crate) fn try_open(path: &Path) -> mka_memory::Result<Store> {
-    Store::open(path, Arc::new(HashedEmbedder::new()), StoreOptions::default())
+    open_with(path, StoreOptions::default())
+}
+
+pub(crate) fn open_with(path: &Path, options: StoreOptions) -> mka_memory::Result<Store> {
+    Store::open(path, Arc::new(HashedEmbedder::new()), options)
+}
+
+/// A store that keeps its records in `backend` if it is new.
+pub(crate) fn open_as(path: &Path, backend: Backend) -> Store {
+    open_with(path, StoreOptions { backend, ..StoreOptions::default() }).unwrap()
+}
+
+/// A store that is encrypted with a key of `byte`s.
+pub(crate) fn keyed(path: &Path, byte: u8) -> mka_memory::Result<Store> {
+    let key = Some(EncryptionKey::new([byte; 32]));
+    open_with(path, StoreOptions { key, ..StoreOptions::default() })
 }
 
 pub(crate) fn trip() -> Scope {

@@ -10,18 +10,18 @@ fn single(x: &Tensor) -> Result<Vec<f32>> {
     x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
 }
 
-fn double(x: &Tensor) -> Result<Vec<f64>> {
+pub(super) fn double(x: &Tensor) -> Result<Vec<f64>> {
     Ok(single(x)?.into_iter().map(f64::from).collect())
 }
 
-fn same_bits(a: &Tensor, b: &Tensor) -> Result<bool> {
+pub(super) fn same_bits(a: &Tensor, b: &Tensor) -> Result<bool> {
     let bits =
         |x: &Tensor| -> Result<Vec<u32>> { Ok(single(x)?.into_iter().map(f32::to_bits).collect()) };
     Ok(bits(a)? == bits(b)?)
 }
 
 /// Largest difference, in units of the largest value expected; NaN counts as infinite.
-fn relative_error(got: &[f64], expected: &[f64]) -> f64 {
+pub(super) fn relative_error(got: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(got.len(), expected.len());
     let scale = expected.iter().fold(1e-6f64, |a, b| a.max(b.abs()));
     let error = |(a, b): (&f64, &f64)| if a.is_nan() { f64::INFINITY } else { (a - b).abs() };

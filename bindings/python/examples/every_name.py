@@ -1,0 +1,125 @@
+"""Every public name of mka at work, as type checkers see it: `every_name.py STORE MODEL`.
+
+mypy --strict and pyright read this file in the tests, which also run it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+import mka
+
+
+def describe(source: mka.Source, why: mka.Why, trust: mka.Trust) -> str:
+    who: mka.Role = source.role
+    return f"{source.name or who} at {source.time:%H:%M}, {trust}, cosine {why.cosine:.2f}"
+
+
+def kind(error: mka.Error) -> str:
+    match error:
+        case mka.InvalidArgumentError() | mka.NotFoundError() | mka.LockedError():
+            return "mend the call"
+        case mka.CorruptedError() | mka.IncompatibleError() | mka.StorageError():
+            return "look at the disk"
+        case mka.ModelError() | mka.DeviceError() | mka.OutOfMemoryError():
+            return "look at the machine"
+        case mka.CancelledError():
+            return "nothing"
+        case mka.InternalError():
+            return "report it"
+        case _:
+            return "read the text"
+
+
+def show(event: mka.Event) -> str:
+    match event:
+        case mka.Recalled(hits=hits):
+            return f"[{len(hits)} memories]"
+        case mka.Token(text=text):
+            return text
+        case mka.Done(usage=usage):
+            return f"[{total(usage)} tokens, {reason(usage.stop)}]"
+
+
+def total(usage: mka.Usage) -> int:
+    return usage.prompt_tokens + usage.generated_tokens
+
+
+def reason(stop: mka.StopReason) -> str:
+    return {"end_of_turn": "ended", "max_tokens": "full", "stop_string": "stopped"}[stop]
+
+
+def fed(events: Sequence[mka.FeedEvent]) -> int:
+    last = events[-1]
+    assert isinstance(last, mka.Fed) and isinstance(events[0], mka.Progress)
+    return last.bytes
+
+
+def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> None:
+    engine: mka.Engine
+    with mka.open_sync(store, **options) as engine:
+        memory: mka.Memory = engine.memory
+        turn = mka.NewTurn("The hotel is in Kyoto.", time=when)
+        committed: mka.Committed = memory.remember(turn, user="ada", session="plans")
+        print(committed.turns, engine.device, mka.available_devices())
+        chat: mka.Session
+        with engine.session(user="ada", session="trip") as chat:
+            sending: mka.SendOptions = {"max_new_tokens": 4, "across_sessions": True}
+            events: mka.Events = chat.send("Where is the hotel?", **sending)
+            for event in events:
+                print(show(event), end="")
+            feeding: mka.FeedOptions = {"name": "hill.txt"}
+            feed: mka.Feed = chat.feed("The sheep went up the hill. " * 200, **feeding)
+            print(fed(list(feed)))
+            context: mka.Context = chat.context("hotel", budget_tokens=200)
+            scope: mka.Scope = chat.scope
+            print(context.tokens, scope.session)
+        recalling: mka.RecallOptions = {"k": 2, "since": when}
+        hits: list[mka.Hit] = memory.recall("hotel", user="ada", **recalling)
+        print(describe(hits[0].source, hits[0].why, hits[0].trust))
+        print(memory.embed(["hotel"]).shape)
+        chunks: list[mka.Chunk] = memory.chunks(user="ada")
+        turns: list[mka.Turn] = memory.turns(user="ada", session="plans")
+        sessions: list[mka.SessionInfo] = memory.sessions(user="ada")
+        stats: mka.Stats = memory.stats()
+        print(len(chunks), len(turns), len(sessions), stats.chunks)
+        receipt: mka.Receipt = memory.forget(user="ada", matching="hotel")
+        memory.verify(receipt)
+
+
+async def waiting(store: mka.Path, options: mka.EngineOptions) -> None:
+    opening: mka.Opening[mka.AsyncEngine] = mka.open(store, **options)
+    async with opening as engine:
+        memory: mka.AsyncMemory = engine.memory
+        await memory.remember("The train leaves at 9:14.", user="ada", session="plans")
+        chat: mka.AsyncSession
+        async with engine.session(user="ada", session="trip") as chat:
+            events: mka.AsyncEvents = chat.send("When?", max_new_tokens=4)
+            answer, usage = await events.text()
+            print(answer, usage.stream_tokens)
+            feed: mka.AsyncFeed = chat.feed("The goats too. " * 20)
+            print((await feed.finish()).bytes)
+
+
+def main() -> None:
+    store, model = Path(sys.argv[1]), Path(sys.argv[2])
+    logging.basicConfig(level=logging.INFO)
+    mka.log_to_logging(logging.INFO)
+    options: mka.EngineOptions = {"model": model, "window_tokens": 128, "device": "cpu"}
+    try:
+        blocking(store, options, when=1_700_000_000_000)
+        asyncio.run(waiting(store, options))
+    except mka.Error as error:
+        print(kind(error))
+        raise
+    finally:
+        mka.stop_logging()
+
+
+if __name__ == "__main__":
+    main()

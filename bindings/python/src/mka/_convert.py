@@ -1,0 +1,172 @@
+"""From native records to the plain values of the package.
+
+Knows no call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from mka import _values as values
+from mka._native import mka_bindings as _native
+
+if TYPE_CHECKING:
+    from numpy import float32
+    from numpy.typing import NDArray
+
+
+def _by_name(enum: Any) -> dict[Any, Any]:
+    return {member: member.name.lower() for member in enum}
+
+
+_ROLE = _by_name(_native.Role)
+_TRUST = _by_name(_native.Trust)
+_STOP = _by_name(_native.StopReason)
+
+
+def scope(native: Any) -> values.Scope:
+    return values.Scope(native.user, native.agent, native.session)
+
+
+def source(native: Any) -> values.Source:
+    return values.Source(
+        native.user,
+        native.agent,
+        native.session,
+        native.turn,
+        _ROLE[native.role],
+        native.start,
+        native.end,
+        native.time_ms,
+        native.name,
+    )
+
+
+def hit(native: Any) -> values.Hit:
+    why = native.why
+    return values.Hit(
+        native.chunk,
+        native.text,
+        native.score,
+        values.Why(
+            why.bm25, why.bm25_rank, why.cosine, why.cosine_rank, why.recency, why.follow_up
+        ),
+        source(native.source),
+        _TRUST[native.trust],
+        native.count,
+    )
+
+
+def hits(native: Iterable[Any]) -> list[values.Hit]:
+    return [hit(each) for each in native]
+
+
+def context(native: Any) -> values.Context:
+    return values.Context(native.text, native.tokens, tuple(hits(native.hits)))
+
+
+def _usage(native: Any) -> values.Usage:
+    return values.Usage(
+        native.prompt_tokens,
+        native.reused_tokens,
+        native.recalled_tokens,
+        native.generated_tokens,
+        native.stream_tokens,
+        _STOP[native.stop],
+    )
+
+
+_EVENTS: dict[type, Callable[[Any], values.Event]] = {
+    _native.Event.RECALLED: lambda native: values.Recalled(tuple(hits(native.hits))),
+    _native.Event.TOKEN: lambda native: values.Token(native.text),
+    _native.Event.DONE: lambda native: values.Done(_usage(native.usage)),
+}
+
+
+def event(native: Any) -> values.Event:
+    return _EVENTS[type(native)](native)
+
+
+def _fed(native: Any) -> values.Fed:
+    summary = native.summary
+    return values.Fed(
+        summary.bytes, summary.model_tokens, summary.chunks_added, summary.chunks_deduplicated
+    )
+
+
+_FEED_EVENTS: dict[type, Callable[[Any], values.FeedEvent]] = {
+    _native.FeedEvent.PROGRESS: lambda native: values.Progress(
+        native.fed_bytes, native.committed_bytes, native.total_bytes
+    ),
+    _native.FeedEvent.DONE: _fed,
+}
+
+
+def feed_event(native: Any) -> values.FeedEvent:
+    return _FEED_EVENTS[type(native)](native)
+
+
+def committed(native: Any) -> values.Committed:
+    return values.Committed(tuple(native.turns), native.chunks_added, native.chunks_deduplicated)
+
+
+def receipt(native: Any) -> values.Receipt:
+    return values.Receipt(
+        native.id,
+        native.scope,
+        native.turns,
+        native.chunks,
+        native.pages,
+        native.bytes,
+        native.record,
+    )
+
+
+def chunk(native: Any) -> values.Chunk:
+    return values.Chunk(
+        native.id, native.text, source(native.first), source(native.latest), native.count
+    )
+
+
+def turn(native: Any) -> values.Turn:
+    return values.Turn(
+        native.id,
+        _ROLE[native.role],
+        native.text,
+        native.time_ms,
+        native.num_tokens,
+        native.source,
+        native.retracted,
+        native.forgotten,
+    )
+
+
+def session_info(native: Any) -> values.SessionInfo:
+    return values.SessionInfo(
+        scope(native.scope), native.num_turns, native.last_time_ms, native.stream_tokens
+    )
+
+
+def stats(native: Any) -> values.Stats:
+    return values.Stats(
+        native.sessions,
+        native.turns,
+        native.chunks,
+        native.vectors,
+        native.terms,
+        native.pages,
+        native.segments,
+        native.live_bytes,
+        native.dead_bytes,
+        tuple(native.damaged),
+    )
+
+
+def vectors(native: Any) -> NDArray[float32]:
+    """Rows of float32 over the library's own bytes, read-only: no number is copied."""
+    # Imported here: most programs never ask for vectors, and numpy takes longer to import than mka.
+    import numpy
+
+    rows: NDArray[float32] = numpy.frombuffer(native.data, dtype=numpy.float32)
+    return rows.reshape(-1, native.dim) if native.dim else rows.reshape(0, 0)

@@ -1,0 +1,46 @@
+"""What the library logs, in Python's `logging`.
+
+Knows no handler; loggers are named like the library's modules, `mka.session` for `mka::session`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from typing import Any
+
+from mka._errors import translated
+from mka._native import mka_bindings as _native
+
+_LEVELS: dict[Any, int] = {
+    _native.LogLevel.ERROR: logging.ERROR,
+    _native.LogLevel.WARN: logging.WARNING,
+    _native.LogLevel.INFO: logging.INFO,
+    _native.LogLevel.DEBUG: logging.DEBUG,
+    _native.LogLevel.TRACE: logging.DEBUG - 5,
+}
+
+
+class _Sink(_native.LogSink):
+    def log(self, level: Any, target: str, message: str) -> None:
+        logging.getLogger(target.replace("::", ".")).log(_LEVELS[level], "%s", message)
+
+
+def log_to_logging(level: int = logging.INFO) -> None:
+    """Sends what the library logs at `level` and above to the logger `mka` and those below it."""
+    wanted = [native for native, number in _LEVELS.items() if number >= level]
+    if not wanted:
+        stop_logging()
+        return
+    with translated:
+        _native.forward_logs(min(wanted, key=_LEVELS.__getitem__), _Sink())
+
+
+def stop_logging() -> None:
+    """Sends what the library logs to nobody."""
+    with translated:
+        _native.forward_logs(_native.LogLevel.ERROR, None)
+
+
+# A thread of the library must not call into an interpreter that is going away.
+atexit.register(stop_logging)

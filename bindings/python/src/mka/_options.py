@@ -1,0 +1,261 @@
+"""What a caller passes in, and the native records that it becomes.
+
+Knows no default value: what is left out is the engine's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any, Literal, TypeAlias, TypedDict
+
+from mka._errors import InvalidArgumentError
+from mka._native import mka_bindings as _native
+from mka._values import NewTurn, Role
+
+Time: TypeAlias = datetime | int
+"""A moment: a datetime that knows its zone, or milliseconds since 1970."""
+
+Path: TypeAlias = str | os.PathLike[str]
+"""A path."""
+
+
+class EngineOptions(TypedDict, total=False):
+    """How an engine is opened; what is left out is the engine's default."""
+
+    model: Path | None
+    """A folder, a GGUF file, or the id of a repository; without one, memory alone works."""
+    device: str
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    embedder: Literal["hashed", "minilm"] | os.PathLike[str]
+    """What turns sentences into vectors: built in, fetched, or a folder."""
+    window_tokens: int
+    """Recent tokens attended exactly."""
+    block_tokens: int
+    """Most tokens of one forward pass while a prompt is read."""
+    recall_k: int
+    """Memories looked up for each message."""
+    recall_tokens: int
+    """Most tokens of recalled text put before a message."""
+    quote: Literal["sentences", "passage"]
+    """How much of each recalled passage is quoted."""
+    evicted_page_bytes: int
+    """Bytes of evicted key/value pages kept on disk for each session."""
+    quiet: bool
+    """Shows no progress bar while files are fetched."""
+
+
+class SendOptions(TypedDict, total=False):
+    """How one message is answered; what is left out is the engine's default."""
+
+    temperature: float
+    """0 takes the most likely token."""
+    top_k: int
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float
+    """Keep the smallest set of tokens whose probability reaches this."""
+    min_p: float
+    """Drop tokens less likely than this share of the most likely one."""
+    repetition_penalty: float
+    """What the logits of recent tokens are divided by."""
+    seed: int
+    """Two runs with one seed draw the same."""
+    max_new_tokens: int
+    """Most tokens to generate."""
+    stop: Sequence[str]
+    """The answer ends before the first of these."""
+    answer_prefix: str
+    """Words that the answer begins with; they are not streamed."""
+    completion: bool
+    """Whether the message is the prompt as it stands, without the chat template."""
+    joined: bool
+    """Whether the message goes on in the message of the document fed before it."""
+    system: str | None
+    """Instructions that stand before the first message of a session."""
+    recall_k: int
+    """Memories to look up."""
+    across_sessions: bool
+    """Whether other sessions of the same user are searched too."""
+    time: Time
+    """When the message was said; now if left out."""
+
+
+class FeedOptions(TypedDict, total=False):
+    """How a document is taken in; what is left out is the engine's default."""
+
+    mode: Literal["auto", "model", "text"]
+    """What the model reads: by length, all of it, or its end."""
+    name: str | None
+    """Name of the document, shown beside what is recalled from it."""
+    completion: bool
+    """Whether the text stands outside the chat template."""
+    time: Time
+    """When the document was given; now if left out."""
+
+
+class RecallOptions(TypedDict, total=False):
+    """How to recall; what is left out is the engine's default."""
+
+    k: int
+    """The most hits to return."""
+    before_turn: int | None
+    """In the scope's own session, only chunks of turns before this one."""
+    across_sessions: bool
+    """Also look into the other sessions of the user."""
+    roles: Sequence[Role]
+    """Only turns in these roles."""
+    since: Time | None
+    """Only turns at this time or later."""
+    until: Time | None
+    """Only turns before this time: memory as of then."""
+    min_score: float
+    """Hits that score less are left out."""
+    follow_up: bool
+    """Let a short question lean on what its session was about just now."""
+
+
+def to_ms(when: Time) -> int:
+    """Milliseconds since 1970."""
+    if isinstance(when, datetime):
+        if when.tzinfo is None:
+            raise InvalidArgumentError(f"time {when}: it has no zone, expected one with tzinfo")
+        return round(when.timestamp() * 1000)
+    return when
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970, now."""
+    return time.time_ns() // 1_000_000
+
+
+def _one_of(name: str, value: object, choices: dict[str, Any]) -> Any:
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidArgumentError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+    return choices[value]
+
+
+def _take(kind: str, given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(f"{kind}: unexpected option {', '.join(unknown)}")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+_QUOTES: dict[str, Any] = {
+    "sentences": _native.Quote.SENTENCES,
+    "passage": _native.Quote.PASSAGE,
+}
+_MODES: dict[str, Any] = {
+    "auto": _native.FeedMode.AUTO,
+    "model": _native.FeedMode.MODEL,
+    "text": _native.FeedMode.TEXT,
+}
+ROLES: dict[str, Any] = {
+    "system": _native.Role.SYSTEM,
+    "user": _native.Role.USER,
+    "assistant": _native.Role.ASSISTANT,
+    "document": _native.Role.DOCUMENT,
+    "recalled": _native.Role.RECALLED,
+}
+
+
+def engine_config(options: EngineOptions) -> Any:
+    """The native record of `options`."""
+    given = _take("open", dict(options), EngineOptions.__annotations__)
+    model = given.get("model")
+    if isinstance(model, str):
+        given["model"] = _native.ModelSource.NAMED(name=model)
+    elif model is not None:
+        given["model"] = _native.ModelSource.PATH(path=os.fspath(model))
+    embedder = given.get("embedder")
+    if isinstance(embedder, os.PathLike):
+        given["embedder"] = _native.EmbedderSource.FOLDER(path=os.fspath(embedder))
+    elif embedder is not None:
+        choices = {
+            "hashed": _native.EmbedderSource.HASHED,
+            "minilm": _native.EmbedderSource.MINI_LM,
+        }
+        given["embedder"] = _one_of("embedder", embedder, choices)()
+    if "quote" in given:
+        given["quote"] = _one_of("quote", given["quote"], _QUOTES)
+    return _native.EngineConfig(**given)
+
+
+def send_options(options: SendOptions) -> Any:
+    """The native record of `options`."""
+    given = _take("send", dict(options), SendOptions.__annotations__)
+    if "stop" in given:
+        stop = given["stop"]
+        given["stop"] = [stop] if isinstance(stop, str) else list(stop)
+    if "time" in given:
+        given["time_ms"] = to_ms(given.pop("time"))
+    return _native.SendOptions(**given)
+
+
+def feed_options(options: FeedOptions) -> Any:
+    """The native record of `options`."""
+    given = _take("feed", dict(options), FeedOptions.__annotations__)
+    if "mode" in given:
+        given["mode"] = _one_of("mode", given["mode"], _MODES)
+    if "time" in given:
+        given["time_ms"] = to_ms(given.pop("time"))
+    return _native.FeedOptions(**given)
+
+
+def recall_options(options: RecallOptions) -> Any:
+    """The native record of `options`."""
+    given = _take("recall", dict(options), RecallOptions.__annotations__)
+    if "roles" in given:
+        given["roles"] = [_one_of("role", role, ROLES) for role in given["roles"]]
+    for name in ("since", "until"):
+        if name in given:
+            given[f"{name}_ms"] = to_ms(given.pop(name))
+    return _native.RecallOptions(**given)
+
+
+def new_turns(turns: str | NewTurn | Sequence[NewTurn]) -> list[Any]:
+    """The native records of `turns`; a string is something that the user said now."""
+    if isinstance(turns, str):
+        turns = NewTurn(turns)
+    if isinstance(turns, NewTurn):
+        turns = [turns]
+    now = now_ms()
+    return [
+        _native.NewTurn(
+            role=_one_of("role", turn.role, ROLES),
+            text=turn.text,
+            time_ms=now if turn.time is None else to_ms(turn.time),
+            source=turn.source,
+            remember=turn.remember,
+        )
+        for turn in turns
+    ]
+
+
+def scope(user: str, agent: str | None, session: str | None) -> Any:
+    """The native scope."""
+    return _native.Scope(user=user, agent=agent, session=session)
+
+
+def forget(
+    session: str | None,
+    matching: str | None,
+    turn: int | None,
+    before: Time | None,
+    everything: bool,
+) -> Any:
+    """The native selector; exactly one of the four says what to erase."""
+    named = (matching is not None) + (turn is not None) + (before is not None) + everything
+    if named != 1:
+        raise InvalidArgumentError(
+            f"forget: {named} selectors, expected exactly one of matching, turn, before, everything"
+        )
+    if matching is not None:
+        return _native.Forget.MATCHING(text=matching)
+    if turn is not None:
+        return _native.Forget.TURN(turn=turn)
+    if before is not None:
+        return _native.Forget.BEFORE(time_ms=to_ms(before))
+    return _native.Forget.SESSION() if session is not None else _native.Forget.EVERYTHING()

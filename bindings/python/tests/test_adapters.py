@@ -1,0 +1,314 @@
+"""Adapters: each framework's agent remembers across processes and keeps users apart; each contract in its details."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import mka
+import pytest
+
+AGENTS = Path(__file__).parent / "mock_agents.py"
+
+
+def process(framework: str, store: Path, user: str, message: str) -> str:
+    command = [sys.executable, str(AGENTS), framework, str(store), user, message]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("framework", "module"),
+    [
+        ("openai_agents", "agents"),
+        ("pydantic_ai", "pydantic_ai"),
+        ("llama_index", "llama_index.core"),
+        ("langgraph", "langgraph"),
+    ],
+)
+def test_an_agent_remembers_across_processes_and_keeps_users_apart(
+    framework: str, module: str, store: Path
+) -> None:
+    pytest.importorskip(module)
+    process(framework, store, "ada", "The hotel in Kyoto is the Sakura Inn.")
+    assert "Sakura" in process(framework, store, "ada", "Which hotel in Kyoto?")
+    assert "Sakura" not in process(framework, store, "bob", "Which hotel in Kyoto?")
+
+
+def test_openai_sessions_keep_items_in_order_and_take_them_back(store: Path) -> None:
+    pytest.importorskip("agents")
+    from agents.memory import Session
+
+    from mka.openai_agents import MkaSession
+
+    items: list[Any] = [
+        {"role": "user", "content": "hello there"},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "done"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "hi, Ada ä🐑"}]},
+    ]
+
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            session = MkaSession(engine, user="ada", session_id="s")
+            other = MkaSession(engine, user="bob", session_id="s")
+            assert isinstance(session, Session)
+            assert await session.get_items() == [] and await session.pop_item() is None
+            await session.add_items([])
+            await session.add_items(items[:2])
+            await session.add_items(items[2:])
+            assert await session.get_items() == items
+            assert await session.get_items(limit=2) == items[2:]
+            assert await session.get_items(limit=0) == []
+            assert await other.get_items() == []
+            hits = await engine.memory.recall("hello", user="ada")
+            assert [hit.text for hit in hits][0] == "hello there"
+        async with mka.open(store) as engine:
+            session = MkaSession(engine, user="ada", session_id="s")
+            assert await session.pop_item() == items[3]
+            assert await session.get_items() == items[:3]
+            assert not [h for h in await engine.memory.recall("Ada", user="ada") if "Ada" in h.text]
+            await session.add_items(items[3:])
+            assert await session.get_items() == items
+            await session.clear_session()
+            assert await session.get_items() == []
+            await session.add_items(items[:1])
+            assert await session.get_items() == items[:1]
+
+    asyncio.run(main())
+
+
+def test_a_history_processor_recalls_once_a_message_and_survives_a_closed_memory(
+    store: Path,
+) -> None:
+    pytest.importorskip("pydantic_ai")
+    from pydantic_ai.messages import ModelRequest, ModelResponse, TextPart, UserPromptPart
+
+    from mka.pydantic_ai import MkaMemory
+
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            await engine.memory.remember("The hotel is the Sakura Inn.", user="ada", session="x")
+            memory = MkaMemory(engine, user="ada", session="trip")
+            messages: list[Any] = [ModelRequest(parts=[UserPromptPart(content="which hotel?")])]
+            once = await memory.recall(messages)
+            assert len(once[0].parts) == 2 and "Sakura" in once[0].parts[0].content
+            assert len(messages[0].parts) == 1
+            later = [*once, ModelResponse(parts=[TextPart("a tool call, say")])]
+            twice = await memory.recall(later)
+            assert [len(message.parts) for message in twice] == [2, 1]
+            assert await memory.recall([]) == []
+        assert await memory.recall(messages) != []
+        fresh = MkaMemory(engine, user="ada", session="trip")
+        assert await fresh.recall(messages) == messages
+
+    asyncio.run(main())
+
+
+def test_a_memory_block_shrinks_to_its_budget(store: Path) -> None:
+    pytest.importorskip("llama_index.core")
+    from llama_index.core.base.llms.types import ChatMessage
+
+    from mka.llama_index import MkaMemoryBlock
+
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            block = MkaMemoryBlock(engine=engine, user="ada", session="trip")
+            await block.aput(
+                [
+                    ChatMessage(role="user", content=f"Fact {i}: the hotel number {i} is in Kyoto.")
+                    for i in range(20)
+                ]
+            )
+            question = [ChatMessage(role="user", content="Which hotel in Kyoto?")]
+            whole = await block.aget(question)
+            assert "Kyoto" in whole and len(whole) > 200
+            less = await block.atruncate(whole, len(whole) // 4)
+            assert less is not None and 0 < len(less) < len(whole)
+            assert await block.atruncate(whole, 10_000) is None
+            assert await block.aget([]) == ""
+
+    asyncio.run(main())
+
+
+def test_the_langgraph_store_does_what_langgraphs_own_does(store: Path) -> None:
+    """Random operations on both; what each gives back, times and scores aside, is the same, also after reopening."""
+    pytest.importorskip("langgraph")
+    from langgraph.store.memory import InMemoryStore
+
+    from mka.langgraph import MkaStore
+
+    rng = random.Random(7)
+    namespaces = [("a",), ("a", "b"), ("a", "c"), ("d", "b")]
+    theirs = InMemoryStore()
+
+    def plain(items: Any) -> list[Any]:
+        return sorted((item.namespace, item.key, json.dumps(item.value)) for item in items)
+
+    for _ in range(3):
+        with mka.open_sync(store) as engine:
+            ours = MkaStore(engine)
+            for _ in range(40):
+                namespace, key = rng.choice(namespaces), rng.choice("xyz")
+                match rng.randrange(6):
+                    case 0 | 1:
+                        value = {"text": f"number {rng.randrange(100)}", "n": rng.randrange(5)}
+                        ours.put(namespace, key, value)
+                        theirs.put(namespace, key, value)
+                    case 2:
+                        ours.delete(namespace, key)
+                        theirs.delete(namespace, key)
+                    case 3:
+                        mine, their = ours.get(namespace, key), theirs.get(namespace, key)
+                        assert (mine and mine.value) == (their and their.value)
+                    case 4:
+                        wanted = rng.choice([None, {"n": 2}, {"n": {"$gte": 2, "$ne": 3}}])
+                        prefix = namespace[: rng.randrange(3)]
+                        assert plain(ours.search(prefix, filter=wanted, limit=99)) == plain(
+                            theirs.search(prefix, filter=wanted, limit=99)
+                        )
+                    case _:
+                        for options in ({}, {"prefix": ("a",)}, {"suffix": ("b",)}, {"max_depth": 1}):
+                            # LangGraph's own lists namespaces that have become empty, too.
+                            held = {item.namespace for item in theirs.search((), limit=99)}
+                            depth = options.get("max_depth")
+                            held = {namespace[:depth] for namespace in held}
+                            assert set(ours.list_namespaces(**options)) == held & set(
+                                theirs.list_namespaces(**options)
+                            )
+
+
+def test_the_langgraph_store_searches_by_words_within_a_namespace(store: Path) -> None:
+    pytest.importorskip("langgraph")
+    from langgraph.store.base import InvalidNamespaceError
+
+    from mka.langgraph import MkaStore
+
+    with mka.open_sync(store) as engine:
+        items = MkaStore(engine)
+        items.put(("ada",), "hotel", {"text": "The hotel is the Sakura Inn.", "kind": "place"})
+        items.put(("ada",), "train", {"text": "The train leaves at nine.", "kind": "time"})
+        items.put(("bob",), "hotel", {"text": "The hotel is the Ritz."})
+        items.put(("ada",), "secret", {"text": "A hotel nobody finds."}, index=False)
+        found = items.search(("ada",), query="which hotel", limit=1)
+        assert [(item.namespace, item.key) for item in found] == [(("ada",), "hotel")]
+        assert found[0].score is not None and found[0].score > 0
+        assert [i.key for i in items.search(("ada",), query="hotel", filter={"kind": "time"})] == [
+            "train"
+        ]
+        items.put(("ada",), "hotel", {"text": "The hotel is the Lotus."})
+        assert "Lotus" in str(items.search((), query="Lotus", limit=1)[0].value)
+        items.delete(("ada",), "hotel")
+        hits = engine.memory.recall("Sakura Lotus", user="langgraph")
+        assert not any("Sakura" in hit.text or "Lotus" in hit.text for hit in hits)
+        assert asyncio.run(items.aget(("bob",), "hotel")) is not None
+        with pytest.raises(InvalidNamespaceError):
+            items.put(("x" * 300,), "k", {})
+        with pytest.raises(NotImplementedError):
+            items.put(("ada",), "k", {}, ttl=1)
+
+
+def test_the_mcp_server_remembers_across_processes_and_keeps_users_apart(store: Path) -> None:
+    pytest.importorskip("mcp")
+    from mcp.client.session import ClientSession
+    from mcp.client.stdio import StdioServerParameters, stdio_client
+
+    async def call(user: str, tool: str, **arguments: Any) -> str:
+        command = ["-m", "mka.mcp", "--store", str(store), "--user", user]
+        environment = dict(os.environ)
+        parameters = StdioServerParameters(
+            command=sys.executable, args=command, env=environment
+        )
+        async with stdio_client(parameters) as (read, write), ClientSession(read, write) as client:
+            await client.initialize()
+            names = {tool.name for tool in (await client.list_tools()).tools}
+            assert names == {"recall", "remember", "forget", "context"}
+            result = await client.call_tool(tool, arguments)
+            assert not result.is_error, result
+            return "\n".join(part.text for part in result.content if part.type == "text")
+
+    async def main() -> None:
+        await call("ada", "remember", text="The hotel in Kyoto is the Sakura Inn.")
+        assert "Sakura" in await call("ada", "recall", query="hotel")
+        assert "Sakura" in await call("ada", "context", query="hotel", budget_tokens=200)
+        assert "Sakura" not in await call("bob", "recall", query="hotel")
+        assert '"verified": true' in (await call("ada", "forget", matching="sakura")).lower()
+        assert "Sakura" not in await call("ada", "recall", query="hotel")
+
+    asyncio.run(main())
+
+
+def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart(
+    store: Path, tiny_model: Path
+) -> None:
+    from mka.openai_server import Server
+
+    with (
+        mka.open_sync(store, model=tiny_model, window_tokens=128, device="cpu") as engine,
+        Server(engine) as server,
+    ):
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6}
+            post = lambda extra, **headers: urllib.request.urlopen(  # noqa: E731
+                urllib.request.Request(
+                    f"{server.url}/chat/completions",
+                    json.dumps(body | extra).encode(),
+                    {"Content-Type": "application/json", **headers},
+                ),
+                timeout=60,
+            )
+            whole = json.load(post({"user": "ada"}))
+            assert whole["choices"][0]["finish_reason"] in ("length", "stop")
+            assert whole["usage"]["completion_tokens"] <= 6
+            options = {"stream": True, "user": "bob", "stream_options": {"include_usage": True}}
+            lines = post(options).read().decode().split("\n\n")
+            assert lines[-2] == "data: [DONE]"
+            frames = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+            text = "".join(f["choices"][0]["delta"].get("content", "") for f in frames[:-1])
+            assert text == whole["choices"][0]["message"]["content"]
+            assert frames[-1]["usage"]["completion_tokens"] <= 6
+            post({"user": "ada", "max_tokens": 2}, **{"X-Mka-Session": "other"}).read()
+            names = [i.scope.session for i in engine.memory.sessions(user="ada")]
+            assert sorted(map(str, names)) == ["chat", "other"]
+            models = json.load(urllib.request.urlopen(f"{server.url}/models", timeout=60))
+            assert models["data"][0]["id"] == "model.gguf"
+            for bad in ({"messages": []}, {"messages": [{"role": "assistant"}]}, {"top_p": 7}):
+                with pytest.raises(urllib.error.HTTPError) as error:
+                    post(bad)
+                assert error.value.code == 400
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_an_openai_client_talks_to_the_endpoint(store: Path, tiny_model: Path) -> None:
+    openai = pytest.importorskip("openai")
+    from mka.openai_server import Server
+
+    with (
+        mka.open_sync(store, model=tiny_model, window_tokens=128, device="cpu") as engine,
+        Server(engine) as server,
+    ):
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            client = openai.OpenAI(base_url=server.url, api_key="none")
+            stream = client.chat.completions.create(
+                model="any", messages=[{"role": "user", "content": "hello"}], stream=True, max_tokens=5
+            )
+            assert any(chunk.choices[0].finish_reason for chunk in stream)
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,112 @@
+"""The package as installed: size, import, types, pickling, logging, documentation."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import mka
+import pytest
+
+EVERY_NAME = Path(__file__).parents[1] / "examples" / "every_name.py"
+
+
+def test_the_package_is_the_installed_one_and_typed() -> None:
+    folder = Path(mka.__file__).parent
+    assert "site-packages" in folder.parts
+    assert (folder / "py.typed").exists()
+    assert mka.__version__.count(".") == 2
+
+
+def test_every_public_name_and_method_is_documented() -> None:
+    for name in mka.__all__:
+        value = getattr(mka, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__, name
+        if inspect.isclass(value) and value.__module__.startswith("mka"):
+            for method, function in vars(value).items():
+                if inspect.isfunction(function) and not method.startswith("_"):
+                    assert function.__doc__, f"{name}.{method}"
+
+
+def test_the_typed_example_uses_every_public_name() -> None:
+    tree = ast.parse(EVERY_NAME.read_text())
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "mka"
+    }
+    assert set(mka.__all__) - used == set()
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_the_typed_example_passes(checker: str, tmp_path: Path) -> None:
+    strict = ["--strict", "--cache-dir", str(tmp_path)] if checker == "mypy" else []
+    example = tmp_path / "every_name.py"
+    example.write_text(EVERY_NAME.read_text())
+    if checker == "pyright":
+        (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+        strict = ["--pythonpath", sys.executable, "-p", str(tmp_path)]
+    command = [sys.executable, "-m", checker, *strict]
+    command += [str(example)] if checker == "mypy" else []
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_typed_example_runs(tmp_path: Path, tiny_model: Path) -> None:
+    command = [sys.executable, str(EVERY_NAME), str(tmp_path / "store"), str(tiny_model)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_takes_less_than_150_ms_and_no_numpy() -> None:
+    code = (
+        "import sys, time; start = time.process_time(); import mka;"
+        "print((time.process_time() - start) * 1000, 'numpy' in sys.modules)"
+    )
+    times = []
+    for _ in range(5):
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        milliseconds, numpy = out.stdout.split()
+        assert numpy == "False"
+        times.append(float(milliseconds))
+    print(f"import mka: {min(times):.0f} ms of CPU time")
+    assert min(times) < 150
+
+
+def test_results_can_be_pickled_and_compared(store: Path) -> None:
+    with mka.open_sync(store) as engine:
+        engine.memory.remember("The hotel is in Kyoto.", user="ada", session="trip")
+        values = [
+            engine.memory.recall("hotel", user="ada"),
+            engine.memory.chunks(user="ada"),
+            engine.memory.turns(user="ada", session="trip"),
+            engine.memory.sessions(user="ada"),
+            engine.memory.stats(),
+            engine.memory.forget(user="ada", everything=True),
+        ]
+    for value in values:
+        assert pickle.loads(pickle.dumps(value)) == value
+        assert hash(value if not isinstance(value, list) else tuple(value))
+    error = pickle.loads(pickle.dumps(mka.LockedError("busy")))
+    assert type(error) is mka.LockedError and str(error) == "busy"
+
+
+def test_messages_go_to_logging(
+    store: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mka.log_to_logging(logging.INFO)
+    try:
+        with caplog.at_level(logging.INFO, "mka"), mka.open_sync(store, model=tiny_model):
+            pass
+    finally:
+        mka.stop_logging()
+    said = [record for record in caplog.records if record.name == "mka.engine"]
+    assert said and said[0].getMessage().startswith("open model")

@@ -1,0 +1,267 @@
+"""The blocking API: turns, restarts, cancelling, errors, memory."""
+
+from __future__ import annotations
+
+import _thread
+import gc
+import os
+import pickle
+import threading
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import mka
+import pytest
+
+
+def opened(store: Path, model: Path | None, **options: object) -> mka.Engine:
+    return mka.open_sync(
+        store, model=model, window_tokens=128, block_tokens=64, device="cpu", **options
+    )
+
+
+def test_a_turn_streams_its_answer_and_says_what_it_cost(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        events = list(chat.send("hello there", max_new_tokens=6))
+        assert isinstance(events[-1], mka.Done)
+        assert all(isinstance(event, mka.Token) for event in events[:-1])
+        usage = events[-1].usage
+        assert usage.generated_tokens <= 6 and usage.reused_tokens == 0
+        assert usage.stop in ("max_tokens", "end_of_turn")
+        again, usage = chat.regenerate(max_new_tokens=6).text()
+        assert again == "".join(e.text for e in events if isinstance(e, mka.Token))
+        assert usage.reused_tokens > 0
+        assert chat.num_turns == 3
+        assert chat.scope == mka.Scope("ada", None, "trip")
+        assert engine.count_tokens("hello") == 5
+        assert engine.model_name == "model.gguf"
+        assert engine.device == "cpu" and engine.device in mka.available_devices()
+        assert engine.trained_tokens == 256
+
+
+def test_a_reopened_session_continues_bit_for_bit(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        chat.send("the one", max_new_tokens=4).text()
+        chat.feed("the end and the beginning. " * 40, mode="model").finish()
+        chat.send("the two", max_new_tokens=4).text()
+        before = chat.peek_logits("the next")
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        after = chat.peek_logits("the next")
+    assert (before == after).all()
+    assert not before.flags.writeable and before.dtype == "float32" and before.ndim == 1
+
+
+def test_leaving_the_loop_cancels_and_the_session_goes_on(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        for event in chat.send("tell me", max_new_tokens=100_000):
+            assert isinstance(event, mka.Token)
+            break
+        gc.collect()
+        chat.send("go on", max_new_tokens=2).text()
+        # The answer that was cut short stands in the log, with the turn that it answers.
+        turns = engine.memory.turns(user="ada", session="trip")
+        assert [turn.role for turn in turns] == ["user", "assistant"] * 2
+        assert turns[1].text and turns[1].num_tokens < 1000
+
+
+def test_closing_a_stream_waits_until_its_turn_is_on_disk(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        with chat.send("tell me", max_new_tokens=100_000) as events:
+            next(events)
+            with pytest.raises(mka.LockedError, match="stream"):
+                chat.send("another")
+        assert chat.num_turns == 2
+        assert list(events) == []
+        with pytest.raises(mka.CancelledError):
+            events.text()
+
+
+def test_cancelling_from_another_thread_stops_the_model_within_a_token(
+    store: Path, tiny_model: Path
+) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        events = chat.send("tell me", max_new_tokens=1_000_000)
+        timer = threading.Timer(0.1, events.cancel)
+        timer.start()
+        seen = sum(1 for _ in events)
+        timer.join()
+        events.close()
+        answer = engine.memory.turns(user="ada", session="trip")[1]
+        # The cancel may fall inside one token; every other that was generated was seen.
+        assert 0 <= answer.num_tokens - seen <= 66
+
+
+def test_ctrl_c_stops_the_turn_and_is_raised(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        threading.Timer(0.2, _thread.interrupt_main).start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            while True:  # the model may end its turn before the signal comes
+                for _ in chat.send("tell me", max_new_tokens=10_000_000):
+                    pass
+        assert time.monotonic() - start < 5
+        gc.collect()
+        chat.send("go on", max_new_tokens=2).text()
+
+
+def test_ctrl_c_is_seen_while_a_document_is_read(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        threading.Timer(0.2, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            chat.feed("one two three " * 500_000, mode="model").finish()
+        gc.collect()
+        chat.send("go on", max_new_tokens=2).text()
+
+
+def test_a_document_is_fed_with_progress(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="book") as chat:
+        text = "The sheep and the goats went up the hill in the rain. " * 2000
+        seen: list[mka.Progress] = []
+        fed = chat.feed(text, name="hill.txt").finish(seen.append)
+        assert fed.bytes == len(text) == seen[-1].total_bytes
+        assert [p.fed_bytes for p in seen] == sorted(p.fed_bytes for p in seen)
+        hits = engine.memory.recall("sheep on the hill", user="ada", session="book", k=2)
+        assert hits[0].source.name == "hill.txt" and hits[0].trust == "document"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda c, e: c.send("").text(), mka.InvalidArgumentError, "empty"),
+        (lambda c, e: c.send("x", top_p=1.5).text(), mka.InvalidArgumentError, "top_p"),
+        (lambda c, e: c.send("x", nonsense=1), TypeError, "nonsense"),
+        (lambda c, e: e.session(user="ada", session="trip"), mka.LockedError, "open already"),
+        (lambda c, e: e.session(user="", session="x"), mka.InvalidArgumentError, "user"),
+        (lambda c, e: c.regenerate().text(), mka.NotFoundError, "no answer"),
+        (lambda c, e: e.memory.forget(user="ada"), mka.InvalidArgumentError, "exactly one"),
+        (lambda c, e: e.memory.recall("x", user="ada", since=datetime(2026, 1, 1)),
+         mka.InvalidArgumentError, "zone"),
+        (lambda c, e: e.memory.recall("x", user="ada", roles=["nobody"]),
+         mka.InvalidArgumentError, "nobody"),
+        (lambda c, e: c.send(42), TypeError, "str"),
+    ],
+)  # fmt: skip
+def test_errors_have_their_kind_and_name_what_they_saw(
+    store: Path, tiny_model: Path, call: object, error: type[Exception], words: str
+) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        with pytest.raises(error, match=words):
+            call(chat, engine)  # type: ignore[operator]
+        chat.send("hello", max_new_tokens=2).text()
+
+
+def test_opening_fails_with_kinds(store: Path, tmp_path: Path) -> None:
+    with mka.open_sync(store):
+        with pytest.raises(mka.LockedError, match=str(os.getpid())):
+            mka.open_sync(store)
+    with pytest.raises(mka.NotFoundError, match="none.gguf"):
+        mka.open_sync(store, model=tmp_path / "none.gguf")
+    with pytest.raises(mka.InvalidArgumentError, match="device"):
+        mka.open_sync(store, device="abacus")
+    with pytest.raises(mka.InvalidArgumentError, match="embedder"):
+        mka.open_sync(store, embedder="word2vec")  # type: ignore[typeddict-item]
+    with pytest.raises(mka.InvalidArgumentError, match="window_tokens"):
+        mka.open_sync(store, window_tokens=1)
+    assert issubclass(mka.NotFoundError, LookupError) and issubclass(mka.LockedError, mka.Error)
+
+
+def test_a_closed_engine_says_so_and_its_folder_is_free(store: Path, tiny_model: Path) -> None:
+    for _ in range(5):
+        engine = opened(store, tiny_model)
+        chat = engine.session(user="ada", session="trip")
+        events = chat.send("tell me", max_new_tokens=100_000)
+        next(events)
+        engine.close()
+        engine.close()
+        with pytest.raises(mka.InvalidArgumentError, match="closed"):
+            engine.memory.recall("x", user="ada")
+        with pytest.raises(mka.InvalidArgumentError, match="closed"):
+            chat.send("x")
+
+
+def test_memory_remembers_recalls_forgets_and_verifies(store: Path) -> None:
+    now = datetime.now(timezone.utc)
+    with mka.open_sync(store) as engine:
+        memory = engine.memory
+        memory.remember("The hotel is the Sakura Inn.", user="ada", session="trip")
+        committed = memory.remember(
+            [
+                mka.NewTurn("The passport number is X1234567.", time=now - timedelta(days=400)),
+                mka.NewTurn("The train leaves at 9:14.", role="document", source="plan.txt"),
+            ],
+            user="ada",
+            session="trip",
+            agent="planner",
+        )
+        assert committed.turns == (0, 1) and committed.chunks_added == 2
+        hits = memory.recall("which hotel", user="ada", k=1)
+        assert hits[0].text == "The hotel is the Sakura Inn." and hits[0].score > 0
+        assert abs(hits[0].source.time - now) < timedelta(minutes=5)
+        recent = memory.recall("passport", user="ada", since=now - timedelta(days=1))
+        assert recent and not any("passport" in hit.text for hit in recent)
+        assert memory.recall("hotel", user="bob") == []
+        assert [hit.source.name for hit in memory.recall("train", user="ada", roles=["document"])] == [
+            "plan.txt"
+        ]
+        receipt = memory.forget(user="ada", matching="passport")
+        assert receipt.turns == 1
+        memory.verify(pickle.loads(pickle.dumps(receipt)))
+        assert not any("X1234567" in chunk.text for chunk in memory.chunks(user="ada"))
+        names = [(info.scope.agent, info.scope.session) for info in memory.sessions(user="ada")]
+        assert sorted(names, key=str) == sorted([("planner", "trip"), (None, "trip")], key=str)
+        with engine.session(user="ada", session="trip") as chat:
+            context = chat.context("hotel", budget_tokens=100)
+            assert "Sakura" in context.text and context.tokens <= 100 and context.hits
+        memory.forget(user="ada", everything=True)
+        assert memory.sessions(user="ada") == []
+        assert memory.stats().chunks == 0
+
+
+def test_vectors_are_unit_rows_over_the_librarys_bytes(store: Path) -> None:
+    import numpy
+
+    with mka.open_sync(store) as engine:
+        rows = engine.memory.embed(["a cat", "a dog", "a cat"])
+        assert rows.shape[0] == 3 and rows.dtype == numpy.float32
+        assert numpy.allclose(numpy.linalg.norm(rows, axis=1), 1, atol=1e-4)
+        assert (rows[0] == rows[2]).all() and rows[0] @ rows[1] < 0.99
+        assert not rows.flags.owndata and not rows.flags.writeable
+        assert engine.memory.embed([]).size == 0
+
+
+def test_eight_threads_on_one_engine_lose_no_turn(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine:
+        failures: list[BaseException] = []
+
+        def work(number: int) -> None:
+            try:
+                with engine.session(user="ada", session=f"s{number}") as chat:
+                    for turn in range(3):
+                        chat.send(f"turn {turn}", max_new_tokens=4, recall_k=2).text()
+                        engine.memory.recall("turn", user="ada")
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        assert not failures and not any(thread.is_alive() for thread in threads)
+        said = [
+            turn.text
+            for info in engine.memory.sessions(user="ada")
+            for turn in engine.memory.turns(user="ada", session=str(info.scope.session))
+            if turn.role == "user"
+        ]
+        assert sorted(said) == sorted(f"turn {turn}" for turn in range(3) for _ in range(8))
+
+
+def test_two_users_share_nothing(store: Path) -> None:
+    with mka.open_sync(store) as engine:
+        for user in ("ada", "bob"):
+            engine.memory.remember(f"The secret of {user} is {user}-42.", user=user, session="s")
+        for user, other in (("ada", "bob"), ("bob", "ada")):
+            hits = engine.memory.recall("the secret", user=user)
+            assert hits and not any(other in hit.text for hit in hits)

@@ -1,0 +1,103 @@
+//! The engine as an object that can be closed while others still point to it.
+//! Knows no turn.
+
+use crate::config::{EngineConfig, Scope};
+use crate::error::MkaError;
+use crate::memory::NativeMemory;
+use crate::session::NativeSession;
+use crate::wait::wait;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+/// An open memory folder with its model.
+#[derive(uniffi::Object)]
+pub struct NativeEngine {
+    /// None once it is closed.
+    engine: Mutex<Option<mka::Engine>>,
+    sessions: Mutex<Vec<Weak<NativeSession>>>,
+}
+
+impl NativeEngine {
+    pub(crate) fn open_engine(&self, operation: &str) -> Result<mka::Engine, MkaError> {
+        let engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
+        engine.clone().ok_or_else(|| MkaError::closed(operation, "engine"))
+    }
+
+    fn new(engine: mka::Engine) -> Arc<Self> {
+        Arc::new(Self { engine: Mutex::new(Some(engine)), sessions: Mutex::default() })
+    }
+}
+
+#[uniffi::export]
+impl NativeEngine {
+    /// Opens the memory folder at `path`, which is created if missing.
+    #[uniffi::constructor]
+    pub async fn open(path: String, config: EngineConfig) -> Result<Arc<Self>, MkaError> {
+        Ok(Self::new(config.builder(path)?.open().await?))
+    }
+
+    /// `open`, blocking the thread.
+    #[uniffi::constructor]
+    pub fn open_blocking(path: String, config: EngineConfig) -> Result<Arc<Self>, MkaError> {
+        Ok(Self::new(config.builder(path)?.open_blocking()?))
+    }
+
+    /// Opens the session of `scope`, new or continued where it stopped.
+    pub async fn session(&self, scope: Scope) -> Result<Arc<NativeSession>, MkaError> {
+        let engine = self.open_engine("session")?;
+        let session = Arc::new(NativeSession::new(engine.session(scope.into()).await?));
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|session| session.strong_count() > 0);
+        sessions.push(Arc::downgrade(&session));
+        Ok(session)
+    }
+
+    /// `session`, blocking the thread.
+    pub fn session_blocking(&self, scope: Scope) -> Result<Arc<NativeSession>, MkaError> {
+        wait(self.session(scope))
+    }
+
+    /// The memory of every scope.
+    pub fn memory(self: Arc<Self>) -> Arc<NativeMemory> {
+        Arc::new(NativeMemory::new(self))
+    }
+
+    /// Tokens of `text` as the model counts them.
+    pub fn count_tokens(&self, text: String) -> Result<u64, MkaError> {
+        Ok(self.open_engine("count_tokens")?.count_tokens(&text)? as u64)
+    }
+
+    /// Where the model runs.
+    pub fn device(&self) -> Result<String, MkaError> {
+        Ok(self.open_engine("device")?.device().to_string())
+    }
+
+    /// Name of the model's folder or file; none without a model.
+    pub fn model_name(&self) -> Result<Option<String>, MkaError> {
+        Ok(self.open_engine("model_name")?.model_name().map(str::to_owned))
+    }
+
+    /// Tokens that the model was trained on at once; none without a model.
+    pub fn trained_tokens(&self) -> Result<Option<u64>, MkaError> {
+        Ok(self.open_engine("trained_tokens")?.trained_tokens().map(|tokens| tokens as u64))
+    }
+
+    /// Closes the engine with its sessions, cancels their streams, and waits until the folder is free.
+    /// Without effect the second time.
+    pub async fn close(&self) -> Result<(), MkaError> {
+        let engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let sessions =
+            std::mem::take(&mut *self.sessions.lock().unwrap_or_else(PoisonError::into_inner));
+        for session in sessions.iter().filter_map(Weak::upgrade) {
+            session.close();
+        }
+        match engine {
+            Some(engine) => Ok(engine.close().await?),
+            None => Ok(()),
+        }
+    }
+
+    /// `close`, blocking the thread.
+    pub fn close_blocking(&self) -> Result<(), MkaError> {
+        wait(self.close())
+    }
+}

@@ -1,0 +1,190 @@
+//! Pulling a stream of the engine in batches, with a cancel that reaches it while somebody waits.
+//! Knows no event.
+
+use crate::error::MkaError;
+use futures_core::Stream;
+use mka::Canceller;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use tokio::sync::Mutex;
+
+/// A stream of the engine, as far as it is pulled here.
+pub(crate) trait Source: Stream<Item = mka::Result<Self::Event>> + Unpin {
+    /// What it gives.
+    type Event;
+    /// What errors call its work.
+    const OPERATION: &'static str;
+
+    fn canceller(&self) -> Canceller;
+
+    /// Whether `event` is the last of a stream that went well.
+    fn is_last(event: &Self::Event) -> bool;
+}
+
+impl Source for mka::Events {
+    type Event = mka::Event;
+    const OPERATION: &'static str = "send";
+
+    fn canceller(&self) -> Canceller {
+        self.canceller()
+    }
+
+    fn is_last(event: &mka::Event) -> bool {
+        matches!(event, mka::Event::Done(_))
+    }
+}
+
+impl Source for mka::Feed {
+    type Event = mka::FeedEvent;
+    const OPERATION: &'static str = "feed";
+
+    fn canceller(&self) -> Canceller {
+        self.canceller()
+    }
+
+    fn is_last(event: &mka::FeedEvent) -> bool {
+        matches!(event, mka::FeedEvent::Done(_))
+    }
+}
+
+/// Whether a stream still holds its session, and what stops it.
+pub(crate) struct Activity {
+    canceller: Canceller,
+    ended: AtomicBool,
+}
+
+impl Activity {
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.ended.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn cancel(&self) {
+        self.canceller.cancel();
+        self.end();
+    }
+
+    fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+}
+
+/// A stream being pulled by one caller at a time, in the order in which they come.
+pub(crate) struct Pull<S: Source> {
+    state: Mutex<State<S>>,
+    activity: Arc<Activity>,
+}
+
+struct State<S> {
+    /// None once the stream has ended.
+    stream: Option<S>,
+    /// An error behind events that had to be handed out first.
+    failed: Option<mka::Error>,
+}
+
+impl<S: Source> Drop for Pull<S> {
+    fn drop(&mut self) {
+        // The stream is dropped with it, which cancels its work.
+        self.activity.end();
+    }
+}
+
+impl<S: Source> Pull<S> {
+    pub(crate) fn new(stream: S) -> Self {
+        let canceller = stream.canceller();
+        let activity = Arc::new(Activity { canceller, ended: AtomicBool::new(false) });
+        Self { state: Mutex::new(State { stream: Some(stream), failed: None }), activity }
+    }
+
+    pub(crate) fn activity(&self) -> Arc<Activity> {
+        self.activity.clone()
+    }
+
+    /// Every event that is ready, at least one; None after the last.
+    pub(crate) async fn batch(&self) -> Result<Option<Vec<S::Event>>, MkaError> {
+        let mut state = self.state.lock().await;
+        let batch = poll_fn(|cx| state.poll_batch(cx)).await;
+        if state.stream.is_none() {
+            self.activity.end();
+        }
+        match batch {
+            // Whoever cancelled knows.
+            Err(_) if self.activity.canceller.is_cancelled() => Ok(None),
+            Err(error) => Err(error.into()),
+            Ok(Batch::Events(events)) => Ok(Some(events)),
+            Ok(Batch::End { whole }) if whole || self.activity.canceller.is_cancelled() => Ok(None),
+            Ok(Batch::End { .. }) => Err(MkaError::Internal(format!(
+                "{}: the worker stopped without a result",
+                S::OPERATION
+            ))),
+        }
+    }
+
+    /// Stops the work; a reader that waits sees the stream's end.
+    pub(crate) fn cancel(&self) {
+        self.activity.cancel();
+        // With no reader the worker may wait for room in the channel: dropping the channel ends that.
+        if let Ok(mut state) = self.state.try_lock() {
+            state.stream = None;
+        }
+    }
+
+    /// Stops the work and waits for its end.
+    pub(crate) async fn close(&self) {
+        self.activity.cancel();
+        let mut state = self.state.lock().await;
+        if let Some(mut stream) = state.stream.take() {
+            while poll_fn(|cx| Pin::new(&mut stream).poll_next(cx)).await.is_some() {}
+        }
+    }
+}
+
+enum Batch<T> {
+    Events(Vec<T>),
+    /// `whole`: the last event was handed out before.
+    End {
+        whole: bool,
+    },
+}
+
+impl<S: Source> State<S> {
+    fn poll_batch(&mut self, cx: &mut Context<'_>) -> Poll<mka::Result<Batch<S::Event>>> {
+        if let Some(error) = self.failed.take() {
+            return Poll::Ready(Err(error));
+        }
+        let Some(stream) = &mut self.stream else {
+            return Poll::Ready(Ok(Batch::End { whole: true }));
+        };
+        let mut events = Vec::new();
+        loop {
+            match Pin::new(&mut *stream).poll_next(cx) {
+                Poll::Ready(Some(Ok(event))) => {
+                    let last = S::is_last(&event);
+                    events.push(event);
+                    if last {
+                        self.stream = None;
+                        break;
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    self.stream = None;
+                    if events.is_empty() {
+                        return Poll::Ready(Err(error));
+                    }
+                    self.failed = Some(error);
+                    break;
+                }
+                Poll::Ready(None) if events.is_empty() => {
+                    self.stream = None;
+                    return Poll::Ready(Ok(Batch::End { whole: false }));
+                }
+                Poll::Pending if events.is_empty() => return Poll::Pending,
+                // Asked again at the next call: it says the same.
+                Poll::Ready(None) | Poll::Pending => break,
+            }
+        }
+        Poll::Ready(Ok(Batch::Events(events)))
+    }
+}

@@ -1,0 +1,353 @@
+//! What memory gives back, as plain records.
+//! Knows no call: each record is made from its twin in the engine.
+
+use crate::config::{Role, Scope};
+use crate::error::MkaError;
+
+/// How far a recalled text may be believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, uniffi::Enum)]
+pub enum Trust {
+    /// The host wrote it.
+    Host,
+    /// The user said it.
+    User,
+    /// A model generated it.
+    Model,
+    /// It stood in a document: anyone may have written it.
+    Document,
+}
+
+/// What a score is made of.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Why {
+    /// BM25 of the query's words.
+    pub bm25: f32,
+    /// Place by words alone, from 1; none if no word occurs.
+    pub bm25_rank: Option<u32>,
+    /// Cosine of the query and the chunk's best sentence.
+    pub cosine: f32,
+    /// Place by cosine alone, from 1.
+    pub cosine_rank: u32,
+    /// What was added for being recent.
+    pub recency: f32,
+    /// The query was completed from the session's latest turns.
+    pub follow_up: bool,
+}
+
+/// Where a chunk was said.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Source {
+    /// Whose memory.
+    pub user: String,
+    /// Which agent's, if any.
+    pub agent: Option<String>,
+    /// In which session.
+    pub session: String,
+    /// In which turn.
+    pub turn: u64,
+    /// By whom.
+    pub role: Role,
+    /// First byte in the turn's text.
+    pub start: u64,
+    /// The byte after the last.
+    pub end: u64,
+    /// When, milliseconds since 1970.
+    pub time_ms: i64,
+    /// Name of the document, if the turn has one.
+    pub name: Option<String>,
+}
+
+impl From<mka::Source> for Source {
+    fn from(from: mka::Source) -> Self {
+        Self {
+            user: from.user,
+            agent: from.agent,
+            session: from.session,
+            turn: from.turn,
+            role: from.role.into(),
+            start: from.bytes.start,
+            end: from.bytes.end,
+            time_ms: from.time_ms,
+            name: from.name,
+        }
+    }
+}
+
+/// A remembered piece of text that answers a query.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Hit {
+    /// Identity of the text: 32 hexadecimal digits.
+    pub chunk: String,
+    /// The text.
+    pub text: String,
+    /// The fused score; higher is better.
+    pub score: f32,
+    /// What the score is made of.
+    pub why: Why,
+    /// Where the text was said.
+    pub source: Source,
+    /// How far the text may be believed.
+    pub trust: Trust,
+    /// How often the scope holds this very text.
+    pub count: u32,
+}
+
+impl From<mka::Hit> for Hit {
+    fn from(from: mka::Hit) -> Self {
+        Self {
+            chunk: from.chunk.to_string(),
+            text: from.text,
+            score: from.score,
+            why: Why {
+                bm25: from.why.bm25,
+                bm25_rank: from.why.bm25_rank,
+                cosine: from.why.cosine,
+                cosine_rank: from.why.cosine_rank,
+                recency: from.why.recency,
+                follow_up: from.why.follow_up,
+            },
+            source: from.source.into(),
+            trust: match from.trust {
+                mka::Trust::Host => Trust::Host,
+                mka::Trust::User => Trust::User,
+                mka::Trust::Model => Trust::Model,
+                _ => Trust::Document,
+            },
+            count: from.count,
+        }
+    }
+}
+
+/// Every element converted.
+pub(crate) fn all<A, B: From<A>>(values: Vec<A>) -> Vec<B> {
+    values.into_iter().map(Into::into).collect()
+}
+
+/// Text assembled for a model that lives elsewhere.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Context {
+    /// Quoted, attributed memories under a header; empty if nothing was found.
+    pub text: String,
+    /// Tokens of `text`: never above the budget.
+    pub tokens: u64,
+    /// The memories in it, best first.
+    pub hits: Vec<Hit>,
+}
+
+impl From<mka::Context> for Context {
+    fn from(from: mka::Context) -> Self {
+        Self { text: from.text, tokens: from.tokens as u64, hits: all(from.hits) }
+    }
+}
+
+/// What remembering did.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Committed {
+    /// Numbers of the appended turns.
+    pub turns: Vec<u64>,
+    /// Chunks that were new to the scope.
+    pub chunks_added: u64,
+    /// Chunks whose text the scope already held.
+    pub chunks_deduplicated: u64,
+}
+
+impl From<mka::Committed> for Committed {
+    fn from(from: mka::Committed) -> Self {
+        Self {
+            turns: from.turns,
+            chunks_added: from.chunks_added as u64,
+            chunks_deduplicated: from.chunks_deduplicated as u64,
+        }
+    }
+}
+
+/// What was erased, without the erased text.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Receipt {
+    /// Hash over the digests and counts.
+    pub id: u64,
+    /// The scope that was searched, as text.
+    pub scope: String,
+    /// Turns erased.
+    pub turns: u64,
+    /// Chunks that left memory.
+    pub chunks: u64,
+    /// Key/value pages dropped.
+    pub pages: u64,
+    /// Bytes of text erased.
+    pub bytes: u64,
+    /// The whole receipt as JSON, with the digests that `verify` checks: what to keep of it.
+    pub record: String,
+}
+
+impl TryFrom<mka::Receipt> for Receipt {
+    type Error = MkaError;
+
+    fn try_from(from: mka::Receipt) -> Result<Self, MkaError> {
+        let record = serde_json::to_string(&from)
+            .map_err(|error| MkaError::Internal(format!("forget: write receipt: {error}")))?;
+        Ok(Self {
+            id: from.id,
+            scope: from.scope,
+            turns: from.turns as u64,
+            chunks: from.chunks as u64,
+            pages: from.pages as u64,
+            bytes: from.bytes,
+            record,
+        })
+    }
+}
+
+/// The engine's receipt from its JSON.
+pub(crate) fn receipt(record: &str) -> Result<mka::Receipt, MkaError> {
+    serde_json::from_str(record).map_err(|error| {
+        MkaError::InvalidArgument(format!(
+            "verify: record is no receipt: {error}, expected the record of one that forget returned"
+        ))
+    })
+}
+
+/// A remembered piece of text, for a list of what memory holds.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct ChunkInfo {
+    /// Identity of the text: 32 hexadecimal digits.
+    pub id: String,
+    /// The text.
+    pub text: String,
+    /// The first place where it was said.
+    pub first: Source,
+    /// The latest one.
+    pub latest: Source,
+    /// How often the scope holds it.
+    pub count: u32,
+}
+
+impl From<mka::ChunkInfo> for ChunkInfo {
+    fn from(from: mka::ChunkInfo) -> Self {
+        Self {
+            id: from.id.to_string(),
+            text: from.text,
+            first: from.first.into(),
+            latest: from.latest.into(),
+            count: from.count,
+        }
+    }
+}
+
+/// A turn as it stands in the log.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Turn {
+    /// Its number within the session.
+    pub id: u64,
+    /// Who produced it.
+    pub role: Role,
+    /// Its text; empty if the turn was forgotten.
+    pub text: String,
+    /// When, milliseconds since 1970.
+    pub time_ms: i64,
+    /// What it added to the model's token stream.
+    pub num_tokens: u64,
+    /// Where the text comes from.
+    pub source: Option<String>,
+    /// Superseded by a later turn: kept in the log, no longer recalled.
+    pub retracted: bool,
+    /// Erased: only its place in the log is left.
+    pub forgotten: bool,
+}
+
+impl From<mka::Turn> for Turn {
+    fn from(from: mka::Turn) -> Self {
+        Self {
+            id: from.id,
+            role: from.role.into(),
+            text: from.text,
+            time_ms: from.time_ms,
+            num_tokens: from.tokens.len() as u64,
+            source: from.source,
+            retracted: from.retracted,
+            forgotten: from.forgotten,
+        }
+    }
+}
+
+/// A session, for a list of sessions.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct SessionInfo {
+    /// User, agent, session.
+    pub scope: Scope,
+    /// Length of its log, retracted and forgotten turns included.
+    pub num_turns: u64,
+    /// Time of its latest turn, milliseconds since 1970.
+    pub last_time_ms: Option<i64>,
+    /// Tokens in its model's stream, if it has one.
+    pub stream_tokens: Option<u64>,
+}
+
+impl From<mka::SessionInfo> for SessionInfo {
+    fn from(from: mka::SessionInfo) -> Self {
+        Self {
+            scope: (&from.scope).into(),
+            num_turns: from.num_turns,
+            last_time_ms: from.last_time_ms,
+            stream_tokens: from.position,
+        }
+    }
+}
+
+/// What a store holds.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Stats {
+    /// Sessions of all users.
+    pub sessions: u64,
+    /// Turns, retracted and forgotten ones included.
+    pub turns: u64,
+    /// Distinct chunks that can be recalled.
+    pub chunks: u64,
+    /// Their sentence vectors.
+    pub vectors: u64,
+    /// Distinct words.
+    pub terms: u64,
+    /// Stored key/value pages.
+    pub pages: u64,
+    /// Segment files.
+    pub segments: u64,
+    /// Bytes in use in them.
+    pub live_bytes: u64,
+    /// Bytes that compaction will give back.
+    pub dead_bytes: u64,
+    /// What was found damaged when the store was opened, in words.
+    pub damaged: Vec<String>,
+}
+
+impl From<mka::Stats> for Stats {
+    fn from(from: mka::Stats) -> Self {
+        Self {
+            sessions: from.sessions as u64,
+            turns: from.turns,
+            chunks: from.chunks as u64,
+            vectors: from.vectors as u64,
+            terms: from.terms as u64,
+            pages: from.pages as u64,
+            segments: from.segments as u64,
+            live_bytes: from.live_bytes,
+            dead_bytes: from.dead_bytes,
+            damaged: from.damaged,
+        }
+    }
+}
+
+/// Rows of 32-bit floats in one block of bytes, so that they cross the border as a whole.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Vectors {
+    /// `(rows, dim)`, row-major, in the machine's byte order.
+    pub data: Vec<u8>,
+    /// Numbers of one row.
+    pub dim: u64,
+}
+
+impl Vectors {
+    pub(crate) fn new(values: &[f32], dim: usize) -> Self {
+        let data = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        Self { data, dim: dim as u64 }
+    }
+}

@@ -1,0 +1,130 @@
+//! One conversation as an object: its calls return at once or wait without holding it.
+//! Knows no engine.
+
+use crate::config::{FeedOptions, Scope, SendOptions};
+use crate::error::MkaError;
+use crate::events::{NativeEvents, NativeFeed};
+use crate::pull::{Activity, Pull};
+use crate::records::{Context, Vectors};
+use crate::wait::wait;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// One conversation; one stream of it at a time.
+#[derive(uniffi::Object)]
+pub struct NativeSession {
+    scope: Scope,
+    live: Mutex<Live>,
+}
+
+struct Live {
+    /// None once it is closed.
+    session: Option<mka::Session>,
+    /// The stream that was started last.
+    activity: Option<Arc<Activity>>,
+}
+
+impl NativeSession {
+    pub(crate) fn new(session: mka::Session) -> Self {
+        let scope = session.scope().into();
+        Self { scope, live: Mutex::new(Live { session: Some(session), activity: None }) }
+    }
+
+    fn live(&self) -> MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Live {
+    fn session(&mut self, operation: &str) -> Result<&mut mka::Session, MkaError> {
+        self.session.as_mut().ok_or_else(|| MkaError::closed(operation, "session"))
+    }
+
+    /// The session, if no stream of it is open: a second one would wait for the first, which its holder may never read.
+    fn idle(&mut self, operation: &str) -> Result<&mut mka::Session, MkaError> {
+        if self.activity.as_ref().is_some_and(|activity| activity.is_busy()) {
+            return Err(MkaError::Locked(format!(
+                "{operation}: a stream of the session is open, expected it read to its end or closed"
+            )));
+        }
+        self.session(operation)
+    }
+
+    fn events(&mut self, events: mka::Events) -> Arc<NativeEvents> {
+        let pull = Pull::new(events);
+        self.activity = Some(pull.activity());
+        Arc::new(NativeEvents { pull })
+    }
+}
+
+#[uniffi::export]
+impl NativeSession {
+    /// User, agent and session.
+    pub fn scope(&self) -> Scope {
+        self.scope.clone()
+    }
+
+    /// Answers `message`; the work starts at once.
+    pub fn send(
+        &self,
+        message: String,
+        options: SendOptions,
+    ) -> Result<Arc<NativeEvents>, MkaError> {
+        let mut live = self.live();
+        let events = live.idle("send")?.send_with(message, options.into());
+        Ok(live.events(events))
+    }
+
+    /// Answers the last message again.
+    pub fn regenerate(&self, options: SendOptions) -> Result<Arc<NativeEvents>, MkaError> {
+        let mut live = self.live();
+        let events = live.idle("regenerate")?.regenerate(options.into());
+        Ok(live.events(events))
+    }
+
+    /// Takes in a document; the work starts at once.
+    pub fn feed(&self, text: String, options: FeedOptions) -> Result<Arc<NativeFeed>, MkaError> {
+        let mut live = self.live();
+        let pull = Pull::new(live.idle("feed")?.feed_with(text, options.into()));
+        live.activity = Some(pull.activity());
+        Ok(Arc::new(NativeFeed { pull }))
+    }
+
+    /// What memory holds on `query`, laid out for another model within `budget_tokens`.
+    pub async fn context(&self, query: String, budget_tokens: u64) -> Result<Context, MkaError> {
+        let budget = usize::try_from(budget_tokens).unwrap_or(usize::MAX);
+        let context = self.live().session("context")?.context(&query, budget);
+        Ok(context.await?.into())
+    }
+
+    /// `context`, blocking the thread.
+    pub fn context_blocking(&self, query: String, budget_tokens: u64) -> Result<Context, MkaError> {
+        wait(self.context(query, budget_tokens))
+    }
+
+    /// Number of turns in the session's log.
+    pub fn num_turns(&self) -> Result<u64, MkaError> {
+        Ok(self.live().session("num_turns")?.num_turns()?)
+    }
+
+    /// Logits of the next token after `text` is appended to the stream, without changing the session: one row.
+    pub async fn peek_logits(&self, text: String) -> Result<Vectors, MkaError> {
+        let logits = self.live().idle("peek_logits")?.peek_logits(&text);
+        let logits = logits.await?;
+        Ok(Vectors::new(&logits, logits.len()))
+    }
+
+    /// `peek_logits`, blocking the thread.
+    pub fn peek_logits_blocking(&self, text: String) -> Result<Vectors, MkaError> {
+        wait(self.peek_logits(text))
+    }
+
+    /// Closes the session and cancels its stream; opening it again waits until that has ended. Without effect the
+    /// second time.
+    pub fn close(&self) {
+        let mut live = self.live();
+        if let Some(activity) = live.activity.take() {
+            activity.cancel();
+        }
+        live.session = None;
+    }
+}

@@ -1,0 +1,229 @@
+//! The surface as a foreign caller uses it, over the tiny seeded model of the engine's tests.
+
+use mka_bindings::{
+    EngineConfig, Event, FeedEvent, FeedOptions, Forget, LogLevel, LogSink, MkaError, ModelSource,
+    NativeEngine, NativeEvents, NewTurn, RecallOptions, Role, Scope, SendOptions, forward_logs,
+};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+fn tiny_model() -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    root.join("engine/tests/data/golden/gguf/model.gguf").to_str().unwrap().to_owned()
+}
+
+fn store(folder: &Path) -> String {
+    PathBuf::from(folder).join("store").to_str().unwrap().to_owned()
+}
+
+fn engine(folder: &Path) -> Arc<NativeEngine> {
+    let config = EngineConfig {
+        model: Some(ModelSource::Path { path: tiny_model() }),
+        window_tokens: Some(128),
+        block_tokens: Some(64),
+        device: Some("cpu".into()),
+        ..EngineConfig::default()
+    };
+    NativeEngine::open_blocking(store(folder), config).unwrap()
+}
+
+fn trip() -> Scope {
+    Scope { user: "ada".into(), agent: None, session: Some("trip".into()) }
+}
+
+fn tokens(max_new_tokens: u64) -> SendOptions {
+    SendOptions { max_new_tokens: Some(max_new_tokens), ..SendOptions::default() }
+}
+
+/// Pulls a turn to its end: the answer and whether it was done.
+fn finish(events: &NativeEvents) -> Result<(String, bool), MkaError> {
+    let (mut text, mut done) = (String::new(), false);
+    while let Some(batch) = events.next_batch_blocking(1000)? {
+        for event in batch {
+            match event {
+                Event::Token { text: piece } => text.push_str(&piece),
+                Event::Done { .. } => done = true,
+                Event::Recalled { .. } => {}
+            }
+        }
+    }
+    Ok((text, done))
+}
+
+#[test]
+fn a_turn_is_pulled_in_batches_and_a_closed_engine_leaves_the_folder_free() {
+    let folder = tempfile::tempdir().unwrap();
+    for _ in 0..3 {
+        let engine = engine(folder.path());
+        let chat = engine.session_blocking(trip()).unwrap();
+        let events = chat.send("hello there".into(), tokens(6)).unwrap();
+        assert!(finish(&events).unwrap().1);
+        assert!(events.next_batch_blocking(0).unwrap().is_none());
+        // A stream is left running.
+        let left = chat.send("and now".into(), tokens(100_000)).unwrap();
+        engine.close_blocking().unwrap();
+        engine.close_blocking().unwrap();
+        assert!(finish(&left).is_ok());
+        let error = chat.send("more".into(), tokens(1)).err().unwrap();
+        assert!(matches!(error, MkaError::InvalidArgument(_)), "{error:?}");
+        assert!(error.to_string().contains("closed"), "{error}");
+    }
+}
+
+#[test]
+fn a_second_stream_is_refused_until_the_first_is_closed_and_closing_keeps_its_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path());
+    let chat = engine.session_blocking(trip()).unwrap();
+    let first = chat.send("one".into(), tokens(100_000)).unwrap();
+    while first.next_batch_blocking(1000).unwrap().unwrap().is_empty() {}
+    let error = chat.send("two".into(), tokens(2)).err().unwrap();
+    assert!(matches!(error, MkaError::Locked(_)), "{error:?}");
+    first.close_blocking();
+    assert!(first.next_batch_blocking(0).unwrap().is_none());
+    assert_eq!(chat.num_turns().unwrap(), 2);
+    assert!(finish(&chat.send("two".into(), tokens(2)).unwrap()).unwrap().1);
+    drop(chat.send("three".into(), tokens(100_000)).unwrap());
+    assert!(finish(&chat.send("four".into(), tokens(2)).unwrap()).unwrap().1);
+}
+
+#[test]
+fn a_reader_that_waits_sees_the_end_when_another_thread_cancels() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path());
+    let chat = engine.session_blocking(trip()).unwrap();
+    let events = chat.send("go".into(), tokens(1_000_000)).unwrap();
+    let reader = events.clone();
+    let reader = std::thread::spawn(move || finish(&reader).unwrap());
+    // At once: the small model ends its answer by itself within milliseconds.
+    events.cancel();
+    let (_, done) = reader.join().unwrap();
+    assert!(!done);
+}
+
+#[test]
+fn errors_of_the_stream_come_after_what_was_sent_before_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path());
+    let chat = engine.session_blocking(trip()).unwrap();
+    let options = SendOptions { top_p: Some(1.5), ..SendOptions::default() };
+    let events = chat.send("hi".into(), options).unwrap();
+    let error = finish(&events).unwrap_err();
+    assert!(matches!(&error, MkaError::InvalidArgument(text) if text.contains("top_p")));
+    assert!(events.next_batch_blocking(0).unwrap().is_none());
+    assert!(finish(&chat.send("hi".into(), tokens(2)).unwrap()).unwrap().1);
+}
+
+#[test]
+fn eight_threads_on_one_engine_lose_no_turn() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path());
+    let scope = |number| Scope { session: Some(format!("s{number}")), ..trip() };
+    std::thread::scope(|threads| {
+        for number in 0..8 {
+            let engine = &engine;
+            threads.spawn(move || {
+                let chat = engine.session_blocking(scope(number)).unwrap();
+                for turn in 0..3 {
+                    let events = chat.send(format!("turn {turn}"), tokens(4)).unwrap();
+                    assert!(finish(&events).unwrap().1);
+                    let options = RecallOptions::default();
+                    engine
+                        .clone()
+                        .memory()
+                        .recall_blocking(scope(number), "turn".into(), options)
+                        .unwrap();
+                }
+            });
+        }
+    });
+    let sessions = engine.clone().memory().sessions_blocking(Scope { session: None, ..trip() });
+    let turns: Vec<u64> = sessions.unwrap().iter().map(|info| info.num_turns).collect();
+    assert!(turns.len() == 8 && turns.iter().all(|turns| *turns >= 6), "{turns:?}");
+}
+
+#[test]
+fn memory_without_a_model_remembers_recalls_forgets_and_verifies() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine =
+        NativeEngine::open_blocking(store(folder.path()), EngineConfig::default()).unwrap();
+    let memory = engine.clone().memory();
+    let turn = |text: &str| NewTurn {
+        role: Role::User,
+        text: text.into(),
+        time_ms: 1_000,
+        source: None,
+        remember: None,
+    };
+    let turns = vec![turn("the hotel is in Kyoto"), turn("the passport is X1234567")];
+    assert_eq!(memory.remember_blocking(trip(), turns).unwrap().turns, [0, 1]);
+    let recall = |query: &str| {
+        memory.recall_blocking(trip(), query.into(), RecallOptions::default()).unwrap()
+    };
+    let hits = recall("hotel");
+    assert_eq!(hits[0].text, "the hotel is in Kyoto");
+    assert_eq!((hits[0].source.turn, hits[0].source.time_ms), (0, 1_000));
+    let chat = engine.session_blocking(trip()).unwrap();
+    assert!(chat.context_blocking("hotel".into(), 100).unwrap().tokens <= 100);
+    let receipt =
+        memory.forget_blocking(trip(), Forget::Matching { text: "passport".into() }).unwrap();
+    memory.verify_blocking(receipt.record).unwrap();
+    assert!(recall("passport").iter().all(|hit| !hit.text.contains("X1234567")));
+    let error = memory.verify_blocking("{}".into()).unwrap_err();
+    assert!(matches!(error, MkaError::InvalidArgument(_)));
+    let turns = memory.turns_blocking(trip(), 0, 9).unwrap();
+    assert_eq!(turns.iter().map(|turn| turn.forgotten).collect::<Vec<_>>(), [false, true]);
+    let vectors = memory.embed_blocking(vec!["a cat".into()]).unwrap();
+    assert_eq!(vectors.data.len() as u64, 4 * vectors.dim);
+    let error = chat.send("hi".into(), SendOptions::default()).unwrap();
+    assert!(finish(&error).unwrap_err().to_string().contains("no model"));
+}
+
+#[test]
+fn a_document_is_fed_with_progress() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path());
+    let chat = engine.session_blocking(trip()).unwrap();
+    let text = "The sheep and the goats went up the hill. ".repeat(2000);
+    let feed = chat.feed(text.clone(), FeedOptions::default()).unwrap();
+    let (mut summary, mut before) = (None, 0);
+    while let Some(batch) = feed.next_batch_blocking(1000).unwrap() {
+        for event in batch {
+            match event {
+                FeedEvent::Progress { fed_bytes, total_bytes, .. } => {
+                    assert!(fed_bytes >= before && total_bytes == text.len() as u64);
+                    before = fed_bytes;
+                }
+                FeedEvent::Done { summary: done } => summary = Some(done),
+            }
+        }
+    }
+    assert_eq!(summary.unwrap().bytes, text.len() as u64);
+}
+
+#[derive(Default)]
+struct Kept(Mutex<Vec<(LogLevel, String, String)>>);
+
+impl LogSink for Kept {
+    fn log(&self, level: LogLevel, target: String, message: String) {
+        self.0.lock().unwrap().push((level, target, message));
+    }
+}
+
+#[test]
+fn messages_reach_the_sink_with_their_fields_until_it_is_taken_away() {
+    let kept = Arc::new(Kept::default());
+    forward_logs(LogLevel::Info, Some(kept.clone())).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let opened = engine(folder.path());
+    forward_logs(LogLevel::Info, None).unwrap();
+    // A message of another test may be on its way.
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    let said = kept.0.lock().unwrap().len();
+    assert!(kept.0.lock().unwrap().iter().any(|(level, target, message)| *level == LogLevel::Info
+        && target.starts_with("mka")
+        && message == "open model device=cpu"));
+    drop(opened);
+    drop(engine(folder.path()));
+    assert_eq!(kept.0.lock().unwrap().len(), said);
+}

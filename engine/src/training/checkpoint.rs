@@ -1,0 +1,229 @@
+//! Where a run can go on: trained tensors, moments and step, written whole or not at all.
+//! Knows no layer; what a name means is the model's matter.
+
+use super::model::TrainModel;
+use super::optimizer::AdamW;
+use crate::error::{Error, ErrorKind, Result};
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use xxhash_rust::xxh3::xxh3_64;
+
+const TRAINED: &str = "trained.safetensors";
+const MOMENTS: &str = "moments.safetensors";
+const STATE: &str = "state.json";
+
+/// What a checkpoint says beside its tensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct State {
+    pub(super) version: u32,
+    pub(super) step: u64,
+    /// Fingerprint of the untouched model.
+    pub(super) base: String,
+    /// Fingerprint of the training text as tokens.
+    pub(super) corpus: u64,
+    /// What may not change within a run, as TOML.
+    pub(super) settings: String,
+    /// Hashes of the two tensor files.
+    pub(super) hashes: [u64; 2],
+}
+
+fn folder_of(output: &Path) -> PathBuf {
+    output.join("checkpoints")
+}
+
+/// Writes a checkpoint of `state.step` and removes the oldest beyond `keep`.
+///
+/// The folder gets its name after everything in it is on disk: a kill at any moment leaves the last one whole.
+pub(super) fn write(
+    output: &Path,
+    mut state: State,
+    model: &TrainModel,
+    optimizer: &AdamW,
+    keep: usize,
+) -> Result<PathBuf> {
+    let folder = folder_of(output);
+    let name = format!("step-{:08}", state.step);
+    let (partial, whole) = (folder.join(format!(".{name}.partial")), folder.join(&name));
+    let io = |what: &'static str, path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::io(what, &path, source)
+    };
+    if partial.exists() {
+        fs::remove_dir_all(&partial).map_err(io("remove unfinished checkpoint", &partial))?;
+    }
+    fs::create_dir_all(&partial).map_err(io("make checkpoint folder", &partial))?;
+    let mut trained = HashMap::new();
+    let mut moments = HashMap::new();
+    for (i, parameter) in model.parameters.iter().enumerate() {
+        trained.insert(parameter.name.clone(), parameter.master().to_device(&Device::Cpu)?);
+        for (kind, tensors) in [("first", &optimizer.first), ("second", &optimizer.second)] {
+            moments
+                .insert(format!("{kind}.{}", parameter.name), tensors[i].to_device(&Device::Cpu)?);
+        }
+    }
+    for (i, (file, tensors)) in [(TRAINED, &trained), (MOMENTS, &moments)].into_iter().enumerate() {
+        let bytes = safetensors::serialize(tensors, None).map_err(|source| {
+            Error::new(ErrorKind::Storage, format!("checkpoint {name}: {source}"))
+                .with_source(source)
+        })?;
+        state.hashes[i] = xxh3_64(&bytes);
+        write_synced(&partial.join(file), &bytes)?;
+    }
+    let text = serde_json::to_vec_pretty(&state).map_err(|source| {
+        Error::new(ErrorKind::Storage, format!("checkpoint {name}: {source}")).with_source(source)
+    })?;
+    write_synced(&partial.join(STATE), &text)?;
+    if whole.exists() {
+        fs::remove_dir_all(&whole).map_err(io("replace checkpoint", &whole))?;
+    }
+    fs::rename(&partial, &whole).map_err(io("name checkpoint", &whole))?;
+    File::open(&folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(io("sync checkpoint folder", &folder))?;
+    let all = list(output)?;
+    for old in &all[..all.len().saturating_sub(keep)] {
+        fs::remove_dir_all(old).map_err(io("remove old checkpoint", old))?;
+    }
+    Ok(whole)
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    fs::write(path, bytes)
+        .and_then(|()| File::open(path)?.sync_all())
+        .map_err(|e| Error::io("write checkpoint", path, e))
+}
+
+/// Finished checkpoints of a run, the oldest first.
+pub(super) fn list(output: &Path) -> Result<Vec<PathBuf>> {
+    let folder = folder_of(output);
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
+    let entries = fs::read_dir(&folder).map_err(|e| Error::io("list checkpoints", &folder, e))?;
+    let mut found: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            path.file_name()
+                .and_then(|name| name.to_str())
+                .is_some_and(|name| name.starts_with("step-"))
+        })
+        .collect();
+    found.sort();
+    Ok(found)
+}
+
+/// A checkpoint whose files are whole.
+pub(super) struct Checkpoint {
+    pub(super) path: PathBuf,
+    pub(super) state: State,
+    trained: HashMap<String, Tensor>,
+    moments: HashMap<String, Tensor>,
+}
+
+impl Checkpoint {
+    /// The newest checkpoint of the run in `output` that is whole; a damaged one is passed over.
+    ///
+    /// # Errors
+    /// `Corrupted` if there are checkpoints and none is whole.
+    pub(super) fn newest(output: &Path) -> Result<Option<Self>> {
+        let all = list(output)?;
+        let mut first = None;
+        for path in all.iter().rev() {
+            match Self::open(path) {
+                Ok(checkpoint) => return Ok(Some(checkpoint)),
+                Err(error) => {
+                    tracing::warn!("passed over: {error}");
+                    first.get_or_insert(error);
+                }
+            }
+        }
+        first.map_or(Ok(None), Err)
+    }
+
+    /// # Errors
+    /// `Corrupted` naming the file that is missing, cut or changed.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let damaged = |file: &str, what: String| {
+            Error::new(
+                ErrorKind::Corrupted,
+                format!("checkpoint {}: {file}: {what}", path.display()),
+            )
+        };
+        let read = |file: &str| {
+            fs::read(path.join(file)).map_err(|e| damaged(file, e.to_string()).with_source(e))
+        };
+        let state: State = serde_json::from_slice(&read(STATE)?)
+            .map_err(|e| damaged(STATE, e.to_string()).with_source(e))?;
+        if state.version != 1 {
+            return Err(damaged(STATE, format!("version {}, expected 1", state.version)));
+        }
+        let tensors = |file: &str, hash: u64| {
+            let bytes = read(file)?;
+            if xxh3_64(&bytes) != hash {
+                return Err(damaged(file, "checksum differs".into()));
+            }
+            candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
+                .map_err(|e| damaged(file, e.to_string()).with_source(e))
+        };
+        let trained = tensors(TRAINED, state.hashes[0])?;
+        let moments = tensors(MOMENTS, state.hashes[1])?;
+        Ok(Self { path: path.to_owned(), state, trained, moments })
+    }
+
+    /// Trained tensors by name, f32.
+    pub(super) fn trained(&self) -> &HashMap<String, Tensor> {
+        &self.trained
+    }
+
+    /// The tensor `name`, of `like`'s shape and on its device.
+    fn tensor(&self, from: &HashMap<String, Tensor>, name: &str, like: &Tensor) -> Result<Tensor> {
+        let incompatible = |found: String| {
+            Error::new(
+                ErrorKind::Incompatible,
+                format!(
+                    "checkpoint {}: tensor {name}, expected shape {:?}, found {found}",
+                    self.path.display(),
+                    like.dims()
+                ),
+            )
+        };
+        let tensor = from.get(name).ok_or_else(|| incompatible("none".into()))?;
+        if tensor.dims() != like.dims() {
+            return Err(incompatible(format!("{:?}", tensor.dims())));
+        }
+        Ok(tensor.to_device(like.device())?)
+    }
+
+    /// Puts the trained tensors into `model` and, where there is one, the moments into `optimizer`.
+    ///
+    /// # Errors
+    /// `Incompatible` if the checkpoint has not the tensors that the model trains, all of them and no other.
+    pub(super) fn restore(&self, model: &TrainModel, optimizer: Option<&mut AdamW>) -> Result<()> {
+        let known = |name: &String| model.parameters.iter().any(|p| p.name == *name);
+        if let Some(extra) = self.trained.keys().find(|name| !known(name)) {
+            return Err(Error::new(
+                ErrorKind::Incompatible,
+                format!(
+                    "checkpoint {}: tensor {extra}, expected none of this name",
+                    self.path.display()
+                ),
+            ));
+        }
+        for parameter in &model.parameters {
+            parameter.set(&self.tensor(&self.trained, &parameter.name, parameter.master())?)?;
+        }
+        if let Some(optimizer) = optimizer {
+            for (i, parameter) in model.parameters.iter().enumerate() {
+                let moment = |kind: &str| {
+                    let name = format!("{kind}.{}", parameter.name);
+                    self.tensor(&self.moments, &name, parameter.master())
+                };
+                (optimizer.first[i], optimizer.second[i]) = (moment("first")?, moment("second")?);
+            }
+        }
+        Ok(())
+    }
+}

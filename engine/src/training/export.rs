@@ -1,0 +1,87 @@
+//! A trained model as a HuggingFace folder: adapters merged, memory beside the weights, tokenizer copied.
+//! Knows no optimizer; the engine and `transformers` read what is written here.
+
+use super::base::Base;
+use super::config::TrainingConfig;
+use super::model::TrainModel;
+use super::parameters::{RATES, is_adapter};
+use crate::error::{Error, ErrorKind, Result};
+use candle_core::{DType, Device, Tensor};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+/// The name of `tensor`'s adapter: layers.3.lora.q for model.layers.3.self_attn.q_proj.weight.
+fn adapter_of(tensor: &str) -> Option<String> {
+    let rest = tensor.strip_prefix("model.layers.")?.strip_suffix("_proj.weight")?;
+    let (layer, place) = rest.split_once('.')?;
+    let (_, part) = place.split_once('.')?;
+    Some(format!("layers.{layer}.lora.{part}"))
+}
+
+/// Writes config.json, model.safetensors, mka.safetensors and the tokenizer's files; what was there is replaced.
+///
+/// # Errors
+/// `Storage` if a file cannot be written.
+pub(super) fn write(
+    base: &Base,
+    model: &TrainModel,
+    config: &TrainingConfig,
+    folder: &Path,
+) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|e| Error::io("make model folder", folder, e))?;
+    let masters: BTreeMap<&str, &Tensor> =
+        model.parameters.iter().map(|p| (p.name.as_str(), p.master())).collect();
+    let full = |name: &str, tensor: &Tensor| -> Result<Tensor> {
+        let tensor = masters.get(name).copied().unwrap_or(tensor);
+        Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?)
+    };
+    let scale = config.lora.alpha / config.lora.rank as f64;
+    let (mut weights, mut memory) = (HashMap::new(), HashMap::new());
+    for (name, tensor) in &model.tensors {
+        if name == RATES || is_adapter(name) {
+            continue;
+        }
+        let mut value = full(name, tensor)?;
+        if name.starts_with("layers.") {
+            memory.insert(name.clone(), value);
+            continue;
+        }
+        if let Some(adapter) = adapter_of(name) {
+            let part = |which: &str| format!("{adapter}.{which}");
+            if let (Some(a), Some(b)) =
+                (model.tensors.get(&part("a")), model.tensors.get(&part("b")))
+            {
+                let product = full(&part("b"), b)?.matmul(&full(&part("a"), a)?)?;
+                value = (value + (product * scale)?)?;
+            }
+        }
+        weights.insert(name.clone(), value);
+    }
+    // transformers looks for this mark before it reads.
+    let mark = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    save(&folder.join("model.safetensors"), &weights, mark)?;
+    let beside = folder.join("mka.safetensors");
+    match memory.is_empty() {
+        false => save(&beside, &memory, HashMap::new())?,
+        true if beside.exists() => {
+            std::fs::remove_file(&beside)
+                .map_err(|e| Error::io("remove memory file", &beside, e))?;
+        }
+        true => {}
+    }
+    let path = folder.join("config.json");
+    std::fs::write(&path, base.config_json(config, &model.rates()?)?)
+        .map_err(|e| Error::io("write model file", &path, e))?;
+    base.write_companions(folder)
+}
+
+fn save(
+    path: &Path,
+    tensors: &HashMap<String, Tensor>,
+    metadata: HashMap<String, String>,
+) -> Result<()> {
+    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|source| {
+        Error::new(ErrorKind::Storage, format!("write {}: {source}", path.display()))
+            .with_source(source)
+    })
+}

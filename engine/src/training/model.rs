@@ -1,0 +1,352 @@
+//! The decoder in training: layers, head, and gradients of one batch, a layer at a time.
+//! Knows no optimizer and no file; a gradient is handed out as soon as its layer is done.
+
+use super::config::{MemoryKind, MemorySettings, TrainMode, TrainingConfig};
+use super::decode;
+use super::layers::{Blueprint, Layer, Pass};
+use super::loss::{self, CHUNK};
+use super::operations::rms_norm;
+use super::parameters::{Builder, Parameter, RATES, Source};
+use super::summary::Rates;
+use crate::error::{Error, ErrorKind, Result};
+use crate::models::config::DecoderConfig;
+use crate::models::frequencies::Frequencies;
+use crate::models::weights::Weights;
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor, Var};
+use std::collections::BTreeMap;
+
+/// As what the model reads: what is measured, and what a student is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum View {
+    /// All that is trained.
+    Trained,
+    /// The same with every gate shut.
+    WithoutMemory,
+    /// The untouched model behind the window and the sinks.
+    Windowed,
+    /// The untouched model with the whole sequence: the teacher.
+    Dense,
+}
+
+/// Some sequences: inputs and targets row after row.
+pub(super) struct Batch {
+    pub(super) inputs: Vec<u32>,
+    pub(super) targets: Vec<u32>,
+    pub(super) sequences: usize,
+}
+
+/// Gradients by index of the parameter, f32, added up over passes.
+pub(super) struct Gradients {
+    sums: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    pub(super) fn new(parameters: usize) -> Self {
+        Self { sums: vec![None; parameters] }
+    }
+
+    fn add(&mut self, index: usize, gradient: &Tensor) -> Result<()> {
+        let gradient = gradient.to_dtype(DType::F32)?;
+        let sum = &mut self.sums[index];
+        *sum = Some(match sum.take() {
+            Some(sum) => (sum + gradient)?,
+            None => gradient,
+        });
+        Ok(())
+    }
+
+    pub(super) fn get(&self, index: usize) -> Option<&Tensor> {
+        self.sums[index].as_ref()
+    }
+
+    pub(super) fn replace(&mut self, index: usize, gradient: Tensor) {
+        self.sums[index] = Some(gradient);
+    }
+}
+
+/// Hears which parameters have their whole gradient of a batch.
+pub(super) type Finished<'a> = dyn FnMut(&mut Gradients, &[usize]) -> Result<()> + 'a;
+
+/// A decoder whose trained tensors are variables.
+pub(super) struct TrainModel {
+    pub(super) config: DecoderConfig,
+    frequencies: Frequencies,
+    device: Device,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    head: Tensor,
+    rates: Rates,
+    pub(super) parameters: Vec<Parameter>,
+    /// Every tensor by name, trained or not.
+    pub(super) tensors: BTreeMap<String, Tensor>,
+    window_tokens: usize,
+    sink_tokens: usize,
+}
+
+impl TrainModel {
+    /// The model that `config` trains, or with `frozen` its untouched twin.
+    pub(super) fn load(
+        decoder: DecoderConfig,
+        weights: Option<&Weights>,
+        config: &TrainingConfig,
+        device: &Device,
+        frozen: bool,
+    ) -> Result<Self> {
+        let c = &decoder;
+        let source = match weights {
+            Some(weights) => Source::Pretrained(weights),
+            None => Source::Scratch(config.seed),
+        };
+        let mode = (!frozen).then_some(config.train.mode);
+        let mut builder = Builder::new(source, mode, config.precision, config.seed, device)?;
+        let plain = MemorySettings { kind: MemoryKind::None, ..config.memory.clone() };
+        let memory = if frozen { &plain } else { &config.memory };
+        let rates = match memory.learn_rates && memory.kind != MemoryKind::None {
+            true => {
+                let logit = |rate: &f32| (rate / (1.0 - rate)).ln();
+                let logits = memory.rates.iter().map(logit).collect();
+                Rates::Learned(builder.given(RATES, logits)?)
+            }
+            false => Rates::Fixed(Tensor::from_slice(&memory.rates, memory.rates.len(), device)?),
+        };
+        let scratch = config.model.scratch.as_ref();
+        let blueprint = Blueprint {
+            config: c,
+            memory,
+            lora: Some(&config.lora).filter(|_| mode == Some(TrainMode::Lora)),
+            latent: scratch.and_then(|scratch| scratch.latent),
+            rates: rates.clone(),
+        };
+        let embedding = builder.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size)?;
+        let layers =
+            (0..c.num_layers).map(|i| blueprint.layer(&mut builder, i)).collect::<Result<_>>()?;
+        let norm = builder.vector("model.norm.weight", c.hidden_size, 1.0)?;
+        let separate = weights.is_some_and(|weights| weights.contains("lm_head.weight"));
+        let head = match c.tied_embeddings && !separate {
+            true => embedding.clone(),
+            false => builder.matrix("lm_head.weight", c.vocab_size, c.hidden_size)?,
+        };
+        let (parameters, tensors) = builder.finish()?;
+        Ok(Self {
+            frequencies: Frequencies::new(c.rope_theta, c.head_dim, &c.rope_scaling),
+            device: device.clone(),
+            embedding,
+            layers,
+            norm,
+            head,
+            rates,
+            parameters,
+            tensors,
+            window_tokens: config.memory.window_tokens,
+            sink_tokens: config.memory.sink_tokens,
+            config: decoder,
+        })
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The rates of the EMA as they are now.
+    pub(super) fn rates(&self) -> Result<Vec<f32>> {
+        Ok(self.rates.values()?.to_vec1()?)
+    }
+
+    fn pass(&self, batch: &Batch, view: View) -> Pass {
+        let b = batch.sequences;
+        let t = batch.inputs.len() / b;
+        let positions = (0..b).flat_map(|_| 0..t as u64);
+        Pass {
+            b,
+            t,
+            angles: self.frequencies.angles(positions),
+            memory: view == View::Trained,
+            adapters: matches!(view, View::Trained | View::WithoutMemory),
+            window_tokens: if view == View::Dense { 0 } else { self.window_tokens },
+            sink_tokens: self.sink_tokens,
+        }
+    }
+
+    fn embed(&self, batch: &Batch) -> Result<Tensor> {
+        if let Some(id) = batch
+            .inputs
+            .iter()
+            .chain(&batch.targets)
+            .find(|id| **id as usize >= self.config.vocab_size)
+        {
+            return Err(Error::new(
+                ErrorKind::Incompatible,
+                format!(
+                    "train: token {id}, expected below the model's vocabulary of {}",
+                    self.config.vocab_size
+                ),
+            ));
+        }
+        let ids = Tensor::from_slice(&batch.inputs, batch.inputs.len(), &self.device)?;
+        Ok(self.embedding.index_select(&ids, 0)?)
+    }
+
+    pub(super) fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// A pass over `t` tokens of one sequence after `start` others.
+    pub(super) fn pass_from(&self, start: usize, t: usize) -> Pass {
+        let positions = start as u64..(start + t) as u64;
+        decode::pass(self.frequencies.angles(positions), t)
+    }
+
+    /// Hidden states before the first layer, without history: (n, hidden).
+    pub(super) fn embed_ids(&self, ids: &[u32]) -> Result<Tensor> {
+        let batch = Batch { inputs: ids.to_vec(), targets: Vec::new(), sequences: 1 };
+        Ok(self.embed(&batch)?.detach())
+    }
+
+    /// Logits of hidden states before the last norm: (n, vocab), f32.
+    pub(super) fn logits_of(&self, hidden: &Tensor) -> Result<Tensor> {
+        loss::logits(&rms_norm(hidden, &self.norm, self.config.rms_norm_eps)?, &self.head)
+    }
+
+    /// Hidden states after the last norm, without history: (n, hidden).
+    fn hidden(&self, batch: &Batch, view: View) -> Result<Tensor> {
+        let pass = self.pass(batch, view);
+        let mut hidden = self.embed(batch)?.detach();
+        for layer in &self.layers {
+            hidden = layer.forward(&hidden, &pass)?.detach();
+        }
+        Ok(rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?.detach())
+    }
+
+    /// Loss in nats of every target, in the order of the batch.
+    pub(super) fn losses(&self, batch: &Batch, view: View) -> Result<Vec<f32>> {
+        loss::token_losses(&self.hidden(batch, view)?, &self.head, &batch.targets)
+    }
+
+    /// Logits of every token: (n, vocab), f32.
+    #[cfg(test)]
+    pub(super) fn logits(&self, batch: &Batch, view: View) -> Result<Tensor> {
+        loss::logits(&self.hidden(batch, view)?, &self.head)
+    }
+
+    /// Adds the gradients of the mean loss over `total_tokens` tokens, of which `batch` holds a part; returns the sum
+    /// of the losses of its tokens.
+    ///
+    /// Runs a layer at a time, so that with `recompute` only the layers' inputs are kept between forward and backward;
+    /// the gradients are the same bits with and without.
+    pub(super) fn backward(
+        &self,
+        batch: &Batch,
+        total_tokens: usize,
+        teacher: Option<(&TrainModel, f64)>,
+        recompute: bool,
+        gradients: &mut Gradients,
+        finished: &mut Finished<'_>,
+    ) -> Result<f64> {
+        let pass = self.pass(batch, View::Trained);
+        let embedded = self.embed(batch)?;
+        let mut hidden = embedded.detach();
+        let mut segments = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let input = Var::from_tensor(&hidden)?;
+            let out = layer.forward(input.as_tensor(), &pass)?;
+            hidden = out.detach();
+            segments.push((input, (!recompute).then_some(out)));
+        }
+        let (loss, mut dhidden) = self.head(batch, &hidden, total_tokens, teacher, gradients)?;
+        drop(hidden);
+        // What is trained in more than one place is whole at the end alone.
+        let mut done = Vec::new();
+        for (layer, (input, out)) in self.layers.iter().zip(segments).rev() {
+            let out = match out {
+                Some(out) => out,
+                None => layer.forward(input.as_tensor(), &pass)?,
+            };
+            let mut store = along(&out, &dhidden)?;
+            dhidden = store.remove(input.as_tensor()).ok_or_else(|| {
+                Error::model("train: a layer without a gradient of its input, expected one")
+            })?;
+            let touched = self.collect(&mut store, gradients)?;
+            let whole: Vec<usize> = touched
+                .into_iter()
+                .filter(|i| self.parameters[*i].name.contains("layers."))
+                .collect();
+            finished(gradients, &whole)?;
+            done.extend(whole);
+        }
+        if self.embedding.is_variable() {
+            let mut store = along(&embedded, &dhidden)?;
+            self.collect(&mut store, gradients)?;
+        }
+        let rest: Vec<usize> = (0..self.parameters.len())
+            .filter(|i| !done.contains(i) && gradients.get(*i).is_some())
+            .collect();
+        finished(gradients, &rest)?;
+        Ok(loss)
+    }
+
+    /// Loss, and the gradient of the hidden states before the last norm.
+    fn head(
+        &self,
+        batch: &Batch,
+        hidden: &Tensor,
+        total_tokens: usize,
+        teacher: Option<(&TrainModel, f64)>,
+        gradients: &mut Gradients,
+    ) -> Result<(f64, Tensor)> {
+        let input = Var::from_tensor(hidden)?;
+        let normed = rms_norm(input.as_tensor(), &self.norm, self.config.rms_norm_eps)?;
+        let taught = match teacher {
+            Some((model, _)) => Some(model.hidden(batch, View::Dense)?),
+            None => None,
+        };
+        let (mut loss, mut dnormed) = (0.0, Vec::new());
+        for (start, targets) in loss::chunks(&batch.targets) {
+            let part = |x: &Tensor| x.narrow(0, start, targets.len());
+            let logits = match (&taught, teacher) {
+                (Some(taught), Some((model, share))) => {
+                    Some((loss::logits(&part(taught)?, &model.head)?, share))
+                }
+                _ => None,
+            };
+            let teacher = logits.as_ref().map(|(logits, share)| (logits, *share));
+            let scale = 1.0 / total_tokens as f64;
+            let result = loss::head(&part(&normed)?, &self.head, targets, teacher, scale)?;
+            loss += result.loss;
+            dnormed.push(result.hidden);
+            if let Some(dweight) = &result.weight {
+                let index = self.index_of(&self.head).expect("a variable of the model");
+                gradients.add(index, dweight)?;
+            }
+        }
+        debug_assert!(dnormed.len() == batch.targets.len().div_ceil(CHUNK));
+        let mut store = along(&normed, &Tensor::cat(&dnormed, 0)?)?;
+        let dhidden = store.remove(input.as_tensor()).ok_or_else(|| {
+            Error::model("train: the last norm without a gradient of its input, expected one")
+        })?;
+        self.collect(&mut store, gradients)?;
+        Ok((loss, dhidden))
+    }
+
+    fn index_of(&self, tensor: &Tensor) -> Option<usize> {
+        self.parameters.iter().position(|parameter| parameter.value.as_tensor().id() == tensor.id())
+    }
+
+    /// Moves the parameters' gradients out of `store`; returns which had one.
+    fn collect(&self, store: &mut GradStore, gradients: &mut Gradients) -> Result<Vec<usize>> {
+        let mut touched = Vec::new();
+        for (i, parameter) in self.parameters.iter().enumerate() {
+            if let Some(gradient) = store.remove(parameter.value.as_tensor()) {
+                gradients.add(i, &gradient)?;
+                touched.push(i);
+            }
+        }
+        Ok(touched)
+    }
+}
+
+/// Gradients of everything behind `out`, given the gradient of `out` itself.
+fn along(out: &Tensor, gradient: &Tensor) -> Result<GradStore> {
+    Ok((out * gradient.detach())?.sum_all()?.backward()?)
+}

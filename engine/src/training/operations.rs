@@ -1,0 +1,307 @@
+//! Operations with gradients that training needs beside candle's: norm, products with frozen weights, attention with
+//! sinks, the mix of levels.
+//! Knows no layer and no parameter by name.
+
+use crate::error::Result;
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp3, D, DType, Layout, Shape, Storage, Tensor,
+};
+use mka_kernels::{DenseAttentionParams, attention_backward, attention_forward};
+
+type Gradients = [Option<Tensor>; 3];
+type Backward = dyn Fn(&Tensor) -> candle_core::Result<Gradients> + Send + Sync;
+
+/// A result that was computed outside the graph, and the gradients of its three inputs.
+struct Computed {
+    out: Tensor,
+    backward: Box<Backward>,
+}
+
+/// Hangs `out`, a function of `inputs` computed without history, into the graph; costs one copy of it.
+fn with_gradient(
+    inputs: [&Tensor; 3],
+    out: Tensor,
+    backward: impl Fn(&Tensor) -> candle_core::Result<Gradients> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let op = Computed { out: out.force_contiguous()?, backward: Box::new(backward) };
+    let contiguous = inputs.map(Tensor::contiguous);
+    let [a, b, c] = contiguous;
+    Ok(a?.apply_op3(&b?, &c?, op)?)
+}
+
+impl CustomOp3 for Computed {
+    fn name(&self) -> &'static str {
+        "computed"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (storage, layout) = self.out.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, self.out.shape().clone())),
+            _ => candle_core::bail!("computed: inputs on the CPU, result elsewhere"),
+        }
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (storage, layout) = self.out.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, self.out.shape().clone())),
+            _ => candle_core::bail!("computed: inputs on a CUDA device, result elsewhere"),
+        }
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [a, b, c] = (self.backward)(grad)?;
+        Ok((a, b, c))
+    }
+}
+
+/// x / rms(x) · weight over the last dimension: x (.., c), weight (c), both of one type; sums in f32.
+pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let (input, scale) = (x.detach().contiguous()?, weight.detach());
+    let out = candle_nn::ops::rms_norm(&input, &scale, eps as f32)?;
+    let trained = weight.is_variable();
+    with_gradient([x, weight, weight], out, move |grad| {
+        let c = scale.dim(0)?;
+        let rows = |x: &Tensor| x.to_dtype(DType::F32)?.reshape(((), c));
+        let (g, x32) = (rows(grad)?, rows(&input)?);
+        let inverse = ((x32.sqr()?.mean_keepdim(1)? + eps)?.sqrt()?).recip()?;
+        let normed = x32.broadcast_mul(&inverse)?;
+        let dscale = match trained {
+            true => Some((&g * &normed)?.sum(0)?.to_dtype(scale.dtype())?),
+            false => None,
+        };
+        let g = g.broadcast_mul(&scale.to_dtype(DType::F32)?)?;
+        let along = (&g * &normed)?.mean_keepdim(1)?;
+        let dx = (g - normed.broadcast_mul(&along)?)?.broadcast_mul(&inverse)?;
+        Ok([Some(dx.to_dtype(input.dtype())?.reshape(input.shape())?), dscale, None])
+    })
+}
+
+/// x (n, in) times the transpose of a weight (out, in) that has no gradient.
+struct FrozenProduct {
+    weight: Tensor,
+}
+
+impl FrozenProduct {
+    /// Shape of the result and the arguments of the product: (batch, rows, columns, inner).
+    fn shape(&self, layout: &Layout) -> candle_core::Result<(Shape, (usize, usize, usize, usize))> {
+        let (n, inner) = layout.shape().dims2()?;
+        let (columns, weight_inner) = self.weight.dims2()?;
+        if inner != weight_inner {
+            candle_core::bail!("product: x ({n}, {inner}), expected ({n}, {weight_inner})");
+        }
+        Ok((Shape::from((n, columns)), (1, n, columns, inner)))
+    }
+}
+
+impl CustomOp1 for FrozenProduct {
+    fn name(&self) -> &'static str {
+        "frozen-product"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (shape, sizes) = self.shape(layout)?;
+        let (storage, weight_layout) = self.weight.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(weight) => {
+                Ok((x.matmul(weight, sizes, layout, &weight_layout.transpose(0, 1)?)?, shape))
+            }
+            _ => candle_core::bail!("product: x on the CPU, weight elsewhere"),
+        }
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (shape, sizes) = self.shape(layout)?;
+        let (storage, weight_layout) = self.weight.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(weight) => {
+                Ok((x.matmul(weight, sizes, layout, &weight_layout.transpose(0, 1)?)?, shape))
+            }
+            _ => candle_core::bail!("product: x on a CUDA device, weight elsewhere"),
+        }
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(grad.matmul(&self.weight)?))
+    }
+}
+
+/// x (n, in) Wᵀ for W (out, in); a W that is no variable costs no gradient of its own.
+pub(super) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    match weight.is_variable() {
+        true => Ok(x.matmul(&weight.t()?)?),
+        false => Ok(x.apply_op1(FrozenProduct { weight: weight.clone() })?),
+    }
+}
+
+/// Which keys a query sees: all before it, or the last `window` and the first `sinks`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Reach {
+    Causal,
+    /// The last `window` tokens, itself included.
+    Window(usize),
+    WindowAndSinks {
+        window: usize,
+        sinks: usize,
+    },
+}
+
+/// Attention in one softmax over what `reach` shows: q (b, t, h, d), k and v (b, t, g, d) -> (b, t, h, d).
+pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, reach: Reach) -> Result<Tensor> {
+    let t = q.dim(1)?;
+    let scale = 1.0 / (q.dim(3)? as f32).sqrt();
+    let (window, sinks) = match reach {
+        Reach::WindowAndSinks { window, sinks } if window < t && sinks > 0 => (window, sinks),
+        Reach::Window(window) | Reach::WindowAndSinks { window, .. } if window < t => {
+            let params = DenseAttentionParams { scale, causal: true, window: Some(window) };
+            return Ok(mka_kernels::attention(q, k, v, &params)?);
+        }
+        _ => {
+            let params = DenseAttentionParams { scale, causal: true, window: None };
+            return Ok(mka_kernels::attention(q, k, v, &params)?);
+        }
+    };
+    let inputs = [q, k, v].map(|x| x.detach().contiguous());
+    let [q_in, k_in, v_in] = inputs;
+    let (q_in, k_in, v_in) = (q_in?, k_in?, v_in?);
+    let parts = SinkParts::new(t, window, sinks, scale);
+    let (out, lse) = parts.forward(&q_in, &k_in, &v_in)?;
+    let saved = out.clone();
+    with_gradient([q, k, v], out, move |grad| {
+        let (dq, dk, dv) =
+            parts.backward([&q_in, &k_in, &v_in], &saved, &lse, &grad.contiguous()?)?;
+        Ok([Some(dq), Some(dk), Some(dv)])
+    })
+}
+
+/// The parts of attention over a window and sinks: rows of queries, the sinks that they see beyond their window.
+///
+/// The query at position i >= `window` sees the sinks j <= i - window besides its window: the first `sinks` such
+/// queries as a causal triangle, all later ones every sink.
+struct SinkParts {
+    window: DenseAttentionParams,
+    /// (first query, queries, sinks, parameters).
+    beyond: Vec<(usize, usize, usize, DenseAttentionParams)>,
+}
+
+impl SinkParts {
+    fn new(t: usize, window: usize, sinks: usize, scale: f32) -> Self {
+        let rows = t - window;
+        let triangle = rows.min(sinks);
+        let params = |causal| DenseAttentionParams { scale, causal, window: None };
+        let mut beyond = vec![(window, triangle, triangle, params(true))];
+        if rows > triangle {
+            beyond.push((window + triangle, rows - triangle, sinks, params(false)));
+        }
+        let window = DenseAttentionParams { scale, causal: true, window: Some(window) };
+        Self { window, beyond }
+    }
+
+    /// (out (b, t, h, d), lse (b, h, t)) of the one softmax over all parts.
+    fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+        let (out, lse) = attention_forward(q, k, v, &self.window)?;
+        let first = self.beyond[0].0;
+        let (mut outs, mut lses) = (vec![out.narrow(1, 0, first)?], vec![lse.narrow(2, 0, first)?]);
+        for (start, rows, sinks, params) in &self.beyond {
+            let part = |x: &Tensor, from, count| x.narrow(1, from, count)?.contiguous();
+            let (far, far_lse) = attention_forward(
+                &part(q, *start, *rows)?,
+                &part(k, 0, *sinks)?,
+                &part(v, 0, *sinks)?,
+                params,
+            )?;
+            let (near, near_lse) = (out.narrow(1, *start, *rows)?, lse.narrow(2, *start, *rows)?);
+            // Every query sees itself in its window and at least one sink: both are finite.
+            let max = near_lse.maximum(&far_lse)?;
+            let (near_weight, far_weight) = ((near_lse - &max)?.exp()?, (far_lse - &max)?.exp()?);
+            let sum = (&near_weight + &far_weight)?;
+            let share = |weight: Tensor| (weight / &sum)?.transpose(1, 2)?.unsqueeze(3);
+            let merged = (near.to_dtype(DType::F32)?.broadcast_mul(&share(near_weight)?)?
+                + far.to_dtype(DType::F32)?.broadcast_mul(&share(far_weight)?)?)?;
+            outs.push(merged.to_dtype(q.dtype())?);
+            lses.push((max + sum.log()?)?);
+        }
+        Ok((Tensor::cat(&outs, 1)?, Tensor::cat(&lses, 2)?.contiguous()?))
+    }
+
+    /// With the out and lse of the whole softmax each part's probabilities are its own, so that gradients add up.
+    fn backward(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        out: &Tensor,
+        lse: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Tensor, Tensor, Tensor)> {
+        let (dq, dk, dv) = attention_backward(q, k, v, out, lse, grad, None, &self.window)?;
+        let t = q.dim(1)?;
+        let (mut dqs, mut dk_sinks, mut dv_sinks) = (Vec::new(), Vec::new(), Vec::new());
+        for (start, rows, sinks, params) in &self.beyond {
+            let part = |x: &Tensor, from, count| x.narrow(1, from, count)?.contiguous();
+            let (dq_part, dk_part, dv_part) = attention_backward(
+                &part(q, *start, *rows)?,
+                &part(k, 0, *sinks)?,
+                &part(v, 0, *sinks)?,
+                &part(out, *start, *rows)?,
+                &lse.narrow(2, *start, *rows)?.contiguous()?,
+                &part(grad, *start, *rows)?,
+                None,
+                params,
+            )?;
+            dqs.push((dq.narrow(1, *start, *rows)? + dq_part)?);
+            let padded = |x: Tensor| x.pad_with_zeros(1, 0, t - sinks);
+            dk_sinks.push(padded(dk_part)?);
+            dv_sinks.push(padded(dv_part)?);
+        }
+        dqs.insert(0, dq.narrow(1, 0, self.beyond[0].0)?);
+        let total = |whole: Tensor, parts: Vec<Tensor>| {
+            parts.into_iter().try_fold(whole, |sum, part| sum + part)
+        };
+        Ok((Tensor::cat(&dqs, 1)?, total(dk, dk_sinks)?, total(dv, dv_sinks)?))
+    }
+}
+
+/// x + gate · Σ_l λ_l (L_l - x) in f32, in x's type: x (n, c), levels (n, m, c), weights (n, 1 + m), gate (1).
+///
+/// A gate of 0 is x bit for bit.
+pub(super) fn mix(x: &Tensor, levels: &Tensor, weights: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    let m = levels.dim(1)?;
+    let x32 = x.to_dtype(DType::F32)?;
+    let memory = weights.narrow(1, 1, m)?; // (n, m)
+    let recalled = levels.to_dtype(DType::F32)?.broadcast_mul(&memory.unsqueeze(2)?)?.sum(1)?;
+    let shift = (recalled - x32.broadcast_mul(&memory.sum_keepdim(1)?)?)?;
+    Ok((x32 + shift.broadcast_mul(gate)?)?.to_dtype(x.dtype())?)
+}
+
+/// softmax over the last dimension with a gradient: (.., n).
+pub(super) fn softmax(x: &Tensor) -> Result<Tensor> {
+    Ok(candle_nn::ops::softmax(x, D::Minus1)?)
+}

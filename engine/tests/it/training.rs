@@ -1,0 +1,357 @@
+//! Training runs through the public API: goes on after a kill, in several processes, and refuses what does not fit.
+
+use crate::tiny_model;
+use mka::training::{
+    LatentSettings, MemoryKind, Precision, ScratchSettings, StepReport, TcpCollective, TrainMode,
+    Trainer, TrainingConfig, inspect, merge, read_log,
+};
+use mka::{Engine, ErrorKind, MemoryConfig, ModelSource};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// A run over the tiny model, adapters and gates trained behind a window.
+fn config(folder: &Path) -> TrainingConfig {
+    let text = |seed: usize| -> String {
+        let words = ["the end", " is near", " and the", " king", " of", " sand", ".\n"];
+        (0..1500).map(|i| words[(i * i * 7 + i * seed) % 97 % words.len()]).collect()
+    };
+    for (name, seed) in [("train.txt", 3), ("held_out.txt", 5)] {
+        std::fs::write(folder.join(name), text(seed)).unwrap();
+    }
+    std::fs::write(folder.join("short.txt"), "too short").unwrap();
+    let mut config = TrainingConfig::default();
+    config.output = folder.join("run");
+    config.model.source = Some(tiny_model().display().to_string());
+    config.data.train = vec![folder.join("train.txt")];
+    config.data.held_out = vec![folder.join("held_out.txt")];
+    config.data.sequence_tokens = 48;
+    config.memory.window_tokens = 16;
+    config.memory.sink_tokens = 4;
+    config.train.steps = 8;
+    config.train.batch = 2;
+    config.train.evaluate_sequences = 2;
+    config.lora.rank = 4;
+    config.optimizer.learning_rate = 0.01;
+    config
+}
+
+fn run(config: TrainingConfig) -> mka::Result<Vec<StepReport>> {
+    let mut reports = Vec::new();
+    Trainer::open(config)?.run(&mut |report| reports.push(report.clone()))?;
+    Ok(reports)
+}
+
+fn losses(reports: &[StepReport]) -> Vec<f64> {
+    reports.iter().map(|report| report.loss).collect()
+}
+
+#[test]
+fn training_lowers_the_loss_and_writes_a_model_that_the_engine_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    config.train.steps = 30;
+    config.train.distill = 0.3;
+    let mut trainer = Trainer::open(config.clone()).unwrap();
+    let before = trainer.compare().unwrap();
+    // Nothing is trained yet: the gates are shut and the adapters are zero.
+    assert_eq!(before.trained.loss, before.windowed.loss);
+    assert_eq!(before.without_memory.loss, before.windowed.loss);
+    assert_ne!(before.dense.loss, before.windowed.loss);
+    assert_eq!(before.gap_closed(&before.trained), Some(0.0));
+    trainer.run(&mut |_| ()).unwrap();
+    let after = trainer.compare().unwrap();
+    assert_eq!((after.dense.loss, after.windowed.loss), (before.dense.loss, before.windowed.loss));
+    assert!(after.trained.loss < before.trained.loss - 0.1, "{after:?}");
+    assert_ne!(after.trained.loss, after.without_memory.loss);
+    let merged = folder.path().join("merged");
+    merge(&config.output, &merged).unwrap();
+    for model in [config.output.join("model"), merged] {
+        let engine = Engine::builder(folder.path().join("store"))
+            .model(ModelSource::path(&model))
+            .memory(MemoryConfig::with_window(128))
+            .open_blocking()
+            .unwrap();
+        drop(engine);
+        let file = |name: &str| std::fs::read(model.join(name)).unwrap();
+        let first = config.output.join("model");
+        for name in ["model.safetensors", "mka.safetensors", "config.json", "tokenizer.json"] {
+            assert!(file(name) == std::fs::read(first.join(name)).unwrap(), "{name} differs");
+        }
+    }
+    let (run, model) =
+        (inspect(&config.output).unwrap(), inspect(&config.output.join("model")).unwrap());
+    assert_eq!((run.step, model.step), (Some(30), None));
+    assert!(run.gates == model.gates && run.gates.iter().all(|gate| *gate != 0.0), "{run}");
+    assert_eq!((run.router_rank, model.router_rank), (Some(32), Some(32)));
+    assert_eq!(run.parameters, trainer.trained_parameters());
+    assert_eq!(model.rates, [0.9, 0.99, 0.999]);
+    let nothing = inspect(folder.path()).unwrap_err();
+    assert_eq!(nothing.kind(), ErrorKind::NotFound);
+    // A model that was trained is trained on: the memory starts as it was left.
+    let mut again = config.clone();
+    again.output = folder.path().join("again");
+    again.model.source = Some(config.output.join("model").display().to_string());
+    let again = Trainer::open(again).unwrap().evaluate().unwrap();
+    assert!((again.loss - after.trained.loss).abs() < 1e-4, "{again:?}, {after:?}");
+}
+
+#[test]
+fn every_kind_of_attention_learns_from_scratch() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, kind, kv_heads, latent) in [
+        ("mha", MemoryKind::None, 4, false),
+        ("mqa", MemoryKind::None, 1, false),
+        ("mla", MemoryKind::None, 4, true),
+        ("mka", MemoryKind::Mka, 2, false),
+        ("fastmka", MemoryKind::Fastmka, 2, false),
+    ] {
+        let mut config = config(folder.path());
+        config.output = folder.path().join(name);
+        config.model.source = None;
+        let mut shape = ScratchSettings::default();
+        (shape.hidden, shape.layers, shape.heads, shape.intermediate) = (32, 2, 4, 64);
+        shape.kv_heads = kv_heads;
+        shape.latent = latent.then_some(LatentSettings { rank: 16, rope_dim: 4 });
+        config.model.scratch = Some(shape);
+        config.memory.kind = kind;
+        config.memory.initial_gate = 1.0;
+        config.memory.window_tokens = 0;
+        config.train.mode = TrainMode::Full;
+        config.train.steps = 20;
+        config.train.accumulate = 2;
+        let reports = run(config).unwrap();
+        let (first, last) = (reports[0].loss, reports[19].loss);
+        assert!((first - (320f64).ln()).abs() < 0.3, "{name} starts at {first}");
+        assert!(last < first - 1.0, "{name}: {first} to {last}");
+        let held_out = reports[19].held_out.unwrap();
+        assert!((held_out.perplexity.ln() - held_out.loss).abs() < 1e-9);
+    }
+}
+
+const CHILD: &str = "MKA_TRAINING_TEST_FOLDER";
+
+/// What a child process does: the run in the folder that a variable names, as the process that others say.
+fn child() -> bool {
+    let Some(folder) = std::env::var_os(CHILD) else { return false };
+    let mut config = config(Path::new(&folder));
+    let slow = std::env::var("MKA_TRAINING_TEST_SLOW").is_ok();
+    if slow {
+        config.train.save_every = 1;
+    }
+    let mut trainer = match TcpCollective::from_env().unwrap() {
+        Some(group) => {
+            config.train.batch = 1;
+            Trainer::open_with(config, Box::new(group)).unwrap()
+        }
+        None => Trainer::open(config).unwrap(),
+    };
+    trainer
+        .run(&mut |report| {
+            println!("step {} {}", report.step, report.loss);
+            if slow {
+                std::thread::sleep(Duration::from_millis(40));
+            }
+        })
+        .unwrap();
+    true
+}
+
+fn spawn(test: &str, folder: &Path, variables: &[(&str, String)]) -> std::process::Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--nocapture", test])
+        .env(CHILD, folder)
+        .envs(variables.iter().map(|(name, value)| (name, value.as_str())))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn killed_and_run_again_a_run_has_the_same_curve() {
+    if child() {
+        return;
+    }
+    let straight = tempfile::tempdir().unwrap();
+    let expected = run(config(straight.path())).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let test = "training::killed_and_run_again_a_run_has_the_same_curve";
+    let slow = [("MKA_TRAINING_TEST_SLOW", String::from("1"))];
+    for pause in [200, 330, 170] {
+        let mut child = spawn(test, folder.path(), &slow);
+        std::thread::sleep(Duration::from_millis(pause));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert!(spawn(test, folder.path(), &slow).wait().unwrap().success());
+    let log = read_log(&folder.path().join("run/log.jsonl")).unwrap();
+    assert_eq!(losses(&log), losses(&expected));
+    assert_eq!(log.last().unwrap().held_out.map(|e| e.loss), expected[7].held_out.map(|e| e.loss));
+    let model = |folder: &Path| std::fs::read(folder.join("run/model/mka.safetensors")).unwrap();
+    assert!(model(folder.path()) == model(straight.path()));
+}
+
+#[test]
+fn two_processes_have_the_losses_of_one_at_the_same_global_batch() {
+    if child() {
+        return;
+    }
+    let alone = tempfile::tempdir().unwrap();
+    let expected = losses(&run(config(alone.path())).unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    config(folder.path());
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let test = "training::two_processes_have_the_losses_of_one_at_the_same_global_batch";
+    let start = |rank: usize| {
+        let variables = [
+            ("RANK", rank.to_string()),
+            ("WORLD_SIZE", "2".into()),
+            ("MASTER_ADDR", "127.0.0.1".into()),
+            ("MASTER_PORT", port.to_string()),
+        ];
+        spawn(test, folder.path(), &variables)
+    };
+    let children = [start(0), start(1)];
+    for child in children {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        let text = String::from_utf8(output.stdout).unwrap();
+        let found: Vec<f64> = text
+            .lines()
+            .filter_map(|line| line.split_once("step ")?.1.split_once(' ')?.1.parse().ok())
+            .collect();
+        assert_eq!(found.len(), expected.len(), "{text}");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() < 1e-5, "{found}, expected {expected}");
+        }
+    }
+    assert_eq!(read_log(&folder.path().join("run/log.jsonl")).unwrap().len(), expected.len());
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_and_another_models_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    config.train.keep = 5;
+    config.train.save_every = 3;
+    config.train.steps = 6;
+    let straight = run(config.clone()).unwrap();
+    let newest = config.output.join("checkpoints/step-00000006/trained.safetensors");
+    let mut bytes = std::fs::read(&newest).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&newest, bytes).unwrap();
+    let mut reports = Vec::new();
+    let mut trainer = Trainer::open(config.clone()).unwrap();
+    assert_eq!(trainer.steps_done(), 3);
+    trainer.run(&mut |report| reports.push(report.clone())).unwrap();
+    assert_eq!(losses(&reports), losses(&straight[3..]));
+
+    let refused = |change: &dyn Fn(&mut TrainingConfig), named: &str| {
+        let mut other = config.clone();
+        change(&mut other);
+        let error = Trainer::open(other).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Incompatible, "{error}");
+        assert!(error.to_string().contains(named), "{error}");
+    };
+    refused(&|c| c.optimizer.learning_rate = 0.5, "learning_rate");
+    let text = folder.path().join("other.txt");
+    std::fs::write(&text, "another text altogether. ".repeat(40)).unwrap();
+    refused(&|c| c.data.train = vec![text.clone()], "training text");
+    let scratch = |c: &mut TrainingConfig| {
+        let mut shape = ScratchSettings::default();
+        (shape.hidden, shape.layers, shape.heads, shape.kv_heads) = (16, 1, 2, 1);
+        (c.model.source, c.model.scratch) = (None, Some(shape));
+        c.train.mode = TrainMode::Full;
+    };
+    refused(&scratch, "base model");
+    for step in ["step-00000003", "step-00000006"] {
+        let state = config.output.join("checkpoints").join(step).join("state.json");
+        std::fs::write(state, "{").unwrap();
+    }
+    assert_eq!(Trainer::open(config).unwrap_err().kind(), ErrorKind::Corrupted);
+}
+
+#[test]
+fn a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    config.train.save_every = 1;
+    config.optimizer.learning_rate = 1e30;
+    config.optimizer.warmup_steps = 0;
+    config.optimizer.clip_norm = 0.0;
+    let error = run(config.clone()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Model);
+    let text = error.to_string();
+    assert!(text.contains("expected a finite number") && text.contains("step-0000000"), "{text}");
+    assert!(Trainer::open(config).unwrap().steps_done() >= 1);
+}
+
+#[test]
+fn what_no_run_could_use_is_refused_by_name() {
+    type Change = fn(&mut TrainingConfig);
+    let cases: [(Change, ErrorKind, &str); 16] = [
+        (
+            |c| c.data.train = vec![c.output.with_file_name("short.txt")],
+            ErrorKind::InvalidArgument,
+            "one sequence",
+        ),
+        (|c| c.data.sequence_tokens = 257, ErrorKind::InvalidArgument, "trained length"),
+        (|c| c.data.train.clear(), ErrorKind::InvalidArgument, "data.train"),
+        (|c| c.data.held_out = c.data.train.clone(), ErrorKind::InvalidArgument, "trained on too"),
+        (|c| c.data.train = vec!["/nowhere".into()], ErrorKind::NotFound, "/nowhere"),
+        (|c| c.train.steps = 0, ErrorKind::InvalidArgument, "train.steps"),
+        (|c| c.train.distill = 1.5, ErrorKind::InvalidArgument, "train.distill"),
+        (|c| c.memory.rates = vec![1.0], ErrorKind::InvalidArgument, "memory.rates"),
+        (|c| c.memory.rates.clear(), ErrorKind::InvalidArgument, "memory.rates"),
+        (|c| c.lora.targets = vec!["head".into()], ErrorKind::InvalidArgument, "head"),
+        (|c| c.optimizer.learning_rate = f64::NAN, ErrorKind::InvalidArgument, "learning_rate"),
+        (|c| c.precision = Precision::Bf16, ErrorKind::InvalidArgument, "bf16"),
+        (|c| c.device = "abacus".into(), ErrorKind::InvalidArgument, "abacus"),
+        (|c| c.model.source = None, ErrorKind::InvalidArgument, "source"),
+        (
+            |c| c.model.scratch = Some(ScratchSettings::default()),
+            ErrorKind::InvalidArgument,
+            "source",
+        ),
+        (|c| c.model.source = Some("/nowhere".into()), ErrorKind::NotFound, "/nowhere"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    for (change, kind, named) in cases {
+        let mut config = config(folder.path());
+        change(&mut config);
+        let error = Trainer::open(config).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(named), "{named}: {error}");
+    }
+}
+
+#[test]
+fn a_training_file_is_read_whole_or_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("train.toml");
+    let text = "output = \"run\"\nseed = 3\n[model]\nsource = \"model.gguf\"\n[data]\ntrain = [\"a.txt\"]\n\
+        held_out = [\"b.txt\"]\n[memory]\nkind = \"mka\"\nrates = [0.9]\n[train]\nmode = \"gate\"\n";
+    std::fs::write(&path, text).unwrap();
+    let config = TrainingConfig::load(&path).unwrap();
+    assert_eq!((config.seed, config.memory.kind), (3, MemoryKind::Mka));
+    assert_eq!((config.train.mode, config.lora.rank), (TrainMode::Gate, 16));
+    for (from, to, named) in [
+        ("seed", "sead", "sead"),
+        ("\"mka\"", "\"rnn\"", "rnn"),
+        ("\"gate\"", "\"some\"", "some"),
+        ("[0.9]", "[0.9", "training file"),
+        ("seed = 3", "seed = -3", "seed"),
+        ("[\"b.txt\"]", "[]", "held_out"),
+    ] {
+        std::fs::write(&path, text.replace(from, to)).unwrap();
+        let error = TrainingConfig::load(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        assert!(error.to_string().contains(named) || named == "seed", "{named}: {error}");
+    }
+    let missing = TrainingConfig::load(&folder.path().join("none.toml")).unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::NotFound);
+}

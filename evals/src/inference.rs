@@ -1,0 +1,109 @@
+//! What a model folder costs to run, with memory and without: speed, time to the first token, memory by phase.
+//! Knows no task; every measurement is a process of its own.
+
+use crate::job::{self, Ask, Job, Outcome, Result, Scratch};
+use std::path::PathBuf;
+
+#[derive(clap::Args, Debug, Clone)]
+pub(crate) struct Args {
+    /// Model folder, GGUF file or repository id.
+    #[arg(long, default_value = "HuggingFaceTB/SmolLM2-135M-Instruct")]
+    model: String,
+    /// Text file that the prompts are cut from.
+    #[arg(long)]
+    text: PathBuf,
+    /// Bytes of each prompt.
+    #[arg(long, value_delimiter = ',', default_value = "4400,26400")]
+    bytes: Vec<usize>,
+    /// Tokens attended exactly, with memory.
+    #[arg(long, default_value_t = 1024)]
+    window: usize,
+    /// Tokens attended exactly without memory: the window that holds the prompt, at most the model's trained length.
+    #[arg(long, default_value_t = 8192)]
+    full_window: usize,
+    /// Memories looked up for the question, with memory.
+    #[arg(long, default_value_t = 8)]
+    recall_k: usize,
+    /// Tokens decoded.
+    #[arg(long, default_value_t = 64)]
+    decode: usize,
+    /// Where the model runs: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
+}
+
+/// Peak memory after each phase of one stream; every phase is a process that repeats those before it.
+struct Phases {
+    opened: Outcome,
+    fed: Outcome,
+    asked: Outcome,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let text = std::fs::read_to_string(&args.text)
+        .map_err(|e| format!("text {}: {e}", args.text.display()))?;
+    println!("revision {}, model {}", job::revision(), args.model);
+    println!(
+        "| memory | window | prompt tokens | prefill tokens/s | first token s | decode tokens/s | recalled tokens | peak MiB: opened | prefilled | decoded | K/V MiB of the window | device |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    for &bytes in &args.bytes {
+        for memory in [false, true] {
+            let phases = measure(args, &text, bytes, memory)?;
+            println!("{}", row(args, memory, &phases));
+        }
+    }
+    Ok(())
+}
+
+fn measure(args: &Args, text: &str, bytes: usize, memory: bool) -> Result<Phases> {
+    let window = if memory { args.window } else { args.full_window };
+    let phase = |name: &str, fed: bool, asked: bool| -> Result<Outcome> {
+        let scratch = Scratch::new(&format!("inference-{bytes}-{memory}-{name}"))?;
+        let path = scratch.path().join("prompt.txt");
+        std::fs::write(&path, text.chars().take(bytes).collect::<String>())?;
+        let job = Job {
+            store: scratch.path().join("store"),
+            model: args.model.clone(),
+            window,
+            device: Some(args.device.clone()),
+            recall_k: if memory { args.recall_k } else { 0 },
+            feed: fed.then_some(path),
+            through_model: true,
+            ask: asked.then(|| Ask {
+                message: "Go on with the story.".into(),
+                max_new_tokens: args.decode,
+                ..Ask::default()
+            }),
+            ..Job::default()
+        };
+        job::spawn(&job, 0)
+    };
+    Ok(Phases {
+        opened: phase("opened", false, false)?,
+        fed: phase("fed", true, false)?,
+        asked: phase("asked", true, true)?,
+    })
+}
+
+fn row(args: &Args, memory: bool, phases: &Phases) -> String {
+    let Phases { opened, fed, asked } = phases;
+    let window = if memory { args.window } else { args.full_window };
+    let attended = (asked.fed_tokens as usize).min(window);
+    let per_token = asked.kv_bytes_per_token;
+    let mib = |bytes: u64| bytes >> 20;
+    format!(
+        "| {} | {window} | {} | {:.0} | {:.2} | {:.1} | {} | {} | {} | {} | {:.1} | {} |",
+        if memory { "yes" } else { "no" },
+        asked.fed_tokens,
+        asked.fed_tokens as f64 / asked.feed_s,
+        asked.first_token_s,
+        asked.decode_tokens_per_s,
+        asked.recalled_tokens,
+        mib(opened.peak_rss_bytes),
+        mib(fed.peak_rss_bytes),
+        mib(asked.peak_rss_bytes),
+        (attended * per_token) as f64 / f64::from(1u32 << 20),
+        asked.device,
+    )
+}

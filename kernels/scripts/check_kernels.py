@@ -1,0 +1,439 @@
+"""Checks and times kernels of `kernels/cuda` where there is a card, nvcc and PyTorch but no Rust.
+
+python3 check_kernels.py [--checks] [route] [ema] [decode] [backward]
+
+Compiles each file for the card with nvcc, launches it through the driver on PyTorch's memory, compares with f64 and
+prints a table; --checks leaves the tables out (for compute-sanitizer). Knows the parameter structs of the .cu files:
+a struct that changes there changes here.
+"""
+
+import ctypes
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "cuda")
+DRIVER = ctypes.CDLL("libcuda.so.1")
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+RATES = [0.9, 0.99, 0.999, 0.0]
+MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+CUDA = "cuda"
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+def poisoned(*shape, dtype=torch.float32):
+    return torch.full(shape, float("nan"), device=CUDA, dtype=dtype)
+
+
+def address(x):
+    return x.data_ptr() if torch.is_tensor(x) else x or 0
+
+
+def call(result, what):
+    if result:
+        raise RuntimeError(f"{what}: CUDA error {result}")
+
+
+class Module:
+    """One .cu file, compiled and loaded."""
+
+    def __init__(self, stem):
+        source, out = os.path.join(SOURCES, stem + ".cu"), os.path.join(tempfile.mkdtemp(), stem + ".cubin")
+        arch = "sm_%d%d" % torch.cuda.get_device_capability()
+        arch += "a" if arch == "sm_90" else ""
+        command = ["nvcc", "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas", "-v", "-o", out, source]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        kernel = ""
+        for line in report.splitlines():
+            if "Compiling entry" in line:
+                kernel = line.split("'")[1]
+            elif "spill" in line and " 0 bytes spill stores" not in line:
+                print(f"{kernel}: {line.strip()}")
+        self.module, self.functions = ctypes.c_void_p(), {}
+        call(DRIVER.cuModuleLoadData(ctypes.byref(self.module), open(out, "rb").read()), "load " + stem)
+
+    def launch(self, name, grid, block, params, shared=0):
+        if name not in self.functions:
+            function = ctypes.c_void_p()
+            call(DRIVER.cuModuleGetFunction(ctypes.byref(function), self.module, name.encode()), name)
+            if shared > 48 * 1024:
+                call(DRIVER.cuFuncSetAttribute(function, MAX_SHARED, shared), name)
+            self.functions[name] = function
+        params += b"\0" * (-len(params) % 8)
+        buffer = ctypes.create_string_buffer(params, len(params))
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        call(DRIVER.cuLaunchKernel(self.functions[name], *grid, block, 1, 1, shared, stream, arguments, None), name)
+
+
+def median_us(work, rounds=15):
+    """Median of the device's times, L2 flushed before each: written twice, then read."""
+    flush = torch.empty(32 << 20, dtype=torch.float32, device=CUDA)
+    times = []
+    for i in range(rounds + 3):
+        flush.zero_()
+        flush.zero_()
+        flush.sum()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= 3:
+            times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def copy_rate():
+    x = torch.empty(256 << 20, dtype=torch.uint8, device=CUDA).random_()
+    y = torch.empty_like(x)
+    rate = 2 * x.numel() / median_us(lambda: y.copy_(x)) * 1e6
+    print(f"copy {rate / 1e9:.0f} GB/s (256 MiB, read and written)")
+    return rate
+
+
+def error(got, expected):
+    """Largest difference over the largest value expected; NaN is infinite."""
+    difference = (got.double() - expected.detach()).abs()
+    difference = torch.where(difference.isnan(), torch.full_like(difference, float("inf")), difference)
+    return float((difference.max() / expected.detach().abs().max().clamp(min=1e-6)).detach())
+
+
+def report(name, errors, bounds):
+    good = all(e <= b for e, b in zip(errors, bounds))
+    print("ok  " if good else "FAIL", name, " ".join(f"{e:.1e}" for e in errors), flush=True)
+    return good
+
+
+class Route:
+    """One call of the projected route, as `kernels/src/route/projected/cuda.rs` launches it."""
+
+    POINTERS = (
+        "keys values logits state gate rates bias norm cosine sine out_keys out_raw out_values new_state carries dkeys "
+        "dvalues dkv dstate dweights dbias dnorm dlogits dgate sums prefixes flags seen row_stride"
+    ).split()
+    NUMBERS = "batch tokens heads d m chunks slices lanes carry_rows correct paged offset".split()
+
+    def __init__(self, modules, shape, m, dtype, extras=False, seen=0, correct=True):
+        self.forward_module, self.backward_module = modules
+        self.shape, self.m, self.dtype, self.seen, self.correct = shape, m, dtype, seen, correct
+        b, t, g, d = shape
+        random = lambda *dims: torch.randn(*dims, device=CUDA)
+        self.kv, self.logits = random(b, t, 2, g, d).to(dtype), random(b, t, 1 + m)
+        self.state, self.gate = random(b, m, 2, g, d), torch.tensor([0.7], device=CUDA)
+        self.rates = torch.tensor(RATES[:m], device=CUDA)
+        self.bias = random(2, g, d) * 0.3 if extras else None
+        self.norm = torch.rand(d, device=CUDA) + 0.5 if extras else None
+        self.cosine, self.sine = tables(torch.arange(t, device=CUDA) + seen, d)
+        self.compiled = 3 if m <= 3 else 4
+        self.out = poisoned(2, b, t, g, d, dtype=dtype)
+        self.new_state = poisoned(b, m, 2, g, d)
+        self.back, self.front = self.tiles(4 if d > 128 else 2), self.tiles(4)
+        self.carries = poisoned(b * self.back["chunks"], m, 2, g, d)
+        self.dout = random(2, b, t, g, d).to(dtype)
+        self.dkv, self.dlogits = poisoned(b, t, 2, g, d, dtype=dtype), poisoned(b, t, 1 + m)
+        self.dstate, self.dgate = poisoned(b, m, 2, g, d), poisoned(1)
+        self.dweights, self.gate_shares = poisoned(2 * g, b, t, 1 + m), poisoned(cdiv(b * t, 256))
+        share = lambda wanted: poisoned(b * self.back["chunks"], 2 * g * d) if wanted else None
+        self.dbias, self.dnorm = share(extras), share(extras)
+
+    def tiles(self, quarter):
+        b, t, g, d = self.shape
+        lanes = max(8, 1 << (cdiv(d, 2 * quarter) - 1).bit_length())
+        rows = 256 // lanes * 8
+        chunks, part = cdiv(t, rows), self.compiled * 2 * quarter * lanes
+        room = lambda: poisoned(b * 2 * g * chunks * part)
+        flags = torch.zeros(b * 2 * g * chunks, dtype=torch.int32, device=CUDA)
+        return dict(quarter=quarter, lanes=lanes, rows=rows, chunks=chunks, sums=room(), prefixes=room(), flags=flags)
+
+    def params(self, tiles, **more):
+        b, t, g, d = self.shape
+        if tiles["chunks"] > 1:
+            tiles["flags"].zero_()
+        at = dict(
+            keys=self.kv, values=self.kv.data_ptr() + g * d * self.kv.element_size(), logits=self.logits,
+            state=self.state, gate=self.gate, rates=self.rates, bias=self.bias, norm=self.norm, cosine=self.cosine,
+            sine=self.sine, sums=tiles["sums"], prefixes=tiles["prefixes"], flags=tiles["flags"], seen=self.seen,
+            row_stride=2 * g * d, batch=b, tokens=t, heads=g, d=d, m=self.m, chunks=tiles["chunks"], slices=2 * g,
+            lanes=tiles["lanes"], carry_rows=self.back["rows"], correct=self.correct,
+        )
+        return route_params(at | more)
+
+    def forward(self, carries=True, scan=True):
+        b, _, g, _ = self.shape
+        out = dict(out_keys=self.out[0], out_values=self.out[1], new_state=self.new_state)
+        params = self.params(self.front, carries=self.carries if carries else None, **out)
+        name = f"route_forward_{SUFFIX[self.dtype]}_{self.compiled if scan else 0}"
+        self.forward_module.launch(name, (2 * g * b * self.front["chunks"], 1, 1), 256, params)
+
+    def backward(self):
+        b, _, g, _ = self.shape
+        params = self.params(
+            self.back, carries=self.carries, dkeys=self.dout[0], dvalues=self.dout[1], dkv=self.dkv,
+            dstate=self.dstate, dweights=self.dweights, dbias=self.dbias, dnorm=self.dnorm, dlogits=self.dlogits,
+            dgate=self.gate_shares,
+        )
+        name = f"route_backward_{SUFFIX[self.dtype]}_{self.compiled}_{self.back['quarter']}"
+        self.backward_module.launch(name, (2 * g * b * self.back["chunks"], 1, 1), 256, params)
+        self.backward_module.launch("route_logits", (len(self.gate_shares), 1, 1), 256, params)
+        columns = struct.pack("<QQQII", self.gate_shares.data_ptr(), self.dgate.data_ptr(), len(self.gate_shares), 1, 0)
+        self.backward_module.launch("route_columns", (1, 1, 1), 256, columns)
+
+    def expected(self):
+        """Inputs with history, keys, values and state in f64; the EMA in closed form, 64 tokens at a time."""
+        b, t, g, d = self.shape
+        tensors = [self.kv, self.logits, self.state, self.gate, self.bias, self.norm]
+        inputs = [None if x is None else x.double().requires_grad_(True) for x in tensors]
+        kv, logits, state, gate, bias, norm = inputs
+        weights = torch.softmax(logits, -1)
+        tokens = torch.arange(1, t + 1, device=CUDA, dtype=torch.float64) + self.seen
+        moved, states = 0, []
+        for l in range(self.m):
+            rate, last, levels = self.rates[l].double(), state[:, l], []
+            i = torch.arange(64, device=CUDA, dtype=torch.float64)
+            apart = i[:, None] - i[None, :]
+            kernel = torch.where(apart >= 0, (1 - rate) * rate ** apart.clamp(min=0), torch.zeros_like(apart))
+            for first in range(0, t, 64):
+                x = kv[:, first : first + 64]
+                n = x.shape[1]
+                level = torch.einsum("ij,bj...->bi...", kernel[:n, :n], x)
+                level = level + (rate ** (i[:n] + 1)).view(1, n, 1, 1, 1) * last[:, None]
+                levels.append(level)
+                last = level[:, -1]
+            states.append(last)
+            level = torch.cat(levels, 1)
+            if self.correct:
+                level = level / (1 - rate**tokens).view(1, t, 1, 1, 1)
+            moved = moved + weights[..., l + 1].view(b, t, 1, 1, 1) * (level - kv)
+        y = kv + gate * moved + (0 if bias is None else bias)
+        keys, values = y[:, :, 0], y[:, :, 1]
+        if norm is not None:
+            keys = keys * torch.rsqrt(keys.pow(2).mean(-1, keepdim=True) + 1e-6) * norm
+        return inputs, rotated(keys, self.cosine.double(), self.sine.double()), values, torch.stack(states, 1)
+
+    def check(self):
+        b, t, g, d = self.shape
+        self.forward()
+        first = self.out.clone()
+        self.forward()
+        inputs, keys, values, state = self.expected()
+        self.backward()
+        first_gradients = (self.dkv.clone(), self.dlogits.clone())
+        self.backward()
+        torch.cuda.synchronize()
+        same = torch.equal(first, self.out)
+        same = same and torch.equal(first_gradients[0], self.dkv) and torch.equal(first_gradients[1], self.dlogits)
+        dout = self.dout.double()
+        wanted = [x for x in inputs if x is not None]
+        gradients = torch.autograd.grad((keys * dout[0]).sum() + (values * dout[1]).sum(), wanted)
+        plain = lambda x: 2 * error(x.to(self.dtype), x) + 1e-5
+        errors = [error(self.out[0], keys), error(self.out[1], values), error(self.new_state, state)]
+        bounds = [plain(keys), plain(values), 1e-5]
+        for got, expected in zip([self.dkv, self.dlogits, self.dstate, self.dgate], gradients):
+            errors.append(error(got, expected))
+            bounds.append(plain(expected) + 1e-4 if got is self.dkv else 1e-4)
+        if self.bias is not None:
+            by_head = self.dnorm.sum(0).view(2 * g, d)
+            errors += [error(self.dbias.sum(0).view(2, g, d), gradients[4]), error(by_head.sum(0), gradients[5])]
+            bounds += [1e-4, 1e-4]
+        name = f"route {self.shape} {self.m} {SUFFIX[self.dtype]} {self.bias is not None}"
+        return report(name, errors + [0.0 if same else 1.0], bounds + [0.0])
+
+
+def route_params(values):
+    bytes_ = b"".join(struct.pack("<Q", address(values.get(name))) for name in Route.POINTERS)
+    bytes_ += b"".join(struct.pack("<I", values.get(name, 0)) for name in Route.NUMBERS) + struct.pack("<f", 1e-6)
+    slots = values.get("slots", [])
+    return bytes_ + struct.pack("<256I", *(slots + [0] * (256 - len(slots))))
+
+
+def tables(positions, d):
+    angles = positions.double()[:, None] * 10_000 ** (-torch.arange(d // 2, device=CUDA, dtype=torch.float64) * 2 / d)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotated(x, cosine, sine):
+    low, high = x.chunk(2, -1)
+    cosine, sine = cosine[:, None], sine[:, None]
+    return torch.cat((low * cosine - high * sine, high * cosine + low * sine), -1)
+
+
+def check_append(module, t, g, d, offset):
+    keys, values = torch.randn(t, g, d, device=CUDA), torch.randn(t, g, d, device=CUDA)
+    slots = [(i * 5 + 3) % 7 for i in range(cdiv(offset + t, 64))]
+    pools = [poisoned(7, g, 64, d) for _ in range(3)]
+    cosine, sine = tables(torch.arange(t, device=CUDA) + offset, d)
+    lanes = max(8, 1 << (cdiv(d, 8) - 1).bit_length())
+    chunks = cdiv(t, 256 // lanes * 8)
+    params = route_params(dict(
+        keys=keys, values=values, cosine=cosine, sine=sine, out_keys=pools[0], out_raw=pools[1], out_values=pools[2],
+        row_stride=g * d, batch=1, tokens=t, heads=g, d=d, chunks=chunks, slices=2 * g, lanes=lanes, carry_rows=64,
+        paged=1, offset=offset, slots=slots,
+    ))
+    module.launch("route_forward_f32_0", (2 * g * chunks, 1, 1), 256, params)
+    at = torch.arange(offset, offset + t, device=CUDA)
+    slot = torch.tensor(slots, device=CUDA)[at // 64]
+    errors = [error(pool[slot, :, at % 64], x.double())
+              for pool, x in zip(pools, [rotated(keys, cosine, sine), keys, values])]
+    elsewhere = sum(int((~pool.isnan()).sum()) - t * g * d for pool in pools)
+    return report(f"append {(t, g, d, offset)}", errors + [abs(elsewhere)], [1e-6, 0.0, 0.0, 0])
+
+
+def route(checks):
+    modules = Module("route_forward"), Module("route_backward")
+    shapes = [(1, 1, 1, 64), (2, 65, 4, 128), (1, 127, 1, 256), (3, 200, 1, 96), (1, 2500, 2, 128), (2, 2060, 1, 8),
+              (1, 5000, 8, 64), (1, 20_000, 1, 64)]
+    good = True
+    for shape in [(2, 300, 2, 64), (1, 127, 1, 256), (2, 200, 1, 96)] if checks else shapes:
+        for m, dtype, *options in [(3, torch.float32, True), (4, torch.bfloat16, False, 100),
+                                   (1, torch.float16, True, 0, False), (3, torch.bfloat16, True, 3)]:
+            good &= Route(modules, shape, m, dtype, *options).check()
+    for shape in [(1, 3, 64, 63), (200, 2, 128, 40), (130, 1, 96, 0), (70, 4, 16, 5)]:
+        good &= check_append(modules[0], *shape)
+    if checks:
+        return good
+    rate = copy_rate()
+    print("| b x t x (2, g, d) | MB | forward µs | of copy | backward µs | of copy | no scan µs | of copy |")
+    print("|---|---|---|---|---|---|---|---|")
+    for b, t, g, d in [(1, 16384, 8, 64), (1, 32768, 8, 64), (4, 16384, 8, 64), (1, 131072, 8, 64), (2, 16384, 8, 128),
+                       (4, 32768, 4, 128)]:
+        case = Route(modules, (b, t, g, d), 3, torch.bfloat16)
+        size, angles, logits = case.kv.numel() * 2, t * d * 4, case.logits.numel() * 4
+        cell = lambda us, moved: f"{us:.1f} | {moved / us * 1e6 / rate:.2f}"
+        forward = cell(median_us(lambda: case.forward(carries=False)), 2 * size + angles + logits)
+        case.forward()
+        backward = cell(median_us(case.backward), 3 * size + angles + 2 * logits)
+        plain = cell(median_us(lambda: case.forward(carries=False, scan=False)), 2 * size + angles)
+        print(f"| {b} x {t} x (2, {g}, {d}) | {2 * size >> 20} | {forward} | {backward} | {plain} |", flush=True)
+    return good
+
+
+def check_ema(module, shape, m, dtype, seen, correct):
+    b, t, c = shape
+    x = (torch.randn(b, t, c, device=CUDA) + 0.5).to(dtype)
+    state, rates = torch.randn(b, m, c, device=CUDA), torch.tensor(RATES[:m], device=CUDA)
+    chunks, width = cdiv(t, 128), 4 if c % 4 == 0 else 1
+    blocks, levels_len = cdiv(c, 128 * width), b * t * m * c
+    packed, gradient = poisoned(levels_len + b * m * c), torch.randn(levels_len + b * m * c, device=CUDA)
+    dx, dstate, drates = poisoned(b, t, c, dtype=dtype), poisoned(b, m, c), poisoned(m)
+    pointers = dict(
+        x=x, rates=rates, state=state, new_state=packed[levels_len:], carries=poisoned(b * chunks * m * c),
+        levels=packed[:levels_len], dlevels=gradient[:levels_len], dstate=gradient[levels_len:],
+        adjoints=poisoned(b * chunks * m * c), dx=dx, dstate_in=dstate, partial=poisoned(m, b * chunks * blocks),
+        drates=drates,
+    )
+    params = b"".join(struct.pack("<Q", address(x)) for x in pointers.values())
+    params += struct.pack("<2Q", seen, b * chunks * blocks) + struct.pack("<7I", b, t, c, m, chunks, 0, correct)
+
+    def chunked(name, count, typed=True):
+        if count > 0:
+            name = f"{name}_{SUFFIX[dtype]}_{width}" if typed else f"{name}_{width}"
+            module.launch(name, (blocks, count, b), 128, params)
+
+    chunked("ema_aggregate", chunks - 1)
+    module.launch("ema_carry", (cdiv(c, 128), m, b), 128, params)
+    chunked("ema_levels", chunks)
+    chunked("ema_backward_aggregate", chunks - 1, typed=False)
+    module.launch("ema_backward_carry", (cdiv(c, 128), m, b), 128, params)
+    chunked("ema_backward", chunks)
+    module.launch("ema_sum_rates", (m, 1, 1), 128, params)
+    torch.cuda.synchronize()
+    inputs = [y.double().requires_grad_(True) for y in (x, state, rates)]
+    e, levels, rate = inputs[1], [], inputs[2].view(1, m, 1)
+    for i in range(t):
+        e = rate * e + (1 - rate) * inputs[0][:, i, None]
+        levels.append(e / (1 - rate ** (seen + i + 1)) if correct else e)
+    levels = torch.stack(levels, 1)
+    loss = (levels.flatten() * gradient[:levels_len]).sum() + (e.flatten() * gradient[levels_len:]).sum()
+    gradients = torch.autograd.grad(loss, inputs)
+    errors = [error(packed[:levels_len], levels.flatten()), error(packed[levels_len:], e.flatten())]
+    errors += [error(got, expected) for got, expected in zip((dx, dstate, drates), gradients)]
+    plain = 2 * error(gradients[0].to(dtype), gradients[0]) + 1e-5
+    return report(f"ema {shape} {m} {SUFFIX[dtype]}", errors, [1e-5, 1e-5, plain, 1e-5, 1e-4])
+
+
+def ema(_):
+    module, good = Module("ema_scan"), True
+    for shape in [(1, 1, 1), (1, 1, 8), (2, 127, 12), (1, 128, 4), (3, 129, 7), (1, 1500, 520)]:
+        for options in [(3, torch.float32, 0, 1), (4, torch.bfloat16, 10_000, 1), (1, torch.float16, 0, 0)]:
+            good &= check_ema(module, shape, *options)
+    return good
+
+
+def decode(checks):
+    """One token over pages in random slots; the times of several splits."""
+    module, good = Module("paged_decode_sm80"), True
+    rate = None if checks else copy_rate()
+    for h, g, d in [(32, 8, 128), (32, 8, 64), (9, 3, 64)]:
+        for keys in [4096] if checks else [4096, 32768, 65536, 131072, 262144]:
+            size = 2 * keys * g * d * 2
+            if size > 520 << 20:
+                continue
+            pages, order = keys // 64, torch.randperm(keys // 64)
+            k, v = (torch.randn(pages, g, 64, d, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
+            q, out = (torch.randn(1, h, d, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
+            table = torch.zeros(pages, 4, dtype=torch.int32)
+            table[:, 0], table[:, 1], table[:, 2] = order, torch.arange(pages) * 64 - (keys - 1), 64
+            table, lse = table.to(CUDA), poisoned(1, h)
+            counters = torch.zeros(4096, dtype=torch.int32, device=CUDA)
+            flat = lambda x: x[order.to(CUDA)].float().transpose(0, 1).reshape(g, keys, d)
+            scores = q.view(g, h // g, d).float() @ flat(k).transpose(1, 2) / d**0.5
+            expected = (torch.softmax(scores, -1) @ flat(v)).reshape(h, d)
+            cells = []
+            for splits in [16, 32, 49, 66, 128]:
+                if splits > pages:
+                    continue
+                partial = poisoned(g * splits * 8 * (d + 2))
+                tensors = (q, k, v, out, lse, partial, counters, table)
+                params = struct.pack("<8Q", *map(address, tensors)) + struct.pack("<3Q", keys - 1, 2**64 - 1, 2**64 - 1)
+                params += struct.pack("<7If", 1, h, g, h // g, pages, 1, splits, d**-0.5 * 1.4426950408889634)
+                params += b"\0" * 3200
+                out.fill_(float("nan"))
+                work = lambda: module.launch(f"paged_decode_bf16_{d}", (g, splits, 1), 128, params)
+                work()
+                good &= error(out.view(h, d), expected.double()) < 2e-2
+                if not checks:
+                    us = median_us(work)
+                    cells.append(f"{splits}: {us:.1f} ({size / us * 1e6 / rate:.2f})")
+            print(f"decode {h}/{g} x {d}, {keys} keys, {size >> 20} MB, splits: µs (of copy):", ", ".join(cells))
+    return good
+
+
+def backward(_):
+    """Times of the two large kernels of the dense backward at head_dim 128, on gradients of no forward pass."""
+    module = Module("attention_backward_sm80")
+    h, g, d = 32, 8, 128
+    for b, t in [(8, 4096), (2, 16384)]:
+        random = lambda heads: torch.randn(b, t, heads, d, device=CUDA, dtype=torch.bfloat16)
+        q, k, v, dout = random(h), random(g), random(g), random(h)
+        rows = torch.full((b, h, t, 2), 9.0, device=CUDA)
+        outs = [torch.empty_like(x) for x in (q, k, v)]
+        pointers = [q, k, v, 0, dout, 0, 0, rows, *outs]
+        params = b"".join(struct.pack("<Q", address(x)) for x in pointers)
+        params += struct.pack("<7if", b, t, t, h, g, 1 << 29, 0, d**-0.5) + struct.pack("<i", d)
+        kv_shared, q_shared = 4 * 128 * d + 8 * 64 * d + 16 * 64, 4 * 128 * d + 8 * 32 * d
+        kv = lambda: module.launch("attention_backward_kv_bf16_128", (b * g * t // 128, 1, 1), 256, params, kv_shared)
+        dq = lambda: module.launch("attention_backward_q_bf16_128", (b * h * t // 128, 1, 1), 128, params, q_shared)
+        print(f"backward {b} x {t}: dk and dv {median_us(kv, 7):.0f} µs, dq {median_us(dq, 7):.0f} µs", flush=True)
+    return True
+
+
+def main():
+    torch.zeros(1, device=CUDA)  # makes the context that the driver's calls use
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+    parts = dict(route=route, ema=ema, decode=decode, backward=backward)
+    names = [name for name in sys.argv[1:] if name in parts] or list(parts)
+    results = [parts[name]("--checks" in sys.argv) for name in names]
+    sys.exit(0 if all(results) else 1)
+
+
+if __name__ == "__main__":
+    main()

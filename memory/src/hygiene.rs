@@ -1,0 +1,355 @@
+//! What is worth keeping: texts that say the same again, secrets, personal data.
+//! Knows no store: text in, verdicts out.
+
+use std::ops::Range;
+use std::sync::LazyLock;
+
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, NewTurn, Result, Role};
+
+/// What is not stored twice, and what is not stored at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Hygiene {
+    /// Counts a chunk with the words of one that the session holds instead of storing it: the same words in the same
+    /// order, where letter case, punctuation at a word's ends, white space, quote marks of lines and the articles
+    /// `a`, `an`, `the` do not count. Nothing that could change a fact does: not a number, a sign, a negation.
+    /// A chunk with the very same text is never stored twice, whatever is chosen here.
+    pub near_duplicates: bool,
+    /// What to do with passwords, keys and tokens.
+    pub secrets: Policy,
+    /// What to do with addresses of mail, phone, card, account and social security numbers.
+    pub personal: Policy,
+}
+
+impl Default for Hygiene {
+    /// Near duplicates are counted; secrets and personal data are flagged.
+    fn default() -> Self {
+        Self { near_duplicates: true, secrets: Policy::Flag, personal: Policy::Flag }
+    }
+}
+
+/// What to do with a turn that holds something sensitive.
+/// Turns of [`Role::Recalled`] are not looked at: they repeat what was looked at before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Policy {
+    /// Nothing; it is not looked for.
+    Ignore,
+    /// It is stored, and named in [`Committed::findings`](crate::Committed::findings).
+    #[default]
+    Flag,
+    /// It stands in the log, is named, and is never recalled.
+    Withhold,
+    /// The commit is refused as `InvalidArgument`; nothing of it is stored.
+    Refuse,
+}
+
+/// A kind of sensitive text, by its form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Sensitive {
+    /// A private key in PEM form.
+    PrivateKey,
+    /// A token of a known service, or a JSON web token.
+    Token,
+    /// A password, secret or key after a word that says so.
+    Password,
+    /// A payment card's number: 13 to 19 digits with a valid check digit.
+    Card,
+    /// An international bank account number with valid check digits.
+    BankAccount,
+    /// A United States social security number.
+    SocialSecurity,
+    /// An address of mail.
+    Email,
+    /// A phone number with its international prefix.
+    Phone,
+}
+
+impl Sensitive {
+    /// Whether it opens something; else it is personal data.
+    pub fn is_secret(self) -> bool {
+        matches!(self, Self::PrivateKey | Self::Token | Self::Password)
+    }
+}
+
+/// Something in a turn that looks sensitive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Finding {
+    /// Which of the commit's turns, from 0.
+    pub turn: usize,
+    /// What it looks like.
+    pub kind: Sensitive,
+    /// Where it stands in the turn's text.
+    pub bytes: Range<usize>,
+}
+
+/// The forms, each with what it is. The first group is the sensitive part.
+static FORMS: LazyLock<Vec<(Sensitive, Regex)>> = LazyLock::new(|| {
+    let forms = [
+        (
+            Sensitive::PrivateKey,
+            r"(-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----(?:[^-]*-----END (?:[A-Z]+ )*PRIVATE KEY-----)?)",
+        ),
+        // AWS, GitHub, GitLab, Slack, Stripe, Google, OpenAI and Anthropic, npm, PyPI, HuggingFace, Telegram.
+        (
+            Sensitive::Token,
+            r"\b((?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[0-9A-Za-z]{36,}|github_pat_[0-9A-Za-z_]{22,}|glpat-[0-9A-Za-z_-]{20,}|xox[abeoprs]-[0-9A-Za-z-]{10,}|[rs]k_live_[0-9A-Za-z]{16,}|AIza[0-9A-Za-z_-]{35}|sk-[0-9A-Za-z_-]{20,}|npm_[0-9A-Za-z]{36}|pypi-[0-9A-Za-z_-]{40,}|hf_[0-9A-Za-z]{30,}|[0-9]{8,10}:AA[0-9A-Za-z_-]{33})",
+        ),
+        (Sensitive::Token, r"\b(eyJ[0-9A-Za-z_-]{8,}\.eyJ[0-9A-Za-z_-]{8,}\.[0-9A-Za-z_-]{8,})"),
+        (
+            Sensitive::Password,
+            r#"(?i)\b(?:password|passwd|passphrase|api[ _-]?key|secret[ _-]?key|access[ _-]?token|auth[ _-]?token|client[ _-]?secret)\b["']?(?:\s*[:=]+\s*|\s+is:?\s+)["']?([^\s"']{6,})"#,
+        ),
+        (
+            Sensitive::BankAccount,
+            r"\b([A-Z]{2}[0-9]{2}(?: ?[0-9A-Z]{4}){2,7}(?: ?[0-9A-Z]{1,3})?)\b",
+        ),
+        (Sensitive::Card, r"\b([0-9](?:[ -]?[0-9]){12,18})\b"),
+        (Sensitive::SocialSecurity, r"\b([0-9]{3}-[0-9]{2}-[0-9]{4})\b"),
+        (
+            Sensitive::Email,
+            r"\b([0-9A-Za-z._%+-]+@[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*\.[A-Za-z]{2,})\b",
+        ),
+        (
+            Sensitive::Phone,
+            r"(?:^|[^0-9A-Za-z])((?:\+|00)[1-9][0-9]{0,2}(?:[ ().-]{0,2}[0-9]){6,12})\b",
+        ),
+    ];
+    forms
+        .into_iter()
+        .map(|(kind, form)| {
+            (kind, Regex::new(form).expect("the forms are constants that a test compiles"))
+        })
+        .collect()
+});
+
+/// What looks sensitive in `text`: kind and place, in order; what lies inside another finding is left out.
+pub(crate) fn sensitive(
+    text: &str,
+    wanted: impl Fn(Sensitive) -> bool,
+) -> Vec<(Sensitive, Range<usize>)> {
+    let mut found: Vec<(Sensitive, Range<usize>)> = Vec::new();
+    for (kind, form) in FORMS.iter().filter(|(kind, _)| wanted(*kind)) {
+        for captures in form.captures_iter(text) {
+            let Some(part) = captures.get(1) else { continue };
+            let is_valid = match kind {
+                Sensitive::Card => is_card(part.as_str()),
+                Sensitive::BankAccount => is_bank_account(part.as_str()),
+                Sensitive::SocialSecurity => is_social_security(part.as_str()),
+                _ => true,
+            };
+            let range = part.range();
+            let overlaps =
+                |known: &Range<usize>| known.start < range.end && range.start < known.end;
+            if is_valid && !found.iter().any(|(_, known)| overlaps(known)) {
+                found.push((*kind, range));
+            }
+        }
+    }
+    found.sort_by_key(|(_, bytes)| bytes.start);
+    found
+}
+
+/// What a policy says about the turns of a commit.
+pub(crate) struct Verdict {
+    pub(crate) findings: Vec<Finding>,
+    /// Which turns are not to be recalled.
+    pub(crate) withheld: Vec<bool>,
+}
+
+impl Hygiene {
+    fn policy(&self, kind: Sensitive) -> Policy {
+        if kind.is_secret() { self.secrets } else { self.personal }
+    }
+
+    /// Looks through the turns; `InvalidArgument` if one holds what is refused.
+    pub(crate) fn examine(&self, turns: &[NewTurn]) -> Result<Verdict> {
+        let mut verdict = Verdict { findings: Vec::new(), withheld: vec![false; turns.len()] };
+        if self.secrets == Policy::Ignore && self.personal == Policy::Ignore {
+            return Ok(verdict);
+        }
+        for (turn, new) in turns.iter().enumerate().filter(|(_, new)| new.role != Role::Recalled) {
+            let wanted = |kind| self.policy(kind) != Policy::Ignore;
+            for (kind, bytes) in sensitive(&new.text, wanted) {
+                match self.policy(kind) {
+                    Policy::Refuse => {
+                        return Err(Error::invalid(format!(
+                            "commit: expected no secret or personal data, turn {turn} has what looks like {kind:?} at bytes {}..{}",
+                            bytes.start, bytes.end
+                        )));
+                    }
+                    policy => verdict.withheld[turn] |= policy == Policy::Withhold,
+                }
+                verdict.findings.push(Finding { turn, kind, bytes });
+            }
+        }
+        Ok(verdict)
+    }
+}
+
+/// The words of a text as far as they can change what it says; empty if there is none.
+pub(crate) fn gist(text: &str) -> String {
+    let mut gist = String::with_capacity(text.len());
+    for line in text.lines() {
+        let line = line.trim_start_matches(['>', ' ', '\t']);
+        for token in line.split_whitespace() {
+            let word = if token.contains(char::is_alphanumeric) {
+                token.trim_matches(|c| ".,;:!?\"'()[]{}*_`“”‘’…".contains(c))
+            } else {
+                token
+            };
+            if word.is_empty() || ["a", "an", "the"].iter().any(|it| word.eq_ignore_ascii_case(it))
+            {
+                continue;
+            }
+            gist.extend(word.chars().flat_map(char::to_lowercase));
+            gist.push(' ');
+        }
+    }
+    // Signs alone say too little to be told apart by.
+    if gist.contains(char::is_alphanumeric) { gist } else { String::new() }
+}
+
+fn digits(text: &str) -> impl DoubleEndedIterator<Item = u32> + '_ {
+    text.chars().filter_map(|c| c.to_digit(10))
+}
+
+/// Luhn's check digit (ISO/IEC 7812-1), and a first digit that cards have.
+fn is_card(text: &str) -> bool {
+    let sum: u32 = digits(text)
+        .rev()
+        .enumerate()
+        .map(|(at, digit)| match (at % 2, digit * 2) {
+            (0, _) => digit,
+            (_, doubled) if doubled > 9 => doubled - 9,
+            (_, doubled) => doubled,
+        })
+        .sum();
+    sum.is_multiple_of(10) && matches!(digits(text).next(), Some(2..=6))
+}
+
+/// The check digits of ISO 13616: letters are numbers from 10, the first four characters go last, modulo 97 gives 1.
+fn is_bank_account(text: &str) -> bool {
+    let plain: Vec<char> = text.chars().filter(|c| *c != ' ').collect();
+    if !(15..=34).contains(&plain.len()) {
+        return false;
+    }
+    let (head, tail) = plain.split_at(4);
+    let rest = tail.iter().chain(head).try_fold(0u32, |rest, c| {
+        let value = c.to_digit(36)?;
+        Some((rest * if value < 10 { 10 } else { 100 } + value) % 97)
+    });
+    rest == Some(1)
+}
+
+/// Numbers that were never given out are something else.
+fn is_social_security(text: &str) -> bool {
+    let (area, rest) = text.split_at(3);
+    !matches!(area, "000" | "666")
+        && !area.starts_with('9')
+        && &rest[1..3] != "00"
+        && !rest.ends_with("0000")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn kinds(text: &str) -> Vec<Sensitive> {
+        sensitive(text, |_| true).into_iter().map(|(kind, _)| kind).collect()
+    }
+
+    #[test]
+    fn secrets_and_personal_data_are_told_by_their_form() {
+        let cases = [
+            ("key: AKIAIOSFODNN7EXAMPLE.", Sensitive::Token),
+            ("use ghp_abcdefghijklmnopqrstuvwxyz0123456789", Sensitive::Token),
+            ("sk-abcdefghijklmnopqrstuvwxyz", Sensitive::Token),
+            ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcdefghijk", Sensitive::Token),
+            ("my password is hunter22!", Sensitive::Password),
+            ("API_KEY=\"0123456789abcdef\"", Sensitive::Password),
+            (
+                "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+                Sensitive::PrivateKey,
+            ),
+            ("card 4111 1111 1111 1111 please", Sensitive::Card),
+            ("to DE89 3704 0044 0532 0130 00 today", Sensitive::BankAccount),
+            ("SSN 123-45-6789", Sensitive::SocialSecurity),
+            ("write to ada.l@example.co.uk", Sensitive::Email),
+            ("call +49 (30) 901820 now", Sensitive::Phone),
+        ];
+        for (text, kind) in cases {
+            assert_eq!(kinds(text), [kind], "{text}");
+        }
+    }
+
+    #[test]
+    fn ordinary_text_is_neither() {
+        for text in [
+            "We booked the Gion hotel in Kyoto for 12,000 yen on 2026-11-28 at 10:30.",
+            "The number is 1234 5678 9012 3456, not a card.",
+            "The password is in the blue drawer.",
+            "See section 3.2.1 of RFC 2616, page 4711, and the id 6f1c9a52-7d1e-4c5b-9b57-2d0f5f0a1f10.",
+            "GB00 BANK 0000 0000 0000 00 has wrong check digits, 000-12-3456 was never given out.",
+        ] {
+            assert_eq!(kinds(text), [], "{text}");
+        }
+    }
+
+    #[test]
+    fn a_policy_flags_withholds_or_refuses() {
+        let turns =
+            [NewTurn::new(Role::User, "Hello."), NewTurn::new(Role::User, "Mail a@b.org now.")];
+        let with = |personal| Hygiene { personal, ..Hygiene::default() }.examine(&turns);
+        let flagged = with(Policy::Flag).unwrap();
+        assert_eq!(flagged.findings, [Finding { turn: 1, kind: Sensitive::Email, bytes: 5..12 }]);
+        assert_eq!(flagged.withheld, [false, false]);
+        assert_eq!(with(Policy::Withhold).unwrap().withheld, [false, true]);
+        assert!(with(Policy::Ignore).unwrap().findings.is_empty());
+        let error = with(Policy::Refuse).err().unwrap().to_string();
+        assert!(
+            error.contains("turn 1") && error.contains("Email") && !error.contains("a@b"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_gist_ignores_form_and_nothing_that_could_change_a_fact() {
+        let same = [
+            "We booked the Gion hotel in Kyoto.",
+            "> we booked  a GION hotel, in Kyoto!",
+            "*We booked Gion hotel\nin Kyoto*",
+        ];
+        assert!(same.iter().all(|text| gist(text) == gist(same[0])));
+        for (one, other) in [
+            ("I like C.", "I like C++."),
+            ("I like tea.", "I do not like tea."),
+            ("It costs 5.", "It costs $5."),
+            ("x = y holds", "x != y holds"),
+            ("Room 12.", "Room 21."),
+            ("It is -5 here.", "It is 5 here."),
+            ("Ada told Bob.", "Bob told Ada."),
+            ("My passport.", "Your passport."),
+        ] {
+            assert_ne!(gist(one), gist(other), "{one} {other}");
+        }
+        assert_eq!(gist(" ... !? \n"), "");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_examined_without_a_panic(text in "(?s).{0,300}") {
+            for (_, bytes) in sensitive(&text, |_| true) {
+                prop_assert!(text.get(bytes).is_some_and(|part| !part.is_empty()));
+            }
+            prop_assert_eq!(gist(&text), gist(&text.replace(' ', "  ")));
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! Export and import of the log as lines of JSON, readable without this library.
+//! Knows no bytes of the store's own format; chunks and vectors are made anew where the log is imported.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, Read, Write};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::Store;
+use super::commit::Entry;
+use super::read::{OpenBlob, open, read_body};
+use crate::format::{Body, TurnRecord};
+use crate::{Cancel, Error, ErrorKind, NewTurn, Result, Role, Scope, TurnId, Value};
+
+/// What the first line says about the others.
+const FORMAT: &str = "mka-memory log";
+/// Version of the lines.
+const VERSION: u32 = 1;
+/// Turns of one session that are committed at once, and bytes of their text: bounds memory and the number of syncs.
+const BATCH_TURNS: usize = 64;
+const BATCH_BYTES: usize = 1 << 20;
+/// The longest line that is read: a turn of some hundred megabytes, escaped.
+const MAX_LINE_BYTES: u64 = 1 << 30;
+
+/// What an export wrote.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Exported {
+    /// Sessions.
+    pub sessions: usize,
+    /// Lines, the first one aside: one for each turn, retracted, forgotten and damaged ones included.
+    pub turns: u64,
+    /// Turns that are damaged: they are written as forgotten ones. One text each.
+    pub lost: Vec<String>,
+}
+
+/// What an import did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Imported {
+    /// Turns appended.
+    pub turns: u64,
+    /// Turns that the store held already.
+    pub skipped: u64,
+    /// Chunks that were new.
+    pub chunks_added: usize,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    format: String,
+    version: u32,
+}
+
+/// One turn. Fields that are left out have the value of most turns.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    user: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    agent: Option<String>,
+    session: String,
+    turn: TurnId,
+    role: Role,
+    time_ms: i64,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    text: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    tokens: Vec<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    source: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    subject: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    expires_ms: Option<i64>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    metadata: BTreeMap<String, Mark>,
+    remember: bool,
+    #[serde(default, skip_serializing_if = "is_false")]
+    retracted: bool,
+    #[serde(default, skip_serializing_if = "is_false")]
+    forgotten: bool,
+}
+
+/// A value of metadata. The reader of JSON rounds some numbers with many digits: those are written as texts.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Mark {
+    Plain(Value),
+    Exact { number: String },
+}
+
+impl From<Value> for Mark {
+    fn from(value: Value) -> Self {
+        let read_back = |number: &f64| -> Option<f64> {
+            serde_json::from_str(&serde_json::to_string(number).ok()?).ok()
+        };
+        match value {
+            Value::Number(number) if read_back(&number) != Some(number) => {
+                Self::Exact { number: number.to_string() }
+            }
+            value => Self::Plain(value),
+        }
+    }
+}
+
+impl Mark {
+    fn into_value(self) -> Result<Value> {
+        match self {
+            Self::Plain(value) => Ok(value),
+            Self::Exact { number } => number.parse().map(Value::Number).map_err(|source| {
+                Error::invalid(format!("import: expected a number of metadata, got `{number}`"))
+                    .with_source(source)
+            }),
+        }
+    }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// A turn as it stood when the export began; none if its record is damaged.
+type Listed = (TurnId, Option<(TurnRecord, Option<Result<OpenBlob>>)>);
+
+impl Store {
+    /// Writes the log of `scope` to `out`: one line of JSON for each turn, in order, session by session.
+    ///
+    /// It is the log as it stood when the call began, whatever is written or forgotten meanwhile.
+    /// Snapshots and pages are not in it: they belong to one model, and a [`backup`](Self::backup) has them.
+    ///
+    /// # Errors
+    /// `Storage` if `out` fails; `Cancelled`.
+    pub fn export(&self, scope: &Scope, out: &mut dyn Write, cancel: &Cancel) -> Result<Exported> {
+        scope.check("export")?;
+        self.export_where(|session| scope.contains(session), out, cancel)
+    }
+
+    /// [`Store::export`] of every user: for the owner of the store, not for one of its users.
+    ///
+    /// # Errors
+    /// As [`Store::export`].
+    pub fn export_all(&self, out: &mut dyn Write, cancel: &Cancel) -> Result<Exported> {
+        self.export_where(|_| true, out, cancel)
+    }
+
+    fn export_where(
+        &self,
+        wanted: impl Fn(&Scope) -> bool,
+        out: &mut dyn Write,
+        cancel: &Cancel,
+    ) -> Result<Exported> {
+        let sessions = self.list(wanted);
+        let mut exported = Exported { sessions: sessions.len(), ..Exported::default() };
+        write_line(out, &Header { format: FORMAT.into(), version: VERSION })?;
+        for (scope, turns) in sessions {
+            for (id, listed) in turns {
+                cancel.check("export")?;
+                write_line(out, &line(&scope, id, listed, &mut exported.lost))?;
+                exported.turns += 1;
+            }
+        }
+        out.flush().map_err(failed_to_write)?;
+        Ok(exported)
+    }
+
+    /// The wanted sessions and their turns, with the files that hold them kept open.
+    fn list(&self, wanted: impl Fn(&Scope) -> bool) -> Vec<(Scope, Vec<Listed>)> {
+        let state = self.read();
+        let sessions = state.by_scope.iter().filter(|(scope, _)| wanted(scope));
+        let list = |(scope, id): (&Scope, &u64)| {
+            let session = state.sessions.get(id)?;
+            let turn = |turn: TurnId| {
+                let record = session.turns.get(&turn).map(|turn| turn.record);
+                let listed =
+                    record.map(|record| (record, record.body.map(|blob| open(&state, blob))));
+                (turn, listed)
+            };
+            Some((scope.clone(), (0..session.num_turns).map(turn).collect()))
+        };
+        sessions.filter_map(list).collect()
+    }
+
+    /// Appends the turns that an export wrote, to the sessions that they come from.
+    ///
+    /// Turns that the store holds already are skipped, so that an import that was interrupted can be repeated.
+    /// Turns are cut, embedded and compared with what is there as new ones are; [`Hygiene`](crate::Hygiene)'s policies
+    /// for secrets and personal data do not apply to them.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a line that is none of an export, or that does not continue its session: the text has the
+    /// number of the line; `Cancelled`, and what [`Store::commit`] reports. Turns of lines before are stored.
+    pub fn import(&self, input: &mut dyn BufRead, cancel: &Cancel) -> Result<Imported> {
+        let mut lines = Lines { input, number: 0 };
+        let header: Header =
+            lines.next()?.ok_or_else(|| Error::invalid("import: the input is empty"))?;
+        if header.format != FORMAT || header.version != VERSION {
+            return Err(Error::new(
+                ErrorKind::Incompatible,
+                format!(
+                    "import: expected `{FORMAT}` of version {VERSION}, got `{}` of version {}",
+                    header.format, header.version
+                ),
+            ));
+        }
+        let mut imported = Imported::default();
+        let mut batch: Option<(Scope, Vec<(NewTurn, Entry)>)> = None;
+        let mut bytes = 0;
+        while let Some(line) = lines.next::<Line>()? {
+            cancel.check("import")?;
+            let (scope, turn) = (line.scope(), line.turn);
+            let is_full = bytes > BATCH_BYTES
+                || batch.as_ref().is_some_and(|(_, turns)| turns.len() == BATCH_TURNS);
+            if is_full || batch.as_ref().is_some_and(|(known, _)| *known != scope) {
+                self.import_batch(batch.take(), &mut imported)?;
+                bytes = 0;
+            }
+            let num_waiting = batch.as_ref().map_or(0, |(_, turns)| turns.len() as u64);
+            let next = self.num_turns(&scope)? + num_waiting;
+            if turn < next {
+                self.check_held(&scope, &line, lines.number)?;
+                imported.skipped += 1;
+                continue;
+            }
+            if turn > next {
+                return Err(Error::invalid(format!(
+                    "import: line {}: expected turn {next} of {scope}, got {turn}",
+                    lines.number
+                )));
+            }
+            bytes += line.text.len();
+            batch.get_or_insert_with(|| (scope, Vec::new())).1.push(line.into_turn()?);
+        }
+        self.import_batch(batch, &mut imported)?;
+        Ok(imported)
+    }
+
+    /// [`Store::export`] of `scope`, or of every user if it is none, into a file, which is on the disk when this returns; an existing one is replaced.
+    ///
+    /// # Errors
+    /// As [`Store::export`]; after one the file that was there is untouched.
+    pub fn export_file(
+        &self,
+        scope: Option<&Scope>,
+        path: &Path,
+        cancel: &Cancel,
+    ) -> Result<Exported> {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".partial");
+        let partial = Path::new(&name);
+        let file = std::fs::File::create(partial)
+            .map_err(|source| Error::io("create", partial, source))?;
+        let mut out = std::io::BufWriter::new(&file);
+        let exported = match scope {
+            Some(scope) => self.export(scope, &mut out, cancel),
+            None => self.export_all(&mut out, cancel),
+        };
+        drop(out);
+        let finished = exported.and_then(|exported| {
+            file.sync_all().map_err(|source| Error::io("sync", partial, source))?;
+            std::fs::rename(partial, path)
+                .map_err(|source| Error::io("rename", partial, source))?;
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            super::segment::sync_folder(parent.unwrap_or(Path::new(".")))?;
+            Ok(exported)
+        });
+        if finished.is_err() {
+            // What is left of it is of no use.
+            let _ = std::fs::remove_file(partial);
+        }
+        finished
+    }
+
+    fn import_batch(
+        &self,
+        batch: Option<(Scope, Vec<(NewTurn, Entry)>)>,
+        imported: &mut Imported,
+    ) -> Result<()> {
+        let Some((scope, turns)) = batch else { return Ok(()) };
+        let done = self.append_log(&scope, &turns)?;
+        imported.turns += done.turns.len() as u64;
+        imported.chunks_added += done.chunks_added;
+        Ok(())
+    }
+
+    /// Refuses a line whose turn the store holds with another text.
+    fn check_held(&self, scope: &Scope, line: &Line, number: u64) -> Result<()> {
+        let held = self.turns(scope, line.turn..line.turn + 1)?;
+        let same = held.iter().any(|turn| {
+            turn.forgotten || line.forgotten || (turn.text == line.text && turn.role == line.role)
+        });
+        if same {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "import: line {number}: expected turn {} of {scope} as the store holds it, got another text",
+            line.turn
+        )))
+    }
+}
+
+fn line(
+    scope: &Scope,
+    id: TurnId,
+    listed: Option<(TurnRecord, Option<Result<OpenBlob>>)>,
+    lost: &mut Vec<String>,
+) -> Line {
+    let record = listed.as_ref().map(|(record, _)| *record);
+    let body: Option<Result<Body>> = match listed {
+        None => Some(Err(Error::corrupted(format!(
+            "turn {id} of {scope} is lost: its record is damaged"
+        )))),
+        Some((_, blob)) => blob.map(|blob| read_body(scope, id, blob?)),
+    };
+    let body = body.and_then(|body| body.map_err(|error| lost.push(error.to_string())).ok());
+    let mut line = Line {
+        user: scope.user_id().to_owned(),
+        agent: scope.agent_id().map(str::to_owned),
+        session: scope.session_id().unwrap_or_default().to_owned(),
+        turn: id,
+        role: record.map_or(Role::System, |record| record.role),
+        time_ms: record.map_or(0, |record| record.time_ms),
+        text: String::new(),
+        tokens: Vec::new(),
+        source: None,
+        subject: None,
+        expires_ms: None,
+        metadata: BTreeMap::new(),
+        remember: record.is_some_and(|record| record.remember),
+        retracted: record.is_some_and(|record| record.retracted),
+        forgotten: true,
+    };
+    if let Some(body) = body {
+        (line.text, line.tokens, line.source) = (body.text, body.tokens, body.source);
+        (line.subject, line.expires_ms, line.forgotten) = (body.subject, body.expires_ms, false);
+        let marks = body.metadata.into_iter();
+        line.metadata = marks.map(|(key, value)| (key, value.into())).collect();
+    }
+    line
+}
+
+impl Line {
+    fn scope(&self) -> Scope {
+        let scope = Scope::user(&self.user).session(&self.session);
+        match &self.agent {
+            Some(agent) => scope.agent(agent),
+            None => scope,
+        }
+    }
+
+    fn into_turn(self) -> Result<(NewTurn, Entry)> {
+        let entry = match (self.forgotten, self.retracted) {
+            (true, _) => Entry::Forgotten,
+            (false, true) => Entry::Retracted,
+            (false, false) => Entry::New,
+        };
+        let mut turn = NewTurn::new(self.role, self.text);
+        (turn.time_ms, turn.tokens, turn.source) = (self.time_ms, self.tokens, self.source);
+        (turn.remember, turn.subject, turn.expires_ms) =
+            (self.remember, self.subject, self.expires_ms);
+        let marks = self.metadata.into_iter();
+        turn.metadata =
+            marks.map(|(key, mark)| Ok((key, mark.into_value()?))).collect::<Result<_>>()?;
+        Ok((turn, entry))
+    }
+}
+
+/// The lines of an import, with their numbers.
+struct Lines<'a> {
+    input: &'a mut dyn BufRead,
+    number: u64,
+}
+
+impl Lines<'_> {
+    /// The next line that is not blank.
+    fn next<T: for<'de> Deserialize<'de>>(&mut self) -> Result<Option<T>> {
+        let mut text = String::new();
+        loop {
+            text.clear();
+            self.number += 1;
+            let number = self.number;
+            let read =
+                (&mut *self.input).take(MAX_LINE_BYTES).read_line(&mut text).map_err(|source| {
+                    Error::new(ErrorKind::Storage, format!("import: line {number}: {source}"))
+                        .with_source(source)
+                })?;
+            if read == 0 {
+                return Ok(None);
+            }
+            if read as u64 == MAX_LINE_BYTES {
+                return Err(Error::invalid(format!(
+                    "import: line {number}: expected at most {MAX_LINE_BYTES} bytes"
+                )));
+            }
+            if !text.trim().is_empty() {
+                return serde_json::from_str(&text).map(Some).map_err(|source| {
+                    Error::invalid(format!("import: line {number}: {source}")).with_source(source)
+                });
+            }
+        }
+    }
+}
+
+fn write_line(out: &mut dyn Write, line: &impl Serialize) -> Result<()> {
+    serde_json::to_writer(&mut *out, line)
+        .map_err(std::io::Error::from)
+        .and_then(|()| out.write_all(b"\n"))
+        .map_err(failed_to_write)
+}
+
+fn failed_to_write(source: std::io::Error) -> Error {
+    Error::new(ErrorKind::Storage, format!("export: {source}")).with_source(source)
+}

@@ -1,0 +1,191 @@
+//! The doctor: finds every kind of damage, mends what can be derived, and says what is lost.
+
+use std::path::Path;
+
+use mka_memory::{
+    Cancel, Checkup, Commit, ErrorKind, NewSnapshot, Recall, Repair, Role, Scope, Store,
+};
+use proptest::prelude::*;
+
+use crate::damage::{apply, harm};
+use crate::support::{files, open, prose, say, trip, try_open};
+
+fn fill(path: &Path) -> Vec<String> {
+    let store = open(path);
+    let texts: Vec<String> = (0..6).map(|number| prose(number, 120)).collect();
+    for text in &texts {
+        say(&store, &trip(), Role::Document, &[text]);
+    }
+    let snapshot = NewSnapshot {
+        fingerprint: [1; 16],
+        position: 9,
+        state: vec![5; 300],
+        pages: vec![(0, vec![6; 2000])],
+        window: vec![0],
+    };
+    store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();
+    say(&store, &Scope::user("bob").session("x"), Role::User, &["Bob likes the seaside."]);
+    texts
+}
+
+fn check(store: &Store, repair: bool) -> Checkup {
+    store.doctor(repair, &Cancel::new()).unwrap()
+}
+
+/// Flips a bit of the first occurrence of `needle`, some bytes behind its start, in the segment.
+fn damage(path: &Path, needle: &[u8], behind: usize) {
+    let file = files(&path.join("segments")).remove(0);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let at = bytes.windows(needle.len()).position(|window| window == needle).unwrap();
+    bytes[at + behind] ^= 4;
+    std::fs::write(&file, bytes).unwrap();
+}
+
+fn repairs(checkup: &Checkup) -> Vec<Repair> {
+    checkup.problems.iter().map(|problem| problem.repair).collect()
+}
+
+#[test]
+fn a_whole_store_has_no_problems_and_every_record_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    let store = open(folder.path());
+    let checkup = check(&store, false);
+    assert_eq!(checkup.problems, []);
+    // The store, 2 sessions, 7 turns, a snapshot and a page; names, summary, text, chunks, state and page of them.
+    assert_eq!((checkup.records, checkup.blobs), (1 + 2 + 7 + 1 + 1, 4 + 14 + 2));
+    assert_eq!(checkup.bytes, store.stats().live_bytes);
+    assert_eq!(checkup.chunks, store.stats().chunks);
+}
+
+#[test]
+fn damage_while_the_store_is_open_is_found_and_derived_parts_are_mended() {
+    let folder = tempfile::tempdir().unwrap();
+    let texts = fill(folder.path());
+    let store = open(folder.path());
+    let query = &texts[3][..60];
+    let before = store.recall(&trip(), query, &Recall::default()).unwrap();
+    // The chunks of a turn follow its text in the segment.
+    damage(folder.path(), texts[3].as_bytes(), texts[3].len() + 200);
+    assert_eq!(repairs(&check(&store, false)), [Repair::Possible]);
+    assert_eq!(repairs(&check(&store, true)), [Repair::Done]);
+    assert_eq!(check(&store, false).problems, []);
+    assert_eq!(store.recall(&trip(), query, &Recall::default()).unwrap(), before);
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!(check(&store, false).problems, []);
+    assert_eq!(store.recall(&trip(), query, &Recall::default()).unwrap(), before);
+}
+
+#[test]
+fn a_lost_text_is_named_and_its_place_is_left_empty() {
+    let folder = tempfile::tempdir().unwrap();
+    let texts = fill(folder.path());
+    damage(folder.path(), texts[2].as_bytes(), 50);
+    let store = open(folder.path());
+    assert_eq!(store.turns(&trip(), 2..3).unwrap_err().kind(), ErrorKind::Corrupted);
+    let checkup = check(&store, true);
+    assert_eq!(repairs(&checkup), [Repair::Lost]);
+    assert!(checkup.problems[0].what.contains("turn 2"), "{checkup:?}");
+    for store in [store, open_again(folder.path())] {
+        let turns = store.turns(&trip(), 0..9).unwrap();
+        assert!(turns[2].forgotten && turns[3].text == texts[3]);
+        assert_eq!(store.stats().damaged, Vec::<String>::new());
+        assert_eq!(check(&store, false).problems, []);
+    }
+}
+
+/// The loop above holds the first store until it is done with it.
+fn open_again(path: &Path) -> Store {
+    let copy = path.join("again");
+    std::fs::create_dir(&copy).unwrap();
+    for folder in ["db", "segments"] {
+        std::fs::create_dir(copy.join(folder)).unwrap();
+        for file in files(&path.join(folder)) {
+            std::fs::copy(&file, copy.join(folder).join(file.file_name().unwrap())).unwrap();
+        }
+    }
+    open(&copy)
+}
+
+#[test]
+fn a_damaged_page_takes_its_snapshot_with_it_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    damage(folder.path(), &[6; 2000], 100);
+    let store = open(folder.path());
+    assert_eq!(store.snapshot(&trip(), [1; 16]).unwrap_err().kind(), ErrorKind::Corrupted);
+    assert_eq!(repairs(&check(&store, true)), [Repair::Lost]);
+    assert_eq!(store.snapshot(&trip(), [1; 16]).unwrap(), None);
+    assert_eq!(store.turns(&trip(), 0..9).unwrap().len(), 6);
+    assert_eq!(check(&store, false).problems, []);
+}
+
+#[test]
+fn records_that_the_database_lost_come_back_from_the_segments() {
+    let folder = tempfile::tempdir().unwrap();
+    let earlier = tempfile::tempdir().unwrap();
+    let texts = fill(folder.path());
+    let db = folder.path().join("db");
+    for file in files(&db) {
+        std::fs::copy(&file, earlier.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let store = open(folder.path());
+    say(&store, &trip(), Role::User, &["One more."]);
+    say(&store, &Scope::user("carl").session("new"), Role::User, &["And another one."]);
+    drop(store);
+    // The database goes back in time: the segments hold two commits that it does not know.
+    for file in files(&db) {
+        std::fs::remove_file(file).unwrap();
+    }
+    for file in files(earlier.path()) {
+        std::fs::copy(&file, db.join(file.file_name().unwrap())).unwrap();
+    }
+    let store = open(folder.path());
+    assert!(!store.stats().damaged.is_empty());
+    let checkup = check(&store, true);
+    assert!(!checkup.problems.is_empty());
+    assert!(checkup.problems.iter().all(|problem| problem.repair == Repair::Done), "{checkup:?}");
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!(store.stats().damaged, Vec::<String>::new());
+    let turns = store.turns(&trip(), 0..9).unwrap();
+    assert_eq!((turns[5].text.as_str(), turns[6].text.as_str()), (texts[5].as_str(), "One more."));
+    let carl = Scope::user("carl").session("new");
+    assert_eq!(store.turns(&carl, 0..9).unwrap()[0].text, "And another one.");
+    let hits = store.recall(&carl, "another", &Recall::default()).unwrap();
+    assert_eq!(hits.len(), 1);
+    assert_eq!(check(&store, false).problems, []);
+}
+
+#[test]
+fn a_check_can_be_cancelled() {
+    let folder = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    let cancel = Cancel::new();
+    cancel.cancel();
+    assert_eq!(open(folder.path()).doctor(true, &cancel).unwrap_err().kind(), ErrorKind::Cancelled);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_the_damage_a_repaired_store_is_whole_and_tells_the_truth(harms in prop::collection::vec(harm(), 1..3), which in 0usize..3, at in any::<prop::sample::Index>()) {
+        let folder = tempfile::tempdir().unwrap();
+        let texts = fill(folder.path());
+        let target = if which == 0 { "db" } else { "segments" };
+        let files = files(&folder.path().join(target));
+        apply(&files[at.index(files.len())], &harms);
+        let Ok(store) = try_open(folder.path()) else { return Ok(()) };
+        check(&store, true);
+        prop_assert_eq!(check(&store, false).problems, []);
+        drop(store);
+        let store = open(folder.path());
+        prop_assert_eq!(store.stats().damaged, Vec::<String>::new());
+        prop_assert_eq!(check(&store, false).problems, []);
+        for turn in store.turns(&trip(), 0..99).unwrap() {
+            prop_assert!(turn.forgotten || turn.text == texts[turn.id as usize]);
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Export, import and backup: what leaves a store comes back as it was.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use mka_memory::{
+    Cancel, Commit, ErrorKind, Filter, Forget, HashedEmbedder, NewTurn, Recall, Role, Scope, Store,
+    StoreOptions, Value,
+};
+
+use crate::support::{BACKENDS, files, keyed, open, open_as, prose, say, trip};
+
+fn fill(store: &Store) {
+    let bot = Scope::user("ada").agent("bot").session("work");
+    let mut guide =
+        NewTurn::new(Role::Document, "Kyoto has \"temples\".\n\nThe ferry leaves at nine.");
+    (guide.time_ms, guide.tokens, guide.source) = (20, vec![1, 70_000], Some("guide.md".into()));
+    (guide.subject, guide.expires_ms) = (Some("ferry".into()), Some(99));
+    let marks = [("kind", "guide".into()), ("open", true.into()), ("year", 2025.into())];
+    // Two numbers that a fast reader of JSON rounds, and two that it does not.
+    let numbers = [0.1 + 0.2, std::f64::consts::E * 1e200, 19.99, -0.0];
+    let numbers = ["a", "b", "c", "d"].into_iter().zip(numbers.map(Value::from));
+    guide.metadata =
+        marks.into_iter().chain(numbers).map(|(key, value)| (key.to_owned(), value)).collect();
+    let commit = |turns, retract| {
+        store.commit(&trip(), Commit { turns, retract, ..Commit::default() }).unwrap();
+    };
+    commit(vec![NewTurn::new(Role::User, "We booked the Gion hotel."), guide], None);
+    commit(vec![NewTurn::new(Role::Assistant, "It is too dear.")], None);
+    commit(vec![NewTurn::new(Role::Assistant, "It is paid for.")], Some(2));
+    say(store, &trip(), Role::Recalled, &["> We booked the Gion hotel."]);
+    say(
+        store,
+        &trip(),
+        Role::User,
+        &["My locker code is walrus-4711.", "we booked the GION hotel"],
+    );
+    say(store, &bot, Role::User, &["Water the tomatoes."]);
+    say(store, &Scope::user("bob").session("trip"), Role::User, &["Bob was here."]);
+    store.forget(&trip(), &Forget::matching("walrus-4711")).unwrap();
+}
+
+/// Everything that the three sessions hold, and what is found in them.
+fn contents(store: &Store) -> String {
+    let mut contents = String::new();
+    for scope in [
+        trip(),
+        Scope::user("ada").agent("bot").session("work"),
+        Scope::user("bob").session("trip"),
+    ] {
+        contents += &format!("{:?}\n", store.turns(&scope, 0..99).unwrap());
+        contents += &format!("{:?}\n", store.chunks(&scope, 0..99).unwrap());
+        let hits = store.recall(&scope, "hotel ferry tomatoes Bob", &Recall::default()).unwrap();
+        contents += &format!("{hits:?}\n");
+        let marked = Recall {
+            filter: Some(Filter::eq("a", 0.1 + 0.2).and(Filter::at_least("b", 1e200))),
+            ..Recall::default()
+        };
+        contents += &format!("{:?}\n", store.recall(&scope, "ferry", &marked).unwrap());
+    }
+    contents
+}
+
+fn exported(store: &Store) -> Vec<u8> {
+    let mut out = Vec::new();
+    let exported = store.export_all(&mut out, &Cancel::new()).unwrap();
+    assert_eq!(exported.turns as usize, out.split(|byte| *byte == b'\n').count() - 2);
+    assert!(exported.lost.is_empty());
+    out
+}
+
+#[test]
+fn what_is_exported_can_be_imported_and_is_the_same() {
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let store = open(folders[0].path());
+    fill(&store);
+    let lines = exported(&store);
+    let other = open(folders[1].path());
+    let imported = other.import(&mut &lines[..], &Cancel::new()).unwrap();
+    assert_eq!((imported.turns, imported.skipped), (9, 0));
+    assert_eq!(contents(&other), contents(&store));
+    assert!(contents(&other).matches("The ferry leaves at nine.").count() >= 4);
+    assert_eq!(exported(&other), lines);
+    // Again: nothing changes.
+    let again = other.import(&mut &lines[..], &Cancel::new()).unwrap();
+    assert_eq!((again.turns, again.skipped), (0, 9));
+    drop(other);
+    let other = open(folders[1].path());
+    assert_eq!(contents(&other), contents(&store));
+    assert!(other.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+}
+
+#[test]
+fn an_export_of_one_scope_holds_nothing_of_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    fill(&store);
+    let mut out = Vec::new();
+    let scope = Scope::user("ada").agent("bot");
+    let exported = store.export(&scope, &mut out, &Cancel::new()).unwrap();
+    assert_eq!((exported.sessions, exported.turns), (1, 1));
+    let text = String::from_utf8(out).unwrap();
+    assert!(text.contains("tomatoes") && !text.contains("Gion") && !text.contains("bob"));
+}
+
+#[test]
+fn an_export_to_a_file_appears_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder.path().join("store"));
+    fill(&store);
+    let path = folder.path().join("log.jsonl");
+    store.export_file(None, &path, &Cancel::new()).unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), exported(&store));
+    let cancel = Cancel::new();
+    cancel.cancel();
+    let error = store.export_file(Some(&trip()), &path, &cancel).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    assert_eq!(std::fs::read(&path).unwrap(), exported(&store));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn an_import_that_was_interrupted_is_gone_on_with() {
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let store = open(folders[0].path());
+    let texts: Vec<String> = (0..200).map(|number| prose(number, 20)).collect();
+    say(&store, &trip(), Role::Document, &texts.iter().map(String::as_str).collect::<Vec<_>>());
+    let lines = exported(&store);
+    let other = open(folders[1].path());
+    let cut = lines.len() * 2 / 3;
+    let error = other.import(&mut &lines[..cut], &Cancel::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    let held = other.num_turns(&trip()).unwrap();
+    assert!(held > 0 && held < 200, "{held}");
+    let imported = other.import(&mut &lines[..], &Cancel::new()).unwrap();
+    assert_eq!((imported.skipped, imported.turns), (held, 200 - held));
+    assert_eq!(exported(&other), lines);
+}
+
+#[test]
+fn lines_that_are_none_of_an_export_are_refused_by_number() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let refused = |lines: &str| {
+        let error = store.import(&mut lines.as_bytes(), &Cancel::new()).unwrap_err();
+        (error.kind(), error.to_string())
+    };
+    let header = r#"{"format":"mka-memory log","version":1}"#;
+    let turn = r#"{"user":"ada","session":"trip","turn":1,"role":"User","time_ms":0,"text":"x","remember":true}"#;
+    assert_eq!(refused("").0, ErrorKind::InvalidArgument);
+    assert_eq!(refused("{}").0, ErrorKind::InvalidArgument);
+    assert_eq!(refused(r#"{"format":"mka-memory log","version":9}"#).0, ErrorKind::Incompatible);
+    let (kind, text) = refused(&format!("{header}\n\n{turn}\n"));
+    assert_eq!(kind, ErrorKind::InvalidArgument);
+    assert!(text.contains("line 3") && text.contains("expected turn 0"), "{text}");
+    let (_, text) = refused(&format!("{header}\n{{\"user\":3}}\n"));
+    assert!(text.contains("line 2"), "{text}");
+    say(&store, &trip(), Role::User, &["a", "b"]);
+    let (_, text) = refused(&format!("{header}\n{turn}\n"));
+    assert!(text.contains("as the store holds it"), "{text}");
+}
+
+#[test]
+fn a_backup_of_an_open_store_is_a_store_of_whole_commits() {
+    for backend in BACKENDS {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open_as(&folder.path().join("store"), backend);
+        fill(&store);
+        let before = contents(&store);
+        let copies: Vec<_> =
+            (0..4).map(|number| folder.path().join(format!("copy-{number}"))).collect();
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                for number in 0..30 {
+                    let turns = vec![
+                        NewTurn::new(Role::Document, prose(2 * number, 60)),
+                        NewTurn::new(Role::Document, prose(2 * number + 1, 60)),
+                    ];
+                    let busy = Scope::user("zed").session("busy");
+                    store.commit(&busy, Commit { turns, ..Commit::default() }).unwrap();
+                }
+            });
+            for copy in &copies {
+                store.backup(copy, &Cancel::new()).unwrap();
+            }
+        });
+        for copy in &copies {
+            let copy = open_as(copy, backend);
+            assert_eq!(contents(&copy), before);
+            let checkup = copy.doctor(false, &Cancel::new()).unwrap();
+            assert!(checkup.problems.is_empty(), "{:?}", checkup.problems);
+            let busy = Scope::user("zed").session("busy");
+            assert!(copy.num_turns(&busy).unwrap().is_multiple_of(2));
+            say(&copy, &busy, Role::User, &["The copy goes its own way."]);
+        }
+        let error = store.backup(&copies[0], &Cancel::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    }
+}
+
+#[test]
+fn a_backup_that_is_cancelled_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder.path().join("store"));
+    fill(&store);
+    let cancel = Cancel::new();
+    cancel.cancel();
+    let error = store.backup(&folder.path().join("copy"), &cancel).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_backup_of_an_encrypted_store_is_encrypted() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = keyed(&folder.path().join("store"), 7).unwrap();
+    fill(&store);
+    let copy = folder.path().join("copy");
+    store.backup(&copy, &Cancel::new()).unwrap();
+    assert!(crate::support::files_with(&copy, "Gion").is_empty() && !files(&copy).is_empty());
+    assert_eq!(open_plain(&copy).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert_eq!(contents(&keyed(&copy, 7).unwrap()), contents(&store));
+}
+
+fn open_plain(path: &Path) -> mka_memory::Result<Store> {
+    Store::open(path, Arc::new(HashedEmbedder::new()), StoreOptions::default())
+}

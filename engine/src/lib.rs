@@ -72,6 +72,7 @@ pub use stream::{
 
 pub use mka_memory::{
     Backend, Backup, Checkup, ChunkId, ChunkInfo, Committed, DiskUsage, EncryptionKey, Exported,
-    Finding, Forget, Hit, Hygiene, Imported, NewTurn, Policy, Problem, Recall, Receipt, Repair,
-    Role, Scope, Sensitive, SessionInfo, Source, Stats, Trust, Turn, TurnId, Why,
+    Filter, Finding, Forget, Hit, Hygiene, Imported, Metadata, NewTurn, Policy, Problem, Recall,
+    Receipt, Repair, Role, Scope, Sensitive, SessionInfo, Source, Stats, Trust, Turn, TurnId,
+    Value, Why,
 };

@@ -9,7 +9,7 @@ use crate::TurnId;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Forget {
-    /// Every turn whose text or source name contains this text, letter case aside.
+    /// Every turn whose text, source name, subject or metadata contains this text, letter case aside.
     Matching(String),
     /// One turn of the scope's session.
     Turn(TurnId),
@@ -24,7 +24,7 @@ pub enum Forget {
 }
 
 impl Forget {
-    /// Every turn whose text or source name contains `text`, letter case aside.
+    /// Every turn whose text, source name, subject or metadata contains `text`, letter case aside.
     pub fn matching(text: impl Into<String>) -> Self {
         Self::Matching(text.into())
     }

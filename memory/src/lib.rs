@@ -30,6 +30,7 @@ mod chunk;
 mod cipher;
 mod embedder;
 mod error;
+mod filter;
 mod forget;
 mod format;
 mod hashed;
@@ -41,6 +42,7 @@ mod scope;
 mod storage;
 mod store;
 mod summary;
+mod tags;
 mod vectors;
 mod words;
 
@@ -48,6 +50,7 @@ pub use cancel::Cancel;
 pub use cipher::EncryptionKey;
 pub use embedder::Embedder;
 pub use error::{Error, ErrorKind, Result};
+pub use filter::{Filter, Metadata, Value};
 pub use forget::{Forget, Receipt};
 pub use hashed::HashedEmbedder;
 pub use hygiene::{Finding, Hygiene, Policy, Sensitive};
@@ -59,3 +62,4 @@ pub use store::{
     Backup, Checkup, ChunkInfo, DiskUsage, Exported, Imported, Problem, Reembedded, Repair,
     SessionInfo, Stats, Store, StoreOptions,
 };
+pub use vectors::{RowSet, VectorIndex};

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Finding;
+use crate::{Finding, Metadata};
 
 /// Who produced a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -46,6 +46,8 @@ pub struct NewTurn {
     /// When it stops being recalled, in milliseconds since the Unix epoch; never, if none.
     /// The text stays in the log until [`Forget::Expired`](crate::Forget::Expired) erases it.
     pub expires_ms: Option<i64>,
+    /// What [`Recall::filter`](crate::Recall::filter) asks for: at most 256 keys of 1 to 256 bytes.
+    pub metadata: Metadata,
 }
 
 impl NewTurn {
@@ -60,6 +62,7 @@ impl NewTurn {
             remember: matches!(role, Role::User | Role::Assistant | Role::Document),
             subject: None,
             expires_ms: None,
+            metadata: Metadata::new(),
         }
     }
 }
@@ -86,6 +89,8 @@ pub struct Turn {
     pub subject: Option<String>,
     /// When it stops being recalled, in milliseconds since the Unix epoch.
     pub expires_ms: Option<i64>,
+    /// What it was marked with.
+    pub metadata: Metadata,
     /// Superseded by a later commit: kept in the log, no longer recalled.
     pub retracted: bool,
     /// Erased by [`Store::forget`](crate::Store::forget): only its place in the log is left.

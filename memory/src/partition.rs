@@ -2,12 +2,21 @@
 //! Knows nothing of files; everything here is derived from the log.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
 use crate::Role;
+use crate::filter::Metadata;
 use crate::hygiene::gist;
+use crate::tags::{Accepted, Tags};
+use crate::vectors::{Bits, Graph, Index, Job, dot_fast};
 use crate::words::{Terms, Words};
+
+/// Up to so many chunks every one is scored exactly: that takes less than a millisecond.
+const EXHAUSTIVE_CHUNKS: usize = 1_000;
+/// Sentence vectors asked for to get one chunk: its neighbours' sentences are often close, too.
+const ROWS_PER_CHUNK: usize = 2;
 
 /// One place where a chunk's text was said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +46,11 @@ pub(crate) struct Moment {
 }
 
 impl Place {
+    /// Whether there is a time after which it is not recalled.
+    fn expires(&self) -> bool {
+        self.expires_ms < i64::MAX
+    }
+
     /// Whether the place existed and had not expired.
     pub(crate) fn exists(&self, moment: Moment) -> bool {
         moment.as_of_ms.is_none_or(|as_of| self.time_ms <= as_of)
@@ -73,9 +87,28 @@ pub(crate) struct Chunk {
     pub(crate) places: Vec<Place>,
 }
 
+/// What a vector is called beyond one opening: its chunk, and which of the chunk's it is; none if it is gone.
+pub(crate) type VectorName = Option<(u128, u32)>;
+
+/// What a search asks of a partition.
+pub(crate) struct Wanted<'a> {
+    /// The question's vector.
+    pub(crate) query: &'a [f32],
+    /// BM25 of every slot.
+    pub(crate) scores: &'a [f32],
+    /// Chunks wanted by words, and as many by vectors.
+    pub(crate) num: usize,
+    pub(crate) threads: usize,
+    /// Only chunks that stand in these turns.
+    pub(crate) among: Option<&'a Accepted<'a>>,
+    /// Only these chunks.
+    pub(crate) visible: Option<&'a dyn Fn(&Chunk) -> bool>,
+}
+
 /// The chunks of one (user, agent) pair.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Partition {
+    dim: usize,
     slots: Vec<Option<Chunk>>,
     free: Vec<u32>,
     by_id: HashMap<u128, u32>,
@@ -84,9 +117,47 @@ pub(crate) struct Partition {
     by_gist: HashMap<u64, u32>,
     /// What was said about each subject, oldest first.
     subjects: HashMap<Box<str>, Vec<Version>>,
+    /// Chunks of the versions that another one superseded, one chunk as often as it stands in them.
+    num_superseded_chunks: usize,
+    /// Places that expire at some time.
+    num_expiring: usize,
+    tags: Tags,
+    index: Index,
+    /// The index's row of each vector of a slot.
+    rows: Vec<Box<[u32]>>,
+    /// The slot of each row of the index, and which of the chunk's vectors it is.
+    owners: Vec<(u32, u32)>,
 }
 
 impl Partition {
+    /// No chunks yet; their vectors have `dim` numbers.
+    pub(crate) fn new(dim: usize) -> Self {
+        Self {
+            dim,
+            slots: Vec::new(),
+            free: Vec::new(),
+            by_id: HashMap::new(),
+            words: Words::default(),
+            tags: Tags::default(),
+            index: Index::new(dim),
+            rows: Vec::new(),
+            owners: Vec::new(),
+            by_gist: HashMap::new(),
+            subjects: HashMap::new(),
+            num_superseded_chunks: 0,
+            num_expiring: 0,
+        }
+    }
+
+    pub(crate) fn tags(&self) -> &Tags {
+        &self.tags
+    }
+
+    /// Takes in a turn's metadata, before or after its chunks.
+    pub(crate) fn set_metadata(&mut self, session: u64, turn: u64, metadata: &Metadata) {
+        self.tags.set((session, turn), metadata);
+    }
+
     pub(crate) fn words(&self) -> &Words {
         &self.words
     }
@@ -98,6 +169,16 @@ impl Partition {
     /// Subjects, and the turns about one that a newer turn superseded.
     pub(crate) fn num_subjects(&self) -> (usize, usize) {
         (self.subjects.len(), self.subjects.values().map(|versions| versions.len() - 1).sum())
+    }
+
+    /// Chunks of superseded turns, at least as many as there are.
+    pub(crate) fn num_superseded_chunks(&self) -> usize {
+        self.num_superseded_chunks
+    }
+
+    /// Places that expire at some time, or have.
+    pub(crate) fn num_expiring(&self) -> usize {
+        self.num_expiring
     }
 
     /// Places beyond the first of each chunk.
@@ -117,8 +198,16 @@ impl Partition {
         self.slots[*self.by_id.get(&id)? as usize].as_ref()
     }
 
-    pub(crate) fn get_mut(&mut self, id: u128) -> Option<&mut Chunk> {
+    fn get_mut(&mut self, id: u128) -> Option<&mut Chunk> {
         self.slots[*self.by_id.get(&id)? as usize].as_mut()
+    }
+
+    /// Moves a chunk's vectors to another turn's record; false if there are none to move.
+    pub(crate) fn set_home(&mut self, id: u128, home: (u64, u64)) -> bool {
+        self.get_mut(id).is_some_and(|chunk| {
+            chunk.home = home;
+            !chunk.vectors.is_empty()
+        })
     }
 
     /// Puts a chunk in that is not there yet.
@@ -128,11 +217,163 @@ impl Partition {
             self.slots.len() as u32 - 1
         });
         self.words.add(terms, slot, &chunk.text);
+        self.index_rows(slot, &chunk.vectors);
+        for place in &chunk.places {
+            self.tags.add((place.session, place.turn), slot);
+            self.num_expiring += usize::from(place.expires());
+        }
         if let Some(hash) = gist_hash(&gist(&chunk.text)) {
             self.by_gist.insert(hash, slot);
         }
         self.by_id.insert(chunk.id, slot);
         self.slots[slot as usize] = Some(chunk);
+    }
+
+    /// Gives the vectors of a slot, which has none in the index yet, their rows.
+    fn index_rows(&mut self, slot: u32, vectors: &[f32]) {
+        let mut rows = Vec::with_capacity(vectors.len() / self.dim);
+        for (at, vector) in vectors.chunks_exact(self.dim).enumerate() {
+            let row = self.index.insert(vector);
+            if self.owners.len() <= row as usize {
+                self.owners.resize(row as usize + 1, (0, 0));
+            }
+            self.owners[row as usize] = (slot, at as u32);
+            rows.push(row);
+        }
+        if self.rows.len() <= slot as usize {
+            self.rows.resize(slot as usize + 1, Box::default());
+        }
+        self.rows[slot as usize] = rows.into();
+    }
+
+    /// The vector of a row of the index, if it lives.
+    fn vector(&self, row: u32) -> Option<&[f32]> {
+        let &(slot, at) = self.owners.get(row as usize)?;
+        let is_owner = self.rows.get(slot as usize)?.get(at as usize) == Some(&row);
+        let chunk = self.slots.get(slot as usize)?.as_ref().filter(|_| is_owner)?;
+        chunk.vectors.get(at as usize * self.dim..(at as usize + 1) * self.dim)
+    }
+
+    /// The chunks worth scoring for a question: all of a small partition, else the best by words and the best by
+    /// vectors of those that are wanted.
+    pub(crate) fn candidates(&self, wanted: &Wanted<'_>) -> Vec<(u32, &Chunk)> {
+        if self.len() <= EXHAUSTIVE_CHUNKS {
+            return self.iter().collect();
+        }
+        let chunk = |slot: u32| Some((slot, self.slots.get(slot as usize)?.as_ref()?));
+        let visible = match (wanted.among, wanted.visible) {
+            (Some(among), _) => Some(self.visible(wanted, among.slots().filter_map(chunk))),
+            (None, Some(_)) => Some(self.visible(wanted, self.iter())),
+            (None, None) => None,
+        };
+        let mut slots = self.best_by_words(wanted, visible.as_ref());
+        slots.extend(self.best_by_vectors(wanted, visible.as_ref()));
+        slots.sort_unstable();
+        slots.dedup();
+        slots.into_iter().filter_map(chunk).collect()
+    }
+
+    /// The slots of those chunks that are wanted.
+    fn visible<'a>(
+        &self,
+        wanted: &Wanted<'_>,
+        chunks: impl Iterator<Item = (u32, &'a Chunk)>,
+    ) -> Bits {
+        let mut bits = Bits::none(self.slots.len());
+        chunks
+            .filter(|(_, chunk)| wanted.visible.is_none_or(|visible| visible(chunk)))
+            .for_each(|(slot, _)| bits.insert(slot as usize));
+        bits
+    }
+
+    fn best_by_words(&self, wanted: &Wanted<'_>, visible: Option<&Bits>) -> Vec<u32> {
+        let scores = wanted.scores.iter().enumerate();
+        let scored = scores
+            .filter(|&(slot, &score)| score > 0.0 && visible.is_none_or(|bits| bits.contains(slot)))
+            .map(|(slot, &score)| (score, slot as u32));
+        greatest(scored.collect(), wanted.num)
+    }
+
+    fn best_by_vectors(&self, wanted: &Wanted<'_>, visible: Option<&Bits>) -> Vec<u32> {
+        let allowed = visible.map(|slots| {
+            let mut bits = Bits::none(self.index.capacity());
+            let rows = slots.iter().filter_map(|slot| self.rows.get(slot));
+            rows.flatten().for_each(|&row| bits.insert(row as usize));
+            bits
+        });
+        let num_rows = wanted.num * ROWS_PER_CHUNK;
+        let rows = self.index.candidates(wanted.query, num_rows, allowed.as_ref(), wanted.threads);
+        let mut best: HashMap<u32, f32> = HashMap::new();
+        for row in rows {
+            let Some(vector) = self.vector(row) else { continue };
+            let cosine = dot_fast(wanted.query, vector);
+            let known = best.entry(self.owners[row as usize].0).or_insert(cosine);
+            *known = known.max(cosine);
+        }
+        greatest(best.into_iter().map(|(slot, cosine)| (cosine, slot)).collect(), wanted.num)
+    }
+
+    /// Starts a build if this many vectors lack a good graph: the rows to build it over.
+    pub(crate) fn start_build(&mut self, graph_vectors: usize) -> Option<Job> {
+        self.index.start_build(graph_vectors)
+    }
+
+    /// Whether [`start_build`](Self::start_build) would start one.
+    pub(crate) fn is_build_due(&self, graph_vectors: usize) -> bool {
+        self.index.is_build_due(graph_vectors)
+    }
+
+    /// Whether a build that was started has not ended.
+    pub(crate) fn is_building(&self) -> bool {
+        self.index.is_building()
+    }
+
+    /// Bytes of a row as the graph keeps it.
+    pub(crate) fn padded(&self) -> usize {
+        self.index.padded()
+    }
+
+    /// A row's vector as the graph keeps it, into `out: (padded)`; false if the row is gone.
+    pub(crate) fn quantize(&self, row: u32, out: &mut [i8]) -> bool {
+        let vector = self.vector(row);
+        vector.iter().for_each(|vector| self.index.quantize(vector, out));
+        vector.is_some()
+    }
+
+    /// Searches go through the graph from now on; see [`Index::seal`].
+    pub(crate) fn seal(&mut self, graph: Arc<Graph>, rows: Vec<u32>) {
+        self.index.seal(graph, rows);
+    }
+
+    /// A build has ended without a graph.
+    pub(crate) fn give_up(&mut self) {
+        self.index.give_up();
+    }
+
+    /// Vectors that the index holds, and how many of them the graph finds.
+    pub(crate) fn num_vectors(&self) -> (usize, usize) {
+        (self.index.len(), self.index.num_sealed())
+    }
+
+    /// The graph, and for each of its positions the chunk and which of its vectors stands there; none if it is gone.
+    pub(crate) fn sealed(&self) -> Option<(Arc<Graph>, Vec<VectorName>)> {
+        let (graph, rows) = self.index.sealed()?;
+        let name = |row: &u32| {
+            self.vector(*row)?;
+            let (slot, at) = self.owners[*row as usize];
+            Some((self.slots[slot as usize].as_ref()?.id, at))
+        };
+        Some((graph.clone(), rows.iter().map(name).collect()))
+    }
+
+    /// Whether vectors of the graph are gone.
+    pub(crate) fn has_lost_rows(&self) -> bool {
+        self.index.sealed().is_some_and(|(_, rows)| rows.len() > self.index.num_sealed())
+    }
+
+    /// The row of a chunk's vector.
+    pub(crate) fn row_of(&self, id: u128, at: u32) -> Option<u32> {
+        self.rows.get(*self.by_id.get(&id)? as usize)?.get(at as usize).copied()
     }
 
     /// A chunk that says what `text` says in nearly the same words, and stands in a place that `fits`.
@@ -148,7 +389,10 @@ impl Partition {
 
     /// Adds a place to a chunk; false if the chunk is unknown.
     pub(crate) fn add_place(&mut self, id: u128, place: Place) -> bool {
-        let Some(chunk) = self.get_mut(id) else { return false };
+        let Some(&slot) = self.by_id.get(&id) else { return false };
+        let Some(chunk) = &mut self.slots[slot as usize] else { return false };
+        self.tags.add((place.session, place.turn), slot);
+        self.num_expiring += usize::from(place.expires());
         let at = chunk.places.partition_point(|known| known.order <= place.order);
         chunk.places.insert(at, place);
         true
@@ -163,13 +407,20 @@ impl Partition {
         turn: u64,
     ) -> Vec<u128> {
         let mut bare = Vec::new();
+        self.tags.remove((session, turn));
         for id in ids {
             let Some(chunk) = self.get_mut(id) else { continue };
             let before = chunk.places.len();
-            chunk.places.retain(|place| (place.session, place.turn) != (session, turn));
+            let mut num_expiring = 0;
+            chunk.places.retain(|place| {
+                let stays = (place.session, place.turn) != (session, turn);
+                num_expiring += usize::from(!stays && place.expires());
+                stays
+            });
             if chunk.places.iter().all(|place| place.near) && before > 0 {
                 bare.push(id);
             }
+            self.num_expiring -= num_expiring;
         }
         bare
     }
@@ -177,15 +428,19 @@ impl Partition {
     /// Lets a turn speak about its subject: it supersedes older ones, and newer ones supersede it.
     pub(crate) fn add_version(&mut self, subject: &str, version: Version) {
         let versions = self.subjects.entry(subject.into()).or_default();
+        self.num_superseded_chunks -= num_superseded(versions);
         let at = versions.partition_point(|known| *known < version);
         versions.insert(at, version);
+        self.num_superseded_chunks += num_superseded(versions);
         self.supersede(subject);
     }
 
     /// Takes a turn's word about its subject back.
     pub(crate) fn remove_version(&mut self, subject: &str, turn: (u64, u64)) {
         if let Some(versions) = self.subjects.get_mut(subject) {
+            self.num_superseded_chunks -= num_superseded(versions);
             versions.retain(|version| version.turn != turn);
+            self.num_superseded_chunks += num_superseded(versions);
             if versions.is_empty() {
                 self.subjects.remove(subject);
             } else {
@@ -211,7 +466,11 @@ impl Partition {
 
     /// Gives a chunk that has none its vectors.
     pub(crate) fn set_vectors(&mut self, id: u128, vectors: Box<[f32]>) {
-        if let Some(chunk) = self.get_mut(id) {
+        let Some(&slot) = self.by_id.get(&id) else { return };
+        let known = self.rows.get_mut(slot as usize).map(std::mem::take);
+        known.iter().flatten().for_each(|&row| self.index.remove(row));
+        self.index_rows(slot, &vectors);
+        if let Some(chunk) = &mut self.slots[slot as usize] {
             chunk.vectors = vectors;
         }
     }
@@ -230,6 +489,11 @@ impl Partition {
                 chunk.text == known.text
                     && chunk.vectors == known.vectors
                     && ordered[0] == ordered[1]
+                    && self.is_indexed(chunk)
+                    && chunk.places.iter().all(|place| {
+                        let turn = (place.session, place.turn);
+                        self.tags.metadata(turn) == other.tags.metadata(turn)
+                    })
             });
             differing += usize::from(!same);
             terms.words(&chunk.text, |word, _| {
@@ -239,12 +503,24 @@ impl Partition {
         differing + usize::from(words)
     }
 
+    /// Whether each of a chunk's vectors has its row.
+    fn is_indexed(&self, chunk: &Chunk) -> bool {
+        chunk.vectors.chunks_exact(self.dim).enumerate().all(|(at, vector)| {
+            let row = self.row_of(chunk.id, at as u32);
+            row.and_then(|row| self.vector(row)) == Some(vector)
+        })
+    }
+
     /// Takes chunks out, with their words.
     pub(crate) fn remove(&mut self, terms: &Terms, ids: &[u128]) {
         let mut removed = Vec::new();
         for id in ids {
             let Some(slot) = self.by_id.remove(id) else { continue };
             if let Some(chunk) = self.slots[slot as usize].take() {
+                let rows = std::mem::take(&mut self.rows[slot as usize]);
+                rows.iter().for_each(|&row| self.index.remove(row));
+                let expiring = chunk.places.iter().filter(|place| place.expires());
+                self.num_expiring -= expiring.count();
                 if let Some(hash) = gist_hash(&gist(&chunk.text))
                     && self.by_gist.get(&hash) == Some(&slot)
                 {
@@ -258,6 +534,20 @@ impl Partition {
             removed.iter().map(|(slot, chunk)| (*slot, &*chunk.text)).collect();
         self.words.remove(terms, &texts);
     }
+}
+
+/// Chunks of all versions but the newest.
+fn num_superseded(versions: &[Version]) -> usize {
+    versions.iter().rev().skip(1).map(|version| version.chunks.len()).sum()
+}
+
+/// The numbers of the `num` greatest scores.
+fn greatest(mut scored: Vec<(f32, u32)>, num: usize) -> Vec<u32> {
+    if num < scored.len() {
+        scored.select_nth_unstable_by(num, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        scored.truncate(num);
+    }
+    scored.into_iter().map(|(_, number)| number).collect()
 }
 
 fn gist_hash(gist: &str) -> Option<u64> {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use crate::{Role, TurnId};
+use crate::{Filter, Role, TurnId};
 
 /// Share of the words' score, divided by the best one, in the fused score.
 /// Half and half found 0.93 of paraphrased and 1.00 of keyword needles among the best five;
@@ -13,6 +13,10 @@ pub(crate) const WORDS_WEIGHT: f32 = 0.5;
 pub(crate) const VECTOR_WEIGHT: f32 = 0.5;
 /// What the newest candidate gains over the oldest: breaks ties, and never outweighs a real difference.
 pub(crate) const RECENCY_WEIGHT: f32 = 0.02;
+
+/// Weights of coverage and cosine, and a constant, of the logistic curve behind [`Hit::relevance`]: chosen by hand so that
+/// either all of the words or a cosine of two thirds is even odds. `bench_recall` fits and checks them.
+const RELEVANCE: [f32; 3] = [4.0, 6.0, -4.0];
 
 /// How to recall.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,8 +46,13 @@ pub struct Recall {
     /// Halves a score for every so many milliseconds of age; none lets age count as little as it does anyway.
     /// Age is counted from `as_of_ms`, else from `now_ms`, else from the newest chunk that can be seen.
     pub half_life_ms: Option<u64>,
+    /// Only chunks of turns whose metadata this accepts; see [`NewTurn::metadata`](crate::NewTurn::metadata).
+    pub filter: Option<Filter>,
     /// Hits that score less are left out.
     pub min_score: f32,
+    /// Hits less [relevant](Hit::relevance) are left out, so that a question that nothing answers gets no hits.
+    /// 0 keeps all; see there for how far it can be trusted.
+    pub min_relevance: f32,
     /// Let a short question lean on what its session was about just now; see [`Why::follow_up`].
     pub follow_up: bool,
 }
@@ -61,7 +70,9 @@ impl Default for Recall {
             now_ms: None,
             stale: false,
             half_life_ms: None,
+            filter: None,
             min_score: 0.0,
+            min_relevance: 0.0,
             follow_up: true,
         }
     }
@@ -91,6 +102,9 @@ pub struct Hit {
     pub text: String,
     /// The fused score, 0 to 1.02; higher is better.
     pub score: f32,
+    /// How likely the hit is about the question at all, 0 to 1. The score compares the hits of one question with each
+    /// other; this compares with all questions. Its curve is set by hand, not calibrated on any embedder: choose a threshold by trial.
+    pub relevance: f32,
     /// What the score is made of.
     pub why: Why,
     /// Where the text was said: the latest place that the scope may see.
@@ -109,6 +123,8 @@ pub struct Hit {
 pub struct Why {
     /// BM25 of the query's words, 0 if none occurs.
     pub bm25: f32,
+    /// Share of the question's words, weighted by how rare they are, that the chunk holds: 0 to 1.
+    pub coverage: f32,
     /// Place by words alone, from 1; none if no word occurs.
     pub bm25_rank: Option<u32>,
     /// Cosine of the query and the chunk's best sentence, -1 to 1.
@@ -178,7 +194,8 @@ pub(crate) struct Parts {
 }
 
 /// Fuses the parts of all candidates; the result is in the order of `parts`.
-pub(crate) fn fuse(parts: &[Parts], follow_up: bool) -> Vec<(f32, Why)> {
+/// `attainable` is the BM25 of a chunk of mean length that holds every word of the question once.
+pub(crate) fn fuse(parts: &[Parts], attainable: f32, follow_up: bool) -> Vec<(f32, Why)> {
     let best = parts.iter().map(|part| part.bm25).fold(0.0f32, f32::max);
     let oldest = parts.iter().map(|part| part.order).min().unwrap_or(0);
     let newest = parts.iter().map(|part| part.order).max().unwrap_or(0);
@@ -194,6 +211,7 @@ pub(crate) fn fuse(parts: &[Parts], follow_up: bool) -> Vec<(f32, Why)> {
             let score = WORDS_WEIGHT * words + VECTOR_WEIGHT * part.cosine.max(0.0) + recency;
             let why = Why {
                 bm25: part.bm25,
+                coverage: if attainable > 0.0 { (part.bm25 / attainable).min(1.0) } else { 0.0 },
                 bm25_rank: (part.bm25 > 0.0).then_some(by_words[at]),
                 cosine: part.cosine,
                 cosine_rank: by_cosine[at],
@@ -203,6 +221,13 @@ pub(crate) fn fuse(parts: &[Parts], follow_up: bool) -> Vec<(f32, Why)> {
             (score, why)
         })
         .collect()
+}
+
+/// How likely a hit with these parts is about the question.
+pub(crate) fn relevance(why: &Why) -> f32 {
+    let [coverage, cosine, constant] = RELEVANCE;
+    let logit = coverage * why.coverage + cosine * why.cosine.max(0.0) + constant;
+    1.0 / (1.0 + (-logit).exp())
 }
 
 /// What is left of a score at an age.

@@ -6,9 +6,11 @@ mod commit;
 mod compact;
 mod doctor;
 mod erase;
+mod indexing;
 mod load;
 mod lock;
 mod near;
+mod queries;
 mod read;
 mod records;
 mod reembed;
@@ -17,6 +19,7 @@ mod segment;
 mod state;
 mod storage;
 mod transfer;
+mod vectors;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -27,7 +30,9 @@ pub use read::{ChunkInfo, DiskUsage, SessionInfo, Stats};
 pub use reembed::Reembedded;
 pub use transfer::{Exported, Imported};
 
+use self::indexing::Indexer;
 use self::lock::Lock;
+use self::queries::Queries;
 use self::records::{Change, Records};
 use self::segment::Appender;
 use self::state::State;
@@ -57,6 +62,11 @@ pub struct StoreOptions {
     pub reembed: bool,
     /// What is not stored twice, and what is not stored at all.
     pub hygiene: Hygiene,
+    /// From so many sentence vectors of one user and agent on, a graph (HNSW) is built over them in the background, and
+    /// searches without a filter walk it instead of scanning codes; never, with `usize::MAX`.
+    pub graph_vectors: usize,
+    /// Threads that one scan of more than 131,072 vectors may use; at least 1.
+    pub scan_threads: usize,
 }
 
 impl Default for StoreOptions {
@@ -69,6 +79,8 @@ impl Default for StoreOptions {
             key: None,
             reembed: false,
             hygiene: Hygiene::default(),
+            graph_vectors: 250_000,
+            scan_threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
         }
     }
 }
@@ -81,7 +93,9 @@ pub struct Store {
     path: PathBuf,
     embedder: Arc<dyn Embedder>,
     options: StoreOptions,
-    state: RwLock<State>,
+    state: Arc<RwLock<State>>,
+    indexer: Indexer,
+    queries: Queries,
     writer: Mutex<Writer>,
     _lock: Lock,
 }

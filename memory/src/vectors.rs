@@ -1,5 +1,27 @@
-//! Exact search over rows of f32: the cosine of the best sentence of a chunk.
+//! Rows of f32, and which of them are close to a query: exact arithmetic here, the indexes in the folder beside.
 //! Knows nothing of text, scopes or storage.
+
+mod bits;
+mod build;
+mod codes;
+mod column;
+mod dots;
+mod graph;
+mod index;
+mod rotation;
+mod scan;
+mod table;
+
+pub(crate) use bits::Bits;
+pub(crate) use build::{NotBuilt, build};
+pub(crate) use column::{Column, Held, Plain};
+pub(crate) use dots::dot_fast;
+pub(crate) use graph::{Graph, Idle, Layer};
+pub(crate) use index::{Index, Job};
+pub use table::{RowSet, VectorIndex};
+
+/// The most numbers per vector.
+pub(crate) const MAX_DIM: usize = 1 << 16;
 
 /// Independent sums, so that the compiler keeps them in vector registers: 16 f32 fill two AVX2 or four NEON registers.
 const LANES: usize = 16;

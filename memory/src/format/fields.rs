@@ -2,7 +2,7 @@
 //! Knows nothing of which record they make up.
 
 use super::{BlobRef, Kind};
-use crate::{Error, Result, Role};
+use crate::{Error, Metadata, Result, Role, Value};
 
 pub(super) fn role_code(role: Role) -> u8 {
     match role {
@@ -37,6 +37,28 @@ pub(super) fn put_option(out: &mut Vec<u8>, text: Option<&str>) {
 pub(super) fn put_floats(out: &mut Vec<u8>, values: &[f32]) {
     put_u32(out, values.len() as u32);
     values.iter().for_each(|value| out.extend_from_slice(&value.to_le_bytes()));
+}
+
+/// Metadata goes last in its record: without any, nothing is written.
+pub(super) fn put_metadata(out: &mut Vec<u8>, metadata: &Metadata) {
+    if metadata.is_empty() {
+        return;
+    }
+    put_u32(out, metadata.len() as u32);
+    for (key, value) in metadata {
+        put_bytes(out, key.as_bytes());
+        match value {
+            Value::Flag(flag) => out.extend([0, u8::from(*flag)]),
+            Value::Number(number) => {
+                out.push(1);
+                put_u64(out, number.to_bits());
+            }
+            Value::Text(text) => {
+                out.push(2);
+                put_bytes(out, text.as_bytes());
+            }
+        }
+    }
 }
 
 pub(super) fn put_ref(out: &mut Vec<u8>, blob: &BlobRef) {
@@ -117,6 +139,40 @@ impl<'a> Reader<'a> {
 
     pub(super) fn option(&mut self) -> Result<Option<String>> {
         if self.flag()? { self.text().map(Some) } else { Ok(None) }
+    }
+
+    /// What [`put_metadata`] wrote as the last field.
+    pub(super) fn metadata(&mut self) -> Result<Metadata> {
+        let mut metadata = Metadata::new();
+        if self.bytes.is_empty() {
+            return Ok(metadata);
+        }
+        let num_entries = self.u32()?;
+        for _ in 0..num_entries {
+            let key = self.text()?;
+            if metadata.last_key_value().is_some_and(|(last, _)| *last >= key) {
+                return Err(Error::corrupted(format!(
+                    "{}: expected ascending keys of metadata",
+                    self.what
+                )));
+            }
+            let value = match self.u8()? {
+                0 => Value::Flag(self.flag()?),
+                1 => Value::Number(f64::from_bits(self.u64()?)),
+                2 => Value::Text(self.text()?),
+                other => {
+                    return Err(Error::corrupted(format!(
+                        "{}: unknown kind of value {other}",
+                        self.what
+                    )));
+                }
+            };
+            metadata.insert(key, value);
+        }
+        if metadata.is_empty() {
+            return Err(Error::corrupted(format!("{}: expected entries of metadata", self.what)));
+        }
+        Ok(metadata)
     }
 
     pub(super) fn numbers<T>(&mut self, len: usize, from: impl Fn([u8; 4]) -> T) -> Result<Vec<T>> {

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::{Metadata, NewTurn, Role, Value};
 
 fn blob(kind: Kind) -> BlobRef {
     BlobRef { segment: 3, offset: 77, len: 5, hash: 0xdead_beef, kind }
@@ -116,13 +117,18 @@ proptest! {
     }
 
     #[test]
-    fn a_body_reads_back_as_written(source in prop::option::of(".{0,20}"), text in ".{0,200}", tokens in prop::collection::vec(any::<u32>(), 0..40), subject in prop::option::of(".{0,20}"), expires_ms in any::<Option<i64>>()) {
-        let mut turn = NewTurn::new(HEAD.role, text.clone());
-        (turn.source, turn.tokens) = (source.clone(), tokens.clone());
-        (turn.subject, turn.expires_ms) = (subject.clone(), expires_ms);
-        let bytes = Body::encode(&HEAD, &turn);
-        let body = Body { head: HEAD, source, text, tokens, subject, expires_ms };
-        prop_assert_eq!(Body::decode(Kind::Body, &bytes).unwrap(), body);
+    fn a_body_reads_back_as_written(source in prop::option::of(".{0,20}"), text in ".{0,200}", tokens in prop::collection::vec(any::<u32>(), 0..40), subject in prop::option::of(".{0,20}"), expires_ms in any::<Option<i64>>(), number in -1e9f64..1e9) {
+        let marks = [("kind", Value::from(text.as_str())), ("flag", true.into()), ("number", number.into())];
+        let marks = marks.map(|(key, value)| (key.to_owned(), value));
+        for metadata in [Metadata::new(), marks.into()] {
+            let mut turn = NewTurn::new(HEAD.role, text.clone());
+            (turn.source, turn.tokens) = (source.clone(), tokens.clone());
+            (turn.subject, turn.expires_ms, turn.metadata) = (subject.clone(), expires_ms, metadata);
+            let bytes = Body::encode(&HEAD, &turn);
+            let NewTurn { source, text, tokens, subject, expires_ms, metadata, .. } = turn;
+            let body = Body { head: HEAD, source, text, tokens, subject, expires_ms, metadata };
+            prop_assert_eq!(Body::decode(Kind::Body, &bytes).unwrap(), body);
+        }
     }
 
     #[test]

@@ -107,6 +107,7 @@ impl Store {
         for &number in &impure {
             self.compact(writer, number)?;
         }
+        self.rewrite_graphs()?;
         let store = StoreRecord { purge_pending: false, ..self.read().store.clone() };
         drop(self.publish(writer, &[Change::put(Key::Store, Record::Store(store))])?);
         compact_records(writer)?;

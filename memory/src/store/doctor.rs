@@ -211,7 +211,7 @@ impl Store {
         let state = self.read();
         let keys: BTreeSet<&PartitionKey> =
             state.partitions.keys().chain(derived.partitions.keys()).collect();
-        let empty = Partition::default();
+        let empty = Partition::new(self.dim());
         for key in keys {
             let used = state.partitions.get(key).unwrap_or(&empty);
             let log = derived.partitions.get(key).unwrap_or(&empty);
@@ -265,6 +265,8 @@ impl Store {
         *self.write() = loaded.state;
         let changes = self.made_anew(writer, &loaded.stale, &loaded.stale_summaries)?;
         drop(self.publish(writer, &changes)?);
+        self.load_graphs();
+        self.index_in_background();
         for problem in checkup.problems.iter_mut().filter(|it| it.repair == Repair::Possible) {
             problem.repair = Repair::Done;
         }

@@ -74,6 +74,7 @@ impl Store {
         let removed = self.carry_out_erasure(&mut writer, &changes, erasure)?;
         self.promote(&mut writer, &removed)?;
         receipt.segments = self.purge(&mut writer)?;
+        self.index_in_background();
         Ok(receipt)
     }
 
@@ -167,7 +168,9 @@ impl Store {
                             .source
                             .iter()
                             .any(|source| source.to_lowercase().contains(&needle));
-                        source || body.text.to_lowercase().contains(&needle)
+                        source
+                            || body.text.to_lowercase().contains(&needle)
+                            || is_marked(body, &needle)
                     });
                 if matches {
                     erasure.turns.insert((id, turn), body.map(|body| body.text));
@@ -358,15 +361,11 @@ impl Store {
         for (scope, ids) in &bare {
             state.partition_mut(scope).remove(&terms, ids);
         }
-        for (&(id, chunk), &home) in &erasure.moved {
+        for (&(_, chunk), &home) in &erasure.moved {
             let scope = state.sessions.get(&home.0).and_then(|session| session.scope.clone());
             let Some(scope) = scope else { continue };
-            if let Some(chunk) = state.partition_mut(&scope).get_mut(chunk) {
-                debug_assert!(chunk.home.0 == id);
-                chunk.home = home;
-                if chunk.vectors.is_empty() {
-                    state.without_vectors.insert(home);
-                }
+            if !state.partition_mut(&scope).set_home(chunk, home) {
+                state.without_vectors.insert(home);
             }
         }
         state.without_vectors.retain(|turn| !erasure.turns.contains_key(turn));
@@ -442,6 +441,15 @@ fn rehomed(state: &State, writer: &mut Writer, erasure: &Erasure) -> Result<Vec<
         changes.push(Change::put(Key::Turn(id, turn), Record::Turn(record)));
     }
     Ok(changes)
+}
+
+/// Whether a turn's subject or metadata hold a text.
+fn is_marked(body: &Body, needle: &str) -> bool {
+    let holds = |text: &str| text.to_lowercase().contains(needle);
+    body.subject.as_deref().is_some_and(holds)
+        || body.metadata.iter().any(|(key, value)| {
+            holds(key) || matches!(value, crate::Value::Text(text) if holds(text))
+        })
 }
 
 /// Letters and digits of a text in lower case: what is left of a chunk however it was quoted.

@@ -6,16 +6,19 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::commit::start_of;
+use super::indexing::Indexer;
 use super::lock::Lock;
+use super::queries::Queries;
 use super::records::{Change, Entry, Records};
 use super::segment::{Appender, SEGMENT_BYTES, Segment, sync_folder};
 use super::state::{PartitionKey, State, TurnState, partition_key};
+use super::vectors::GraphFolder;
 use super::{Store, StoreOptions, Writer, storage};
 use crate::format::{
     BlobRef, Body, ChunkSpan, Key, Kind, Record, SEGMENT_HEADER_BYTES, StoreRecord, TurnChunk,
     TurnChunks, TurnRecord, VERSION, decode_names, record_version,
 };
-use crate::partition::{Chunk, Place, chunk_id};
+use crate::partition::{Chunk, Partition, Place, chunk_id};
 use crate::summary::Summary;
 use crate::words::Terms;
 use crate::{Embedder, Error, ErrorKind, Result, Role, Scope, Storage, chunk};
@@ -46,11 +49,15 @@ pub(super) fn open(
     let (appender, segments) = Appender::open(&path.join("segments"), records.cipher())?;
     let Loaded { state, stale, stale_summaries } =
         load(record, segments, entries, &*embedder, &options)?;
+    // A graph holds the vectors in the clear.
+    let graphs = options.key.is_none().then(|| GraphFolder::new(path.join("index")));
     let store = Store {
         path: path.to_owned(),
         embedder,
         options,
-        state: RwLock::new(state),
+        state: Arc::new(RwLock::new(state)),
+        indexer: Indexer::new(graphs),
+        queries: Queries::default(),
         writer: Mutex::new(Writer { appender, records, broken: false }),
         _lock: lock,
     };
@@ -65,7 +72,13 @@ pub(super) fn open(
         let change = Change::put(Key::Store, Record::Store(record));
         drop(store.publish(&mut *store.writer()?, &[change])?);
     }
+    if store.read().store.purge_pending {
+        store.remove_graphs()?;
+    } else {
+        store.load_graphs();
+    }
     store.settle(&stale, &stale_summaries)?;
+    store.index_in_background();
     Ok(store)
 }
 
@@ -350,6 +363,9 @@ impl Loader<'_> {
                 known.places.push(place);
             }
         }
+        if !record.retracted && !state.chunks.is_empty() {
+            self.state.partition_mut(scope).set_metadata(id, turn, &body.metadata);
+        }
         let session = self.state.session_mut(id);
         if record.role == Role::User && !record.retracted {
             session.last_user_text = start_of(&body.text).into();
@@ -423,12 +439,14 @@ impl Loader<'_> {
 
     /// Lets the turns with a subject supersede each other.
     fn versions(&mut self) {
+        let dim = self.state.dim();
         let State { sessions, partitions, .. } = &mut self.state;
         for (&id, session) in sessions.iter() {
             let Some(scope) = &session.scope else { continue };
             for (&turn, state) in &session.turns {
                 if let Some((subject, version)) = state.version(id, turn) {
-                    let partition = partitions.entry(partition_key(scope)).or_default();
+                    let partition = partitions.entry(partition_key(scope));
+                    let partition = partition.or_insert_with(|| Partition::new(dim));
                     partition.add_version(subject, version);
                 }
             }
@@ -466,7 +484,7 @@ impl Loader<'_> {
                 chunk.vectors = rows.into();
             }
             chunk.places.sort_by_key(|place| (place.order, place.start));
-            let partition = self.state.partitions.entry(key).or_default();
+            let partition = self.state.partitions.entry(key).or_insert_with(|| Partition::new(dim));
             partition.insert(&self.terms, chunk);
         }
         Ok(())

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use super::Store;
 use super::segment::Segment;
 use super::state::{Session, State};
+use super::vectors::GraphFolder;
 use crate::format::{BlobRef, Body, Key, Record, SEGMENT_HEADER_BYTES, TurnRecord};
 use crate::partition::{Chunk, Place};
-use crate::{ChunkId, Error, ErrorKind, Result, Scope, Snapshot, Source, Turn, TurnId};
+use crate::{ChunkId, Error, ErrorKind, Metadata, Result, Scope, Snapshot, Source, Turn, TurnId};
 
 /// A remembered piece of text, for a list of what memory holds.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +56,8 @@ pub struct Stats {
     pub chunks: usize,
     /// Their sentence vectors.
     pub vectors: usize,
+    /// Those of them that searches without a filter find by a graph instead of scanning codes.
+    pub vectors_in_graphs: usize,
     /// Distinct words, summed over the (user, agent) pairs.
     pub terms: usize,
     /// Turns that hold chunks without vectors, found by words alone until [`Store::reembed`] is through with them.
@@ -89,6 +92,8 @@ pub struct DiskUsage {
     pub segment_bytes: u64,
     /// Bytes of the database's files.
     pub database_bytes: u64,
+    /// Bytes of the graphs' files, which can be made anew.
+    pub graph_bytes: u64,
     /// Bytes in use: records of the segments, keys and values of the database, and 16 bytes for each of the latter.
     pub live_bytes: u64,
 }
@@ -116,10 +121,11 @@ impl Store {
         let mut turns = Vec::with_capacity(found.len());
         for (id, record, body) in found {
             let body = body.map(|body| read_body(scope, id, body)).transpose()?;
-            let Some(Body { text, tokens, source, subject, expires_ms, .. }) = body else {
+            let Some(body) = body else {
                 turns.push(forgotten_turn(id, &record));
                 continue;
             };
+            let Body { text, tokens, source, subject, expires_ms, metadata, .. } = body;
             turns.push(Turn {
                 id,
                 role: record.role,
@@ -130,6 +136,7 @@ impl Store {
                 remember: record.remember,
                 subject,
                 expires_ms,
+                metadata,
                 retracted: record.retracted,
                 forgotten: false,
             });
@@ -263,6 +270,7 @@ impl Store {
         Ok(DiskUsage {
             segment_bytes: lengths.sum::<Result<u64>>()?,
             database_bytes: writer.records.disk_bytes()?,
+            graph_bytes: self.indexer.folder().map_or(0, GraphFolder::disk_bytes),
             live_bytes: state.live_bytes.values().sum::<u64>() + writer.records.live_bytes()?,
         })
     }
@@ -271,7 +279,6 @@ impl Store {
     pub fn stats(&self) -> Stats {
         let state = self.read();
         let partitions = state.partitions.values();
-        let vectors = |(_, chunk): (u32, &Chunk)| chunk.vectors.len() / state.dim();
         let live_bytes = state.live_bytes.values().sum();
         let lengths = state.segments.values().filter_map(|segment| segment.len().ok());
         let stored: u64 = lengths.map(|len| len.saturating_sub(SEGMENT_HEADER_BYTES)).sum();
@@ -279,7 +286,8 @@ impl Store {
             sessions: state.by_scope.len(),
             turns: state.sessions.values().map(|session| session.num_turns).sum(),
             chunks: partitions.clone().map(|partition| partition.len()).sum(),
-            vectors: partitions.clone().flat_map(|partition| partition.iter()).map(vectors).sum(),
+            vectors: partitions.clone().map(|partition| partition.num_vectors().0).sum(),
+            vectors_in_graphs: partitions.clone().map(|partition| partition.num_vectors().1).sum(),
             terms: partitions.clone().map(|partition| partition.words().num_terms()).sum(),
             turns_to_embed: state.without_vectors.len(),
             subjects: partitions.clone().map(|partition| partition.num_subjects().0).sum(),
@@ -326,6 +334,7 @@ fn forgotten_turn(id: TurnId, record: &TurnRecord) -> Turn {
         remember: record.remember,
         subject: None,
         expires_ms: None,
+        metadata: Metadata::new(),
         retracted: record.retracted,
         forgotten: true,
     }

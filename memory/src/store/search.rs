@@ -6,12 +6,20 @@ use std::collections::HashSet;
 use super::Store;
 use super::read::source;
 use super::state::State;
-use crate::partition::{Chunk, Moment, Partition, Place};
-use crate::recall::{Parts, fading, fuse};
+use crate::partition::{Chunk, Moment, Partition, Place, Wanted};
+use crate::recall::{Parts, fading, fuse, relevance};
 use crate::summary::{FOLLOW_UP_TERM_WEIGHT, FOLLOW_UP_TERMS, FOLLOW_UP_WORDS};
+use crate::tags::Accepted;
 use crate::vectors::best;
 use crate::words::{Collection, Query};
-use crate::{ChunkId, Error, Hit, Recall, Result, Scope, Trust};
+use crate::{ChunkId, Error, Filter, Hit, Recall, Result, Scope, Trust};
+
+/// Chunks scored for each hit asked for, by words and as many by vectors, where there are too many to score them all;
+/// and the fewest. A chunk whose fused score is among the best is among the best of one of the two.
+const CANDIDATES_PER_HIT: usize = 8;
+const MIN_CANDIDATES: usize = 64;
+/// So many times more where age counts: what fades is among the best by words or vectors, and may not be among all.
+const FADING_CANDIDATES: usize = 4;
 
 impl Store {
     /// The chunks that answer `query` best, best first.
@@ -23,12 +31,18 @@ impl Store {
     /// `InvalidArgument` for a malformed scope or a `min_score` that is not a number; and whatever the embedder reports.
     ///
     /// # Cost
-    /// One embedding of the query, and a scan of every sentence vector that the scope may see.
+    /// One embedding of the query (none if it is among the latest), a look at every chunk that holds one of its words, and a scan of the one-bit codes of
+    /// all sentence vectors that the scope may see, or a walk of their graph: see [`StoreOptions::graph_vectors`].
+    ///
+    /// [`StoreOptions::graph_vectors`]: crate::StoreOptions::graph_vectors
     pub fn recall(&self, scope: &Scope, query: &str, options: &Recall) -> Result<Vec<Hit>> {
         scope.check("recall")?;
-        if options.min_score.is_nan() {
-            return Err(Error::invalid("recall: expected min_score to be a number"));
+        if options.min_score.is_nan() || options.min_relevance.is_nan() {
+            return Err(Error::invalid(
+                "recall: expected min_score and min_relevance to be numbers",
+            ));
         }
+        options.filter.iter().try_for_each(Filter::check)?;
         if options.half_life_ms == Some(0) {
             return Err(Error::invalid("recall: expected half_life_ms of at least 1, got 0"));
         }
@@ -37,10 +51,12 @@ impl Store {
         }
         let terms = self.terms();
         let mut words = terms.query(query);
-        let mut vector = self.embed(&[query])?;
+        let mut vector = self.embed_query(query)?;
+        let _searching = self.indexer.searching();
         let state = self.read();
-        let view = View::new(&state, scope, options);
+        let mut view = View::new(&state, scope, options);
         let partitions = view.partitions();
+        view.accept(&partitions);
         let mut collection = Collection::default();
         partitions.iter().for_each(|partition| partition.words().collect(&mut collection));
         let num_holding = |term: &str| -> u64 {
@@ -66,9 +82,22 @@ impl Store {
             .collect();
 
         let mut candidates: Vec<(&Chunk, &Place, Parts)> = Vec::new();
-        for partition in &partitions {
+        for (at, partition) in partitions.iter().enumerate() {
             let scores = partition.words().scores(&weighted, collection);
-            for (slot, chunk) in partition.iter() {
+            let visible = |chunk: &Chunk| chunk.places.iter().any(|place| view.sees(place));
+            let fading = options.half_life_ms.map_or(1, |_| FADING_CANDIDATES);
+            let num = (CANDIDATES_PER_HIT * options.k).max(MIN_CANDIDATES) * fading;
+            // A few chunks that may not be seen are passed over; many would leave no room for the others.
+            let num_hidden = view.num_hidden(partition).filter(|hidden| *hidden <= num);
+            let wanted = Wanted {
+                query: &vector,
+                scores: &scores,
+                num: num + num_hidden.unwrap_or(0),
+                threads: self.options.scan_threads,
+                among: view.accepted.get(at),
+                visible: if num_hidden.is_some() { None } else { Some(&visible) },
+            };
+            for (slot, chunk) in partition.candidates(&wanted) {
                 // A place with the very text, unless only near ones are seen.
                 let exact = chunk.places.iter().rfind(|place| !place.near && view.sees(place));
                 let place = exact.or_else(|| chunk.places.iter().rfind(|place| view.sees(place)));
@@ -79,7 +108,8 @@ impl Store {
             }
         }
         let parts: Vec<Parts> = candidates.iter().map(|(_, _, parts)| *parts).collect();
-        let mut fused = fuse(&parts, follow_up);
+        let attainable: f32 = weighted.iter().map(|(_, weight)| weight).sum();
+        let mut fused = fuse(&parts, attainable, follow_up);
         if let Some(half_life_ms) = options.half_life_ms {
             let newest = candidates.iter().map(|(_, place, _)| place.time_ms).max().unwrap_or(0);
             let now = options.as_of_ms.or(options.now_ms).unwrap_or(newest);
@@ -89,7 +119,9 @@ impl Store {
         }
         let mut order: Vec<usize> = (0..candidates.len())
             .filter(|&at| {
-                fused[at].0 >= options.min_score && (parts[at].bm25 > 0.0 || parts[at].cosine > 0.0)
+                fused[at].0 >= options.min_score
+                    && relevance(&fused[at].1) >= options.min_relevance
+                    && (parts[at].bm25 > 0.0 || parts[at].cosine > 0.0)
             })
             .collect();
         order.sort_by(|&a, &b| {
@@ -108,6 +140,7 @@ impl Store {
                     chunk: ChunkId(chunk.id),
                     text: chunk.text.to_string(),
                     score,
+                    relevance: relevance(&why),
                     why,
                     source: source(&state, place)?,
                     trust: Trust::of(place.role),
@@ -146,12 +179,23 @@ struct View<'a> {
     moment: Moment,
     /// The scope's own session, if it names one that exists.
     own: Option<u64>,
+    /// What the filter accepts, one for each partition; empty if there is no filter.
+    accepted: Vec<Accepted<'a>>,
 }
 
 impl<'a> View<'a> {
     fn new(state: &'a State, scope: &'a Scope, options: &'a Recall) -> Self {
         let moment = Moment { as_of_ms: options.as_of_ms, now_ms: options.now_ms };
-        Self { state, scope, options, moment, own: state.session(scope).map(|(id, _)| id) }
+        let own = state.session(scope).map(|(id, _)| id);
+        Self { state, scope, options, moment, own, accepted: Vec::new() }
+    }
+
+    /// Evaluates the filter over the turns of each partition.
+    fn accept(&mut self, partitions: &[&'a Partition]) {
+        let filters = self.options.filter.iter();
+        let accepted =
+            filters.flat_map(|filter| partitions.iter().map(move |p| p.tags().accepted(filter)));
+        self.accepted = accepted.collect();
     }
 
     /// The partitions with anything to see; statistics of words come from these and no others.
@@ -160,6 +204,27 @@ impl<'a> View<'a> {
             return self.state.partition(self.scope).into_iter().collect();
         }
         self.state.partitions_in(self.scope).map(|(_, partition)| partition).collect()
+    }
+
+    /// How many chunks of a partition may not be seen, at most; none if that would have to be counted one by one.
+    fn num_hidden(&self, partition: &Partition) -> Option<usize> {
+        let options = self.options;
+        let sees_all = (self.scope.session_id().is_none() || options.across_sessions)
+            && options.filter.is_none()
+            && options.roles.is_empty()
+            && options.since_ms.is_none()
+            && options.until_ms.is_none()
+            && options.as_of_ms.is_none();
+        if !sees_all {
+            return None;
+        }
+        let own = self.own.and_then(|own| self.state.sessions.get(&own)).zip(options.before_turn);
+        let recent = own.map_or(0, |(session, before)| {
+            session.turns.range(before..).map(|(_, turn)| turn.chunks.len()).sum()
+        });
+        let superseded = if options.stale { 0 } else { partition.num_superseded_chunks() };
+        let expiring = options.now_ms.map_or(0, |_| partition.num_expiring());
+        Some(recent + superseded + expiring)
     }
 
     fn sees(&self, place: &Place) -> bool {
@@ -177,5 +242,8 @@ impl<'a> View<'a> {
             && options.until_ms.is_none_or(|until| place.time_ms < until)
             && place.exists(self.moment)
             && (options.stale || !place.is_stale(self.moment))
+            // A session's turns are those of one partition.
+            && (options.filter.is_none()
+                || self.accepted.iter().any(|accepted| accepted.contains(place.session, place.turn)))
     }
 }

@@ -274,7 +274,8 @@ impl State {
 
     /// The partition of a scope, made if it is not known.
     pub(crate) fn partition_mut(&mut self, scope: &Scope) -> &mut Partition {
-        self.partitions.entry(partition_key(scope)).or_default()
+        let dim = self.dim();
+        self.partitions.entry(partition_key(scope)).or_insert_with(|| Partition::new(dim))
     }
 
     pub(crate) fn partition(&self, scope: &Scope) -> Option<&Partition> {

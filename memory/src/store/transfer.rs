@@ -1,6 +1,7 @@
 //! Export and import of the log as lines of JSON, readable without this library.
 //! Knows no bytes of the store's own format; chunks and vectors are made anew where the log is imported.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, Read, Write};
 use std::path::Path;
 
@@ -10,7 +11,7 @@ use super::Store;
 use super::commit::Entry;
 use super::read::{OpenBlob, open, read_body};
 use crate::format::{Body, TurnRecord};
-use crate::{Cancel, Error, ErrorKind, NewTurn, Result, Role, Scope, TurnId};
+use crate::{Cancel, Error, ErrorKind, NewTurn, Result, Role, Scope, TurnId, Value};
 
 /// What the first line says about the others.
 const FORMAT: &str = "mka-memory log";
@@ -73,11 +74,47 @@ struct Line {
     subject: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     expires_ms: Option<i64>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    metadata: BTreeMap<String, Mark>,
     remember: bool,
     #[serde(default, skip_serializing_if = "is_false")]
     retracted: bool,
     #[serde(default, skip_serializing_if = "is_false")]
     forgotten: bool,
+}
+
+/// A value of metadata. The reader of JSON rounds some numbers with many digits: those are written as texts.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Mark {
+    Plain(Value),
+    Exact { number: String },
+}
+
+impl From<Value> for Mark {
+    fn from(value: Value) -> Self {
+        let read_back = |number: &f64| -> Option<f64> {
+            serde_json::from_str(&serde_json::to_string(number).ok()?).ok()
+        };
+        match value {
+            Value::Number(number) if read_back(&number) != Some(number) => {
+                Self::Exact { number: number.to_string() }
+            }
+            value => Self::Plain(value),
+        }
+    }
+}
+
+impl Mark {
+    fn into_value(self) -> Result<Value> {
+        match self {
+            Self::Plain(value) => Ok(value),
+            Self::Exact { number } => number.parse().map(Value::Number).map_err(|source| {
+                Error::invalid(format!("import: expected a number of metadata, got `{number}`"))
+                    .with_source(source)
+            }),
+        }
+    }
 }
 
 fn is_false(value: &bool) -> bool {
@@ -193,7 +230,7 @@ impl Store {
                 )));
             }
             bytes += line.text.len();
-            batch.get_or_insert_with(|| (scope, Vec::new())).1.push(line.into_turn());
+            batch.get_or_insert_with(|| (scope, Vec::new())).1.push(line.into_turn()?);
         }
         self.import_batch(batch, &mut imported)?;
         Ok(imported)
@@ -289,6 +326,7 @@ fn line(
         source: None,
         subject: None,
         expires_ms: None,
+        metadata: BTreeMap::new(),
         remember: record.is_some_and(|record| record.remember),
         retracted: record.is_some_and(|record| record.retracted),
         forgotten: true,
@@ -296,6 +334,8 @@ fn line(
     if let Some(body) = body {
         (line.text, line.tokens, line.source) = (body.text, body.tokens, body.source);
         (line.subject, line.expires_ms, line.forgotten) = (body.subject, body.expires_ms, false);
+        let marks = body.metadata.into_iter();
+        line.metadata = marks.map(|(key, value)| (key, value.into())).collect();
     }
     line
 }
@@ -309,7 +349,7 @@ impl Line {
         }
     }
 
-    fn into_turn(self) -> (NewTurn, Entry) {
+    fn into_turn(self) -> Result<(NewTurn, Entry)> {
         let entry = match (self.forgotten, self.retracted) {
             (true, _) => Entry::Forgotten,
             (false, true) => Entry::Retracted,
@@ -319,7 +359,10 @@ impl Line {
         (turn.time_ms, turn.tokens, turn.source) = (self.time_ms, self.tokens, self.source);
         (turn.remember, turn.subject, turn.expires_ms) =
             (self.remember, self.subject, self.expires_ms);
-        (turn, entry)
+        let marks = self.metadata.into_iter();
+        turn.metadata =
+            marks.map(|(key, mark)| Ok((key, mark.into_value()?))).collect::<Result<_>>()?;
+        Ok((turn, entry))
     }
 }
 

@@ -17,6 +17,23 @@ fn keyed_as(path: &Path, backend: Backend) -> mka_memory::Store {
 }
 
 #[test]
+fn an_encrypted_store_keeps_its_graphs_off_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = StoreOptions {
+        key: Some(EncryptionKey::new([7; 32])),
+        graph_vectors: 1_000,
+        ..StoreOptions::default()
+    };
+    let store = open_with(folder.path(), options).unwrap();
+    let texts: Vec<String> = (0..1_000).map(|number| prose(number, 6)).collect();
+    say(&store, &trip(), Role::User, &texts.iter().map(String::as_str).collect::<Vec<_>>());
+    store.finish_indexing();
+    assert!(store.stats().vectors_in_graphs >= 1_000);
+    assert!(!folder.path().join("index").exists());
+    assert_eq!(store.recall(&trip(), &texts[70], &Recall::default()).unwrap()[0].text, texts[70]);
+}
+
+#[test]
 fn nothing_that_was_said_is_in_the_files_and_all_of_it_comes_back() {
     for backend in BACKENDS {
         let folder = tempfile::tempdir().unwrap();

@@ -166,3 +166,22 @@ fn a_summary_is_made_anew_without_the_forgotten_turn() {
     drop(with);
     assert_eq!(scores(&open(folders[0].path())), scores(&without));
 }
+
+#[test]
+fn a_text_in_the_subject_or_the_metadata_is_found_and_erased_with_its_turn() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let turn = |text: &str| NewTurn::new(Role::User, text);
+    let mut turns =
+        vec![turn("It is 1234."), turn("It is 5678."), turn("It is 9999."), turn("Hi.")];
+    turns[0].subject = Some("Passport number".into());
+    turns[1].metadata.insert("kind".into(), "old PASSPORT".into());
+    turns[2].metadata.insert("passport".into(), true.into());
+    store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
+    let receipt = store.forget(&trip(), &Forget::matching("passport")).unwrap();
+    assert_eq!(receipt.turns, 3);
+    store.verify(&receipt).unwrap();
+    assert!(files_with(folder.path(), "passport").is_empty());
+    assert!(store.turns(&trip(), 0..1).unwrap()[0].metadata.is_empty());
+    assert_eq!(store.turns(&trip(), 3..4).unwrap()[0].text, "Hi.");
+}

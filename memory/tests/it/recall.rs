@@ -179,3 +179,60 @@ fn a_long_question_ignores_the_session_before_it() {
     assert_eq!(ask(true), ask(false));
     assert!(!ask(true)[0].why.follow_up);
 }
+
+/// Counts what it embeds.
+#[derive(Default)]
+struct Counting(std::sync::atomic::AtomicUsize);
+
+impl mka_memory::Embedder for Counting {
+    fn identity(&self) -> String {
+        "counting".into()
+    }
+
+    fn dim(&self) -> usize {
+        384
+    }
+
+    fn embed(&self, texts: &[&str]) -> mka_memory::Result<Vec<f32>> {
+        self.0.fetch_add(texts.len(), std::sync::atomic::Ordering::Relaxed);
+        mka_memory::HashedEmbedder::new().embed(texts)
+    }
+}
+
+#[test]
+fn a_question_that_is_asked_again_is_not_embedded_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let embedder = std::sync::Arc::new(Counting::default());
+    let store =
+        Store::open(folder.path(), embedder.clone(), mka_memory::StoreOptions::default()).unwrap();
+    say(&store, &trip(), Role::User, &["The ferry leaves at nine."]);
+    let count = || embedder.0.load(std::sync::atomic::Ordering::Relaxed);
+    let before = count();
+    let first = store.recall(&trip(), "when does the ferry leave", &Recall::default()).unwrap();
+    assert_eq!(count(), before + 1);
+    for number in 0..200 {
+        store.recall(&trip(), &format!("ferry {}", number % 50), &Recall::default()).unwrap();
+    }
+    assert_eq!(count(), before + 51);
+    let again = store.recall(&trip(), "when does the ferry leave", &Recall::default()).unwrap();
+    assert_eq!((first, count()), (again, before + 51));
+}
+
+#[test]
+fn a_question_that_nothing_answers_can_get_no_hits() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let texts: Vec<String> = (0..40).map(|number| prose(number, 60)).collect();
+    say(&store, &trip(), Role::Document, &texts.iter().map(String::as_str).collect::<Vec<_>>());
+    say(&store, &trip(), Role::User, &["My passport is in the blue drawer of the desk."]);
+    let options = Recall { min_relevance: 0.5, ..Recall::default() };
+    let hits = store.recall(&trip(), "in which drawer is my passport?", &options).unwrap();
+    assert!(hits[0].text.contains("passport") && hits[0].relevance > 0.5);
+    assert!(hits[0].why.coverage > 0.5 && hits.len() == 1);
+    for nothing in ["how tall is the Eiffel tower?", "which shoes did Lena buy on Tuesday?"] {
+        assert!(store.recall(&trip(), nothing, &options).unwrap().is_empty(), "{nothing}");
+        assert!(!store.recall(&trip(), nothing, &Recall::default()).unwrap().is_empty());
+    }
+    let wrong = Recall { min_relevance: f32::NAN, ..Recall::default() };
+    assert!(store.recall(&trip(), "x", &wrong).is_err());
+}

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mka_memory::{
-    Cancel, Commit, ErrorKind, Forget, HashedEmbedder, NewTurn, Recall, Role, Scope, Store,
-    StoreOptions,
+    Cancel, Commit, ErrorKind, Filter, Forget, HashedEmbedder, NewTurn, Recall, Role, Scope, Store,
+    StoreOptions, Value,
 };
 
 use crate::support::{BACKENDS, files, keyed, open, open_as, prose, say, trip};
@@ -16,6 +16,12 @@ fn fill(store: &Store) {
         NewTurn::new(Role::Document, "Kyoto has \"temples\".\n\nThe ferry leaves at nine.");
     (guide.time_ms, guide.tokens, guide.source) = (20, vec![1, 70_000], Some("guide.md".into()));
     (guide.subject, guide.expires_ms) = (Some("ferry".into()), Some(99));
+    let marks = [("kind", "guide".into()), ("open", true.into()), ("year", 2025.into())];
+    // Two numbers that a fast reader of JSON rounds, and two that it does not.
+    let numbers = [0.1 + 0.2, std::f64::consts::E * 1e200, 19.99, -0.0];
+    let numbers = ["a", "b", "c", "d"].into_iter().zip(numbers.map(Value::from));
+    guide.metadata =
+        marks.into_iter().chain(numbers).map(|(key, value)| (key.to_owned(), value)).collect();
     let commit = |turns, retract| {
         store.commit(&trip(), Commit { turns, retract, ..Commit::default() }).unwrap();
     };
@@ -46,6 +52,11 @@ fn contents(store: &Store) -> String {
         contents += &format!("{:?}\n", store.chunks(&scope, 0..99).unwrap());
         let hits = store.recall(&scope, "hotel ferry tomatoes Bob", &Recall::default()).unwrap();
         contents += &format!("{hits:?}\n");
+        let marked = Recall {
+            filter: Some(Filter::eq("a", 0.1 + 0.2).and(Filter::at_least("b", 1e200))),
+            ..Recall::default()
+        };
+        contents += &format!("{:?}\n", store.recall(&scope, "ferry", &marked).unwrap());
     }
     contents
 }
@@ -68,6 +79,7 @@ fn what_is_exported_can_be_imported_and_is_the_same() {
     let imported = other.import(&mut &lines[..], &Cancel::new()).unwrap();
     assert_eq!((imported.turns, imported.skipped), (9, 0));
     assert_eq!(contents(&other), contents(&store));
+    assert!(contents(&other).matches("The ferry leaves at nine.").count() >= 4);
     assert_eq!(exported(&other), lines);
     // Again: nothing changes.
     let again = other.import(&mut &lines[..], &Cancel::new()).unwrap();

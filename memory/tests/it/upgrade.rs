@@ -3,9 +3,9 @@
 
 use std::path::Path;
 
-use mka_memory::{Cancel, Forget, Recall, Role, Scope, Store};
+use mka_memory::{Cancel, Commit, Filter, Forget, NewTurn, Recall, Role, Scope, Store};
 
-use crate::support::{files, files_with, open, say, trip};
+use crate::support::{files, files_with, open, trip};
 
 /// A copy of the stored sample, to be written to.
 fn sample(folder: &Path) -> std::path::PathBuf {
@@ -59,12 +59,20 @@ fn a_store_of_version_1_is_read_written_and_forgotten_from() {
         check(&store);
         let checkup = store.doctor(false, &Cancel::new()).unwrap();
         assert!(checkup.problems.is_empty(), "{:?}", checkup.problems);
-        say(&store, &trip(), Role::User, &["Written by a later version."]);
+        let mut turn = NewTurn::new(Role::User, "Written by a later version.");
+        turn.metadata.insert("version".into(), 2.into());
+        store.commit(&trip(), Commit { turns: vec![turn], ..Commit::default() }).unwrap();
         check(&store);
     }
     let store = open(&path);
     check(&store);
-    assert_eq!(store.turns(&trip(), 7..8).unwrap()[0].text, "Written by a later version.");
+    let marked = |filter| {
+        let options = Recall { filter: Some(filter), ..Recall::default() };
+        store.recall(&trip(), "hotel, later version", &options).unwrap()
+    };
+    assert_eq!(marked(Filter::eq("version", 2))[0].text, "Written by a later version.");
+    // Turns of the earlier version have no metadata, and are there where none is asked for.
+    assert!(marked(Filter::has("version").not()).iter().all(|hit| hit.source.turn < 7));
     // Records of both versions, compacted together.
     let receipt = store.forget(&trip(), &Forget::matching("Naoshima")).unwrap();
     store.verify(&receipt).unwrap();

@@ -1,0 +1,203 @@
+//! Measures a whole store: taking text in with the built-in embedder, its size, opening it again, and recall from it.
+//! Knows the crate's public API only. Tables and commands are in docs/index.md.
+//!
+//! ```sh
+//! cargo run --release -p mka-memory --example bench_store -- --prose ../shared/data/prose --vectors 1000000 --folder /tmp/store
+//! ```
+//!
+//! Sentences of the books come once as they are; after that one word in four is another word of the books, so that no
+//! chunk is one that is stored.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use flate2::read::GzDecoder;
+use mka_memory::{
+    Commit, Filter, HashedEmbedder, NewTurn, Recall, Role, Scope, Store, StoreOptions,
+};
+use unicode_segmentation::UnicodeSegmentation;
+
+/// Sentences of one turn, and turns of one commit.
+const TURN_SENTENCES: usize = 40;
+const COMMIT_TURNS: usize = 8;
+/// Questions, each asked twice.
+const NUM_QUERIES: usize = 100;
+
+fn main() {
+    let mut given: BTreeMap<String, String> = BTreeMap::new();
+    let mut arguments = std::env::args().skip(1);
+    while let Some(name) = arguments.next() {
+        let value = arguments.next().unwrap_or_else(|| panic!("expected a value after {name}"));
+        given.insert(name, value);
+    }
+    let mut take = |name: &str, default: &str| given.remove(name).unwrap_or(default.to_owned());
+    let number =
+        |text: String| text.parse().unwrap_or_else(|_| panic!("expected a number: {text}"));
+    let prose = PathBuf::from(take("--prose", "../shared/data/prose"));
+    let num_vectors: usize = number(take("--vectors", "100000"));
+    let folder = PathBuf::from(take("--folder", ""));
+    let graph_vectors: usize = number(take("--graph-from", &usize::MAX.to_string()));
+    assert!(given.is_empty(), "unknown arguments: {given:?}");
+    assert!(
+        !folder.as_os_str().is_empty(),
+        "expected --folder, for a store of about 2 KB a vector"
+    );
+
+    let sentences = sentences(&prose);
+    println!("{} sentences of the books", sentences.len());
+    if !folder.exists() {
+        fill(&folder, &sentences, num_vectors);
+    }
+    let options = StoreOptions { graph_vectors, scan_threads: 1, ..StoreOptions::default() };
+    let open = || {
+        let embedder = Arc::new(HashedEmbedder::new());
+        Store::open(&folder, embedder, options.clone()).expect("a store")
+    };
+    let scope = Scope::user("bench");
+    let query = "how far is the ship from the harbour in the evening";
+    let mut store = open();
+    for round in ["first", "again"] {
+        drop(store);
+        let (start, cpu) = (Instant::now(), process_ns());
+        store = open();
+        let (wall, cpu) = (start.elapsed(), process_ns() - cpu);
+        let hits = store.recall(&scope, query, &Recall::default()).expect("a recall");
+        println!(
+            "open, {round}: {:.2} s wall, {:.2} s of processor; first recall after {:.2} s, {} hits",
+            wall.as_secs_f64(),
+            cpu as f64 / 1e9,
+            start.elapsed().as_secs_f64(),
+            hits.len()
+        );
+    }
+    if graph_vectors < usize::MAX {
+        let start = Instant::now();
+        store.finish_indexing();
+        println!("graphs: {:.0} s wall", start.elapsed().as_secs_f64());
+    }
+    let stats = store.stats();
+    println!(
+        "{} turns, {} chunks, {} vectors, {} of them in graphs, {} terms",
+        stats.turns, stats.chunks, stats.vectors, stats.vectors_in_graphs, stats.terms
+    );
+    println!("{:?}", store.disk_usage().expect("sizes"));
+    let queries: Vec<String> = (0..NUM_QUERIES)
+        .map(|number| {
+            let sentence = &sentences[number * sentences.len() / NUM_QUERIES];
+            sentence.split_whitespace().skip(2).take(10).collect::<Vec<_>>().join(" ")
+        })
+        .collect();
+    println!("| filter keeps | recall, µs of one thread, median |\n|---|---|");
+    for (name, filter) in [
+        ("all", None),
+        ("10 %", Some(Filter::eq("tenth", 3))),
+        ("1 %", Some(Filter::eq("hundredth", 33))),
+        ("0.1 %", Some(Filter::eq("thousandth", 333))),
+    ] {
+        let options = Recall { filter, follow_up: false, ..Recall::default() };
+        let mut micros = Vec::new();
+        for round in 0..2 {
+            for query in &queries {
+                let start = thread_ns();
+                store.recall(&scope, query, &options).expect("a recall");
+                if round > 0 {
+                    micros.push((thread_ns() - start) as f64 / 1e3);
+                }
+            }
+        }
+        micros.sort_by(f64::total_cmp);
+        println!("| {name} | {:.0} |", micros[micros.len() / 2]);
+    }
+}
+
+/// Fills a new store, and says how fast that was.
+fn fill(folder: &Path, sentences: &[String], num_vectors: usize) {
+    let options = StoreOptions { graph_vectors: usize::MAX, ..StoreOptions::default() };
+    let store = Store::open(folder, Arc::new(HashedEmbedder::new()), options).expect("a store");
+    let words: Vec<&str> = sentences.iter().flat_map(|s| s.split_whitespace()).collect();
+    let mut random = Random(7);
+    let mut at = 0;
+    let mut turn = |number: usize| {
+        let mut text = String::new();
+        for _ in 0..TURN_SENTENCES {
+            let sentence = &sentences[at % sentences.len()];
+            for word in sentence.split_whitespace() {
+                let changes = at >= sentences.len() && random.next().is_multiple_of(4);
+                let other = words[random.next() as usize % words.len()];
+                text.push_str(if changes { other } else { word });
+                text.push(' ');
+            }
+            at += 1;
+        }
+        let mut turn = NewTurn::new(Role::Document, text);
+        for (key, one_of) in [("tenth", 10), ("hundredth", 100), ("thousandth", 1_000)] {
+            turn.metadata.insert(key.into(), ((number % one_of) as i32).into());
+        }
+        turn
+    };
+    let (start, mut cpu, mut chunks, mut num_turns) = (Instant::now(), 0, 0, 0usize);
+    // Counting takes a while in a large store.
+    while !num_turns.is_multiple_of(400) || store.stats().vectors < num_vectors {
+        let turns: Vec<NewTurn> = (num_turns..num_turns + COMMIT_TURNS).map(&mut turn).collect();
+        num_turns += turns.len();
+        let scope = Scope::user("bench").session(format!("session {}", num_turns / 800));
+        let before = process_ns();
+        let done = store.commit(&scope, Commit { turns, ..Commit::default() }).expect("a commit");
+        cpu += process_ns() - before;
+        chunks += done.chunks_added;
+    }
+    println!(
+        "filled: {chunks} chunks in {:.0} s wall, {:.1} s of processor in commits: {:.0} chunks/s of one core",
+        start.elapsed().as_secs_f64(),
+        cpu as f64 / 1e9,
+        chunks as f64 / (cpu as f64 / 1e9)
+    );
+}
+
+fn sentences(folder: &Path) -> Vec<String> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+        .expect("a folder of prose")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
+    files.sort();
+    let mut sentences = Vec::new();
+    for file in files.iter().filter(|file| file.extension().is_some_and(|end| end == "gz")) {
+        let mut text = String::new();
+        GzDecoder::new(std::fs::File::open(file).expect("a file"))
+            .read_to_string(&mut text)
+            .expect("text");
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let long = |sentence: &&str| sentence.split_whitespace().count() >= 15;
+        sentences.extend(text.unicode_sentences().filter(long).map(|s| s.trim().to_owned()));
+    }
+    sentences
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+}
+
+fn thread_ns() -> u64 {
+    clock_ns(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+fn process_ns() -> u64 {
+    clock_ns(libc::CLOCK_PROCESS_CPUTIME_ID)
+}
+
+fn clock_ns(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec of this frame.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}

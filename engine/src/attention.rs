@@ -176,28 +176,12 @@ impl<'a> AttentionSeam<'a> {
             recalled = own;
         }
         let merged = merge_states(&joined(far)?, &recent)?;
-        if let (Some((recalled, lse)), 1) = (recalled, self.count) {
-            self.note_share(layer, &recalled, &lse, &merged.lse)?;
+        if let (Some((recalled, lse)), 1, Some(pages)) =
+            (recalled, self.count, self.cache.pages_mut())
+        {
+            pages.note_share(layer, &recalled, &lse, &merged.lse)?;
         }
         Ok(merged.out)
-    }
-
-    /// Notes which share of one query's attention the recalled tokens have: lse (1, num_heads) of them and of all.
-    fn note_share(
-        &mut self,
-        layer: usize,
-        recalled: &Recalled,
-        lse: &Tensor,
-        all: &Tensor,
-    ) -> Result<()> {
-        let numbers = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
-        let (lse, all) = (numbers(lse)?, numbers(all)?);
-        let shares = lse.iter().zip(&all).map(|(own, all)| (own - all).exp());
-        let share = shares.sum::<f32>() / lse.len().max(1) as f32;
-        if let Some(pages) = self.cache.pages_mut() {
-            pages.note_share(layer, recalled, share);
-        }
-        Ok(())
     }
 
     /// Attention of rotated queries to `pages` of the stream in the device's pool.

@@ -11,6 +11,7 @@ use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, on_pool};
 use mka_memory::{Commit, Committed, NewSnapshot, NewTurn, Role, Scope, TurnId};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Tokens that the repetition penalty looks back on.
 const RECENT_TOKENS: usize = 256;
@@ -27,6 +28,8 @@ pub(crate) struct Conversation {
     pub(crate) last_prompt: Option<LastPrompt>,
     /// Whether queries recall pages now.
     recalls_pages: bool,
+    /// [`Shared::forgets`] before the store was read.
+    forgets: u64,
 }
 
 /// What is needed to answer the last message again.
@@ -50,8 +53,10 @@ pub(crate) struct Saved {
 impl Conversation {
     /// Opens the session of `scope`: new, restored from its snapshot, or refilled from its log.
     pub(crate) fn open(shared: Arc<Shared>, scope: Scope) -> Result<Self> {
+        let forgets = shared.forgets.load(Ordering::Acquire);
         let num_turns = shared.store.num_turns(&scope)?;
         let mut conversation = Self {
+            forgets,
             cache: None,
             state: SessionState::default(),
             dirty_from: 0,
@@ -177,8 +182,9 @@ impl Conversation {
     }
 
     /// What the turn recalled inside attention; None where its policy recalls no pages.
-    pub(crate) fn page_usage(&self) -> Option<PageUsage> {
-        let usage = self.pages().filter(|pages| pages.active).map(PageStore::usage)?;
+    pub(crate) fn page_usage(&self) -> Result<Option<PageUsage>> {
+        let Some(pages) = self.pages().filter(|pages| pages.active) else { return Ok(None) };
+        let usage = pages.usage()?;
         tracing::debug!(
             stored = usage.stored_tokens,
             recalled = usage.recalled_tokens,
@@ -186,7 +192,7 @@ impl Conversation {
             recovered = ?usage.recovered,
             "recalled inside attention"
         );
-        Some(usage)
+        Ok(Some(usage))
     }
 
     fn pages(&self) -> Option<&PageStore> {
@@ -268,6 +274,11 @@ impl Conversation {
             }
         }
         Ok(held)
+    }
+
+    /// Whether anything of the store was forgotten since it was read.
+    pub(crate) fn is_before_a_forget(&self) -> bool {
+        self.forgets != self.shared.forgets.load(Ordering::Acquire)
     }
 
     /// Goes back to what the store holds.

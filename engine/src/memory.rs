@@ -13,6 +13,7 @@ use mka_memory::{
 use std::io::BufReader;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -100,11 +101,18 @@ impl MemoryHandle {
 
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries, and says what went.
     ///
+    /// Sessions that are open drop what they hold in memory before their next turn and go on from what is left.
+    ///
     /// # Errors
     /// `Storage`.
     pub async fn forget(&self, scope: &Scope, selector: Forget) -> Result<Receipt> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
-        offload("forget", move || Ok(shared.store.forget(&scope, &selector)?)).await
+        offload("forget", move || {
+            let receipt = shared.store.forget(&scope, &selector)?;
+            shared.forgets.fetch_add(1, Ordering::Release);
+            Ok(receipt)
+        })
+        .await
     }
 
     /// Checks that what `receipt` names is in no file of the store.

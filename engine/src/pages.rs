@@ -2,6 +2,7 @@
 //! Knows no session and no file; the parts below hold the pages, choose among them and lay them out.
 
 mod codec;
+mod device;
 mod estimate;
 mod gather;
 mod index;
@@ -88,12 +89,19 @@ pub struct PageConfig {
     /// Bytes of host memory for the stored pages of one session and their index; beyond it the least used pages stay
     /// on disk alone (as far as `MemoryConfig::evicted_page_bytes` allows), or the oldest are let go.
     pub bytes: u64,
+    /// Bytes of the model's own device, where that is not the processor, for the stored pages of one session: as long as
+    /// they hold all of them, tokens are chosen and copied there; beyond, in host memory. What was reserved stays until
+    /// the session is closed.
+    pub device_bytes: u64,
     /// How stored keys and values are held.
     pub precision: PagePrecision,
     /// How tokens are chosen.
     pub rule: PageRule,
     /// What a prompt's blocks attend to.
     pub prefill: Prefill,
+    /// Tokens that a choice serves at most, its own among them: decoded tokens in a row look for much the same. 1 chooses
+    /// anew for each. A choice ends in any case once a page leaves the window, and at a commit.
+    pub reuse_steps: usize,
     /// Layers below this one choose nothing: their queries look nearby.
     pub first_layer: usize,
     /// Whether the rare words of a message pin the places where they stand.
@@ -107,9 +115,11 @@ impl Default for PageConfig {
         Self {
             tokens: 2048,
             bytes: 2 << 30,
+            device_bytes: 4 << 30,
             precision: PagePrecision::default(),
             rule: PageRule::default(),
             prefill: Prefill::default(),
+            reuse_steps: 4,
             first_layer: 3,
             lexical: true,
             estimate: false,

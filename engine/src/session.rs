@@ -132,9 +132,14 @@ impl Drop for Live {
 }
 
 impl Live {
-    /// The conversation, once the stream before this one is done with it.
-    fn lock(&self) -> MutexGuard<'_, Conversation> {
-        self.conversation.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The conversation, once the stream before this one is done with it. After something was forgotten it is what the
+    /// store still holds: window and pages may have held the words.
+    fn lock(&self) -> Result<MutexGuard<'_, Conversation>> {
+        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
+        if conversation.is_before_a_forget() {
+            conversation.reopen()?;
+        }
+        Ok(conversation)
     }
 }
 
@@ -186,7 +191,7 @@ impl Session {
     pub fn send_with(&mut self, message: impl Into<String>, options: SendOptions) -> Events {
         let (live, message) = (self.live.clone(), message.into());
         Events::spawn(move |sink| {
-            let mut conversation = live.lock();
+            let mut conversation = live.lock()?;
             let saved = conversation.save();
             let result = send(&mut conversation, &message, &options, sink);
             if result.is_err() {
@@ -200,7 +205,7 @@ impl Session {
     pub fn regenerate(&mut self, options: SendOptions) -> Events {
         let live = self.live.clone();
         Events::spawn(move |sink| {
-            let mut conversation = live.lock();
+            let mut conversation = live.lock()?;
             let saved = conversation.save();
             let result = regenerate(&mut conversation, &options, sink);
             if result.is_err() {
@@ -219,7 +224,7 @@ impl Session {
     pub fn feed_with(&mut self, text: impl Into<String>, options: FeedOptions) -> Feed {
         let (live, text) = (self.live.clone(), text.into());
         Feed::spawn(move |sink| {
-            let mut conversation = live.lock();
+            let mut conversation = live.lock()?;
             let summary = feeding::feed(&mut conversation, &text, &options, now_ms(), sink);
             match summary {
                 Ok(summary) => Ok(Some(FeedEvent::Done(summary))),
@@ -269,7 +274,7 @@ impl Session {
     ) -> impl Future<Output = Result<Vec<f32>>> + Send + use<> {
         let (live, text) = (self.live.clone(), text.to_owned());
         offload("peek_logits", move || {
-            let mut conversation = live.lock();
+            let mut conversation = live.lock()?;
             let tokens = live.shared.model("peek_logits")?.tokenizer.encode(&text, false)?;
             conversation.set_policy(live.shared.config.recall)?;
             let saved = conversation.save();
@@ -410,7 +415,7 @@ fn send(
             generated_tokens: answer.tokens.len(),
             stream_tokens: conversation.position(),
             stop: StopReason::MaxTokens,
-            pages: conversation.page_usage(),
+            pages: conversation.page_usage()?,
         },
     )?;
     conversation.last_prompt = Some(last_prompt);
@@ -498,7 +503,7 @@ fn regenerate(
             generated_tokens: answer.tokens.len(),
             stream_tokens: conversation.position(),
             stop: StopReason::MaxTokens,
-            pages: conversation.page_usage(),
+            pages: conversation.page_usage()?,
         },
     )?;
     conversation.last_prompt = Some(last);

@@ -1,7 +1,7 @@
 //! What a session costs by length: peak memory, decode speed, feeding, and reopening to the bit.
 //! Knows no task and no score.
 
-use crate::job::{self, Ask, Job, Memory, Outcome, Result, Scratch};
+use crate::job::{self, Ask, Job, Memory, Outcome, PageOptions, Result, Scratch};
 use crate::subject::Model;
 use std::path::PathBuf;
 
@@ -25,6 +25,8 @@ pub(crate) struct Args {
     /// What is recalled of a stream fed through the model: each length is measured with each of them.
     #[arg(long, value_delimiter = ',', default_value = "off")]
     memory: Vec<Memory>,
+    #[command(flatten)]
+    page_options: PageOptions,
     /// Where the model runs: auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -61,9 +63,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokenizer = Model::open(&args.model)?;
     println!("revision {}, window {}", job::revision(), args.window);
     println!(
-        "| fed as | memory | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | same bits | device |"
+        "| fed as | memory | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | of which choosing % | same bits | device |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     let model = args
         .lengths
         .iter()
@@ -81,6 +83,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             window: args.window,
             device: Some(args.device.clone()),
             memory,
+            page_options: args.page_options.clone(),
             ..Job::default()
         };
         let peek = Some("And then".to_owned());
@@ -98,6 +101,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             fed,
             again,
             asked: Vec::new(),
+            chosen_once: Vec::new(),
         });
     }
     // The lengths take turns, so that a machine that slows down for a while does so for all of them.
@@ -110,7 +114,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 max_new_tokens: args.decode,
                 ..Ask::default()
             };
-            stream.asked.push(job::spawn(&Job { ask: Some(ask), ..stream.base.clone() }, 0)?);
+            let base = Job { ask: Some(ask), ..stream.base.clone() };
+            stream.asked.push(job::spawn(&base, 0)?);
+            if stream.base.memory == Memory::Pages {
+                // A choice that is never made again costs what attending to it costs.
+                let page_options =
+                    PageOptions { page_reuse: Some(usize::MAX), ..base.page_options.clone() };
+                stream.chosen_once.push(job::spawn(&Job { page_options, ..base }, 0)?);
+            }
         }
     }
     for stream in &streams {
@@ -129,19 +140,32 @@ struct Stream {
     fed: Outcome,
     again: Outcome,
     asked: Vec<Outcome>,
+    /// The same questions with one choice for every token, where pages are recalled.
+    chosen_once: Vec<Outcome>,
 }
 
 impl Stream {
     fn row(&self) -> String {
-        let median = |value: fn(&Outcome) -> f64| {
-            let mut values: Vec<f64> = self.asked.iter().map(value).collect();
+        let median_of = |outcomes: &[Outcome], value: fn(&Outcome) -> f64| {
+            let mut values: Vec<f64> = outcomes.iter().map(value).collect();
             values.sort_by(f64::total_cmp);
             values[values.len() / 2]
+        };
+        let median = |value: fn(&Outcome) -> f64| median_of(&self.asked, value);
+        let choosing = match self.chosen_once.is_empty() {
+            true => String::new(),
+            false => {
+                let speed: fn(&Outcome) -> f64 = |asked| asked.decode_tokens_per_s;
+                format!(
+                    "{:.1}",
+                    (1.0 - median(speed) / median_of(&self.chosen_once, speed)) * 100.0
+                )
+            }
         };
         let (fed, again) = (&self.fed, &self.again);
         let to_first = median(|asked| asked.open_s + asked.first_token_s);
         format!(
-            "| {} | {} | {} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {} | {} |",
+            "| {} | {} | {} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {choosing} | {} | {} |",
             if self.through_model { "model" } else { "text" },
             format!("{:?}", self.base.memory).to_lowercase(),
             self.tokens,

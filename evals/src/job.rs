@@ -3,8 +3,8 @@
 
 use futures_util::StreamExt;
 use mka::{
-    Device, Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, PageRule,
-    RecallPolicy, Sampling, Scope, SendOptions,
+    Device, Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, PageConfig,
+    PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions,
 };
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -60,6 +60,65 @@ impl Memory {
     }
 }
 
+/// How stored keys and values are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub(crate) enum Precision {
+    F32,
+    Bf16,
+    Int8,
+    Int4,
+}
+
+/// Recall inside attention, where it is not as the engine has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
+#[group(skip)]
+pub(crate) struct PageOptions {
+    /// Decoded tokens that a choice of stored tokens serves at most.
+    #[arg(long)]
+    pub(crate) page_reuse: Option<usize>,
+    /// Layers below this one choose nothing.
+    #[arg(long)]
+    pub(crate) page_first_layer: Option<usize>,
+    /// A prompt's blocks attend to every stored token up to the model's trained length.
+    #[arg(long)]
+    pub(crate) page_dense: bool,
+    /// Tokens that are not recalled enter the softmax through the means of their pages.
+    #[arg(long)]
+    pub(crate) page_estimate: bool,
+    /// MiB of a CUDA device for the stored pages of a session.
+    #[arg(long)]
+    pub(crate) page_device_mib: Option<u64>,
+    /// How stored keys and values are held.
+    #[arg(long)]
+    pub(crate) page_precision: Option<Precision>,
+}
+
+impl PageOptions {
+    fn configure(&self, config: &mut PageConfig) {
+        if let Some(steps) = self.page_reuse {
+            config.reuse_steps = steps;
+        }
+        if let Some(layer) = self.page_first_layer {
+            config.first_layer = layer;
+        }
+        if self.page_dense {
+            config.prefill = Prefill::Dense;
+        }
+        config.estimate |= self.page_estimate;
+        if let Some(mib) = self.page_device_mib {
+            config.device_bytes = mib << 20;
+        }
+        if let Some(precision) = self.page_precision {
+            config.precision = match precision {
+                Precision::F32 => PagePrecision::F32,
+                Precision::Bf16 => PagePrecision::Bf16,
+                Precision::Int8 => PagePrecision::Int8,
+                Precision::Int4 => PagePrecision::Int4,
+            };
+        }
+    }
+}
+
 /// What to do.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Job {
@@ -73,6 +132,8 @@ pub(crate) struct Job {
     pub(crate) recall_k: usize,
     /// Tokens that attention recalls, where pages are; 0 is the engine's own number.
     pub(crate) page_tokens: usize,
+    #[serde(default)]
+    pub(crate) page_options: PageOptions,
     /// Text file to feed first.
     pub(crate) feed: Option<PathBuf>,
     /// Feed through the model; else as text memory.
@@ -160,6 +221,7 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     if job.page_tokens > 0 {
         config.pages.tokens = job.page_tokens;
     }
+    job.page_options.configure(&mut config.pages);
     let started = Instant::now();
     let engine = Engine::builder(&job.store)
         .model(job.model.parse::<ModelSource>()?)

@@ -6,7 +6,7 @@ mod local;
 
 pub(crate) use local::{Model, SCAFFOLD_TOKENS};
 
-use crate::job::Result;
+use crate::job::{PageOptions, Result};
 use crate::sample::Sample;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -64,6 +64,8 @@ pub(crate) struct Options {
     /// Tokens that attention recalls for each key/value head: pages, both and the rules compared with them.
     #[arg(long, default_value_t = 2048)]
     pub(crate) page_tokens: usize,
+    #[command(flatten)]
+    pub(crate) page_options: PageOptions,
     /// Feed mka through the model rather than as text memory.
     #[arg(long)]
     pub(crate) through_model: bool,

@@ -12,6 +12,7 @@
 //! | [`merge_states`] | log-sum-exp merge of two attentions | out (t, h, d), lse (t, h) | FlashInfer, arXiv 2501.01005, sec. 2.2 |
 //! | [`landmarks`], [`score_landmarks`] | means of keys; Σ over heads of softmax(q landmarkᵀ · scale) | pool (s, g, p, d); landmarks (n, g, d) | `reference` |
 //! | [`top_k`], [`gather_pages`] | exact k largest; copy of pages | votes (g, n); pool (s, g, p, d) | `reference` |
+//! | [`recall`] | landmarks, votes, re-rank and copy of stored tokens, one call each | q (t, h, d); pages (s, g, p, d) | `recall` |
 //! | [`rows`] | scores, softmax and the largest over rows of host memory | queries (r, d), rows (n, d) | `rows` |
 //! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
 //! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (.., t, c), state (.., m, c) | MKA, arXiv 2603.20586, alg. 2 |
@@ -28,6 +29,7 @@ mod flash;
 pub mod packed;
 mod pages;
 mod pool;
+pub mod recall;
 pub mod reference;
 mod rope;
 mod route;

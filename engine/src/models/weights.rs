@@ -152,7 +152,7 @@ impl Weights {
     }
 
     /// The same weights with every tensor decoded to f32.
-    #[cfg(all(test, feature = "cuda"))]
+    #[cfg(test)]
     pub(crate) fn decoded(mut self) -> Self {
         let mut decoded = Vec::new();
         for entry in self.entries.values_mut() {

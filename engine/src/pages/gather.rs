@@ -1,7 +1,8 @@
 //! From a choice of tokens to pages that attention reads: copied, rotated to their positions, laid side by side.
 //! Knows which tokens were chosen, not why.
 
-use super::store::{PageStore, Recalled};
+use super::device::Request;
+use super::store::{Held, MadeUnder, PageStore, Recalled, Recovered};
 use super::{PageRule, Prefill, selection::Selection};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
@@ -20,12 +21,6 @@ pub(crate) struct RecallScope {
     /// The layer attends to near tokens alone, by training: it recalls whole pages in stream order, or nothing.
     pub(crate) sliding: bool,
 }
-
-/// Steps that a choice is used for at most.
-const REUSE_STEPS: usize = 8;
-/// Cosine of a query with the one that a choice was made for, above which the choice is used again
-/// (TokenSelect, arXiv 2411.02886, section 3.3).
-const REUSE_COSINE: f32 = 0.9;
 
 impl PageStore {
     /// What queries `q` (t, h, d), before RoPE, of `layer` recall; None for nothing.
@@ -46,14 +41,51 @@ impl PageStore {
         if scope.sliding && (scope.compact || !all) || !all && layer < self.config.first_layer {
             return Ok(None);
         }
-        let made_under = (rows, self.order.first().copied(), scope.compact);
-        let query = match all || num_queries > 1 {
-            true => Vec::new(),
-            false => q.flatten_all()?.to_vec1::<f32>()?,
-        };
-        if let Some(recalled) = self.reuse(layer, made_under, &query, all) {
+        let made_under = (rows, self.order.first().copied(), scope.compact, all);
+        if (all || num_queries == 1)
+            && let Some(recalled) = self.reuse(layer, made_under)
+        {
             return Ok(Some(recalled));
         }
+        if !all && num_queries > 1 {
+            // What a decoded token chose before these queries serves none after them.
+            self.held[layer] = Held::default();
+        }
+        let request = Request { layer, rows, budget, all, scope };
+        let recalled = match self.recall_on_device(q, request)? {
+            Some(recalled) => recalled,
+            None => match self.recall_on_host(q, request)? {
+                Some(recalled) => recalled,
+                None => return Ok(None),
+            },
+        };
+        let recalled = Arc::new(recalled);
+        if all || num_queries == 1 {
+            let held = &mut self.held[layer];
+            // Layers choose at different steps, so that no token waits for all of them.
+            let begins = held.made_under != Some(made_under);
+            held.steps = if begins { layer % self.config.reuse_steps.max(1) } else { 0 };
+            held.made_under = Some(made_under);
+            held.recalled = Some(recalled.clone());
+        }
+        Ok(Some(recalled))
+    }
+
+    /// The layer's last choice, if it serves one more query.
+    fn reuse(&mut self, layer: usize, made_under: MadeUnder) -> Option<Arc<Recalled>> {
+        let (.., all) = made_under;
+        let held = &mut self.held[layer];
+        if held.made_under != Some(made_under) || !all && held.steps + 1 >= self.config.reuse_steps
+        {
+            return None;
+        }
+        held.steps += 1;
+        held.recalled.clone()
+    }
+
+    /// What queries `q` recall, chosen and copied by the processor; None for nothing.
+    fn recall_on_host(&mut self, q: &Tensor, request: Request) -> Result<Option<Recalled>> {
+        let Request { layer, rows, budget, all, scope } = request;
         let selection = match all {
             true => {
                 self.bring(&(0..rows).collect::<Vec<_>>());
@@ -71,37 +103,7 @@ impl PageStore {
         if self.config.estimate && !all {
             recalled.left = Some(left_out(&selection, rows));
         }
-        let recalled = Arc::new(recalled);
-        let held = &mut self.held[layer];
-        held.recalled = (all || num_queries == 1).then(|| recalled.clone());
-        (held.query, held.steps, held.made_under) = (query, 0, made_under);
         Ok(Some(recalled))
-    }
-
-    /// The layer's last choice, if it serves this query as well.
-    fn reuse(
-        &mut self,
-        layer: usize,
-        made_under: (usize, Option<u64>, bool),
-        query: &[f32],
-        all: bool,
-    ) -> Option<Arc<Recalled>> {
-        let held = &mut self.held[layer];
-        if held.made_under != made_under || all != held.query.is_empty() {
-            return None;
-        }
-        if !all {
-            if held.steps + 1 >= REUSE_STEPS || query.len() != held.query.len() {
-                return None;
-            }
-            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f32>();
-            let lengths = dot(query, query) * dot(&held.query, &held.query);
-            if dot(query, &held.query) <= REUSE_COSINE * lengths.sqrt() {
-                return None;
-            }
-            held.steps += 1;
-        }
-        held.recalled.clone()
     }
 
     /// Copies and rotates the chosen tokens.
@@ -118,22 +120,24 @@ impl PageStore {
         let sinks = SINK_PAGES * PAGE_TOKENS as u64;
         let mut keys = vec![0f32; num_pages * g * PAGE_TOKENS * d];
         let mut values = keys.clone();
+        let there = self.bytes_by_row(self.order.len());
         keys.par_chunks_mut(PAGE_TOKENS * d)
             .zip(values.par_chunks_mut(PAGE_TOKENS * d))
             .enumerate()
             .for_each(|(at, (keys, values))| {
                 let (first, head) = (at / g * PAGE_TOKENS, at % g);
+                let [key_reader, value_reader] = [0, 1].map(|kind| self.reader(layer, kind, head));
                 let chosen = &selection.heads[head][first..num_tokens.min(first + PAGE_TOKENS)];
                 let rows = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
                 for (i, (token, (key, value))) in chosen.iter().zip(rows).enumerate() {
                     let (row, offset) =
                         (*token as usize / PAGE_TOKENS, *token as usize % PAGE_TOKENS);
-                    let page = self.order[row];
-                    self.read_rows(page, layer, 0, head, offset, key);
-                    self.read_rows(page, layer, 1, head, offset, value);
+                    let bytes = there[row].unwrap_or_default();
+                    key_reader.read(bytes, offset, key);
+                    value_reader.read(bytes, offset, value);
                     let position = match compact {
                         true => sinks + (first + i) as u64,
-                        false => page * PAGE_TOKENS as u64 + offset as u64,
+                        false => self.order[row] * PAGE_TOKENS as u64 + offset as u64,
                     };
                     if let Some((cos, sin)) = self.angles_at(position) {
                         rows::rotate_row(key, cos, sin);
@@ -150,7 +154,7 @@ impl PageStore {
             values: Tensor::from_vec(values, shape, self.device())?,
             tokens: num_tokens,
             starts,
-            recovered: selection.recovered,
+            recovered: selection.recovered.map_or(Recovered::Unknown, Recovered::Share),
             left: None,
         })
     }

@@ -26,6 +26,8 @@ pub(super) struct HeadIndex {
     means: Vec<u8>,
     /// Pages at the front that were let go; their rows go when they are many.
     let_go: usize,
+    /// Counts the times that the outliers changed.
+    named: u64,
 }
 
 impl HeadIndex {
@@ -68,9 +70,23 @@ impl HeadIndex {
         }
     }
 
-    /// Names the outliers anew; `keys_of` gives the keys (SPAN, d) of a landmark, None where they are not at hand.
-    pub(super) fn name_outliers(&mut self, keys_of: impl Fn(usize) -> Option<Vec<f32>>) {
-        let live = &self.agreement[self.let_go * MARKS..];
+    /// Whether the outliers are named anew once page `page` of the stream is in: with every page at first, then 32 to 64
+    /// times while the stream doubles, so that naming costs as much as the stream is long; by the page's place alone, so
+    /// that a store that is filled again has the same.
+    pub(super) fn names_at(page: u64) -> bool {
+        let pages = page + 1;
+        pages.is_multiple_of((pages.next_power_of_two() / 64).max(1))
+    }
+
+    /// Names the outliers among the first `pages` pages anew; `keys_of` gives the keys (SPAN, d) of a landmark, None
+    /// where they are not at hand.
+    pub(super) fn name_outliers(
+        &mut self,
+        pages: usize,
+        d: usize,
+        keys_of: impl Fn(usize) -> Option<Vec<f32>>,
+    ) {
+        let live = &self.agreement[self.let_go * MARKS..][..pages.min(self.len()) * MARKS];
         // The largest of the negated agreement are the lowest.
         let negated: Vec<f32> = live.iter().map(|x| -x).collect();
         let count = (OUTLIERS * live.len() as f64) as usize;
@@ -78,13 +94,19 @@ impl HeadIndex {
         if outliers == self.outliers {
             return;
         }
-        self.outliers.clear();
-        self.outlier_keys.clear();
+        self.named += 1;
+        let known = std::mem::take(&mut self.outliers);
+        let known_keys = std::mem::take(&mut self.outlier_keys);
         for outlier in outliers {
-            if let Some(keys) = keys_of(outlier as usize) {
-                self.outliers.push(outlier);
+            if let Ok(at) = known.binary_search(&outlier) {
+                let bytes = at * SPAN * 2 * d..(at + 1) * SPAN * 2 * d;
+                self.outlier_keys.extend_from_slice(&known_keys[bytes]);
+            } else if let Some(keys) = keys_of(outlier as usize) {
                 self.outlier_keys.extend(keys.iter().flat_map(|x| to_bf16(*x).to_le_bytes()));
+            } else {
+                continue;
             }
+            self.outliers.push(outlier);
         }
     }
 
@@ -95,7 +117,9 @@ impl HeadIndex {
         self.landmarks.truncate(marks * 2 * d);
         self.means.truncate(marks / MARKS * 4 * d);
         let live = (pages * MARKS) as u32;
+        let before = self.outliers.len();
         self.outliers.retain(|outlier| *outlier < live);
+        self.named += u64::from(self.outliers.len() != before);
         self.outlier_keys.truncate(self.outliers.len() * SPAN * 2 * d);
     }
 
@@ -103,6 +127,7 @@ impl HeadIndex {
     pub(super) fn pop_front(&mut self, d: usize) {
         self.let_go += 1;
         let gone = self.outliers.iter().take_while(|outlier| **outlier < MARKS as u32).count();
+        self.named += u64::from(!self.outliers.is_empty());
         self.outliers.drain(..gone);
         self.outlier_keys.drain(..gone * SPAN * 2 * d);
         self.outliers.iter_mut().for_each(|outlier| *outlier -= MARKS as u32);
@@ -113,6 +138,27 @@ impl HeadIndex {
             self.means.drain(..self.means.len().min(marks / MARKS * 4 * d));
             self.let_go = 0;
         }
+    }
+
+    /// One landmark, bf16 as little-endian bytes.
+    pub(super) fn landmark_bytes(&self, mark: usize, d: usize) -> &[u8] {
+        let at = (self.let_go * MARKS + mark) * 2 * d;
+        &self.landmarks[at..at + 2 * d]
+    }
+
+    /// Every outlier, ascending.
+    pub(super) fn all_outliers(&self) -> &[u32] {
+        &self.outliers
+    }
+
+    /// One key of the outliers (outliers · SPAN), bf16 as little-endian bytes.
+    pub(super) fn outlier_key_bytes(&self, key: usize, d: usize) -> &[u8] {
+        &self.outlier_keys[key * 2 * d..(key + 1) * 2 * d]
+    }
+
+    /// A number that changes with the outliers.
+    pub(super) fn named(&self) -> u64 {
+        self.named
     }
 
     /// Outliers among the first `pages` pages.

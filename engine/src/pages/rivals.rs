@@ -172,7 +172,7 @@ impl PageStore {
         (0..self.shape.num_kv_heads)
             .into_par_iter()
             .map(|head| {
-                let reader = self.reader(layer, head);
+                let reader = self.reader(layer, 0, head);
                 let bounds: Vec<f32> = there
                     .par_iter()
                     .flat_map_iter(|bytes| {
@@ -225,7 +225,7 @@ impl PageStore {
         let heads = queries.heads.iter().map(mean).collect();
         let mean = Queries { heads, count: 1, ..*queries };
         let votes = soft_vote(&mean, &vec![rows * PAGE_TOKENS; g], |head, first, out| {
-            let reader = self.reader(layer, head);
+            let reader = self.reader(layer, 0, head);
             let pages = there[first / PAGE_TOKENS..].iter();
             for (bytes, out) in pages.zip(out.chunks_mut(PAGE_TOKENS * d)) {
                 reader.read(bytes.unwrap_or_default(), 0, out);

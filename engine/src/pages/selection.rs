@@ -18,10 +18,10 @@ pub(super) struct Selection {
 }
 
 /// Tokens of landmarks that are scored one by one, for each token that is chosen.
-const OVER_FETCH: usize = 4;
+pub(super) const OVER_FETCH: usize = 4;
 /// Queries of a block whose mean stands for them: neighbours look for much the same, and a block of 64 costs as much
 /// as eight queries.
-const POOLED: usize = 8;
+pub(super) const POOLED: usize = 8;
 
 impl PageStore {
     /// Chooses `budget` tokens among the first `rows` pages for queries `q` (t, h, d), before RoPE.
@@ -99,7 +99,7 @@ impl PageStore {
             .collect();
         let num_rows: Vec<usize> = candidates.iter().map(|marks| marks.len() * SPAN).collect();
         let votes = soft_vote(queries, &num_rows, |head, first, out| {
-            let reader = self.reader(layer, head);
+            let reader = self.reader(layer, 0, head);
             let runs = candidates[head][first / SPAN..].iter();
             for (mark, out) in runs.zip(out.chunks_mut(SPAN * queries.d)) {
                 let bytes = there[*mark as usize / MARKS].unwrap_or_default();
@@ -187,7 +187,7 @@ impl PageStore {
     }
 
     /// Pinned landmarks among the first `rows` pages, as index row · MARKS + landmark, ascending.
-    fn pinned(&self, rows: usize) -> Vec<u32> {
+    pub(super) fn pinned(&self, rows: usize) -> Vec<u32> {
         let place = |pin: &u64| {
             let row = self.order[..rows].binary_search(&(pin / MARKS as u64)).ok()?;
             Some((row * MARKS) as u32 + (pin % MARKS as u64) as u32)
@@ -195,29 +195,29 @@ impl PageStore {
         self.pins.iter().filter_map(place).collect()
     }
 
-    /// A reader of one head's keys out of pages' bytes.
-    pub(super) fn reader(&self, layer: usize, head: usize) -> KeyReader {
+    /// A reader of one head's keys (`kind` 0) or values (1) out of pages' bytes.
+    pub(super) fn reader(&self, layer: usize, kind: usize, head: usize) -> RowReader {
         let (precision, d) = (self.config.precision, self.shape.head_dim);
         let row_bytes = precision.row_bytes(d);
-        let first = 2 * layer * self.shape.num_kv_heads + head;
-        KeyReader { precision, d, row_bytes, at: first * PAGE_TOKENS * row_bytes }
+        let first = (2 * layer + kind) * self.shape.num_kv_heads + head;
+        RowReader { precision, d, row_bytes, at: first * PAGE_TOKENS * row_bytes }
     }
 }
 
-/// Reads keys of one layer and head out of a page's bytes.
-pub(super) struct KeyReader {
+/// Reads keys or values of one layer and head out of a page's bytes.
+pub(super) struct RowReader {
     precision: PagePrecision,
     d: usize,
     row_bytes: usize,
     at: usize,
 }
 
-impl KeyReader {
-    /// Keys from `first` on as f32: out (n, d).
+impl RowReader {
+    /// Rows from `first` on as f32: out (n, d); zeros where the page is not there.
     pub(super) fn read(&self, bytes: &[u8], first: usize, out: &mut [f32]) {
         let len = out.len() / self.d * self.row_bytes;
         let at = self.at + first * self.row_bytes;
-        let Some(bytes) = bytes.get(at..at + len) else { return };
+        let Some(bytes) = bytes.get(at..at + len) else { return out.fill(0.0) };
         if self.precision == PagePrecision::Bf16 {
             self.precision.decode(bytes, out);
             return;

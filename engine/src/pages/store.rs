@@ -1,13 +1,14 @@
 //! The pages that left a session's window: their keys and values within a byte budget, and the index over them.
 //! Knows no attention rule and no file; pages that the budget sends away are read back through [`PageSource`].
 
-use super::index::HeadIndex;
+use super::device::Mirror;
+use super::index::{HeadIndex, MARKS, SPAN};
 use super::rivals::Following;
 use super::{PageConfig, PageRule, PageUsage};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
-use candle_core::{Device, Tensor};
-use mka_kernels::{PAGE_TOKENS, PageRef, RotaryAngles};
+use candle_core::{DType, Device, Tensor};
+use mka_kernels::{PAGE_TOKENS, PageRef, RotaryAngles, recall};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -51,10 +52,19 @@ pub(crate) struct Recalled {
     pub(crate) tokens: usize,
     /// Stream positions of the pages' first tokens where they are whole pages of the stream in its order.
     pub(crate) starts: Option<Vec<u64>>,
-    /// Share of the attention to all stored tokens that these hold, estimated from landmarks; None if not estimated.
-    pub(crate) recovered: Option<f32>,
+    /// Share of the attention to all stored tokens that these hold, estimated from landmarks.
+    pub(crate) recovered: Recovered,
     /// For each key/value head, the tokens of each stored page that are not in them; None unless they are estimated.
     pub(crate) left: Option<Vec<Vec<u8>>>,
+}
+
+/// Where an estimated share stands.
+pub(crate) enum Recovered {
+    /// Nowhere: it was not estimated.
+    Unknown,
+    Share(f32),
+    /// (1), f32.
+    OnDevice(Tensor),
 }
 
 impl Recalled {
@@ -74,12 +84,14 @@ impl Recalled {
 #[derive(Default)]
 pub(super) struct Held {
     pub(super) recalled: Option<Arc<Recalled>>,
-    /// The queries that it was made for (h, d); empty where every token was taken.
-    pub(super) query: Vec<f32>,
+    /// Queries that it has served beside the one that it was made for, or that it is counted as having served.
     pub(super) steps: usize,
-    /// Pages of the index, its first page, and the kind of positions that it was made under.
-    pub(super) made_under: (usize, Option<u64>, bool),
+    pub(super) made_under: Option<MadeUnder>,
 }
+
+/// What a choice depends on beside its query: pages of the index, its first page, whether positions are compact, and
+/// whether every token was taken.
+pub(super) type MadeUnder = (usize, Option<u64>, bool, bool);
 
 /// The pages of one session.
 pub(crate) struct PageStore {
@@ -100,7 +112,7 @@ pub(crate) struct PageStore {
     clock: u64,
     pub(super) held: Vec<Held>,
     /// Angles of positions from 0 on, as far as they were needed.
-    angles: Option<RotaryAngles>,
+    pub(super) angles: Option<RotaryAngles>,
     /// What InfLLM's rule keeps; None for the others.
     pub(super) following: Option<Following>,
     /// Landmarks that a message's words pin, by their place in the stream (position / SPAN), ascending.
@@ -109,6 +121,10 @@ pub(crate) struct PageStore {
     pub(crate) active: bool,
     /// What single queries recalled since [`PageStore::begin_turn`], by layer.
     tally: Vec<Tally>,
+    /// By layer (2), f32: sums of shares that were noted on the device, so that no layer waits for them.
+    sums: Vec<Tensor>,
+    /// The pages on the model's device; None where the processor chooses.
+    pub(super) mirror: Option<Mirror>,
 }
 
 /// Sums over single queries of one layer.
@@ -144,8 +160,33 @@ impl PageStore {
             pins: Vec::new(),
             active: true,
             tally: vec![Tally::default(); shape.num_layers],
+            sums: Vec::new(),
+            mirror: None,
             config,
         }
+        .on_its_device()
+    }
+
+    /// On a CUDA device keeps the pages there too.
+    fn on_its_device(mut self) -> Self {
+        if self.device.is_cuda() {
+            self.mirror_on_device();
+        }
+        self
+    }
+
+    /// Keeps the pages on the device too, and notes shares there.
+    pub(super) fn mirror_on_device(&mut self) {
+        let shape = (self.shape.num_layers, self.shape.num_kv_heads, self.shape.head_dim);
+        self.mirror = Mirror::new(&self.config, shape, &self.device);
+        self.zero_sums(true);
+    }
+
+    /// Sums of shares from zero on; without the device's memory they are noted on the host.
+    fn zero_sums(&mut self, on_device: bool) {
+        let zero = |_| Tensor::zeros(2, DType::F32, &self.device).ok();
+        let sums = on_device.then(|| (0..self.shape.num_layers).map(zero).collect::<Option<_>>());
+        self.sums = sums.flatten().unwrap_or_default();
     }
 
     /// Says where pages are read from once the budget has sent them away.
@@ -244,12 +285,9 @@ impl PageStore {
                 self.read_rows(page, layer, 1, head, 0, &mut values);
                 own.push_means(&keys, &values, d);
             }
-            own.name_outliers(|mark| {
-                let mut keys = vec![0f32; super::index::SPAN * d];
-                let page = self.order.get(mark / super::index::MARKS)?;
-                let first = mark % super::index::MARKS * super::index::SPAN;
-                self.read_rows(*page, layer, 0, head, first, &mut keys).then_some(keys)
-            });
+            if HeadIndex::names_at(page) {
+                own.name_outliers(usize::MAX, d, self.keys_of(layer, head));
+            }
         }
         let mut following = self.following.take();
         if let Some(following) = following.as_mut().filter(|_| num_heads > 0) {
@@ -259,6 +297,17 @@ impl PageStore {
         }
         self.following = following;
         self.index[layer] = index;
+        self.mirror_layer(layer, super::device::BATCH_PAGES);
+    }
+
+    /// Reads the keys (SPAN, d) of a landmark of one head; None where they are not in memory.
+    fn keys_of(&self, layer: usize, head: usize) -> impl Fn(usize) -> Option<Vec<f32>> {
+        move |mark| {
+            let mut keys = vec![0f32; SPAN * self.shape.head_dim];
+            let page = self.order.get(mark / MARKS)?;
+            let first = mark % MARKS * SPAN;
+            self.read_rows(*page, layer, 0, head, first, &mut keys).then_some(keys)
+        }
     }
 
     /// Makes room for `bytes` more, sending the least used durable pages but `kept` away; with `let_go`, once only pages
@@ -286,6 +335,9 @@ impl PageStore {
         // A layer that has not taken the page in yet will not.
         for head in self.index.iter_mut().flatten().filter(|head| head.len() > 0) {
             head.pop_front(self.shape.head_dim);
+        }
+        if let Some(mirror) = &mut self.mirror {
+            mirror.pop_front();
         }
         true
     }
@@ -482,9 +534,20 @@ impl PageStore {
         }
         let rows = self.order.partition_point(|page| *page < end);
         self.order.truncate(rows);
-        for heads in &mut self.index {
-            heads.iter_mut().for_each(|head| head.truncate(rows, self.shape.head_dim));
+        if let Some(mirror) = &mut self.mirror {
+            mirror.truncate(rows);
         }
+        // The outliers are those that were named when the stream was this long.
+        let is_named = |page: &u64| HeadIndex::names_at(*page);
+        let named = self.order.iter().rposition(is_named).map_or(0, |row| row + 1);
+        let mut index = std::mem::take(&mut self.index);
+        for (layer, heads) in index.iter_mut().enumerate() {
+            for (head, own) in heads.iter_mut().enumerate() {
+                own.truncate(rows, self.shape.head_dim);
+                own.name_outliers(named, self.shape.head_dim, self.keys_of(layer, head));
+            }
+        }
+        self.index = index;
         if let Some(following) = &mut self.following {
             following.truncate(end);
         }
@@ -499,30 +562,64 @@ impl PageStore {
     /// Begins to count what a turn recalls.
     pub(crate) fn begin_turn(&mut self) {
         self.tally.fill(Tally::default());
+        self.zero_sums(!self.sums.is_empty());
         self.pins.clear();
     }
 
-    /// Notes that one query of `layer` gave `share` of its attention to `recalled`.
-    pub(crate) fn note_share(&mut self, layer: usize, recalled: &Recalled, share: f32) {
+    /// Notes which share of its attention one query of `layer` gave to `recalled`: lse (1, num_heads) of these and of
+    /// all.
+    pub(crate) fn note_share(
+        &mut self,
+        layer: usize,
+        recalled: &Recalled,
+        lse: &Tensor,
+        all: &Tensor,
+    ) -> Result<()> {
         let tally = &mut self.tally[layer];
         tally.queries += 1;
         tally.tokens = recalled.tokens;
-        tally.share += share;
-        if let Some(recovered) = recalled.recovered {
-            tally.estimated += 1;
-            tally.recovered += recovered;
+        tally.estimated += usize::from(!matches!(recalled.recovered, Recovered::Unknown));
+        let on_device = match &recalled.recovered {
+            Recovered::Unknown => None,
+            Recovered::Share(share) => {
+                tally.recovered += share;
+                None
+            }
+            Recovered::OnDevice(share) => Some(share),
+        };
+        if let Some(sums) = self.sums.get(layer) {
+            return Ok(recall::note_share(sums, lse, all, on_device)?);
         }
+        let numbers = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+        let (lse, all) = (numbers(lse)?, numbers(all)?);
+        let shares = lse.iter().zip(&all).map(|(own, all)| (own - all).exp());
+        tally.share += shares.sum::<f32>() / lse.len().max(1) as f32;
+        if let Some(share) = on_device {
+            tally.recovered += numbers(share)?.iter().sum::<f32>();
+        }
+        Ok(())
     }
 
     /// What the turn recalled.
-    pub(crate) fn usage(&self) -> PageUsage {
-        let mean = |sum: f32, count: usize| if count == 0 { 0.0 } else { sum / count as f32 };
-        PageUsage {
-            stored_tokens: self.stored_tokens(),
-            recalled_tokens: self.tally.iter().map(|tally| tally.tokens).max().unwrap_or(0),
-            share: self.tally.iter().map(|t| mean(t.share, t.queries)).collect(),
-            recovered: self.tally.iter().map(|t| mean(t.recovered, t.estimated)).collect(),
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(crate) fn usage(&self) -> Result<PageUsage> {
+        let mut tally = self.tally.clone();
+        for (tally, sums) in tally.iter_mut().zip(&self.sums) {
+            if tally.queries > 0 {
+                let sums = sums.to_vec1::<f32>()?;
+                tally.share += sums[0];
+                tally.recovered += sums[1];
+            }
         }
+        let mean = |sum: f32, count: usize| if count == 0 { 0.0 } else { sum / count as f32 };
+        Ok(PageUsage {
+            stored_tokens: self.stored_tokens(),
+            recalled_tokens: tally.iter().map(|tally| tally.tokens).max().unwrap_or(0),
+            share: tally.iter().map(|t| mean(t.share, t.queries)).collect(),
+            recovered: tally.iter().map(|t| mean(t.recovered, t.estimated)).collect(),
+        })
     }
 
     /// Makes sure that angles of positions below `end` are there.

@@ -18,10 +18,14 @@ const FOLDERS: &[&str] =
     &["llama3", "llama_yarn", "llama_linear", "mistral", "qwen2", "qwen3", "smollm2", "fastmka"];
 
 fn load(name: &str) -> Decoder {
+    load_on(name, &Device::Cpu)
+}
+
+fn load_on(name: &str, device: &Device) -> Decoder {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(name);
     let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
     let config = DecoderConfig::from_json(&text).unwrap();
-    Decoder::load(config, &Weights::open_folder(&folder).unwrap(), &Device::Cpu).unwrap()
+    Decoder::load(config, &Weights::open_folder(&folder).unwrap(), device).unwrap()
 }
 
 fn config() -> PageConfig {
@@ -35,7 +39,7 @@ fn config() -> PageConfig {
 }
 
 fn cache(decoder: &Decoder, window: usize, pages: Option<PageConfig>) -> Cache {
-    let mut cache = Cache::new(decoder.cache_shape(window, 512), &Device::Cpu).unwrap();
+    let mut cache = Cache::new(decoder.cache_shape(window, 512), decoder.device()).unwrap();
     if let Some(config) = pages {
         cache.keep_pages(config);
     }
@@ -96,6 +100,75 @@ fn with_room_for_every_token_recall_equals_dense_attention_on_every_family() {
             assert!(off <= 1e-4, "{name} in blocks of {blocks:?}: off by {off}");
         }
     }
+}
+
+/// The default model, its weights decoded to f32 so that no rounding of an activation hides or makes a difference, and
+/// the ids of some prose; None, with a line that says so, where the model is not in the cache.
+fn real_model(test: &str) -> Option<(Decoder, Vec<u32>)> {
+    let path = crate::hub::cache_folder().unwrap().join("models").join(crate::hub::DEFAULT_FILE);
+    if !path.exists() {
+        println!("{test}: skipped: {} is not there", path.display());
+        return None;
+    }
+    let (weights, gguf) = Weights::open_gguf(&path).unwrap();
+    let config = DecoderConfig::from_gguf(&gguf).unwrap();
+    let decoder = Decoder::load(config, &weights.decoded(), &Device::Cpu).unwrap();
+    let tokenizer = crate::tokenizer::Tokenizer::from_gguf(&gguf).unwrap();
+    let tokens = tokenizer.encode(include_str!("../../docs/recall.md"), false).unwrap();
+    Some((decoder, tokens))
+}
+
+/// Mean divergence of the next token's distribution in nats, and the share of equal first choices.
+fn divergence(expected: &[Vec<f32>], got: &[Vec<f32>]) -> (f64, f64) {
+    let logs = |row: &[f32]| -> Vec<f64> {
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = row.iter().map(|x| f64::from(x - max).exp()).sum();
+        row.iter().map(|x| f64::from(x - max) - sum.ln()).collect()
+    };
+    let first = |row: &[f32]| mka_kernels::rows::largest(row, 1);
+    let (mut nats, mut equal) = (0.0, 0.0);
+    for (expected, got) in expected.iter().zip(got) {
+        let pairs = logs(expected).into_iter().zip(logs(got));
+        nats += pairs.map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+        equal += f64::from(u8::from(first(expected) == first(got)));
+    }
+    (nats / expected.len() as f64, equal / expected.len() as f64)
+}
+
+/// One test for all that takes a real model, which is loaded once.
+#[test]
+fn a_real_model_recalls_exactly_with_room_for_all_and_loses_little_by_precision() {
+    let Some((decoder, tokens)) = real_model("recall on a real model") else { return };
+    let tokens = &tokens[..320];
+    let tail = |logits: Vec<Vec<f32>>| logits[logits.len() - 64..].to_vec();
+    let dense = tail(run(&decoder, &mut cache(&decoder, 320, None), tokens, &[320]));
+    let recalled = |config: PageConfig| {
+        tail(run(&decoder, &mut cache(&decoder, 64, Some(config)), tokens, &[200, 56, 1]))
+    };
+    let exact = recalled(config());
+    let off = difference(&dense, &exact);
+    println!("every stored token recalled, f32: logits differ by {off} at most");
+    assert!(off <= 1e-4, "off by {off}");
+    println!("against it, of 64 tokens: nats, share of equal first choices, largest difference");
+    let measure = |name: &str, config: PageConfig| {
+        let logits = recalled(config);
+        let (nats, equal) = divergence(&dense, &logits);
+        println!("| {name} | {nats:.6} | {equal:.3} | {:.4} |", difference(&dense, &logits));
+        nats
+    };
+    for (precision, most) in
+        [(PagePrecision::Bf16, 1e-3), (PagePrecision::Int8, 1e-2), (PagePrecision::Int4, 0.3)]
+    {
+        let nats = measure(&format!("{precision:?}"), PageConfig { precision, ..config() });
+        assert!(nats <= most, "{precision:?}: {nats}");
+    }
+    let some = PageConfig { tokens: 64, first_layer: 3, ..config() };
+    measure("64 tokens", some.clone());
+    measure("64 tokens and the estimation zone", PageConfig { estimate: true, ..some });
+    let windowed = tail(run(&decoder, &mut cache(&decoder, 64, None), tokens, &[320]));
+    let (nats, equal) = divergence(&dense, &windowed);
+    println!("| window alone | {nats:.6} | {equal:.3} | {:.4} |", difference(&dense, &windowed));
+    assert!(nats > 0.01, "the window alone is not enough");
 }
 
 #[test]
@@ -261,6 +334,116 @@ fn a_page_that_was_sent_away_comes_back_as_it_was() {
         };
         assert_eq!(rows(roomy), rows(tight), "row {row}");
         assert!(tight.used_bytes() <= page * 6);
+    }
+}
+
+/// Runs a long stream, a message and an answer with the pages on the model's device and without: logits, and the
+/// shares of the answer's attention.
+fn with_and_without_mirror(
+    decoder: &Decoder,
+    config: &PageConfig,
+    told: u32,
+) -> [(Vec<Vec<f32>>, super::PageUsage); 2] {
+    [true, false].map(|is_mirrored| {
+        let mut cache = cache(decoder, 64, Some(config.clone()));
+        let pages = cache.pages_mut().unwrap();
+        pages.mirror = None;
+        if is_mirrored {
+            pages.mirror_on_device();
+            assert!(pages.mirror.is_some());
+        }
+        run(decoder, &mut cache, &tokens(told), &[100, 37]);
+        let pages = cache.pages_mut().unwrap();
+        pages.begin_turn();
+        pages.pin_words(&[5, 5, 9]);
+        let logits = run(decoder, &mut cache, &tokens(90), &[20, 1]);
+        let pages = cache.pages().unwrap();
+        assert_eq!(pages.mirror.is_some(), is_mirrored);
+        (logits, pages.usage().unwrap())
+    })
+}
+
+fn assert_alike(
+    name: &str,
+    [(mirrored, shares), (plain, expected)]: [(Vec<Vec<f32>>, super::PageUsage); 2],
+) {
+    let off = difference(&mirrored, &plain);
+    assert!(off <= 2e-3, "{name}: off by {off}");
+    assert_eq!(shares.recalled_tokens, expected.recalled_tokens);
+    let pairs = shares.share.iter().zip(&expected.share);
+    for (own, expected) in pairs.chain(shares.recovered.iter().zip(&expected.recovered)) {
+        assert!((own - expected).abs() < 5e-3, "{name}: {shares:?}, expected {expected:?}");
+    }
+    assert!(expected.share.iter().all(|share| *share > 0.0));
+}
+
+/// What the choice on a device is tested with: positions exact and compact, every token recalled and some, outliers.
+const MIRRORED: &[(&str, usize, PagePrecision, u32)] = &[
+    ("llama3", 64, PagePrecision::F32, 100),
+    ("llama3", 1 << 12, PagePrecision::F32, 700),
+    ("qwen3", 128, PagePrecision::Bf16, 3000),
+    ("smollm2", 64, PagePrecision::Bf16, 150),
+];
+
+#[test]
+fn pages_on_the_models_device_are_chosen_as_in_host_memory() {
+    for (name, tokens, precision, told) in MIRRORED.iter().copied() {
+        let config = PageConfig { tokens, precision, reuse_steps: 2, lexical: true, ..config() };
+        assert_alike(name, with_and_without_mirror(&load(name), &config, told));
+    }
+}
+
+#[test]
+fn a_device_without_room_leaves_the_choice_to_the_processor() {
+    let decoder = load("llama3");
+    let page = {
+        let pages = cache(&decoder, 64, Some(config()));
+        pages.pages().unwrap().page_bytes() as u64 * 2
+    };
+    let config = PageConfig { tokens: 64, device_bytes: 20 * page, ..config() };
+    let [small, none] =
+        [&config, &PageConfig { device_bytes: 0, ..config.clone() }].map(|config| {
+            let mut cache = cache(&decoder, 64, Some(config.clone()));
+            cache.pages_mut().unwrap().mirror_on_device();
+            let logits = run(&decoder, &mut cache, &tokens(4000), &[100, 1]);
+            assert!(cache.pages().unwrap().mirror.is_none());
+            logits
+        });
+    assert!(difference(&small, &none) <= 2e-3);
+}
+
+#[test]
+fn a_rewound_mirror_recalls_as_if_nothing_had_followed() {
+    let decoder = load("fastmka");
+    let mut cache = cache(&decoder, 128, Some(PageConfig { tokens: 128, ..config() }));
+    cache.pages_mut().unwrap().mirror_on_device();
+    run(&decoder, &mut cache, &tokens(2900), &[64]);
+    cache.pages_mut().unwrap().forget_choices();
+    let checkpoint = cache.checkpoint();
+    let next = tokens(130);
+    let first = run(&decoder, &mut cache, &next, &[40, 1]);
+    assert!(cache.rewind(&checkpoint));
+    assert_eq!(run(&decoder, &mut cache, &next, &[40, 1]), first);
+    assert!(cache.pages().unwrap().mirror.is_some());
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::*;
+
+    #[test]
+    fn pages_on_a_cuda_device_are_chosen_as_in_host_memory() {
+        let device = match mka_kernels::cuda::open(0) {
+            Ok(device) => device,
+            Err(error) => {
+                println!("recall on the device: skipped: no CUDA device: {error}");
+                return;
+            }
+        };
+        for (name, tokens, precision, told) in MIRRORED.iter().copied() {
+            let config = PageConfig { tokens, precision, lexical: true, ..config() };
+            assert_alike(name, with_and_without_mirror(&load_on(name, &device), &config, told));
+        }
     }
 }
 

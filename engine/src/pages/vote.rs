@@ -38,8 +38,8 @@ struct Block {
     stats: Vec<(f32, f32)>,
 }
 
-/// Votes over `num_rows[head]` rows of each head; `fill(head, first, out)` writes rows from `first` on as f32 (n, d),
-/// and says which of them count.
+/// Votes over `num_rows[head]` rows of each head; `fill(head, first, out)` writes rows from `first` on as f32 (n, d), every
+/// number of `out`.
 pub(super) fn soft_vote(
     queries: &Queries,
     num_rows: &[usize],
@@ -57,11 +57,11 @@ pub(super) fn soft_vote(
         .collect();
     let blocks: Vec<Block> = tasks
         .into_par_iter()
-        .map(|(head, first, len)| {
-            let mut keys = vec![0f32; len * d];
-            fill(head, first, &mut keys);
+        .map_init(Vec::new, |keys: &mut Vec<f32>, (head, first, len)| {
+            keys.resize(len * d, 0.0);
+            fill(head, first, keys);
             let mut weights = vec![0f32; queries.count * queries.group * len];
-            rows::score_rows(&queries.heads[head], &keys, d, &mut weights, len);
+            rows::score_rows(&queries.heads[head], keys, d, &mut weights, len);
             let stats = weights
                 .chunks_exact_mut(len)
                 .map(|scores| {

@@ -1,7 +1,7 @@
 //! A process killed at any moment of `feed` and `send`: every acknowledged turn is there, and the session goes on.
 
-use crate::{engine, finish, trip, wait};
-use mka::{FeedOptions, Scope, SendOptions};
+use crate::{engine, finish, pages, trip, wait};
+use mka::{Engine, FeedOptions, RecallPolicy, Scope, SendOptions};
 use rand::{Rng, SeedableRng};
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
@@ -18,8 +18,7 @@ fn acknowledge(number: u64) {
 }
 
 /// Sends numbered messages, feeding a numbered document before every third, until it is killed.
-fn work(folder: &Path) {
-    let engine = engine(folder, 128);
+fn work(engine: &Engine) {
     let mut chat = engine.session_blocking(trip()).unwrap();
     let first = chat.num_turns().unwrap();
     for number in first.. {
@@ -35,9 +34,35 @@ fn work(folder: &Path) {
 
 #[test]
 fn killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged() {
+    let name = "kill::killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged";
+    kill(name, &|folder| engine(folder, 128));
+}
+
+#[test]
+fn killed_at_any_moment_a_session_recalls_every_page_of_what_it_acknowledged() {
+    let name = "kill::killed_at_any_moment_a_session_recalls_every_page_of_what_it_acknowledged";
+    let open = |folder: &Path| pages::open(folder, pages::config(RecallPolicy::Pages)).unwrap();
+    let Some(folder) = kill(name, &open) else { return };
+    let peek = || {
+        let engine = open(folder.path());
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        wait(chat.peek_logits("and")).unwrap()
+    };
+    assert_eq!(peek(), peek());
+    let engine = open(folder.path());
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let options = SendOptions::default().max_new_tokens(3);
+    let (_, usage) = finish(chat.send_with("which documents", options)).unwrap();
+    // Sinks, window and the page that is not full are no stored pages.
+    let stored = usage.pages.as_ref().unwrap().stored_tokens as u64;
+    assert!(stored > 1000 && stored + 64 + 64 + 64 >= usage.stream_tokens, "{usage:?}");
+}
+
+/// Kills children that work until then, and looks at what is there after each; the folder. None in a child.
+fn kill(test: &str, open: &dyn Fn(&Path) -> Engine) -> Option<tempfile::TempDir> {
     if let Some(folder) = std::env::var_os(CHILD) {
-        work(Path::new(&folder));
-        return;
+        work(&open(Path::new(&folder)));
+        return None;
     }
     let cycles = std::env::var("MKA_KILL_CYCLES").ok().and_then(|n| n.parse().ok()).unwrap_or(8);
     let seed = 7;
@@ -48,7 +73,7 @@ fn killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged() 
     for _ in 0..cycles {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "--nocapture"])
-            .arg("kill::killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged")
+            .arg(test)
             .env(CHILD, folder.path())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -64,7 +89,7 @@ fn killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged() 
         child.wait().unwrap();
         acknowledged.extend(reader.join().unwrap());
 
-        let engine = engine(folder.path(), 128);
+        let engine = open(folder.path());
         let mut chat = engine.session_blocking(trip()).unwrap();
         let chunks = wait(engine.memory().chunks(&Scope::user("ada"), 0..usize::MAX)).unwrap();
         let texts: HashSet<&str> = chunks.iter().map(|chunk| chunk.text.as_str()).collect();
@@ -76,4 +101,5 @@ fn killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged() 
         wait(chat.peek_logits("and")).unwrap();
     }
     assert!(acknowledged.len() > cycles / 2, "{} acknowledged", acknowledged.len());
+    Some(folder)
 }

@@ -8,7 +8,7 @@ use mka::{
 use std::path::Path;
 
 /// The tiny model with a window of 64 tokens, which recalls 64 more.
-fn config(recall: RecallPolicy) -> MemoryConfig {
+pub(crate) fn config(recall: RecallPolicy) -> MemoryConfig {
     let mut config = MemoryConfig::with_window(64);
     config.block_tokens = 64;
     config.recall = recall;
@@ -19,7 +19,7 @@ fn config(recall: RecallPolicy) -> MemoryConfig {
     config
 }
 
-fn open(folder: &Path, config: MemoryConfig) -> mka::Result<Engine> {
+pub(crate) fn open(folder: &Path, config: MemoryConfig) -> mka::Result<Engine> {
     let model = ModelSource::path(tiny_model());
     Engine::builder(folder.join("store")).model(model).memory(config).open_blocking()
 }
@@ -120,6 +120,20 @@ fn a_forgotten_session_has_no_page_left_and_its_bytes_are_gone() {
     let receipt = wait(engine.memory().forget(&trip(), Forget::Session)).unwrap();
     wait(engine.memory().verify(receipt)).unwrap();
     assert_eq!(engine.memory().stats().pages, 0);
+}
+
+#[test]
+fn a_session_that_is_open_recalls_nothing_that_was_forgotten() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    feed(&mut chat);
+    let (_, usage) = finish(chat.send_with("what is item 3", short())).unwrap();
+    assert!(usage.pages.unwrap().stored_tokens > 1000);
+    wait(engine.memory().forget(&trip(), Forget::Session)).unwrap();
+    let (_, usage) = finish(chat.send_with("what is item 3", short())).unwrap();
+    assert_eq!(usage.pages.unwrap().stored_tokens, 0);
+    assert!(usage.stream_tokens < 200, "{usage:?}");
 }
 
 #[test]

@@ -166,6 +166,7 @@ impl Local {
             memory: self.way.memory,
             recall_k: self.options.recall_k,
             page_tokens: self.options.page_tokens,
+            page_options: self.options.page_options.clone(),
             completion: !sample.chat,
             ..Job::default()
         }

@@ -6,6 +6,7 @@ mod flash;
 mod packed;
 mod paged;
 mod projected;
+mod recall;
 mod rope;
 mod route;
 mod select;

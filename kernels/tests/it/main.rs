@@ -6,5 +6,6 @@ mod cuda;
 mod flash;
 mod packed;
 mod projected;
+mod recall;
 mod route;
 mod select;

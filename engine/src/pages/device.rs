@@ -1,0 +1,252 @@
+//! Stored pages on the model's device, as far as a byte budget goes: what is chosen there needs no copy of keys and
+//! makes no layer wait for its queries.
+//! Knows the store's rows; host memory and disk have every page too, and choose where the device does not.
+
+use super::gather::RecallScope;
+use super::index::HeadIndex;
+use super::selection::{OVER_FETCH, POOLED};
+use super::store::{PageStore, Recalled, Recovered};
+use super::{PageConfig, PagePrecision, PageRule, codec};
+use crate::cache::SINK_PAGES;
+use crate::error::Result;
+use candle_core::{DType, Device, Tensor};
+use mka_kernels::PAGE_TOKENS;
+use mka_kernels::recall::{Choice, ChoiceParams, MARKS, Placement, SPAN, StoredPages};
+
+/// Pages that wait at most before they are uploaded together.
+pub(super) const BATCH_PAGES: usize = 16;
+
+/// The pages of the layers that choose, on one device.
+pub(super) struct Mirror {
+    device: Device,
+    dtype: DType,
+    /// Most pages that the budget has room for.
+    limit: usize,
+    /// None for layers that choose nothing.
+    layers: Vec<Option<Layer>>,
+    /// The pins that were uploaded last, for which first page, and where they are.
+    pins: (Vec<u64>, Option<u64>, Option<Tensor>),
+}
+
+struct Layer {
+    pages: StoredPages,
+    /// What the index had named as outliers when they were uploaded.
+    named: u64,
+}
+
+/// A run of queries and what it may recall.
+#[derive(Clone, Copy)]
+pub(super) struct Request {
+    pub(super) layer: usize,
+    pub(super) rows: usize,
+    pub(super) budget: usize,
+    pub(super) all: bool,
+    pub(super) scope: RecallScope,
+}
+
+impl Mirror {
+    /// None where nothing is chosen by landmarks alone, the kernels do not take the shape, or there is no room.
+    pub(super) fn new(
+        config: &PageConfig,
+        (num_layers, num_kv_heads, head_dim): (usize, usize, usize),
+        device: &Device,
+    ) -> Option<Self> {
+        let choosing = num_layers.saturating_sub(config.first_layer);
+        if config.rule != PageRule::Mka || config.estimate || choosing == 0 {
+            return None;
+        }
+        let dtype = match config.precision {
+            PagePrecision::F32 => DType::F32,
+            _ => DType::BF16,
+        };
+        let page_bytes = choosing * StoredPages::bytes(1, num_kv_heads, head_dim, dtype);
+        let limit = usize::try_from(config.device_bytes).unwrap_or(usize::MAX) / page_bytes.max(1);
+        let layer = |layer: usize| {
+            let chooses = layer >= config.first_layer;
+            let pages = || StoredPages::new(num_kv_heads, head_dim, dtype, device).ok();
+            // None for a layer that should choose is no mirror.
+            chooses
+                .then(pages)
+                .map_or(Some(None), |pages| Some(Some(Layer { pages: pages?, named: 0 })))
+        };
+        if limit < BATCH_PAGES {
+            return None;
+        }
+        let layers = (0..num_layers).map(layer).collect::<Option<_>>()?;
+        Some(Self { device: device.clone(), dtype, limit, layers, pins: (Vec::new(), None, None) })
+    }
+
+    /// Keeps the first `rows` pages.
+    pub(super) fn truncate(&mut self, rows: usize) {
+        self.layers.iter_mut().flatten().for_each(|layer| layer.pages.truncate(rows));
+    }
+
+    /// Lets the first page go.
+    pub(super) fn pop_front(&mut self) {
+        self.layers.iter_mut().flatten().for_each(|layer| layer.pages.pop_front());
+    }
+}
+
+impl PageStore {
+    /// Uploads what `layer` took in, once `least` pages wait; the mirror goes for good where there is no room for them
+    /// or a page was sent away before.
+    pub(super) fn mirror_layer(&mut self, layer: usize, least: usize) {
+        let Some(mut mirror) = self.mirror.take() else { return };
+        match self.upload(&mut mirror, layer, least.max(1)) {
+            Ok(true) => self.mirror = Some(mirror),
+            Ok(false) => tracing::info!(
+                pages = self.order.len(),
+                "stored pages have no room on the device: they are chosen from in host memory"
+            ),
+            Err(error) => tracing::warn!(
+                %error,
+                "stored pages cannot be kept on the device: they are chosen from in host memory"
+            ),
+        }
+    }
+
+    fn upload(&self, mirror: &mut Mirror, layer: usize, least: usize) -> Result<bool> {
+        let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
+        let Some(own) = &mut mirror.layers[layer] else { return Ok(true) };
+        let index = self.heads(layer);
+        let rows = own.pages.len()..index.first().map_or(0, HeadIndex::len);
+        let named = index.iter().map(HeadIndex::named).sum::<u64>() + 1;
+        // Before a choice everything must be here, a batch of pages with it or none.
+        if rows.len() < least && (least > 1 || own.named == named) {
+            return Ok(true);
+        }
+        if rows.end > mirror.limit {
+            return Ok(false);
+        }
+        let (mut keys, mut values, mut landmarks) = (Vec::new(), Vec::new(), Vec::new());
+        for row in rows {
+            for head in 0..g {
+                for (kind, out) in [&mut keys, &mut values].into_iter().enumerate() {
+                    if !self.read_bytes(self.order[row], (layer, kind, head), mirror.dtype, out) {
+                        return Ok(false);
+                    }
+                }
+            }
+            for mark in 0..MARKS {
+                for head in index {
+                    landmarks.extend_from_slice(head.landmark_bytes(row * MARKS + mark, d));
+                }
+            }
+        }
+        own.pages.push(&keys, &values, &landmarks, mirror.limit)?;
+        if own.named != named {
+            own.named = named;
+            let most = index.iter().map(|head| head.all_outliers().len()).max().unwrap_or(0);
+            let mut marks = vec![u32::MAX; g * most];
+            let mut keys = vec![0u8; most * SPAN * g * d * 2];
+            for (head, index) in index.iter().enumerate() {
+                for (i, mark) in index.all_outliers().iter().enumerate() {
+                    marks[head * most + i] = *mark;
+                    for key in i * SPAN..(i + 1) * SPAN {
+                        let to = (key * g + head) * d * 2;
+                        keys[to..to + d * 2].copy_from_slice(index.outlier_key_bytes(key, d));
+                    }
+                }
+            }
+            own.pages.set_outliers(&marks, &keys)?;
+        }
+        Ok(true)
+    }
+
+    /// One head's rows of a page in the type of the mirror, as bytes behind `out`; false where they are not in memory.
+    fn read_bytes(
+        &self,
+        page: u64,
+        (layer, kind, head): (usize, usize, usize),
+        dtype: DType,
+        out: &mut Vec<u8>,
+    ) -> bool {
+        let mut rows = vec![0f32; PAGE_TOKENS * self.shape.head_dim];
+        if !self.read_rows(page, layer, kind, head, 0, &mut rows) {
+            return false;
+        }
+        match dtype {
+            DType::F32 => out.extend(rows.iter().flat_map(|x| x.to_le_bytes())),
+            _ => out.extend(rows.iter().flat_map(|x| codec::to_bf16(*x).to_le_bytes())),
+        }
+        true
+    }
+
+    /// What queries `q` (t, h, d), before RoPE, recall, chosen and copied on the device; None where the device has not
+    /// every page.
+    pub(super) fn recall_on_device(
+        &mut self,
+        q: &Tensor,
+        request: Request,
+    ) -> Result<Option<Recalled>> {
+        let Request { layer, rows, budget, all, scope } = request;
+        self.mirror_layer(layer, 1);
+        let Some(mut mirror) = self.mirror.take() else { return Ok(None) };
+        let pins = match all {
+            true => Ok(None),
+            false => self.uploaded_pins(&mut mirror),
+        };
+        let mirror = &*self.mirror.insert(mirror);
+        let (Some(own), Some(angles)) = (&mirror.layers[layer], &self.angles) else {
+            return Ok(None);
+        };
+        let (first, last) = (self.order[0], self.order[rows - 1]);
+        // Places in the stream are counted from the first page: a page that is missing would shift them.
+        if last - first != rows as u64 - 1
+            || own.pages.len() < rows
+            || self.shape.window_tokens >= angles.len()
+        {
+            return Ok(None);
+        }
+        let pins = pins?;
+        let choice = match all {
+            true => Choice::all(rows * PAGE_TOKENS),
+            false => own.pages.choose(
+                q,
+                &ChoiceParams {
+                    pages: rows,
+                    tokens: budget,
+                    landmarks: OVER_FETCH * budget / SPAN,
+                    pooled: POOLED,
+                    scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
+                    angles,
+                    distance: self.shape.window_tokens,
+                    pins: pins.as_ref(),
+                },
+            )?,
+        };
+        let placement = match scope.compact {
+            true => Placement::Compact(SINK_PAGES * PAGE_TOKENS as u64),
+            false => Placement::Stream(first * PAGE_TOKENS as u64),
+        };
+        let (keys, values) = own.pages.gather(&choice, angles, placement)?;
+        let starts =
+            all.then(|| self.order[..rows].iter().map(|page| page * PAGE_TOKENS as u64).collect());
+        Ok(Some(Recalled {
+            keys,
+            values,
+            tokens: choice.num_tokens(),
+            starts,
+            recovered: match all {
+                true => Recovered::Share(1.0),
+                false => choice.recovered.map_or(Recovered::Unknown, Recovered::OnDevice),
+            },
+            left: None,
+        }))
+    }
+
+    /// The pinned landmarks on the mirror's device; None for none.
+    fn uploaded_pins(&self, mirror: &mut Mirror) -> Result<Option<Tensor>> {
+        let (pins, first, uploaded) = &mirror.pins;
+        if *pins == self.pins && *first == self.order.first().copied() {
+            return Ok(uploaded.clone());
+        }
+        let marks = self.pinned(self.order.len());
+        let uploaded = match marks.len() {
+            0 => None,
+            count => Some(Tensor::from_vec(marks, count, &mirror.device)?),
+        };
+        mirror.pins = (self.pins.clone(), self.order.first().copied(), uploaded.clone());
+        Ok(uploaded)
+    }
+}

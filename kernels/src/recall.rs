@@ -1,0 +1,401 @@
+//! Stored pages of one layer on one device, the choice among their tokens for a few queries, and the copy of the chosen.
+//! Knows no session and no budget; on CUDA nothing waits for the host from the queries to the copied tokens.
+
+#[cfg(feature = "cuda")]
+mod cuda;
+mod portable;
+
+use crate::pages::PAGE_TOKENS;
+use crate::rope::RotaryAngles;
+use candle_core::{DType, Device, Result, Tensor, bail};
+use half::bf16;
+
+/// Keys that share a landmark.
+pub const SPAN: usize = 8;
+/// Landmarks of a page.
+pub const MARKS: usize = PAGE_TOKENS / SPAN;
+/// Pages that there is room for at first.
+const FIRST_PAGES: usize = 16;
+
+/// Keys before RoPE, values and landmarks of the stored pages of one layer, in stream order.
+#[derive(Debug)]
+pub struct StoredPages {
+    /// (capacity, g, PAGE_TOKENS, d), f32 or bf16.
+    keys: Tensor,
+    /// (capacity, g, PAGE_TOKENS, d), as the keys.
+    values: Tensor,
+    /// (capacity · MARKS, g, d), bf16.
+    landmarks: Tensor,
+    /// Landmarks whose keys are landmarks of their own (g, m), u32, and these keys (m · SPAN, g, d), bf16.
+    outliers: Option<(Tensor, Tensor)>,
+    /// Pages at the front that were let go.
+    first: usize,
+    len: usize,
+}
+
+/// What a choice is made by.
+#[derive(Debug, Clone, Copy)]
+pub struct ChoiceParams<'a> {
+    /// Pages from the first on that can be chosen from.
+    pub pages: usize,
+    /// Tokens chosen for each head.
+    pub tokens: usize,
+    /// Landmarks whose tokens are compared one by one; all where there are no more.
+    pub landmarks: usize,
+    /// Neighbouring queries whose mean stands for them.
+    pub pooled: usize,
+    /// Factor on q·k.
+    pub scale: f32,
+    /// Queries are rotated to position `distance` of `angles`, keys are not.
+    pub angles: &'a RotaryAngles,
+    /// See `angles`.
+    pub distance: usize,
+    /// Landmarks that are chosen whatever they are asked for: (n), u32, ascending.
+    pub pins: Option<&'a Tensor>,
+}
+
+/// Tokens chosen for each head.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    /// (g, m), u32: the landmarks whose tokens were compared; None for all.
+    marks: Option<Tensor>,
+    /// (g, tokens), u32: places among the tokens that were compared; None for all.
+    best: Option<Tensor>,
+    tokens: usize,
+    /// (1), f32: the share of the attention to all stored tokens that the chosen ones hold, as their landmarks estimate
+    /// it; None for more than one query.
+    pub recovered: Option<Tensor>,
+}
+
+impl Choice {
+    /// The first `tokens` stored tokens.
+    pub fn all(tokens: usize) -> Self {
+        Self { marks: None, best: None, tokens, recovered: None }
+    }
+
+    /// Tokens of each head.
+    pub fn num_tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The tokens of each of `num_heads` heads, ascending, counted from the first that is stored; downloads them.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn tokens(&self, num_heads: usize) -> Result<Vec<Vec<u32>>> {
+        let rows = |x: &Option<Tensor>| x.as_ref().map(Tensor::to_vec2::<u32>).transpose();
+        let (marks, best) = (rows(&self.marks)?, rows(&self.best)?);
+        let of_head = |head: usize| {
+            let token = |i: u32| match &marks {
+                Some(marks) => marks[head][i as usize / SPAN] * SPAN as u32 + i % SPAN as u32,
+                None => i,
+            };
+            match &best {
+                Some(best) => best[head].iter().map(|i| token(*i)).collect(),
+                None => (0..self.tokens as u32).map(token).collect(),
+            }
+        };
+        Ok((0..num_heads).map(of_head).collect())
+    }
+}
+
+/// Where gathered keys are rotated to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// To their places in the stream, of which the first stored token has this one.
+    Stream(u64),
+    /// Side by side from this position on.
+    Compact(u64),
+}
+
+impl StoredPages {
+    /// No page yet, of `num_kv_heads` heads of `head_dim`, keys and values in `dtype` (f32 or bf16).
+    ///
+    /// # Errors
+    /// If the device has no room, or no kernel takes the shape: `head_dim` is a multiple of 8 up to 256.
+    pub fn new(
+        num_kv_heads: usize,
+        head_dim: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        if !matches!(dtype, DType::F32 | DType::BF16)
+            || !head_dim.is_multiple_of(8)
+            || !(8..=256).contains(&head_dim)
+            || num_kv_heads == 0
+        {
+            bail!(
+                "stored pages: {num_kv_heads} heads of {head_dim} in {dtype:?}, expected f32 or bf16, a multiple of 8 up to 256"
+            );
+        }
+        let (keys, values, landmarks) = room(FIRST_PAGES, num_kv_heads, head_dim, dtype, device)?;
+        Ok(Self { keys, values, landmarks, outliers: None, first: 0, len: 0 })
+    }
+
+    /// Bytes that `pages` pages take on the device; there is room for twice as many at most.
+    pub fn bytes(pages: usize, num_kv_heads: usize, head_dim: usize, dtype: DType) -> usize {
+        let rows = num_kv_heads * head_dim;
+        pages * rows * (2 * PAGE_TOKENS * dtype.size_in_bytes() + MARKS * 2)
+    }
+
+    /// Pages stored.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether none is stored.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Pages that there is room for without growing.
+    pub fn capacity(&self) -> usize {
+        self.keys.dims()[0]
+    }
+
+    /// Appends pages, of which there are never more than `limit` at once.
+    ///
+    /// Shapes: `keys`, `values` (n, g, PAGE_TOKENS, d) in the type of the pages, `landmarks` (n · MARKS, g, d) in bf16,
+    /// all as little-endian bytes.
+    ///
+    /// # Errors
+    /// If the lengths do not fit, or the device has no room: the pages are then as they were.
+    pub fn push(
+        &mut self,
+        keys: &[u8],
+        values: &[u8],
+        landmarks: &[u8],
+        limit: usize,
+    ) -> Result<()> {
+        let (_, g, _, d) = self.keys.dims4()?;
+        let page = g * PAGE_TOKENS * d * self.keys.dtype().size_in_bytes();
+        let n = keys.len() / page;
+        if keys.len() != n * page
+            || values.len() != keys.len()
+            || landmarks.len() != n * MARKS * g * d * 2
+            || self.len + n > limit
+        {
+            bail!(
+                "stored pages: {} bytes of keys, {} of values, {} of landmarks beside {} pages, expected whole pages and at most {limit}",
+                keys.len(),
+                values.len(),
+                landmarks.len(),
+                self.len
+            );
+        }
+        if n == 0 {
+            return Ok(());
+        }
+        self.make_room(n, limit)?;
+        let at = self.first + self.len;
+        let (device, dtype) = (self.keys.device(), self.keys.dtype());
+        let shape = (n, g, PAGE_TOKENS, d);
+        self.keys.slice_set(&uploaded(keys, dtype, shape, device)?, 0, at)?;
+        self.values.slice_set(&uploaded(values, dtype, shape, device)?, 0, at)?;
+        let landmarks = uploaded(landmarks, DType::BF16, (n * MARKS, g, d), device)?;
+        self.landmarks.slice_set(&landmarks, 0, at * MARKS)?;
+        self.len += n;
+        Ok(())
+    }
+
+    /// Names the landmarks whose keys are landmarks of their own: `marks` (g, m), counted from the first page, a number
+    /// beyond all for none; `keys` (m · SPAN, g, d), bf16 as little-endian bytes.
+    ///
+    /// # Errors
+    /// If the lengths do not fit.
+    pub fn set_outliers(&mut self, marks: &[u32], keys: &[u8]) -> Result<()> {
+        let (_, g, _, d) = self.keys.dims4()?;
+        let m = marks.len() / g;
+        if marks.len() != m * g || keys.len() != m * SPAN * g * d * 2 {
+            bail!(
+                "stored pages: {} outliers with {} bytes of keys, expected them of {g} heads of {d}",
+                marks.len(),
+                keys.len()
+            );
+        }
+        self.outliers = match m {
+            0 => None,
+            _ => {
+                let device = self.keys.device();
+                let marks = Tensor::from_slice(marks, (g, m), device)?;
+                Some((marks, uploaded(keys, DType::BF16, (m * SPAN, g, d), device)?))
+            }
+        };
+        Ok(())
+    }
+
+    /// Keeps the first `pages` pages.
+    pub fn truncate(&mut self, pages: usize) {
+        self.len = self.len.min(pages);
+    }
+
+    /// Lets the first page go; outliers are to be named anew.
+    pub fn pop_front(&mut self) {
+        let gone = self.len.min(1);
+        self.first += gone;
+        self.len -= gone;
+    }
+
+    /// Room for `n` pages more: twice as much as before, up to `limit`.
+    fn make_room(&mut self, n: usize, limit: usize) -> Result<()> {
+        let (capacity, g, _, d) = self.keys.dims4()?;
+        if self.first + self.len + n <= capacity {
+            return Ok(());
+        }
+        let capacity = (self.len + n).next_power_of_two().max(FIRST_PAGES).min(limit.max(1));
+        let (keys, values, landmarks) =
+            room(capacity, g, d, self.keys.dtype(), self.keys.device())?;
+        if self.len > 0 {
+            let live = |x: &Tensor, rows: usize| {
+                x.narrow(0, self.first * rows, self.len * rows)?.force_contiguous()
+            };
+            keys.slice_set(&live(&self.keys, 1)?, 0, 0)?;
+            values.slice_set(&live(&self.values, 1)?, 0, 0)?;
+            landmarks.slice_set(&live(&self.landmarks, MARKS)?, 0, 0)?;
+        }
+        (self.keys, self.values, self.landmarks, self.first) = (keys, values, landmarks, 0);
+        Ok(())
+    }
+
+    /// Chooses tokens for queries `q` (t, h, d), f32, before RoPE: h a multiple of g, ⌈t / pooled⌉ · h / g at most 512.
+    ///
+    /// Queries are rotated to one distance, pooled and scaled; votes are, of the queries, the largest sum over a group's
+    /// heads of the softmax over all landmarks and the keys of outliers; the tokens of the landmarks of most votes are
+    /// compared in the same way, and those of most votes are chosen, ascending.
+    ///
+    /// Source: landmarks and outliers are ShadowKV's (arXiv 2410.21465), the vote is TokenSelect's (arXiv 2411.02886).
+    ///
+    /// # Errors
+    /// If shapes, types or devices disagree, or there are fewer pages.
+    pub fn choose(&self, q: &Tensor, params: &ChoiceParams<'_>) -> Result<Choice> {
+        let (t, h, d) = q.dims3()?;
+        let (_, g, _, head_dim) = self.keys.dims4()?;
+        let rows = t.div_ceil(params.pooled.max(1)) * h.checked_div(g).unwrap_or(0);
+        if d != head_dim
+            || h == 0
+            || h % g != 0
+            || !(1..=512).contains(&rows)
+            || q.dtype() != DType::F32
+            || !q.device().same_device(self.keys.device())
+        {
+            bail!("choose: q {q:?}, expected (t, h, {d}), f32, with the {g} heads of the pages");
+        }
+        if params.pages == 0
+            || params.pages > self.len
+            || params.pooled == 0
+            || params.distance >= params.angles.len()
+            || 2 * params.angles.half() != d
+        {
+            bail!(
+                "choose: among {} pages of {}, distance {} of {} angles, expected them there",
+                params.pages,
+                self.len,
+                params.distance,
+                params.angles.len()
+            );
+        }
+        let q = q.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = q.device() {
+            return cuda::choose(device, self, &q, params);
+        }
+        portable::choose(self, &q, params)
+    }
+
+    /// The tokens of `choice`, keys rotated: two tensors (⌈tokens / PAGE_TOKENS⌉, g, PAGE_TOKENS, d), f32, 0 behind the
+    /// last token.
+    ///
+    /// # Errors
+    /// If `angles` has not every position, from 0 on.
+    pub fn gather(
+        &self,
+        choice: &Choice,
+        angles: &RotaryAngles,
+        placement: Placement,
+    ) -> Result<(Tensor, Tensor)> {
+        let (_, _, _, d) = self.keys.dims4()?;
+        let end = match placement {
+            Placement::Stream(first) => first + (self.len * PAGE_TOKENS) as u64,
+            Placement::Compact(first) => first + choice.tokens as u64,
+        };
+        if end > angles.len() as u64
+            || 2 * angles.half() != d
+            || choice.tokens > self.len * PAGE_TOKENS
+            || choice.tokens == 0
+        {
+            bail!(
+                "gather: {} tokens of {} pages up to position {end}, expected some, and angles up to there, found {}",
+                choice.tokens,
+                self.len,
+                angles.len()
+            );
+        }
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = self.keys.device() {
+            return cuda::gather(device, self, choice, angles, placement);
+        }
+        portable::gather(self, choice, angles, placement)
+    }
+}
+
+/// Adds to `sums` (2), f32, in place, the mean over the heads of e^(lse - all), and `recovered` (1) where it is given:
+/// which share of a query's attention went to some of its keys.
+///
+/// Shapes: `lse`, `all` (1, h), f32.
+///
+/// # Errors
+/// If shapes or devices disagree.
+pub fn note_share(
+    sums: &Tensor,
+    lse: &Tensor,
+    all: &Tensor,
+    recovered: Option<&Tensor>,
+) -> Result<()> {
+    let (t, h) = lse.dims2()?;
+    if t != 1
+        || h == 0
+        || all.dims() != lse.dims()
+        || sums.dims() != [2]
+        || recovered.is_some_and(|x| x.dims() != [1])
+    {
+        bail!("note_share: lse {lse:?} of {all:?} into {sums:?}, expected (1, h) into (2)");
+    }
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = sums.device() {
+        return cuda::note_share(device, sums, &lse.contiguous()?, &all.contiguous()?, recovered);
+    }
+    portable::note_share(sums, lse, all, recovered)
+}
+
+/// Keys, values and landmarks for `pages` pages, zero.
+fn room(
+    pages: usize,
+    g: usize,
+    d: usize,
+    dtype: DType,
+    device: &Device,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let zeros = || Tensor::zeros((pages, g, PAGE_TOKENS, d), dtype, device);
+    Ok((zeros()?, zeros()?, Tensor::zeros((pages * MARKS, g, d), DType::BF16, device)?))
+}
+
+/// Little-endian numbers of `dtype` as a tensor on `device`.
+fn uploaded(
+    bytes: &[u8],
+    dtype: DType,
+    shape: impl candle_core::shape::ShapeWithOneHole,
+    device: &Device,
+) -> Result<Tensor> {
+    match dtype {
+        DType::F32 => {
+            let (numbers, _) = bytes.as_chunks::<4>();
+            let numbers: Vec<f32> = numbers.iter().map(|x| f32::from_le_bytes(*x)).collect();
+            Tensor::from_vec(numbers, shape, device)
+        }
+        _ => {
+            let (numbers, _) = bytes.as_chunks::<2>();
+            let numbers: Vec<bf16> = numbers.iter().map(|x| bf16::from_le_bytes(*x)).collect();
+            Tensor::from_vec(numbers, shape, device)
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! The choice among stored pages and the copy of the chosen on a CUDA device: parameters of the kernels, their launch.
+//! Knows no rule: the kernels of `cuda/recall.cu` hold them.
+
+use super::{Choice, ChoiceParams, MARKS, Placement, SPAN, StoredPages};
+use crate::cuda::{self, Launch};
+use crate::pages::PAGE_TOKENS;
+use crate::rope::RotaryAngles;
+use crate::select::top_k;
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::{CudaDevice, DType, Result, Tensor};
+
+/// Keys of one block of a score; as in `cuda/recall.cu`, like the number of threads.
+const BLOCK_KEYS: usize = 256;
+const THREADS: u32 = 256;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct QueryParams {
+    q: u64,
+    cosine: u64,
+    sine: u64,
+    mean: u64,
+    t: u32,
+    h: u32,
+    d: u32,
+    pooled: u32,
+    scale: f32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernel declares them.
+unsafe impl DeviceRepr for QueryParams {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct VoteParams {
+    q: u64,
+    keys: u64,
+    marks: u64,
+    outlier_keys: u64,
+    outliers: u64,
+    pins: u64,
+    logits: u64,
+    stats: u64,
+    norms: u64,
+    votes: u64,
+    n: u64,
+    num_marks: u32,
+    num_outliers: u32,
+    num_pins: u32,
+    rows: u32,
+    h: u32,
+    g: u32,
+    group: u32,
+    d: u32,
+    blocks: u32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernels declare them.
+unsafe impl DeviceRepr for VoteParams {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RecoveredParams {
+    mark_logits: u64,
+    mark_norms: u64,
+    marks: u64,
+    token_logits: u64,
+    token_norms: u64,
+    best: u64,
+    recovered: u64,
+    mark_n: u64,
+    token_n: u64,
+    num_marks: u32,
+    k: u32,
+    g: u32,
+    group: u32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernel declares them.
+unsafe impl DeviceRepr for RecoveredParams {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ChosenParams {
+    keys: u64,
+    values: u64,
+    marks: u64,
+    best: u64,
+    cosine: u64,
+    sine: u64,
+    out_keys: u64,
+    out_values: u64,
+    first: u64,
+    num_marks: u32,
+    k: u32,
+    g: u32,
+    d: u32,
+    compact: u32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernels declare them.
+unsafe impl DeviceRepr for ChosenParams {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ShareParams {
+    lse: u64,
+    all: u64,
+    recovered: u64,
+    sums: u64,
+    h: u32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernel declares them.
+unsafe impl DeviceRepr for ShareParams {}
+
+/// What a vote over keys leaves on the device.
+struct Voted {
+    /// (g, rows, n).
+    logits: Tensor,
+    /// (g, rows).
+    norms: Tensor,
+    /// (g, n).
+    votes: Tensor,
+    n: usize,
+}
+
+/// Queries of a choice: (rows / group, h, d).
+struct Queries<'a> {
+    mean: Tensor,
+    rows: usize,
+    h: usize,
+    group: usize,
+    pins: Option<&'a Tensor>,
+}
+
+/// Device address of page `first` of a tensor whose rows along dimension 0 are `rows` a page.
+fn address_from(tensor: &Tensor, first: usize, rows: usize) -> Result<u64> {
+    let row = tensor.elem_count() / tensor.dim(0)? * tensor.dtype().size_in_bytes();
+    Ok(cuda::address(tensor)? + (first * rows * row) as u64)
+}
+
+fn address_or_null(tensor: Option<&Tensor>) -> Result<u64> {
+    tensor.map_or(Ok(0), cuda::address)
+}
+
+/// [`StoredPages::choose`] on `device`; shapes are checked, `q` is contiguous.
+pub(super) fn choose(
+    device: &CudaDevice,
+    pages: &StoredPages,
+    q: &Tensor,
+    params: &ChoiceParams<'_>,
+) -> Result<Choice> {
+    let (t, h, d) = q.dims3()?;
+    let g = pages.keys.dim(1)?;
+    let num_queries = t.div_ceil(params.pooled);
+    let mean = cuda::output_tensor(device, DType::F32, (num_queries, h, d))?;
+    let (cosine, sine) = params.angles.on(device)?;
+    let angle = (params.distance * d / 2 * size_of::<f32>()) as u64;
+    let query_params = QueryParams {
+        q: cuda::address(q)?,
+        cosine: cuda::address(&cosine)? + angle,
+        sine: cuda::address(&sine)? + angle,
+        mean: cuda::address(&mean)?,
+        t: t as u32,
+        h: h as u32,
+        d: d as u32,
+        pooled: params.pooled as u32,
+        scale: params.scale,
+    };
+    let launch = Launch { grid: (h as u32, num_queries as u32, 1), block: 128, shared_bytes: 0 };
+    cuda::launch(device, "recall", "mean_queries", launch, &query_params)?;
+    let group = h / g;
+    let queries = Queries { mean, rows: num_queries * group, h, group, pins: params.pins };
+
+    let num_marks = params.pages * MARKS;
+    let (mut marks, mut by_mark) = (None, None);
+    if params.landmarks < num_marks {
+        let voted = vote(device, pages, &queries, None, num_marks)?;
+        marks = Some(top_k(&voted.votes, params.landmarks)?);
+        by_mark = Some(voted);
+    }
+    let scored = params.landmarks.min(num_marks) * SPAN;
+    let voted = vote(device, pages, &queries, Some(marks.as_ref()), scored / SPAN)?;
+    let tokens = params.tokens.min(scored);
+    let best = top_k(&voted.votes, tokens)?;
+    let recovered = match t {
+        1 => Some(recovered(device, (g, group), by_mark.as_ref(), marks.as_ref(), &voted, &best)?),
+        _ => None,
+    };
+    Ok(Choice { marks, best: Some(best), tokens, recovered })
+}
+
+/// The vote over the first `num_marks` landmarks, or, with `tokens`, over the tokens of those landmarks (None: of all).
+fn vote(
+    device: &CudaDevice,
+    pages: &StoredPages,
+    queries: &Queries<'_>,
+    tokens: Option<Option<&Tensor>>,
+    num_marks: usize,
+) -> Result<Voted> {
+    let (_, g, _, d) = pages.keys.dims4()?;
+    let outliers = pages.outliers.as_ref().filter(|_| tokens.is_none());
+    let num_outliers = outliers.map_or(Ok(0), |(marks, _)| marks.dim(1))?;
+    let n = match tokens {
+        Some(_) => num_marks * SPAN,
+        None => num_marks + num_outliers * SPAN,
+    };
+    let blocks = n.div_ceil(BLOCK_KEYS);
+    let rows = queries.rows;
+    let logits = cuda::output_tensor(device, DType::F32, (g, rows, n))?;
+    let stats = cuda::output_tensor(device, DType::F32, (g, blocks, rows, 2))?;
+    let norms = cuda::output_tensor(device, DType::F32, (g, rows))?;
+    let votes = cuda::output_tensor(device, DType::F32, (g, n))?;
+    let keys = match tokens {
+        Some(_) => address_from(&pages.keys, pages.first, 1)?,
+        None => address_from(&pages.landmarks, pages.first, MARKS)?,
+    };
+    let params = VoteParams {
+        q: cuda::address(&queries.mean)?,
+        keys,
+        marks: address_or_null(tokens.flatten())?,
+        outlier_keys: address_or_null(outliers.map(|(_, keys)| keys))?,
+        outliers: address_or_null(outliers.map(|(marks, _)| marks))?,
+        pins: address_or_null(queries.pins)?,
+        logits: cuda::address(&logits)?,
+        stats: cuda::address(&stats)?,
+        norms: cuda::address(&norms)?,
+        votes: cuda::address(&votes)?,
+        n: n as u64,
+        num_marks: num_marks as u32,
+        num_outliers: num_outliers as u32,
+        num_pins: queries.pins.map_or(0, Tensor::elem_count) as u32,
+        rows: rows as u32,
+        h: queries.h as u32,
+        g: g as u32,
+        group: queries.group as u32,
+        d: d as u32,
+        blocks: blocks as u32,
+    };
+    let (score, vote) = match (tokens.is_some(), pages.keys.dtype()) {
+        (false, _) => ("score_landmarks", "vote_landmarks"),
+        (true, DType::F32) => ("score_tokens_f32", "vote_tokens"),
+        (true, _) => ("score_tokens_bf16", "vote_tokens"),
+    };
+    let grid = (blocks as u32, g as u32, 1);
+    let launch = Launch { grid, block: THREADS, shared_bytes: 0 };
+    cuda::launch(device, "recall", score, launch, &params)?;
+    // Each block joins the statistics of all: 1,024 votes a block keep that a small share.
+    let grid = (n.div_ceil(1024) as u32, g as u32, 1);
+    cuda::launch(device, "recall", vote, Launch { grid, ..launch }, &params)?;
+    if num_outliers > 0 {
+        let grid = (num_outliers.div_ceil(THREADS as usize) as u32, g as u32, 1);
+        cuda::launch(device, "recall", "raise_votes", Launch { grid, ..launch }, &params)?;
+    }
+    Ok(Voted { logits, norms, votes, n })
+}
+
+fn recovered(
+    device: &CudaDevice,
+    (g, group): (usize, usize),
+    by_mark: Option<&Voted>,
+    marks: Option<&Tensor>,
+    by_token: &Voted,
+    best: &Tensor,
+) -> Result<Tensor> {
+    let recovered = cuda::output_tensor(device, DType::F32, 1)?;
+    let params = RecoveredParams {
+        mark_logits: address_or_null(by_mark.map(|voted| &voted.logits))?,
+        mark_norms: address_or_null(by_mark.map(|voted| &voted.norms))?,
+        marks: address_or_null(marks)?,
+        token_logits: cuda::address(&by_token.logits)?,
+        token_norms: cuda::address(&by_token.norms)?,
+        best: cuda::address(best)?,
+        recovered: cuda::address(&recovered)?,
+        mark_n: by_mark.map_or(0, |voted| voted.n) as u64,
+        token_n: by_token.n as u64,
+        num_marks: marks.map_or(Ok(0), |marks| marks.dim(1))? as u32,
+        k: best.dim(1)? as u32,
+        g: g as u32,
+        group: group as u32,
+    };
+    let launch = Launch { grid: (1, 1, 1), block: THREADS, shared_bytes: 0 };
+    cuda::launch(device, "recall", "recovered", launch, &params)?;
+    Ok(recovered)
+}
+
+/// [`StoredPages::gather`] on `device`; positions are checked.
+pub(super) fn gather(
+    device: &CudaDevice,
+    pages: &StoredPages,
+    choice: &Choice,
+    angles: &RotaryAngles,
+    placement: Placement,
+) -> Result<(Tensor, Tensor)> {
+    let (_, g, _, d) = pages.keys.dims4()?;
+    let num_pages = choice.tokens.div_ceil(PAGE_TOKENS);
+    let shape = (num_pages, g, PAGE_TOKENS, d);
+    let keys = cuda::output_tensor(device, DType::F32, shape)?;
+    let values = cuda::output_tensor(device, DType::F32, shape)?;
+    let (cosine, sine) = angles.on(device)?;
+    let (first, compact) = match placement {
+        Placement::Stream(first) => (first, 0),
+        Placement::Compact(first) => (first, 1),
+    };
+    let params = ChosenParams {
+        keys: address_from(&pages.keys, pages.first, 1)?,
+        values: address_from(&pages.values, pages.first, 1)?,
+        marks: address_or_null(choice.marks.as_ref())?,
+        best: address_or_null(choice.best.as_ref())?,
+        cosine: cuda::address(&cosine)?,
+        sine: cuda::address(&sine)?,
+        out_keys: cuda::address(&keys)?,
+        out_values: cuda::address(&values)?,
+        first,
+        num_marks: choice.marks.as_ref().map_or(Ok(0), |marks| marks.dim(1))? as u32,
+        k: choice.tokens as u32,
+        g: g as u32,
+        d: d as u32,
+        compact,
+    };
+    let kernel = format!("gather_{}", cuda::suffix("gather", pages.keys.dtype())?);
+    let launch = Launch { grid: (num_pages as u32, g as u32, 1), block: THREADS, shared_bytes: 0 };
+    cuda::launch(device, "recall", &kernel, launch, &params)?;
+    Ok((keys, values))
+}
+
+/// [`super::note_share`] on `device`; shapes are checked.
+pub(super) fn note_share(
+    device: &CudaDevice,
+    sums: &Tensor,
+    lse: &Tensor,
+    all: &Tensor,
+    recovered: Option<&Tensor>,
+) -> Result<()> {
+    let params = ShareParams {
+        lse: cuda::address(lse)?,
+        all: cuda::address(all)?,
+        recovered: address_or_null(recovered)?,
+        sums: cuda::address(sums)?,
+        h: lse.dim(1)? as u32,
+    };
+    let launch = Launch { grid: (1, 1, 1), block: 32, shared_bytes: 0 };
+    cuda::launch(device, "recall", "note_share", launch, &params)
+}

@@ -1,0 +1,55 @@
+//! Stored pages on the device against the processor.
+
+use super::device;
+use crate::recall::{CASES, differing, flat};
+use candle_core::{DType, Device, Result, Tensor};
+use mka_kernels::PAGE_TOKENS;
+use mka_kernels::recall::{Choice, Placement, note_share};
+
+#[test]
+fn a_choice_on_the_device_is_that_of_the_processor() -> Result<()> {
+    let Some(gpu) = device("choice among stored pages") else { return Ok(()) };
+    for (i, case) in CASES.iter().enumerate() {
+        let made = case.make();
+        let on_cpu = case.store(&made, &Device::Cpu)?;
+        let on_gpu = case.store(&made, &gpu)?;
+        let expected = case.choose(&made, &on_cpu, &Device::Cpu)?;
+        let choice = case.choose(&made, &on_gpu, &gpu)?;
+        let tokens = choice.tokens(case.g)?;
+        // Votes a rounding apart may change places at the thresholds of landmarks and of tokens.
+        let off = differing(&tokens, &expected.tokens(case.g)?);
+        assert!(off <= 9 * case.g, "case {i}: {off} other tokens");
+        assert_eq!(case.choose(&made, &on_gpu, &gpu)?.tokens(case.g)?, tokens, "case {i}");
+        if let (Some(own), Some(expected)) = (&choice.recovered, &expected.recovered) {
+            let (own, expected) = (flat(own)?[0], flat(expected)?[0]);
+            assert!((own - expected).abs() < 2e-3, "case {i}: {own}, expected {expected}");
+        }
+        for placement in [Placement::Stream(5), Placement::Compact(64)] {
+            let (keys, values) = on_gpu.gather(&choice, &made.angles, placement)?;
+            let expected = case.gathered(&made, &tokens, placement);
+            assert!((flat(&keys)?, flat(&values)?) == expected, "case {i}: copies");
+            let all = Choice::all((case.pages - 1) * PAGE_TOKENS);
+            let on_cpu = on_cpu.gather(&all, &made.angles, placement)?;
+            let on_gpu = on_gpu.gather(&all, &made.angles, placement)?;
+            assert!(flat(&on_gpu.0)? == flat(&on_cpu.0)?, "case {i}: all keys");
+            assert!(flat(&on_gpu.1)? == flat(&on_cpu.1)?, "case {i}: all values");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn shares_add_up_on_the_device() -> Result<()> {
+    let Some(gpu) = device("shares") else { return Ok(()) };
+    let sums = Tensor::zeros(2, DType::F32, &gpu)?;
+    let own: Vec<f32> = (0..40).map(|i| -(i as f32) / 10.0).collect();
+    let lse = Tensor::from_slice(&own, (1, 40), &gpu)?;
+    let all = Tensor::zeros((1, 40), DType::F32, &gpu)?;
+    let recovered = Tensor::from_slice(&[0.25f32], 1, &gpu)?;
+    note_share(&sums, &lse, &all, Some(&recovered))?;
+    note_share(&sums, &lse, &all, None)?;
+    let expected = 2.0 * own.iter().map(|x| x.exp()).sum::<f32>() / 40.0;
+    let sums = flat(&sums)?;
+    assert!((sums[0] - expected).abs() < 1e-5 && sums[1] == 0.25, "{sums:?}");
+    Ok(())
+}

@@ -1,0 +1,329 @@
+//! Stored pages: the choice by its definition in f64, and the copy of the chosen.
+
+use crate::select::random;
+use candle_core::{DType, Device, Result, Tensor};
+use half::bf16;
+use mka_kernels::recall::{Choice, ChoiceParams, MARKS, Placement, SPAN, StoredPages, note_share};
+use mka_kernels::{PAGE_TOKENS, RotaryAngles, reference, rows};
+
+/// Pages, queries and what a choice among them is made by.
+pub(crate) struct Case {
+    pub(crate) pages: usize,
+    pub(crate) t: usize,
+    pub(crate) h: usize,
+    pub(crate) g: usize,
+    pub(crate) d: usize,
+    pub(crate) tokens: usize,
+    pub(crate) dtype: DType,
+    pub(crate) pins: &'static [u32],
+    pub(crate) outliers: &'static [u32],
+}
+
+const PLAIN: Case = Case {
+    pages: 3,
+    t: 1,
+    h: 2,
+    g: 1,
+    d: 16,
+    tokens: 64,
+    dtype: DType::F32,
+    pins: &[],
+    outliers: &[],
+};
+
+pub(crate) const CASES: &[Case] = &[
+    PLAIN,
+    Case { pages: 40, h: 9, g: 3, d: 64, tokens: 128, dtype: DType::BF16, ..PLAIN },
+    Case { pages: 40, t: 64, h: 9, g: 3, d: 64, tokens: 128, dtype: DType::BF16, ..PLAIN },
+    Case { pages: 70, t: 11, h: 8, g: 2, d: 128, tokens: 192, ..PLAIN },
+    Case { pages: 33, h: 4, g: 4, d: 96, tokens: 64, dtype: DType::BF16, pins: &[3, 77], ..PLAIN },
+    Case { pages: 50, t: 3, h: 6, g: 2, d: 64, pins: &[0, 399], outliers: &[5, 210, 390], ..PLAIN },
+    Case { pages: 50, h: 14, g: 2, d: 256, outliers: &[0, 1, 7, u32::MAX], ..PLAIN },
+    // Fewer tokens than are chosen.
+    Case { pages: 2, h: 6, g: 2, d: 8, tokens: 256, ..PLAIN },
+];
+
+/// What a case is made of, on the host.
+pub(crate) struct Made {
+    pub(crate) q: Vec<f32>,
+    /// (pages, g, PAGE_TOKENS, d), as stored.
+    pub(crate) keys: Vec<f32>,
+    pub(crate) values: Vec<f32>,
+    /// (pages · MARKS, g, d), as stored.
+    landmarks: Vec<f32>,
+    /// (outliers · SPAN, g, d), as stored.
+    outlier_keys: Vec<f32>,
+    pub(crate) angles: RotaryAngles,
+}
+
+const DISTANCE: usize = 20;
+const POOLED: usize = 8;
+
+impl Case {
+    pub(crate) fn make(&self) -> Made {
+        let Self { pages, t, h, g, d, dtype, .. } = *self;
+        let stored = |x: Vec<f32>, dtype: DType| -> Vec<f32> {
+            let round = |x: f32| if dtype == DType::F32 { x } else { bf16::from_f32(x).to_f32() };
+            x.into_iter().map(round).collect()
+        };
+        let size = pages * g * PAGE_TOKENS * d;
+        let keys = stored(random(2, size), dtype);
+        let means = reference::landmarks(&keys, (pages, g, d), SPAN, &vec![PAGE_TOKENS; pages]);
+        // (pages, g, MARKS, d) to (pages · MARKS, g, d).
+        let mut landmarks = Vec::with_capacity(means.len());
+        for mark in 0..pages * MARKS {
+            for head in 0..g {
+                let at = ((mark / MARKS * g + head) * MARKS + mark % MARKS) * d;
+                landmarks.extend(means[at..at + d].iter().map(|x| *x as f32));
+            }
+        }
+        let frequencies: Vec<f64> = (0..d / 2).map(|i| 0.9f64.powi(i as i32)).collect();
+        Made {
+            q: random(1, t * h * d).iter().map(|x| x * 6.0).collect(),
+            keys,
+            values: stored(random(3, size), dtype),
+            landmarks: stored(landmarks, DType::BF16),
+            outlier_keys: stored(random(4, self.outliers.len() * SPAN * g * d), DType::BF16),
+            angles: RotaryAngles::new(0..(pages * PAGE_TOKENS + 64) as u64, &frequencies, 1.0),
+        }
+    }
+
+    pub(crate) fn store(&self, made: &Made, device: &Device) -> Result<StoredPages> {
+        let bytes = |x: &[f32], dtype: DType| -> Vec<u8> {
+            match dtype {
+                DType::F32 => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                _ => x.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+            }
+        };
+        let mut store = StoredPages::new(self.g, self.d, self.dtype, device)?;
+        let (page, marks) = (self.g * PAGE_TOKENS * self.d, self.g * MARKS * self.d);
+        // In several batches, so that it grows on the way.
+        for first in (0..self.pages).step_by(7) {
+            let end = self.pages.min(first + 7);
+            store.push(
+                &bytes(&made.keys[first * page..end * page], self.dtype),
+                &bytes(&made.values[first * page..end * page], self.dtype),
+                &bytes(&made.landmarks[first * marks..end * marks], DType::BF16),
+                self.pages,
+            )?;
+        }
+        store
+            .set_outliers(&self.outliers.repeat(self.g), &bytes(&made.outlier_keys, DType::BF16))?;
+        Ok(store)
+    }
+
+    pub(crate) fn choose(
+        &self,
+        made: &Made,
+        store: &StoredPages,
+        device: &Device,
+    ) -> Result<Choice> {
+        let q = Tensor::from_slice(&made.q, (self.t, self.h, self.d), device)?;
+        let pins = match self.pins.len() {
+            0 => None,
+            count => Some(Tensor::from_slice(self.pins, count, device)?),
+        };
+        store.choose(
+            &q,
+            &ChoiceParams {
+                pages: self.pages,
+                tokens: self.tokens,
+                landmarks: 4 * self.tokens / SPAN,
+                pooled: POOLED,
+                scale: 0.25,
+                angles: &made.angles,
+                distance: DISTANCE,
+                pins: pins.as_ref(),
+            },
+        )
+    }
+
+    /// Votes of `keys` (n, d) by the pooled queries of `head`, in f64.
+    fn votes(&self, made: &Made, head: usize, keys: &[f32]) -> Vec<f64> {
+        let (h, d, group) = (self.h, self.d, self.h / self.g);
+        let mut q = made.q.clone();
+        let (cos, sin) = made.angles.at(DISTANCE);
+        q.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
+        let mut votes = vec![0f64; keys.len() / d];
+        for queries in q.chunks(POOLED * h * d) {
+            let count = queries.len() / (h * d);
+            let mut sum = vec![0f64; votes.len()];
+            for own in head * group..(head + 1) * group {
+                let mean = |x: usize| -> f64 {
+                    let of = |token: usize| f64::from(queries[(token * h + own) * d + x]);
+                    (0..count).map(of).sum::<f64>() / count as f64 * 0.25
+                };
+                let mean: Vec<f64> = (0..d).map(mean).collect();
+                let score = |key: &[f32]| -> f64 {
+                    key.iter().zip(&mean).map(|(k, q)| f64::from(*k) * q).sum::<f64>().exp()
+                };
+                let scores: Vec<f64> = keys.chunks_exact(d).map(score).collect();
+                let total: f64 = scores.iter().sum();
+                sum.iter_mut().zip(&scores).for_each(|(sum, score)| *sum += score / total);
+            }
+            votes.iter_mut().zip(sum).for_each(|(vote, sum)| *vote = vote.max(sum));
+        }
+        votes
+    }
+
+    /// The tokens of each head by the definition of the choice.
+    pub(crate) fn expected(&self, made: &Made) -> Vec<Vec<u32>> {
+        let Self { pages, g, d, .. } = *self;
+        let num_marks = pages * MARKS;
+        let best = |votes: &[f64], k: usize| -> Vec<u32> {
+            let votes: Vec<f32> = votes.iter().map(|x| *x as f32).collect();
+            reference::top_k(&votes, k.min(votes.len()))
+        };
+        let of_head = |head: usize| {
+            let row = |rows: &[f32], i: usize| rows[(i * g + head) * d..][..d].to_vec();
+            let mut keys: Vec<f32> = (0..num_marks).flat_map(|i| row(&made.landmarks, i)).collect();
+            let owners: Vec<usize> = self.outliers.iter().map(|mark| *mark as usize).collect();
+            for (i, owner) in owners.iter().enumerate() {
+                if *owner < num_marks {
+                    keys.extend(
+                        (i * SPAN..(i + 1) * SPAN).flat_map(|i| row(&made.outlier_keys, i)),
+                    );
+                }
+            }
+            let votes = self.votes(made, head, &keys);
+            let mut by_mark = votes[..num_marks].to_vec();
+            for (owner, keys) in owners.iter().zip(votes[num_marks..].chunks_exact(SPAN)) {
+                by_mark[*owner] = keys.iter().copied().fold(by_mark[*owner], f64::max);
+            }
+            self.pins.iter().for_each(|pin| by_mark[*pin as usize] = f64::INFINITY);
+            let marks = best(&by_mark, 4 * self.tokens / SPAN);
+            let mut keys = Vec::new();
+            for mark in &marks {
+                for token in *mark as usize * SPAN..(*mark as usize + 1) * SPAN {
+                    let at = (token / PAGE_TOKENS * g + head) * PAGE_TOKENS + token % PAGE_TOKENS;
+                    keys.extend_from_slice(&made.keys[at * d..(at + 1) * d]);
+                }
+            }
+            let mut votes = self.votes(made, head, &keys);
+            for (mark, votes) in marks.iter().zip(votes.chunks_exact_mut(SPAN)) {
+                if self.pins.contains(mark) {
+                    votes.fill(f64::INFINITY);
+                }
+            }
+            let token = |i: u32| marks[i as usize / SPAN] * SPAN as u32 + i % SPAN as u32;
+            best(&votes, self.tokens).into_iter().map(token).collect()
+        };
+        (0..g).map(of_head).collect()
+    }
+
+    /// What `gather` gives for `tokens`: keys and values.
+    pub(crate) fn gathered(
+        &self,
+        made: &Made,
+        tokens: &[Vec<u32>],
+        placement: Placement,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let Self { g, d, .. } = *self;
+        let pages = tokens[0].len().div_ceil(PAGE_TOKENS);
+        let mut keys = vec![0f32; pages * g * PAGE_TOKENS * d];
+        let mut values = keys.clone();
+        for (head, tokens) in tokens.iter().enumerate() {
+            for (i, token) in tokens.iter().enumerate() {
+                let at =
+                    |i: usize| ((i / PAGE_TOKENS * g + head) * PAGE_TOKENS + i % PAGE_TOKENS) * d;
+                let (from, to) = (at(*token as usize), at(i));
+                values[to..to + d].copy_from_slice(&made.values[from..from + d]);
+                keys[to..to + d].copy_from_slice(&made.keys[from..from + d]);
+                let position = match placement {
+                    Placement::Stream(first) => first + u64::from(*token),
+                    Placement::Compact(first) => first + i as u64,
+                };
+                let (cos, sin) = made.angles.at(position as usize);
+                rows::rotate_row(&mut keys[to..to + d], cos, sin);
+            }
+        }
+        (keys, values)
+    }
+}
+
+/// Tokens of `a` that `b` has not, of all heads.
+pub(crate) fn differing(a: &[Vec<u32>], b: &[Vec<u32>]) -> usize {
+    let missing = |(a, b): (&Vec<u32>, &Vec<u32>)| {
+        assert_eq!(a.len(), b.len());
+        assert!(a.is_sorted() && b.is_sorted());
+        a.iter().filter(|token| b.binary_search(token).is_err()).count()
+    };
+    a.iter().zip(b).map(missing).sum()
+}
+
+pub(crate) fn flat(x: &Tensor) -> Result<Vec<f32>> {
+    x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()
+}
+
+#[test]
+fn a_choice_among_stored_pages_is_the_one_of_its_definition() -> Result<()> {
+    for (i, case) in CASES.iter().enumerate() {
+        let made = case.make();
+        let store = case.store(&made, &Device::Cpu)?;
+        assert_eq!(store.len(), case.pages);
+        let choice = case.choose(&made, &store, &Device::Cpu)?;
+        let tokens = choice.tokens(case.g)?;
+        assert_eq!(tokens[0].len(), case.tokens.min(case.pages * PAGE_TOKENS));
+        // Votes a rounding apart may change places at the threshold.
+        let off = differing(&tokens, &case.expected(&made));
+        assert!(off <= case.g, "case {i}: {off} other tokens");
+        let recovered = choice.recovered.map(|x| flat(&x)).transpose()?;
+        assert_eq!(recovered.is_some(), case.t == 1);
+        assert!(recovered.is_none_or(|x| x[0] > 0.0 && x[0] <= 1.0), "case {i}");
+        for placement in [Placement::Stream(5), Placement::Compact(64)] {
+            let (keys, values) = store.gather(
+                &case.choose(&made, &store, &Device::Cpu)?,
+                &made.angles,
+                placement,
+            )?;
+            let expected = case.gathered(&made, &tokens, placement);
+            assert!((flat(&keys)?, flat(&values)?) == expected, "case {i}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn pages_that_went_leave_the_others_as_they_were() -> Result<()> {
+    let case = Case { pages: 40, h: 6, g: 2, d: 64, ..PLAIN };
+    let made = case.make();
+    let mut store = case.store(&made, &Device::Cpu)?;
+    (0..30).for_each(|_| store.pop_front());
+    store.truncate(7);
+    let rest = Case { pages: 7, h: 6, g: 2, d: 64, ..PLAIN };
+    let page = 2 * PAGE_TOKENS * 64;
+    let of_rest = |x: &[f32]| x[30 * page..37 * page].to_vec();
+    let expected = Made {
+        q: made.q.clone(),
+        keys: of_rest(&made.keys),
+        values: of_rest(&made.values),
+        landmarks: made.landmarks[30 * page / SPAN..37 * page / SPAN].to_vec(),
+        outlier_keys: Vec::new(),
+        angles: made.angles.clone(),
+    };
+    let choice = rest.choose(&made, &store, &Device::Cpu)?;
+    assert_eq!(differing(&choice.tokens(2)?, &rest.expected(&expected)), 0);
+    // Growing moves them to the front.
+    let bytes = |x: &[f32]| -> Vec<u8> { x.iter().flat_map(|x| x.to_le_bytes()).collect() };
+    let keys = bytes(&made.keys[..20 * page]);
+    store.push(&keys, &keys, &vec![0; 20 * page / SPAN * 2], 27)?;
+    assert_eq!(store.len(), 27);
+    let choice = rest.choose(&made, &store, &Device::Cpu)?;
+    assert_eq!(differing(&choice.tokens(2)?, &rest.expected(&expected)), 0);
+    assert!(store.push(&keys[..4], &keys[..4], &[], 90).is_err());
+    assert!(store.push(&keys, &keys, &vec![0; 20 * page / SPAN * 2], 27).is_err());
+    Ok(())
+}
+
+#[test]
+fn shares_add_up() -> Result<()> {
+    let sums = Tensor::zeros(2, DType::F32, &Device::Cpu)?;
+    let row = |x: &[f32]| Tensor::from_slice(x, (1, x.len()), &Device::Cpu);
+    let recovered = Tensor::new(&[0.25f32], &Device::Cpu)?;
+    note_share(&sums, &row(&[0.0, -1.0])?, &row(&[0.0, 0.0])?, Some(&recovered))?;
+    note_share(&sums, &row(&[f32::NEG_INFINITY; 2])?, &row(&[0.0, 0.0])?, None)?;
+    let sums = flat(&sums)?;
+    assert!((sums[0] - (1.0 + (-1f32).exp()) / 2.0).abs() < 1e-6);
+    assert_eq!(sums[1], 0.25);
+    Ok(())
+}

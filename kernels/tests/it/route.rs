@@ -20,7 +20,7 @@ fn zeros(m: usize, c: usize) -> Tensor {
 }
 
 pub(crate) fn flat(x: &Tensor) -> Vec<f32> {
-    x.flatten_all().unwrap().to_vec1().unwrap()
+    x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 #[test]

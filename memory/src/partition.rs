@@ -1,78 +1,29 @@
 //! The chunks of one (user, agent) pair in memory: text, vectors, words, and where each was said.
 //! Knows nothing of files; everything here is derived from the log.
 
+mod place;
+mod rows;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
-use crate::Role;
+use self::place::num_superseded;
+pub(crate) use self::place::{Moment, Place, Version};
+use self::rows::Rows;
 use crate::filter::Metadata;
 use crate::hygiene::gist;
 use crate::tags::{Accepted, Tags};
-use crate::vectors::{Bits, Graph, Index, Job, dot_fast};
+use crate::vectors::{Bits, Graph, Job, dot_fast};
 use crate::words::{Terms, Words};
 
 /// Up to so many chunks every one is scored exactly: that takes less than a millisecond.
 const EXHAUSTIVE_CHUNKS: usize = 1_000;
+/// Fewer chunks are indexed in some ten milliseconds: not worth a second thread.
+const MANY_CHUNKS: usize = 1_000;
 /// Sentence vectors asked for to get one chunk: its neighbours' sentences are often close, too.
 const ROWS_PER_CHUNK: usize = 2;
-
-/// One place where a chunk's text was said.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub(crate) session: u64,
-    pub(crate) turn: u64,
-    pub(crate) start: u64,
-    pub(crate) end: u64,
-    pub(crate) order: u64,
-    pub(crate) role: Role,
-    pub(crate) time_ms: i64,
-    /// When it stops being recalled; `i64::MAX` for never.
-    pub(crate) expires_ms: i64,
-    /// Time of the turn that superseded it, the first one if there are several; `i64::MAX` if none did.
-    pub(crate) superseded_ms: i64,
-    /// The place holds nearly the chunk's text, not the same.
-    pub(crate) near: bool,
-}
-
-/// The moment that a recall looks at memory from.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Moment {
-    /// Memory as it was at this time; as it is, if none.
-    pub(crate) as_of_ms: Option<i64>,
-    /// The caller's clock.
-    pub(crate) now_ms: Option<i64>,
-}
-
-impl Place {
-    /// Whether there is a time after which it is not recalled.
-    fn expires(&self) -> bool {
-        self.expires_ms < i64::MAX
-    }
-
-    /// Whether the place existed and had not expired.
-    pub(crate) fn exists(&self, moment: Moment) -> bool {
-        moment.as_of_ms.is_none_or(|as_of| self.time_ms <= as_of)
-            && moment.as_of_ms.or(moment.now_ms).is_none_or(|at| at < self.expires_ms)
-    }
-
-    /// Whether a newer turn of the same subject had taken its place.
-    pub(crate) fn is_stale(&self, moment: Moment) -> bool {
-        self.superseded_ms <= moment.as_of_ms.unwrap_or(i64::MAX - 1)
-    }
-}
-
-/// A turn that says something about a subject.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Version {
-    pub(crate) time_ms: i64,
-    pub(crate) order: u64,
-    /// Session and turn.
-    pub(crate) turn: (u64, u64),
-    /// The turn's chunks.
-    pub(crate) chunks: Vec<u128>,
-}
 
 /// A chunk in memory.
 #[derive(Debug)]
@@ -108,7 +59,6 @@ pub(crate) struct Wanted<'a> {
 /// The chunks of one (user, agent) pair.
 #[derive(Debug)]
 pub(crate) struct Partition {
-    dim: usize,
     slots: Vec<Option<Chunk>>,
     free: Vec<u32>,
     by_id: HashMap<u128, u32>,
@@ -122,26 +72,19 @@ pub(crate) struct Partition {
     /// Places that expire at some time.
     num_expiring: usize,
     tags: Tags,
-    index: Index,
-    /// The index's row of each vector of a slot.
-    rows: Vec<Box<[u32]>>,
-    /// The slot of each row of the index, and which of the chunk's vectors it is.
-    owners: Vec<(u32, u32)>,
+    rows: Rows,
 }
 
 impl Partition {
     /// No chunks yet; their vectors have `dim` numbers.
     pub(crate) fn new(dim: usize) -> Self {
         Self {
-            dim,
             slots: Vec::new(),
             free: Vec::new(),
             by_id: HashMap::new(),
             words: Words::default(),
             tags: Tags::default(),
-            index: Index::new(dim),
-            rows: Vec::new(),
-            owners: Vec::new(),
+            rows: Rows::new(dim),
             by_gist: HashMap::new(),
             subjects: HashMap::new(),
             num_superseded_chunks: 0,
@@ -217,7 +160,34 @@ impl Partition {
             self.slots.len() as u32 - 1
         });
         self.words.add(terms, slot, &chunk.text);
-        self.index_rows(slot, &chunk.vectors);
+        self.rows.insert(slot, &chunk.vectors);
+        self.put(slot, chunk);
+    }
+
+    /// Puts many chunks in that are not there yet, in less time than one by one: words and vectors side by side.
+    pub(crate) fn insert_all(&mut self, chunks: Vec<Chunk>) {
+        if chunks.len() < MANY_CHUNKS {
+            let terms = Terms::new();
+            chunks.into_iter().for_each(|chunk| self.insert(&terms, chunk));
+            return;
+        }
+        let first = self.slots.len() as u32;
+        let Self { words, rows, .. } = self;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let terms = Terms::new();
+                (first..)
+                    .zip(&chunks)
+                    .for_each(|(slot, chunk)| words.add(&terms, slot, &chunk.text));
+            });
+            (first..).zip(&chunks).for_each(|(slot, chunk)| rows.insert(slot, &chunk.vectors));
+        });
+        self.slots.resize_with(first as usize + chunks.len(), || None);
+        (first..).zip(chunks).for_each(|(slot, chunk)| self.put(slot, chunk));
+    }
+
+    /// What [`insert`](Self::insert) does beside words and vectors.
+    fn put(&mut self, slot: u32, chunk: Chunk) {
         for place in &chunk.places {
             self.tags.add((place.session, place.turn), slot);
             self.num_expiring += usize::from(place.expires());
@@ -229,29 +199,11 @@ impl Partition {
         self.slots[slot as usize] = Some(chunk);
     }
 
-    /// Gives the vectors of a slot, which has none in the index yet, their rows.
-    fn index_rows(&mut self, slot: u32, vectors: &[f32]) {
-        let mut rows = Vec::with_capacity(vectors.len() / self.dim);
-        for (at, vector) in vectors.chunks_exact(self.dim).enumerate() {
-            let row = self.index.insert(vector);
-            if self.owners.len() <= row as usize {
-                self.owners.resize(row as usize + 1, (0, 0));
-            }
-            self.owners[row as usize] = (slot, at as u32);
-            rows.push(row);
-        }
-        if self.rows.len() <= slot as usize {
-            self.rows.resize(slot as usize + 1, Box::default());
-        }
-        self.rows[slot as usize] = rows.into();
-    }
-
     /// The vector of a row of the index, if it lives.
     fn vector(&self, row: u32) -> Option<&[f32]> {
-        let &(slot, at) = self.owners.get(row as usize)?;
-        let is_owner = self.rows.get(slot as usize)?.get(at as usize) == Some(&row);
-        let chunk = self.slots.get(slot as usize)?.as_ref().filter(|_| is_owner)?;
-        chunk.vectors.get(at as usize * self.dim..(at as usize + 1) * self.dim)
+        let (slot, at) = self.rows.owner(row)?;
+        let (chunk, dim) = (self.slots.get(slot as usize)?.as_ref()?, self.rows.dim());
+        chunk.vectors.get(at as usize * dim..(at as usize + 1) * dim)
     }
 
     /// The chunks worth scoring for a question: all of a small partition, else the best by words and the best by
@@ -296,18 +248,20 @@ impl Partition {
 
     fn best_by_vectors(&self, wanted: &Wanted<'_>, visible: Option<&Bits>) -> Vec<u32> {
         let allowed = visible.map(|slots| {
-            let mut bits = Bits::none(self.index.capacity());
-            let rows = slots.iter().filter_map(|slot| self.rows.get(slot));
-            rows.flatten().for_each(|&row| bits.insert(row as usize));
+            let mut bits = Bits::none(self.rows.index.capacity());
+            let rows = slots.iter().flat_map(|slot| self.rows.of_slot(slot as u32));
+            rows.for_each(|&row| bits.insert(row as usize));
             bits
         });
         let num_rows = wanted.num * ROWS_PER_CHUNK;
-        let rows = self.index.candidates(wanted.query, num_rows, allowed.as_ref(), wanted.threads);
+        let index = &self.rows.index;
+        let rows = index.candidates(wanted.query, num_rows, allowed.as_ref(), wanted.threads);
         let mut best: HashMap<u32, f32> = HashMap::new();
         for row in rows {
-            let Some(vector) = self.vector(row) else { continue };
+            let owner = self.rows.owner(row).zip(self.vector(row));
+            let Some(((slot, _), vector)) = owner else { continue };
             let cosine = dot_fast(wanted.query, vector);
-            let known = best.entry(self.owners[row as usize].0).or_insert(cosine);
+            let known = best.entry(slot).or_insert(cosine);
             *known = known.max(cosine);
         }
         greatest(best.into_iter().map(|(slot, cosine)| (cosine, slot)).collect(), wanted.num)
@@ -315,52 +269,51 @@ impl Partition {
 
     /// Starts a build if this many vectors lack a good graph: the rows to build it over.
     pub(crate) fn start_build(&mut self, graph_vectors: usize) -> Option<Job> {
-        self.index.start_build(graph_vectors)
+        self.rows.index.start_build(graph_vectors)
     }
 
     /// Whether [`start_build`](Self::start_build) would start one.
     pub(crate) fn is_build_due(&self, graph_vectors: usize) -> bool {
-        self.index.is_build_due(graph_vectors)
+        self.rows.index.is_build_due(graph_vectors)
     }
 
     /// Whether a build that was started has not ended.
     pub(crate) fn is_building(&self) -> bool {
-        self.index.is_building()
+        self.rows.index.is_building()
     }
 
     /// Bytes of a row as the graph keeps it.
     pub(crate) fn padded(&self) -> usize {
-        self.index.padded()
+        self.rows.index.padded()
     }
 
     /// A row's vector as the graph keeps it, into `out: (padded)`; false if the row is gone.
     pub(crate) fn quantize(&self, row: u32, out: &mut [i8]) -> bool {
         let vector = self.vector(row);
-        vector.iter().for_each(|vector| self.index.quantize(vector, out));
+        vector.iter().for_each(|vector| self.rows.index.quantize(vector, out));
         vector.is_some()
     }
 
     /// Searches go through the graph from now on; see [`Index::seal`].
     pub(crate) fn seal(&mut self, graph: Arc<Graph>, rows: Vec<u32>) {
-        self.index.seal(graph, rows);
+        self.rows.index.seal(graph, rows);
     }
 
     /// A build has ended without a graph.
     pub(crate) fn give_up(&mut self) {
-        self.index.give_up();
+        self.rows.index.give_up();
     }
 
     /// Vectors that the index holds, and how many of them the graph finds.
     pub(crate) fn num_vectors(&self) -> (usize, usize) {
-        (self.index.len(), self.index.num_sealed())
+        (self.rows.index.len(), self.rows.index.num_sealed())
     }
 
     /// The graph, and for each of its positions the chunk and which of its vectors stands there; none if it is gone.
     pub(crate) fn sealed(&self) -> Option<(Arc<Graph>, Vec<VectorName>)> {
-        let (graph, rows) = self.index.sealed()?;
+        let (graph, rows) = self.rows.index.sealed()?;
         let name = |row: &u32| {
-            self.vector(*row)?;
-            let (slot, at) = self.owners[*row as usize];
+            let (slot, at) = self.rows.owner(*row)?;
             Some((self.slots[slot as usize].as_ref()?.id, at))
         };
         Some((graph.clone(), rows.iter().map(name).collect()))
@@ -368,12 +321,12 @@ impl Partition {
 
     /// Whether vectors of the graph are gone.
     pub(crate) fn has_lost_rows(&self) -> bool {
-        self.index.sealed().is_some_and(|(_, rows)| rows.len() > self.index.num_sealed())
+        self.rows.index.sealed().is_some_and(|(_, rows)| rows.len() > self.rows.index.num_sealed())
     }
 
     /// The row of a chunk's vector.
     pub(crate) fn row_of(&self, id: u128, at: u32) -> Option<u32> {
-        self.rows.get(*self.by_id.get(&id)? as usize)?.get(at as usize).copied()
+        self.rows.of_slot(*self.by_id.get(&id)?).get(at as usize).copied()
     }
 
     /// A chunk that says what `text` says in nearly the same words, and stands in a place that `fits`.
@@ -467,9 +420,8 @@ impl Partition {
     /// Gives a chunk that has none its vectors.
     pub(crate) fn set_vectors(&mut self, id: u128, vectors: Box<[f32]>) {
         let Some(&slot) = self.by_id.get(&id) else { return };
-        let known = self.rows.get_mut(slot as usize).map(std::mem::take);
-        known.iter().flatten().for_each(|&row| self.index.remove(row));
-        self.index_rows(slot, &vectors);
+        self.rows.remove(slot);
+        self.rows.insert(slot, &vectors);
         if let Some(chunk) = &mut self.slots[slot as usize] {
             chunk.vectors = vectors;
         }
@@ -505,7 +457,7 @@ impl Partition {
 
     /// Whether each of a chunk's vectors has its row.
     fn is_indexed(&self, chunk: &Chunk) -> bool {
-        chunk.vectors.chunks_exact(self.dim).enumerate().all(|(at, vector)| {
+        chunk.vectors.chunks_exact(self.rows.dim()).enumerate().all(|(at, vector)| {
             let row = self.row_of(chunk.id, at as u32);
             row.and_then(|row| self.vector(row)) == Some(vector)
         })
@@ -517,8 +469,7 @@ impl Partition {
         for id in ids {
             let Some(slot) = self.by_id.remove(id) else { continue };
             if let Some(chunk) = self.slots[slot as usize].take() {
-                let rows = std::mem::take(&mut self.rows[slot as usize]);
-                rows.iter().for_each(|&row| self.index.remove(row));
+                self.rows.remove(slot);
                 let expiring = chunk.places.iter().filter(|place| place.expires());
                 self.num_expiring -= expiring.count();
                 if let Some(hash) = gist_hash(&gist(&chunk.text))
@@ -534,11 +485,6 @@ impl Partition {
             removed.iter().map(|(slot, chunk)| (*slot, &*chunk.text)).collect();
         self.words.remove(terms, &texts);
     }
-}
-
-/// Chunks of all versions but the newest.
-fn num_superseded(versions: &[Version]) -> usize {
-    versions.iter().rev().skip(1).map(|version| version.chunks.len()).sum()
 }
 
 /// The numbers of the `num` greatest scores.

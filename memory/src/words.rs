@@ -1,6 +1,7 @@
 //! Terms of a text, and BM25 over the chunks of one partition.
 //! Knows nothing of vectors, scopes or storage; a chunk is the number of its slot.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
 use rust_stemmers::{Algorithm, Stemmer};
@@ -32,25 +33,60 @@ pub(crate) fn is_stop_word(word: &str) -> bool {
     STOP_WORDS.binary_search(&word).is_ok()
 }
 
-/// Turns text into terms; holds the stemmer, which is cheap to make and has no state.
+/// Words whose stems are kept at hand: the words of a text of some books. Beyond it all are let go.
+const KEPT_STEMS: usize = 1 << 16;
+
+/// Turns text into terms; keeps the stems of words that it has seen.
 pub(crate) struct Terms {
     stemmer: Stemmer,
+    stems: RefCell<Stems>,
+}
+
+/// Terms by number, so that those of a text can be counted without touching their letters.
+#[derive(Default)]
+struct Stems {
+    /// Number of the stem of each word, and whether the word is a stop word.
+    words: HashMap<Box<str>, (u32, bool)>,
+    numbers: HashMap<Box<str>, u32>,
+    terms: Vec<Box<str>>,
+}
+
+impl Stems {
+    fn word(&mut self, stemmer: &Stemmer, word: &str) -> (u32, bool) {
+        if let Some(known) = self.words.get(word) {
+            return *known;
+        }
+        let known = (self.number(&stemmer.stem(word)), is_stop_word(word));
+        self.words.insert(word.into(), known);
+        known
+    }
+
+    fn number(&mut self, term: &str) -> u32 {
+        if let Some(number) = self.numbers.get(term) {
+            return *number;
+        }
+        let number = self.terms.len() as u32;
+        self.terms.push(term.into());
+        self.numbers.insert(term.into(), number);
+        number
+    }
 }
 
 impl Terms {
     pub(crate) fn new() -> Self {
-        Self { stemmer: Stemmer::create(Algorithm::English) }
+        Self { stemmer: Stemmer::create(Algorithm::English), stems: RefCell::default() }
     }
 
     /// Calls `each` with every stemmed word and whether it is a stop word, in order.
-    /// Lower-case; an inner `.`, `_`, `:` or apostrophe ends a word.
     pub(crate) fn words(&self, text: &str, mut each: impl FnMut(&str, bool)) {
+        let mut stems = self.stems.borrow_mut();
+        if stems.terms.len() > KEPT_STEMS {
+            *stems = Stems::default();
+        }
         let lower = text.to_lowercase();
-        for word in lower.unicode_words() {
-            let parts = word.split(['.', '_', ':', '\'', '’']);
-            for part in parts.filter(|part| !part.is_empty() && part.len() <= MAX_TERM_BYTES) {
-                each(&self.stemmer.stem(part), is_stop_word(part));
-            }
+        for part in parts(&lower) {
+            let (number, is_stop) = stems.word(&self.stemmer, part);
+            each(&stems.terms[number as usize], is_stop);
         }
     }
 
@@ -65,22 +101,22 @@ impl Terms {
         }
     }
 
-    /// Every term of a text with how often it occurs, and the number of words.
-    fn count(&self, text: &str) -> (HashMap<Box<str>, u32>, u32) {
-        let mut counts: HashMap<Box<str>, u32> = HashMap::new();
-        let mut num_words = 0;
-        let mut add = |term: &str| match counts.get_mut(term) {
-            Some(count) => *count += 1,
-            None => {
-                counts.insert(term.into(), 1);
-            }
-        };
-        self.words(text, |word, _| {
-            num_words += 1;
-            add(word);
-        });
-        self.compounds(text, &mut add);
-        (counts, num_words)
+    /// Calls `each` with every term of a text, once, and how often it occurs; returns the number of words.
+    fn count(&self, text: &str, mut each: impl FnMut(&str, u32)) -> u32 {
+        let mut stems = self.stems.borrow_mut();
+        if stems.terms.len() > KEPT_STEMS {
+            *stems = Stems::default();
+        }
+        let mut numbers = Vec::new();
+        let lower = text.to_lowercase();
+        parts(&lower).for_each(|part| numbers.push(stems.word(&self.stemmer, part).0));
+        let num_words = numbers.len() as u32;
+        self.compounds(text, |term| numbers.push(stems.number(term)));
+        numbers.sort_unstable();
+        for same in numbers.chunk_by(|a, b| a == b) {
+            each(&stems.terms[same[0] as usize], same.len() as u32);
+        }
+        num_words
     }
 
     /// The distinct terms of a query and how many content words it has.
@@ -102,6 +138,12 @@ impl Terms {
         }
         query
     }
+}
+
+/// The words of a text in lower case; an inner `.`, `_`, `:` or apostrophe ends a word.
+fn parts(lower: &str) -> impl Iterator<Item = &str> {
+    let parts = lower.unicode_words().flat_map(|word| word.split(['.', '_', ':', '\'', '’']));
+    parts.filter(|part| !part.is_empty() && part.len() <= MAX_TERM_BYTES)
 }
 
 /// Weighted terms to search for.
@@ -140,10 +182,11 @@ pub(crate) struct Words {
 impl Words {
     /// Indexes `text` under `slot`, which holds nothing yet.
     pub(crate) fn add(&mut self, terms: &Terms, slot: u32, text: &str) {
-        let (counts, num_words) = terms.count(text);
-        for (term, count) in counts {
-            self.postings.entry(term).or_default().push((slot, count));
-        }
+        let postings = &mut self.postings;
+        let num_words = terms.count(text, |term, count| match postings.get_mut(term) {
+            Some(known) => known.push((slot, count)),
+            None => drop(postings.insert(term.into(), vec![(slot, count)])),
+        });
         if self.lengths.len() <= slot as usize {
             self.lengths.resize(slot as usize + 1, 0);
         }
@@ -157,7 +200,11 @@ impl Words {
         let slots: HashSet<u32> = removed.iter().map(|(slot, _)| *slot).collect();
         let mut visited = HashSet::new();
         for (slot, text) in removed {
-            visited.extend(terms.count(text).0.into_keys());
+            terms.count(text, |term, _| {
+                if !visited.contains(term) {
+                    visited.insert(Box::<str>::from(term));
+                }
+            });
             self.num_chunks -= 1;
             self.num_words -= u64::from(std::mem::take(&mut self.lengths[*slot as usize]));
         }

@@ -3,7 +3,7 @@
 Knows nothing of mka: it reads rows, queries and exact answers from files.
 
     pip install hnswlib usearch numpy
-    python3 memory/docs/peers/index.py FOLDER/100000
+    python3 memory/docs/peers/index.py FOLDER/100000 [hnswlib | usearch]
 
 Prints, for each library and ef, recall_at_10 and the median microseconds of one query, by the process's processor
 clock on one thread, so that other work on the machine does not count.
@@ -36,15 +36,22 @@ def report(name, size, rate, search, queries, exact):
             break
 
 
-def main(folder):
+def main(folder, only=""):
     rows = np.fromfile(f"{folder}/rows.f32", "<f4").reshape(-1, DIM)
     queries = np.fromfile(f"{folder}/queries.f32", "<f4").reshape(-1, DIM)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     exact = np.fromfile(f"{folder}/exact.u32", "<u4").reshape(-1, K)
-    size = len(rows)
     print("| rows | library | rows/s in | setting | recall_at_10 | µs |")
     print("|---|---|---|---|---|---|")
 
+    if only != "usearch":
+        measure_hnswlib(rows, queries, exact)
+    if only != "hnswlib":
+        measure_usearch(rows, queries, exact)
+
+
+def measure_hnswlib(rows, queries, exact):
+    size = len(rows)
     # Inner products of unit vectors: hnswlib's "cosine" scales each query once more.
     graph = hnswlib.Index(space="ip", dim=DIM)
     graph.init_index(max_elements=size, ef_construction=200, M=16, random_seed=1)
@@ -59,8 +66,10 @@ def main(folder):
         return graph.knn_query(query, k=K, num_threads=1)[0][0]
 
     report("hnswlib M16 efc200", size, rate, search, queries, exact)
-    del graph
 
+
+def measure_usearch(rows, queries, exact):
+    size = len(rows)
     index = Index(ndim=DIM, metric="ip", dtype="f32", connectivity=16, expansion_add=200, expansion_search=64)
     start = time.process_time()
     for at in range(0, size, 1000):
@@ -75,4 +84,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -20,7 +20,6 @@ use crate::format::{
 };
 use crate::partition::{Chunk, Partition, Place, chunk_id};
 use crate::summary::Summary;
-use crate::words::Terms;
 use crate::{Embedder, Error, ErrorKind, Result, Role, Scope, Storage, chunk};
 
 /// The longest identity of an embedder: it is kept in one database record.
@@ -121,7 +120,6 @@ pub(super) fn load(
         state: State::new(record, segments),
         embedder,
         options,
-        terms: Terms::new(),
         homes: HashMap::new(),
         near: Vec::new(),
         has_foreign: false,
@@ -206,7 +204,6 @@ struct Loader<'a> {
     state: State,
     embedder: &'a dyn Embedder,
     options: &'a StoreOptions,
-    terms: Terms,
     /// The embedder's tag.
     tag: u64,
     /// Chunks read so far, by partition and identity; indexed once their places are known.
@@ -456,6 +453,7 @@ impl Loader<'_> {
     /// Embeds chunks whose vectors are lost, then indexes all that have a place.
     fn complete_vectors(&mut self) -> Result<()> {
         let dim = self.state.dim();
+        let mut chunks: HashMap<PartitionKey, Vec<Chunk>> = HashMap::new();
         for ((key, _), mut chunk) in std::mem::take(&mut self.homes) {
             let homes = chunk.places.iter().filter(|place| !place.near);
             let Some(first) = homes.min_by_key(|place| place.order) else { continue };
@@ -484,8 +482,11 @@ impl Loader<'_> {
                 chunk.vectors = rows.into();
             }
             chunk.places.sort_by_key(|place| (place.order, place.start));
+            chunks.entry(key).or_default().push(chunk);
+        }
+        for (key, chunks) in chunks {
             let partition = self.state.partitions.entry(key).or_insert_with(|| Partition::new(dim));
-            partition.insert(&self.terms, chunk);
+            partition.insert_all(chunks);
         }
         Ok(())
     }

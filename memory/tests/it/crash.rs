@@ -103,6 +103,7 @@ fn kill_writers(backend: Backend) {
     let folder = tempfile::tempdir().unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let mut acknowledged = 0;
+    let number_of = |line: &str| line.strip_prefix("acknowledged ")?.parse::<u64>().ok();
     for cycle in 0..cycles {
         let mut child = child(
             "crash::killed_at_any_moment_every_acknowledged_turn_is_there",
@@ -110,17 +111,20 @@ fn kill_writers(backend: Backend) {
             backend,
         );
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        // Some children die while opening, most while committing.
+        // Some children die while opening, most while committing; some not before they have committed, so that the
+        // store grows on a machine that is busy, too.
         if cycle % 5 != 4 {
             lines.by_ref().find(|line| line.as_ref().unwrap() == "opened").unwrap().unwrap();
+        }
+        if cycle % 5 < 2 {
+            let first = lines.by_ref().find_map(|line| number_of(&line.unwrap()));
+            acknowledged = first.unwrap() + 1;
         }
         std::thread::sleep(Duration::from_micros(rng.random_range(0..60_000)));
         child.kill().unwrap();
         child.wait().unwrap();
         for line in lines.map(Result::unwrap) {
-            if let Some(number) = line.strip_prefix("acknowledged ") {
-                acknowledged = number.parse::<u64>().unwrap() + 1;
-            }
+            acknowledged = number_of(&line).map_or(acknowledged, |number| number + 1);
         }
         let stored = check(&open_as(folder.path(), backend));
         assert!(
@@ -130,7 +134,7 @@ fn kill_writers(backend: Backend) {
         acknowledged = stored;
     }
     println!("{backend:?}: {cycles} kills, {acknowledged} commits of {TURNS_PER_COMMIT} turns");
-    assert!(acknowledged > cycles / 2);
+    assert!(acknowledged >= cycles * 2 / 5);
 }
 
 #[test]

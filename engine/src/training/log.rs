@@ -59,11 +59,14 @@ pub(super) fn cut(output: &Path, step: u64) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
-    let kept: String = read_log(&path)?
-        .into_iter()
-        .filter(|report| report.step <= step)
-        .filter_map(|report| serde_json::to_string(&report).ok())
-        .map(|line| line + "\n")
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read log", &path, e))?;
+    // The lines as they are: reading a number and writing it again may change its last digit.
+    let kept: String = text
+        .split_inclusive('\n')
+        .filter(|line| line.ends_with('\n'))
+        .filter(|line| {
+            serde_json::from_str::<StepReport>(line).is_ok_and(|report| report.step <= step)
+        })
         .collect();
     let partial = path.with_extension("partial");
     std::fs::write(&partial, kept)

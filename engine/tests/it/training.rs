@@ -174,7 +174,9 @@ fn killed_and_run_again_a_run_has_the_same_curve() {
         return;
     }
     let straight = tempfile::tempdir().unwrap();
-    let expected = run(config(straight.path())).unwrap();
+    run(config(straight.path())).unwrap();
+    let expected = read_log(&straight.path().join("run/log.jsonl")).unwrap();
+    assert_eq!(expected.len(), 8);
     let folder = tempfile::tempdir().unwrap();
     let test = "training::killed_and_run_again_a_run_has_the_same_curve";
     let slow = [("MKA_TRAINING_TEST_SLOW", String::from("1"))];

@@ -1,7 +1,8 @@
-//! What a foreign caller passes in: options of which every field may be left out, and the engine's defaults hold.
+//! How a foreign caller opens an engine: every field may be left out, and the engine's defaults hold.
 //! Knows no default value.
 
 use crate::error::MkaError;
+use crate::mirrored::{count, mirrored, set};
 
 /// Which model to load.
 #[derive(Debug, Clone, uniffi::Enum)]
@@ -59,17 +60,165 @@ impl From<EmbedderSource> for mka::EmbedderSource {
     }
 }
 
-/// How much of a recalled passage a session quotes to its model.
-#[derive(Debug, Clone, Copy, uniffi::Enum)]
-pub enum Quote {
-    /// The sentences that share the message's words.
-    Sentences,
-    /// The whole passage.
-    Passage,
+mirrored! {
+    /// How much of a recalled passage a session quotes to its model.
+    pub enum Quote for mka::Quote {
+        /// The sentences that share the message's words.
+        Sentences,
+        /// The whole passage.
+        Passage,
+    }
+}
+
+mirrored! {
+    /// How older tokens come back into a turn.
+    pub enum RecallPolicy for mka::RecallPolicy {
+        /// Not at all: the first page of the stream and the window are attended.
+        Off,
+        /// As text put before the message.
+        Text,
+        /// As keys and values inside attention.
+        Pages,
+        /// As text and inside attention.
+        Both,
+    }
+}
+
+mirrored! {
+    /// How stored keys and values are held.
+    pub enum PagePrecision for mka::PagePrecision {
+        /// As computed.
+        F32,
+        /// Rounded to bf16.
+        Bf16,
+        /// Eight bits, a scale a row.
+        Int8,
+        /// Four bits, a scale and a least value for every 32 numbers.
+        Int4,
+    }
+}
+
+mirrored! {
+    /// How tokens are chosen for recall inside attention.
+    pub enum PageRule for mka::PageRule {
+        /// Landmarks first, then exact scores token by token.
+        Mka,
+        /// Nothing: sinks and window, as StreamingLLM does.
+        Streaming,
+        /// Blocks by their representative keys, as InfLLM does.
+        InfLlm,
+        /// Runs of tokens by an upper bound, as Quest does.
+        Quest,
+        /// Tokens by one vote of all heads, as TokenSelect does.
+        TokenSelect,
+    }
+}
+
+mirrored! {
+    /// What a block of a prompt attends to while the stream fits the model's trained length.
+    pub enum Prefill for mka::Prefill {
+        /// Sinks, window and what is chosen for the block.
+        Selected,
+        /// Every stored token.
+        Dense,
+    }
+}
+
+/// Recall inside attention: budgets and rules.
+#[derive(Debug, Clone, Default, uniffi::Record)]
+pub struct PageConfig {
+    /// Tokens that each key/value head recalls.
+    #[uniffi(default)]
+    pub tokens: Option<u64>,
+    /// Bytes of host memory for the stored pages of one session and their index.
+    #[uniffi(default)]
+    pub bytes: Option<u64>,
+    /// How stored keys and values are held.
+    #[uniffi(default)]
+    pub precision: Option<PagePrecision>,
+    /// How tokens are chosen.
+    #[uniffi(default)]
+    pub rule: Option<PageRule>,
+    /// What a prompt's blocks attend to.
+    #[uniffi(default)]
+    pub prefill: Option<Prefill>,
+    /// Layers below this one choose nothing.
+    #[uniffi(default)]
+    pub first_layer: Option<u64>,
+    /// Whether the rare words of a message pin the places where they stand.
+    #[uniffi(default)]
+    pub lexical: Option<bool>,
+    /// Whether tokens that are not recalled enter the softmax too, each page as its means.
+    #[uniffi(default)]
+    pub estimate: Option<bool>,
+}
+
+impl From<PageConfig> for mka::PageConfig {
+    fn from(from: PageConfig) -> Self {
+        let mut pages = Self::default();
+        set(&mut pages.tokens, from.tokens.map(count));
+        set(&mut pages.bytes, from.bytes);
+        set(&mut pages.precision, from.precision.map(Into::into));
+        set(&mut pages.rule, from.rule.map(Into::into));
+        set(&mut pages.prefill, from.prefill.map(Into::into));
+        set(&mut pages.first_layer, from.first_layer.map(count));
+        set(&mut pages.lexical, from.lexical);
+        set(&mut pages.estimate, from.estimate);
+        pages
+    }
+}
+
+mirrored! {
+    /// Which database keeps the small records of a new store.
+    pub enum Backend for mka::Backend {
+        /// sled 0.34, a log-structured tree.
+        Sled,
+        /// redb 4, a copy-on-write B-tree in one file.
+        Redb,
+    }
+}
+
+mirrored! {
+    /// What to do with a turn that holds something sensitive.
+    pub enum Policy for mka::Policy {
+        /// Nothing; it is not looked for.
+        Ignore,
+        /// It is stored, and named in what `remember` returns.
+        Flag,
+        /// It stands in the log, is named, and is never recalled.
+        Withhold,
+        /// The call is refused, and nothing of it is stored.
+        Refuse,
+    }
+}
+
+/// What memory does not store twice, and what it does not store at all.
+#[derive(Debug, Clone, Default, uniffi::Record)]
+pub struct Hygiene {
+    /// Counts text with the words of text that the session holds instead of storing it.
+    #[uniffi(default)]
+    pub near_duplicates: Option<bool>,
+    /// What to do with passwords, keys and tokens.
+    #[uniffi(default)]
+    pub secrets: Option<Policy>,
+    /// What to do with addresses of mail, phone, card, account and social security numbers.
+    #[uniffi(default)]
+    pub personal: Option<Policy>,
+}
+
+impl From<Hygiene> for mka::Hygiene {
+    fn from(from: Hygiene) -> Self {
+        let mut hygiene = Self::default();
+        set(&mut hygiene.near_duplicates, from.near_duplicates);
+        set(&mut hygiene.secrets, from.secrets.map(Into::into));
+        set(&mut hygiene.personal, from.personal.map(Into::into));
+        hygiene
+    }
 }
 
 /// How an engine is opened.
-#[derive(Debug, Clone, Default, uniffi::Record)]
+// Not `Debug`: it may hold a key.
+#[derive(Clone, Default, uniffi::Record)]
 pub struct EngineConfig {
     /// The language model; without one, memory alone works.
     #[uniffi(default)]
@@ -98,6 +247,24 @@ pub struct EngineConfig {
     /// Bytes of evicted key/value pages kept on disk for each session.
     #[uniffi(default)]
     pub evicted_page_bytes: Option<u64>,
+    /// How older tokens come back.
+    #[uniffi(default)]
+    pub recall: Option<RecallPolicy>,
+    /// Recall inside attention.
+    #[uniffi(default)]
+    pub pages: Option<PageConfig>,
+    /// Which database keeps the small records of a new store.
+    #[uniffi(default)]
+    pub backend: Option<Backend>,
+    /// 32 bytes that encrypt everything that memory writes.
+    #[uniffi(default)]
+    pub encryption_key: Option<Vec<u8>>,
+    /// What memory does not store twice, and what it does not store at all.
+    #[uniffi(default)]
+    pub hygiene: Option<Hygiene>,
+    /// Takes another embedder over than the one that the store was made with, working this share of the time.
+    #[uniffi(default)]
+    pub reembed: Option<f32>,
     /// Shows no progress bar while files are fetched.
     #[uniffi(default)]
     pub quiet: bool,
@@ -111,11 +278,9 @@ impl EngineConfig {
         set(&mut memory.recall_k, self.recall_k.map(count));
         set(&mut memory.recall_tokens, self.recall_tokens.map(count));
         set(&mut memory.evicted_page_bytes, self.evicted_page_bytes);
-        let quote = self.quote.map(|quote| match quote {
-            Quote::Sentences => mka::Quote::Sentences,
-            Quote::Passage => mka::Quote::Passage,
-        });
-        set(&mut memory.quote, quote);
+        set(&mut memory.quote, self.quote.map(Into::into));
+        set(&mut memory.recall, self.recall.map(Into::into));
+        set(&mut memory.pages, self.pages.map(Into::into));
         let mut builder = mka::Engine::builder(path).memory(memory).quiet(self.quiet);
         if let Some(model) = self.model {
             builder = builder.model(model.try_into()?);
@@ -126,318 +291,28 @@ impl EngineConfig {
         if let Some(embedder) = self.embedder {
             builder = builder.embedder(embedder.into());
         }
+        if let Some(backend) = self.backend {
+            builder = builder.backend(backend.into());
+        }
+        if let Some(key) = self.encryption_key {
+            builder = builder.encryption_key(encryption_key(&key)?);
+        }
+        if let Some(hygiene) = self.hygiene {
+            builder = builder.hygiene(hygiene.into());
+        }
+        if let Some(share) = self.reembed {
+            builder = builder.reembed(share);
+        }
         Ok(builder)
     }
 }
 
-/// How one message is answered.
-#[derive(Debug, Clone, Default, uniffi::Record)]
-pub struct SendOptions {
-    /// 0 takes the most likely token.
-    #[uniffi(default)]
-    pub temperature: Option<f32>,
-    /// Keep the k most likely tokens; 0 keeps all.
-    #[uniffi(default)]
-    pub top_k: Option<u64>,
-    /// Keep the smallest set of tokens whose probability reaches this.
-    #[uniffi(default)]
-    pub top_p: Option<f32>,
-    /// Drop tokens less likely than this share of the most likely one.
-    #[uniffi(default)]
-    pub min_p: Option<f32>,
-    /// What the logits of recent tokens are divided by.
-    #[uniffi(default)]
-    pub repetition_penalty: Option<f32>,
-    /// Two runs with one seed draw the same.
-    #[uniffi(default)]
-    pub seed: Option<u64>,
-    /// Most tokens to generate.
-    #[uniffi(default)]
-    pub max_new_tokens: Option<u64>,
-    /// The answer ends before the first of these.
-    #[uniffi(default)]
-    pub stop: Vec<String>,
-    /// Words that the answer begins with.
-    #[uniffi(default)]
-    pub answer_prefix: Option<String>,
-    /// Whether the message is the prompt as it stands, without the chat template.
-    #[uniffi(default)]
-    pub completion: bool,
-    /// Whether the message goes on in the message of the document fed before it.
-    #[uniffi(default)]
-    pub joined: bool,
-    /// Instructions that stand before the first message of a session.
-    #[uniffi(default)]
-    pub system: Option<String>,
-    /// Memories to look up.
-    #[uniffi(default)]
-    pub recall_k: Option<u64>,
-    /// Whether other sessions of the same user are searched too.
-    #[uniffi(default)]
-    pub across_sessions: bool,
-    /// When the message was said, milliseconds since 1970; now if left out.
-    #[uniffi(default)]
-    pub time_ms: Option<i64>,
-}
-
-impl From<SendOptions> for mka::SendOptions {
-    fn from(from: SendOptions) -> Self {
-        let mut sampling = mka::Sampling::default();
-        set(&mut sampling.temperature, from.temperature);
-        set(&mut sampling.top_k, from.top_k.map(count));
-        set(&mut sampling.top_p, from.top_p);
-        set(&mut sampling.min_p, from.min_p);
-        set(&mut sampling.repetition_penalty, from.repetition_penalty);
-        set(&mut sampling.seed, from.seed);
-        let mut options = Self::default();
-        options.sampling = sampling;
-        options.max_new_tokens = from.max_new_tokens.map(count);
-        options.stop = from.stop;
-        options.answer_prefix = from.answer_prefix.unwrap_or_default();
-        options.completion = from.completion;
-        options.joined = from.joined;
-        options.system = from.system;
-        options.recall_k = from.recall_k.map(count);
-        options.across_sessions = from.across_sessions;
-        options.time_ms = from.time_ms;
-        options
-    }
-}
-
-/// What of a document the model reads.
-#[derive(Debug, Clone, Copy, uniffi::Enum)]
-pub enum FeedMode {
-    /// By length.
-    Auto,
-    /// Every token runs through the model.
-    Model,
-    /// The text is remembered; the model reads its end.
-    Text,
-}
-
-/// How a document is taken in.
-#[derive(Debug, Clone, Default, uniffi::Record)]
-pub struct FeedOptions {
-    /// What the model reads.
-    #[uniffi(default)]
-    pub mode: Option<FeedMode>,
-    /// Name of the document, shown beside what is recalled from it.
-    #[uniffi(default)]
-    pub name: Option<String>,
-    /// Whether the text stands outside the chat template.
-    #[uniffi(default)]
-    pub completion: bool,
-    /// When the document was given, milliseconds since 1970; now if left out.
-    #[uniffi(default)]
-    pub time_ms: Option<i64>,
-}
-
-impl From<FeedOptions> for mka::FeedOptions {
-    fn from(from: FeedOptions) -> Self {
-        let mut options = Self::default();
-        let mode = from.mode.map(|mode| match mode {
-            FeedMode::Auto => mka::FeedMode::Auto,
-            FeedMode::Model => mka::FeedMode::Model,
-            FeedMode::Text => mka::FeedMode::Text,
-        });
-        set(&mut options.mode, mode);
-        options.name = from.name;
-        options.completion = from.completion;
-        options.time_ms = from.time_ms;
-        options
-    }
-}
-
-/// Whose memory a call touches.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, uniffi::Record)]
-pub struct Scope {
-    /// The user.
-    pub user: String,
-    /// The agent, if one is meant.
-    #[uniffi(default)]
-    pub agent: Option<String>,
-    /// The session, if one is meant.
-    #[uniffi(default)]
-    pub session: Option<String>,
-}
-
-impl From<Scope> for mka::Scope {
-    fn from(from: Scope) -> Self {
-        let mut scope = Self::user(from.user);
-        if let Some(agent) = from.agent {
-            scope = scope.agent(agent);
-        }
-        if let Some(session) = from.session {
-            scope = scope.session(session);
-        }
-        scope
-    }
-}
-
-impl From<&mka::Scope> for Scope {
-    fn from(scope: &mka::Scope) -> Self {
-        Self {
-            user: scope.user_id().to_owned(),
-            agent: scope.agent_id().map(str::to_owned),
-            session: scope.session_id().map(str::to_owned),
-        }
-    }
-}
-
-/// Who produced a turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, uniffi::Enum)]
-pub enum Role {
-    /// Instructions of the host.
-    System,
-    /// A human's message.
-    User,
-    /// The model's answer.
-    Assistant,
-    /// A document fed to the session.
-    Document,
-    /// Text that memory gave back to the model: logged, never recalled again.
-    Recalled,
-}
-
-impl From<Role> for mka::Role {
-    fn from(role: Role) -> Self {
-        match role {
-            Role::System => Self::System,
-            Role::User => Self::User,
-            Role::Assistant => Self::Assistant,
-            Role::Document => Self::Document,
-            Role::Recalled => Self::Recalled,
-        }
-    }
-}
-
-impl From<mka::Role> for Role {
-    fn from(role: mka::Role) -> Self {
-        match role {
-            mka::Role::System => Self::System,
-            mka::Role::User => Self::User,
-            mka::Role::Assistant => Self::Assistant,
-            mka::Role::Recalled => Self::Recalled,
-            // A role that this surface does not know yet is text from somewhere: trusted least.
-            _ => Self::Document,
-        }
-    }
-}
-
-/// How to recall.
-#[derive(Debug, Clone, Default, uniffi::Record)]
-pub struct RecallOptions {
-    /// The most hits to return.
-    #[uniffi(default)]
-    pub k: Option<u64>,
-    /// In the scope's own session, only chunks of turns before this one.
-    #[uniffi(default)]
-    pub before_turn: Option<u64>,
-    /// Also look into the other sessions of the scope's user.
-    #[uniffi(default)]
-    pub across_sessions: bool,
-    /// Only turns in these roles; all if empty.
-    #[uniffi(default)]
-    pub roles: Vec<Role>,
-    /// Only turns at this time or later, milliseconds since 1970.
-    #[uniffi(default)]
-    pub since_ms: Option<i64>,
-    /// Only turns before this time, milliseconds since 1970: memory as of then.
-    #[uniffi(default)]
-    pub until_ms: Option<i64>,
-    /// Hits that score less are left out.
-    #[uniffi(default)]
-    pub min_score: Option<f32>,
-    /// Let a short question lean on what its session was about just now.
-    #[uniffi(default)]
-    pub follow_up: Option<bool>,
-}
-
-impl From<RecallOptions> for mka::Recall {
-    fn from(from: RecallOptions) -> Self {
-        let mut recall = Self::default();
-        set(&mut recall.k, from.k.map(count));
-        recall.before_turn = from.before_turn;
-        recall.across_sessions = from.across_sessions;
-        recall.roles = from.roles.into_iter().map(Into::into).collect();
-        recall.since_ms = from.since_ms;
-        recall.until_ms = from.until_ms;
-        set(&mut recall.min_score, from.min_score);
-        set(&mut recall.follow_up, from.follow_up);
-        recall
-    }
-}
-
-/// A turn to be remembered.
-#[derive(Debug, Clone, uniffi::Record)]
-pub struct NewTurn {
-    /// Who produced it.
-    pub role: Role,
-    /// Its text.
-    pub text: String,
-    /// When, milliseconds since 1970.
-    pub time_ms: i64,
-    /// Where the text comes from: a file name, a URL.
-    #[uniffi(default)]
-    pub source: Option<String>,
-    /// Whether it can be recalled later; by role if left out.
-    #[uniffi(default)]
-    pub remember: Option<bool>,
-}
-
-impl From<NewTurn> for mka::NewTurn {
-    fn from(from: NewTurn) -> Self {
-        let mut turn = Self::new(from.role.into(), from.text);
-        turn.time_ms = from.time_ms;
-        turn.source = from.source;
-        set(&mut turn.remember, from.remember);
-        turn
-    }
-}
-
-/// What to erase within a scope.
-#[derive(Debug, Clone, uniffi::Enum)]
-pub enum Forget {
-    /// Every turn whose text or source name contains this text, letter case aside.
-    Matching {
-        /// The text.
-        text: String,
-    },
-    /// One turn of the scope's session.
-    Turn {
-        /// Its number.
-        turn: u64,
-    },
-    /// Every turn before a time.
-    Before {
-        /// Milliseconds since 1970.
-        time_ms: i64,
-    },
-    /// The scope's session.
-    Session,
-    /// Every session of the scope.
-    Everything,
-}
-
-impl From<Forget> for mka::Forget {
-    fn from(forget: Forget) -> Self {
-        match forget {
-            Forget::Matching { text } => Self::matching(text),
-            Forget::Turn { turn } => Self::turn(turn),
-            Forget::Before { time_ms } => Self::before(time_ms),
-            Forget::Session => Self::session(),
-            Forget::Everything => Self::everything(),
-        }
-    }
-}
-
-fn set<T>(field: &mut T, value: Option<T>) {
-    if let Some(value) = value {
-        *field = value;
-    }
-}
-
-/// A count from outside; one beyond this machine's reach is the largest there is.
-fn count(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
+fn encryption_key(bytes: &[u8]) -> Result<mka::EncryptionKey, MkaError> {
+    let bytes = bytes.try_into().map_err(|_| {
+        MkaError::InvalidArgument(format!(
+            "open: encryption_key of {} bytes, expected 32",
+            bytes.len()
+        ))
+    })?;
+    Ok(mka::EncryptionKey::new(bytes))
 }

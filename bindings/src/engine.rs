@@ -1,9 +1,11 @@
 //! The engine as an object that can be closed while others still point to it.
 //! Knows no turn.
 
-use crate::config::{EngineConfig, Scope};
+use crate::config::EngineConfig;
 use crate::error::MkaError;
+use crate::foreign::counted;
 use crate::memory::NativeMemory;
+use crate::scope::Scope;
 use crate::session::NativeSession;
 use crate::wait::wait;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -32,7 +34,7 @@ impl NativeEngine {
     /// Opens the memory folder at `path`, which is created if missing.
     #[uniffi::constructor]
     pub async fn open(path: String, config: EngineConfig) -> Result<Arc<Self>, MkaError> {
-        Ok(Self::new(config.builder(path)?.open().await?))
+        Ok(Self::new(counted(config.builder(path)?.open()).await?))
     }
 
     /// `open`, blocking the thread.
@@ -44,7 +46,7 @@ impl NativeEngine {
     /// Opens the session of `scope`, new or continued where it stopped.
     pub async fn session(&self, scope: Scope) -> Result<Arc<NativeSession>, MkaError> {
         let engine = self.open_engine("session")?;
-        let session = Arc::new(NativeSession::new(engine.session(scope.into()).await?));
+        let session = Arc::new(NativeSession::new(counted(engine.session(scope.into())).await?));
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         sessions.retain(|session| session.strong_count() > 0);
         sessions.push(Arc::downgrade(&session));
@@ -81,6 +83,11 @@ impl NativeEngine {
         Ok(self.open_engine("trained_tokens")?.trained_tokens().map(|tokens| tokens as u64))
     }
 
+    /// Bytes of keys and values that one token takes; none without a model.
+    pub fn kv_bytes_per_token(&self) -> Result<Option<u64>, MkaError> {
+        Ok(self.open_engine("kv_bytes_per_token")?.kv_bytes_per_token().map(|bytes| bytes as u64))
+    }
+
     /// Closes the engine with its sessions, cancels their streams, and waits until the folder is free.
     /// Without effect the second time.
     pub async fn close(&self) -> Result<(), MkaError> {
@@ -91,7 +98,7 @@ impl NativeEngine {
             session.close();
         }
         match engine {
-            Some(engine) => Ok(engine.close().await?),
+            Some(engine) => Ok(counted(engine.close()).await?),
             None => Ok(()),
         }
     }

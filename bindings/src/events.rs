@@ -2,9 +2,12 @@
 //! Knows no session; how to pull is in `pull`.
 
 use crate::error::MkaError;
+use crate::foreign::{Waiter, counted, waker};
 use crate::pull::Pull;
 use crate::records::{Hit, all};
 use crate::wait::{wait, wait_at_most};
+use std::sync::{Arc, OnceLock};
+use std::task::Waker;
 use std::time::Duration;
 
 /// Why an answer ended.
@@ -33,6 +36,32 @@ pub struct Usage {
     pub stream_tokens: u64,
     /// Why the answer ended.
     pub stop: StopReason,
+    /// What was recalled inside attention; none where the turn's policy recalls no pages.
+    pub pages: Option<PageUsage>,
+}
+
+/// What recall inside attention did for a turn.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct PageUsage {
+    /// Tokens of the stream whose keys and values are stored and can be chosen.
+    pub stored_tokens: u64,
+    /// Tokens that each key/value head recalled for a query.
+    pub recalled_tokens: u64,
+    /// For each layer, the share of the answer's attention that went to recalled tokens.
+    pub share: Vec<f32>,
+    /// For each layer, the estimated share of the attention to all stored tokens that the recalled ones hold.
+    pub recovered: Vec<f32>,
+}
+
+impl From<mka::PageUsage> for PageUsage {
+    fn from(from: mka::PageUsage) -> Self {
+        Self {
+            stored_tokens: from.stored_tokens as u64,
+            recalled_tokens: from.recalled_tokens as u64,
+            share: from.share,
+            recovered: from.recovered,
+        }
+    }
 }
 
 impl From<mka::Usage> for Usage {
@@ -48,6 +77,7 @@ impl From<mka::Usage> for Usage {
                 mka::StopReason::StopString => StopReason::StopString,
                 _ => StopReason::MaxTokens,
             },
+            pages: from.pages.map(Into::into),
         }
     }
 }
@@ -136,74 +166,86 @@ impl FeedEvent {
     }
 }
 
-/// The events of one turn; dropping it cancels the turn within one token.
-#[derive(uniffi::Object)]
-pub struct NativeEvents {
-    pub(crate) pull: Pull<mka::Events>,
+/// A stream that a foreign caller pulls: one object for each kind of event, with the same calls.
+macro_rules! pulled {
+    ($(#[$doc:meta])* pub struct $name:ident of $stream:ty, $event:ty) => {
+        $(#[$doc])*
+        #[derive(uniffi::Object)]
+        pub struct $name {
+            pull: Pull<$stream>,
+            waker: OnceLock<Waker>,
+        }
+
+        impl $name {
+            pub(crate) fn new(pull: Pull<$stream>) -> Self {
+                Self { pull, waker: OnceLock::new() }
+            }
+
+            /// A waiter whose stream was taken away asks again, and sees its end.
+            fn wake(&self) {
+                if let Some(waker) = self.waker.get() {
+                    waker.wake_by_ref();
+                }
+            }
+        }
+
+        #[uniffi::export]
+        impl $name {
+            /// Every event that is ready, at least one; none after the last.
+            pub async fn next_batch(&self) -> Result<Option<Vec<$event>>, MkaError> {
+                let batch = counted(self.pull.batch()).await?;
+                Ok(batch.map(|events| events.into_iter().filter_map(<$event>::new).collect()))
+            }
+
+            /// Every event that is ready within `limit_ms`, perhaps none yet; none at all after the last.
+            /// Blocks the thread.
+            pub fn next_batch_blocking(
+                &self,
+                limit_ms: u32,
+            ) -> Result<Option<Vec<$event>>, MkaError> {
+                let limit = Duration::from_millis(limit_ms.into());
+                wait_at_most(self.next_batch(), limit).unwrap_or(Ok(Some(Vec::new())))
+            }
+
+            /// Whom `poll_batch` tells; the first one stays.
+            pub fn wait_with(&self, waiter: Arc<dyn Waiter>) {
+                self.waker.get_or_init(|| waker(waiter));
+            }
+
+            /// Every event that is ready; none yet if it is empty, and then, or behind what it gives, the waiter is told
+            /// when to ask again. None at all after the last. Returns at once.
+            pub fn poll_batch(&self) -> Result<Option<Vec<$event>>, MkaError> {
+                let batch = self.pull.poll(self.waker.get().unwrap_or(Waker::noop()))?;
+                Ok(batch.map(|events| events.into_iter().filter_map(<$event>::new).collect()))
+            }
+
+            /// Stops the work, from any thread; the stream then ends.
+            pub fn cancel(&self) {
+                self.pull.cancel();
+                self.wake();
+            }
+
+            /// Stops the work and waits until the session stands at what was done.
+            pub async fn close(&self) {
+                counted(self.pull.close()).await;
+                self.wake();
+            }
+
+            /// `close`, blocking the thread.
+            pub fn close_blocking(&self) {
+                wait(self.pull.close());
+                self.wake();
+            }
+        }
+    };
 }
 
-#[uniffi::export]
-impl NativeEvents {
-    /// Every event that is ready, at least one; none after the last.
-    pub async fn next_batch(&self) -> Result<Option<Vec<Event>>, MkaError> {
-        let batch = self.pull.batch().await?;
-        Ok(batch.map(|events| events.into_iter().filter_map(Event::new).collect()))
-    }
-
-    /// Every event that is ready within `limit_ms`, perhaps none yet; none at all after the last. Blocks the thread.
-    pub fn next_batch_blocking(&self, limit_ms: u32) -> Result<Option<Vec<Event>>, MkaError> {
-        let limit = Duration::from_millis(limit_ms.into());
-        wait_at_most(self.next_batch(), limit).unwrap_or(Ok(Some(Vec::new())))
-    }
-
-    /// Stops the turn within one token, from any thread; the stream then ends.
-    pub fn cancel(&self) {
-        self.pull.cancel();
-    }
-
-    /// Stops the turn and waits until what was generated is on disk.
-    pub async fn close(&self) {
-        self.pull.close().await;
-    }
-
-    /// `close`, blocking the thread.
-    pub fn close_blocking(&self) {
-        wait(self.pull.close());
-    }
+pulled! {
+    /// The events of one turn; dropping it cancels the turn within one token.
+    pub struct NativeEvents of mka::Events, Event
 }
 
-/// The progress of one document; dropping it cancels at the next block, keeping what was fed.
-#[derive(uniffi::Object)]
-pub struct NativeFeed {
-    pub(crate) pull: Pull<mka::Feed>,
-}
-
-#[uniffi::export]
-impl NativeFeed {
-    /// Every event that is ready, at least one; none after the last.
-    pub async fn next_batch(&self) -> Result<Option<Vec<FeedEvent>>, MkaError> {
-        let batch = self.pull.batch().await?;
-        Ok(batch.map(|events| events.into_iter().filter_map(FeedEvent::new).collect()))
-    }
-
-    /// Every event that is ready within `limit_ms`, perhaps none yet; none at all after the last. Blocks the thread.
-    pub fn next_batch_blocking(&self, limit_ms: u32) -> Result<Option<Vec<FeedEvent>>, MkaError> {
-        let limit = Duration::from_millis(limit_ms.into());
-        wait_at_most(self.next_batch(), limit).unwrap_or(Ok(Some(Vec::new())))
-    }
-
-    /// Stops at the next block, from any thread; the stream then ends.
-    pub fn cancel(&self) {
-        self.pull.cancel();
-    }
-
-    /// Stops and waits until the session stands at what was committed.
-    pub async fn close(&self) {
-        self.pull.close().await;
-    }
-
-    /// `close`, blocking the thread.
-    pub fn close_blocking(&self) {
-        wait(self.pull.close());
-    }
+pulled! {
+    /// The progress of one document; dropping it cancels at the next block, keeping what was fed.
+    pub struct NativeFeed of mka::Feed, FeedEvent
 }

@@ -9,27 +9,38 @@ mod config;
 mod engine;
 mod error;
 mod events;
+mod foreign;
 mod log;
 mod memory;
+mod mirrored;
+mod options;
 mod pull;
 mod records;
+mod scope;
 mod session;
+mod upkeep;
 mod wait;
 
 pub use config::{
-    EmbedderSource, EngineConfig, FeedMode, FeedOptions, Forget, ModelSource, NewTurn, Quote,
-    RecallOptions, Role, Scope, SendOptions,
+    Backend, EmbedderSource, EngineConfig, Hygiene, ModelSource, PageConfig, PagePrecision,
+    PageRule, Policy, Prefill, Quote, RecallPolicy,
 };
 pub use engine::NativeEngine;
 pub use error::MkaError;
-pub use events::{Event, FeedEvent, FeedSummary, NativeEvents, NativeFeed, StopReason, Usage};
+pub use events::{
+    Event, FeedEvent, FeedSummary, NativeEvents, NativeFeed, PageUsage, StopReason, Usage,
+};
+pub use foreign::{Waiter, shut_down};
 pub use log::{LogLevel, LogSink, forward_logs};
 pub use memory::NativeMemory;
+pub use options::{FeedMode, FeedOptions, Forget, NewTurn, RecallOptions, SendOptions};
 pub use records::{
-    ChunkInfo, Committed, Context, Hit, Receipt, SessionInfo, Source, Stats, Trust, Turn, Vectors,
-    Why,
+    ChunkInfo, Committed, Context, Finding, Hit, Receipt, Sensitive, SessionInfo, Source, Trust,
+    Turn, Vectors, Why,
 };
+pub use scope::{Role, Scope};
 pub use session::NativeSession;
+pub use upkeep::{Backup, Checkup, DiskUsage, Exported, Imported, Problem, Repair, Stats};
 
 uniffi::setup_scaffolding!();
 

@@ -2,6 +2,7 @@
 //! Knows no logger; spans are not followed, only events.
 
 use crate::error::MkaError;
+use crate::foreign;
 use std::fmt::{Debug, Write};
 use std::sync::{Arc, Once, PoisonError, RwLock};
 use tracing::field::{Field, Visit};
@@ -93,6 +94,8 @@ impl Subscriber for Forwarder {
     fn record_follows_from(&self, _: &Id, _: &Id) {}
 
     fn event(&self, event: &tracing::Event<'_>) {
+        // Held until the sink is let go, which may call its language too.
+        let Some(_call) = foreign::call() else { return };
         let Some(sink) = wanted(event.metadata()) else { return };
         let mut text = Text::default();
         event.record(&mut text);

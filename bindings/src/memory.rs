@@ -1,12 +1,16 @@
-//! Memory over every session: remember, recall, forget, lists.
+//! Memory over every session: remember, recall, forget, lists, and looking after the store.
 //! Knows no model.
 
-use crate::config::{Forget, NewTurn, RecallOptions, Scope};
 use crate::engine::NativeEngine;
 use crate::error::MkaError;
+use crate::foreign::counted;
+use crate::mirrored::count;
+use crate::options::{Forget, NewTurn, RecallOptions};
 use crate::records::{
-    ChunkInfo, Committed, Context, Hit, Receipt, SessionInfo, Stats, Turn, Vectors, all, receipt,
+    ChunkInfo, Committed, Context, Hit, Receipt, SessionInfo, Turn, Vectors, all, receipt,
 };
+use crate::scope::Scope;
+use crate::upkeep::{Backup, Checkup, DiskUsage, Exported, Imported, Stats};
 use crate::wait::wait;
 use std::sync::Arc;
 
@@ -31,7 +35,7 @@ impl NativeMemory {
     /// Appends `turns` to the session of `scope` as text memory, durable when it returns.
     pub async fn remember(&self, scope: Scope, turns: Vec<NewTurn>) -> Result<Committed, MkaError> {
         let memory = self.handle("remember")?;
-        Ok(memory.remember(&scope.into(), all(turns)).await?.into())
+        Ok(counted(memory.remember(&scope.into(), all(turns))).await?.into())
     }
 
     /// `remember`, blocking the thread.
@@ -51,7 +55,7 @@ impl NativeMemory {
         options: RecallOptions,
     ) -> Result<Vec<Hit>, MkaError> {
         let memory = self.handle("recall")?;
-        Ok(all(memory.recall(&scope.into(), &query, options.into()).await?))
+        Ok(all(counted(memory.recall(&scope.into(), &query, options.into())).await?))
     }
 
     /// `recall`, blocking the thread.
@@ -71,9 +75,8 @@ impl NativeMemory {
         query: String,
         budget_tokens: u64,
     ) -> Result<Context, MkaError> {
-        let budget = usize::try_from(budget_tokens).unwrap_or(usize::MAX);
         let memory = self.handle("context")?;
-        Ok(memory.context(&scope.into(), &query, budget).await?.into())
+        Ok(counted(memory.context(&scope.into(), &query, count(budget_tokens))).await?.into())
     }
 
     /// `context`, blocking the thread.
@@ -89,7 +92,7 @@ impl NativeMemory {
     /// Erases what `selector` names, and says what went.
     pub async fn forget(&self, scope: Scope, selector: Forget) -> Result<Receipt, MkaError> {
         let memory = self.handle("forget")?;
-        memory.forget(&scope.into(), selector.into()).await?.try_into()
+        counted(memory.forget(&scope.into(), selector.into())).await?.try_into()
     }
 
     /// `forget`, blocking the thread.
@@ -100,7 +103,7 @@ impl NativeMemory {
     /// Checks that what the receipt names is in no file of the store; `record` is the receipt's own.
     pub async fn verify(&self, record: String) -> Result<(), MkaError> {
         let memory = self.handle("verify")?;
-        Ok(memory.verify(receipt(&record)?).await?)
+        Ok(counted(memory.verify(receipt(&record)?)).await?)
     }
 
     /// `verify`, blocking the thread.
@@ -116,8 +119,7 @@ impl NativeMemory {
         end: u64,
     ) -> Result<Vec<ChunkInfo>, MkaError> {
         let memory = self.handle("chunks")?;
-        let index = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
-        Ok(all(memory.chunks(&scope.into(), index(start)..index(end)).await?))
+        Ok(all(counted(memory.chunks(&scope.into(), count(start)..count(end))).await?))
     }
 
     /// `chunks`, blocking the thread.
@@ -133,7 +135,7 @@ impl NativeMemory {
     /// Turns of the session of `scope` from number `start` to before `end`.
     pub async fn turns(&self, scope: Scope, start: u64, end: u64) -> Result<Vec<Turn>, MkaError> {
         let memory = self.handle("turns")?;
-        Ok(all(memory.turns(&scope.into(), start..end).await?))
+        Ok(all(counted(memory.turns(&scope.into(), start..end)).await?))
     }
 
     /// `turns`, blocking the thread.
@@ -149,7 +151,7 @@ impl NativeMemory {
     /// The sessions of `scope`, by name.
     pub async fn sessions(&self, scope: Scope) -> Result<Vec<SessionInfo>, MkaError> {
         let memory = self.handle("sessions")?;
-        Ok(all(memory.sessions(&scope.into()).await?))
+        Ok(all(counted(memory.sessions(&scope.into())).await?))
     }
 
     /// `sessions`, blocking the thread.
@@ -159,13 +161,85 @@ impl NativeMemory {
 
     /// One unit vector a text, by the store's embedder.
     pub async fn embed(&self, texts: Vec<String>) -> Result<Vectors, MkaError> {
-        let (rows, dim) = self.handle("embed")?.embed(texts).await?;
+        let memory = self.handle("embed")?;
+        let (rows, dim) = counted(memory.embed(texts)).await?;
         Ok(Vectors::new(&rows, dim))
     }
 
     /// `embed`, blocking the thread.
     pub fn embed_blocking(&self, texts: Vec<String>) -> Result<Vectors, MkaError> {
         wait(self.embed(texts))
+    }
+
+    /// Writes the log of `scope`, or of every user without one, into the file `path` as lines of JSON.
+    pub async fn export(&self, scope: Option<Scope>, path: String) -> Result<Exported, MkaError> {
+        let memory = self.handle("export")?;
+        let scope = scope.map(mka::Scope::from);
+        Ok(counted(memory.export(scope.as_ref(), path)).await?.into())
+    }
+
+    /// `export`, blocking the thread.
+    pub fn export_blocking(
+        &self,
+        scope: Option<Scope>,
+        path: String,
+    ) -> Result<Exported, MkaError> {
+        wait(self.export(scope, path))
+    }
+
+    /// Appends the turns of an exported file to the sessions that they come from; those that are held are skipped.
+    pub async fn import_log(&self, path: String) -> Result<Imported, MkaError> {
+        let memory = self.handle("import")?;
+        Ok(counted(memory.import(path)).await?.into())
+    }
+
+    /// `import_log`, blocking the thread.
+    pub fn import_log_blocking(&self, path: String) -> Result<Imported, MkaError> {
+        wait(self.import_log(path))
+    }
+
+    /// Copies the store as it is at one moment to the folder `path`, which does not exist yet.
+    pub async fn backup(&self, path: String) -> Result<Backup, MkaError> {
+        let memory = self.handle("backup")?;
+        Ok(counted(memory.backup(path)).await?.into())
+    }
+
+    /// `backup`, blocking the thread.
+    pub fn backup_blocking(&self, path: String) -> Result<Backup, MkaError> {
+        wait(self.backup(path))
+    }
+
+    /// Compares every checksum, and the indexes with the log; with `repair`, makes anew what can be derived.
+    pub async fn doctor(&self, repair: bool) -> Result<Checkup, MkaError> {
+        let memory = self.handle("doctor")?;
+        Ok(counted(memory.doctor(repair)).await?.into())
+    }
+
+    /// `doctor`, blocking the thread.
+    pub fn doctor_blocking(&self, repair: bool) -> Result<Checkup, MkaError> {
+        wait(self.doctor(repair))
+    }
+
+    /// Gives all space on the disk back that nothing uses.
+    pub async fn compact(&self) -> Result<(), MkaError> {
+        let memory = self.handle("compact")?;
+        Ok(counted(memory.compact()).await?)
+    }
+
+    /// `compact`, blocking the thread.
+    pub fn compact_blocking(&self) -> Result<(), MkaError> {
+        wait(self.compact())
+    }
+
+    /// What the store takes on the disk, and how much of it is in use.
+    pub async fn disk_usage(&self) -> Result<DiskUsage, MkaError> {
+        let memory = self.handle("disk_usage")?;
+        Ok(counted(memory.disk_usage()).await?.into())
+    }
+
+    /// `disk_usage`, blocking the thread.
+    pub fn disk_usage_blocking(&self) -> Result<DiskUsage, MkaError> {
+        wait(self.disk_usage())
     }
 
     /// Counts and bytes of the store.

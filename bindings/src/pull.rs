@@ -8,7 +8,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use tokio::sync::Mutex;
 
 /// A stream of the engine, as far as it is pulled here.
@@ -106,6 +106,24 @@ impl<S: Source> Pull<S> {
     pub(crate) async fn batch(&self) -> Result<Option<Vec<S::Event>>, MkaError> {
         let mut state = self.state.lock().await;
         let batch = poll_fn(|cx| state.poll_batch(cx)).await;
+        self.settle(&state, batch)
+    }
+
+    /// Every event that is ready; an empty batch if none is yet, and then `waker` is woken; None after the last, and for
+    /// a second reader.
+    pub(crate) fn poll(&self, waker: &Waker) -> Result<Option<Vec<S::Event>>, MkaError> {
+        let Ok(mut state) = self.state.try_lock() else { return Ok(None) };
+        match state.poll_batch(&mut Context::from_waker(waker)) {
+            Poll::Ready(batch) => self.settle(&state, batch),
+            Poll::Pending => Ok(Some(Vec::new())),
+        }
+    }
+
+    fn settle(
+        &self,
+        state: &State<S>,
+        batch: mka::Result<Batch<S::Event>>,
+    ) -> Result<Option<Vec<S::Event>>, MkaError> {
         if state.stream.is_none() {
             self.activity.end();
         }
@@ -150,6 +168,7 @@ enum Batch<T> {
 }
 
 impl<S: Source> State<S> {
+    /// Whoever polls is woken when there is more to ask for, the stream's end included.
     fn poll_batch(&mut self, cx: &mut Context<'_>) -> Poll<mka::Result<Batch<S::Event>>> {
         if let Some(error) = self.failed.take() {
             return Poll::Ready(Err(error));
@@ -165,6 +184,7 @@ impl<S: Source> State<S> {
                     events.push(event);
                     if last {
                         self.stream = None;
+                        cx.waker().wake_by_ref();
                         break;
                     }
                 }
@@ -174,6 +194,7 @@ impl<S: Source> State<S> {
                         return Poll::Ready(Err(error));
                     }
                     self.failed = Some(error);
+                    cx.waker().wake_by_ref();
                     break;
                 }
                 Poll::Ready(None) if events.is_empty() => {
@@ -182,7 +203,11 @@ impl<S: Source> State<S> {
                 }
                 Poll::Pending if events.is_empty() => return Poll::Pending,
                 // Asked again at the next call: it says the same.
-                Poll::Ready(None) | Poll::Pending => break,
+                Poll::Ready(None) => {
+                    cx.waker().wake_by_ref();
+                    break;
+                }
+                Poll::Pending => break,
             }
         }
         Poll::Ready(Ok(Batch::Events(events)))

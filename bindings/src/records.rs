@@ -1,8 +1,8 @@
 //! What memory gives back, as plain records.
 //! Knows no call: each record is made from its twin in the engine.
 
-use crate::config::{Role, Scope};
 use crate::error::MkaError;
+use crate::scope::{Role, Scope};
 
 /// How far a recalled text may be believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, uniffi::Enum)]
@@ -88,8 +88,10 @@ pub struct Hit {
     pub source: Source,
     /// How far the text may be believed.
     pub trust: Trust,
-    /// How often the scope holds this very text.
+    /// How often the scope holds this text, near duplicates included.
     pub count: u32,
+    /// A newer turn of the same subject superseded it.
+    pub stale: bool,
 }
 
 impl From<mka::Hit> for Hit {
@@ -114,6 +116,7 @@ impl From<mka::Hit> for Hit {
                 _ => Trust::Document,
             },
             count: from.count,
+            stale: from.stale,
         }
     }
 }
@@ -140,6 +143,69 @@ impl From<mka::Context> for Context {
     }
 }
 
+/// A kind of sensitive text, by its form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, uniffi::Enum)]
+pub enum Sensitive {
+    /// A private key in PEM form.
+    PrivateKey,
+    /// A token of a known service, or a JSON web token.
+    Token,
+    /// A password, secret or key after a word that says so.
+    Password,
+    /// A payment card's number.
+    Card,
+    /// An international bank account number.
+    BankAccount,
+    /// A United States social security number.
+    SocialSecurity,
+    /// An address of mail.
+    Email,
+    /// A phone number with its international prefix.
+    Phone,
+    /// Of a kind that this surface does not know.
+    Other,
+}
+
+impl From<mka::Sensitive> for Sensitive {
+    fn from(from: mka::Sensitive) -> Self {
+        match from {
+            mka::Sensitive::PrivateKey => Self::PrivateKey,
+            mka::Sensitive::Token => Self::Token,
+            mka::Sensitive::Password => Self::Password,
+            mka::Sensitive::Card => Self::Card,
+            mka::Sensitive::BankAccount => Self::BankAccount,
+            mka::Sensitive::SocialSecurity => Self::SocialSecurity,
+            mka::Sensitive::Email => Self::Email,
+            mka::Sensitive::Phone => Self::Phone,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// Something in a turn that looks sensitive.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct Finding {
+    /// Which of the call's turns, from 0.
+    pub turn: u64,
+    /// What it looks like.
+    pub kind: Sensitive,
+    /// First byte in the turn's text.
+    pub start: u64,
+    /// The byte after the last.
+    pub end: u64,
+}
+
+impl From<mka::Finding> for Finding {
+    fn from(from: mka::Finding) -> Self {
+        Self {
+            turn: from.turn as u64,
+            kind: from.kind.into(),
+            start: from.bytes.start as u64,
+            end: from.bytes.end as u64,
+        }
+    }
+}
+
 /// What remembering did.
 #[derive(Debug, Clone, uniffi::Record)]
 pub struct Committed {
@@ -149,6 +215,10 @@ pub struct Committed {
     pub chunks_added: u64,
     /// Chunks whose text the scope already held.
     pub chunks_deduplicated: u64,
+    /// Chunks whose text was nearly one that the session already held.
+    pub chunks_nearly_duplicated: u64,
+    /// What looks like a secret or like personal data in the turns.
+    pub findings: Vec<Finding>,
 }
 
 impl From<mka::Committed> for Committed {
@@ -157,6 +227,8 @@ impl From<mka::Committed> for Committed {
             turns: from.turns,
             chunks_added: from.chunks_added as u64,
             chunks_deduplicated: from.chunks_deduplicated as u64,
+            chunks_nearly_duplicated: from.chunks_nearly_duplicated as u64,
+            findings: all(from.findings),
         }
     }
 }
@@ -249,7 +321,11 @@ pub struct Turn {
     pub num_tokens: u64,
     /// Where the text comes from.
     pub source: Option<String>,
-    /// Superseded by a later turn: kept in the log, no longer recalled.
+    /// What it is a fact about.
+    pub subject: Option<String>,
+    /// When it stops being recalled, milliseconds since 1970.
+    pub expires_ms: Option<i64>,
+    /// Superseded by a later commit: kept in the log, no longer recalled.
     pub retracted: bool,
     /// Erased: only its place in the log is left.
     pub forgotten: bool,
@@ -264,6 +340,8 @@ impl From<mka::Turn> for Turn {
             time_ms: from.time_ms,
             num_tokens: from.tokens.len() as u64,
             source: from.source,
+            subject: from.subject,
+            expires_ms: from.expires_ms,
             retracted: from.retracted,
             forgotten: from.forgotten,
         }
@@ -290,48 +368,6 @@ impl From<mka::SessionInfo> for SessionInfo {
             num_turns: from.num_turns,
             last_time_ms: from.last_time_ms,
             stream_tokens: from.position,
-        }
-    }
-}
-
-/// What a store holds.
-#[derive(Debug, Clone, uniffi::Record)]
-pub struct Stats {
-    /// Sessions of all users.
-    pub sessions: u64,
-    /// Turns, retracted and forgotten ones included.
-    pub turns: u64,
-    /// Distinct chunks that can be recalled.
-    pub chunks: u64,
-    /// Their sentence vectors.
-    pub vectors: u64,
-    /// Distinct words.
-    pub terms: u64,
-    /// Stored key/value pages.
-    pub pages: u64,
-    /// Segment files.
-    pub segments: u64,
-    /// Bytes in use in them.
-    pub live_bytes: u64,
-    /// Bytes that compaction will give back.
-    pub dead_bytes: u64,
-    /// What was found damaged when the store was opened, in words.
-    pub damaged: Vec<String>,
-}
-
-impl From<mka::Stats> for Stats {
-    fn from(from: mka::Stats) -> Self {
-        Self {
-            sessions: from.sessions as u64,
-            turns: from.turns,
-            chunks: from.chunks as u64,
-            vectors: from.vectors as u64,
-            terms: from.terms as u64,
-            pages: from.pages as u64,
-            segments: from.segments as u64,
-            live_bytes: from.live_bytes,
-            dead_bytes: from.dead_bytes,
-            damaged: from.damaged,
         }
     }
 }

@@ -1,11 +1,14 @@
 //! One conversation as an object: its calls return at once or wait without holding it.
 //! Knows no engine.
 
-use crate::config::{FeedOptions, Scope, SendOptions};
 use crate::error::MkaError;
 use crate::events::{NativeEvents, NativeFeed};
+use crate::foreign::counted;
+use crate::mirrored::count;
+use crate::options::{FeedOptions, SendOptions};
 use crate::pull::{Activity, Pull};
 use crate::records::{Context, Vectors};
+use crate::scope::Scope;
 use crate::wait::wait;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -52,7 +55,7 @@ impl Live {
     fn events(&mut self, events: mka::Events) -> Arc<NativeEvents> {
         let pull = Pull::new(events);
         self.activity = Some(pull.activity());
-        Arc::new(NativeEvents { pull })
+        Arc::new(NativeEvents::new(pull))
     }
 }
 
@@ -86,14 +89,13 @@ impl NativeSession {
         let mut live = self.live();
         let pull = Pull::new(live.idle("feed")?.feed_with(text, options.into()));
         live.activity = Some(pull.activity());
-        Ok(Arc::new(NativeFeed { pull }))
+        Ok(Arc::new(NativeFeed::new(pull)))
     }
 
     /// What memory holds on `query`, laid out for another model within `budget_tokens`.
     pub async fn context(&self, query: String, budget_tokens: u64) -> Result<Context, MkaError> {
-        let budget = usize::try_from(budget_tokens).unwrap_or(usize::MAX);
-        let context = self.live().session("context")?.context(&query, budget);
-        Ok(context.await?.into())
+        let context = self.live().session("context")?.context(&query, count(budget_tokens));
+        Ok(counted(context).await?.into())
     }
 
     /// `context`, blocking the thread.
@@ -109,7 +111,7 @@ impl NativeSession {
     /// Logits of the next token after `text` is appended to the stream, without changing the session: one row.
     pub async fn peek_logits(&self, text: String) -> Result<Vectors, MkaError> {
         let logits = self.live().idle("peek_logits")?.peek_logits(&text);
-        let logits = logits.await?;
+        let logits = counted(logits).await?;
         Ok(Vectors::new(&logits, logits.len()))
     }
 

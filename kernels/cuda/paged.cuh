@@ -123,17 +123,37 @@ __device__ void finish_split(const PagedParams &p, uint32_t head, uint32_t tile,
     if (tid < DECODE_ROWS) to_stats[tid] = max[tid];
     else if (tid < 2 * DECODE_ROWS) to_stats[tid] = sum[tid - DECODE_ROWS];
   }
-  __threadfence();
   __syncthreads();
   if (tid == 0) {
     uint32_t *counter = p.counters + head * p.tiles + tile;
+    // The barrier brought the block's stores here, the fences take them to the last block.
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
     is_last = atomicAdd(counter, 1u) == p.splits - 1;
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
     if (is_last) *counter = 0;
   }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
 
+  // Four columns of a row to a thread; where threads are left, several share the splits of a column. Loads of the parts
+  // fly while the weights are computed: two waits for memory up to FLIGHT splits a thread.
+  constexpr int FLIGHT = 16;
+  __shared__ float4 sums[THREADS];
+  const int columns = count * (D / 4), shares = columns < THREADS ? THREADS / columns : 1;
+  const int share = shares > 1 ? tid / columns : 0;
+  int column = shares > 1 ? tid % columns : tid;
+  float4 part[FLIGHT];
+  const auto fetch = [&](uint32_t first) {
+    const float *from = p.partial + first_part * DECODE_ROWS * D + column * 4;
+#pragma unroll
+    for (int i = 0; i < FLIGHT; i++) {
+      const uint32_t s = first + i * shares;
+      part[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (share < shares && column < columns && s < p.splits)
+        part[i] = __ldcg(reinterpret_cast<const float4 *>(from + uint64_t(s) * DECODE_ROWS * D));
+    }
+  };
+  fetch(share);
   for (int row = warp; row < count; row += THREADS / 32) {
     const float *at = stats + first_part * 2 * DECODE_ROWS + row;
     // Both numbers of every part in one wait for memory.
@@ -151,35 +171,51 @@ __device__ void finish_split(const PagedParams &p, uint32_t head, uint32_t tile,
     float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < MAX_SPLITS / 32; i++) {
-      const float weight = part_max[i] == -INFINITY ? 0.0f : exp2f(part_max[i] - top);
-      if (lane + 32 * i < p.splits) weights[row * MAX_SPLITS + lane + 32 * i] = weight;
-      total += weight * part_sum[i];
+      part_max[i] = part_max[i] == -INFINITY ? 0.0f : exp2f(part_max[i] - top);
+      total += part_max[i] * part_sum[i];
     }
     total = warp_sum(total);
     const float scale = total > 0.0f ? 1.0f / total : 0.0f;
-    for (uint32_t s = lane; s < p.splits; s += 32) weights[row * MAX_SPLITS + s] *= scale;
+#pragma unroll
+    for (int i = 0; i < MAX_SPLITS / 32; i++)
+      if (lane + 32 * i < p.splits) weights[row * MAX_SPLITS + lane + 32 * i] = part_max[i] * scale;
     if (lane == 0)
       p.lse[output_row(p, head, row0 + row)] =
           total > 0.0f ? top * 0.693147180559945f + logf(total) : -INFINITY;
   }
   __syncthreads();
-  for (int i = tid; i < count * D / 4; i += THREADS) {
-    const int row = i / (D / 4), column = i % (D / 4) * 4;
-    const float *from = p.partial + first_part * DECODE_ROWS * D + row * D + column;
+  for (;;) {
+    const int row = column / (D / 4);
     float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 16
-    for (uint32_t s = 0; s < p.splits; s++) {
-      const float4 y = __ldcg(reinterpret_cast<const float4 *>(from + uint64_t(s) * DECODE_ROWS * D));
-      const float weight = weights[row * MAX_SPLITS + s];
-      x.x = fmaf(weight, y.x, x.x);
-      x.y = fmaf(weight, y.y, x.y);
-      x.z = fmaf(weight, y.z, x.z);
-      x.w = fmaf(weight, y.w, x.w);
+    for (uint32_t first = share; first < p.splits;) {
+#pragma unroll
+      for (int i = 0; i < FLIGHT; i++) {
+        const uint32_t s = first + i * shares;
+        const float weight = s < p.splits && column < columns ? weights[row * MAX_SPLITS + s] : 0.0f;
+        x.x = fmaf(weight, part[i].x, x.x);
+        x.y = fmaf(weight, part[i].y, x.y);
+        x.z = fmaf(weight, part[i].z, x.z);
+        x.w = fmaf(weight, part[i].w, x.w);
+      }
+      first += FLIGHT * shares;
+      if (first < p.splits) fetch(first);
     }
-    T *to = static_cast<T *>(p.out) + output_row(p, head, row0 + row) * D + column;
-    to[0] = from_float<T>(x.x);
-    to[1] = from_float<T>(x.y);
-    to[2] = from_float<T>(x.z);
-    to[3] = from_float<T>(x.w);
+    if (shares > 1) {
+      sums[tid] = x;
+      __syncthreads();
+      if (tid >= columns) return;
+      for (int other = 1; other < shares; other++) {
+        const float4 y = sums[tid + other * columns];
+        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+      }
+    }
+    if (column < columns) {
+      T *to = static_cast<T *>(p.out) + output_row(p, head, row0 + row) * D + column % (D / 4) * 4;
+      const float four[4] = {x.x, x.y, x.z, x.w};
+      store_floats(to, four);
+    }
+    column += THREADS;
+    if (column - tid >= columns || shares > 1) return;
+    fetch(share);
   }
 }

@@ -194,15 +194,12 @@ template <typename T, int D> __device__ __forceinline__ void decode(const PagedP
   finish_split<T, D, WARPS * 32>(p, head, tile, split, &parts[0][0][0], STRIDE, tile_max, tile_sum, &parts[0][0][0]);
 }
 
-#define KERNEL(name, T, D) \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32) name(const __grid_constant__ PagedParams p) { \
+// Blocks of an SM, as the splits of the host count them.
+#define KERNEL(name, T, D, BLOCKS) \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) name(const __grid_constant__ PagedParams p) { \
     decode<T, D>(p); \
   }
-KERNEL(paged_decode_bf16_64, __nv_bfloat16, 64)
-KERNEL(paged_decode_bf16_96, __nv_bfloat16, 96)
-KERNEL(paged_decode_bf16_128, __nv_bfloat16, 128)
-KERNEL(paged_decode_bf16_256, __nv_bfloat16, 256)
-KERNEL(paged_decode_f16_64, __half, 64)
-KERNEL(paged_decode_f16_96, __half, 96)
-KERNEL(paged_decode_f16_128, __half, 128)
-KERNEL(paged_decode_f16_256, __half, 256)
+#define KERNEL_TYPE(name, T) \
+  KERNEL(name##_64, T, 64, 4) KERNEL(name##_96, T, 96, 4) KERNEL(name##_128, T, 128, 3) KERNEL(name##_256, T, 256, 2)
+KERNEL_TYPE(paged_decode_bf16, __nv_bfloat16)
+KERNEL_TYPE(paged_decode_f16, __half)

@@ -8,6 +8,7 @@ a struct that changes there changes here.
 """
 
 import ctypes
+import math
 import os
 import statistics
 import struct
@@ -113,79 +114,94 @@ def report(name, errors, bounds):
     return good
 
 
+def divisor(by):
+    shift = (by - 1).bit_length()
+    return struct.pack("<3I", by, -(-(1 << (31 + shift)) // by), shift)
+
+
+class Tiles:
+    """How the blocks of a pass ("append", "forward" or "backward") divide the work, as `Tiles` of
+    `kernels/src/route/projected/cuda.rs`."""
+
+    def __init__(self, direction, dtype, t, d, m, normed):
+        size, tensors = dtype.itemsize, 2 if direction == "backward" else 1
+        lanes = max(8, 1 << (cdiv(d, 8) - 1).bit_length())
+        self.threads, self.run, self.heads, self.rates = 128, 8, 1, 0 if direction == "append" else 4
+        if direction != "append" and size == 2 and m <= 3 and not normed and lanes <= 16:
+            self.rates = 3
+            if direction == "forward":
+                self.threads, self.run, self.heads = 256, 16, 2
+        self.file = "route_" + ("backward" if direction == "backward" else "forward")
+        self.kernel = f"{self.file}_{SUFFIX[dtype]}_{self.rates}_{lanes}"
+        runs, self.channels = self.threads // (lanes * self.heads), 8 * lanes * self.heads
+        self.rows = runs * self.run
+        self.shared = tensors * runs * (self.run * self.channels * size + 4 * lanes * size % 128)
+        if self.rates:
+            weights = (16 if self.rates == 3 else 32) + (16 if tensors == 2 else 0)
+            self.shared += runs * (self.run + 1) * weights + runs * self.rates * self.channels * 4 + 16
+        self.chunks = cdiv(t, self.rows)
+        self.groups = lambda g: 2 * cdiv(g, self.heads)
+
+
 class Route:
     """One call of the projected route, as `kernels/src/route/projected/cuda.rs` launches it."""
 
     POINTERS = (
-        "keys values logits state gate rates bias norm cosine sine out_keys out_raw out_values new_state carries dkeys "
-        "dvalues dkv dstate dweights dbias dnorm dlogits dgate sums prefixes flags seen row_stride"
+        "keys values logits state gate bias norm cosine sine out_keys out_raw out_values new_state carries dkeys dvalues "
+        "dkv dstate dweights dbias dnorm dlogits dgate gate_shares sums prefixes epoch flags seen row_stride"
     ).split()
-    NUMBERS = "batch tokens heads d m chunks slices lanes carry_rows correct paged offset".split()
 
-    def __init__(self, modules, shape, m, dtype, extras=False, seen=0, correct=True):
-        self.forward_module, self.backward_module = modules
-        self.shape, self.m, self.dtype, self.seen, self.correct = shape, m, dtype, seen, correct
+    def __init__(self, modules, shape, m, dtype, extras="", seen=0, correct=True):
+        self.modules, self.shape, self.m, self.dtype, self.seen, self.correct = modules, shape, m, dtype, seen, correct
         b, t, g, d = shape
         random = lambda *dims: torch.randn(*dims, device=CUDA)
         self.kv, self.logits = random(b, t, 2, g, d).to(dtype), random(b, t, 1 + m)
         self.state, self.gate = random(b, m, 2, g, d), torch.tensor([0.7], device=CUDA)
-        self.rates = torch.tensor(RATES[:m], device=CUDA)
-        self.bias = random(2, g, d) * 0.3 if extras else None
-        self.norm = torch.rand(d, device=CUDA) + 0.5 if extras else None
+        self.rates = torch.tensor(RATES[:m])
+        self.bias = random(2, g, d) * 0.3 if "bias" in extras else None
+        self.norm = torch.rand(d, device=CUDA) + 0.5 if "norm" in extras else None
         self.cosine, self.sine = tables(torch.arange(t, device=CUDA) + seen, d)
-        self.compiled = 3 if m <= 3 else 4
-        self.out = poisoned(2, b, t, g, d, dtype=dtype)
-        self.new_state = poisoned(b, m, 2, g, d)
-        self.back, self.front = self.tiles(4 if d > 128 else 2), self.tiles(4)
-        self.carries = poisoned(b * self.back["chunks"], m, 2, g, d)
+        self.front, self.back, self.plain = (
+            Tiles(direction, dtype, t, d, m, "norm" in extras) for direction in ("forward", "backward", "append")
+        )
+        self.out, self.new_state = poisoned(2, b, t, g, d, dtype=dtype), poisoned(b, m, 2, g, d)
+        self.carries = poisoned(b * self.back.chunks, m, 2, g, d)
         self.dout = random(2, b, t, g, d).to(dtype)
         self.dkv, self.dlogits = poisoned(b, t, 2, g, d, dtype=dtype), poisoned(b, t, 1 + m)
         self.dstate, self.dgate = poisoned(b, m, 2, g, d), poisoned(1)
-        self.dweights, self.gate_shares = poisoned(2 * g, b, t, 1 + m), poisoned(cdiv(b * t, 256))
-        share = lambda wanted: poisoned(b * self.back["chunks"], 2 * g * d) if wanted else None
-        self.dbias, self.dnorm = share(extras), share(extras)
+        self.dweights, self.gate_shares = poisoned(2 * g, b, t, 1 + m), poisoned(cdiv(b * t, 64))
+        share = lambda wanted: poisoned(b * self.back.chunks, 2 * g * d) if wanted else None
+        self.dbias, self.dnorm = share("bias" in extras), share("norm" in extras)
 
-    def tiles(self, quarter):
+    def launch(self, tiles, **more):
+        """Prepares a launch: nothing of this is in the times."""
         b, t, g, d = self.shape
-        lanes = max(8, 1 << (cdiv(d, 2 * quarter) - 1).bit_length())
-        rows = 256 // lanes * 8
-        chunks, part = cdiv(t, rows), self.compiled * 2 * quarter * lanes
-        room = lambda: poisoned(b * 2 * g * chunks * part)
-        flags = torch.zeros(b * 2 * g * chunks, dtype=torch.int32, device=CUDA)
-        return dict(quarter=quarter, lanes=lanes, rows=rows, chunks=chunks, sums=room(), prefixes=room(), flags=flags)
-
-    def params(self, tiles, **more):
-        b, t, g, d = self.shape
-        if tiles["chunks"] > 1:
-            tiles["flags"].zero_()
+        blocks = b * tiles.groups(g) * tiles.chunks
+        rooms = [poisoned(blocks * tiles.rates * tiles.channels) for _ in range(2)]
         at = dict(
             keys=self.kv, values=self.kv.data_ptr() + g * d * self.kv.element_size(), logits=self.logits,
-            state=self.state, gate=self.gate, rates=self.rates, bias=self.bias, norm=self.norm, cosine=self.cosine,
-            sine=self.sine, sums=tiles["sums"], prefixes=tiles["prefixes"], flags=tiles["flags"], seen=self.seen,
-            row_stride=2 * g * d, batch=b, tokens=t, heads=g, d=d, m=self.m, chunks=tiles["chunks"], slices=2 * g,
-            lanes=tiles["lanes"], carry_rows=self.back["rows"], correct=self.correct,
+            state=self.state, gate=self.gate, rates=self.rates.tolist(), bias=self.bias, norm=self.norm,
+            cosine=self.cosine, sine=self.sine, sums=rooms[0], prefixes=rooms[1], seen=self.seen, row_stride=2 * g * d,
+            batch=b, tokens=t, heads=g, d=d, m=self.m, carry_rows=self.back.rows, correct=self.correct,
         )
-        return route_params(at | more)
+        params = route_params(at | more, tiles)
+        module = self.modules[tiles.file]
+        run = lambda: (module.launch(tiles.kernel, (blocks, 1, 1), tiles.threads, params, tiles.shared), rooms)
+        return run, params
 
     def forward(self, carries=True, scan=True):
-        b, _, g, _ = self.shape
         out = dict(out_keys=self.out[0], out_values=self.out[1], new_state=self.new_state)
-        params = self.params(self.front, carries=self.carries if carries else None, **out)
-        name = f"route_forward_{SUFFIX[self.dtype]}_{self.compiled if scan else 0}"
-        self.forward_module.launch(name, (2 * g * b * self.front["chunks"], 1, 1), 256, params)
+        tiles = self.front if scan else self.plain
+        return self.launch(tiles, carries=self.carries if carries else None, **out)[0]
 
     def backward(self):
-        b, _, g, _ = self.shape
-        params = self.params(
-            self.back, carries=self.carries, dkeys=self.dout[0], dvalues=self.dout[1], dkv=self.dkv,
-            dstate=self.dstate, dweights=self.dweights, dbias=self.dbias, dnorm=self.dnorm, dlogits=self.dlogits,
-            dgate=self.gate_shares,
+        run, params = self.launch(
+            self.back, carries=self.carries, dkeys=self.dout[0], dvalues=self.dout[1], dkv=self.dkv, dstate=self.dstate,
+            dweights=self.dweights, dbias=self.dbias, dnorm=self.dnorm, dlogits=self.dlogits, dgate=self.dgate,
+            gate_shares=self.gate_shares,
         )
-        name = f"route_backward_{SUFFIX[self.dtype]}_{self.compiled}_{self.back['quarter']}"
-        self.backward_module.launch(name, (2 * g * b * self.back["chunks"], 1, 1), 256, params)
-        self.backward_module.launch("route_logits", (len(self.gate_shares), 1, 1), 256, params)
-        columns = struct.pack("<QQQII", self.gate_shares.data_ptr(), self.dgate.data_ptr(), len(self.gate_shares), 1, 0)
-        self.backward_module.launch("route_columns", (1, 1, 1), 256, columns)
+        logits = lambda: self.modules["route_backward"].launch("route_logits", (len(self.gate_shares), 1, 1), 256, params)
+        return lambda: (run(), logits())
 
     def expected(self):
         """Inputs with history, keys, values and state in f64; the EMA in closed form, 64 tokens at a time."""
@@ -197,7 +213,7 @@ class Route:
         tokens = torch.arange(1, t + 1, device=CUDA, dtype=torch.float64) + self.seen
         moved, states = 0, []
         for l in range(self.m):
-            rate, last, levels = self.rates[l].double(), state[:, l], []
+            rate, last, levels = self.rates[l].double().to(CUDA), state[:, l], []
             i = torch.arange(64, device=CUDA, dtype=torch.float64)
             apart = i[:, None] - i[None, :]
             kernel = torch.where(apart >= 0, (1 - rate) * rate ** apart.clamp(min=0), torch.zeros_like(apart))
@@ -221,16 +237,17 @@ class Route:
 
     def check(self):
         b, t, g, d = self.shape
-        self.forward()
+        forward, backward = self.forward(), self.backward()
+        forward()
         first = self.out.clone()
-        self.forward()
+        forward()
         inputs, keys, values, state = self.expected()
-        self.backward()
-        first_gradients = (self.dkv.clone(), self.dlogits.clone())
-        self.backward()
+        backward()
+        first_gradients = (self.dkv.clone(), self.dlogits.clone(), self.dgate.clone())
+        backward()
         torch.cuda.synchronize()
         same = torch.equal(first, self.out)
-        same = same and torch.equal(first_gradients[0], self.dkv) and torch.equal(first_gradients[1], self.dlogits)
+        same = same and all(map(torch.equal, first_gradients, (self.dkv, self.dlogits, self.dgate)))
         dout = self.dout.double()
         wanted = [x for x in inputs if x is not None]
         gradients = torch.autograd.grad((keys * dout[0]).sum() + (values * dout[1]).sum(), wanted)
@@ -241,16 +258,36 @@ class Route:
             errors.append(error(got, expected))
             bounds.append(plain(expected) + 1e-4 if got is self.dkv else 1e-4)
         if self.bias is not None:
-            by_head = self.dnorm.sum(0).view(2 * g, d)
-            errors += [error(self.dbias.sum(0).view(2, g, d), gradients[4]), error(by_head.sum(0), gradients[5])]
-            bounds += [1e-4, 1e-4]
-        name = f"route {self.shape} {self.m} {SUFFIX[self.dtype]} {self.bias is not None}"
+            errors.append(error(self.dbias.sum(0).view(2, g, d), gradients[4]))
+            bounds.append(1e-4)
+        if self.norm is not None:
+            errors.append(error(self.dnorm.sum(0).view(2 * g, d).sum(0), gradients[-1]))
+            bounds.append(1e-4)
+        extras = "+".join(name for name in ("bias", "norm") if getattr(self, name) is not None)
+        name = f"route {self.shape} {self.m} {SUFFIX[self.dtype]} {extras}"
         return report(name, errors + [0.0 if same else 1.0], bounds + [0.0])
 
 
-def route_params(values):
+# The epoch of the launches, then the flags of chunks: zeros at first, kept from launch to launch.
+FLAGS = []
+
+
+def route_params(values, tiles):
+    if not FLAGS:
+        FLAGS.append(torch.zeros(1 << 17, dtype=torch.int32, device=CUDA))
+    values = values | dict(epoch=FLAGS[0], flags=FLAGS[0].data_ptr() + 8)
     bytes_ = b"".join(struct.pack("<Q", address(values.get(name))) for name in Route.POINTERS)
-    bytes_ += b"".join(struct.pack("<I", values.get(name, 0)) for name in Route.NUMBERS) + struct.pack("<f", 1e-6)
+    bytes_ += b"".join(struct.pack("<I", values.get(name, 0)) for name in "batch tokens heads d m".split())
+    bytes_ += struct.pack("<I", tiles.chunks)
+    groups = tiles.groups(values["heads"])
+    bytes_ += divisor(values["batch"] * groups) + divisor(groups)
+    bytes_ += b"".join(struct.pack("<I", values.get(name, 0)) for name in "carry_rows correct paged offset".split())
+    rates = values.get("rates", []) + [0.0] * (4 - len(values.get("rates", [])))
+    bytes_ += struct.pack("<5f", 1e-6, *rates)
+    bytes_ += struct.pack("<4f", *[math.log(rate) if rate > 0 else -math.inf for rate in rates])
+    for tokens in (tiles.run, tiles.rows):
+        bytes_ += struct.pack("<4f", *[rate**tokens for rate in rates])
+    bytes_ += b"".join(struct.pack("<17f", *[rate**n for n in range(17)]) for rate in rates)
     slots = values.get("slots", [])
     return bytes_ + struct.pack("<256I", *(slots + [0] * (256 - len(slots))))
 
@@ -271,14 +308,12 @@ def check_append(module, t, g, d, offset):
     slots = [(i * 5 + 3) % 7 for i in range(cdiv(offset + t, 64))]
     pools = [poisoned(7, g, 64, d) for _ in range(3)]
     cosine, sine = tables(torch.arange(t, device=CUDA) + offset, d)
-    lanes = max(8, 1 << (cdiv(d, 8) - 1).bit_length())
-    chunks = cdiv(t, 256 // lanes * 8)
+    tiles = Tiles("append", torch.float32, t, d, 0, False)
     params = route_params(dict(
         keys=keys, values=values, cosine=cosine, sine=sine, out_keys=pools[0], out_raw=pools[1], out_values=pools[2],
-        row_stride=g * d, batch=1, tokens=t, heads=g, d=d, chunks=chunks, slices=2 * g, lanes=lanes, carry_rows=64,
-        paged=1, offset=offset, slots=slots,
-    ))
-    module.launch("route_forward_f32_0", (2 * g * chunks, 1, 1), 256, params)
+        row_stride=g * d, batch=1, tokens=t, heads=g, d=d, carry_rows=64, paged=1, offset=offset, slots=slots,
+    ), tiles)
+    module.launch(tiles.kernel, (2 * g * tiles.chunks, 1, 1), tiles.threads, params, tiles.shared)
     at = torch.arange(offset, offset + t, device=CUDA)
     slot = torch.tensor(slots, device=CUDA)[at // 64]
     errors = [error(pool[slot, :, at % 64], x.double())
@@ -287,32 +322,54 @@ def check_append(module, t, g, d, offset):
     return report(f"append {(t, g, d, offset)}", errors + [abs(elsewhere)], [1e-6, 0.0, 0.0, 0])
 
 
+def check_into_pages(modules, t, d, offset):
+    """The route of one stream into pages of bf16 holds what it holds in tensors."""
+    case = Route(modules, (1, t, 2, d), 3, torch.bfloat16)
+    case.forward()()
+    slots = [(i * 5 + 3) % 7 for i in range(cdiv(offset + t, 64))]
+    pools = [poisoned(7, 2, 64, d, dtype=torch.bfloat16) for _ in range(3)]
+    case.launch(case.front, out_keys=pools[0], out_raw=pools[1], out_values=pools[2], new_state=case.new_state, paged=1,
+                offset=offset, slots=slots)[0]()
+    at = torch.arange(offset, offset + t, device=CUDA)
+    slot = torch.tensor(slots, device=CUDA)[at // 64]
+    keys, raw, values = (pool[slot, :, at % 64] for pool in pools)
+    errors = [error(keys, case.out[0, 0].double()), error(values, case.out[1, 0].double())]
+    turned = rotated(raw.double(), case.cosine.double(), case.sine.double())
+    elsewhere = sum(int((~pool.isnan()).sum()) - t * 2 * d for pool in pools)
+    return report(f"into pages {(t, d, offset)}", errors + [error(turned, keys.double()), elsewhere], [0.0, 0.0, 1e-2, 0])
+
+
 def route(checks):
-    modules = Module("route_forward"), Module("route_backward")
+    modules = {file: Module(file) for file in ("route_forward", "route_backward")}
     shapes = [(1, 1, 1, 64), (2, 65, 4, 128), (1, 127, 1, 256), (3, 200, 1, 96), (1, 2500, 2, 128), (2, 2060, 1, 8),
               (1, 5000, 8, 64), (1, 20_000, 1, 64)]
     good = True
-    for shape in [(2, 300, 2, 64), (1, 127, 1, 256), (2, 200, 1, 96)] if checks else shapes:
-        for m, dtype, *options in [(3, torch.float32, True), (4, torch.bfloat16, False, 100),
-                                   (1, torch.float16, True, 0, False), (3, torch.bfloat16, True, 3)]:
+    for shape in [(2, 300, 2, 64), (1, 127, 1, 256), (1, 130, 1, 128), (2, 200, 1, 96)] if checks else shapes:
+        for m, dtype, *options in [(3, torch.float32, "bias norm"), (4, torch.bfloat16, "bias", 100),
+                                   (1, torch.float16, "norm", 0, False), (3, torch.bfloat16, "bias norm", 3),
+                                   (3, torch.bfloat16, "bias"), (2, torch.float16, "", 5), (4, torch.float16, "bias")]:
             good &= Route(modules, shape, m, dtype, *options).check()
-    for shape in [(1, 3, 64, 63), (200, 2, 128, 40), (130, 1, 96, 0), (70, 4, 16, 5)]:
-        good &= check_append(modules[0], *shape)
+    for shape in [(1, 3, 64, 63), (200, 2, 128, 40), (130, 1, 96, 0), (70, 4, 16, 5), (70, 1, 256, 5)]:
+        good &= check_append(modules["route_forward"], *shape)
+    for shape in [(1, 64, 63), (200, 128, 40), (300, 64, 7)]:
+        good &= check_into_pages(modules, *shape)
     if checks:
         return good
     rate = copy_rate()
     print("| b x t x (2, g, d) | MB | forward µs | of copy | backward µs | of copy | no scan µs | of copy |")
     print("|---|---|---|---|---|---|---|---|")
-    for b, t, g, d in [(1, 16384, 8, 64), (1, 32768, 8, 64), (4, 16384, 8, 64), (1, 131072, 8, 64), (2, 16384, 8, 128),
-                       (4, 32768, 4, 128)]:
-        case = Route(modules, (b, t, g, d), 3, torch.bfloat16)
-        size, angles, logits = case.kv.numel() * 2, t * d * 4, case.logits.numel() * 4
+    for b, t, g, d, *dtype in [(1, 16384, 8, 64), (1, 32768, 8, 64), (4, 16384, 8, 64), (1, 131072, 8, 64),
+                               (1, 8192, 8, 128), (2, 16384, 8, 128), (4, 32768, 4, 128), (1, 8192, 8, 64, torch.float32),
+                               (4, 8192, 8, 64, torch.float32)]:
+        case = Route(modules, (b, t, g, d), 3, *(dtype or [torch.bfloat16]))
+        size, angles, logits = case.kv.numel() * case.dtype.itemsize, t * d * 4, case.logits.numel() * 4
         cell = lambda us, moved: f"{us:.1f} | {moved / us * 1e6 / rate:.2f}"
-        forward = cell(median_us(lambda: case.forward(carries=False)), 2 * size + angles + logits)
-        case.forward()
-        backward = cell(median_us(case.backward), 3 * size + angles + 2 * logits)
-        plain = cell(median_us(lambda: case.forward(carries=False, scan=False)), 2 * size + angles)
-        print(f"| {b} x {t} x (2, {g}, {d}) | {2 * size >> 20} | {forward} | {backward} | {plain} |", flush=True)
+        forward = cell(median_us(case.forward(carries=False)), 2 * size + angles + logits)
+        case.forward()()
+        backward = cell(median_us(case.backward()), 3 * size + angles + 2 * logits)
+        plain = cell(median_us(case.forward(carries=False, scan=False)), 2 * size + angles)
+        name = f"{b} x {t} x (2, {g}, {d}){' f32' if dtype else ''}"
+        print(f"| {name} | {2 * size >> 20} | {forward} | {backward} | {plain} |", flush=True)
     return good
 
 

@@ -46,6 +46,11 @@ def show(event: mka.Event) -> str:
             return f"[{total(usage)} tokens, {reason(usage.stop)}]"
 
 
+def attention(usage: mka.Usage) -> str:
+    pages: mka.PageUsage | None = usage.pages
+    return "no pages" if pages is None else f"{pages.recalled_tokens} tokens recalled"
+
+
 def total(usage: mka.Usage) -> int:
     return usage.prompt_tokens + usage.generated_tokens
 
@@ -60,6 +65,25 @@ def fed(events: Sequence[mka.FeedEvent]) -> int:
     return last.bytes
 
 
+def found(finding: mka.Finding) -> str:
+    kind: mka.Sensitive = finding.kind
+    return f"{kind} at {finding.start}"
+
+
+def look_after(memory: mka.Memory, folder: Path) -> None:
+    checkup: mka.Checkup = memory.doctor()
+    for problem in checkup.problems:
+        wrong: mka.Problem = problem
+        repair: mka.Repair = wrong.repair
+        print(wrong.what, repair)
+    exported: mka.Exported = memory.export(folder / "log.jsonl", user="ada")
+    imported: mka.Imported = memory.import_(folder / "log.jsonl")
+    backup: mka.Backup = memory.backup(folder / "copy.mka")
+    memory.compact()
+    usage: mka.DiskUsage = memory.disk_usage()
+    print(exported.turns, imported.skipped, backup.records, usage.live_bytes > 0)
+
+
 def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> None:
     engine: mka.Engine
     with mka.open_sync(store, **options) as engine:
@@ -67,6 +91,7 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
         turn = mka.NewTurn("The hotel is in Kyoto.", time=when)
         committed: mka.Committed = memory.remember(turn, user="ada", session="plans")
         print(committed.turns, engine.device, mka.available_devices())
+        print([found(each) for each in committed.findings])
         chat: mka.Session
         with engine.session(user="ada", session="trip") as chat:
             sending: mka.SendOptions = {"max_new_tokens": 4, "across_sessions": True}
@@ -87,6 +112,7 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
         turns: list[mka.Turn] = memory.turns(user="ada", session="plans")
         sessions: list[mka.SessionInfo] = memory.sessions(user="ada")
         stats: mka.Stats = memory.stats()
+        look_after(memory, Path(store).parent)
         print(len(chunks), len(turns), len(sessions), stats.chunks)
         receipt: mka.Receipt = memory.forget(user="ada", matching="hotel")
         memory.verify(receipt)
@@ -101,7 +127,7 @@ async def waiting(store: mka.Path, options: mka.EngineOptions) -> None:
         async with engine.session(user="ada", session="trip") as chat:
             events: mka.AsyncEvents = chat.send("When?", max_new_tokens=4)
             answer, usage = await events.text()
-            print(answer, usage.stream_tokens)
+            print(answer, usage.stream_tokens, attention(usage))
             feed: mka.AsyncFeed = chat.feed("The goats too. " * 20)
             print((await feed.finish()).bytes)
 
@@ -110,7 +136,18 @@ def main() -> None:
     store, model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO)
     mka.log_to_logging(logging.INFO)
-    options: mka.EngineOptions = {"model": model, "window_tokens": 128, "device": "cpu"}
+    recall: mka.RecallPolicy = "both"
+    pages: mka.PageOptions = {"tokens": 64, "precision": "bf16"}
+    secrets: mka.Policy = "withhold"
+    hygiene: mka.HygieneOptions = {"secrets": secrets}
+    options: mka.EngineOptions = {
+        "model": model,
+        "window_tokens": 64,
+        "device": "cpu",
+        "recall": recall,
+        "pages": pages,
+        "hygiene": hygiene,
+    }
     try:
         blocking(store, options, when=1_700_000_000_000)
         asyncio.run(waiting(store, options))

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # test.sh [PYTEST ARGUMENT...]: builds the wheel, installs it in a clean virtual environment, and runs the Python tests there.
 # Needs python3 (3.11 or newer), pip and cargo; a Debian python3 without venv is completed by apt, as root.
-# MKA_PROFILE=release builds what users get; the default is the profile that the Rust tests use, which is built already.
+# The wheel holds the library that `cargo test --workspace` built; MKA_PROFILE=release packs what users get.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 root=$(cd "$here/../.." && pwd)
 work=$root/target/python
+profile=${MKA_PROFILE:-dev}
 mkdir -p "$work"
 
 venv() { # venv FOLDER
@@ -20,10 +21,10 @@ venv() { # venv FOLDER
 venv "$work/build"
 "$work/build/bin/pip" install -q "maturin==1.16.0"
 rm -rf "$work/wheels"
-profile=(--profile "${MKA_PROFILE:-dev}")
-(cd "$here" && "$work/build/bin/maturin" build -q "${profile[@]}" --out "$work/wheels")
+[ "$profile" != dev ] || export PATH="$here/scripts/as-tested:$PATH"
+(cd "$here" && "$work/build/bin/maturin" build -q --profile "$profile" --out "$work/wheels")
 wheel=$(ls "$work"/wheels/mka-*.whl)
-echo "wheel: $(basename "$wheel"), $(($(stat -c %s "$wheel") / 1024)) KiB, profile ${MKA_PROFILE:-dev}"
+echo "wheel: $(basename "$wheel"), $(($(stat -c %s "$wheel") / 1024)) KiB, profile $profile"
 
 rm -rf "$work/clean"
 venv "$work/clean"

@@ -40,6 +40,12 @@ def test_a_turn_streams_and_memory_answers(store: Path, tiny_model: Path) -> Non
             assert (await memory.turns(user="ada", session="other"))[0].forgotten
             assert (await memory.embed(["x"])).shape[0] == 1
             assert memory.stats().sessions == 2
+            assert (await memory.doctor()).problems == ()
+            exported = await memory.export(store.parent / "log.jsonl", user="ada", session="trip")
+            assert (await memory.import_(store.parent / "log.jsonl")).skipped == exported.turns
+            assert (await memory.backup(store.parent / "copy.mka")).records
+            await memory.compact()
+            assert (await memory.disk_usage()).segment_bytes > 0
         # Closed: the folder is free at once.
         engine = await opened(store, None)
         await engine.close()
@@ -96,7 +102,7 @@ def test_the_loop_ticks_while_the_model_works(store: Path, tiny_model: Path) -> 
     async def main() -> None:
         async with opened(store, tiny_model) as engine:
             chat = await engine.session(user="ada", session="trip")
-            feed = asyncio.ensure_future(chat.feed("one two three " * 3000, mode="model").finish())
+            feed = asyncio.ensure_future(chat.feed("one two three " * 500, mode="model").finish())
             ticks = 0
             while not feed.done():
                 await asyncio.sleep(0.005)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
 
@@ -15,7 +16,7 @@ def block(readme: str, language: str) -> str:
 
 
 def marked(source: str, mark: str) -> str:
-    return textwrap.dedent(source.split(f"{mark}\n", 1)[1].split(f"{mark}\n", 1)[0]).strip()
+    return textwrap.dedent(source.split(f"{mark}\n")[1].rpartition("\n")[0]).strip()
 
 
 def run(folder: Path, *command: object, feed: str = "") -> str:
@@ -28,7 +29,10 @@ def run(folder: Path, *command: object, feed: str = "") -> str:
 
 def test_the_readme_shows_the_example_that_is_run(root: Path) -> None:
     source = (EXAMPLES / "readme.py").read_text()
-    assert block((root / "README.md").read_text(), "python") == marked(source, "# README")
+    readme = (root / "README.md").read_text()
+    assert block(readme, "python") == marked(source, "# README")
+    swift = (root / "bindings/swift/Tests/MKATests/ReadmeTests.swift").read_text()
+    assert block(readme, "swift") == marked(swift, "// README")
 
 
 def test_the_readmes_example_runs(tmp_path: Path, tiny_model: Path) -> None:

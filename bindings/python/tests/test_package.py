@@ -66,19 +66,26 @@ def test_the_typed_example_runs(tmp_path: Path, tiny_model: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_importing_takes_less_than_150_ms_and_no_numpy() -> None:
+def cpu_ms(module: str) -> float:
+    """The least CPU time that a fresh interpreter takes to import `module`, which brings no numpy."""
     code = (
-        "import sys, time; start = time.process_time(); import mka;"
+        f"import sys, time; start = time.process_time(); import {module};"
         "print((time.process_time() - start) * 1000, 'numpy' in sys.modules)"
     )
-    times = []
+    times: list[float] = []
     for _ in range(5):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         milliseconds, numpy = out.stdout.split()
         assert numpy == "False"
         times.append(float(milliseconds))
-    print(f"import mka: {min(times):.0f} ms of CPU time")
-    assert min(times) < 150
+    return min(times)
+
+
+def test_importing_takes_less_than_150_ms_and_no_numpy() -> None:
+    mka_ms, asyncio_ms = cpu_ms("mka"), cpu_ms("asyncio")
+    print(f"import mka: {mka_ms:.0f} ms of CPU time, of which asyncio {asyncio_ms:.0f} ms")
+    # Other work on the machine stretches CPU time; asyncio alone takes less than 60 ms where there is none.
+    assert mka_ms < 150 * max(1.0, asyncio_ms / 60)
 
 
 def test_results_can_be_pickled_and_compared(store: Path) -> None:
@@ -104,7 +111,9 @@ def test_messages_go_to_logging(
 ) -> None:
     mka.log_to_logging(logging.INFO)
     try:
-        with caplog.at_level(logging.INFO, "mka"), mka.open_sync(store, model=tiny_model):
+        with caplog.at_level(logging.INFO, "mka"), mka.open_sync(
+            store, model=tiny_model, window_tokens=128
+        ):
             pass
     finally:
         mka.stop_logging()

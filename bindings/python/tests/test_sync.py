@@ -10,6 +10,7 @@ import threading
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Unpack
 
 import mka
 import pytest
@@ -265,3 +266,79 @@ def test_two_users_share_nothing(store: Path) -> None:
         for user, other in (("ada", "bob"), ("bob", "ada")):
             hits = engine.memory.recall("the secret", user=user)
             assert hits and not any(other in hit.text for hit in hits)
+
+
+def test_a_store_is_looked_after(store: Path, tmp_path: Path) -> None:
+    options: mka.EngineOptions = {
+        "backend": "redb",
+        "encryption_key": bytes(range(32)),
+        "hygiene": {"secrets": "withhold", "near_duplicates": True},
+    }
+    with mka.open_sync(store, **options) as engine:
+        memory = engine.memory
+        day = timedelta(days=1)
+        monday = datetime(2026, 3, 2, tzinfo=timezone.utc)
+        committed = memory.remember(
+            [
+                mka.NewTurn("I live in Osaka.", time=monday, subject="home"),
+                mka.NewTurn("I live in Kyoto.", time=monday + day, subject="home"),
+                mka.NewTurn("The market is closed today.", time=monday, expires=monday + day),
+                mka.NewTurn("My password: hunter2hunter2", time=monday),
+            ],
+            user="ada",
+            session="trip",
+        )
+        assert [(each.turn, each.kind) for each in committed.findings] == [(3, "password")]
+
+        def recall(query: str, **options: Unpack[mka.RecallOptions]) -> list[str]:
+            return [hit.text for hit in memory.recall(query, user="ada", **options)]
+
+        assert "I live in Osaka." not in recall("where do I live")
+        assert "I live in Osaka." in recall("where do I live", as_of=monday)
+        both = memory.recall("where do I live", user="ada", stale=True, half_life=day)
+        assert {hit.text: hit.stale for hit in both}["I live in Osaka."]
+        assert not any("market" in text for text in recall("is the market closed"))
+        assert any("market" in text for text in recall("is the market closed", now=monday))
+        assert not any("hunter2" in text for text in recall("password"))
+        assert memory.forget(user="ada", expired=monday + 2 * day).turns == 1
+        assert memory.turns(user="ada", session="trip")[0].subject == "home"
+        assert memory.doctor().problems == () and memory.doctor(repair=True).problems == ()
+        memory.compact()
+        assert memory.disk_usage().live_bytes > 0
+        assert memory.export(tmp_path / "log.jsonl").turns == 4
+        assert memory.backup(tmp_path / "copy.mka").records > 0
+        stats = memory.stats()
+        assert stats.encrypted and stats.subjects == 1 and stats.superseded == 1
+        with pytest.raises(mka.InvalidArgumentError, match="selectors"):
+            memory.forget(user="ada", matching="x", expired=monday)
+        with pytest.raises(mka.InvalidArgumentError, match="no user"):
+            memory.export(tmp_path / "log2.jsonl", session="trip")
+    with mka.open_sync(tmp_path / "copy.mka", **options) as engine:
+        assert engine.memory.stats().turns == 4
+    with pytest.raises(mka.InvalidArgumentError, match="5 bytes"):
+        mka.open_sync(tmp_path / "x.mka", encryption_key=b"short")
+    with mka.open_sync(tmp_path / "other.mka") as engine:
+        assert engine.memory.import_(tmp_path / "log.jsonl").turns == 4
+        assert engine.memory.import_(tmp_path / "log.jsonl").skipped == 4
+
+
+def test_recall_inside_attention_is_chosen_and_reported(store: Path, tiny_model: Path) -> None:
+    options: mka.EngineOptions = {
+        "model": tiny_model,
+        "window_tokens": 64,
+        "block_tokens": 64,
+        "device": "cpu",
+        "recall": "pages",
+        "pages": {"tokens": 64, "precision": "int8", "rule": "mka", "first_layer": 0},
+    }
+    with mka.open_sync(store, **options) as engine:
+        assert engine.kv_bytes_per_token
+        with engine.session(user="ada", session="trip") as chat:
+            chat.feed("The sheep went up the hill. " * 20, mode="model").finish()
+            _, usage = chat.send("and then?", max_new_tokens=4).text()
+            assert usage.pages is not None and usage.pages.stored_tokens > 0
+            assert all(0 <= share <= 1 for share in usage.pages.share)
+            _, usage = chat.send("and then?", max_new_tokens=2, recall="off").text()
+            assert usage.pages is None
+        with pytest.raises(mka.InvalidArgumentError, match="rule 'best'"):
+            mka.open_sync(store, pages={"rule": "best"})  # type: ignore[typeddict-item]

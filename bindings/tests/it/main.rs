@@ -1,8 +1,10 @@
 //! The surface as a foreign caller uses it, over the tiny seeded model of the engine's tests.
 
 use mka_bindings::{
-    EngineConfig, Event, FeedEvent, FeedOptions, Forget, LogLevel, LogSink, MkaError, ModelSource,
-    NativeEngine, NativeEvents, NewTurn, RecallOptions, Role, Scope, SendOptions, forward_logs,
+    Backend, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Forget, Hygiene, LogLevel,
+    LogSink, MkaError, ModelSource, NativeEngine, NativeEvents, NewTurn, PageConfig, PagePrecision,
+    PageRule, Policy, Prefill, RecallOptions, RecallPolicy, Role, Scope, SendOptions, Sensitive,
+    forward_logs,
 };
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -154,6 +156,8 @@ fn memory_without_a_model_remembers_recalls_forgets_and_verifies() {
         time_ms: 1_000,
         source: None,
         remember: None,
+        subject: None,
+        expires_ms: None,
     };
     let turns = vec![turn("the hotel is in Kyoto"), turn("the passport is X1234567")];
     assert_eq!(memory.remember_blocking(trip(), turns).unwrap().turns, [0, 1]);
@@ -226,4 +230,103 @@ fn messages_reach_the_sink_with_their_fields_until_it_is_taken_away() {
     drop(opened);
     drop(engine(folder.path()));
     assert_eq!(kept.0.lock().unwrap().len(), said);
+}
+
+#[test]
+fn a_store_is_exported_imported_backed_up_checked_and_compacted() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let config = || EngineConfig {
+        encryption_key: Some(vec![7; 32]),
+        backend: Some(Backend::Redb),
+        hygiene: Some(Hygiene { secrets: Some(Policy::Withhold), ..Hygiene::default() }),
+        ..EngineConfig::default()
+    };
+    let engine = NativeEngine::open_blocking(path("a"), config()).unwrap();
+    let memory = engine.clone().memory();
+    let turn = |text: &str, time_ms, expires_ms: Option<i64>| NewTurn {
+        role: Role::User,
+        text: text.into(),
+        time_ms,
+        source: None,
+        remember: None,
+        subject: expires_ms.is_none().then(|| "home".into()),
+        expires_ms,
+    };
+    let turns = vec![
+        turn("I live in Osaka.", 1, None),
+        turn("I live in Kyoto.", 2, None),
+        turn("The code word is password: hunter2hunter2", 3, Some(10)),
+    ];
+    let committed = memory.remember_blocking(trip(), turns).unwrap();
+    assert_eq!(committed.findings.len(), 1, "{committed:?}");
+    assert_eq!(committed.findings[0].kind, Sensitive::Password);
+    let recall = |options: RecallOptions| {
+        let hits = memory.recall_blocking(trip(), "where do I live".into(), options).unwrap();
+        hits.into_iter().map(|hit| (hit.text, hit.stale)).collect::<Vec<_>>()
+    };
+    assert_eq!(recall(RecallOptions::default()), [("I live in Kyoto.".to_owned(), false)]);
+    let past = RecallOptions { as_of_ms: Some(1), ..RecallOptions::default() };
+    assert_eq!(recall(past), [("I live in Osaka.".to_owned(), false)]);
+    let all = RecallOptions { stale: true, ..RecallOptions::default() };
+    assert!(recall(all).contains(&("I live in Osaka.".into(), true)));
+    let expired = memory.forget_blocking(trip(), Forget::Expired { time_ms: 20 }).unwrap();
+    assert_eq!(expired.turns, 1);
+    memory.compact_blocking().unwrap();
+    assert!(memory.doctor_blocking(false).unwrap().problems.is_empty());
+    assert!(memory.disk_usage_blocking().unwrap().live_bytes > 0);
+    assert!(memory.backup_blocking(path("copy")).unwrap().records > 0);
+    assert_eq!(memory.export_blocking(Some(trip()), path("log.jsonl")).unwrap().turns, 3);
+    let stats = memory.stats().unwrap();
+    assert!(stats.encrypted && stats.subjects == 1 && stats.superseded == 1, "{stats:?}");
+    let other = NativeEngine::open_blocking(path("b"), EngineConfig::default()).unwrap();
+    let imported = other.clone().memory().import_log_blocking(path("log.jsonl")).unwrap();
+    assert_eq!(imported.turns, 3);
+    engine.close_blocking().unwrap();
+    NativeEngine::open_blocking(path("copy"), config()).unwrap();
+    let short = EngineConfig { encryption_key: Some(vec![1; 5]), ..EngineConfig::default() };
+    let error = NativeEngine::open_blocking(path("c"), short).err().unwrap();
+    assert!(matches!(&error, MkaError::InvalidArgument(text) if text.contains("5 bytes")));
+}
+
+#[test]
+fn recall_inside_attention_is_chosen_and_reported() {
+    let folder = tempfile::tempdir().unwrap();
+    let pages = PageConfig {
+        tokens: Some(64),
+        precision: Some(PagePrecision::Int8),
+        rule: Some(PageRule::Mka),
+        prefill: Some(Prefill::Selected),
+        first_layer: Some(0),
+        ..PageConfig::default()
+    };
+    let config = EngineConfig {
+        model: Some(ModelSource::Path { path: tiny_model() }),
+        window_tokens: Some(64),
+        block_tokens: Some(64),
+        recall: Some(RecallPolicy::Pages),
+        pages: Some(pages),
+        device: Some("cpu".into()),
+        ..EngineConfig::default()
+    };
+    let engine = NativeEngine::open_blocking(store(folder.path()), config).unwrap();
+    assert!(engine.kv_bytes_per_token().unwrap().is_some());
+    let chat = engine.session_blocking(trip()).unwrap();
+    let text = "The sheep and the goats went up the hill. ".repeat(12);
+    let options = FeedOptions { mode: Some(FeedMode::Model), ..FeedOptions::default() };
+    let feed = chat.feed(text, options).unwrap();
+    while feed.next_batch_blocking(1000).unwrap().is_some() {}
+    let events = chat.send("and then?".into(), tokens(4)).unwrap();
+    let mut usage = None;
+    while let Some(batch) = events.next_batch_blocking(1000).unwrap() {
+        for event in batch {
+            if let Event::Done { usage: done } = event {
+                usage = done.pages;
+            }
+        }
+    }
+    let usage = usage.expect("the policy recalls pages");
+    assert!(usage.stored_tokens > 0 && !usage.share.is_empty(), "{usage:?}");
+    let text = SendOptions { recall: Some(RecallPolicy::Off), ..tokens(2) };
+    assert!(finish(&chat.send("and then?".into(), text).unwrap()).unwrap().1);
 }

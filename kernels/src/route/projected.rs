@@ -58,7 +58,7 @@ pub struct RouteOutputs {
     pub state: Tensor,
 }
 
-/// What [`route_backward`] needs of [`route_forward`]: on CUDA the scan before each chunk of 64 to 256 tokens, 12 bytes a
+/// What [`route_backward`] needs of [`route_forward`]: on CUDA the scan before each chunk of 32 to 128 tokens, 12 bytes a
 /// channel at three rates; nothing on the CPU, which scans again.
 #[derive(Debug, Clone)]
 pub struct RouteCarries(Option<Tensor>);

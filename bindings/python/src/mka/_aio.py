@@ -5,14 +5,14 @@ Waits, never works: work runs on threads of the library. `_sync` holds the twins
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, Unpack
 
-from mka import _convert, _options
+from mka import _calls, _options
 from mka._errors import translated
+from mka._handles import EngineHandle, MemoryHandle, SessionHandle
 from mka._native import mka_bindings as _native
 from mka._options import (
     EngineOptions,
@@ -23,17 +23,19 @@ from mka._options import (
     Time,
 )
 from mka._streams import AsyncEvents, AsyncFeed
-from mka._sync import ALL
 from mka._values import (
+    Backup,
+    Checkup,
     Chunk,
     Committed,
     Context,
+    DiskUsage,
+    Exported,
     Hit,
+    Imported,
     NewTurn,
     Receipt,
-    Scope,
     SessionInfo,
-    Stats,
     Turn,
 )
 
@@ -73,11 +75,11 @@ class Opening(Generic[C], AbstractAsyncContextManager[C], Awaitable[C]):
             await self._opened.close()
 
 
-class AsyncEngine:
+class AsyncEngine(EngineHandle):
     """An open memory folder with its model; made by `open`, closed by leaving `async with`."""
 
     def __init__(self, native: Any) -> None:
-        self._native = native
+        super().__init__(native)
         self.memory = AsyncMemory(native.memory())
         """The memory of every user: remember, recall, forget."""
 
@@ -85,45 +87,16 @@ class AsyncEngine:
         self, *, user: str, session: str, agent: str | None = None
     ) -> Opening[AsyncSession]:
         """Opens a conversation, new or continued where it stopped; one handle of it at a time."""
-        scope = _options.scope(user, agent, session)
+        call = _calls.session(user, agent, session)
 
         async def work() -> AsyncSession:
-            with translated:
-                return AsyncSession(await self._native.session(scope))
+            return AsyncSession(await call.awaited(self._native))
 
         return Opening(work)
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of `text` as the model counts them."""
-        with translated:
-            count: int = self._native.count_tokens(text)
-        return count
-
-    @property
-    def device(self) -> str:
-        """Where the model runs."""
-        with translated:
-            device: str = self._native.device()
-        return device
-
-    @property
-    def model_name(self) -> str | None:
-        """Name of the model's folder or file; None without a model."""
-        with translated:
-            name: str | None = self._native.model_name()
-        return name
-
-    @property
-    def trained_tokens(self) -> int | None:
-        """Tokens that the model was trained on at once; None without a model."""
-        with translated:
-            tokens: int | None = self._native.trained_tokens()
-        return tokens
-
     async def close(self) -> None:
         """Closes sessions and store, cancels what runs, and waits until the folder is free."""
-        with translated:
-            await self._native.close()
+        await _calls.CLOSE.awaited(self._native)
 
     async def __aenter__(self) -> Self:
         return self
@@ -143,25 +116,16 @@ def open(path: Path, **options: Unpack[EngineOptions]) -> Opening[AsyncEngine]:
     Raises `LockedError` if it is open elsewhere, `IncompatibleError` if another embedder made it, `NotFoundError` naming
     every place where the model was looked for.
     """
-    config = _options.engine_config(options)
+    call = _calls.open_engine(path, options)
 
     async def work() -> AsyncEngine:
-        with translated:
-            return AsyncEngine(await _native.NativeEngine.open(os.fspath(path), config))
+        return AsyncEngine(await call.awaited(_native.NativeEngine))
 
     return Opening(work)
 
 
-class AsyncSession:
+class AsyncSession(SessionHandle):
     """One conversation; one stream of it at a time."""
-
-    def __init__(self, native: Any) -> None:
-        self._native = native
-
-    @property
-    def scope(self) -> Scope:
-        """User, agent and session."""
-        return _convert.scope(self._native.scope())
 
     def send(self, message: str, **options: Unpack[SendOptions]) -> AsyncEvents:
         """Answers `message`: recalls what belongs to it, streams the answer, commits both."""
@@ -180,21 +144,12 @@ class AsyncSession:
 
     async def context(self, query: str, *, budget_tokens: int) -> Context:
         """What memory holds on `query`, laid out for another model, never above the budget."""
-        with translated:
-            return _convert.context(await self._native.context(query, budget_tokens))
-
-    @property
-    def num_turns(self) -> int:
-        """Number of turns in the session's log."""
-        with translated:
-            turns: int = self._native.num_turns()
-        return turns
+        return await _calls.session_context(query, budget_tokens).awaited(self._native)
 
     async def peek_logits(self, text: str) -> NDArray[float32]:
         """Logits of the token after `text`, without changing the session: `(vocabulary,)`."""
-        with translated:
-            native = await self._native.peek_logits(text)
-        return _convert.vectors(native)[0]
+        row: NDArray[float32] = await _calls.peek_logits(text).awaited(self._native)
+        return row
 
     async def close(self) -> None:
         """Gives the session back and cancels its stream; another handle may open it."""
@@ -212,11 +167,8 @@ class AsyncSession:
         await self.close()
 
 
-class AsyncMemory:
+class AsyncMemory(MemoryHandle):
     """Remember, recall and forget, over every session of the engine."""
-
-    def __init__(self, native: Any) -> None:
-        self._native = native
 
     async def remember(
         self,
@@ -227,11 +179,7 @@ class AsyncMemory:
         agent: str | None = None,
     ) -> Committed:
         """Appends turns to a session as text memory, on disk when it returns; no model reads them."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return _convert.committed(
-                await self._native.remember(scope, _options.new_turns(turns))
-            )
+        return await _calls.remember(turns, user, agent, session).awaited(self._native)
 
     async def recall(
         self,
@@ -243,11 +191,7 @@ class AsyncMemory:
         **options: Unpack[RecallOptions],
     ) -> list[Hit]:
         """The memories that answer `query` best, best first."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return _convert.hits(
-                await self._native.recall(scope, query, _options.recall_options(options))
-            )
+        return await _calls.recall(query, user, agent, session, options).awaited(self._native)
 
     async def context(
         self,
@@ -259,11 +203,8 @@ class AsyncMemory:
         session: str | None = None,
     ) -> Context:
         """What memory holds on `query`, laid out for another model, never above the budget."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return _convert.context(
-                await self._native.context(scope, query, budget_tokens)
-            )
+        call = _calls.memory_context(query, budget_tokens, user, agent, session)
+        return await call.awaited(self._native)
 
     async def forget(
         self,
@@ -274,18 +215,18 @@ class AsyncMemory:
         matching: str | None = None,
         turn: int | None = None,
         before: Time | None = None,
+        expired: Time | None = None,
         everything: bool = False,
     ) -> Receipt:
         """Erases from log, chunks, vectors, words, pages and summaries; exactly one selector says what."""
-        selector = _options.forget(session, matching, turn, before, everything)
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return _convert.receipt(await self._native.forget(scope, selector))
+        call = _calls.forget(
+            user, agent, session, matching, turn, before, expired, everything
+        )
+        return await call.awaited(self._native)
 
     async def verify(self, receipt: Receipt) -> None:
         """Checks that what was erased is in no file; `CorruptedError` if it is."""
-        with translated:
-            await self._native.verify(receipt.record)
+        await _calls.verify(receipt).awaited(self._native)
 
     async def chunks(
         self,
@@ -294,34 +235,59 @@ class AsyncMemory:
         agent: str | None = None,
         session: str | None = None,
         start: int = 0,
-        end: int = ALL,
+        end: int = _calls.ALL,
     ) -> list[Chunk]:
         """What memory holds, in the order in which it was first said."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return [_convert.chunk(each) for each in await self._native.chunks(scope, start, end)]
+        return await _calls.chunks(user, agent, session, start, end).awaited(self._native)
 
     async def turns(
-        self, *, user: str, session: str, agent: str | None = None, start: int = 0, end: int = ALL
+        self,
+        *,
+        user: str,
+        session: str,
+        agent: str | None = None,
+        start: int = 0,
+        end: int = _calls.ALL,
     ) -> list[Turn]:
         """The log of a session."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return [_convert.turn(each) for each in await self._native.turns(scope, start, end)]
+        return await _calls.turns(user, agent, session, start, end).awaited(self._native)
 
     async def sessions(self, *, user: str, agent: str | None = None) -> list[SessionInfo]:
         """The sessions of a user, by name."""
-        scope = _options.scope(user, agent, None)
-        with translated:
-            return [_convert.session_info(each) for each in await self._native.sessions(scope)]
+        return await _calls.sessions(user, agent).awaited(self._native)
 
     async def embed(self, texts: Sequence[str]) -> NDArray[float32]:
         """One unit vector a text, by the store's embedder: `(texts, dim)`, read-only."""
-        with translated:
-            native = await self._native.embed(list(texts))
-        return _convert.vectors(native)
+        rows: NDArray[float32] = await _calls.embed(texts).awaited(self._native)
+        return rows
 
-    def stats(self) -> Stats:
-        """Counts and bytes of the store."""
-        with translated:
-            return _convert.stats(self._native.stats())
+    async def export(
+        self,
+        path: Path,
+        *,
+        user: str | None = None,
+        agent: str | None = None,
+        session: str | None = None,
+    ) -> Exported:
+        """Writes the log of a scope, or of every user without one, into a file as lines of JSON."""
+        return await _calls.export(path, user, agent, session).awaited(self._native)
+
+    async def import_(self, path: Path) -> Imported:
+        """Appends the turns of an exported file to the sessions that they come from; those that are held are skipped."""
+        return await _calls.import_log(path).awaited(self._native)
+
+    async def backup(self, path: Path) -> Backup:
+        """Copies the store as it is at one moment to a folder that does not exist yet; sessions go on meanwhile."""
+        return await _calls.backup(path).awaited(self._native)
+
+    async def doctor(self, *, repair: bool = False) -> Checkup:
+        """Compares every checksum, and the indexes with the log; with `repair`, makes anew what can be derived."""
+        return await _calls.doctor(repair).awaited(self._native)
+
+    async def compact(self) -> None:
+        """Gives all space on the disk back that nothing uses."""
+        await _calls.COMPACT.awaited(self._native)
+
+    async def disk_usage(self) -> DiskUsage:
+        """What the store takes on the disk, and how much of it is in use."""
+        return await _calls.DISK_USAGE.awaited(self._native)

@@ -23,6 +23,8 @@ def _by_name(enum: Any) -> dict[Any, Any]:
 _ROLE = _by_name(_native.Role)
 _TRUST = _by_name(_native.Trust)
 _STOP = _by_name(_native.StopReason)
+_SENSITIVE = _by_name(_native.Sensitive)
+_REPAIR = _by_name(_native.Repair)
 
 
 def scope(native: Any) -> values.Scope:
@@ -55,6 +57,7 @@ def hit(native: Any) -> values.Hit:
         source(native.source),
         _TRUST[native.trust],
         native.count,
+        native.stale,
     )
 
 
@@ -66,6 +69,15 @@ def context(native: Any) -> values.Context:
     return values.Context(native.text, native.tokens, tuple(hits(native.hits)))
 
 
+def _page_usage(native: Any) -> values.PageUsage:
+    return values.PageUsage(
+        native.stored_tokens,
+        native.recalled_tokens,
+        tuple(native.share),
+        tuple(native.recovered),
+    )
+
+
 def _usage(native: Any) -> values.Usage:
     return values.Usage(
         native.prompt_tokens,
@@ -74,6 +86,7 @@ def _usage(native: Any) -> values.Usage:
         native.generated_tokens,
         native.stream_tokens,
         _STOP[native.stop],
+        None if native.pages is None else _page_usage(native.pages),
     )
 
 
@@ -108,7 +121,16 @@ def feed_event(native: Any) -> values.FeedEvent:
 
 
 def committed(native: Any) -> values.Committed:
-    return values.Committed(tuple(native.turns), native.chunks_added, native.chunks_deduplicated)
+    return values.Committed(
+        tuple(native.turns),
+        native.chunks_added,
+        native.chunks_deduplicated,
+        native.chunks_nearly_duplicated,
+        tuple(
+            values.Finding(each.turn, _SENSITIVE[each.kind], each.start, each.end)
+            for each in native.findings
+        ),
+    )
 
 
 def receipt(native: Any) -> values.Receipt:
@@ -129,6 +151,10 @@ def chunk(native: Any) -> values.Chunk:
     )
 
 
+def chunks(native: Iterable[Any]) -> list[values.Chunk]:
+    return [chunk(each) for each in native]
+
+
 def turn(native: Any) -> values.Turn:
     return values.Turn(
         native.id,
@@ -137,6 +163,8 @@ def turn(native: Any) -> values.Turn:
         native.time_ms,
         native.num_tokens,
         native.source,
+        native.subject,
+        native.expires_ms,
         native.retracted,
         native.forgotten,
     )
@@ -148,6 +176,14 @@ def session_info(native: Any) -> values.SessionInfo:
     )
 
 
+def turns(native: Iterable[Any]) -> list[values.Turn]:
+    return [turn(each) for each in native]
+
+
+def sessions(native: Iterable[Any]) -> list[values.SessionInfo]:
+    return [session_info(each) for each in native]
+
+
 def stats(native: Any) -> values.Stats:
     return values.Stats(
         native.sessions,
@@ -155,11 +191,40 @@ def stats(native: Any) -> values.Stats:
         native.chunks,
         native.vectors,
         native.terms,
+        native.turns_to_embed,
+        native.subjects,
+        native.superseded,
+        native.duplicates,
+        native.embedder,
+        native.encrypted,
         native.pages,
         native.segments,
         native.live_bytes,
         native.dead_bytes,
         tuple(native.damaged),
+    )
+
+
+def disk_usage(native: Any) -> values.DiskUsage:
+    return values.DiskUsage(native.segment_bytes, native.database_bytes, native.live_bytes)
+
+
+def exported(native: Any) -> values.Exported:
+    return values.Exported(native.sessions, native.turns, tuple(native.lost))
+
+
+def imported(native: Any) -> values.Imported:
+    return values.Imported(native.turns, native.skipped, native.chunks_added)
+
+
+def backup(native: Any) -> values.Backup:
+    return values.Backup(native.segments, native.bytes, native.records)
+
+
+def checkup(native: Any) -> values.Checkup:
+    problems = (values.Problem(each.what, _REPAIR[each.repair]) for each in native.problems)
+    return values.Checkup(
+        native.records, native.blobs, native.bytes, native.chunks, tuple(problems)
     )
 
 

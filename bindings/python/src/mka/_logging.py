@@ -5,7 +5,6 @@ Knows no handler; loggers are named like the library's modules, `mka.session` fo
 
 from __future__ import annotations
 
-import atexit
 import logging
 from typing import Any
 
@@ -40,7 +39,3 @@ def stop_logging() -> None:
     """Sends what the library logs to nobody."""
     with translated:
         _native.forward_logs(_native.LogLevel.ERROR, None)
-
-
-# A thread of the library must not call into an interpreter that is going away.
-atexit.register(stop_logging)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from mka._errors import InvalidArgumentError
@@ -20,6 +20,45 @@ Time: TypeAlias = datetime | int
 
 Path: TypeAlias = str | os.PathLike[str]
 """A path."""
+
+
+RecallPolicy: TypeAlias = Literal["off", "text", "pages", "both"]
+"""How older tokens come back: not at all, as quoted text, as keys and values inside attention, or both."""
+
+Policy: TypeAlias = Literal["ignore", "flag", "withhold", "refuse"]
+"""What to do with a turn that holds something sensitive."""
+
+
+class PageOptions(TypedDict, total=False):
+    """Recall inside attention; what is left out is the engine's default."""
+
+    tokens: int
+    """Tokens that each key/value head recalls."""
+    bytes: int
+    """Bytes of host memory for the stored pages of one session and their index."""
+    precision: Literal["f32", "bf16", "int8", "int4"]
+    """How stored keys and values are held."""
+    rule: Literal["mka", "streaming", "inf_llm", "quest", "token_select"]
+    """How tokens are chosen."""
+    prefill: Literal["selected", "dense"]
+    """What a block of a prompt attends to while the stream fits the model's trained length."""
+    first_layer: int
+    """Layers below this one choose nothing."""
+    lexical: bool
+    """Whether the rare words of a message pin the places where they stand."""
+    estimate: bool
+    """Whether tokens that are not recalled enter the softmax too, each page as its means."""
+
+
+class HygieneOptions(TypedDict, total=False):
+    """What memory does not store twice, and what not at all; what is left out is the engine's default."""
+
+    near_duplicates: bool
+    """Counts text with the words of text that the session holds instead of storing it."""
+    secrets: Policy
+    """What to do with passwords, keys and tokens."""
+    personal: Policy
+    """What to do with addresses of mail, phone, card, account and social security numbers."""
 
 
 class EngineOptions(TypedDict, total=False):
@@ -43,6 +82,18 @@ class EngineOptions(TypedDict, total=False):
     """How much of each recalled passage is quoted."""
     evicted_page_bytes: int
     """Bytes of evicted key/value pages kept on disk for each session."""
+    recall: RecallPolicy
+    """How older tokens come back."""
+    pages: PageOptions
+    """Recall inside attention."""
+    backend: Literal["sled", "redb"]
+    """Which database keeps the small records of a new store."""
+    encryption_key: bytes | None
+    """32 bytes that encrypt everything that memory writes, from the store's creation on."""
+    hygiene: HygieneOptions
+    """What memory does not store twice, and what not at all."""
+    reembed: float
+    """Takes another embedder over than the store's, working this share of the time, above 0 and at most 1."""
     quiet: bool
     """Shows no progress bar while files are fetched."""
 
@@ -74,6 +125,8 @@ class SendOptions(TypedDict, total=False):
     """Whether the message goes on in the message of the document fed before it."""
     system: str | None
     """Instructions that stand before the first message of a session."""
+    recall: RecallPolicy
+    """How older tokens come back."""
     recall_k: int
     """Memories to look up."""
     across_sessions: bool
@@ -109,7 +162,15 @@ class RecallOptions(TypedDict, total=False):
     since: Time | None
     """Only turns at this time or later."""
     until: Time | None
-    """Only turns before this time: memory as of then."""
+    """Only turns before this time."""
+    as_of: Time | None
+    """Memory as it was at this time: what was superseded or had expired by then is left out, what came later too."""
+    now: Time | None
+    """What expired by this time is left out; the system's clock if left out."""
+    stale: bool
+    """Also return what a newer turn of the same subject superseded."""
+    half_life: timedelta | int | None
+    """Halves a score for every so much age, in milliseconds if it is a number."""
     min_score: float
     """Hits that score less are left out."""
     follow_up: bool
@@ -143,22 +204,24 @@ def _take(kind: str, given: dict[str, Any], known: Iterable[str]) -> dict[str, A
     return {name: value for name, value in given.items() if value is not None}
 
 
-_QUOTES: dict[str, Any] = {
-    "sentences": _native.Quote.SENTENCES,
-    "passage": _native.Quote.PASSAGE,
-}
-_MODES: dict[str, Any] = {
-    "auto": _native.FeedMode.AUTO,
-    "model": _native.FeedMode.MODEL,
-    "text": _native.FeedMode.TEXT,
-}
-ROLES: dict[str, Any] = {
-    "system": _native.Role.SYSTEM,
-    "user": _native.Role.USER,
-    "assistant": _native.Role.ASSISTANT,
-    "document": _native.Role.DOCUMENT,
-    "recalled": _native.Role.RECALLED,
-}
+def _names(enum: Any) -> dict[str, Any]:
+    return {member.name.lower(): member for member in enum}
+
+
+_BACKENDS = _names(_native.Backend)
+_MODES = _names(_native.FeedMode)
+_POLICIES = _names(_native.Policy)
+_PRECISIONS = _names(_native.PagePrecision)
+_PREFILLS = _names(_native.Prefill)
+_QUOTES = _names(_native.Quote)
+_RECALLS = _names(_native.RecallPolicy)
+ROLES = _names(_native.Role)
+_RULES = _names(_native.PageRule)
+
+
+def _choose(given: dict[str, Any], name: str, choices: dict[str, Any]) -> None:
+    if name in given:
+        given[name] = _one_of(name, given[name], choices)
 
 
 def engine_config(options: EngineOptions) -> Any:
@@ -178,8 +241,20 @@ def engine_config(options: EngineOptions) -> Any:
             "minilm": _native.EmbedderSource.MINI_LM,
         }
         given["embedder"] = _one_of("embedder", embedder, choices)()
-    if "quote" in given:
-        given["quote"] = _one_of("quote", given["quote"], _QUOTES)
+    _choose(given, "quote", _QUOTES)
+    _choose(given, "recall", _RECALLS)
+    _choose(given, "backend", _BACKENDS)
+    if "pages" in given:
+        pages = _take("pages", dict(given["pages"]), PageOptions.__annotations__)
+        _choose(pages, "precision", _PRECISIONS)
+        _choose(pages, "rule", _RULES)
+        _choose(pages, "prefill", _PREFILLS)
+        given["pages"] = _native.PageConfig(**pages)
+    if "hygiene" in given:
+        hygiene = _take("hygiene", dict(given["hygiene"]), HygieneOptions.__annotations__)
+        _choose(hygiene, "secrets", _POLICIES)
+        _choose(hygiene, "personal", _POLICIES)
+        given["hygiene"] = _native.Hygiene(**hygiene)
     return _native.EngineConfig(**given)
 
 
@@ -191,14 +266,14 @@ def send_options(options: SendOptions) -> Any:
         given["stop"] = [stop] if isinstance(stop, str) else list(stop)
     if "time" in given:
         given["time_ms"] = to_ms(given.pop("time"))
+    _choose(given, "recall", _RECALLS)
     return _native.SendOptions(**given)
 
 
 def feed_options(options: FeedOptions) -> Any:
     """The native record of `options`."""
     given = _take("feed", dict(options), FeedOptions.__annotations__)
-    if "mode" in given:
-        given["mode"] = _one_of("mode", given["mode"], _MODES)
+    _choose(given, "mode", _MODES)
     if "time" in given:
         given["time_ms"] = to_ms(given.pop("time"))
     return _native.FeedOptions(**given)
@@ -209,9 +284,14 @@ def recall_options(options: RecallOptions) -> Any:
     given = _take("recall", dict(options), RecallOptions.__annotations__)
     if "roles" in given:
         given["roles"] = [_one_of("role", role, ROLES) for role in given["roles"]]
-    for name in ("since", "until"):
+    for name in ("since", "until", "as_of", "now"):
         if name in given:
             given[f"{name}_ms"] = to_ms(given.pop(name))
+    if "half_life" in given:
+        half_life = given.pop("half_life")
+        if isinstance(half_life, timedelta):
+            half_life = round(half_life.total_seconds() * 1000)
+        given["half_life_ms"] = half_life
     return _native.RecallOptions(**given)
 
 
@@ -229,6 +309,8 @@ def new_turns(turns: str | NewTurn | Sequence[NewTurn]) -> list[Any]:
             time_ms=now if turn.time is None else to_ms(turn.time),
             source=turn.source,
             remember=turn.remember,
+            subject=turn.subject,
+            expires_ms=None if turn.expires is None else to_ms(turn.expires),
         )
         for turn in turns
     ]
@@ -239,23 +321,39 @@ def scope(user: str, agent: str | None, session: str | None) -> Any:
     return _native.Scope(user=user, agent=agent, session=session)
 
 
+def export_scope(user: str | None, agent: str | None, session: str | None) -> Any:
+    """The native scope; None without any of the three, which means every user."""
+    if user is not None:
+        return scope(user, agent, session)
+    if agent is not None or session is not None:
+        raise InvalidArgumentError("export: no user, expected one beside agent or session")
+    return None
+
+
 def forget(
     session: str | None,
     matching: str | None,
     turn: int | None,
     before: Time | None,
+    expired: Time | None,
     everything: bool,
 ) -> Any:
-    """The native selector; exactly one of the four says what to erase."""
-    named = (matching is not None) + (turn is not None) + (before is not None) + everything
-    if named != 1:
-        raise InvalidArgumentError(
-            f"forget: {named} selectors, expected exactly one of matching, turn, before, everything"
-        )
+    """The native selector; exactly one of the five says what to erase."""
+    kinds: Any = _native.Forget
+    named: list[Any] = []
     if matching is not None:
-        return _native.Forget.MATCHING(text=matching)
+        named.append(kinds.MATCHING(text=matching))
     if turn is not None:
-        return _native.Forget.TURN(turn=turn)
+        named.append(kinds.TURN(turn=turn))
     if before is not None:
-        return _native.Forget.BEFORE(time_ms=to_ms(before))
-    return _native.Forget.SESSION() if session is not None else _native.Forget.EVERYTHING()
+        named.append(kinds.BEFORE(time_ms=to_ms(before)))
+    if expired is not None:
+        named.append(kinds.EXPIRED(time_ms=to_ms(expired)))
+    if everything:
+        named.append(kinds.EVERYTHING() if session is None else kinds.SESSION())
+    if len(named) != 1:
+        raise InvalidArgumentError(
+            f"forget: {len(named)} selectors,"
+            " expected exactly one of matching, turn, before, expired, everything"
+        )
+    return named[0]

@@ -5,18 +5,31 @@ Knows no session.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from mka import _convert, _values
 from mka._errors import CancelledError, translated
+from mka._native import mka_bindings as _native
 
 T = TypeVar("T")
+E = TypeVar("E", contravariant=True)
+R = TypeVar("R", covariant=True)
+O = TypeVar("O")
 
 # Python sees a signal only between calls: one call waits this long at most.
 _LIMIT_MS = 100
+
+
+class _Outcome(Protocol[E, R]):
+    """What comes of a stream that is run to its end."""
+
+    def see(self, event: E, /) -> None: ...
+
+    def whole(self) -> R: ...
 
 
 class _Stream(Generic[T]):
@@ -49,6 +62,11 @@ class _SyncStream(_Stream[T], Iterator[T]):
             self._ready.extend(map(self._convert, batch))
         return self._ready.popleft()
 
+    def _run(self, outcome: _Outcome[T, O]) -> O:
+        for event in self:
+            outcome.see(event)
+        return outcome.whole()
+
     def close(self) -> None:
         """Stops the work and waits until the session stands at what was done."""
         self._ready.clear()
@@ -66,23 +84,70 @@ class _SyncStream(_Stream[T], Iterator[T]):
         self.close()
 
 
+class _Waiter(_native.Waiter):
+    """Told by a thread of the library that a stream has something to give, and tells its loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Future[None] | None = None
+        # The first poll tells what there is.
+        self._ready = True
+
+    def ready(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._set)
+        except RuntimeError:
+            pass  # The loop is closed: nobody waits.
+
+    def _set(self) -> None:
+        self._ready = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def wait(self) -> None:
+        """Until there may be something."""
+        if not self._ready:
+            self._waiting = self._loop.create_future()
+            await self._waiting
+
+    def taken(self, *, more: bool) -> None:
+        """A poll gave all there was; without `more`, asking again gives the same."""
+        self._ready = not more
+
+
 class _AsyncStream(_Stream[T], AsyncIterator[T]):
+    # Not the native future: polling by hand costs half of it.
+    _waiter: _Waiter | None = None
+
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> T:
+        if self._waiter is None:
+            self._waiter = _Waiter()
+            self._native.wait_with(self._waiter)
         while not self._ready:
             try:
+                await self._waiter.wait()
+                # Before the poll: what comes during it is told of again.
+                self._waiter.taken(more=True)
                 with translated:
-                    batch = await self._native.next_batch()
+                    batch = self._native.poll_batch()
             except BaseException:
                 # The task was cancelled, or the work failed: either way it is over.
                 self._native.cancel()
+                self._waiter.taken(more=False)
                 raise
             if batch is None:
+                self._waiter.taken(more=False)
                 raise StopAsyncIteration
             self._ready.extend(map(self._convert, batch))
         return self._ready.popleft()
+
+    async def _run(self, outcome: _Outcome[T, O]) -> O:
+        async for event in self:
+            outcome.see(event)
+        return outcome.whole()
 
     async def aclose(self) -> None:
         """Stops the work and waits until the session stands at what was done."""
@@ -120,6 +185,29 @@ class _Answer:
         return "".join(self.parts), self.usage
 
 
+Watch = Callable[[_values.Progress], object]
+"""Called with the progress of a feed."""
+
+
+class _Feeding:
+    """What a feed did, telling `watch` of its progress."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        self.watch = watch
+        self.fed: _values.Fed | None = None
+
+    def see(self, event: _values.FeedEvent) -> None:
+        if isinstance(event, _values.Fed):
+            self.fed = event
+        elif self.watch is not None:
+            self.watch(event)
+
+    def whole(self) -> _values.Fed:
+        if self.fed is None:
+            raise CancelledError("feed: cancelled before the document was done")
+        return self.fed
+
+
 class Events(_SyncStream[_values.Event]):
     """The events of one turn; leaving the loop, closing or dropping it cancels the turn within one token.
 
@@ -131,10 +219,7 @@ class Events(_SyncStream[_values.Event]):
 
     def text(self) -> tuple[str, _values.Usage]:
         """Runs the turn to its end: the whole answer and its cost."""
-        answer = _Answer()
-        for event in self:
-            answer.see(event)
-        return answer.whole()
+        return self._run(_Answer())
 
 
 class AsyncEvents(_AsyncStream[_values.Event]):
@@ -148,14 +233,7 @@ class AsyncEvents(_AsyncStream[_values.Event]):
 
     async def text(self) -> tuple[str, _values.Usage]:
         """Runs the turn to its end: the whole answer and its cost."""
-        answer = _Answer()
-        async for event in self:
-            answer.see(event)
-        return answer.whole()
-
-
-Watch = Callable[[_values.Progress], object]
-"""Called with the progress of a feed."""
+        return await self._run(_Answer())
 
 
 class Feed(_SyncStream[_values.FeedEvent]):
@@ -169,12 +247,7 @@ class Feed(_SyncStream[_values.FeedEvent]):
 
     def finish(self, watch: Watch | None = None) -> _values.Fed:
         """Feeds to the end, telling `watch` of the progress."""
-        for event in self:
-            if isinstance(event, _values.Fed):
-                return event
-            if watch is not None:
-                watch(event)
-        raise CancelledError("feed: cancelled before the document was done")
+        return self._run(_Feeding(watch))
 
 
 class AsyncFeed(_AsyncStream[_values.FeedEvent]):
@@ -188,9 +261,4 @@ class AsyncFeed(_AsyncStream[_values.FeedEvent]):
 
     async def finish(self, watch: Watch | None = None) -> _values.Fed:
         """Feeds to the end, telling `watch` of the progress."""
-        async for event in self:
-            if isinstance(event, _values.Fed):
-                return event
-            if watch is not None:
-                watch(event)
-        raise CancelledError("feed: cancelled before the document was done")
+        return await self._run(_Feeding(watch))

@@ -5,15 +5,13 @@ Knows no event loop; `_aio` holds the twins.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from mka import _convert, _options
+from mka import _calls, _options
 from mka._errors import translated
+from mka._handles import EngineHandle, MemoryHandle, SessionHandle
 from mka._native import mka_bindings as _native
 from mka._options import (
     EngineOptions,
@@ -25,15 +23,18 @@ from mka._options import (
 )
 from mka._streams import Events, Feed
 from mka._values import (
+    Backup,
+    Checkup,
     Chunk,
     Committed,
     Context,
+    DiskUsage,
+    Exported,
     Hit,
+    Imported,
     NewTurn,
     Receipt,
-    Scope,
     SessionInfo,
-    Stats,
     Turn,
 )
 
@@ -41,73 +42,22 @@ if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
-T = TypeVar("T")
 
-ALL = (1 << 63) - 1
-
-
-def _interruptible(work: Callable[[], T]) -> T:
-    """Runs long work so that Ctrl-C is seen at once: elsewhere, while this thread waits."""
-    if threading.current_thread() is not threading.main_thread():
-        return work()
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, name="mka-open", daemon=True).start()
-    return result.result()
-
-
-class Engine:
+class Engine(EngineHandle):
     """An open memory folder with its model; made by `open_sync`, closed by leaving `with`."""
 
     def __init__(self, native: Any) -> None:
-        self._native = native
+        super().__init__(native)
         self.memory = Memory(native.memory())
         """The memory of every user: remember, recall, forget."""
 
     def session(self, *, user: str, session: str, agent: str | None = None) -> Session:
         """Opens a conversation, new or continued where it stopped; one handle of it at a time."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            native = _interruptible(lambda: self._native.session_blocking(scope))
-        return Session(native)
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of `text` as the model counts them."""
-        with translated:
-            count: int = self._native.count_tokens(text)
-        return count
-
-    @property
-    def device(self) -> str:
-        """Where the model runs."""
-        with translated:
-            device: str = self._native.device()
-        return device
-
-    @property
-    def model_name(self) -> str | None:
-        """Name of the model's folder or file; None without a model."""
-        with translated:
-            name: str | None = self._native.model_name()
-        return name
-
-    @property
-    def trained_tokens(self) -> int | None:
-        """Tokens that the model was trained on at once; None without a model."""
-        with translated:
-            tokens: int | None = self._native.trained_tokens()
-        return tokens
+        return Session(_calls.session(user, agent, session).run_interruptibly(self._native))
 
     def close(self) -> None:
         """Closes sessions and store, cancels what runs, and waits until the folder is free."""
-        with translated:
-            self._native.close_blocking()
+        _calls.CLOSE.run(self._native)
 
     def __enter__(self) -> Self:
         return self
@@ -127,23 +77,11 @@ def open_sync(path: Path, **options: Unpack[EngineOptions]) -> Engine:
     Raises `LockedError` if it is open elsewhere, `IncompatibleError` if another embedder made it, `NotFoundError` naming
     every place where the model was looked for.
     """
-    config = _options.engine_config(options)
-    with translated:
-        return Engine(
-            _interruptible(lambda: _native.NativeEngine.open_blocking(os.fspath(path), config))
-        )
+    return Engine(_calls.open_engine(path, options).run_interruptibly(_native.NativeEngine))
 
 
-class Session:
+class Session(SessionHandle):
     """One conversation; one stream of it at a time."""
-
-    def __init__(self, native: Any) -> None:
-        self._native = native
-
-    @property
-    def scope(self) -> Scope:
-        """User, agent and session."""
-        return _convert.scope(self._native.scope())
 
     def send(self, message: str, **options: Unpack[SendOptions]) -> Events:
         """Answers `message`: recalls what belongs to it, streams the answer, commits both."""
@@ -162,21 +100,12 @@ class Session:
 
     def context(self, query: str, *, budget_tokens: int) -> Context:
         """What memory holds on `query`, laid out for another model, never above the budget."""
-        with translated:
-            return _convert.context(self._native.context_blocking(query, budget_tokens))
-
-    @property
-    def num_turns(self) -> int:
-        """Number of turns in the session's log."""
-        with translated:
-            turns: int = self._native.num_turns()
-        return turns
+        return _calls.session_context(query, budget_tokens).run(self._native)
 
     def peek_logits(self, text: str) -> NDArray[float32]:
         """Logits of the token after `text`, without changing the session: `(vocabulary,)`."""
-        with translated:
-            native = self._native.peek_logits_blocking(text)
-        return _convert.vectors(native)[0]
+        row: NDArray[float32] = _calls.peek_logits(text).run(self._native)
+        return row
 
     def close(self) -> None:
         """Gives the session back and cancels its stream; another handle may open it."""
@@ -194,11 +123,8 @@ class Session:
         self.close()
 
 
-class Memory:
+class Memory(MemoryHandle):
     """Remember, recall and forget, over every session of the engine."""
-
-    def __init__(self, native: Any) -> None:
-        self._native = native
 
     def remember(
         self,
@@ -209,11 +135,7 @@ class Memory:
         agent: str | None = None,
     ) -> Committed:
         """Appends turns to a session as text memory, on disk when it returns; no model reads them."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return _convert.committed(
-                self._native.remember_blocking(scope, _options.new_turns(turns))
-            )
+        return _calls.remember(turns, user, agent, session).run(self._native)
 
     def recall(
         self,
@@ -225,11 +147,7 @@ class Memory:
         **options: Unpack[RecallOptions],
     ) -> list[Hit]:
         """The memories that answer `query` best, best first."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return _convert.hits(
-                self._native.recall_blocking(scope, query, _options.recall_options(options))
-            )
+        return _calls.recall(query, user, agent, session, options).run(self._native)
 
     def context(
         self,
@@ -241,11 +159,8 @@ class Memory:
         session: str | None = None,
     ) -> Context:
         """What memory holds on `query`, laid out for another model, never above the budget."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return _convert.context(
-                self._native.context_blocking(scope, query, budget_tokens)
-            )
+        call = _calls.memory_context(query, budget_tokens, user, agent, session)
+        return call.run(self._native)
 
     def forget(
         self,
@@ -256,18 +171,18 @@ class Memory:
         matching: str | None = None,
         turn: int | None = None,
         before: Time | None = None,
+        expired: Time | None = None,
         everything: bool = False,
     ) -> Receipt:
         """Erases from log, chunks, vectors, words, pages and summaries; exactly one selector says what."""
-        selector = _options.forget(session, matching, turn, before, everything)
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return _convert.receipt(self._native.forget_blocking(scope, selector))
+        call = _calls.forget(
+            user, agent, session, matching, turn, before, expired, everything
+        )
+        return call.run(self._native)
 
     def verify(self, receipt: Receipt) -> None:
         """Checks that what was erased is in no file; `CorruptedError` if it is."""
-        with translated:
-            self._native.verify_blocking(receipt.record)
+        _calls.verify(receipt).run(self._native)
 
     def chunks(
         self,
@@ -276,34 +191,59 @@ class Memory:
         agent: str | None = None,
         session: str | None = None,
         start: int = 0,
-        end: int = ALL,
+        end: int = _calls.ALL,
     ) -> list[Chunk]:
         """What memory holds, in the order in which it was first said."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return [_convert.chunk(each) for each in self._native.chunks_blocking(scope, start, end)]
+        return _calls.chunks(user, agent, session, start, end).run(self._native)
 
     def turns(
-        self, *, user: str, session: str, agent: str | None = None, start: int = 0, end: int = ALL
+        self,
+        *,
+        user: str,
+        session: str,
+        agent: str | None = None,
+        start: int = 0,
+        end: int = _calls.ALL,
     ) -> list[Turn]:
         """The log of a session."""
-        scope = _options.scope(user, agent, session)
-        with translated:
-            return [_convert.turn(each) for each in self._native.turns_blocking(scope, start, end)]
+        return _calls.turns(user, agent, session, start, end).run(self._native)
 
     def sessions(self, *, user: str, agent: str | None = None) -> list[SessionInfo]:
         """The sessions of a user, by name."""
-        scope = _options.scope(user, agent, None)
-        with translated:
-            return [_convert.session_info(each) for each in self._native.sessions_blocking(scope)]
+        return _calls.sessions(user, agent).run(self._native)
 
     def embed(self, texts: Sequence[str]) -> NDArray[float32]:
         """One unit vector a text, by the store's embedder: `(texts, dim)`, read-only."""
-        with translated:
-            native = self._native.embed_blocking(list(texts))
-        return _convert.vectors(native)
+        rows: NDArray[float32] = _calls.embed(texts).run(self._native)
+        return rows
 
-    def stats(self) -> Stats:
-        """Counts and bytes of the store."""
-        with translated:
-            return _convert.stats(self._native.stats())
+    def export(
+        self,
+        path: Path,
+        *,
+        user: str | None = None,
+        agent: str | None = None,
+        session: str | None = None,
+    ) -> Exported:
+        """Writes the log of a scope, or of every user without one, into a file as lines of JSON."""
+        return _calls.export(path, user, agent, session).run_interruptibly(self._native)
+
+    def import_(self, path: Path) -> Imported:
+        """Appends the turns of an exported file to the sessions that they come from; those that are held are skipped."""
+        return _calls.import_log(path).run_interruptibly(self._native)
+
+    def backup(self, path: Path) -> Backup:
+        """Copies the store as it is at one moment to a folder that does not exist yet; sessions go on meanwhile."""
+        return _calls.backup(path).run_interruptibly(self._native)
+
+    def doctor(self, *, repair: bool = False) -> Checkup:
+        """Compares every checksum, and the indexes with the log; with `repair`, makes anew what can be derived."""
+        return _calls.doctor(repair).run_interruptibly(self._native)
+
+    def compact(self) -> None:
+        """Gives all space on the disk back that nothing uses."""
+        _calls.COMPACT.run_interruptibly(self._native)
+
+    def disk_usage(self) -> DiskUsage:
+        """What the store takes on the disk, and how much of it is in use."""
+        return _calls.DISK_USAGE.run(self._native)

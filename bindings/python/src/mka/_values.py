@@ -18,6 +18,22 @@ Trust: TypeAlias = Literal["host", "user", "model", "document"]
 StopReason: TypeAlias = Literal["end_of_turn", "max_tokens", "stop_string"]
 """Why an answer ended."""
 
+Sensitive: TypeAlias = Literal[
+    "private_key",
+    "token",
+    "password",
+    "card",
+    "bank_account",
+    "social_security",
+    "email",
+    "phone",
+    "other",
+]
+"""A kind of sensitive text, by its form."""
+
+Repair: TypeAlias = Literal["possible", "done", "lost"]
+"""What became, or can become, of something damaged."""
+
 
 def _time(time_ms: int) -> datetime:
     return datetime.fromtimestamp(time_ms / 1000, timezone.utc)
@@ -75,6 +91,7 @@ class Hit:
     source: Source
     trust: Trust
     count: int
+    stale: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +104,22 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
+class PageUsage:
+    """What recall inside attention did for a turn; `share` and `recovered` have a number for each layer.
+
+    `share` is the part of the answer's attention that went to recalled tokens; `recovered` the estimated part of the
+    attention to all stored tokens that the recalled ones hold.
+    """
+
+    stored_tokens: int
+    recalled_tokens: int
+    share: tuple[float, ...]
+    recovered: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
-    """What one turn cost, in tokens."""
+    """What one turn cost, in tokens; `pages` is None where the turn recalled nothing inside attention."""
 
     prompt_tokens: int
     reused_tokens: int
@@ -96,6 +127,7 @@ class Usage:
     generated_tokens: int
     stream_tokens: int
     stop: StopReason
+    pages: PageUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +180,28 @@ FeedEvent: TypeAlias = Union[Progress, Fed]
 
 @dataclass(frozen=True, slots=True)
 class NewTurn:
-    """A turn to be remembered; `remember=None` decides by role, `time=None` is now."""
+    """A turn to be remembered; `remember=None` decides by role, `time=None` is now.
+
+    Among turns with the same `subject` the newest wins; after `expires` a turn is recalled no more.
+    """
 
     text: str
     role: Role = "user"
     time: datetime | int | None = None
     source: str | None = None
     remember: bool | None = None
+    subject: str | None = None
+    expires: datetime | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Bytes `start` to `end` of one of a call's turns that look sensitive."""
+
+    turn: int
+    kind: Sensitive
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +211,8 @@ class Committed:
     turns: tuple[int, ...]
     chunks_added: int
     chunks_deduplicated: int
+    chunks_nearly_duplicated: int
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +249,8 @@ class Turn:
     time_ms: int
     num_tokens: int
     source: str | None
+    subject: str | None
+    expires_ms: int | None
     retracted: bool
     forgotten: bool
 
@@ -228,8 +279,69 @@ class Stats:
     chunks: int
     vectors: int
     terms: int
+    turns_to_embed: int
+    subjects: int
+    superseded: int
+    duplicates: int
+    embedder: str
+    encrypted: bool
     pages: int
     segments: int
     live_bytes: int
     dead_bytes: int
     damaged: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """What a store takes on the disk, in bytes."""
+
+    segment_bytes: int
+    database_bytes: int
+    live_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export wrote; `lost` says which turns were damaged."""
+
+    sessions: int
+    turns: int
+    lost: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import took in; turns that the store held already are skipped."""
+
+    turns: int
+    skipped: int
+    chunks_added: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """What a backup copied."""
+
+    segments: int
+    bytes: int
+    records: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it should be: what, where, and what became of it."""
+
+    what: str
+    repair: Repair
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """What a check found; no problems for a store that is whole."""
+
+    records: int
+    blobs: int
+    bytes: int
+    chunks: int
+    problems: tuple[Problem, ...]

@@ -1,21 +1,42 @@
-//! The launches of `cuda/route_forward.cu` and `cuda/route_backward.cu`, and the append of keys and values to pages.
+//! The launches of `cuda/route_*.cu`, and the append of keys and values to pages.
 //! Knows the kernels' tiles and names; the shapes it gets are checked.
 
 use super::{Numbers, RouteGradients, RouteInputs, RouteShape};
 use crate::cuda::{self, Launch, address, address_of};
 use crate::pages::PagePool;
 use crate::rope::RotaryAngles;
-use crate::route::cuda::constant_rates;
+use crate::route::MAX_RATES;
 use crate::storage::aligned;
+use candle_core::cuda_backend::DeviceId;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Tensor, bail};
+use std::sync::{Mutex, PoisonError};
 
-/// As in `cuda/route.cuh`, like all numbers here.
-const THREADS: usize = 256;
-/// Tokens of a thread.
-const RUN: usize = 8;
-/// Pages that travel in the launch.
+/// As in `cuda/route.cuh`, like all numbers here: pages that travel in the launch.
 const MAX_SLOTS: usize = 256;
+/// Shared memory of the look-back, with what aligns it.
+const LOOK_BACK_BYTES: usize = 16;
+/// Threads of the kernels that add shares.
+const SUM_THREADS: usize = 256;
+/// Tokens of a block of `route_logits`.
+const LOGIT_TOKENS: usize = 64;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Divisor {
+    by: u32,
+    mul: u32,
+    shift: u32,
+}
+
+impl Divisor {
+    /// Of numbers below 2^31.
+    fn new(by: usize) -> Self {
+        let shift = by.next_power_of_two().trailing_zeros();
+        let mul = (1u64 << (31 + shift)).div_ceil(by as u64);
+        Self { by: by as u32, mul: mul as u32, shift }
+    }
+}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -25,7 +46,6 @@ struct KernelParams {
     logits: u64,
     state: u64,
     gate: u64,
-    rates: u64,
     bias: u64,
     norm: u64,
     cosine: u64,
@@ -44,8 +64,10 @@ struct KernelParams {
     dnorm: u64,
     dlogits: u64,
     dgate: u64,
+    gate_shares: u64,
     sums: u64,
     prefixes: u64,
+    epoch: u64,
     flags: u64,
     seen: u64,
     row_stride: u64,
@@ -55,13 +77,18 @@ struct KernelParams {
     d: u32,
     m: u32,
     chunks: u32,
-    slices: u32,
-    lanes: u32,
+    streams: Divisor,
+    groups: Divisor,
     carry_rows: u32,
     correct: u32,
     paged: u32,
     offset: u32,
     eps: f32,
+    rate: [f32; MAX_RATES],
+    log_rate: [f32; MAX_RATES],
+    run_power: [f32; MAX_RATES],
+    chunk_power: [f32; MAX_RATES],
+    powers: [[f32; 17]; MAX_RATES],
     slots: [u32; MAX_SLOTS],
 }
 
@@ -80,34 +107,78 @@ struct ColumnParams {
 // SAFETY: as above.
 unsafe impl DeviceRepr for ColumnParams {}
 
-/// How the blocks of one direction divide the work: a head and `rows` tokens each.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    /// Keys and values to pages, without a scan.
+    Append,
+    Forward,
+    Backward,
+}
+
+/// How the blocks of one pass divide the work: a few heads and `rows` tokens each.
 struct Tiles {
-    /// Channels of a thread in each half of a head.
-    quarter: usize,
-    /// Threads that share a run of tokens.
-    lanes: usize,
+    file: &'static str,
+    kernel: String,
+    threads: usize,
+    /// Rates that the kernel is compiled for: with fewer, the others are 0 and have no weight.
+    rates: usize,
+    /// Heads of a block, all of keys or all of values.
+    heads: usize,
+    /// Channels of a block, those that pad a head with them.
+    channels: usize,
+    /// Tokens that one thread scans.
+    run: usize,
     rows: usize,
     chunks: usize,
+    shared_bytes: usize,
 }
 
 impl Tiles {
-    fn new(quarter: usize, t: usize, d: usize) -> Self {
-        let lanes = d.div_ceil(2 * quarter).next_power_of_two().max(8);
-        let rows = THREADS / lanes * RUN;
-        Self { quarter, lanes, rows, chunks: t.div_ceil(rows) }
+    fn new(pass: Pass, dtype: DType, shape: &RouteShape) -> Result<Self> {
+        let RouteShape { t, d, m, has_norm, .. } = *shape;
+        let (name, size) = (cuda::suffix("route", dtype)?, dtype.size_in_bytes());
+        // Four channels of each half of a head to a thread.
+        let lanes = d.div_ceil(8).next_power_of_two().max(8);
+        let common = dtype != DType::F32 && m <= 3 && !has_norm && lanes <= 16;
+        let (rates, (threads, run, heads)) = match (pass, common) {
+            (Pass::Append, _) => (0, (128, 8, 1)),
+            (Pass::Forward, true) => (3, (256, 16, 2)),
+            (Pass::Backward, true) => (3, (128, 8, 1)),
+            (_, false) => (MAX_RATES, (128, 8, 1)),
+        };
+        let (runs, channels) = (threads / (lanes * heads), 8 * lanes * heads);
+        let (file, tensors) = match pass {
+            Pass::Backward => ("route_backward", 2),
+            _ => ("route_forward", 1),
+        };
+        // Of a token: its weights, four floats or eight, and backward four more.
+        let weights = if rates == MAX_RATES { 32 } else { 16 } + 16 * (tensors - 1);
+        let scan = match rates {
+            0 => 0,
+            _ => runs * (run + 1) * weights + runs * rates * channels * 4 + LOOK_BACK_BYTES,
+        };
+        Ok(Self {
+            file,
+            kernel: format!("{file}_{name}_{rates}_{lanes}"),
+            threads,
+            rates,
+            heads,
+            channels,
+            run,
+            rows: runs * run,
+            chunks: t.div_ceil(runs * run),
+            shared_bytes: tensors * runs * (run * channels * size + 4 * lanes * size % 128) + scan,
+        })
     }
 
-    fn forward(t: usize, d: usize) -> Self {
-        Self::new(4, t, d)
+    /// Blocks that have all heads of keys and of values.
+    fn groups(&self, g: usize) -> usize {
+        2 * g.div_ceil(self.heads)
     }
 
-    fn backward(t: usize, d: usize) -> Self {
-        // A head is at most the 32 lanes of a warp.
-        Self::new(if d > 128 { 4 } else { 2 }, t, d)
-    }
-
-    fn params(&self, b: usize, t: usize, g: usize, d: usize) -> Result<KernelParams> {
-        let blocks = b.saturating_mul(2 * g).saturating_mul(self.chunks);
+    fn params(&self, shape: &RouteShape) -> Result<KernelParams> {
+        let RouteShape { b, t, g, d, .. } = *shape;
+        let blocks = b.saturating_mul(self.groups(g)).saturating_mul(self.chunks);
         if t > i32::MAX as usize || blocks > i32::MAX as usize || 2 * g * d > i32::MAX as usize {
             bail!("route: ({b}, {t}, 2, {g}, {d}), expected fewer than 2^31 blocks");
         }
@@ -117,7 +188,6 @@ impl Tiles {
             logits: 0,
             state: 0,
             gate: 0,
-            rates: 0,
             bias: 0,
             norm: 0,
             cosine: 0,
@@ -136,8 +206,10 @@ impl Tiles {
             dnorm: 0,
             dlogits: 0,
             dgate: 0,
+            gate_shares: 0,
             sums: 0,
             prefixes: 0,
+            epoch: 0,
             flags: 0,
             seen: 0,
             row_stride: 0,
@@ -147,55 +219,65 @@ impl Tiles {
             d: d as u32,
             m: 0,
             chunks: self.chunks as u32,
-            slices: 2 * g as u32,
-            lanes: self.lanes as u32,
-            carry_rows: Self::backward(t, d).rows as u32,
+            streams: Divisor::new(b * self.groups(g)),
+            groups: Divisor::new(self.groups(g)),
+            carry_rows: self.rows as u32,
             correct: 0,
             paged: 0,
             offset: 0,
             eps: 0.0,
+            rate: [0.0; MAX_RATES],
+            log_rate: [0.0; MAX_RATES],
+            run_power: [0.0; MAX_RATES],
+            chunk_power: [0.0; MAX_RATES],
+            powers: [[0.0; 17]; MAX_RATES],
             slots: [0; MAX_SLOTS],
         })
     }
 
-    fn launch(
-        &self,
-        device: &CudaDevice,
-        file: &'static str,
-        name: &str,
-        p: &KernelParams,
-    ) -> Result<()> {
-        let grid = (p.slices * p.batch * p.chunks, 1, 1);
-        cuda::launch(device, file, name, Launch { grid, block: THREADS as u32, shared_bytes: 0 }, p)
+    fn launch(&self, device: &CudaDevice, p: &KernelParams) -> Result<()> {
+        let launch = Launch {
+            grid: (p.streams.by * p.chunks, 1, 1),
+            block: self.threads as u32,
+            shared_bytes: self.shared_bytes as u32,
+        };
+        cuda::launch(device, self.file, &self.kernel, launch, p)
     }
 
-    /// Room for the look-back, its addresses in `p`; none where one chunk is all.
-    fn look_back(
-        &self,
-        device: &CudaDevice,
-        m: usize,
-        p: &mut KernelParams,
-    ) -> Result<Option<[Tensor; 3]>> {
-        if self.chunks == 1 {
-            return Ok(None);
-        }
-        let streams = p.batch as usize * p.slices as usize;
-        let part = m * 2 * self.quarter * self.lanes;
-        let room = || cuda::output_tensor(device, DType::F32, streams * self.chunks * part);
-        let flags =
-            Tensor::zeros(streams * self.chunks, DType::U32, &Device::Cuda(device.clone()))?;
-        let kept = [room()?, room()?, flags];
+    /// Room for the look-back, its addresses in `p`.
+    fn look_back(&self, device: &CudaDevice, p: &mut KernelParams) -> Result<[Tensor; 3]> {
+        let blocks = p.streams.by as usize * self.chunks;
+        // Where one chunk is all, nobody looks back.
+        let columns = if self.chunks == 1 { 0 } else { self.rates * self.channels };
+        let room = || cuda::output_tensor(device, DType::F32, (blocks * columns).max(1));
+        let kept = [room()?, room()?, flags(device, blocks)?];
         let [sums, prefixes, flags] = &kept;
         p.sums = address(sums)?;
         p.prefixes = address(prefixes)?;
-        p.flags = address(flags)?;
-        Ok(Some(kept))
+        p.epoch = address(flags)?;
+        p.flags = p.epoch + 8;
+        Ok(kept)
     }
 }
 
-/// Rates that a kernel is compiled for: with fewer, the others are 0 and have no weight.
-fn compiled_rates(m: usize) -> usize {
-    if m <= 3 { 3 } else { 4 }
+/// The epoch of the launches on `device` and the flags of at least `count` chunks: zeros at first, and kept from launch to
+/// launch, since a flag of an earlier epoch counts for nothing.
+fn flags(device: &CudaDevice, count: usize) -> Result<Tensor> {
+    static FLAGS: Mutex<Vec<(DeviceId, Tensor)>> = Mutex::new(Vec::new());
+    let mut flags = FLAGS.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = flags.iter().position(|(id, _)| *id == device.id());
+    if let Some((_, tensor)) = known.map(|i| &flags[i]).filter(|(_, x)| x.elem_count() >= 2 + count)
+    {
+        return Ok(tensor.clone());
+    }
+    let count = (2 + count).next_power_of_two().max(1 << 14);
+    let tensor = Tensor::zeros(count, DType::U32, &Device::Cuda(device.clone()))?;
+    let entry = (device.id(), tensor.clone());
+    match known {
+        Some(i) => flags[i] = entry,
+        None => flags.push(entry),
+    }
+    Ok(tensor)
 }
 
 /// Where the inputs begin on the device; 0 for a bias or norm that is not there.
@@ -246,13 +328,13 @@ impl Ready {
 /// What a launch of either direction reads beside its own outputs; the tensors are kept until after it.
 fn set_inputs(
     p: &mut KernelParams,
+    tiles: &Tiles,
     device: &CudaDevice,
     dtype: DType,
     shape: &RouteShape,
     inputs: &Addresses,
     numbers: &Numbers,
-) -> Result<[Tensor; 3]> {
-    let rates = constant_rates(&numbers.rates, &Device::Cuda(device.clone()))?;
+) -> Result<[Tensor; 2]> {
     let (cosine, sine) = numbers.angles.on(device)?;
     p.keys = inputs.kv;
     p.values = inputs.kv + (shape.g * shape.d * dtype.size_in_bytes()) as u64;
@@ -262,14 +344,23 @@ fn set_inputs(
     p.gate = inputs.gate;
     p.bias = inputs.bias;
     p.norm = inputs.norm;
-    p.rates = address(&rates)?;
     p.cosine = address(&cosine)?;
     p.sine = address(&sine)?;
     p.seen = numbers.seen;
     p.correct = numbers.bias_correction.into();
     p.eps = numbers.eps;
     p.m = shape.m as u32;
-    Ok([rates, cosine, sine])
+    p.carry_rows = Tiles::new(Pass::Backward, dtype, shape)?.rows as u32;
+    for l in 0..MAX_RATES {
+        p.rate[l] = numbers.rates.get(l).copied().unwrap_or(0.0);
+        let rate = f64::from(p.rate[l]);
+        let power = |n: usize| rate.powi(n as i32) as f32;
+        p.run_power[l] = power(tiles.run);
+        p.chunk_power[l] = power(tiles.rows);
+        p.powers[l] = std::array::from_fn(power);
+        p.log_rate[l] = rate.ln() as f32;
+    }
+    Ok([cosine, sine])
 }
 
 /// Keys and values (2, b, t, g, d), the state after the last token and, if asked for, the carries.
@@ -282,26 +373,24 @@ pub(super) fn forward_at(
     keep_carries: bool,
 ) -> Result<(CudaStorage, Tensor, Option<Tensor>)> {
     let RouteShape { b, t, g, d, m, .. } = *shape;
-    let tiles = Tiles::forward(t, d);
+    let tiles = Tiles::new(Pass::Forward, dtype, shape)?;
     let out = cuda::output(device, dtype, shape.out().elem_count())?;
     let state = cuda::output_tensor(device, DType::F32, (b, m, 2, g, d))?;
-    let mut p = tiles.params(b, t, g, d)?;
-    let _read = set_inputs(&mut p, device, dtype, shape, inputs, numbers)?;
+    let mut p = tiles.params(shape)?;
+    let _read = set_inputs(&mut p, &tiles, device, dtype, shape, inputs, numbers)?;
     p.out_keys = address_of(&out, &Layout::contiguous(shape.out()))?;
     p.out_values = p.out_keys + (b * t * g * d * dtype.size_in_bytes()) as u64;
     p.new_state = address(&state)?;
     let carries = match keep_carries {
         true => {
-            let count = Tiles::backward(t, d).chunks * shape.state_len();
+            let count = t.div_ceil(p.carry_rows as usize) * shape.state_len();
             Some(cuda::output_tensor(device, DType::F32, count)?)
         }
         false => None,
     };
     p.carries = carries.as_ref().map_or(Ok(0), address)?;
-    let compiled = compiled_rates(m);
-    let _look_back = tiles.look_back(device, compiled, &mut p)?;
-    let name = format!("route_forward_{}_{compiled}", cuda::suffix("route", dtype)?);
-    tiles.launch(device, "route_forward", &name, &p)?;
+    let _look_back = tiles.look_back(device, &mut p)?;
+    tiles.launch(device, &p)?;
     Ok((out, state, carries))
 }
 
@@ -331,18 +420,16 @@ pub(super) fn into_pages(
 ) -> Result<Tensor> {
     let device = cuda::device_of("route_into_pages", inputs.kv)?;
     let dtype = inputs.kv.dtype();
-    let RouteShape { b, t, g, d, m, .. } = *shape;
-    let tiles = Tiles::forward(t, d);
+    let RouteShape { b, g, d, m, .. } = *shape;
+    let tiles = Tiles::new(Pass::Forward, dtype, shape)?;
     let ready = Ready::new(inputs)?;
     let new_state = cuda::output_tensor(&device, DType::F32, (b, m, 2, g, d))?;
-    let mut p = tiles.params(b, t, g, d)?;
-    let _read = set_inputs(&mut p, &device, dtype, shape, &ready.addresses()?, numbers)?;
+    let mut p = tiles.params(shape)?;
+    let _read = set_inputs(&mut p, &tiles, &device, dtype, shape, &ready.addresses()?, numbers)?;
     p.new_state = address(&new_state)?;
     set_pages(&mut p, dtype, pool, slots, offset)?;
-    let compiled = compiled_rates(m);
-    let _look_back = tiles.look_back(&device, compiled, &mut p)?;
-    let name = format!("route_forward_{}_{compiled}", cuda::suffix("route", dtype)?);
-    tiles.launch(&device, "route_forward", &name, &p)?;
+    let _look_back = tiles.look_back(&device, &mut p)?;
+    tiles.launch(&device, &p)?;
     Ok(new_state)
 }
 
@@ -382,8 +469,9 @@ pub(crate) fn append(
     let device = cuda::device_of("append", keys)?;
     let (t, g, d) = keys.dims3()?;
     let (keys, values) = (aligned(keys)?, aligned(values)?);
-    let tiles = Tiles::forward(t, d);
-    let mut p = tiles.params(1, t, g, d)?;
+    let shape = RouteShape { b: 1, t, g, d, m: 0, has_bias: false, has_norm: false };
+    let tiles = Tiles::new(Pass::Append, keys.dtype(), &shape)?;
+    let mut p = tiles.params(&shape)?;
     let (cosine, sine) = angles.on(&device)?;
     p.cosine = address(&cosine)?;
     p.sine = address(&sine)?;
@@ -391,8 +479,7 @@ pub(crate) fn append(
     p.values = address(&values)?;
     p.row_stride = (g * d) as u64;
     set_pages(&mut p, keys.dtype(), pool, slots, offset)?;
-    let name = format!("route_forward_{}_0", cuda::suffix("append", keys.dtype())?);
-    tiles.launch(&device, "route_forward", &name, &p)
+    tiles.launch(&device, &p)
 }
 
 /// Gradients from `dkeys` and `dvalues` (b, t, g, d), aligned.
@@ -407,7 +494,7 @@ pub(super) fn backward(
     let device = cuda::device_of("route_backward", inputs.kv)?;
     let dtype = inputs.kv.dtype();
     let RouteShape { b, t, g, d, m, .. } = *shape;
-    let tiles = Tiles::backward(t, d);
+    let tiles = Tiles::new(Pass::Backward, dtype, shape)?;
     if carries.elem_count() != tiles.chunks * shape.state_len() {
         bail!("route_backward: carries {:?}, expected those of its forward", carries.shape());
     }
@@ -420,11 +507,11 @@ pub(super) fn backward(
     let shares = b * tiles.chunks;
     let share = |wanted: bool| wanted.then(|| room(shares * shape.channels())).transpose();
     let (bias_shares, norm_shares) = (share(shape.has_bias)?, share(shape.has_norm)?);
-    let logit_blocks = (b * t).div_ceil(THREADS);
-    let gate_shares = room(logit_blocks)?;
+    let logit_blocks = (b * t).div_ceil(LOGIT_TOKENS);
+    let (dgate, gate_shares) = (room(1)?, room(logit_blocks)?);
 
-    let mut p = tiles.params(b, t, g, d)?;
-    let _read = set_inputs(&mut p, &device, dtype, shape, &ready.addresses()?, numbers)?;
+    let mut p = tiles.params(shape)?;
+    let _read = set_inputs(&mut p, &tiles, &device, dtype, shape, &ready.addresses()?, numbers)?;
     p.carries = address(carries)?;
     p.dkeys = address(dkeys)?;
     p.dvalues = address(dvalues)?;
@@ -434,14 +521,12 @@ pub(super) fn backward(
     p.dbias = bias_shares.as_ref().map_or(Ok(0), address)?;
     p.dnorm = norm_shares.as_ref().map_or(Ok(0), address)?;
     p.dlogits = address(&dlogits)?;
-    p.dgate = address(&gate_shares)?;
-    let compiled = compiled_rates(m);
-    let _look_back = tiles.look_back(&device, compiled, &mut p)?;
-    let name =
-        format!("route_backward_{}_{compiled}_{}", cuda::suffix("route", dtype)?, tiles.quarter);
-    tiles.launch(&device, "route_backward", &name, &p)?;
+    p.dgate = address(&dgate)?;
+    p.gate_shares = address(&gate_shares)?;
+    let _look_back = tiles.look_back(&device, &mut p)?;
+    tiles.launch(&device, &p)?;
     let grid = (logit_blocks as u32, 1, 1);
-    let launch = Launch { grid, block: THREADS as u32, shared_bytes: 0 };
+    let launch = Launch { grid, block: SUM_THREADS as u32, shared_bytes: 0 };
     cuda::launch(&device, "route_backward", "route_logits", launch, &p)?;
 
     let bias = bias_shares.map(|x| columns(&device, &x, shares, shape.channels())).transpose()?;
@@ -456,7 +541,7 @@ pub(super) fn backward(
         kv: dkv,
         logits: dlogits,
         state: dstate,
-        gate: columns(&device, &gate_shares, logit_blocks, 1)?,
+        gate: dgate,
         bias: bias.map(|x| x.reshape((2, g, d))).transpose()?,
         norm,
     })
@@ -472,7 +557,7 @@ fn columns(device: &CudaDevice, shares: &Tensor, rows: usize, columns: usize) ->
         columns: columns as u32,
     };
     let grid = (columns.div_ceil(32) as u32, 1, 1);
-    let launch = Launch { grid, block: THREADS as u32, shared_bytes: 0 };
+    let launch = Launch { grid, block: SUM_THREADS as u32, shared_bytes: 0 };
     cuda::launch(device, "route_backward", "route_columns", launch, &p)?;
     Ok(sum)
 }

@@ -1,0 +1,49 @@
+//! The Swift that is committed is what the generator writes for the library as it is now.
+//! `MKA_WRITE=1 cargo test -p mka-bindgen` writes it anew.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+// Cargo builds what is only named in a manifest no library for: the generator reads this one.
+use mka_bindings as _;
+
+/// Where cargo puts the libraries that this test depends on.
+fn library() -> PathBuf {
+    let this = std::env::current_exe().unwrap();
+    let name =
+        format!("{}mka_bindings{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    this.parent().unwrap().join(name)
+}
+
+/// The generator's files of `kind` by name, without spaces at the ends of lines.
+fn generated(kind: &str) -> Vec<(String, String)> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut generator = Command::new(env!("CARGO_BIN_EXE_uniffi-bindgen-swift"));
+    let status = generator.arg(library()).arg(folder.path()).arg(kind).status().unwrap();
+    assert!(status.success());
+    let files = std::fs::read_dir(folder.path()).unwrap().map(|entry| {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
+        (path.file_name().unwrap().to_str().unwrap().to_owned(), lines.join("\n") + "\n")
+    });
+    files.collect()
+}
+
+#[test]
+fn the_committed_swift_is_what_the_generator_writes() {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("../swift");
+    for (kind, folder) in [("--swift-sources", "MKABindings"), ("--headers", "CMKA")] {
+        for (name, text) in generated(kind) {
+            let path = package.join("Sources").join(folder).join(&name);
+            if std::env::var_os("MKA_WRITE").is_some() {
+                std::fs::write(&path, &text).unwrap();
+            }
+            let committed = std::fs::read_to_string(&path).unwrap();
+            assert!(
+                committed == text,
+                "{name} is out of date: `MKA_WRITE=1 cargo test -p mka-bindgen` writes it anew"
+            );
+        }
+    }
+}

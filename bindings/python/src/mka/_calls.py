@@ -1,0 +1,189 @@
+"""Calls of the library as values, which the blocking and the asyncio classes make in their own way.
+
+Knows what goes in and how what comes out is converted; not who waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from mka import _convert, _options, _values
+from mka._errors import translated
+from mka._native import mka_bindings as _native
+from mka._options import EngineOptions, Path, RecallOptions, Time
+
+T = TypeVar("T")
+
+ALL = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """A call of a native object: its async form is `name`, the blocking one `name_blocking`."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    convert: Callable[[Any], T]
+
+    def run(self, native: Any) -> T:
+        """Blocks the thread; Ctrl-C is seen when the call is done."""
+        with translated:
+            return self.convert(getattr(native, f"{self.name}_blocking")(*self.arguments))
+
+    async def awaited(self, native: Any) -> T:
+        """Cancelling the task cancels the work."""
+        with translated:
+            return self.convert(await getattr(native, self.name)(*self.arguments))
+
+    def run_interruptibly(self, native: Any) -> T:
+        """Blocks the thread, for long work: Ctrl-C cancels it at once."""
+        # Only the main thread is interrupted; another one waits as it is.
+        if threading.current_thread() is not threading.main_thread():
+            return self.run(native)
+        # An event loop of its own, elsewhere: this thread may be running one.
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(self.awaited(native))
+        outcome: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                outcome.set_result(loop.run_until_complete(task))
+            except BaseException as error:
+                outcome.set_exception(error)
+            finally:
+                loop.close()
+
+        threading.Thread(target=work, name=f"mka-{self.name}", daemon=True).start()
+        try:
+            return outcome.result()
+        except KeyboardInterrupt:
+            if not outcome.done():
+                loop.call_soon_threadsafe(task.cancel)
+            raise
+
+
+def _as_it_is(native: Any) -> Any:
+    return native
+
+
+def open_engine(path: Path, options: EngineOptions) -> Call[Any]:
+    return Call("open", (os.fspath(path), _options.engine_config(options)), _as_it_is)
+
+
+def session(user: str, agent: str | None, session: str) -> Call[Any]:
+    return Call("session", (_options.scope(user, agent, session),), _as_it_is)
+
+
+CLOSE: Call[None] = Call("close", (), _as_it_is)
+
+
+def remember(
+    turns: str | _values.NewTurn | Sequence[_values.NewTurn],
+    user: str,
+    agent: str | None,
+    session: str,
+) -> Call[_values.Committed]:
+    scope = _options.scope(user, agent, session)
+    return Call("remember", (scope, _options.new_turns(turns)), _convert.committed)
+
+
+def recall(
+    query: str, user: str, agent: str | None, session: str | None, options: RecallOptions
+) -> Call[list[_values.Hit]]:
+    scope = _options.scope(user, agent, session)
+    return Call("recall", (scope, query, _options.recall_options(options)), _convert.hits)
+
+
+def memory_context(
+    query: str, budget_tokens: int, user: str, agent: str | None, session: str | None
+) -> Call[_values.Context]:
+    scope = _options.scope(user, agent, session)
+    return Call("context", (scope, query, budget_tokens), _convert.context)
+
+
+def session_context(query: str, budget_tokens: int) -> Call[_values.Context]:
+    return Call("context", (query, budget_tokens), _convert.context)
+
+
+def peek_logits(text: str) -> Call[Any]:
+    return Call("peek_logits", (text,), lambda native: _convert.vectors(native)[0])
+
+
+def forget(
+    user: str,
+    agent: str | None,
+    session: str | None,
+    matching: str | None,
+    turn: int | None,
+    before: Time | None,
+    expired: Time | None,
+    everything: bool,
+) -> Call[_values.Receipt]:
+    selector = _options.forget(session, matching, turn, before, expired, everything)
+    scope = _options.scope(user, agent, session)
+    return Call("forget", (scope, selector), _convert.receipt)
+
+
+def verify(receipt: _values.Receipt) -> Call[None]:
+    return Call("verify", (receipt.record,), _as_it_is)
+
+
+def chunks(
+    user: str, agent: str | None, session: str | None, start: int, end: int
+) -> Call[list[_values.Chunk]]:
+    return Call("chunks", (_options.scope(user, agent, session), start, end), _convert.chunks)
+
+
+def turns(
+    user: str, agent: str | None, session: str, start: int, end: int
+) -> Call[list[_values.Turn]]:
+    return Call("turns", (_options.scope(user, agent, session), start, end), _convert.turns)
+
+
+def sessions(user: str, agent: str | None) -> Call[list[_values.SessionInfo]]:
+    return Call("sessions", (_options.scope(user, agent, None),), _convert.sessions)
+
+
+def embed(texts: Sequence[str]) -> Call[Any]:
+    return Call("embed", (list(texts),), _convert.vectors)
+
+
+def export(
+    path: Path, user: str | None, agent: str | None, session: str | None
+) -> Call[_values.Exported]:
+    scope = _options.export_scope(user, agent, session)
+    return Call("export", (scope, os.fspath(path)), _convert.exported)
+
+
+def import_log(path: Path) -> Call[_values.Imported]:
+    return Call("import_log", (os.fspath(path),), _convert.imported)
+
+
+def backup(path: Path) -> Call[_values.Backup]:
+    return Call("backup", (os.fspath(path),), _convert.backup)
+
+
+def doctor(repair: bool) -> Call[_values.Checkup]:
+    return Call("doctor", (repair,), _convert.checkup)
+
+
+COMPACT: Call[None] = Call("compact", (), _as_it_is)
+
+DISK_USAGE: Call[_values.DiskUsage] = Call("disk_usage", (), _convert.disk_usage)
+
+
+def now(native: Any, name: str, *arguments: Any) -> Any:
+    """What a native object says without work."""
+    with translated:
+        return getattr(native, name)(*arguments)
+
+
+# A thread of the library must not be inside an interpreter that is going away.
+atexit.register(_native.shut_down)

@@ -1,0 +1,262 @@
+//! What a foreign caller passes to one call: every field may be left out, and the engine's defaults hold.
+//! Knows no default value.
+
+use crate::config::RecallPolicy;
+use crate::mirrored::{count, mirrored, set};
+use crate::scope::Role;
+
+/// How one message is answered.
+#[derive(Debug, Clone, Default, uniffi::Record)]
+pub struct SendOptions {
+    /// 0 takes the most likely token.
+    #[uniffi(default)]
+    pub temperature: Option<f32>,
+    /// Keep the k most likely tokens; 0 keeps all.
+    #[uniffi(default)]
+    pub top_k: Option<u64>,
+    /// Keep the smallest set of tokens whose probability reaches this.
+    #[uniffi(default)]
+    pub top_p: Option<f32>,
+    /// Drop tokens less likely than this share of the most likely one.
+    #[uniffi(default)]
+    pub min_p: Option<f32>,
+    /// What the logits of recent tokens are divided by.
+    #[uniffi(default)]
+    pub repetition_penalty: Option<f32>,
+    /// Two runs with one seed draw the same.
+    #[uniffi(default)]
+    pub seed: Option<u64>,
+    /// Most tokens to generate.
+    #[uniffi(default)]
+    pub max_new_tokens: Option<u64>,
+    /// The answer ends before the first of these.
+    #[uniffi(default)]
+    pub stop: Vec<String>,
+    /// Words that the answer begins with.
+    #[uniffi(default)]
+    pub answer_prefix: Option<String>,
+    /// Whether the message is the prompt as it stands, without the chat template.
+    #[uniffi(default)]
+    pub completion: bool,
+    /// Whether the message goes on in the message of the document fed before it.
+    #[uniffi(default)]
+    pub joined: bool,
+    /// Instructions that stand before the first message of a session.
+    #[uniffi(default)]
+    pub system: Option<String>,
+    /// How older tokens come back.
+    #[uniffi(default)]
+    pub recall: Option<RecallPolicy>,
+    /// Memories to look up.
+    #[uniffi(default)]
+    pub recall_k: Option<u64>,
+    /// Whether other sessions of the same user are searched too.
+    #[uniffi(default)]
+    pub across_sessions: bool,
+    /// When the message was said, milliseconds since 1970; now if left out.
+    #[uniffi(default)]
+    pub time_ms: Option<i64>,
+}
+
+impl From<SendOptions> for mka::SendOptions {
+    fn from(from: SendOptions) -> Self {
+        let mut sampling = mka::Sampling::default();
+        set(&mut sampling.temperature, from.temperature);
+        set(&mut sampling.top_k, from.top_k.map(count));
+        set(&mut sampling.top_p, from.top_p);
+        set(&mut sampling.min_p, from.min_p);
+        set(&mut sampling.repetition_penalty, from.repetition_penalty);
+        set(&mut sampling.seed, from.seed);
+        let mut options = Self::default();
+        options.sampling = sampling;
+        options.max_new_tokens = from.max_new_tokens.map(count);
+        options.stop = from.stop;
+        options.answer_prefix = from.answer_prefix.unwrap_or_default();
+        options.completion = from.completion;
+        options.joined = from.joined;
+        options.system = from.system;
+        options.recall = from.recall.map(Into::into);
+        options.recall_k = from.recall_k.map(count);
+        options.across_sessions = from.across_sessions;
+        options.time_ms = from.time_ms;
+        options
+    }
+}
+
+mirrored! {
+    /// What of a document the model reads.
+    pub enum FeedMode for mka::FeedMode {
+        /// By length.
+        Auto,
+        /// Every token runs through the model.
+        Model,
+        /// The text is remembered; the model reads its end.
+        Text,
+    }
+}
+
+/// How a document is taken in.
+#[derive(Debug, Clone, Default, uniffi::Record)]
+pub struct FeedOptions {
+    /// What the model reads.
+    #[uniffi(default)]
+    pub mode: Option<FeedMode>,
+    /// Name of the document, shown beside what is recalled from it.
+    #[uniffi(default)]
+    pub name: Option<String>,
+    /// Whether the text stands outside the chat template.
+    #[uniffi(default)]
+    pub completion: bool,
+    /// When the document was given, milliseconds since 1970; now if left out.
+    #[uniffi(default)]
+    pub time_ms: Option<i64>,
+}
+
+impl From<FeedOptions> for mka::FeedOptions {
+    fn from(from: FeedOptions) -> Self {
+        let mut options = Self::default();
+        set(&mut options.mode, from.mode.map(Into::into));
+        options.name = from.name;
+        options.completion = from.completion;
+        options.time_ms = from.time_ms;
+        options
+    }
+}
+
+/// How to recall.
+#[derive(Debug, Clone, Default, uniffi::Record)]
+pub struct RecallOptions {
+    /// The most hits to return.
+    #[uniffi(default)]
+    pub k: Option<u64>,
+    /// In the scope's own session, only chunks of turns before this one.
+    #[uniffi(default)]
+    pub before_turn: Option<u64>,
+    /// Also look into the other sessions of the scope's user.
+    #[uniffi(default)]
+    pub across_sessions: bool,
+    /// Only turns in these roles; all if empty.
+    #[uniffi(default)]
+    pub roles: Vec<Role>,
+    /// Only turns at this time or later, milliseconds since 1970.
+    #[uniffi(default)]
+    pub since_ms: Option<i64>,
+    /// Only turns before this time, milliseconds since 1970.
+    #[uniffi(default)]
+    pub until_ms: Option<i64>,
+    /// Memory as it was at this time, milliseconds since 1970: later turns are not there yet, and a turn counts as
+    /// superseded or expired if it was by then.
+    #[uniffi(default)]
+    pub as_of_ms: Option<i64>,
+    /// The caller's clock, milliseconds since 1970: what expired by then is left out; the system's clock if left out.
+    #[uniffi(default)]
+    pub now_ms: Option<i64>,
+    /// Also return what a newer turn of the same subject superseded.
+    #[uniffi(default)]
+    pub stale: bool,
+    /// Halves a score for every so many milliseconds of age.
+    #[uniffi(default)]
+    pub half_life_ms: Option<u64>,
+    /// Hits that score less are left out.
+    #[uniffi(default)]
+    pub min_score: Option<f32>,
+    /// Let a short question lean on what its session was about just now.
+    #[uniffi(default)]
+    pub follow_up: Option<bool>,
+}
+
+impl From<RecallOptions> for mka::Recall {
+    fn from(from: RecallOptions) -> Self {
+        let mut recall = Self::default();
+        set(&mut recall.k, from.k.map(count));
+        recall.before_turn = from.before_turn;
+        recall.across_sessions = from.across_sessions;
+        recall.roles = from.roles.into_iter().map(Into::into).collect();
+        recall.since_ms = from.since_ms;
+        recall.until_ms = from.until_ms;
+        recall.as_of_ms = from.as_of_ms;
+        recall.now_ms = from.now_ms;
+        recall.stale = from.stale;
+        recall.half_life_ms = from.half_life_ms;
+        set(&mut recall.min_score, from.min_score);
+        set(&mut recall.follow_up, from.follow_up);
+        recall
+    }
+}
+
+/// A turn to be remembered.
+#[derive(Debug, Clone, uniffi::Record)]
+pub struct NewTurn {
+    /// Who produced it.
+    pub role: Role,
+    /// Its text.
+    pub text: String,
+    /// When, milliseconds since 1970.
+    pub time_ms: i64,
+    /// Where the text comes from: a file name, a URL.
+    #[uniffi(default)]
+    pub source: Option<String>,
+    /// Whether it can be recalled later; by role if left out.
+    #[uniffi(default)]
+    pub remember: Option<bool>,
+    /// What it is a fact about: the newest turn of a subject wins.
+    #[uniffi(default)]
+    pub subject: Option<String>,
+    /// When it stops being recalled, milliseconds since 1970.
+    #[uniffi(default)]
+    pub expires_ms: Option<i64>,
+}
+
+impl From<NewTurn> for mka::NewTurn {
+    fn from(from: NewTurn) -> Self {
+        let mut turn = Self::new(from.role.into(), from.text);
+        turn.time_ms = from.time_ms;
+        turn.source = from.source;
+        set(&mut turn.remember, from.remember);
+        turn.subject = from.subject;
+        turn.expires_ms = from.expires_ms;
+        turn
+    }
+}
+
+/// What to erase within a scope.
+#[derive(Debug, Clone, uniffi::Enum)]
+pub enum Forget {
+    /// Every turn whose text or source name contains this text, letter case aside.
+    Matching {
+        /// The text.
+        text: String,
+    },
+    /// One turn of the scope's session.
+    Turn {
+        /// Its number.
+        turn: u64,
+    },
+    /// Every turn before a time.
+    Before {
+        /// Milliseconds since 1970.
+        time_ms: i64,
+    },
+    /// Every turn whose time to be recalled was over at a time.
+    Expired {
+        /// Milliseconds since 1970.
+        time_ms: i64,
+    },
+    /// The scope's session.
+    Session,
+    /// Every session of the scope.
+    Everything,
+}
+
+impl From<Forget> for mka::Forget {
+    fn from(forget: Forget) -> Self {
+        match forget {
+            Forget::Matching { text } => Self::matching(text),
+            Forget::Turn { turn } => Self::turn(turn),
+            Forget::Before { time_ms } => Self::before(time_ms),
+            Forget::Expired { time_ms } => Self::expired(time_ms),
+            Forget::Session => Self::session(),
+            Forget::Everything => Self::everything(),
+        }
+    }
+}

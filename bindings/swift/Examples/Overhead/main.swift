@@ -1,0 +1,53 @@
+// What a token, a recall and a cancel cost from Swift: `Overhead MODEL [TOKENS]` prints microseconds; Rust and Python have twins.
+// Knows the public API only.
+
+import Foundation
+import MKA
+
+let model = URL(fileURLWithPath: CommandLine.arguments[1])
+let maxNewTokens = CommandLine.arguments.count > 2 ? UInt64(CommandLine.arguments[2])! : 2000
+let folder = FileManager.default.temporaryDirectory.appendingPathComponent("mka-overhead-\(UUID())")
+defer { try? FileManager.default.removeItem(at: folder) }
+let engine = try await Engine.open(
+    at: folder, model: .path(model), options: EngineOptions(device: "cpu", windowTokens: 128))
+let chat = try await engine.session(user: "ada", id: "trip")
+
+func since(_ start: ContinuousClock.Instant) -> Double {
+    let spent = ContinuousClock.now - start
+    return Double(spent.components.seconds) * 1e6 + Double(spent.components.attoseconds) / 1e12
+}
+
+for run in 0..<3 {
+    let start = ContinuousClock.now
+    var tokens = 0
+    for try await event in chat.send("go on", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
+        if case .token = event { tokens += 1 }
+    }
+    print("run \(run): \(since(start) / Double(tokens)) us a token, \(tokens) tokens")
+}
+let before = try chat.numTurns
+var seen = 0
+for try await event in chat.send("tell me a long story", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
+    if case .token = event { seen += 1 }
+    if seen == 5 { break }
+}
+let left = ContinuousClock.now
+// A stream that was left holds its session until the model has stopped.
+_ = try await chat.send("go on", options: SendOptions(maxNewTokens: 1, recallK: 0)).text()
+let stopped = since(left)
+let turns = try await engine.memory.turns(user: "ada", session: "trip", range: before + 1..<before + 2)
+print("cancelled at token \(seen): \(turns[0].numTokens) tokens kept, \(stopped) us until the next turn was done")
+try await engine.memory.remember(
+    (0..<500).map { NewTurn("Fact \($0): the number of thing \($0 % 37) is \($0 * 7).") }, user: "bob",
+    session: "facts")
+// A thousand recalls; the least of twenty runs is what other work on the machine disturbs least.
+var least = Double.infinity
+for _ in 0..<20 {
+    let start = ContinuousClock.now
+    for i in 0..<50 {
+        _ = try await engine.memory.recall("number of thing \(i % 37)", user: "bob")
+    }
+    least = min(least, since(start) / 50)
+}
+print("\(least) us a recall, the least of 20 runs of 50")
+try await engine.close()

@@ -1,0 +1,101 @@
+// Owns one conversation: its streams and its context.
+// Knows neither engine nor model.
+
+import MKABindings
+
+/// One conversation; one stream of it at a time.
+///
+/// A stream ends its work when its task is cancelled, when the loop over it is left, or when it is dropped; the model
+/// stops within one token, and what was generated is kept as the turn's answer.
+public final class Session: Sendable {
+    private let native: NativeSession
+
+    init(_ native: NativeSession) {
+        self.native = native
+    }
+
+    /// User, agent and session.
+    public var scope: Scope { native.scope() }
+
+    /// Answers `message`: recalls what belongs to it, streams the answer, commits both.
+    public func send(
+        _ message: String, options: SendOptions = SendOptions()
+    ) -> AsyncThrowingStream<Event, any Error> {
+        events { try native.send(message: message, options: options) }
+    }
+
+    /// Answers the last message again, in place of its answer.
+    public func regenerate(
+        options: SendOptions = SendOptions()
+    ) -> AsyncThrowingStream<Event, any Error> {
+        events { try native.regenerate(options: options) }
+    }
+
+    private func events(_ start: () throws -> NativeEvents) -> AsyncThrowingStream<Event, any Error> {
+        Pull.stream {
+            let events = try start()
+            return Pull(
+                batch: { try await events.nextBatch()?.map(Event.init) }, cancel: { events.cancel() })
+        }
+    }
+
+    /// Takes in a document of any length at constant memory.
+    public func feed(
+        _ text: String, options: FeedOptions = FeedOptions()
+    ) -> AsyncThrowingStream<FeedEvent, any Error> {
+        Pull.stream {
+            let feed = try native.feed(text: text, options: options)
+            return Pull(
+                batch: { try await feed.nextBatch()?.map(FeedEvent.init) }, cancel: { feed.cancel() })
+        }
+    }
+
+    /// What memory holds on `query`, laid out for another model, never above the budget.
+    public func context(
+        _ query: String, budgetTokens: UInt64
+    ) async throws(MKAError) -> Context {
+        try await translated { [native] in
+            try await native.context(query: query, budgetTokens: budgetTokens)
+        }
+    }
+
+    /// Number of turns in the session's log.
+    public var numTurns: UInt64 {
+        get throws(MKAError) { try translated { try native.numTurns() } }
+    }
+
+    /// Logits of the token after `text`, without changing the session.
+    public func peekLogits(_ text: String) async throws(MKAError) -> [Float] {
+        try await translated { [native] in try await native.peekLogits(text: text).rows.first ?? [] }
+    }
+
+    /// Gives the session back and cancels its stream; another handle may open it.
+    public func close() {
+        native.close()
+    }
+}
+
+extension AsyncThrowingStream where Element == Event, Failure == any Error {
+    /// Runs the turn to its end: the whole answer and its cost.
+    public func text() async throws -> (text: String, usage: Usage) {
+        var answer = ""
+        for try await event in self {
+            switch event {
+            case .token(let token): answer += token.text
+            case .done(let usage): return (answer, usage)
+            case .recalled: break
+            }
+        }
+        throw MKAError(.cancelled, "send: cancelled before the turn was done")
+    }
+}
+
+extension AsyncThrowingStream where Element == FeedEvent, Failure == any Error {
+    /// Feeds to the end.
+    public func finish() async throws -> FeedSummary {
+        for try await event in self {
+            if case .done(let summary) = event { return summary }
+        }
+        throw MKAError(.cancelled, "feed: cancelled before the document was done")
+    }
+}

@@ -1,0 +1,222 @@
+// Owns the plain values of the package; what needs no Swift form of its own is the generated record.
+// Knows no call.
+
+import Foundation
+import MKABindings
+
+/// A remembered piece of text that answers a query.
+public typealias Hit = MKABindings.Hit
+/// What a score is made of.
+public typealias Why = MKABindings.Why
+/// Where a text was said.
+public typealias Source = MKABindings.Source
+/// How far a recalled text may be believed.
+public typealias Trust = MKABindings.Trust
+/// Who produced a turn.
+public typealias Role = MKABindings.Role
+/// Text assembled for a model that lives elsewhere.
+public typealias Context = MKABindings.Context
+/// What one turn cost, in tokens.
+public typealias Usage = MKABindings.Usage
+/// Why an answer ended.
+public typealias StopReason = MKABindings.StopReason
+/// What feeding a document did.
+public typealias FeedSummary = MKABindings.FeedSummary
+/// What remembering did.
+public typealias Committed = MKABindings.Committed
+/// What was erased, without the erased text.
+public typealias Receipt = MKABindings.Receipt
+/// A remembered piece of text, for a list of what memory holds.
+public typealias ChunkInfo = MKABindings.ChunkInfo
+/// A turn as it stands in the log.
+public typealias Turn = MKABindings.Turn
+/// A session, for a list of sessions.
+public typealias SessionInfo = MKABindings.SessionInfo
+/// What a store holds.
+public typealias Stats = MKABindings.Stats
+/// What recall inside attention did for a turn.
+public typealias PageUsage = MKABindings.PageUsage
+/// Something in a turn that looks sensitive.
+public typealias Finding = MKABindings.Finding
+/// A kind of sensitive text, by its form.
+public typealias Sensitive = MKABindings.Sensitive
+/// What a store takes on the disk.
+public typealias DiskUsage = MKABindings.DiskUsage
+/// What an export wrote.
+public typealias Exported = MKABindings.Exported
+/// What an import took in.
+public typealias Imported = MKABindings.Imported
+/// What a backup copied.
+public typealias Backup = MKABindings.Backup
+/// What a check found.
+public typealias Checkup = MKABindings.Checkup
+/// Something that is not as it should be.
+public typealias Problem = MKABindings.Problem
+/// What became, or can become, of something damaged.
+public typealias Repair = MKABindings.Repair
+/// User, agent and session.
+public typealias Scope = MKABindings.Scope
+/// How an engine is opened; what is left out is the engine's default.
+public typealias EngineOptions = MKABindings.EngineConfig
+/// What turns sentences into vectors.
+public typealias EmbedderSource = MKABindings.EmbedderSource
+/// How much of a recalled passage is quoted.
+public typealias Quote = MKABindings.Quote
+/// How older tokens come back into a turn.
+public typealias RecallPolicy = MKABindings.RecallPolicy
+/// Recall inside attention; what is left out is the engine's default.
+public typealias PageConfig = MKABindings.PageConfig
+/// How stored keys and values are held.
+public typealias PagePrecision = MKABindings.PagePrecision
+/// How tokens are chosen for recall inside attention.
+public typealias PageRule = MKABindings.PageRule
+/// What a block of a prompt attends to.
+public typealias Prefill = MKABindings.Prefill
+/// Which database keeps the small records of a new store.
+public typealias Backend = MKABindings.Backend
+/// What memory does not store twice, and what not at all; what is left out is the engine's default.
+public typealias Hygiene = MKABindings.Hygiene
+/// What to do with a turn that holds something sensitive.
+public typealias Policy = MKABindings.Policy
+/// How one message is answered; what is left out is the engine's default.
+public typealias SendOptions = MKABindings.SendOptions
+/// How a document is taken in; what is left out is the engine's default.
+public typealias FeedOptions = MKABindings.FeedOptions
+/// What of a document the model reads.
+public typealias FeedMode = MKABindings.FeedMode
+/// How to recall; what is left out is the engine's default.
+public typealias RecallOptions = MKABindings.RecallOptions
+
+/// Which model to load.
+public enum ModelSource: Sendable, Equatable {
+    /// A repository of the HuggingFace hub, `owner/name`.
+    case hub(String)
+    /// A HuggingFace folder or a GGUF file.
+    case path(URL)
+
+    var native: MKABindings.ModelSource {
+        switch self {
+        case .hub(let id): .hub(id: id)
+        case .path(let url): .path(path: url.path)
+        }
+    }
+}
+
+/// A piece of an answer: whole UTF-8.
+public struct Token: Sendable, Hashable {
+    /// What it adds to the answer.
+    public let text: String
+}
+
+/// What happens while a turn is answered.
+public enum Event: Sendable {
+    /// Memories that were put before the message, best first.
+    case recalled([Hit])
+    /// A piece of the answer.
+    case token(Token)
+    /// The turn is on disk; nothing follows.
+    case done(Usage)
+
+    init(_ native: MKABindings.Event) {
+        switch native {
+        case .recalled(let hits): self = .recalled(hits)
+        case .token(let text): self = .token(Token(text: text))
+        case .done(let usage): self = .done(usage)
+        }
+    }
+}
+
+/// What happens while a document is fed.
+public enum FeedEvent: Sendable {
+    /// Bytes taken in so far, and how many of them are on disk.
+    case progress(fedBytes: UInt64, committedBytes: UInt64, totalBytes: UInt64)
+    /// The whole document is on disk; nothing follows.
+    case done(FeedSummary)
+
+    init(_ native: MKABindings.FeedEvent) {
+        switch native {
+        case .progress(let fed, let committed, let total):
+            self = .progress(fedBytes: fed, committedBytes: committed, totalBytes: total)
+        case .done(let summary): self = .done(summary)
+        }
+    }
+}
+
+/// A turn to be remembered.
+public struct NewTurn: Sendable {
+    /// Its text.
+    public var text: String
+    /// Who produced it.
+    public var role: Role
+    /// When it was said.
+    public var time: Date
+    /// Where the text comes from: a file name, a URL.
+    public var source: String?
+    /// Whether it can be recalled later; nil decides by role.
+    public var remember: Bool?
+    /// What it is a fact about: the newest turn of a subject wins.
+    public var subject: String?
+    /// When it stops being recalled.
+    public var expires: Date?
+
+    /// A turn said now, unless told otherwise.
+    public init(
+        _ text: String, role: Role = .user, time: Date = Date(), source: String? = nil,
+        remember: Bool? = nil, subject: String? = nil, expires: Date? = nil
+    ) {
+        self.text = text
+        self.role = role
+        self.time = time
+        self.source = source
+        self.remember = remember
+        self.subject = subject
+        self.expires = expires
+    }
+
+    var native: MKABindings.NewTurn {
+        MKABindings.NewTurn(
+            role: role, text: text, timeMs: time.milliseconds, source: source, remember: remember,
+            subject: subject, expiresMs: expires?.milliseconds)
+    }
+}
+
+/// What to erase.
+public enum Forget: Sendable {
+    /// Every turn whose text or source name contains this text, letter case aside.
+    case matching(String)
+    /// One turn of the session.
+    case turn(UInt64)
+    /// Every turn before a time.
+    case before(Date)
+    /// Every turn whose time to be recalled was over at a time.
+    case expired(Date)
+    /// The whole session.
+    case session
+    /// Every session.
+    case everything
+
+    var native: MKABindings.Forget {
+        switch self {
+        case .matching(let text): .matching(text: text)
+        case .turn(let turn): .turn(turn: turn)
+        case .before(let time): .before(timeMs: time.milliseconds)
+        case .expired(let time): .expired(timeMs: time.milliseconds)
+        case .session: .session
+        case .everything: .everything
+        }
+    }
+}
+
+extension Date {
+    /// Milliseconds since 1970, the library's clock.
+    public var milliseconds: Int64 { Int64((timeIntervalSince1970 * 1000).rounded()) }
+}
+
+extension MKABindings.Vectors {
+    /// One array a row.
+    var rows: [[Float]] {
+        let values = data.withUnsafeBytes { Array($0.bindMemory(to: Float.self)) }
+        let dim = max(Int(self.dim), 1)
+        return stride(from: 0, to: values.count, by: dim).map { Array(values[$0..<($0 + dim)]) }
+    }
+}

@@ -1,0 +1,307 @@
+// The package over the tiny seeded model: turns, cancelling, errors, memory, many tasks.
+// The repository is found through this file's path.
+
+import Foundation
+import MKA
+import Testing
+
+let root = URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
+    .deletingLastPathComponent().deletingLastPathComponent().deletingLastPathComponent()
+/// A model of two layers with a byte vocabulary and a chat template, trained on 256 tokens.
+let tinyModel = root.appendingPathComponent("engine/tests/data/golden/gguf/model.gguf")
+
+/// A folder of its own for each test, removed when it is done.
+final class Folder: Sendable {
+    let url = FileManager.default.temporaryDirectory.appendingPathComponent("mka-\(UUID())")
+    var store: URL { url.appendingPathComponent("store.mka") }
+
+    init() throws {
+        try FileManager.default.createDirectory(at: url, withIntermediateDirectories: true)
+    }
+
+    deinit {
+        try? FileManager.default.removeItem(at: url)
+    }
+
+    func engine(model: ModelSource? = .path(tinyModel)) async throws -> Engine {
+        try await Engine.open(
+            at: store, model: model,
+            options: EngineOptions(device: "cpu", windowTokens: 128, blockTokens: 64))
+    }
+}
+
+/// The error that `work` throws.
+func failure<T>(_ work: () async throws -> T) async -> MKAError? {
+    do {
+        _ = try await work()
+        return nil
+    } catch {
+        return error as? MKAError
+    }
+}
+
+func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) }
+
+@Test func aTurnStreamsItsAnswerAndSaysWhatItCost() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "trip")
+    var answer = ""
+    var usage: Usage?
+    for try await event in chat.send("hello there", options: short(6)) {
+        switch event {
+        case .token(let token): answer += token.text
+        case .done(let done): usage = done
+        case .recalled: break
+        }
+    }
+    let first = try #require(usage)
+    #expect(first.generatedTokens <= 6 && first.reusedTokens == 0)
+    let again = try await chat.regenerate(options: short(6)).text()
+    #expect(again.text == answer && again.usage.reusedTokens > 0)
+    #expect(try chat.numTurns == 3)
+    #expect(chat.scope == Scope(user: "ada", agent: nil, session: "trip"))
+    #expect(try engine.countTokens("hello") == 5)
+    #expect(try engine.modelName == "model.gguf")
+    #expect(try engine.device == "cpu" && availableDevices().contains("cpu"))
+    #expect(try engine.trainedTokens == 256)
+    #expect(version.split(separator: ".").count == 3)
+    try await engine.close()
+}
+
+@Test func aReopenedSessionContinuesBitForBit() async throws {
+    let folder = try Folder()
+    var logits: [[Float]] = []
+    for round in 0..<2 {
+        let engine = try await folder.engine()
+        let chat = try await engine.session(user: "ada", id: "trip")
+        if round == 0 {
+            _ = try await chat.send("the one", options: short(4)).text()
+            let text = String(repeating: "the end and the beginning. ", count: 40)
+            _ = try await chat.feed(text, options: FeedOptions(mode: .model)).finish()
+        }
+        logits.append(try await chat.peekLogits("the next"))
+        try await engine.close()
+    }
+    #expect(logits[0] == logits[1] && logits[0].count > 200)
+}
+
+@Test func leavingTheLoopCancelsAndTheSessionGoesOn() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "trip")
+    for try await event in chat.send("tell me", options: short(1_000_000)) {
+        if case .token = event { break }
+    }
+    _ = try await chat.send("go on", options: short(2)).text()
+    let turns = try await engine.memory.turns(user: "ada", session: "trip")
+    #expect(turns.map(\.role) == [.user, .assistant, .user, .assistant])
+    #expect(!turns[1].text.isEmpty && turns[1].numTokens < 1000)
+    try await engine.close()
+}
+
+@Test func cancellingTheTaskStopsTheModelAndKeepsTheStoreConsistent() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "trip")
+    let task = Task {
+        var seen: UInt64 = 0
+        do {
+            for try await event in chat.send("tell me", options: short(10_000_000)) {
+                if case .token = event { seen += 1 }
+            }
+            return (seen, false)
+        } catch is CancellationError {
+            return (seen, true)
+        }
+    }
+    try await Task.sleep(for: .milliseconds(200))
+    task.cancel()
+    let (seen, cancelled) = try await task.value
+    #expect(cancelled || seen > 0)
+    _ = try await chat.send("go on", options: short(2)).text()
+    let turns = try await engine.memory.turns(user: "ada", session: "trip")
+    #expect(turns.count == 4)
+    // What was generated and not seen is at most what was on its way.
+    #expect(turns[1].numTokens <= seen + 66)
+    try await engine.close()
+}
+
+@Test func aSecondStreamIsRefusedWhileTheFirstIsOpen() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "trip")
+    let first = chat.send("one", options: short(1_000_000))
+    #expect(await failure { try await chat.send("two").text() }?.kind == .locked)
+    chat.close()
+    #expect(await failure { try await chat.send("two").text() }?.kind == .invalidArgument)
+    _ = try? await first.text()
+    let again = try await engine.session(user: "ada", id: "trip")
+    _ = try await again.send("three", options: short(2)).text()
+    try await engine.close()
+}
+
+@Test func errorsHaveTheirKindAndNameWhatTheySaw() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "trip")
+    let bad = await failure { try await chat.send("x", options: SendOptions(topP: 1.5)).text() }
+    #expect(bad?.kind == .invalidArgument && bad?.message.contains("top_p") == true)
+    #expect(bad?.localizedDescription.contains("top_p") == true)
+    #expect(await failure { try await engine.session(user: "ada", id: "trip") }?.kind == .locked)
+    #expect(await failure { try await folder.engine() }?.kind == .locked)
+    #expect(await failure { try await chat.regenerate().text() }?.kind == .notFound)
+    #expect(await failure { try await engine.session(user: "", id: "x") }?.kind == .invalidArgument)
+    do throws(MKAError) {
+        _ = try await Engine.open(
+            at: folder.url.appendingPathComponent("b"), model: .path(folder.url.appendingPathComponent("none.gguf")))
+        Issue.record("a model that is missing was opened")
+    } catch {
+        #expect(error.kind == .notFound && error.message.contains("none.gguf"))
+    }
+    try await engine.close()
+    #expect(await failure { try await engine.memory.recall("x", user: "ada") }?.message.contains("closed") == true)
+    _ = try await folder.engine().close()
+}
+
+@Test func aDocumentIsFedWithProgress() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "book")
+    let text = String(repeating: "The sheep and the goats went up the hill in the rain. ", count: 500)
+    var last: UInt64 = 0
+    var summary: FeedSummary?
+    for try await event in chat.feed(text, options: FeedOptions(name: "hill.txt")) {
+        switch event {
+        case .progress(let fed, _, let total):
+            #expect(fed >= last && total == UInt64(text.utf8.count))
+            last = fed
+        case .done(let done): summary = done
+        }
+    }
+    #expect(summary?.bytes == UInt64(text.utf8.count))
+    let hits = try await engine.memory.recall("sheep on the hill", user: "ada", session: "book", limit: 2)
+    #expect(hits.first?.source.name == "hill.txt" && hits.first?.trust == .document)
+    try await engine.close()
+}
+
+@Test func memoryRemembersRecallsForgetsAndVerifies() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine(model: nil)
+    let memory = engine.memory
+    try await memory.remember("The hotel is the Sakura Inn.", user: "ada", session: "trip")
+    let old = NewTurn("The passport is X1234567.", time: Date(timeIntervalSince1970: 1000))
+    let done = try await memory.remember([old], user: "ada", session: "trip", agent: "planner")
+    #expect(done.turns == [0] && done.chunksAdded == 1)
+    #expect(try await memory.recall("hotel", user: "ada", limit: 1).first?.text == "The hotel is the Sakura Inn.")
+    #expect(try await memory.recall("hotel", user: "bob").isEmpty)
+    let recent = RecallOptions(sinceMs: 2_000_000)
+    #expect(try await memory.recall("passport", user: "ada", options: recent).allSatisfy { $0.source.timeMs > 2_000_000 })
+    let chat = try await engine.session(user: "ada", id: "trip")
+    let context = try await chat.context("hotel", budgetTokens: 100)
+    #expect(context.text.contains("Sakura") && context.tokens <= 100)
+    let receipt = try await memory.forget(.matching("passport"), user: "ada")
+    #expect(receipt.turns == 1)
+    try await memory.verify(receipt)
+    #expect(try await !memory.chunks(user: "ada").contains { $0.text.contains("X1234567") })
+    #expect(try await memory.sessions(user: "ada").count == 2)
+    let rows = try await memory.embed(["a cat", "a dog"])
+    #expect(rows.count == 2 && abs(rows[0].map { $0 * $0 }.reduce(0, +) - 1) < 1e-4)
+    #expect(try memory.stats.sessions == 2)
+    #expect(await failure { try await chat.send("hello").text() }?.message.contains("no model") == true)
+    try await engine.close()
+}
+
+@Test func aStoreIsLookedAfter() async throws {
+    let folder = try Folder()
+    let options = EngineOptions(
+        backend: .redb, encryptionKey: Data(0..<32),
+        hygiene: Hygiene(secrets: .withhold))
+    let engine = try await Engine.open(at: folder.store, options: options)
+    let memory = engine.memory
+    let monday = Date(timeIntervalSince1970: 1_772_409_600)
+    let committed = try await memory.remember(
+        [
+            NewTurn("I live in Osaka.", time: monday, subject: "home"),
+            NewTurn("I live in Kyoto.", time: monday + 86400, subject: "home"),
+            NewTurn("The market is closed today.", time: monday, expires: monday + 86400),
+            NewTurn("My password: hunter2hunter2", time: monday),
+        ], user: "ada", session: "trip")
+    #expect(committed.findings.map(\.kind) == [.password])
+    let now = try await memory.recall("where do I live", user: "ada")
+    #expect(!now.contains { $0.text == "I live in Osaka." })
+    let then = RecallOptions(asOfMs: monday.milliseconds)
+    let past = try await memory.recall("where do I live", user: "ada", options: then)
+    #expect(past.contains { $0.text == "I live in Osaka." })
+    #expect(try await memory.forget(.expired(monday + 2 * 86400), user: "ada").turns == 1)
+    try await memory.compact()
+    #expect(try await memory.doctor().problems.isEmpty)
+    #expect(try await memory.diskUsage().liveBytes > 0)
+    let log = folder.url.appendingPathComponent("log.jsonl")
+    #expect(try await memory.export(user: "ada", to: log).turns == 4)
+    let copy = folder.url.appendingPathComponent("copy.mka")
+    #expect(try await memory.backup(to: copy).records > 0)
+    #expect(try memory.stats.encrypted)
+    try await engine.close()
+    let again = try await Engine.open(at: copy, options: options)
+    #expect(try await again.memory.importLog(from: log).skipped == 4)
+    try await again.close()
+    let short = EngineOptions(encryptionKey: Data([1, 2]))
+    let wrong = folder.url.appendingPathComponent("wrong.mka")
+    #expect(await failure { try await Engine.open(at: wrong, options: short) }?.kind == .invalidArgument)
+}
+
+@Test func recallInsideAttentionIsChosenAndReported() async throws {
+    let folder = try Folder()
+    let engine = try await Engine.open(
+        at: folder.store, model: .path(tinyModel),
+        options: EngineOptions(
+            device: "cpu", windowTokens: 64, blockTokens: 64, recall: .pages,
+            pages: PageConfig(tokens: 64, precision: .int8, firstLayer: 0)))
+    #expect(try engine.kvBytesPerToken != nil)
+    let chat = try await engine.session(user: "ada", id: "trip")
+    let text = String(repeating: "The sheep went up the hill. ", count: 20)
+    _ = try await chat.feed(text, options: FeedOptions(mode: .model)).finish()
+    let usage = try await chat.send("and then?", options: short(4)).text().usage
+    #expect(try #require(usage.pages).storedTokens > 0)
+    try await engine.close()
+}
+
+@Test func eightTasksOnOneEngineLoseNoTurn() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    try await withThrowingTaskGroup(of: Void.self) { group in
+        for number in 0..<8 {
+            group.addTask {
+                let chat = try await engine.session(user: "ada", id: "s\(number)")
+                for turn in 0..<3 {
+                    _ = try await chat.send("turn \(turn)", options: short(4)).text()
+                    _ = try await engine.memory.recall("turn", user: "ada")
+                }
+            }
+        }
+        try await group.waitForAll()
+    }
+    let sessions = try await engine.memory.sessions(user: "ada")
+    #expect(sessions.count == 8 && sessions.allSatisfy { $0.numTurns >= 6 })
+    try await engine.close()
+}
+
+/// What a closure that other threads call has seen.
+final class Seen: @unchecked Sendable {
+    private let lock = NSLock()
+    private var lines: [String] = []
+
+    func add(_ line: String) { lock.withLock { lines.append(line) } }
+    var all: [String] { lock.withLock { lines } }
+}
+
+@Test func messagesReachTheClosure() async throws {
+    let seen = Seen()
+    try forwardLogs(level: .info) { _, place, message in seen.add("\(place) \(message)") }
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    try forwardLogs(to: nil)
+    #expect(seen.all.contains { $0.hasPrefix("mka::engine open model") })
+    try await engine.close()
+}

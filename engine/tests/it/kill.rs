@@ -18,12 +18,12 @@ fn acknowledge(number: u64) {
 }
 
 /// Sends numbered messages, feeding a numbered document before every third, until it is killed.
-fn work(engine: &Engine) {
+fn work(engine: &Engine, sentences: usize) {
     let mut chat = engine.session_blocking(trip()).unwrap();
     let first = chat.num_turns().unwrap();
     for number in first.. {
         if number % 3 == 0 {
-            let text = format!("document {number} says the end is near. ").repeat(60);
+            let text = format!("document {number} says the end is near. ").repeat(sentences);
             wait(chat.feed_with(text, FeedOptions::through_model()).finish()).unwrap();
         }
         let options = SendOptions::default().max_new_tokens(3).recall_k(2);
@@ -35,14 +35,14 @@ fn work(engine: &Engine) {
 #[test]
 fn killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged() {
     let name = "kill::killed_at_any_moment_of_feed_and_send_a_session_keeps_what_it_acknowledged";
-    kill(name, &|folder| engine(folder, 128));
+    kill(name, &|folder| engine(folder, 128), 60);
 }
 
 #[test]
 fn killed_at_any_moment_a_session_recalls_every_page_of_what_it_acknowledged() {
     let name = "kill::killed_at_any_moment_a_session_recalls_every_page_of_what_it_acknowledged";
     let open = |folder: &Path| pages::open(folder, pages::config(RecallPolicy::Pages)).unwrap();
-    let Some(folder) = kill(name, &open) else { return };
+    let Some(folder) = kill(name, &open, 20) else { return };
     let peek = || {
         let engine = open(folder.path());
         let mut chat = engine.session_blocking(trip()).unwrap();
@@ -55,13 +55,13 @@ fn killed_at_any_moment_a_session_recalls_every_page_of_what_it_acknowledged() {
     let (_, usage) = finish(chat.send_with("which documents", options)).unwrap();
     // Sinks, window and the page that is not full are no stored pages.
     let stored = usage.pages.as_ref().unwrap().stored_tokens as u64;
-    assert!(stored > 1000 && stored + 64 + 64 + 64 >= usage.stream_tokens, "{usage:?}");
+    assert!(stored > 300 && stored + 64 + 64 + 64 >= usage.stream_tokens, "{usage:?}");
 }
 
 /// Kills children that work until then, and looks at what is there after each; the folder. None in a child.
-fn kill(test: &str, open: &dyn Fn(&Path) -> Engine) -> Option<tempfile::TempDir> {
+fn kill(test: &str, open: &dyn Fn(&Path) -> Engine, sentences: usize) -> Option<tempfile::TempDir> {
     if let Some(folder) = std::env::var_os(CHILD) {
-        work(&open(Path::new(&folder)));
+        work(&open(Path::new(&folder)), sentences);
         return None;
     }
     let cycles = std::env::var("MKA_KILL_CYCLES").ok().and_then(|n| n.parse().ok()).unwrap_or(8);

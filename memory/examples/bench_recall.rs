@@ -358,14 +358,19 @@ impl Tally {
     }
 }
 
-const METHODS: [&str; 7] = [
+const METHODS: [&str; 12] = [
     "BM25",
     "one vector a chunk",
     "best sentence",
     "RRF(60) of BM25 and chunk",
     "RRF(60) of BM25 and sentence",
     "recall (what a user gets)",
-    "0.3 / 0.7 instead of 0.5 / 0.5",
+    "0.5 / 0.5, words by the best chunk",
+    "0.3 / 0.7, words by the best chunk",
+    "0.5 / 0.5, words by what can be had",
+    "0.3 / 0.7, words by what can be had",
+    "0.5 / 0.5, the square of that",
+    "0.3 / 0.7, the square of that",
 ];
 
 fn ask_all(store: &Store, cases: &[Case], embedder: &dyn Embedder) {
@@ -424,10 +429,22 @@ fn place(
         |hit: &Hit| rank_by_chunk.get(hit.text.as_str()).copied().unwrap_or(usize::MAX) as f32;
     let word_rank = |hit: &Hit| hit.why.bm25_rank.map_or(f32::MAX, |rank| rank as f32);
     let best = hits.iter().map(|hit| hit.why.bm25).fold(f32::MIN_POSITIVE, f32::max);
+    // BM25 of a chunk that holds every word once, from any that holds some.
+    let attainable = |hit: &Hit| hit.why.bm25 / hit.why.coverage;
+    let some = |hit: &&Hit| hit.why.coverage > 0.0 && hit.why.coverage < 1.0;
+    let attainable = hits.iter().find(some).map_or(best, attainable).max(best);
     let by = |score: &dyn Fn(&Hit) -> f32| {
         let mut ordered: Vec<&Hit> = hits.iter().collect();
         ordered.sort_by(|a, b| score(b).total_cmp(&score(a)));
         ordered.iter().position(|hit| holds(&hit.text))
+    };
+    let fused = |words: f32, most: f32| {
+        by(&|hit| words * hit.why.bm25 / most + (1.0 - words) * hit.why.cosine.max(0.0))
+    };
+    let square = |words: f32| {
+        by(&|hit| {
+            words * (hit.why.bm25 / attainable).powi(2) + (1.0 - words) * hit.why.cosine.max(0.0)
+        })
     };
     match method {
         0 => by(&|hit| hit.why.bm25),
@@ -436,7 +453,12 @@ fn place(
         3 => by(&|hit| 1.0 / (60.0 + word_rank(hit)) + 1.0 / (60.0 + chunk_rank(hit))),
         4 => by(&|hit| 1.0 / (60.0 + word_rank(hit)) + 1.0 / (60.0 + hit.why.cosine_rank as f32)),
         5 => hits.iter().position(|hit| holds(&hit.text)),
-        _ => by(&|hit| 0.3 * hit.why.bm25 / best + 0.7 * hit.why.cosine.max(0.0)),
+        6 => fused(0.5, best),
+        7 => fused(0.3, best),
+        8 => fused(0.5, attainable),
+        9 => fused(0.3, attainable),
+        10 => square(0.5),
+        _ => square(0.3),
     }
 }
 

@@ -11,13 +11,16 @@ work=target/relay
 rm -rf "$work"
 mkdir -p "$work"
 
+# What was built in the root of swift-root.sh runs there.
+swift=()
+command -v swift >/dev/null || swift=(bindings/swift/scripts/swift-root.sh .swift run "$root")
 say() { # say LANGUAGE STORE FROM TO
   local language=$1 store=$2
   shift 2
   case $language in
   rust) target/debug/examples/conversation "$store" "$model" "$script" "$@" ;;
   python) target/python/clean/bin/python bindings/python/examples/conversation.py "$store" "$model" "$script" "$@" ;;
-  swift) bindings/swift/scripts/swift.sh run -q --skip-build Conversation "$store" "$model" "$script" "$@" ;;
+  swift) "${swift[@]}" target/swift/debug/Conversation "$store" "$model" "$script" "$@" ;;
   esac
 }
 

@@ -36,8 +36,8 @@ pub fn poison_outputs(on: bool) {
 /// If there is no such device or no driver.
 pub fn open(ordinal: usize) -> Result<Device> {
     let device = Device::new_cuda_with_stream(ordinal)?;
-    // SAFETY: the device's one stream is the only one that its tensors are ever used on: candle and every op here take
-    // the stream from the device, and refuse tensors of another device.
+    // SAFETY: candle and every op here use a device's tensors on its one stream alone, and refuse those of another device.
+    // Who hands a tensor to another stream, as sums through NCCL do, orders the two and keeps the tensor until it is read.
     unsafe { device.as_cuda_device()?.disable_event_tracking() };
     keep_memory(ordinal);
     Ok(device)

@@ -61,7 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     {
         config.device = format!("cuda:{local}");
     }
-    let group = mka::training::group_from_env(config.device.parse().unwrap_or(mka::Device::Cpu))?;
+    let group = mka::training::group_from_env(config.device()?)?;
     let first = group.as_ref().is_none_or(|group| group.rank() == 0);
     let mut trainer = match group {
         Some(group) => Trainer::open_with(config, group)?,

@@ -310,6 +310,17 @@ impl TrainingConfig {
         })
     }
 
+    /// Where the run is to be; an empty name is the processor.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a name that is no device's.
+    pub fn device(&self) -> Result<crate::Device> {
+        match self.device.as_str() {
+            "" => Ok(crate::Device::Cpu),
+            name => name.parse(),
+        }
+    }
+
     /// Refuses values that no run could use.
     ///
     /// # Errors

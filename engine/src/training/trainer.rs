@@ -68,10 +68,7 @@ impl Trainer {
     /// As [`Trainer::open`].
     pub fn open_with(config: TrainingConfig, collective: Box<dyn Collective>) -> Result<Self> {
         config.check()?;
-        let device: Device = match config.device.as_str() {
-            "" => Device::Cpu,
-            name => name.parse()?,
-        };
+        let device = config.device()?;
         let opened = device.open()?;
         let base = Base::open(&config)?;
         let read = |name: &str, files: &[PathBuf]| {

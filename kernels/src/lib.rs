@@ -42,7 +42,7 @@ pub use attention::{
     AttentionParams, AttentionState, MergeGradients, PageRef, merge_states, merge_states_backward,
     paged_attention,
 };
-pub use elementwise::silu_mul;
+pub use elementwise::{gelu, silu_mul};
 pub use error::{Error, ErrorKind, Result};
 pub use flash::{DenseAttentionParams, attention, attention_backward, attention_forward};
 pub use packed::{PackedMatrix, PackedType, linear};

@@ -50,7 +50,10 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """What a score is made of: `0.5 * bm25 / best bm25 + 0.5 * max(cosine, 0) + recency`."""
+    """What a score is made of: `0.5 * words**3 + 0.5 * max(cosine, 0) + recency`.
+
+    `words` is `bm25` by that of a chunk that holds every word of the question, or by the best one, if that is more.
+    """
 
     bm25: float
     bm25_rank: int | None

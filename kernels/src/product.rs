@@ -91,6 +91,9 @@ mod cuda {
         match *x.stride() {
             [step, 1] if step >= columns || rows == 1 => Some((step.max(columns), false)),
             [1, step] if step >= rows || columns == 1 => Some((step.max(rows), true)),
+            // The step along a dimension of one is never taken.
+            [step, _] if columns == 1 => Some((step.max(1), false)),
+            [_, step] if rows == 1 => Some((step.max(1), true)),
             _ => None,
         }
     }
@@ -112,7 +115,7 @@ mod cuda {
         }
         let readable = |x: &Tensor| match lines(x) {
             Some(_) => Ok(x.clone()),
-            None => x.contiguous(),
+            None => x.force_contiguous(),
         };
         let (a, b) = (readable(a)?, readable(b)?);
         let (Some((a_step, a_turned)), Some((b_step, b_turned)), Some((c_step, false))) =

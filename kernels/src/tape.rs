@@ -9,7 +9,7 @@
 pub mod ops;
 mod project;
 
-use candle_core::{Result, Tensor, TensorId, Var, bail};
+use candle_core::{DType, Result, Tensor, TensorId, Var, bail};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -124,9 +124,11 @@ impl Gradients {
     }
 }
 
+/// Of two types the sum is f32: a weight's gradient is, whatever the weight's type.
 fn added(sum: Option<Tensor>, gradient: Tensor) -> Result<Tensor> {
     match sum {
-        Some(sum) => sum + gradient.detach(),
+        Some(sum) if sum.dtype() == gradient.dtype() => sum + gradient.detach(),
+        Some(sum) => sum.to_dtype(DType::F32)? + gradient.detach().to_dtype(DType::F32)?,
         None => Ok(gradient.detach()),
     }
 }

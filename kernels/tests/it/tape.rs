@@ -416,6 +416,21 @@ fn a_value_used_twice_adds_its_gradients_and_constants_get_none() -> Result<()> 
 }
 
 #[test]
+fn gradients_of_two_types_add_up_in_f32() -> Result<()> {
+    let x = Tensor::new(&[1f32, 2.0], &Device::Cpu)?.to_dtype(DType::BF16)?;
+    let leaf = Value::leaf(&x);
+    let target = leaf.target();
+    let out = tape::record_one(&[&leaf], x.clone(), move |gradient, gradients| {
+        gradients.give(&target, gradient.clone())?;
+        gradients.give(&target, gradient.to_dtype(DType::F32)?)
+    });
+    let gradient = Tensor::new(&[1f32, 3.0], &Device::Cpu)?.to_dtype(DType::BF16)?;
+    let found = tape::backward(&out, &gradient)?.remove(&x).expect("a leaf");
+    assert_eq!(found.to_vec1::<f32>()?, [2.0, 6.0]);
+    Ok(())
+}
+
+#[test]
 fn a_second_walk_and_a_gradient_of_another_shape_are_refused() -> Result<()> {
     let x = Tensor::new(&[1f32, 2.0], &Device::Cpu)?;
     let out = ops::add(&Value::leaf(&x), &Value::constant(&x))?;

@@ -2,7 +2,8 @@
 //   dv = Pᵀ dout, dk = scale · dSᵀ q, dq = scale · dS k, delta = rowsum(dout ∘ out) - dlse.
 // FlashAttention-2 (arXiv 2307.08691), algorithm 2, with two differences: the transposed scores are what is computed,
 // so that Pᵀ and dSᵀ are left operands where they stand, in registers; and a block walks all query heads of its
-// key/value head, so that dk and dv are summed in registers and written once.
+// key/value head, so that dk and dv are summed in registers and written once. Where that leaves fewer blocks than keep a
+// card busy, the query heads are split among blocks, whose sums a last kernel adds up in their order.
 //
 // attention_backward_rows: per query row {lse · log2 e, delta}; bound by memory.
 // attention_backward_kv: a block owns KEYS keys, a warp 16·MT of them, and walks the queries that see them in tiles of
@@ -26,6 +27,23 @@
 // 256 registers: dk and dv are two launches there, five products for four.
 #include "attention_tile.cuh"
 
+struct AttentionBackwardSplitParams {
+  AttentionBackwardParams p;
+  // (2, splits, b, tk, g, d): dk, then dv, of each split; null where there is one.
+  float *parts;
+  // Blocks that share the query heads of a key/value head; divides their number.
+  int32_t splits;
+  // Whether the blocks of one tile of all heads lie together, so that the longest ones come first and none is left alone
+  // at the end; else the tiles of a head do, which then share what they walk in the cache.
+  int32_t by_tile;
+
+  // The tile and the head that a block works on, of `heads` in all.
+  __device__ __forceinline__ int2 place(int num_tiles, int heads) const {
+    const int block = int(blockIdx.x);
+    return by_tile ? make_int2(block / heads, block % heads) : make_int2(block % num_tiles, block / num_tiles);
+  }
+};
+
 enum Gradients { KEYS_AND_VALUES, KEYS_ONLY, VALUES_ONLY };
 
 // Starts the copy of {lse · log2 e, delta} of ROWS query rows. Zeros stand for rows past the end: their q and dout are
@@ -38,8 +56,44 @@ template <int ROWS> __device__ __forceinline__ void load_rows(uint32_t to, const
   }
 }
 
+// Accumulators as they are, to the rows of a split: 32 bytes of a row at once.
+template <int D, int MT>
+__device__ __forceinline__ void store_part(const float (&x)[MT][D / 8][4], float *to, int stride, int first, int limit) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first + 16 * m + 8 * half + lane / 4;
+      if (row >= limit) continue;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n)
+        *reinterpret_cast<float2 *>(to + int64_t(row) * stride + 8 * n + lane % 4 * 2) =
+            make_float2(x[m][n][2 * half], x[m][n][2 * half + 1]);
+    }
+}
+
+// dk and dv from the sums of the splits, in their order; four values a thread, dv in the second half of the grid.
+template <typename T> __device__ void attention_backward_sum(const AttentionBackwardSplitParams &all) {
+  const AttentionBackwardParams &p = all.p;
+  const AttentionShape &shape = p.shape;
+  const int64_t part = int64_t(shape.batch) * shape.key_tokens * shape.kv_heads * p.d;
+  const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  if (at >= part) return;
+  const float *from = all.parts + (blockIdx.y * all.splits) * part + at;
+  float sum[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int split = 0; split < all.splits; ++split) {
+    float x[4];
+    load_floats(from + split * part, x);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += x[e];
+  }
+  store_floats(static_cast<T *>(blockIdx.y == 0 ? p.dk : p.dv) + at, sum);
+}
+
 template <typename T, int D, int WARPS, int MT, int ROWS, int SUB, Gradients WHICH>
-__device__ __forceinline__ void attention_backward_kv(const AttentionBackwardParams &p) {
+__device__ __forceinline__ void attention_backward_kv(const AttentionBackwardSplitParams &all) {
+  const AttentionBackwardParams &p = all.p;
   constexpr bool WITH_KEYS = WHICH != VALUES_ONLY, WITH_VALUES = WHICH != KEYS_ONLY;
   constexpr int THREADS = 32 * WARPS, KEYS = 16 * MT * WARPS, NT = SUB / 8;
   static_assert(ROWS <= THREADS && ROWS % SUB == 0 && SUB % 16 == 0, "a walked tile is whole sub-tiles");
@@ -53,10 +107,13 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardPar
 
   // The first keys first: under a causal mask the most queries see them.
   const int num_tiles = (shape.key_tokens + KEYS - 1) / KEYS;
-  const int key0 = int(blockIdx.x % num_tiles) * KEYS;
-  const int kv_head = int(blockIdx.x / num_tiles) % shape.kv_heads;
-  const int batch = int(blockIdx.x / num_tiles) / shape.kv_heads;
-  const int group = shape.query_heads / shape.kv_heads;
+  const int2 place = all.place(num_tiles, shape.batch * shape.kv_heads * all.splits);
+  const int key0 = place.x * KEYS;
+  const int split = place.y % all.splits;
+  const int kv_head = place.y / all.splits % shape.kv_heads;
+  const int batch = place.y / all.splits / shape.kv_heads;
+  const int group = shape.query_heads / shape.kv_heads / all.splits; // query heads of this block
+  const int first_head = (kv_head * all.splits + split) * group;
   const int q_stride = shape.query_heads * D, kv_stride = shape.kv_heads * D;
   const int64_t q_start = int64_t(batch) * shape.query_tokens * q_stride;
   const int64_t kv_start = int64_t(batch) * shape.key_tokens * kv_stride + int64_t(kv_head) * D;
@@ -66,9 +123,9 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardPar
   const int tiles_a_head = end_row > first_row ? (end_row + ROWS - 1) / ROWS - first_tile : 0;
   const float to_exp2 = shape.scale * LOG2_E;
 
-  // Walked tile `step` is rows of query head kv_head · group + step / tiles_a_head.
+  // Walked tile `step` is rows of query head first_head + step / tiles_a_head.
   const auto load_step = [&](int step) {
-    const int head = kv_head * group + step / tiles_a_head;
+    const int head = first_head + step / tiles_a_head;
     const int row0 = (first_tile + step % tiles_a_head) * ROWS, buffer = step % 2;
     const int64_t start = q_start + int64_t(head) * D;
     load_tile<T, D, ROWS, THREADS>(shared + Q + buffer * TILE_BYTES<ROWS, D>, static_cast<const T *>(p.q) + start,
@@ -168,10 +225,6 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardPar
     }
   }
 
-  __syncthreads(); // No warp reads the keys any more: they are the room through which the gradients leave.
-  if constexpr (WITH_VALUES)
-    store_rows<T, D, MT>(dv, memory + V, warp_row, static_cast<T *>(p.dv) + kv_start, kv_stride, key0,
-                         shape.key_tokens);
   if constexpr (WITH_KEYS) {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -179,13 +232,28 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardPar
       for (int n = 0; n < D / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) dk[m][n][e] *= shape.scale;
+  }
+  if (all.splits > 1) {
+    const int64_t part = int64_t(shape.batch) * shape.key_tokens * kv_stride;
+    float *to = all.parts + split * part + kv_start;
+    if constexpr (WITH_KEYS) store_part<D, MT>(dk, to, kv_stride, key0 + warp_row, shape.key_tokens);
+    if constexpr (WITH_VALUES)
+      store_part<D, MT>(dv, to + all.splits * part, kv_stride, key0 + warp_row, shape.key_tokens);
+    return;
+  }
+  __syncthreads(); // No warp reads the keys any more: they are the room through which the gradients leave.
+  if constexpr (WITH_VALUES)
+    store_rows<T, D, MT>(dv, memory + V, warp_row, static_cast<T *>(p.dv) + kv_start, kv_stride, key0,
+                         shape.key_tokens);
+  if constexpr (WITH_KEYS) {
     store_rows<T, D, MT>(dk, memory + K, warp_row, static_cast<T *>(p.dk) + kv_start, kv_stride, key0,
                          shape.key_tokens);
   }
 }
 
 template <typename T, int D, int WARPS, int MT, int KEYS, int SUB>
-__device__ __forceinline__ void attention_backward_q(const AttentionBackwardParams &p) {
+__device__ __forceinline__ void attention_backward_q(const AttentionBackwardSplitParams &all) {
+  const AttentionBackwardParams &p = all.p;
   constexpr int THREADS = 32 * WARPS, ROWS = 16 * MT * WARPS, NT = SUB / 8;
   static_assert(KEYS % SUB == 0 && SUB % 16 == 0, "a walked tile is whole sub-tiles");
   constexpr int Q = 0, DOUT = Q + TILE_BYTES<ROWS, D>, K = DOUT + TILE_BYTES<ROWS, D>;
@@ -196,9 +264,9 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardPara
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * MT;
 
   const int num_tiles = (shape.query_tokens + ROWS - 1) / ROWS;
-  const int row0 = (num_tiles - 1 - int(blockIdx.x % num_tiles)) * ROWS;
-  const int head = int(blockIdx.x / num_tiles) % shape.query_heads;
-  const int batch = int(blockIdx.x / num_tiles) / shape.query_heads;
+  const int2 place = all.place(num_tiles, shape.batch * shape.query_heads);
+  const int row0 = (num_tiles - 1 - place.x) * ROWS;
+  const int head = place.y % shape.query_heads, batch = place.y / shape.query_heads;
   const int kv_head = head / (shape.query_heads / shape.kv_heads);
   const int q_stride = shape.query_heads * D, kv_stride = shape.kv_heads * D;
   const int64_t q_start = int64_t(batch) * shape.query_tokens * q_stride + int64_t(head) * D;
@@ -291,19 +359,22 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardPara
 
 #define ATTENTION_BACKWARD_KV(NAME, T, D, SUFFIX, WHICH, WARPS, MT, ROWS, SUB, BLOCKS)                                 \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                     \
-      attention_backward_kv##SUFFIX##_##NAME##_##D(const __grid_constant__ AttentionBackwardParams p) {                \
+      attention_backward_kv##SUFFIX##_##NAME##_##D(const __grid_constant__ AttentionBackwardSplitParams p) {           \
     attention_backward_kv<T, D, WARPS, MT, ROWS, SUB, WHICH>(p);                                                       \
   }
 
 #define ATTENTION_BACKWARD_Q(NAME, T, D, WARPS, MT, KEYS, SUB, BLOCKS)                                                 \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                     \
-      attention_backward_q_##NAME##_##D(const __grid_constant__ AttentionBackwardParams p) {                           \
+      attention_backward_q_##NAME##_##D(const __grid_constant__ AttentionBackwardSplitParams p) {                      \
     attention_backward_q<T, D, WARPS, MT, KEYS, SUB>(p);                                                               \
   }
 
 #define ATTENTION_BACKWARD_TYPE(NAME, T)                                                                               \
-  extern "C" __global__ void attention_backward_rows_##NAME(const __grid_constant__ AttentionBackwardParams p) {       \
-    attention_backward_rows<T>(p);                                                                                     \
+  extern "C" __global__ void attention_backward_rows_##NAME(const __grid_constant__ AttentionBackwardSplitParams p) {  \
+    attention_backward_rows<T>(p.p);                                                                                   \
+  }                                                                                                                    \
+  extern "C" __global__ void attention_backward_sum_##NAME(const __grid_constant__ AttentionBackwardSplitParams p) {   \
+    attention_backward_sum<T>(p);                                                                                      \
   }                                                                                                                    \
   ATTENTION_BACKWARD_KV(NAME, T, 64, , KEYS_AND_VALUES, 4, 2, 64, 32, 2)                                               \
   ATTENTION_BACKWARD_KV(NAME, T, 96, , KEYS_AND_VALUES, 8, 1, 64, 32, 1)                                               \

@@ -475,7 +475,7 @@ def backward(_):
         outs = [torch.empty_like(x) for x in (q, k, v)]
         pointers = [q, k, v, 0, dout, 0, 0, rows, *outs]
         params = b"".join(struct.pack("<Q", address(x)) for x in pointers)
-        params += struct.pack("<7if", b, t, t, h, g, 1 << 29, 0, d**-0.5) + struct.pack("<i", d)
+        params += struct.pack("<7if", b, t, t, h, g, 1 << 29, 0, d**-0.5) + struct.pack("<ixxxxQ2i", d, 0, 1, 0)
         kv_shared, q_shared = 4 * 128 * d + 8 * 64 * d + 16 * 64, 4 * 128 * d + 8 * 32 * d
         kv = lambda: module.launch("attention_backward_kv_bf16_128", (b * g * t // 128, 1, 1), 256, params, kv_shared)
         dq = lambda: module.launch("attention_backward_q_bf16_128", (b * h * t // 128, 1, 1), 128, params, q_shared)

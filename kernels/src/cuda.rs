@@ -192,6 +192,22 @@ pub(crate) fn address_of(storage: &CudaStorage, layout: &Layout) -> Result<u64> 
     if !layout.is_contiguous() {
         bail!("cuda: layout {layout:?}, expected a contiguous one");
     }
+    start_of(storage, layout)
+}
+
+/// [`address`] of a matrix whose lines the caller knows to lie apart.
+///
+/// # Errors
+/// As [`address`], but for the layout.
+pub(crate) fn address_of_matrix(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) => start_of(storage, layout),
+        _ => bail!("cuda: tensor on {:?}, expected a CUDA device", tensor.device().location()),
+    }
+}
+
+fn start_of(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
     let stream = storage.device.cuda_stream();
     fn start<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> (u64, usize) {
         (slice.device_ptr(stream).0, size_of::<T>())

@@ -2,8 +2,8 @@
 //! Knows no layer.
 
 use crate::simd::{self, multiversion};
-use crate::storage::contiguous_range;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
+use crate::storage::{aligned, contiguous_range};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 /// Values that one task takes: 16 K floats are 64 KiB, large enough that a task outweighs its dispatch.
@@ -16,7 +16,7 @@ const BLOCK: usize = 16 * 1024;
 /// If the shapes differ.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.shape() != up.shape() || gate.dtype() != up.dtype() {
-        candle_core::bail!(
+        bail!(
             "silu_mul: gate {:?} of {:?}, expected up's {:?} of {:?}",
             gate.shape(),
             gate.dtype(),
@@ -24,7 +24,7 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             up.dtype()
         );
     }
-    gate.contiguous()?.apply_op2(&up.contiguous()?, SiluMul)
+    aligned(gate)?.apply_op2(&aligned(up)?, SiluMul)
 }
 
 struct SiluMul;
@@ -72,10 +72,7 @@ impl CustomOp2 for SiluMul {
             len: len as u64,
         };
         let kernel = format!("silu_mul_{}", cuda::suffix("silu_mul", dtype)?);
-        // Beyond 64 K blocks of 256 a thread takes several values.
-        let blocks = len.div_ceil(256).min(65_536) as u32;
-        let launch = cuda::Launch { grid: (blocks, 1, 1), block: 256, shared_bytes: 0 };
-        cuda::launch(device, "silu_mul", &kernel, launch, &params)?;
+        cuda::launch(device, "silu_mul", &kernel, self::cuda::fours(len), &params)?;
         Ok((out, gate_layout.shape().clone()))
     }
 
@@ -86,11 +83,175 @@ impl CustomOp2 for SiluMul {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        // σ = 1 / (1 + e^-g); silu' = σ (1 + g (1 - σ)).
-        let sigmoid = ((gate.neg()?.exp()? + 1.0)?).recip()?;
-        let silu = (gate * &sigmoid)?;
-        let slope = (&sigmoid * ((gate * (1.0 - &sigmoid)?)? + 1.0)?)?;
-        Ok((Some(((grad * up)? * slope)?), Some((grad * silu)?)))
+        let (dgate, dup) = silu_mul_backward(gate, up, grad)?;
+        Ok((Some(dgate), Some(dup)))
+    }
+}
+
+/// Gradients of [`silu_mul`] for gate and up, from that of its result, all of one shape and type.
+///
+/// # Errors
+/// As [`silu_mul`].
+pub fn silu_mul_backward(gate: &Tensor, up: &Tensor, dout: &Tensor) -> Result<(Tensor, Tensor)> {
+    for (name, x) in [("up", up), ("dout", dout)] {
+        if x.shape() != gate.shape() || x.dtype() != gate.dtype() {
+            bail!(
+                "silu_mul_backward: {name} {:?} of {:?}, expected gate's {:?} of {:?}",
+                x.shape(),
+                x.dtype(),
+                gate.shape(),
+                gate.dtype()
+            );
+        }
+    }
+    let inputs = [gate, up, dout].map(|x| aligned(&x.detach()));
+    let [gate, up, dout] = inputs;
+    let (gate, up, dout) = (gate?, up?, dout?);
+    #[cfg(feature = "cuda")]
+    if gate.device().is_cuda() {
+        return cuda::silu_mul_backward(&gate, &up, &dout);
+    }
+    let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+    let (mut dgate, mut dup) = (values(&gate)?, values(&dout)?);
+    for ((gate, dup), up) in dgate.iter_mut().zip(&mut dup).zip(values(&up)?) {
+        let (g, d, s) = (*gate, *dup, sigmoid(*gate));
+        *gate = d * up * s * (1.0 + g * (1.0 - s));
+        *dup = d * g * s;
+    }
+    let like = |values| Tensor::from_vec(values, gate.shape(), gate.device());
+    Ok((like(dgate)?, like(dup)?))
+}
+
+/// silu(x + bias): x (n, c), bias (c), of one type, f32 on the CPU. No gradient flows.
+///
+/// # Errors
+/// If the shapes or types do not fit.
+pub fn silu_bias(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    silu_bias_or_gradient(x, bias, None)
+}
+
+/// The gradient of x in [`silu_bias`] from that of its result; the bias has its sum over rows.
+///
+/// # Errors
+/// As [`silu_bias`].
+pub fn silu_bias_backward(x: &Tensor, bias: &Tensor, dout: &Tensor) -> Result<Tensor> {
+    silu_bias_or_gradient(x, bias, Some(dout))
+}
+
+fn silu_bias_or_gradient(x: &Tensor, bias: &Tensor, dout: Option<&Tensor>) -> Result<Tensor> {
+    let c = x.dim(1)?;
+    let fits = dout.is_none_or(|dout| dout.shape() == x.shape() && dout.dtype() == x.dtype());
+    if bias.dims() != [c] || bias.dtype() != x.dtype() || !fits {
+        bail!(
+            "silu_bias: x {:?} of {:?}, bias {:?} of {:?}, dout {:?}, expected (n, c), (c) and (n, c) of one type",
+            x.shape(),
+            x.dtype(),
+            bias.shape(),
+            bias.dtype(),
+            dout.map(Tensor::shape)
+        );
+    }
+    let (x, bias) = (x.detach().contiguous()?, bias.detach().contiguous()?);
+    let dout = dout.map(|dout| dout.detach().contiguous()).transpose()?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::silu_bias(&x, &bias, dout.as_ref());
+    }
+    let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+    let (mut out, bias) = (values(&x)?, values(&bias)?);
+    let dout = dout.as_ref().map(values).transpose()?;
+    for (i, x) in out.iter_mut().enumerate() {
+        let g = *x + bias[i % c];
+        let s = sigmoid(g);
+        *x = match &dout {
+            Some(dout) => dout[i] * s * (1.0 + g * (1.0 - s)),
+            None => g * s,
+        };
+    }
+    Tensor::from_vec(out, x.shape(), x.device())
+}
+
+/// 1 / (1 + e^-g) without overflow on either side.
+fn sigmoid(g: f32) -> f32 {
+    let e = (-g.abs()).exp();
+    if g >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use crate::cuda::{Launch, address, device_of, launch, output_tensor, suffix};
+    use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+    use candle_core::{Result, Tensor};
+
+    /// As in `cuda/silu_mul.cu`.
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct SiluMulBackward {
+        gate: u64,
+        up: u64,
+        dout: u64,
+        dgate: u64,
+        dup: u64,
+        len: u64,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct SiluBias {
+        x: u64,
+        bias: u64,
+        dout: u64,
+        out: u64,
+        len: u64,
+        c: u32,
+    }
+
+    // SAFETY: plain numbers in C layout, as the kernels declare them.
+    unsafe impl DeviceRepr for SiluMulBackward {}
+    // SAFETY: as above.
+    unsafe impl DeviceRepr for SiluBias {}
+
+    /// 256 threads a block, four values a thread; beyond 64 K blocks more.
+    pub(super) fn fours(len: usize) -> Launch {
+        let blocks = len.div_ceil(1024).min(65_536) as u32;
+        Launch { grid: (blocks, 1, 1), block: 256, shared_bytes: 0 }
+    }
+
+    pub(super) fn silu_mul_backward(
+        gate: &Tensor,
+        up: &Tensor,
+        dout: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let device = device_of("silu_mul_backward", gate)?;
+        let like = || output_tensor(&device, gate.dtype(), gate.shape());
+        let (dgate, dup, len) = (like()?, like()?, gate.elem_count());
+        let params = SiluMulBackward {
+            gate: address(gate)?,
+            up: address(up)?,
+            dout: address(dout)?,
+            dgate: address(&dgate)?,
+            dup: address(&dup)?,
+            len: len as u64,
+        };
+        let kernel = format!("silu_mul_backward_{}", suffix("silu_mul_backward", gate.dtype())?);
+        launch(&device, "silu_mul", &kernel, fours(len), &params)?;
+        Ok((dgate, dup))
+    }
+
+    pub(super) fn silu_bias(x: &Tensor, bias: &Tensor, dout: Option<&Tensor>) -> Result<Tensor> {
+        let device = device_of("silu_bias", x)?;
+        let (out, len) = (output_tensor(&device, x.dtype(), x.shape())?, x.elem_count());
+        let params = SiluBias {
+            x: address(x)?,
+            bias: address(bias)?,
+            dout: dout.map(address).transpose()?.unwrap_or(0),
+            out: address(&out)?,
+            len: len as u64,
+            c: x.dim(1)? as u32,
+        };
+        let kernel = format!("silu_bias_{}", suffix("silu_bias", x.dtype())?);
+        launch(&device, "silu_mul", &kernel, fours(len), &params)?;
+        Ok(out)
     }
 }
 

@@ -115,6 +115,13 @@ impl AttentionShape {
         self.batch * self.query_tokens * self.query_heads == 0
     }
 
+    /// Bytes of q, dout, k and v in 16 bits.
+    #[cfg(feature = "cuda")]
+    fn walked_bytes(&self) -> usize {
+        let heads = self.query_tokens * self.query_heads + self.key_tokens * self.kv_heads;
+        2 * 2 * self.batch * heads * self.head_dim
+    }
+
     /// Query heads that share a key/value head.
     fn group(&self) -> usize {
         self.query_heads / self.kv_heads

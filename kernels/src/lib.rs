@@ -19,16 +19,24 @@
 //! | [`route()`], [`route_into_pages`] | scan, router softmax, mix, bias, key norm, RoPE, page write in one pass | kv (b, t, 2, g, d), logits (b, t, 1 + m) | MKA, alg. 2, on projected keys and values |
 //! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
 //! | [`silu_mul`] | silu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
+//! | [`rms_norm_forward`] | x / √(mean x² + eps) · w, forward and backward | x (.., c), w (c) | RMSNorm, arXiv 1910.07467 |
+//! | [`cross_entropy`] | log Σ e^logits - logit of the target, and its gradient | logits (n, words) | `cross_entropy` |
+//! | [`tape`] | the ops of a layer with gradients, without candle's graph | - | `tape` |
 
+#[cfg(feature = "cuda")]
+mod adamw;
 mod attention;
+mod cross_entropy;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod elementwise;
 mod error;
 mod flash;
+mod norm;
 pub mod packed;
 mod pages;
 mod pool;
+mod product;
 pub mod recall;
 pub mod reference;
 mod rope;
@@ -37,17 +45,23 @@ pub mod rows;
 mod select;
 mod simd;
 mod storage;
+pub mod tape;
 
+#[cfg(feature = "cuda")]
+pub use adamw::{AdamWStep, adamw, square_sum};
 pub use attention::{
     AttentionParams, AttentionRun, AttentionState, MergeGradients, PageRef, merge_states,
     merge_states_backward, paged_attention, paged_attention_runs,
 };
-pub use elementwise::{gelu, silu_mul};
+pub use cross_entropy::cross_entropy;
+pub use elementwise::{gelu, silu_bias, silu_bias_backward, silu_mul, silu_mul_backward};
 pub use error::{Error, ErrorKind, Result};
 pub use flash::{DenseAttentionParams, attention, attention_backward, attention_forward};
+pub use norm::{NormGradients, NormOutputs, rms_norm_backward, rms_norm_forward};
 pub use packed::{PackedMatrix, PackedType, linear};
 pub use pages::{PAGE_TOKENS, PagePool};
 pub use pool::on_pool;
+pub use product::{ProductOptions, product};
 pub use rope::{RotaryAngles, rotate};
 pub use route::{
     MAX_RATES, RouteCarries, RouteGradients, RouteInputs, RouteOutputs, RouteParams, ema_advance,

@@ -108,6 +108,11 @@ pub fn rotate(x: &Tensor, angles: &RotaryAngles) -> Result<Tensor> {
     x.contiguous()?.apply_op1(Rotate { angles: angles.clone(), inverse: false })
 }
 
+/// Undoes [`rotate`]: the gradient of its input from that of its result. No gradient flows.
+pub(crate) fn rotate_back(x: &Tensor, angles: &RotaryAngles) -> Result<Tensor> {
+    x.detach().contiguous()?.apply_op1_no_bwd(&Rotate { angles: angles.clone(), inverse: true })
+}
+
 struct Rotate {
     angles: RotaryAngles,
     inverse: bool,

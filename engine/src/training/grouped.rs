@@ -3,11 +3,12 @@
 
 use super::cache::{Cached, Kept, LayerCache};
 use super::config::MemoryKind;
-use super::layers::{Linear, Pass};
-use super::operations::{attend, mix, rms_norm};
+use super::layers::{Linear, Pass, forward_all};
+use super::operations::{attend, attend_on_tape, mix, rms_norm};
 use super::summary::Summary;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use candle_core::{DType, Tensor};
+use mka_kernels::tape::{Value, ops};
 use mka_kernels::{DenseAttentionParams, attention_forward, rotate};
 
 /// Attention with grouped heads, and the memory beside it.
@@ -42,13 +43,6 @@ impl GroupedAttention {
         };
         let width = k.dim(1)?;
         let kv = Tensor::cat(&[&k, &v], 1)?;
-        if cached.is_none()
-            && let Some((k, v)) = self.fused(memory, &q, &kv, pass)?
-        {
-            let q = self.queries(&q, pass)?;
-            let out = attend(&q, &k, &v, pass.reach(self.sliding_window)?)?;
-            return self.o.forward(&out.reshape((q.dim(0)? * q.dim(1)?, ()))?, adapters);
-        }
         let levels = memory.levels(&kv, pass, cached.as_deref_mut())?;
         let weights = memory.weights(&q)?;
         let attended = match memory.kind {
@@ -73,26 +67,61 @@ impl GroupedAttention {
         self.o.forward(&attended, adapters)
     }
 
-    /// [`Summary::fused`] with this layer's bias and norm.
-    fn fused(
-        &self,
-        memory: &Summary,
-        q: &Tensor,
-        kv: &Tensor,
-        pass: &Pass,
-    ) -> Result<Option<(Tensor, Tensor)>> {
-        let single = |x: &Tensor| x.to_dtype(DType::F32);
-        let bias = match (self.k.bias(), self.v.bias()) {
-            (Some(k), Some(v)) => Some(Tensor::cat(&[single(k)?, single(v)?], 0)?.reshape((
-                2,
-                self.kv_heads,
-                self.head_dim,
-            ))?),
-            _ => None,
+    /// Whether the tape's ops are all that this pass needs: without memory, or with one whose keys and values the kernels'
+    /// route makes. Else candle's graph is what runs.
+    pub(super) fn is_on_tape(&self, pass: &Pass) -> bool {
+        let memory = self.memory.as_ref().filter(|_| pass.memory);
+        memory.is_none_or(|memory| memory.is_fused(self.k.weight().device(), self.head_dim))
+    }
+
+    /// [`GroupedAttention::forward`] on the tape, without cache.
+    pub(super) fn forward_on_tape(&self, x: &Value, pass: &Pass) -> Result<Value> {
+        let (b, t, g, d) = (pass.b, pass.t, self.kv_heads, self.head_dim);
+        let adapters = pass.adapters;
+        let normed = |x: Value, weight: &Tensor| ops::norm(&x, None, Some(weight), self.eps as f32);
+        let (q, k, v) = match self.memory.as_ref().filter(|_| pass.memory) {
+            Some(memory) => {
+                let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| x.projection(adapters));
+                let mut projected = ops::project(x, &[&[q], &[k, v]])?;
+                let (Some(kv), Some(q)) = (projected.pop(), projected.pop()) else {
+                    return Err(Error::model("attention: expected queries, and keys with values"));
+                };
+                let q = self.q.biased(q)?;
+                let kv = ops::reshape(&kv, (b, t, 2, g, d))?;
+                let bias = self.key_value_bias()?;
+                let norm = self.qk_norm.as_ref().map(|(_, k)| ops::cast(&Value::of(k), DType::F32));
+                let norm = norm.transpose()?;
+                let small = (bias.as_ref(), norm.as_ref());
+                let (k, v) = memory.fused(&q, &kv, small, self.eps, pass)?;
+                (q, k, v)
+            }
+            None => {
+                let [q, k, v] = forward_all(x, [&self.q, &self.k, &self.v], adapters)?;
+                let mut k = ops::reshape(&k, (b * t, g, d))?;
+                if let Some((_, weight)) = &self.qk_norm {
+                    k = normed(k, weight)?.1;
+                }
+                let k = ops::reshape(&ops::rotated(&k, &pass.angles)?, (b, t, g, d))?;
+                (q, k, ops::reshape(&v, (b, t, g, d))?)
+            }
         };
-        let norm = self.qk_norm.as_ref().map(|(_, k)| single(k)).transpose()?;
-        let heads = (self.kv_heads, self.head_dim);
-        memory.fused((q, kv), heads, (bias.as_ref(), norm.as_ref()), self.eps, pass)
+        let mut q = ops::reshape(&q, (b * t, self.heads, d))?;
+        if let Some((weight, _)) = &self.qk_norm {
+            q = normed(q, weight)?.1;
+        }
+        let q = ops::reshape(&ops::rotated(&q, &pass.angles)?, (b, t, self.heads, d))?;
+        let out = attend_on_tape(&q, &k, &v, pass.reach(self.sliding_window)?)?;
+        let [out] =
+            forward_all(&ops::reshape(&out, (b * t, self.heads * d))?, [&self.o], adapters)?;
+        Ok(out)
+    }
+
+    /// Bias of keys and values, f32: (2, g, d).
+    fn key_value_bias(&self) -> Result<Option<Value>> {
+        let (Some(k), Some(v)) = (self.k.bias(), self.v.bias()) else { return Ok(None) };
+        let single = |bias| ops::cast(&Value::of(bias), DType::F32);
+        let both = ops::concat(&[&single(k)?, &single(v)?])?;
+        Ok(Some(ops::reshape(&both, (2, self.kv_heads, self.head_dim))?))
     }
 
     /// Normed and rotated queries: q (n, h · d) -> (b, t, h, d).

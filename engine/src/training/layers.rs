@@ -5,13 +5,15 @@ use super::cache::{Cached, LayerCache};
 use super::config::{LatentSettings, LoraSettings, MemoryKind, MemorySettings};
 use super::grouped::GroupedAttention;
 use super::latent::LatentAttention;
-use super::operations::{Reach, product, rms_norm};
+use super::operations::{Reach, product};
 use super::parameters::{Builder, Init};
 use super::summary::{Rates, Summary};
 use crate::error::{Error, Result};
 use crate::models::config::DecoderConfig;
 use candle_core::Tensor;
-use mka_kernels::{RotaryAngles, silu_mul};
+use mka_kernels::RotaryAngles;
+use mka_kernels::tape::ops::{self, Projection};
+use mka_kernels::tape::{self, Value};
 
 /// What a forward pass runs over: `b` sequences of `t` tokens, n = b · t rows.
 pub(super) struct Pass {
@@ -88,6 +90,21 @@ impl Linear {
         self.with_bias(self.project(x, adapters)?)
     }
 
+    /// Without the bias, as the tape's products take it.
+    pub(super) fn projection(&self, adapters: bool) -> Projection<'_> {
+        let adapter = self.adapter.as_ref().filter(|_| adapters);
+        let adapter = adapter.map(|Adapter { a, b, scale }| (a, b, *scale as f32));
+        Projection { weight: &self.weight, adapter, tf32: false }
+    }
+
+    /// [`Linear::with_bias`] on the tape.
+    pub(super) fn biased(&self, y: Value) -> Result<Value> {
+        Ok(match &self.bias {
+            Some(bias) => ops::add_bias(&y, bias)?,
+            None => y,
+        })
+    }
+
     pub(super) fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
@@ -99,6 +116,21 @@ impl Linear {
         })
     }
 }
+
+/// What each of `linears` makes of x (n, in), on the tape.
+pub(super) fn forward_all<const N: usize>(
+    x: &Value,
+    linears: [&Linear; N],
+    adapters: bool,
+) -> Result<[Value; N]> {
+    let projections = linears.map(|linear| [linear.projection(adapters)]);
+    let groups = projections.each_ref().map(|projection| projection.as_slice());
+    let outputs = ops::project(x, &groups)?;
+    let biased = outputs.into_iter().zip(linears).map(|(y, linear)| linear.biased(y));
+    let outputs: Vec<Value> = biased.collect::<Result<_>>()?;
+    outputs.try_into().map_err(|_| Error::model("project: expected a result of each projection"))
+}
+
 /// What mixes tokens in a layer.
 pub(super) enum Attention {
     Grouped(Box<GroupedAttention>),
@@ -220,7 +252,7 @@ impl Blueprint<'_> {
 
 impl Layer {
     /// hidden (n, hidden) -> (n, hidden).
-    pub(super) fn forward(&self, hidden: &Tensor, pass: &Pass) -> Result<Tensor> {
+    pub(super) fn forward(&self, hidden: &Value, pass: &Pass) -> Result<Value> {
         self.run(hidden, pass, None)
     }
 
@@ -231,7 +263,7 @@ impl Layer {
         pass: &Pass,
         cached: &mut Cached<'_>,
     ) -> Result<Tensor> {
-        self.run(hidden, pass, Some(cached))
+        Ok(self.run(&Value::constant(hidden), pass, Some(cached))?.tensor().clone())
     }
 
     /// An empty cache for `capacity` tokens.
@@ -242,19 +274,27 @@ impl Layer {
         }
     }
 
-    fn run(&self, hidden: &Tensor, pass: &Pass, cached: Option<&mut Cached<'_>>) -> Result<Tensor> {
-        let x = rms_norm(hidden, &self.attention_norm, self.eps)?;
+    fn run(&self, hidden: &Value, pass: &Pass, cached: Option<&mut Cached<'_>>) -> Result<Value> {
+        let eps = self.eps as f32;
+        let (hidden, x) = ops::norm(hidden, None, Some(&self.attention_norm), eps)?;
         let attended = match (&self.attention, cached) {
-            (Attention::Grouped(attention), cached) => attention.forward(&x, pass, cached)?,
-            (Attention::Latent(attention), None) => attention.forward(&x, pass)?,
+            (Attention::Grouped(attention), None) if attention.is_on_tape(pass) => {
+                attention.forward_on_tape(&x, pass)?
+            }
+            (Attention::Grouped(attention), cached) => {
+                tape::segment(&x, |x| attention.forward(x, pass, cached))?
+            }
+            (Attention::Latent(attention), None) => {
+                tape::segment(&x, |x| attention.forward(x, pass))?
+            }
             (Attention::Latent(attention), Some(cached)) => {
-                attention.forward_cached(&x, pass, cached)?
+                tape::segment(&x, |x| attention.forward_cached(x, pass, cached))?
             }
         };
-        let hidden = (hidden + attended)?;
-        let x = rms_norm(&hidden, &self.mlp_norm, self.eps)?;
-        let adapters = pass.adapters;
-        let inner = silu_mul(&self.gate.forward(&x, adapters)?, &self.up.forward(&x, adapters)?)?;
-        Ok((hidden + self.down.forward(&inner, adapters)?)?)
+        let (hidden, x) = ops::norm(&hidden, Some(&attended), Some(&self.mlp_norm), eps)?;
+        let [gate, up] = forward_all(&x, [&self.gate, &self.up], pass.adapters)?;
+        let inner = ops::silu_mul(&gate, &up)?;
+        let [down] = forward_all(&inner, [&self.down], pass.adapters)?;
+        Ok(ops::add(&hidden, &down)?)
     }
 }

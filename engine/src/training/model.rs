@@ -12,9 +12,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::models::config::DecoderConfig;
 use crate::models::frequencies::Frequencies;
 use crate::models::weights::Weights;
-use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use mka_kernels::RotaryAngles;
+use mka_kernels::tape::{self, Value, ops};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -60,6 +60,11 @@ impl Gradients {
 
     pub(super) fn get(&self, index: usize) -> Option<&Tensor> {
         self.sums[index].as_ref()
+    }
+
+    /// The sum so far, which is then the caller's alone.
+    fn take(&mut self, index: usize) -> Option<Tensor> {
+        self.sums[index].take()
     }
 
     pub(super) fn replace(&mut self, index: usize, gradient: Tensor) {
@@ -240,7 +245,7 @@ impl TrainModel {
         let pass = self.pass(batch, view);
         let mut hidden = self.embed(batch)?.detach();
         for layer in &self.layers {
-            hidden = layer.forward(&hidden, &pass)?.detach();
+            hidden = layer.forward(&Value::constant(&hidden), &pass)?.tensor().clone();
         }
         Ok(rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?.detach())
     }
@@ -275,22 +280,22 @@ impl TrainModel {
         let mut hidden = embedded.detach();
         let mut segments = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
-            let input = Var::from_tensor(&hidden)?;
-            let out = layer.forward(input.as_tensor(), &pass)?;
-            hidden = out.detach();
+            let input = hidden;
+            let out = layer.forward(&Value::leaf(&input), &pass)?;
+            hidden = out.tensor().clone();
             segments.push((input, (!recompute).then_some(out)));
         }
-        let (loss, mut dhidden) = self.head(batch, &hidden, total_tokens, teacher, gradients)?;
+        let (losses, mut dhidden) = self.head(batch, &hidden, total_tokens, teacher, gradients)?;
         drop(hidden);
         // What is trained in more than one place is whole at the end alone.
         let mut done = Vec::new();
         for (layer, (input, out)) in self.layers.iter().zip(segments).rev() {
             let out = match out {
                 Some(out) => out,
-                None => layer.forward(input.as_tensor(), &pass)?,
+                None => layer.forward(&Value::leaf(&input), &pass)?,
             };
-            let mut store = along(&out, &dhidden)?;
-            dhidden = store.remove(input.as_tensor()).ok_or_else(|| {
+            let mut store = tape::backward(&out, &dhidden)?;
+            dhidden = store.remove(&input).ok_or_else(|| {
                 Error::model("train: a layer without a gradient of its input, expected one")
             })?;
             let touched = self.collect(&mut store, gradients)?;
@@ -302,17 +307,24 @@ impl TrainModel {
             done.extend(whole);
         }
         if self.embedding.is_variable() {
-            let mut store = along(&embedded, &dhidden)?;
-            self.collect(&mut store, gradients)?;
+            // candle starts from ones of the shape of what it is asked for: a sum in front would only cost its own pass.
+            let store = (embedded * &dhidden)?.backward()?;
+            if let (Some(gradient), Some(index)) =
+                (store.get(&self.embedding), self.index_of(&self.embedding))
+            {
+                gradients.add(index, gradient)?;
+            }
         }
         let rest: Vec<usize> = (0..self.parameters.len())
             .filter(|i| !done.contains(i) && gradients.get(*i).is_some())
             .collect();
         finished(gradients, &rest)?;
-        Ok(loss)
+        // Read last: the device has had its work by now.
+        let losses = Tensor::cat(&losses, 0)?.to_vec1::<f32>()?;
+        Ok(losses.into_iter().map(f64::from).sum())
     }
 
-    /// Loss, and the gradient of the hidden states before the last norm.
+    /// Losses whose sum is that of all tokens, and the gradient of the hidden states before the last norm.
     fn head(
         &self,
         batch: &Batch,
@@ -320,14 +332,14 @@ impl TrainModel {
         total_tokens: usize,
         teacher: Option<(&TrainModel, f64)>,
         gradients: &mut Gradients,
-    ) -> Result<(f64, Tensor)> {
-        let input = Var::from_tensor(hidden)?;
-        let normed = rms_norm(input.as_tensor(), &self.norm, self.config.rms_norm_eps)?;
+    ) -> Result<(Vec<Tensor>, Tensor)> {
+        let eps = self.config.rms_norm_eps as f32;
+        let (_, normed) = ops::norm(&Value::leaf(hidden), None, Some(&self.norm), eps)?;
         let taught = match teacher {
             Some((model, _)) => Some(model.hidden(batch, View::Dense)?),
             None => None,
         };
-        let (mut loss, mut dnormed) = (0.0, Vec::new());
+        let (mut losses, mut dnormed) = (Vec::new(), Vec::new());
         for (start, targets) in loss::chunks(&batch.targets) {
             let part = |x: &Tensor| x.narrow(0, start, targets.len());
             let logits = match (&taught, teacher) {
@@ -338,21 +350,23 @@ impl TrainModel {
             };
             let teacher = logits.as_ref().map(|(logits, share)| (logits, *share));
             let scale = 1.0 / total_tokens as f64;
-            let result = loss::head(&part(&normed)?, &self.head, targets, teacher, scale)?;
-            loss += result.loss;
+            let index = self.index_of(&self.head);
+            let dweight = index.and_then(|index| gradients.take(index));
+            let hidden = part(normed.tensor())?;
+            let result = loss::head(&hidden, &self.head, targets, teacher, scale, dweight)?;
+            losses.push(result.losses);
             dnormed.push(result.hidden);
-            if let Some(dweight) = &result.weight {
-                let index = self.index_of(&self.head).expect("a variable of the model");
-                gradients.add(index, dweight)?;
+            if let (Some(dweight), Some(index)) = (result.weight, index) {
+                gradients.replace(index, dweight);
             }
         }
         debug_assert!(dnormed.len() == batch.targets.len().div_ceil(CHUNK));
-        let mut store = along(&normed, &Tensor::cat(&dnormed, 0)?)?;
-        let dhidden = store.remove(input.as_tensor()).ok_or_else(|| {
+        let mut store = tape::backward(&normed, &Tensor::cat(&dnormed, 0)?)?;
+        let dhidden = store.remove(hidden).ok_or_else(|| {
             Error::model("train: the last norm without a gradient of its input, expected one")
         })?;
         self.collect(&mut store, gradients)?;
-        Ok((loss, dhidden))
+        Ok((losses, dhidden))
     }
 
     fn index_of(&self, tensor: &Tensor) -> Option<usize> {
@@ -360,7 +374,11 @@ impl TrainModel {
     }
 
     /// Moves the parameters' gradients out of `store`; returns which had one.
-    fn collect(&self, store: &mut GradStore, gradients: &mut Gradients) -> Result<Vec<usize>> {
+    fn collect(
+        &self,
+        store: &mut tape::Gradients,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<usize>> {
         let mut touched = Vec::new();
         for (i, parameter) in self.parameters.iter().enumerate() {
             if let Some(gradient) = store.remove(parameter.value.as_tensor()) {
@@ -370,10 +388,4 @@ impl TrainModel {
         }
         Ok(touched)
     }
-}
-
-/// Gradients of everything behind `out`, given the gradient of `out` itself.
-fn along(out: &Tensor, gradient: &Tensor) -> Result<GradStore> {
-    // candle starts from ones of the shape of what it is asked for: a sum in front would only cost its own pass.
-    Ok((out * gradient.detach())?.backward()?)
 }

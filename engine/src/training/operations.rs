@@ -2,12 +2,16 @@
 //! sinks, the mix of levels.
 //! Knows no layer and no parameter by name.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp3, D, DType, Layout, Shape, Storage, Tensor,
 };
-use mka_kernels::{DenseAttentionParams, attention_backward, attention_forward};
+use mka_kernels::tape::{Value, ops, record_one};
+use mka_kernels::{
+    DenseAttentionParams, attention_backward, attention_forward, rms_norm_backward,
+    rms_norm_forward,
+};
 
 type Gradients = [Option<Tensor>; 3];
 type Backward = dyn Fn(&Tensor) -> candle_core::Result<Gradients> + Send + Sync;
@@ -82,23 +86,14 @@ impl CustomOp3 for Computed {
 
 /// x / rms(x) · weight over the last dimension: x (.., c), weight (c), both of one type; sums in f32.
 pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    let (input, scale) = (x.detach().contiguous()?, weight.detach());
-    let out = candle_nn::ops::rms_norm(&input, &scale, eps as f32)?;
+    let frozen = weight.detach();
+    let outputs = rms_norm_forward(x, None, Some(&frozen), eps as f32)?;
     let trained = weight.is_variable();
-    with_gradient([x, weight, weight], out, move |grad| {
-        let c = scale.dim(0)?;
-        let rows = |x: &Tensor| x.to_dtype(DType::F32)?.reshape(((), c));
-        let (g, x32) = (rows(grad)?, rows(&input)?);
-        let inverse = ((x32.sqr()?.mean_keepdim(1)? + eps)?.sqrt()?).recip()?;
-        let normed = x32.broadcast_mul(&inverse)?;
-        let dscale = match trained {
-            true => Some((&g * &normed)?.sum(0)?.to_dtype(scale.dtype())?),
-            false => None,
-        };
-        let g = g.broadcast_mul(&scale.to_dtype(DType::F32)?)?;
-        let along = (&g * &normed)?.mean_keepdim(1)?;
-        let dx = (g - normed.broadcast_mul(&along)?)?.broadcast_mul(&inverse)?;
-        Ok([Some(dx.to_dtype(input.dtype())?.reshape(input.shape())?), dscale, None])
+    let (sum, inverse) = (outputs.sum, outputs.inverse);
+    with_gradient([x, weight, weight], outputs.out, move |grad| {
+        let out = rms_norm_backward((&sum, &inverse), Some(&frozen), grad, None, trained)?;
+        let dweight = out.dweight.map(|dweight| dweight.to_dtype(frozen.dtype())).transpose()?;
+        Ok([Some(out.dx), dweight, None])
     })
 }
 
@@ -175,32 +170,68 @@ pub(super) enum Reach {
     },
 }
 
+impl Reach {
+    /// What one call of the kernels shows of `t` tokens; none where sinks need more than one.
+    fn params(self, t: usize, scale: f32) -> Option<DenseAttentionParams> {
+        let window = match self {
+            Self::WindowAndSinks { window, sinks } if window < t && sinks > 0 => return None,
+            Self::Window(window) | Self::WindowAndSinks { window, .. } if window < t => {
+                Some(window)
+            }
+            _ => None,
+        };
+        Some(DenseAttentionParams { scale, causal: true, window })
+    }
+}
+
 /// Attention in one softmax over what `reach` shows: q (b, t, h, d), k and v (b, t, g, d) -> (b, t, h, d).
 pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, reach: Reach) -> Result<Tensor> {
-    let t = q.dim(1)?;
     let scale = 1.0 / (q.dim(3)? as f32).sqrt();
-    let (window, sinks) = match reach {
-        Reach::WindowAndSinks { window, sinks } if window < t && sinks > 0 => (window, sinks),
-        Reach::Window(window) | Reach::WindowAndSinks { window, .. } if window < t => {
-            let params = DenseAttentionParams { scale, causal: true, window: Some(window) };
-            return Ok(mka_kernels::attention(q, k, v, &params)?);
-        }
-        _ => {
-            let params = DenseAttentionParams { scale, causal: true, window: None };
-            return Ok(mka_kernels::attention(q, k, v, &params)?);
-        }
-    };
-    let inputs = [q, k, v].map(|x| x.detach().contiguous());
-    let [q_in, k_in, v_in] = inputs;
-    let (q_in, k_in, v_in) = (q_in?, k_in?, v_in?);
-    let parts = SinkParts::new(t, window, sinks, scale);
-    let (out, lse) = parts.forward(&q_in, &k_in, &v_in)?;
-    let saved = out.clone();
+    if let Some(params) = reach.params(q.dim(1)?, scale) {
+        return Ok(mka_kernels::attention(q, k, v, &params)?);
+    }
+    let (out, backward) = attend_with_sinks([q, k, v], reach, scale)?;
     with_gradient([q, k, v], out, move |grad| {
-        let (dq, dk, dv) =
-            parts.backward([&q_in, &k_in, &v_in], &saved, &lse, &grad.contiguous()?)?;
+        let [dq, dk, dv] = backward(grad)?;
         Ok([Some(dq), Some(dk), Some(dv)])
     })
+}
+
+/// [`attend`] on the tape.
+pub(super) fn attend_on_tape(q: &Value, k: &Value, v: &Value, reach: Reach) -> Result<Value> {
+    let scale = 1.0 / (q.tensor().dim(3)? as f32).sqrt();
+    if let Some(params) = reach.params(q.tensor().dim(1)?, scale) {
+        return Ok(ops::attention(q, k, v, &params)?);
+    }
+    let (out, backward) = attend_with_sinks([q, k, v].map(Value::tensor), reach, scale)?;
+    let targets = [q, k, v].map(Value::target);
+    Ok(record_one(&[q, k, v], out, move |grad, gradients| {
+        let parts = targets.iter().zip(backward(&grad)?);
+        parts.into_iter().try_for_each(|(target, gradient)| gradients.give(target, gradient))
+    }))
+}
+
+/// Attention over a window and sinks, and what gives the gradients of q, k and v.
+#[allow(clippy::type_complexity, reason = "a tensor and a function of its gradient")]
+fn attend_with_sinks(
+    inputs: [&Tensor; 3],
+    reach: Reach,
+    scale: f32,
+) -> Result<(Tensor, impl Fn(&Tensor) -> candle_core::Result<[Tensor; 3]> + Send + Sync + 'static)>
+{
+    let Reach::WindowAndSinks { window, sinks } = reach else {
+        return Err(Error::invalid("attend: no sinks, expected a window with sinks"));
+    };
+    let [q, k, v] = inputs.map(|x| x.detach().contiguous());
+    let (q, k, v) = (q?, k?, v?);
+    let parts = SinkParts::new(q.dim(1)?, window, sinks, scale);
+    let (out, lse) = parts.forward(&q, &k, &v)?;
+    let saved = out.clone();
+    let backward = move |grad: &Tensor| {
+        let (dq, dk, dv) = parts.backward([&q, &k, &v], &saved, &lse, &grad.contiguous()?)?;
+        Ok([dq, dk, dv])
+    };
+    Ok((out, backward))
 }
 
 /// The parts of attention over a window and sinks: rows of queries, the sinks that they see beyond their window.

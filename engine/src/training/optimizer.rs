@@ -69,7 +69,8 @@ impl AdamW {
             let device = parameters[*index].master().device();
             let len: usize = members.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
             let first = Tensor::zeros(len, DType::F32, device)?;
-            let second = first.clone();
+            // Not a clone, which would be the same memory: a card's update writes in place.
+            let second = Tensor::zeros(len, DType::F32, device)?;
             groups.push(Group { members, decays, memory, first, second });
         }
         Ok(Self { groups })
@@ -112,6 +113,10 @@ impl AdamW {
         gradients: &Gradients,
         (step, steps): (u64, u64),
     ) -> Result<(f64, f64)> {
+        #[cfg(feature = "cuda")]
+        if self.groups.first().is_some_and(|group| group.first.device().is_cuda()) {
+            return self.step_on_card(settings, parameters, gradients, (step, steps));
+        }
         let mut flat = Vec::with_capacity(self.groups.len());
         for group in &self.groups {
             let device = group.first.device();
@@ -125,11 +130,9 @@ impl AdamW {
         if !norm.is_finite() {
             return Ok((norm, rate));
         }
-        let clip = settings.clip_norm;
-        let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
+        let scale = clip_scale(settings, norm);
         let (beta1, beta2) = (settings.beta1, settings.beta2);
-        let power = step.min(i32::MAX as u64) as i32;
-        let (correct1, correct2) = (1.0 - beta1.powi(power), 1.0 - beta2.powi(power));
+        let (correct1, correct2) = corrections(settings, step);
         for (group, gradient) in self.groups.iter_mut().zip(flat) {
             let gradient = (gradient * scale)?;
             let first = ((&group.first * beta1)? + (&gradient * (1.0 - beta1))?)?;
@@ -149,6 +152,55 @@ impl AdamW {
         }
         Ok((norm, rate))
     }
+
+    /// [`AdamW::step`] as one launch a parameter, in place.
+    #[cfg(feature = "cuda")]
+    fn step_on_card(
+        &mut self,
+        settings: &OptimizerSettings,
+        parameters: &[Parameter],
+        gradients: &Gradients,
+        (step, steps): (u64, u64),
+    ) -> Result<(f64, f64)> {
+        let all: Vec<Tensor> =
+            (0..parameters.len()).filter_map(|index| gradients.get(index)).cloned().collect();
+        let norm = mka_kernels::square_sum(&all)?.sqrt();
+        let rate = learning_rate(settings, step, steps);
+        if !norm.is_finite() {
+            return Ok((norm, rate));
+        }
+        let (correct1, correct2) = corrections(settings, step);
+        for group in &self.groups {
+            let numbers = mka_kernels::AdamWStep {
+                scale: clip_scale(settings, norm) as f32,
+                betas: (settings.beta1 as f32, settings.beta2 as f32),
+                corrections: (correct1 as f32, correct2 as f32),
+                eps: settings.eps as f32,
+                weight_decay: if group.decays { settings.weight_decay as f32 } else { 0.0 },
+                rate: (if group.memory { rate * settings.memory_ratio } else { rate }) as f32,
+            };
+            let moments = group.split(&group.first).zip(group.split(&group.second));
+            for ((index, first), (_, second)) in moments {
+                let parameter = &parameters[index];
+                let moments = (&first?, &second?);
+                let (gradient, value) = (gradients.get(index), parameter.rounded());
+                mka_kernels::adamw(gradient, parameter.master(), value, moments, &numbers)?;
+            }
+        }
+        Ok((norm, rate))
+    }
+}
+
+/// Factor on the gradients so that their norm is at most `clip_norm`.
+fn clip_scale(settings: &OptimizerSettings, norm: f64) -> f64 {
+    let clip = settings.clip_norm;
+    if clip > 0.0 && norm > clip { clip / norm } else { 1.0 }
+}
+
+/// 1 - beta^step of both moments.
+fn corrections(settings: &OptimizerSettings, step: u64) -> (f64, f64) {
+    let power = step.min(i32::MAX as u64) as i32;
+    (1.0 - settings.beta1.powi(power), 1.0 - settings.beta2.powi(power))
 }
 
 /// Sum of the squares of a vector: rows in f32, and the rows in f64 in their order.

@@ -24,6 +24,12 @@ impl Parameter {
         self.master.as_ref().unwrap_or(&self.value).as_tensor()
     }
 
+    /// What the forward pass reads, where that is not the master itself.
+    #[cfg(feature = "cuda")]
+    pub(super) fn rounded(&self) -> Option<&Tensor> {
+        self.master.as_ref().map(|_| self.value.as_tensor())
+    }
+
     /// Replaces master and value.
     ///
     /// # Errors

@@ -6,9 +6,11 @@ use super::config::{MemoryKind, MemorySettings};
 use super::layers::Pass;
 use super::operations::{product, softmax};
 use super::parameters::{Builder, Init};
-use crate::error::Result;
-use candle_core::{DType, Tensor};
-use mka_kernels::{MAX_RATES, RouteInputs, RouteParams, ema_scan_learned, route};
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use mka_kernels::tape::Value;
+use mka_kernels::tape::ops::{self, Projection, RouteRest};
+use mka_kernels::{MAX_RATES, RouteParams, ema_scan_learned};
 
 /// Gate and router of one layer (design 3.4).
 pub(super) struct Summary {
@@ -74,45 +76,48 @@ impl Summary {
 
     /// λ = softmax(MLP(q)): (n, h · d) -> (n, 1 + m), f32.
     pub(super) fn weights(&self, q: &Tensor) -> Result<Tensor> {
-        softmax(&self.logits(q)?)
-    }
-
-    /// MLP(q): (n, h · d) -> (n, 1 + m), f32.
-    fn logits(&self, q: &Tensor) -> Result<Tensor> {
         let q = q.to_dtype(DType::F32)?;
         let inner = product(&q, &self.down.0)?.broadcast_add(&self.down.1)?;
         // x · σ(x), in candle's ops: the gradient of its silu is exact.
         let inner = inner.silu()?;
-        Ok(product(&inner, &self.up.0)?.broadcast_add(&self.up.1)?)
+        softmax(&product(&inner, &self.up.0)?.broadcast_add(&self.up.1)?)
     }
 
-    /// Fused keys and values as attention reads them, in the kernels' one pass; none where they have none: on the
-    /// processor, whose plain operations are what that pass is tested against, and for rates that are learned.
+    /// Whether the kernels' one pass makes keys and values: on a card, for rates that are not learned. On the processor
+    /// plain operations do, which that pass is tested against.
+    pub(super) fn is_fused(&self, device: &Device, head_dim: usize) -> bool {
+        let Rates::Fixed { values, .. } = &self.rates else { return false };
+        let known = values.len() <= MAX_RATES && head_dim.is_multiple_of(8);
+        device.is_cuda() && known && self.kind == MemoryKind::Fastmka
+    }
+
+    /// Fused keys and values as attention reads them, in the kernels' one pass, on the tape.
     ///
-    /// q (n, h · d); kv (n, 2 · g · d) without bias; bias (2, g, d) and norm (d) of the keys, f32 -> (b, t, g, d) each.
+    /// q (n, h · d); kv (b, t, 2, g, d) without bias; bias (2, g, d) and norm (d) of the keys, f32 -> (b, t, g, d) each.
     pub(super) fn fused(
         &self,
-        (q, kv): (&Tensor, &Tensor),
-        (kv_heads, head_dim): (usize, usize),
-        (bias, norm): (Option<&Tensor>, Option<&Tensor>),
+        q: &Value,
+        kv: &Value,
+        (bias, norm): (Option<&Value>, Option<&Value>),
         eps: f64,
         pass: &Pass,
-    ) -> Result<Option<(Tensor, Tensor)>> {
-        let (Rates::Fixed { values, .. }, MemoryKind::Fastmka) = (&self.rates, self.kind) else {
-            return Ok(None);
+    ) -> Result<(Value, Value)> {
+        let Rates::Fixed { values, .. } = &self.rates else {
+            return Err(Error::model(
+                "memory: learned rates, expected fixed ones in the fused pass",
+            ));
         };
-        if !kv.device().is_cuda() || values.len() > MAX_RATES || !head_dim.is_multiple_of(8) {
-            return Ok(None);
-        }
-        let (b, t, m) = (pass.b, pass.t, values.len());
-        let inputs = RouteInputs {
-            kv: &kv.reshape((b, t, 2, kv_heads, head_dim))?,
-            logits: &self.logits(q)?.reshape((b, t, 1 + m))?,
-            state: &Tensor::zeros((b, m, 2, kv_heads, head_dim), DType::F32, kv.device())?,
-            gate: &self.gate,
-            bias,
-            norm,
-        };
+        let (b, t, two, g, d) = kv.tensor().dims5()?;
+        let m = values.len();
+        // Products of bf16 queries may round their f32 weights as far.
+        let tf32 = q.tensor().dtype() != DType::F32;
+        let product =
+            |x: &Value, weight| ops::project_one(x, Projection { weight, adapter: None, tf32 });
+        let inner = product(&ops::cast(q, DType::F32)?, &self.down.0)?;
+        let inner = ops::silu_bias(&inner, &self.down.1)?;
+        let logits = ops::add_bias(&product(&inner, &self.up.0)?, &self.up.1)?;
+        let state = Tensor::zeros((b, m, two, g, d), DType::F32, kv.tensor().device())?;
+        let rest = RouteRest { state: &state, gate: &self.gate, bias, norm };
         let params = RouteParams {
             rates: values,
             seen: 0,
@@ -120,8 +125,7 @@ impl Summary {
             eps: eps as f32,
             angles: &pass.row_angles,
         };
-        let out = route(&inputs, &params)?;
-        Ok(Some((out.keys, out.values)))
+        Ok(ops::route(kv, &ops::reshape(&logits, (b, t, 1 + m))?, rest, &params)?)
     }
 
     /// The levels of projected keys and values: kv (n, c) -> (n, m, c), f32.

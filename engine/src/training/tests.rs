@@ -232,6 +232,7 @@ fn gradients_of_every_parameter_equal_finite_differences() {
     };
     for (case, kind, window, latent) in [
         ("plain", MemoryKind::None, 0, false),
+        ("plain window", MemoryKind::None, 5, false),
         ("fastmka", MemoryKind::Fastmka, 0, false),
         ("window", MemoryKind::Fastmka, 5, false),
         ("mka", MemoryKind::Mka, 0, false),

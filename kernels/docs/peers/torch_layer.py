@@ -1,11 +1,12 @@
 """The table of `bench_cuda layer` for PyTorch: a GQA layer with cuDNN attention, and FastMKA as it is published.
 
-python torch_layer.py
+python torch_layer.py [--lengths 2048,4096,8192,16384,32768] [--no-loop]
 The same shapes, tokens, flush of L2 and rounds; bf16, RMS norms in f32, RoPE from tables. "loop" is FastMKA on the hidden
 states with the EMA as a loop over tokens, state in bf16, which is how the published implementation runs it: two levels
 beside the token's own, router of half the query width. It is timed once a row, up to 8,192 tokens of one stream.
 """
 
+import argparse
 import statistics
 import time
 
@@ -91,10 +92,14 @@ def once_ms(work):
 
 
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lengths", default="2048,4096,8192,16384,32768", help="tokens of a stream")
+    parser.add_argument("--no-loop", action="store_true", help="leave out the published loop")
+    args = parser.parse_args()
     print(f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.get_device_name()}; ms")
     print("| layer | b x t | pass | GQA, cuDNN | published loop |\n|---|---|---|---|---|")
     for name, shape in SHAPES.items():
-        for t in (2048, 4096, 8192, 16_384, 32_768):
+        for t in map(int, args.lengths.split(",")):
             b = TOKENS // t
             layer = Layer(*shape, t)
             x = torch.randn(b, t, shape[0], device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -105,12 +110,12 @@ def main():
             with torch.no_grad():
                 forward = median_ms(lambda: layer(x))
                 loop = "-"
-                if t <= LOOP_TOKENS:
+                if t <= LOOP_TOKENS and not args.no_loop:
                     loop = f"{once_ms(lambda: layer(x, True)):.1f}"
             print(f"| {name} | {b} x {t} | forward | {forward:.2f} | {loop} |")
             loop = "-"
             full = median_ms(step)
-            if t <= 4096:
+            if t <= 4096 and not args.no_loop:
                 loop = f"{once_ms(lambda: step(True)):.1f}"
             print(f"| {name} | {b} x {t} | step | {full:.2f} | {loop} |", flush=True)
             del layer, x

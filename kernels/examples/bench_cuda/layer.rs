@@ -2,11 +2,10 @@
 //! The counterpart of `docs/peers/torch_layer.py`, which prints PyTorch's in the same shapes.
 
 use crate::timing::Bench;
-use candle_core::{D, DType, Device, Result, Tensor, Var};
-use mka_kernels::{
-    DenseAttentionParams, RotaryAngles, RouteInputs, RouteParams, attention, rotate, route,
-    silu_mul,
-};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use mka_kernels::tape::ops::{self, Projection, RouteRest};
+use mka_kernels::tape::{self, Value};
+use mka_kernels::{DenseAttentionParams, RotaryAngles, RouteParams};
 
 /// Tokens of every row: batch times length.
 const TOKENS: usize = 32_768;
@@ -32,26 +31,40 @@ const SHAPES: [LayerShape; 2] = [
 /// The layer's weights in bf16, those of the route in f32 where the op takes f32.
 struct Layer {
     shape: LayerShape,
-    q: Var,
-    kv: Var,
-    o: Var,
-    gate: Var,
-    up: Var,
-    down: Var,
-    router_down: Var,
-    router_up: Var,
-    mix: Var,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    router_down: Tensor,
+    router_up: Tensor,
+    mix: Tensor,
+    no_bias: Tensor,
     state: Tensor,
+    /// Of all rows, and of those of one stream.
     angles: RotaryAngles,
+    row_angles: RotaryAngles,
 }
 
 impl Layer {
-    fn new(shape: LayerShape, b: usize, t: usize, device: &Device) -> Result<Self> {
+    /// With `trained` weights a forward pass keeps what the step after it needs.
+    fn new(
+        shape: LayerShape,
+        (b, t): (usize, usize),
+        trained: bool,
+        device: &Device,
+    ) -> Result<Self> {
         let LayerShape { hidden, inner, heads, kv_heads, head_dim, .. } = shape;
-        let weight = |rows: usize, columns: usize| -> Result<Var> {
+        let kept = |x: Tensor| match trained {
+            true => Var::from_tensor(&x).map(|x| x.as_tensor().clone()),
+            false => Ok(x),
+        };
+        let weight = |rows: usize, columns: usize| -> Result<Tensor> {
             let scale = 1.0 / (columns as f32).sqrt();
-            let weight = Tensor::randn(0f32, scale, (columns, rows), device)?;
-            Var::from_tensor(&weight.to_dtype(DType::BF16)?)
+            let weight = Tensor::randn(0f32, scale, (rows, columns), device)?;
+            kept(weight.to_dtype(DType::BF16)?)
         };
         let (q_size, kv_size) = (heads * head_dim, kv_heads * head_dim);
         let frequencies: Vec<f64> =
@@ -59,80 +72,89 @@ impl Layer {
         Ok(Self {
             shape,
             q: weight(q_size, hidden)?,
-            kv: weight(2 * kv_size, hidden)?,
+            k: weight(kv_size, hidden)?,
+            v: weight(kv_size, hidden)?,
             o: weight(hidden, q_size)?,
             gate: weight(inner, hidden)?,
             up: weight(inner, hidden)?,
             down: weight(hidden, inner)?,
             router_down: weight(q_size / 2, q_size)?,
             router_up: weight(1 + RATES.len(), q_size / 2)?,
-            mix: Var::from_tensor(&Tensor::full(0.5f32, 1, device)?)?,
+            mix: kept(Tensor::full(0.5f32, 1, device)?)?,
             state: Tensor::zeros((b, RATES.len(), 2, kv_heads, head_dim), DType::F32, device)?,
-            angles: RotaryAngles::new(0..t as u64, &frequencies, 1.0),
+            no_bias: Tensor::zeros(q_size / 2, DType::BF16, device)?,
+            angles: RotaryAngles::new((0..b).flat_map(|_| 0..t as u64), &frequencies, 1.0),
+            row_angles: RotaryAngles::new(0..t as u64, &frequencies, 1.0),
         })
     }
 
     /// x (b·t, hidden) -> the same; with `routed` keys and values are FastMKA's.
-    fn forward(&self, x: &Tensor, (b, t): (usize, usize), routed: bool) -> Result<Tensor> {
+    fn forward(&self, x: &Value, (b, t): (usize, usize), routed: bool) -> Result<Value> {
         let LayerShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let normed = rms_norm(x)?;
-        let q = normed.matmul(&self.q)?;
-        let kv = normed.matmul(&self.kv)?.reshape((b, t, 2, kv_heads, head_dim))?;
-        let (k, v) = if routed {
-            let inner = silu(&q.matmul(&self.router_down)?)?;
-            let logits = inner.matmul(&self.router_up)?.to_dtype(DType::F32)?;
-            let logits = logits.reshape((b, t, 1 + RATES.len()))?;
-            let inputs = RouteInputs {
-                kv: &kv,
-                logits: &logits,
-                state: &self.state,
-                gate: &self.mix,
-                bias: None,
-                norm: None,
+        let (x, normed) = ops::norm(x, None, None, 1e-6)?;
+        let (q, k, v) = if routed {
+            let groups: [&[Projection]; 2] = [
+                &[Projection::plain(&self.q)],
+                &[Projection::plain(&self.k), Projection::plain(&self.v)],
+            ];
+            let mut projected = ops::project(&normed, &groups)?.into_iter();
+            let (Some(q), Some(kv)) = (projected.next(), projected.next()) else {
+                candle_core::bail!("layer: expected two groups of projections")
             };
+            let inner = ops::project_one(&q, Projection::plain(&self.router_down))?;
+            let inner = ops::silu_bias(&inner, &self.no_bias)?;
+            let logits = ops::cast(
+                &ops::project_one(&inner, Projection::plain(&self.router_up))?,
+                DType::F32,
+            )?;
+            let logits = ops::reshape(&logits, (b, t, 1 + RATES.len()))?;
+            let kv = ops::reshape(&kv, (b, t, 2, kv_heads, head_dim))?;
+            let rest = RouteRest { state: &self.state, gate: &self.mix, bias: None, norm: None };
             let params = RouteParams {
                 rates: &RATES,
                 seen: 0,
                 bias_correction: true,
                 eps: 1e-6,
-                angles: &self.angles,
+                angles: &self.row_angles,
             };
-            let out = route(&inputs, &params)?;
-            (out.keys, out.values)
+            let (k, v) = ops::route(&kv, &logits, rest, &params)?;
+            (q, k, v)
         } else {
-            let k = kv.narrow(2, 0, 1)?.squeeze(2)?;
-            (self.rotated(&k.contiguous()?)?, kv.narrow(2, 1, 1)?.squeeze(2)?)
+            let groups: [&[Projection]; 3] = [
+                &[Projection::plain(&self.q)],
+                &[Projection::plain(&self.k)],
+                &[Projection::plain(&self.v)],
+            ];
+            let mut projected = ops::project(&normed, &groups)?.into_iter();
+            let (Some(q), Some(k), Some(v)) =
+                (projected.next(), projected.next(), projected.next())
+            else {
+                candle_core::bail!("layer: expected three projections")
+            };
+            let k = ops::rotated(&ops::reshape(&k, (b * t, kv_heads, head_dim))?, &self.angles)?;
+            let heads = |x: &Value| ops::reshape(x, (b, t, kv_heads, head_dim));
+            (q, heads(&k)?, heads(&v)?)
         };
-        let q = self.rotated(&q.reshape((b, t, heads, head_dim))?)?;
+        let q = ops::rotated(&ops::reshape(&q, (b * t, heads, head_dim))?, &self.angles)?;
+        let q = ops::reshape(&q, (b, t, heads, head_dim))?;
         let params = DenseAttentionParams {
             scale: 1.0 / (head_dim as f32).sqrt(),
             causal: true,
             window: None,
         };
-        let attended = attention(&q, &k, &v, &params)?.reshape((b * t, heads * head_dim))?;
-        let x = (x + attended.matmul(&self.o)?)?;
-        let normed = rms_norm(&x)?;
-        let inner = silu_mul(&normed.matmul(&self.gate)?, &normed.matmul(&self.up)?)?;
-        x + inner.matmul(&self.down)?
+        let attended = ops::attention(&q, &k, &v, &params)?;
+        let attended = ops::reshape(&attended, (b * t, heads * head_dim))?;
+        let attended = ops::project_one(&attended, Projection::plain(&self.o))?;
+        let (x, normed) = ops::norm(&x, Some(&attended), None, 1e-6)?;
+        let groups: [&[Projection]; 2] =
+            [&[Projection::plain(&self.gate)], &[Projection::plain(&self.up)]];
+        let mut projected = ops::project(&normed, &groups)?.into_iter();
+        let (Some(gate), Some(up)) = (projected.next(), projected.next()) else {
+            candle_core::bail!("layer: expected two projections")
+        };
+        let inner = ops::silu_mul(&gate, &up)?;
+        ops::add(&x, &ops::project_one(&inner, Projection::plain(&self.down))?)
     }
-
-    /// Stream by stream: the angles are those of one.
-    fn rotated(&self, x: &Tensor) -> Result<Tensor> {
-        let b = x.dim(0)?;
-        let streams: Result<Vec<Tensor>> =
-            (0..b).map(|i| rotate(&x.get(i)?, &self.angles)).collect();
-        Tensor::stack(&streams?, 0)
-    }
-}
-
-fn rms_norm(x: &Tensor) -> Result<Tensor> {
-    let wide = x.to_dtype(DType::F32)?;
-    let mean = wide.sqr()?.mean_keepdim(D::Minus1)?;
-    wide.broadcast_div(&(mean + 1e-6)?.sqrt()?)?.to_dtype(x.dtype())
-}
-
-fn silu(x: &Tensor) -> Result<Tensor> {
-    x / (x.neg()?.exp()? + 1.0)?
 }
 
 pub(crate) fn table(bench: &Bench) -> Result<()> {
@@ -143,21 +165,35 @@ pub(crate) fn table(bench: &Bench) -> Result<()> {
     for shape in SHAPES {
         for t in [2048, 4096, 8192, 16_384, 32_768] {
             let b = TOKENS / t;
-            let layer = Layer::new(shape, b, t, bench.device())?;
+            let named = |pass: &str| format!("{} {b} x {t} {pass}", shape.name);
+            if !["forward", "step"].iter().any(|pass| bench.wants(&named(pass))) {
+                continue;
+            }
+            let [layer, frozen] =
+                [true, false].map(|trained| Layer::new(shape, (b, t), trained, bench.device()));
+            let (layer, frozen) = (layer?, frozen?);
             let x = Tensor::randn(0f32, 1.0, (TOKENS, shape.hidden), bench.device())?;
-            let x = Var::from_tensor(&x.to_dtype(DType::BF16)?)?;
+            let x = x.to_dtype(DType::BF16)?;
             let forward = |routed: bool| {
-                bench.median_of(7, || layer.forward(&x.detach(), (b, t), routed).map(drop))
+                bench
+                    .median_of(7, || frozen.forward(&Value::constant(&x), (b, t), routed).map(drop))
             };
             let step = |routed: bool| {
                 bench.median_of(7, || {
-                    let y = layer.forward(&x, (b, t), routed)?;
-                    y.sum_all()?.backward().map(drop)
+                    let y = layer.forward(&Value::leaf(&x), (b, t), routed)?;
+                    // The loss is the sum, as in PyTorch: by rows first, since one sum of all is one block's work.
+                    let _ = y.tensor().sum(1)?.to_dtype(DType::F32)?.sum_all()?;
+                    tape::backward(&y, &y.tensor().ones_like()?).map(drop)
                 })
             };
-            for (pass, gqa, routed) in
-                [("forward", forward(false)?, forward(true)?), ("step", step(false)?, step(true)?)]
-            {
+            for pass in ["forward", "step"] {
+                if !bench.wants(&named(pass)) {
+                    continue;
+                }
+                let (gqa, routed) = match pass {
+                    "forward" => (forward(false)?, forward(true)?),
+                    _ => (step(false)?, step(true)?),
+                };
                 println!(
                     "| {} | {b} x {t} | {pass} | {:.2} | {:.2} | {:.3} |",
                     shape.name,

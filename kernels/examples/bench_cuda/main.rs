@@ -1,6 +1,7 @@
 //! Every CUDA op against the ceilings of the same run: device copy and matrix product.
 //!
-//! `bench_cuda [OP ..]` prints one Markdown table per op; without arguments, all of them.
+//! `bench_cuda [--rows TEXT] [OP ..]` prints one Markdown table per op; without arguments, all of them. With `--rows` a
+//! layer's table has the rows alone whose layer, size and pass contain the text.
 
 mod attention;
 mod layer;
@@ -33,8 +34,12 @@ fn main() -> Result<()> {
             return Ok(());
         }
     };
-    let asked: Vec<String> = std::env::args().skip(1).collect();
-    let bench = Bench::new(device)?;
+    let mut asked: Vec<String> = std::env::args().skip(1).collect();
+    let mut rows = String::new();
+    if let Some(i) = asked.iter().position(|argument| argument == "--rows") {
+        rows = asked.drain(i..asked.len().min(i + 2)).nth(1).unwrap_or_default();
+    }
+    let bench = Bench::new(device, rows)?;
     for (name, table) in TABLES {
         if asked.is_empty() || asked.iter().any(|a| a == name) {
             println!("\n## {name}\n");

@@ -14,13 +14,15 @@ pub(crate) struct Bench {
     flush: Tensor,
     copy_bytes_per_s: f64,
     matmul_flops: f64,
+    /// What the name of a row must contain to be measured.
+    rows: String,
 }
 
 impl Bench {
     /// Measures both ceilings and prints them.
-    pub(crate) fn new(device: Device) -> Result<Self> {
+    pub(crate) fn new(device: Device, rows: String) -> Result<Self> {
         let flush = Tensor::zeros(FLUSH_FLOATS, DType::F32, &device)?;
-        let mut bench = Self { device, flush, copy_bytes_per_s: 1.0, matmul_flops: 1.0 };
+        let mut bench = Self { device, flush, copy_bytes_per_s: 1.0, matmul_flops: 1.0, rows };
         let stream = bench.device.as_cuda_device()?.cuda_stream();
         let source = stream.alloc_zeros::<u8>(256 << 20).map_err(candle_core::Error::wrap)?;
         let mut to = stream.alloc_zeros::<u8>(256 << 20).map_err(candle_core::Error::wrap)?;
@@ -38,6 +40,10 @@ impl Bench {
             bench.matmul_flops / 1e12
         );
         Ok(bench)
+    }
+
+    pub(crate) fn wants(&self, row: &str) -> bool {
+        row.contains(&self.rows)
     }
 
     pub(crate) fn device(&self) -> &Device {

@@ -7,6 +7,12 @@ use crate::storage::zeros;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Tensor, bail};
 
+/// Of 16-bit queries, keys and their like up to here a large card's cache holds all that a call walks.
+const CACHE_BYTES: usize = 40 << 20;
+
+/// Fewer blocks of keys than this are about one wave of a large card, whose time is that of its longest block.
+const FEW_BLOCKS: usize = 528;
+
 /// In place of a bound that is not there.
 const UNBOUNDED: i32 = 1 << 29;
 
@@ -56,10 +62,22 @@ struct BackwardParams {
     d: i32,
 }
 
+/// As in `cuda/attention_backward_sm80.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct BackwardSplitParams {
+    all: BackwardParams,
+    parts: u64,
+    splits: i32,
+    by_tile: i32,
+}
+
 // SAFETY: plain numbers in C layout, as the kernels declare them.
 unsafe impl DeviceRepr for ForwardParams {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for BackwardParams {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for BackwardSplitParams {}
 
 impl ShapeParams {
     fn new(op: &str, shape: &AttentionShape, params: &DenseAttentionParams) -> Result<Self> {
@@ -221,6 +239,20 @@ pub(super) fn backward(
     let dv = cuda::output_tensor(device, dtype, shape.keys())?;
     let (batch, h, tq) = shape.lse();
     let rows = cuda::output_tensor(device, DType::F32, (batch, h, tq, 2))?;
+    let (kv_tile, q_tile) = match dtype {
+        DType::F32 => (Tile::f32(d, 4), Tile::f32(d, 4)),
+        _ => (Tile::backward_kv(d), Tile::backward_q(d)),
+    };
+    let kv_blocks = shape.key_tokens.div_ceil(kv_tile.rows) * batch * shape.kv_heads;
+    let splits = match dtype {
+        DType::F32 => 1,
+        _ if kv_blocks < FEW_BLOCKS => shape.group(),
+        _ => 1,
+    };
+    let parts = match splits {
+        1 => None,
+        _ => Some(cuda::output_tensor(device, DType::F32, (2, splits, dk.elem_count()))?),
+    };
     let kernel_params = BackwardParams {
         q: cuda::address(q)?,
         k: cuda::address(k)?,
@@ -236,29 +268,41 @@ pub(super) fn backward(
         shape: ShapeParams::new(op, shape, params)?,
         d: d as i32,
     };
+    let split_params = BackwardSplitParams {
+        all: kernel_params,
+        parts: parts.as_ref().map(cuda::address).transpose()?.unwrap_or(0),
+        splits: splits as i32,
+        by_tile: i32::from(shape.walked_bytes() <= CACHE_BYTES),
+    };
     let suffix = cuda::suffix(op, dtype)?;
     let (source, size) = match dtype {
         DType::F32 => ("attention_backward_f32", String::new()),
         _ => ("attention_backward_sm80", format!("_{d}")),
     };
     let run = |name: &str, launch: Launch| {
-        cuda::launch(device, source, &format!("attention_backward_{name}"), launch, &kernel_params)
+        let kernel = format!("attention_backward_{name}");
+        match dtype {
+            DType::F32 => cuda::launch(device, source, &kernel, launch, &kernel_params),
+            _ => cuda::launch(device, source, &kernel, launch, &split_params),
+        }
     };
     let per_row = Tile { rows: 8, warps: 8, shared_bytes: 0 };
     run(&format!("rows_{suffix}"), per_row.launch(op, batch * h * tq, 1)?)?;
 
-    let (kv_tile, q_tile) = match dtype {
-        DType::F32 => (Tile::f32(d, 4), Tile::f32(d, 4)),
-        _ => (Tile::backward_kv(d), Tile::backward_q(d)),
-    };
     let kv_kernels: &[&str] = match (dtype, d) {
         (DType::F32, _) => &["kv"],
         (_, 256) => &["kv_dk", "kv_dv"],
         _ => &["kv"],
     };
     for kernel in kv_kernels {
-        let launch = kv_tile.launch(op, shape.key_tokens, batch * shape.kv_heads)?;
+        let launch = kv_tile.launch(op, shape.key_tokens, batch * shape.kv_heads * splits)?;
         run(&format!("{kernel}_{suffix}{size}"), launch)?;
+    }
+    if splits > 1 {
+        // Four values a thread, of dk and of dv.
+        let blocks = dk.elem_count().div_ceil(4 * 256);
+        let launch = Launch { grid: (blocks as u32, 2, 1), block: 256, shared_bytes: 0 };
+        run(&format!("sum_{suffix}"), launch)?;
     }
     run(&format!("q_{suffix}{size}"), q_tile.launch(op, tq, batch * h)?)?;
     Ok((dq, dk, dv))

@@ -10,6 +10,7 @@ mod recall;
 mod rope;
 mod route;
 mod select;
+mod tape;
 
 use candle_core::Device;
 

@@ -9,3 +9,4 @@ mod projected;
 mod recall;
 mod route;
 mod select;
+mod tape;

@@ -6,11 +6,11 @@ use crate::error::Result;
 use crate::models::decoder::Linear;
 use crate::models::frequencies::Frequencies;
 use crate::models::weights::Weights;
-use crate::pages::{RecallScope, Recalled};
+use crate::pages::{RecallScope, Recalled, Together};
 use candle_core::{D, Device, Tensor};
 use mka_kernels::{
-    AttentionParams, AttentionState, PAGE_TOKENS, PageRef, RotaryAngles, ema_advance, ema_scan,
-    fuse_levels, merge_states, paged_attention, rotate,
+    AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, PageRef, RotaryAngles, ema_advance,
+    ema_scan, fuse_levels, merge_states, paged_attention, paged_attention_runs, rotate,
 };
 use std::sync::Arc;
 
@@ -91,8 +91,9 @@ pub(crate) struct AttentionSeam<'a> {
     /// Positions are compact: what a query attends to lies, in stream order, at 0..n - 1, itself last
     /// (StreamingLLM, section 3.2).
     compact: bool,
-    /// Angles of the pass's queries on the compact axis, by the first query and the tokens recalled before it.
-    compact_angles: Vec<(u64, usize, RotaryAngles)>,
+    /// Angles of the pass's queries on the compact axis, by the first query and, run by run, how many queries there are
+    /// and how many tokens are recalled before them.
+    compact_angles: Vec<(u64, Vec<(usize, usize)>, RotaryAngles)>,
 }
 
 impl<'a> AttentionSeam<'a> {
@@ -168,12 +169,21 @@ impl<'a> AttentionSeam<'a> {
         let recent = self.attend_stream(layer, &rotated, window_pages, window, sliding_window)?;
         let mut far = Vec::new();
         let mut recalled = None;
-        for (first, count) in self.runs() {
-            let q = q.narrow(0, first, count)?.contiguous()?;
-            let rotated = rotated.narrow(0, first, count)?.contiguous()?;
-            let (state, own) = self.attend_far(layer, sliding_window, first, &q, rotated)?;
-            far.push(state);
-            recalled = own;
+        let runs = self.runs();
+        let at_once = self.cache.pages().map_or(1, |pages| pages.runs_at_once(q.dims()[1]));
+        for runs in runs.chunks(at_once) {
+            if let Some(state) = self.attend_runs(layer, sliding_window, runs, q, &rotated)? {
+                far.push(state);
+                recalled = None;
+                continue;
+            }
+            for (first, count) in runs.iter().copied() {
+                let q = q.narrow(0, first, count)?.contiguous()?;
+                let rotated = rotated.narrow(0, first, count)?.contiguous()?;
+                let (state, own) = self.attend_far(layer, sliding_window, first, &q, rotated)?;
+                far.push(state);
+                recalled = own;
+            }
         }
         let merged = merge_states(&joined(far)?, &recent)?;
         if let (Some((recalled, lse)), 1, Some(pages)) =
@@ -235,18 +245,14 @@ impl<'a> AttentionSeam<'a> {
         rotated: Tensor,
     ) -> Result<Far> {
         let query_start = self.start + first as u64;
-        let scope = RecallScope {
-            before_page: self.cache.first_window_page(query_start),
-            compact: self.compact,
-            sliding: sliding_window.is_some(),
-        };
+        let scope = self.scope(first, sliding_window);
         let recalled = match self.cache.pages_mut() {
             Some(pages) => pages.recall(layer, q, scope)?,
             None => None,
         };
         let num_recalled = recalled.as_ref().map_or(0, |recalled| recalled.tokens);
         let query = match self.compact {
-            true => rotate(q, &self.compact_angles(query_start, q.dim(0)?, num_recalled))?,
+            true => rotate(q, &self.compact_angles(query_start, vec![(q.dim(0)?, num_recalled)]))?,
             false => rotated,
         };
         let sliding_window = sliding_window.filter(|_| !self.compact);
@@ -272,23 +278,87 @@ impl<'a> AttentionSeam<'a> {
         Ok((merged, Some((recalled, far.lse))))
     }
 
-    /// Angles of `count` queries from `query_start` on, on the axis of what they attend to.
-    fn compact_angles(&mut self, query_start: u64, count: usize, recalled: usize) -> RotaryAngles {
-        let known = self
-            .compact_angles
-            .iter()
-            .find(|(at, num, angles)| (*at, *num, angles.len()) == (query_start, recalled, count));
+    /// What the run whose first query is the pass's query `first` recalls for.
+    fn scope(&self, first: usize, sliding_window: Option<u64>) -> RecallScope {
+        RecallScope {
+            before_page: self.cache.first_window_page(self.start + first as u64),
+            compact: self.compact,
+            sliding: sliding_window.is_some(),
+        }
+    }
+
+    /// [`AttentionSeam::attend_far`] for neighbouring runs (first query, count) at once; None where each must be asked by
+    /// itself. Shapes: `q`, `rotated` (t, num_heads, head_dim) are the whole pass's.
+    fn attend_runs(
+        &mut self,
+        layer: usize,
+        sliding_window: Option<u64>,
+        runs: &[(usize, usize)],
+        q: &Tensor,
+        rotated: &Tensor,
+    ) -> Result<Option<AttentionState>> {
+        let (first, count) = (runs[0].0, runs.iter().map(|(_, count)| count).sum());
+        let scope = |(first, count): &(usize, usize)| (*count, self.scope(*first, sliding_window));
+        let scopes: Vec<_> = runs.iter().map(scope).collect();
+        if runs.len() < 2 {
+            return Ok(None);
+        }
+        let Some(pages) = self.cache.pages_mut() else { return Ok(None) };
+        let q = q.narrow(0, first, count)?.contiguous()?;
+        let recalled = match pages.recall_runs(layer, &q, &scopes)? {
+            Together::Apart => return Ok(None),
+            Together::Nothing => None,
+            Together::Recalled(recalled) => Some(recalled),
+        };
+        let query_start = self.start + first as u64;
+        let query = match (self.compact, &recalled) {
+            (false, _) => rotated.narrow(0, first, count)?.contiguous()?,
+            (true, recalled) => {
+                let parts = match recalled {
+                    Some(recalled) => {
+                        recalled.runs.iter().map(|(run, tokens)| (run.queries, *tokens)).collect()
+                    }
+                    None => vec![(count, 0)],
+                };
+                rotate(&q, &self.compact_angles(query_start, parts))?
+            }
+        };
+        let end = self.start + self.count as u64;
+        let sink_pages = 0..SINK_PAGES.min(end.div_ceil(PAGE_TOKENS as u64));
+        let mut params = AttentionParams {
+            scale: scale(&query)?,
+            query_start,
+            pages: self.cache.page_refs(sink_pages, end)?,
+            window_tokens: None,
+            sliding_window: sliding_window.filter(|_| !self.compact),
+        };
+        let pool = self.cache.pool(layer);
+        let sinks = paged_attention(&query, &pool.keys, &pool.values, &params)?;
+        let Some(recalled) = recalled else { return Ok(Some(sinks)) };
+        let runs: Vec<AttentionRun> = recalled.runs.into_iter().map(|(run, _)| run).collect();
+        params.pages = recalled.pages;
+        let far = paged_attention_runs(&query, &recalled.keys, &recalled.values, &params, &runs)?;
+        Ok(Some(merge_states(&sinks, &far)?))
+    }
+
+    /// Angles of queries from `query_start` on, on the axis of what they attend to: of each run how many there are, and
+    /// how many tokens they recall.
+    fn compact_angles(&mut self, query_start: u64, runs: Vec<(usize, usize)>) -> RotaryAngles {
+        let known =
+            self.compact_angles.iter().find(|(at, own, _)| (*at, own) == (query_start, &runs));
         if let Some((.., angles)) = known {
             return angles.clone();
         }
         let sinks = SINK_PAGES * PAGE_TOKENS as u64;
-        let compact = |t: u64| {
+        let recalled =
+            runs.iter().flat_map(|(count, recalled)| std::iter::repeat_n(*recalled, *count));
+        let compact = |(t, recalled): (u64, usize)| {
             let window = (self.cache.first_window_page(t) * PAGE_TOKENS as u64).max(sinks);
             (t - window.min(t)) + sinks.min(t) + recalled as u64
         };
-        let positions = query_start..query_start + count as u64;
-        let angles = self.config.frequencies.angles(positions.map(compact));
-        self.compact_angles.push((query_start, recalled, angles.clone()));
+        let positions = (query_start..).zip(recalled).map(compact);
+        let angles = self.config.frequencies.angles(positions);
+        self.compact_angles.push((query_start, runs, angles.clone()));
         angles
     }
 

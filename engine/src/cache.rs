@@ -102,11 +102,15 @@ impl Cache {
     /// Hands the pages of `layer` before page `end`, which no query from here on sees in its window, to the store.
     pub(crate) fn absorb(&mut self, layer: usize, end: u64) -> Result<()> {
         let Some(mut pages) = self.pages.take() else { return Ok(()) };
-        let absorbed = (pages.next_page(layer)..end).try_for_each(|page| -> Result<()> {
-            let (keys, values) = self.pools[layer].read(self.slot(page)?, PAGE_TOKENS)?;
-            let numbers = |x: Tensor| x.flatten_all()?.to_vec1::<f32>();
-            pages.absorb(layer, page, &numbers(keys)?, &numbers(values)?);
-            Ok(())
+        let own = pages.next_page(layer)..end;
+        let page_len = self.shape.num_kv_heads * PAGE_TOKENS * self.shape.head_dim;
+        let absorbed = own.clone().map(|page| self.slot(page)).collect::<Result<Vec<_>>>();
+        let absorbed = absorbed.and_then(|slots| Ok(self.pools[layer].download(&slots)?));
+        let absorbed = absorbed.map(|(keys, values)| {
+            let rows = keys.chunks_exact(page_len).zip(values.chunks_exact(page_len));
+            for (page, (keys, values)) in own.zip(rows) {
+                pages.absorb(layer, page, keys, values);
+            }
         });
         self.pages = Some(pages);
         absorbed

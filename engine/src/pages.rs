@@ -15,7 +15,7 @@ mod tests;
 mod vote;
 
 pub use codec::PagePrecision;
-pub(crate) use gather::RecallScope;
+pub(crate) use gather::{RecallScope, Together};
 pub(crate) use store::{PageShape, PageSource, PageStore, Recalled};
 
 use crate::error::{Error, Result};

@@ -1,7 +1,7 @@
 // Attention of many query rows over pages, f32: out = softmax(q kᵀ · scale + bias) v, one online softmax.
 //
-// Block: (tile of 64 query rows, key/value head), 256 threads; rows are (token, head of the group), so that the heads
-// of a group share every page. Thread (y, x) of 16 x 16 scores rows 4y..4y+3 against keys x, x+16, x+32, x+48, and
+// Block: (tile of 64 query rows, key/value head, run of queries), 256 threads; rows are (token, head of the group), so
+// that the heads of a group share every page. Thread (y, x) of 16 x 16 scores rows 4y..4y+3 against keys x, x+16, x+32, x+48, and
 // owns the same rows' columns 4x..4x+3 (+64, ..) of the output; a row's sixteen threads are half a warp, so that its
 // softmax needs no barrier. K and V of a page come by cp.async, each while the other is multiplied.
 //
@@ -13,8 +13,21 @@
 
 constexpr int ROWS = 64;
 constexpr int THREADS = 256;
+constexpr int MAX_RUNS = 16;
 
-template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
+// Query tokens that attend to pages of their own.
+struct Run {
+  uint32_t first, queries;
+  uint32_t first_page, end_page; // of the list
+};
+
+struct PrefillParams {
+  PagedParams all;
+  Run runs[MAX_RUNS]; // one for each block of the third dimension
+};
+static_assert(sizeof(PrefillParams) <= 4096, "parameters of a launch");
+
+template <int D> __device__ __forceinline__ void prefill(const PagedParams &p, const Run &run) {
   static_assert(D % 16 == 0, "whole float4 columns");
   constexpr int STRIDE = D + 4; // 16-byte units: odd, so that eight rows meet eight different bank groups
   constexpr int PARTS = (D + 63) / 64; // output columns of a thread, four each
@@ -23,12 +36,13 @@ template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
 
   const int tid = threadIdx.x, y = tid / 16, x = tid % 16;
   // The last tile sees most: it starts first.
-  const uint32_t row0 = (gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y;
-  const uint32_t rows = p.t * p.group;
+  const uint32_t row0 = run.first * p.group + (gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y;
+  const uint32_t rows = (run.first + run.queries) * p.group;
+  if (row0 >= rows) return;
   const TileView view = view_of_rows(p, row0, ROWS);
 
   const auto next_page = [&](uint32_t i) {
-    while (i < p.num_pages && !view.any(page_at(p, i))) i++;
+    while (i < run.end_page && !view.any(page_at(p, i))) i++;
     return i;
   };
   const auto load = [&](float *to, int stride, const void *pool, const Page &page) {
@@ -56,10 +70,10 @@ template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
 #pragma unroll
   for (int i = 0; i < 4; i++) max[i] = -INFINITY, sum[i] = 0.0f;
 
-  uint32_t at = next_page(0);
-  if (at < p.num_pages) load(k, STRIDE, p.keys, page_at(p, at));
+  uint32_t at = next_page(run.first_page);
+  if (at < run.end_page) load(k, STRIDE, p.keys, page_at(p, at));
   copy_commit();
-  while (at < p.num_pages) {
+  while (at < run.end_page) {
     const Page page = page_at(p, at);
     load(v, D, p.values, page);
     copy_commit();
@@ -83,10 +97,10 @@ template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
     }
     __syncthreads(); // K is read
     at = next_page(at + 1);
-    if (at < p.num_pages) load(k, STRIDE, p.keys, page_at(p, at));
+    if (at < run.end_page) load(k, STRIDE, p.keys, page_at(p, at));
     copy_commit();
 
-    const bool all = view.all(page) && row0 + ROWS <= rows;
+    const bool all = view.all(page); // what rows behind the last see is not stored
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float top = max[i];
@@ -173,8 +187,8 @@ template <int D> __device__ __forceinline__ void prefill(const PagedParams &p) {
 #endif
 
 #define KERNEL(D) \
-  extern "C" __global__ void BOUNDS paged_prefill_f32_##D(const __grid_constant__ PagedParams p) { \
-    prefill<D>(p); \
+  extern "C" __global__ void BOUNDS paged_prefill_f32_##D(const __grid_constant__ PrefillParams p) { \
+    prefill<D>(p.all, p.runs[blockIdx.z]); \
   }
 KERNEL(16)
 KERNEL(32)

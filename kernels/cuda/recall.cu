@@ -1,4 +1,5 @@
-// The choice of stored tokens for a few queries, and the copy of the chosen, without a word to the host.
+// The choice of stored tokens for a few queries, and the copy of the chosen, without a word to the host. Runs of
+// queries that choose among other pages go side by side, each in blocks of its own: the last dimension of the grids.
 //
 //   mean_queries  each run of `pooled` queries as its mean, rotated to one distance and scaled
 //   score         logits of every query row against the keys of its head: landmarks and the keys of outliers, or the
@@ -21,21 +22,30 @@ constexpr int BLOCK_KEYS = 256;
 constexpr int TILE_ROWS = 8;
 constexpr int MAX_ROWS = 512;
 constexpr int MAX_DIM = 256;
-constexpr uint32_t NONE = 0xffffffffu;
+constexpr int MAX_RUNS = 16;
+
+// Queries that choose among the same pages, the first ones stored.
+struct Run {
+  uint32_t first, queries, pages;
+};
 
 struct QueryParams {
   const float *q;      // (t, h, d)
   const float *cosine; // (d/2)
   const float *sine;   // (d/2)
-  float *mean;         // (ceil(t / pooled), h, d)
-  uint32_t t, h, d, pooled;
+  float *mean;         // (runs, gridDim.y, h, d): gridDim.y means of the longest run
+  uint32_t h, d, pooled;
   float scale;
+  Run runs[MAX_RUNS];
 };
 
-// Block: a run of queries and a head; a thread a pair of channels. In the order and with the roundings of the host.
-extern "C" __global__ void mean_queries(const QueryParams p) {
-  const uint32_t head = blockIdx.x, first = blockIdx.y * p.pooled, half = p.d / 2;
-  const uint32_t last = first + p.pooled < p.t ? first + p.pooled : p.t;
+// Block: neighbouring queries of a run and a head; a thread a pair of channels. In the order and with the roundings of
+// the host.
+extern "C" __global__ void mean_queries(const __grid_constant__ QueryParams p) {
+  const Run run = p.runs[blockIdx.z];
+  const uint32_t head = blockIdx.x, first = run.first + blockIdx.y * p.pooled, half = p.d / 2;
+  const uint32_t end = run.first + run.queries, last = first + p.pooled < end ? first + p.pooled : end;
+  if (first >= end) return;
   const float factor = p.scale / float(last - first);
   for (uint32_t i = threadIdx.x; i < half; i += blockDim.x) {
     const float c = p.cosine[i], s = p.sine[i];
@@ -47,44 +57,62 @@ extern "C" __global__ void mean_queries(const QueryParams p) {
       low = __fadd_rn(low, __fmul_rn(x, factor));
       high = __fadd_rn(high, __fmul_rn(y, factor));
     }
-    float *to = p.mean + (uint64_t(blockIdx.y) * p.h + head) * p.d + i;
+    float *to = p.mean + ((uint64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.h + head) * p.d + i;
     to[0] = low, to[half] = high;
   }
 }
 
 struct VoteParams {
-  const float *q;              // (rows / group, h, d)
+  const float *q;              // (runs, rows / group, h, d)
   const void *keys;            // landmarks (n, g, d), or stored keys (pages, g, 64, d)
-  const uint32_t *marks;       // of stored keys: (g, num_marks) the landmarks whose tokens are scored; null: all
+  const uint32_t *marks;       // of stored keys: (runs, g, num_marks), landmarks whose tokens are scored; null: all
   const void *outlier_keys;    // of landmarks: (outliers · SPAN, g, d)
-  const uint32_t *outliers;    // (g, outliers): the landmark of each; NONE for none
+  const uint32_t *outliers;    // (g, outliers): the landmark of each, ignored where a run does not see it
   const uint32_t *pins;        // landmarks that are chosen whatever they are asked for, ascending
-  float *logits;               // (g, rows, n)
-  float *stats;                // (g, blocks, rows, 2): maximum and sum of each block
-  float *norms;                // (g, rows): log2 of the sum of 2^logit
-  float *votes;                // (g, n)
-  uint64_t n;                  // keys, those of outliers last
+  float *logits;               // (runs, g, rows, n)
+  float *stats;                // (runs, g, blocks, rows, 2): maximum and sum of each block
+  float *norms;                // (runs, g, rows): log2 of the sum of 2^logit
+  float *votes;                // (runs, g, n)
+  uint64_t n;                  // keys of the run of most pages, those of outliers last
   uint32_t num_marks, num_outliers, num_pins;
-  uint32_t rows, h, g, group, d, blocks;
+  uint32_t rows, h, g, group, d, blocks, pooled; // rows: of the longest run
+  Run runs[MAX_RUNS];
 };
 
-__device__ __forceinline__ uint32_t mark_at(const VoteParams &p, uint32_t head, uint64_t i) {
-  return p.marks ? p.marks[uint64_t(head) * p.num_marks + i] : uint32_t(i);
+// What a block works on: one head of one run.
+struct Own {
+  uint32_t head, at; // at: run · g + head
+  uint32_t rows, marks;
+};
+
+__device__ __forceinline__ Own work_of_block(const VoteParams &p) {
+  const Run run = p.runs[blockIdx.z];
+  const uint32_t means = (run.queries + p.pooled - 1) / p.pooled;
+  return Own{blockIdx.y, blockIdx.z * p.g + blockIdx.y, means * p.group, run.pages * (PAGE_TOKENS / SPAN)};
 }
+
+__device__ __forceinline__ uint32_t mark_at(const VoteParams &p, const Own &own, uint64_t i) {
+  return p.marks ? p.marks[uint64_t(own.at) * p.num_marks + i] : uint32_t(i);
+}
+
+// Landmarks that the run of most pages has: of the keys, those before the outliers'.
+__device__ __forceinline__ uint64_t most_marks(const VoteParams &p) { return p.n - uint64_t(p.num_outliers) * SPAN; }
 
 // Key `i` of a head; null for none.
 template <typename T, bool TOKENS>
-__device__ __forceinline__ const T *key_at(const VoteParams &p, uint32_t head, uint64_t i) {
+__device__ __forceinline__ const T *key_at(const VoteParams &p, const Own &own, uint64_t i) {
   if (TOKENS) {
-    const uint64_t token = uint64_t(mark_at(p, head, i / SPAN)) * SPAN + i % SPAN;
-    const uint64_t row = (token / PAGE_TOKENS * p.g + head) * PAGE_TOKENS + token % PAGE_TOKENS;
+    const uint32_t mark = mark_at(p, own, i / SPAN);
+    if (mark >= own.marks) return nullptr;
+    const uint64_t token = uint64_t(mark) * SPAN + i % SPAN;
+    const uint64_t row = (token / PAGE_TOKENS * p.g + own.head) * PAGE_TOKENS + token % PAGE_TOKENS;
     return static_cast<const T *>(p.keys) + row * p.d;
   }
-  const uint64_t marks = p.n - uint64_t(p.num_outliers) * SPAN;
-  if (i < marks) return static_cast<const T *>(p.keys) + (i * p.g + head) * p.d;
-  const uint64_t outlier = i - marks;
-  if (p.outliers[uint64_t(head) * p.num_outliers + outlier / SPAN] == NONE) return nullptr;
-  return static_cast<const T *>(p.outlier_keys) + (outlier * p.g + head) * p.d;
+  if (i < own.marks) return static_cast<const T *>(p.keys) + (i * p.g + own.head) * p.d;
+  if (i < most_marks(p)) return nullptr;
+  const uint64_t outlier = i - most_marks(p);
+  if (p.outliers[uint64_t(own.head) * p.num_outliers + outlier / SPAN] >= own.marks) return nullptr;
+  return static_cast<const T *>(p.outlier_keys) + (outlier * p.g + own.head) * p.d;
 }
 
 template <typename T, bool TOKENS> __device__ __forceinline__ void score(const VoteParams &p) {
@@ -92,20 +120,21 @@ template <typename T, bool TOKENS> __device__ __forceinline__ void score(const V
   __shared__ __align__(16) float q[TILE_ROWS][MAX_DIM];
   __shared__ float logits[TILE_ROWS][BLOCK_KEYS];
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, quad = tid / 4, part = tid % 4;
-  const uint32_t head = blockIdx.y;
+  const Own own = work_of_block(p);
   const uint64_t first = uint64_t(blockIdx.x) * BLOCK_KEYS;
   const int count = p.n - first < BLOCK_KEYS ? int(p.n - first) : BLOCK_KEYS;
-  for (uint32_t row0 = 0; row0 < p.rows; row0 += TILE_ROWS) {
+  for (uint32_t row0 = 0; row0 < own.rows; row0 += TILE_ROWS) {
     __syncthreads();
     for (uint32_t i = tid; i < TILE_ROWS * p.d; i += THREADS) {
       const uint32_t row = row0 + i / p.d;
-      const uint64_t at = (uint64_t(row / p.group) * p.h + head * p.group + row % p.group) * p.d + i % p.d;
+      const uint64_t token = uint64_t(blockIdx.z) * (p.rows / p.group) + row / p.group;
+      const uint64_t at = (token * p.h + own.head * p.group + row % p.group) * p.d + i % p.d;
       // Times log2 e: all logits are in units of log 2.
-      q[i / p.d][i % p.d] = row < p.rows ? p.q[at] * 1.4426950408889634f : 0.0f;
+      q[i / p.d][i % p.d] = row < own.rows ? p.q[at] * 1.4426950408889634f : 0.0f;
     }
     __syncthreads();
     for (int key = quad; key < BLOCK_KEYS; key += THREADS / 4) {
-      const T *from = key < count ? key_at<T, TOKENS>(p, head, first + key) : nullptr;
+      const T *from = key < count ? key_at<T, TOKENS>(p, own, first + key) : nullptr;
       float sums[TILE_ROWS] = {};
       if (from) {
 #pragma unroll 2
@@ -135,19 +164,19 @@ template <typename T, bool TOKENS> __device__ __forceinline__ void score(const V
     __syncthreads();
     // A warp a row: 8 rows, 8 warps.
     const uint32_t row = row0 + warp;
-    if (row < p.rows) {
+    if (row < own.rows) {
       float top = -INFINITY;
       for (int i = lane; i < count; i += 32) top = fmaxf(top, logits[warp][i]);
       top = warp_max(top);
       float sum = 0.0f;
-      float *to = p.logits + (uint64_t(head) * p.rows + row) * p.n + first;
+      float *to = p.logits + (uint64_t(own.at) * p.rows + row) * p.n + first;
       for (int i = lane; i < count; i += 32) {
         if (top > -INFINITY) sum += exp2f(logits[warp][i] - top);
         to[i] = logits[warp][i];
       }
       sum = warp_sum(sum);
       if (lane == 0) {
-        float *stats = p.stats + ((uint64_t(head) * p.blocks + blockIdx.x) * p.rows + row) * 2;
+        float *stats = p.stats + ((uint64_t(own.at) * p.blocks + blockIdx.x) * p.rows + row) * 2;
         stats[0] = top, stats[1] = sum;
       }
     }
@@ -168,9 +197,9 @@ __device__ __forceinline__ bool is_pinned(const VoteParams &p, uint32_t mark) {
 template <bool TOKENS> __device__ __forceinline__ void vote(const VoteParams &p) {
   __shared__ float norm[MAX_ROWS];
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const uint32_t head = blockIdx.y;
-  for (uint32_t row = warp; row < p.rows; row += THREADS / 32) {
-    const float *stats = p.stats + (uint64_t(head) * p.blocks * p.rows + row) * 2;
+  const Own own = work_of_block(p);
+  for (uint32_t row = warp; row < own.rows; row += THREADS / 32) {
+    const float *stats = p.stats + (uint64_t(own.at) * p.blocks * p.rows + row) * 2;
     float top = -INFINITY;
     for (uint32_t i = lane; i < p.blocks; i += 32) top = fmaxf(top, stats[uint64_t(i) * p.rows * 2]);
     top = warp_max(top);
@@ -182,42 +211,45 @@ template <bool TOKENS> __device__ __forceinline__ void vote(const VoteParams &p)
     sum = warp_sum(sum);
     if (lane == 0) {
       norm[row] = top + log2f(sum);
-      if (blockIdx.x == 0) p.norms[uint64_t(head) * p.rows + row] = norm[row];
+      if (blockIdx.x == 0) p.norms[uint64_t(own.at) * p.rows + row] = norm[row];
     }
   }
   __syncthreads();
   const uint64_t step = uint64_t(gridDim.x) * THREADS;
   for (uint64_t i = uint64_t(blockIdx.x) * THREADS + tid; i < p.n; i += step) {
-    const float *logits = p.logits + uint64_t(head) * p.rows * p.n + i;
+    const float *logits = p.logits + uint64_t(own.at) * p.rows * p.n + i;
     float vote = 0.0f;
-    for (uint32_t row = 0; row < p.rows; row += p.group) {
+    for (uint32_t row = 0; row < own.rows; row += p.group) {
       float sum = 0.0f;
 #pragma unroll 4
       for (uint32_t j = row; j < row + p.group; j++) sum += exp2f(logits[uint64_t(j) * p.n] - norm[j]);
       vote = fmaxf(vote, sum);
     }
+    const bool is_mark = TOKENS || i < most_marks(p);
+    const uint32_t mark = TOKENS ? mark_at(p, own, i / SPAN) : uint32_t(i);
     if (p.num_pins > 0) {
-      const uint32_t mark = TOKENS ? mark_at(p, head, i / SPAN) : uint32_t(i);
-      const bool is_mark = TOKENS || i < p.n - uint64_t(p.num_outliers) * SPAN;
       if (is_mark && is_pinned(p, mark)) vote = INFINITY;
     }
-    p.votes[head * p.n + i] = vote;
+    // Below every vote: what the run does not see is never among the largest.
+    if (is_mark && mark >= own.marks) vote = -1.0f;
+    p.votes[own.at * p.n + i] = vote;
   }
 }
 
 // A thread an outlier. What stood for its keys is no landmark: below every vote, it is never among the largest.
-extern "C" __global__ void __launch_bounds__(THREADS) raise_votes(const VoteParams p) {
-  const uint32_t i = blockIdx.x * THREADS + threadIdx.x, head = blockIdx.y;
+extern "C" __global__ void __launch_bounds__(THREADS) raise_votes(const __grid_constant__ VoteParams p) {
+  const uint32_t i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= p.num_outliers) return;
-  const uint32_t mark = p.outliers[uint64_t(head) * p.num_outliers + i];
-  float *votes = p.votes + head * p.n;
-  float *own = votes + (p.n - uint64_t(p.num_outliers) * SPAN) + uint64_t(i) * SPAN;
+  const Own own = work_of_block(p);
+  const uint32_t mark = p.outliers[uint64_t(own.head) * p.num_outliers + i];
+  float *votes = p.votes + own.at * p.n;
+  float *keys = votes + most_marks(p) + uint64_t(i) * SPAN;
   float vote = 0.0f;
   for (int key = 0; key < SPAN; key++) {
-    vote = fmaxf(vote, own[key]);
-    own[key] = -1.0f;
+    vote = fmaxf(vote, keys[key]);
+    keys[key] = -1.0f;
   }
-  if (mark != NONE) votes[mark] = fmaxf(votes[mark], vote);
+  if (mark < own.marks) votes[mark] = fmaxf(votes[mark], vote);
 }
 
 struct RecoveredParams {
@@ -275,26 +307,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) recovered(const RecoveredP
 struct ChosenParams {
   const void *keys;      // (pages, g, 64, d), before RoPE
   const void *values;    // (pages, g, 64, d)
-  const uint32_t *marks; // (g, num_marks): the landmarks whose tokens were scored; null: all
-  const uint32_t *best;  // (g, k): of the tokens that were scored; null: all
+  const uint32_t *marks; // (runs, g, num_marks): the landmarks whose tokens were scored; null: all
+  const uint32_t *best;  // (runs, g, k): of the tokens that were scored; null: all
   const float *cosine;   // (positions, d/2)
   const float *sine;     // (positions, d/2)
-  float *out_keys;       // (ceil(k / 64), g, 64, d)
-  float *out_values;     // (ceil(k / 64), g, 64, d)
+  float *out_keys;       // (runs, ceil(k / 64), g, 64, d)
+  float *out_values;     // (runs, ceil(k / 64), g, 64, d)
   uint64_t first;        // compact: the position of the first; else that of the first stored token
   uint32_t num_marks, k, g, d, compact;
 };
 
-// Block: one page of the result and one head.
+// Block: one page of the result of a run and one head.
 template <typename T> __device__ __forceinline__ void gather(const ChosenParams &p) {
-  const uint32_t head = blockIdx.y, half = p.d / 2;
+  const uint32_t head = blockIdx.y, own = blockIdx.z * p.g + head, half = p.d / 2;
   for (uint32_t i = threadIdx.x; i < PAGE_TOKENS * half; i += blockDim.x) {
     const uint32_t offset = i / half, pair = i % half, at = blockIdx.x * PAGE_TOKENS + offset;
-    const uint64_t to = ((uint64_t(blockIdx.x) * p.g + head) * PAGE_TOKENS + offset) * p.d + pair;
+    const uint64_t page = uint64_t(blockIdx.z) * gridDim.x + blockIdx.x;
+    const uint64_t to = ((page * p.g + head) * PAGE_TOKENS + offset) * p.d + pair;
     float low = 0.0f, high = 0.0f, value_low = 0.0f, value_high = 0.0f;
     if (at < p.k) {
-      const uint32_t scored = p.best ? p.best[uint64_t(head) * p.k + at] : at;
-      const uint32_t mark = p.marks ? p.marks[uint64_t(head) * p.num_marks + scored / SPAN] : scored / SPAN;
+      const uint32_t scored = p.best ? p.best[uint64_t(own) * p.k + at] : at;
+      const uint32_t mark = p.marks ? p.marks[uint64_t(own) * p.num_marks + scored / SPAN] : scored / SPAN;
       const uint64_t token = uint64_t(mark) * SPAN + scored % SPAN;
       const uint64_t row = (token / PAGE_TOKENS * p.g + head) * PAGE_TOKENS + token % PAGE_TOKENS;
       const uint64_t angle = (p.first + (p.compact ? uint64_t(at) : token)) * half + pair;
@@ -331,14 +364,20 @@ extern "C" __global__ void note_share(const ShareParams p) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) score_landmarks(const VoteParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS) score_landmarks(const __grid_constant__ VoteParams p) {
   score<__nv_bfloat16, false>(p);
 }
-extern "C" __global__ void __launch_bounds__(THREADS) score_tokens_f32(const VoteParams p) { score<float, true>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS) score_tokens_bf16(const VoteParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS) score_tokens_f32(const __grid_constant__ VoteParams p) {
+  score<float, true>(p);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) score_tokens_bf16(const __grid_constant__ VoteParams p) {
   score<__nv_bfloat16, true>(p);
 }
-extern "C" __global__ void __launch_bounds__(THREADS) vote_landmarks(const VoteParams p) { vote<false>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS) vote_tokens(const VoteParams p) { vote<true>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS) vote_landmarks(const __grid_constant__ VoteParams p) {
+  vote<false>(p);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) vote_tokens(const __grid_constant__ VoteParams p) {
+  vote<true>(p);
+}
 extern "C" __global__ void __launch_bounds__(THREADS) gather_f32(const ChosenParams p) { gather<float>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS) gather_bf16(const ChosenParams p) { gather<__nv_bfloat16>(p); }

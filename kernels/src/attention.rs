@@ -56,6 +56,15 @@ impl AttentionParams {
     }
 }
 
+/// Query tokens that attend to pages of their own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttentionRun {
+    /// Tokens, the next ones of the queries.
+    pub queries: usize,
+    /// Of [`AttentionParams::pages`]; empty for none.
+    pub pages: Range<usize>,
+}
+
 /// The result of attending to one set of keys, mergeable with that of another set.
 #[derive(Debug, Clone)]
 pub struct AttentionState {
@@ -85,23 +94,8 @@ pub fn paged_attention(
     params: &AttentionParams,
 ) -> Result<AttentionState> {
     let (t, h, d) = q.dims3()?;
-    let (slots, g, page_tokens, key_dim) = keys.dims4()?;
-    if keys.dims() != values.dims() || page_tokens != PAGE_TOKENS || key_dim != d {
-        candle_core::bail!(
-            "paged_attention: keys {:?}, values {:?}, expected two of (s, g, {PAGE_TOKENS}, {d})",
-            keys.shape(),
-            values.shape()
-        );
-    }
-    if g == 0 || h % g != 0 {
-        candle_core::bail!("paged_attention: {h} query heads, expected a multiple of {g}");
-    }
-    if let Some(page) = params.pages.iter().find(|p| p.slot >= slots || p.len > PAGE_TOKENS) {
-        candle_core::bail!("paged_attention: {page:?}, expected a slot below {slots}");
-    }
-    if let Some(page) = params.pages.iter().find(|p| p.bias.is_nan() || p.bias == f32::INFINITY) {
-        candle_core::bail!("paged_attention: {page:?}, expected a bias that is a number or -inf");
-    }
+    let g = keys.dim(1)?;
+    check(q, keys, values, params)?;
     let q = q.contiguous()?;
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = q.device() {
@@ -125,6 +119,81 @@ pub fn paged_attention(
         out: Tensor::from_vec(out, (t, h, d), q.device())?,
         lse: Tensor::from_vec(lse, (t, h), q.device())?,
     })
+}
+
+/// Whether shapes agree and pages lie in the pool.
+fn check(q: &Tensor, keys: &Tensor, values: &Tensor, params: &AttentionParams) -> Result<()> {
+    let (_, h, d) = q.dims3()?;
+    let (slots, g, page_tokens, key_dim) = keys.dims4()?;
+    if keys.dims() != values.dims() || page_tokens != PAGE_TOKENS || key_dim != d {
+        candle_core::bail!(
+            "paged_attention: keys {:?}, values {:?}, expected two of (s, g, {PAGE_TOKENS}, {d})",
+            keys.shape(),
+            values.shape()
+        );
+    }
+    if g == 0 || h % g != 0 {
+        candle_core::bail!("paged_attention: {h} query heads, expected a multiple of {g}");
+    }
+    if let Some(page) = params.pages.iter().find(|p| p.slot >= slots || p.len > PAGE_TOKENS) {
+        candle_core::bail!("paged_attention: {page:?}, expected a slot below {slots}");
+    }
+    if let Some(page) = params.pages.iter().find(|p| p.bias.is_nan() || p.bias == f32::INFINITY) {
+        candle_core::bail!("paged_attention: {page:?}, expected a bias that is a number or -inf");
+    }
+    Ok(())
+}
+
+/// [`paged_attention`] for runs of queries that see different pages of `params`, side by side.
+///
+/// The result is that of each run by itself, its first query at its place behind `params.query_start`, one after the
+/// other. On CUDA runs of f32 queries go in one launch, others one by one.
+///
+/// # Errors
+/// As [`paged_attention`], and if the runs are not all queries, or name pages that are not listed.
+pub fn paged_attention_runs(
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    params: &AttentionParams,
+    runs: &[AttentionRun],
+) -> Result<AttentionState> {
+    let (t, ..) = q.dims3()?;
+    let listed = params.pages.len();
+    if runs.iter().map(|run| run.queries).sum::<usize>() != t
+        || runs.iter().any(|run| run.pages.start > run.pages.end || run.pages.end > listed)
+    {
+        candle_core::bail!(
+            "paged_attention_runs: {runs:?}, expected runs of {t} queries over {listed} pages"
+        );
+    }
+    if let [run] = runs
+        && run.pages == (0..listed)
+    {
+        return paged_attention(q, keys, values, params);
+    }
+    check(q, keys, values, params)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = q.device()
+        && let Some(state) =
+            cuda::paged_attention_runs(device, &q.contiguous()?, keys, values, params, runs)?
+    {
+        return Ok(state);
+    }
+    let (mut first, mut outs, mut lses) = (0, Vec::new(), Vec::new());
+    for run in runs {
+        let own = AttentionParams {
+            query_start: params.query_start + first as u64,
+            pages: params.pages[run.pages.clone()].to_vec(),
+            ..*params
+        };
+        let q = q.narrow(0, first, run.queries)?;
+        let state = paged_attention(&q, keys, values, &own)?;
+        first += run.queries;
+        outs.push(state.out);
+        lses.push(state.lse);
+    }
+    Ok(AttentionState { out: Tensor::cat(&outs, 0)?, lse: Tensor::cat(&lses, 0)? })
 }
 
 fn cpu_slice<'a>(storage: &'a Storage, layout: &Layout, name: &str) -> Result<&'a [f32]> {

@@ -39,8 +39,8 @@ mod simd;
 mod storage;
 
 pub use attention::{
-    AttentionParams, AttentionState, MergeGradients, PageRef, merge_states, merge_states_backward,
-    paged_attention,
+    AttentionParams, AttentionRun, AttentionState, MergeGradients, PageRef, merge_states,
+    merge_states_backward, paged_attention, paged_attention_runs,
 };
 pub use elementwise::silu_mul;
 pub use error::{Error, ErrorKind, Result};

@@ -137,6 +137,23 @@ impl PagePool {
         }
     }
 
+    /// Whole pages in host memory, in one copy from the device: raw keys, then values, each (slots, num_kv_heads,
+    /// PAGE_TOKENS, head_dim).
+    ///
+    /// # Errors
+    /// If a slot is not there, or the device fails.
+    pub fn download(&self, slots: &[usize]) -> Result<(Vec<f32>, Vec<f32>)> {
+        if slots.is_empty() {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let pools = [&self.raw_keys, &self.values].into_iter();
+        let pages = pools.flat_map(|pool| slots.iter().map(|slot| pool.narrow(0, *slot, 1)));
+        let mut keys =
+            Tensor::cat(&pages.collect::<Result<Vec<_>>>()?, 0)?.flatten_all()?.to_vec1()?;
+        let values = keys.split_off(keys.len() / 2);
+        Ok((keys, values))
+    }
+
     /// The first `len` tokens of `slot`: (raw keys, values), each (num_kv_heads, len, head_dim), copied.
     pub fn read(&self, slot: usize, len: usize) -> Result<(Tensor, Tensor)> {
         let copy = |pool: &Tensor| pool.get(slot)?.narrow(1, 0, len)?.force_contiguous();

@@ -14,6 +14,8 @@ use half::bf16;
 pub const SPAN: usize = 8;
 /// Landmarks of a page.
 pub const MARKS: usize = PAGE_TOKENS / SPAN;
+/// Runs of queries that choose side by side at most.
+pub const MAX_RUNS: usize = 16;
 /// Pages that there is room for at first.
 const FIRST_PAGES: usize = 16;
 
@@ -33,14 +35,23 @@ pub struct StoredPages {
     len: usize,
 }
 
+/// Neighbouring queries that choose together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChoiceRun {
+    /// Query tokens.
+    pub queries: usize,
+    /// Pages from the first on that they can choose from.
+    pub pages: usize,
+}
+
 /// What a choice is made by.
 #[derive(Debug, Clone, Copy)]
 pub struct ChoiceParams<'a> {
-    /// Pages from the first on that can be chosen from.
-    pub pages: usize,
-    /// Tokens chosen for each head.
+    /// The queries, cut into runs of which each chooses for itself; at most [`MAX_RUNS`].
+    pub runs: &'a [ChoiceRun],
+    /// Tokens chosen for each head; several runs choose as many, of at least as many stored ones.
     pub tokens: usize,
-    /// Landmarks whose tokens are compared one by one; all where there are no more.
+    /// Landmarks whose tokens are compared one by one; all where there are no more, for all runs or for none.
     pub landmarks: usize,
     /// Neighbouring queries whose mean stands for them.
     pub pooled: usize,
@@ -54,13 +65,14 @@ pub struct ChoiceParams<'a> {
     pub pins: Option<&'a Tensor>,
 }
 
-/// Tokens chosen for each head.
+/// Tokens chosen for each head of each run.
 #[derive(Debug, Clone)]
 pub struct Choice {
-    /// (g, m), u32: the landmarks whose tokens were compared; None for all.
+    /// (runs · g, m), u32: the landmarks whose tokens were compared; None for all.
     marks: Option<Tensor>,
-    /// (g, tokens), u32: places among the tokens that were compared; None for all.
+    /// (runs · g, tokens), u32: places among the tokens that were compared; None for all.
     best: Option<Tensor>,
+    runs: usize,
     tokens: usize,
     /// (1), f32: the share of the attention to all stored tokens that the chosen ones hold, as their landmarks estimate
     /// it; None for more than one query.
@@ -68,9 +80,9 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// The first `tokens` stored tokens.
+    /// The first `tokens` stored tokens, for one run.
     pub fn all(tokens: usize) -> Self {
-        Self { marks: None, best: None, tokens, recovered: None }
+        Self { marks: None, best: None, runs: 1, tokens, recovered: None }
     }
 
     /// Tokens of each head.
@@ -78,7 +90,8 @@ impl Choice {
         self.tokens
     }
 
-    /// The tokens of each of `num_heads` heads, ascending, counted from the first that is stored; downloads them.
+    /// The tokens of each of `num_heads` heads, ascending, counted from the first that is stored, run by run; downloads
+    /// them.
     ///
     /// # Errors
     /// If the device fails.
@@ -95,7 +108,7 @@ impl Choice {
                 None => (0..self.tokens as u32).map(token).collect(),
             }
         };
-        Ok((0..num_heads).map(of_head).collect())
+        Ok((0..self.runs * num_heads).map(of_head).collect())
     }
 }
 
@@ -257,9 +270,10 @@ impl StoredPages {
         Ok(())
     }
 
-    /// Chooses tokens for queries `q` (t, h, d), f32, before RoPE: h a multiple of g, ⌈t / pooled⌉ · h / g at most 512.
+    /// Chooses tokens for queries `q` (t, h, d), f32, before RoPE: h a multiple of g, and of a run ⌈queries / pooled⌉ ·
+    /// h / g at most 512.
     ///
-    /// Queries are rotated to one distance, pooled and scaled; votes are, of the queries, the largest sum over a group's
+    /// Each run chooses as if it were alone. Its queries are rotated to one distance, pooled and scaled; votes are, of the queries, the largest sum over a group's
     /// heads of the softmax over all landmarks and the keys of outliers; the tokens of the landmarks of most votes are
     /// compared in the same way, and those of most votes are chosen, ascending.
     ///
@@ -270,7 +284,8 @@ impl StoredPages {
     pub fn choose(&self, q: &Tensor, params: &ChoiceParams<'_>) -> Result<Choice> {
         let (t, h, d) = q.dims3()?;
         let (_, g, _, head_dim) = self.keys.dims4()?;
-        let rows = t.div_ceil(params.pooled.max(1)) * h.checked_div(g).unwrap_or(0);
+        let longest = params.runs.iter().map(|run| run.queries).max().unwrap_or(0);
+        let rows = longest.div_ceil(params.pooled.max(1)) * h.checked_div(g).unwrap_or(0);
         if d != head_dim
             || h == 0
             || h % g != 0
@@ -280,18 +295,35 @@ impl StoredPages {
         {
             bail!("choose: q {q:?}, expected (t, h, {d}), f32, with the {g} heads of the pages");
         }
-        if params.pages == 0
-            || params.pages > self.len
-            || params.pooled == 0
+        let is_flat = |run: &ChoiceRun| run.pages * MARKS <= params.landmarks;
+        let flat = params.runs.iter().filter(|run| is_flat(run)).count();
+        if params.runs.len() > MAX_RUNS
+            || params.runs.iter().map(|run| run.queries).sum::<usize>() != t
+            || params
+                .runs
+                .iter()
+                .any(|run| run.queries == 0 || !(1..=self.len).contains(&run.pages))
+            || params.runs.len() > 1
+                && ((flat != 0 && flat != params.runs.len())
+                    || params.runs.iter().any(|run| run.pages * PAGE_TOKENS < params.tokens))
+        {
+            bail!(
+                "choose: {t} queries as {:?} for {} tokens of {} landmarks, expected at most {MAX_RUNS} runs of all of them among {} pages, with so many tokens if there are several",
+                params.runs,
+                params.tokens,
+                params.landmarks,
+                self.len
+            );
+        }
+        if params.pooled == 0
             || params.distance >= params.angles.len()
             || 2 * params.angles.half() != d
         {
             bail!(
-                "choose: among {} pages of {}, distance {} of {} angles, expected them there",
-                params.pages,
-                self.len,
+                "choose: distance {} of {} angles, {} pooled, expected them there",
                 params.distance,
-                params.angles.len()
+                params.angles.len(),
+                params.pooled
             );
         }
         let q = q.contiguous()?;
@@ -302,8 +334,8 @@ impl StoredPages {
         portable::choose(self, &q, params)
     }
 
-    /// The tokens of `choice`, keys rotated: two tensors (⌈tokens / PAGE_TOKENS⌉, g, PAGE_TOKENS, d), f32, 0 behind the
-    /// last token.
+    /// The tokens of `choice`, keys rotated: two tensors (runs · ⌈tokens / PAGE_TOKENS⌉, g, PAGE_TOKENS, d), f32, 0
+    /// behind the last token of a run.
     ///
     /// # Errors
     /// If `angles` has not every position, from 0 on.

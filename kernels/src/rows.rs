@@ -27,6 +27,17 @@ pub fn score_rows(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], s
     }
 }
 
+/// The mean of every `span` rows, and the lowest cosine of one of them with it: `rows` (n · span, d), `means` (n, d),
+/// `lowest` (n).
+///
+/// # Panics
+/// If `span` or `d` is 0, or the lengths do not fit.
+pub fn means_of_rows(rows: &[f32], span: usize, d: usize, means: &mut [f32], lowest: &mut [f32]) {
+    let n = lowest.len();
+    assert!(span > 0 && rows.len() == n * span * d && means.len() == n * d, "whole spans");
+    span_means(rows, span, d, means, lowest);
+}
+
 /// Replaces scores by e^(score - max), where `max` is the largest of them or above it; returns their sum.
 pub fn exponentiate(scores: &mut [f32], max: f32) -> f32 {
     let mut sum = 0.0;
@@ -95,6 +106,27 @@ fn dot_rows_body(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], st
 
 multiversion! {
     fn dot_rows = dot_rows_body(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize)
+}
+
+#[inline(always)]
+fn span_means_body(rows: &[f32], span: usize, d: usize, means: &mut [f32], lowest: &mut [f32]) {
+    let spans = rows.chunks_exact(span * d).zip(means.chunks_exact_mut(d));
+    for ((rows, mean), lowest) in spans.zip(lowest) {
+        mean.fill(0.0);
+        for row in rows.chunks_exact(d) {
+            mean.iter_mut().zip(row).for_each(|(m, x)| *m += x / span as f32);
+        }
+        let length = simd::dot(mean, mean).sqrt();
+        *lowest = f32::INFINITY;
+        for row in rows.chunks_exact(d) {
+            let both = length * simd::dot(row, row).sqrt() + 1e-20;
+            *lowest = lowest.min(simd::dot(row, mean) / both);
+        }
+    }
+}
+
+multiversion! {
+    fn span_means = span_means_body(rows: &[f32], span: usize, d: usize, means: &mut [f32], lowest: &mut [f32])
 }
 
 #[inline(always)]
@@ -173,6 +205,28 @@ mod tests {
         assert_eq!(exponentiate(&mut [], 0.0), 0.0);
         let mut unseen = [f32::NEG_INFINITY; 3];
         assert_eq!((exponentiate(&mut unseen, 0.0), unseen), (0.0, [0.0; 3]));
+    }
+
+    #[test]
+    fn means_and_the_lowest_cosine_are_those_of_their_definition() {
+        for (n, span, d) in [(8, 8, 64), (3, 5, 30), (2, 1, 7), (0, 8, 16)] {
+            let rows = numbers(5, n * span * d);
+            let (mut means, mut lowest) = (vec![7f32; n * d], vec![7f32; n]);
+            means_of_rows(&rows, span, d, &mut means, &mut lowest);
+            let spans = rows.chunks_exact(span * d).zip(means.chunks_exact(d)).zip(&lowest);
+            for ((rows, means), lowest) in spans {
+                let number = |row: usize, x: usize| f64::from(rows[row * d + x]);
+                let mean = |x| (0..span).map(|row| number(row, x)).sum::<f64>() / span as f64;
+                let length = (0..d).map(|x| mean(x).powi(2)).sum::<f64>().sqrt();
+                let cosine = |row| {
+                    let dot: f64 = (0..d).map(|x| number(row, x) * mean(x)).sum();
+                    dot / (length * (0..d).map(|x| number(row, x).powi(2)).sum::<f64>().sqrt())
+                };
+                let exact = (0..span).map(cosine).fold(f64::INFINITY, f64::min);
+                assert!((f64::from(*lowest) - exact).abs() < 1e-5, "{lowest}, {exact}");
+                assert!((0..d).all(|x| (f64::from(means[x]) - mean(x)).abs() < 1e-6));
+            }
+        }
     }
 
     #[test]

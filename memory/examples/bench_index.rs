@@ -6,7 +6,9 @@
 //!     --sizes 1000,10000,100000 --out /tmp/vectors
 //! ```
 //!
-//! Times are of the calling thread's processor clock, so that other work on the machine does not count.
+//! `--data FOLDER` reads `rows.f32` and `queries.f32`, and makes more rows between three close ones where there are too few.
+//! Times are of the calling thread's processor clock, so that other work on the machine does not count; `--threads` are
+//! for making rows, exact answers and graphs alone.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
@@ -63,10 +65,11 @@ fn main() {
     let (rows, queries) = match options.data.as_str() {
         "clustered" => clustered(most, options.num_queries),
         "prose" => prose(&options.prose, most, options.num_queries),
-        folder => (
-            read_rows(&Path::new(folder).join("rows.f32"), most),
-            read_rows(&Path::new(folder).join("queries.f32"), options.num_queries),
-        ),
+        folder => {
+            let rows = read_rows(&Path::new(folder).join("rows.f32"), most);
+            let queries = read_rows(&Path::new(folder).join("queries.f32"), options.num_queries);
+            (between(rows, most, options.threads), queries)
+        }
     };
     println!(
         "data {}, {} rows, {} queries, dim {DIM}, k {K}",
@@ -86,7 +89,6 @@ fn main() {
 fn measure(options: &Options, rows: &[f32], queries: &[f32]) {
     let size = rows.len() / DIM;
     let mut index = VectorIndex::new(DIM).expect("a valid dimension");
-    index.set_threads(options.threads);
     let start = cpu_ns();
     for batch in rows.chunks(1_000 * DIM) {
         index.add(batch).expect("finite rows");
@@ -99,7 +101,8 @@ fn measure(options: &Options, rows: &[f32], queries: &[f32]) {
     let exact: Vec<Vec<Vec<u32>>> = kept_rows
         .iter()
         .map(|(_, kept)| {
-            queries.chunks_exact(DIM).map(|query| nearest(query, rows, kept)).collect()
+            let query = |at: usize| &queries[at * DIM..][..DIM];
+            spread(queries.len() / DIM, options.threads, |at| nearest(query(at), rows, kept, K))
         })
         .collect();
     if let Some(out) = &options.out {
@@ -108,7 +111,9 @@ fn measure(options: &Options, rows: &[f32], queries: &[f32]) {
     print_row(size, "scan", inserts, &index, queries, &kept_rows, &exact);
     if size >= options.graph_from {
         let (start, cpu) = (Instant::now(), process_ns());
+        index.set_threads(options.threads);
         index.build_graph().expect("a sound graph");
+        index.set_threads(1);
         let (wall, cpu) = (start.elapsed().as_secs_f64(), (process_ns() - cpu) as f64 / 1e9);
         let rate = size as f64 / cpu;
         print_row(size, "graph", rate, &index, queries, &kept_rows, &exact);
@@ -170,7 +175,7 @@ fn keeps(row: u32, share: f64) -> bool {
     share >= 1.0 || ((mixed >> 20) as f64 / (1u64 << 44) as f64) < share
 }
 
-fn nearest(query: &[f32], rows: &[f32], kept: &[u32]) -> Vec<u32> {
+fn nearest(query: &[f32], rows: &[f32], kept: &[u32], k: usize) -> Vec<u32> {
     let dot = |row: u32| -> f32 {
         let row = &rows[row as usize * DIM..][..DIM];
         let mut sums = [0.0f32; 16];
@@ -182,7 +187,7 @@ fn nearest(query: &[f32], rows: &[f32], kept: &[u32]) -> Vec<u32> {
         sums.iter().sum()
     };
     let mut scored: Vec<(f32, u32)> = kept.iter().map(|&row| (dot(row), row)).collect();
-    let k = K.min(scored.len());
+    let k = k.min(scored.len());
     if k < scored.len() {
         scored.select_nth_unstable_by(k, |a, b| b.0.total_cmp(&a.0));
     }
@@ -271,6 +276,47 @@ fn read_rows(path: &Path, num_rows: usize) -> Vec<f32> {
         .and_then(|file| file.take((num_rows * DIM * 4) as u64).read_to_end(&mut bytes))
         .expect("rows of f32");
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+/// Rows, and from their number on points between one of them and two of its 30 nearest, at random weights.
+fn between(mut rows: Vec<f32>, num_rows: usize, threads: usize) -> Vec<f32> {
+    let num_real = rows.len() / DIM;
+    if num_real >= num_rows {
+        return rows;
+    }
+    let all: Vec<u32> = (0..num_real as u32).collect();
+    let near: Vec<Vec<u32>> =
+        spread(num_real, threads, |at| nearest(&rows[at * DIM..][..DIM], &rows, &all, 31));
+    let more = spread(num_rows - num_real, threads, |number| {
+        let mut random = Random(number as u64);
+        let at = random.next() as usize % num_real;
+        let mut close = || near[at][random.next() as usize % near[at].len()] as usize;
+        let corners = [at, close(), close()];
+        let weights = corners.map(|_| -random.unit().max(1e-7).ln());
+        let mut row = [0.0f32; DIM];
+        for (corner, weight) in corners.into_iter().zip(weights) {
+            row.iter_mut().zip(&rows[corner * DIM..][..DIM]).for_each(|(x, y)| *x += weight * y);
+        }
+        let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+        row.map(|x| x / length)
+    });
+    println!("{num_real} real rows");
+    rows.reserve_exact(more.len() * DIM);
+    more.iter().for_each(|row| rows.extend_from_slice(row));
+    rows
+}
+
+/// The results for 0 to `count`, in order, computed on so many threads.
+fn spread<T: Send>(count: usize, threads: usize, each: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let part = count.div_ceil(threads.max(1)).max(1);
+    std::thread::scope(|scope| {
+        let each = &each;
+        let start = |from: usize| {
+            scope.spawn(move || (from..(from + part).min(count)).map(each).collect::<Vec<T>>())
+        };
+        let running: Vec<_> = (0..count).step_by(part).map(start).collect();
+        running.into_iter().flat_map(|part| part.join().expect("no panic")).collect()
+    })
 }
 
 /// `rows.f32`, `queries.f32` and the exact answers `exact.u32`, for other libraries to be measured on.

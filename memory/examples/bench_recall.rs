@@ -6,7 +6,7 @@
 //! cargo run --release -p mka-memory --example bench_recall -- --prose ../shared/data/prose
 //! # With another embedder: write the sentences out, embed them, read the vectors back.
 //! cargo run --release -p mka-memory --example bench_recall -- --prose ../shared/data/prose --texts-to texts.txt
-//! python3 memory/docs/peers/minilm.py MODEL texts.txt vectors.f32
+//! python3 memory/docs/peers/minilm.py MODEL texts.txt vectors.f32 # another set of facts: --facts mixed with both
 //! cargo run --release -p mka-memory --example bench_recall -- --prose ../shared/data/prose \
 //!     --texts texts.txt --vectors vectors.f32
 //! ```
@@ -22,195 +22,30 @@ use mka_memory::{
     StoreOptions,
 };
 
-/// A fact, a question in other words, and keywords of the fact; `{n}` is a name, `{v}` a value.
-/// The first ten are for choosing weights; the rest are measured and were never looked at.
-const TEMPLATES: [[&str; 3]; 36] = [
-    [
-        "{n} keeps the spare key to the cabin under the third flowerpot, number {v}.",
-        "where did {n} hide the extra key for the cottage?",
-        "{n} spare key cabin flowerpot",
-    ],
-    [
-        "The dentist moved {n}'s appointment to the afternoon of the {v}th.",
-        "when will {n} get their teeth checked?",
-        "{n} dentist appointment",
-    ],
-    [
-        "{n} is allergic to cashews and carries an injector with batch {v}.",
-        "which food makes {n} ill?",
-        "{n} allergic cashews injector",
-    ],
-    [
-        "For the anniversary {n} reserved table {v} at the harbour restaurant.",
-        "where is {n} going to celebrate the wedding day?",
-        "{n} anniversary table harbour restaurant",
-    ],
-    [
-        "{n} pays {v} euros a month for the flat above the bakery.",
-        "how much rent does {n} owe?",
-        "{n} euros month flat bakery",
-    ],
-    [
-        "The doctor told {n} to swim {v} lengths a week because of the bad back.",
-        "what exercise was {n} advised to do for spinal pain?",
-        "{n} swim lengths week back",
-    ],
-    [
-        "{n} sold the old motorcycle to a neighbour for {v} pounds.",
-        "what did {n} get for the used bike?",
-        "{n} sold motorcycle neighbour pounds",
-    ],
-    [
-        "{n}'s train to Lisbon leaves from platform {v} just after dawn.",
-        "from which track does {n} depart for Portugal early in the morning?",
-        "{n} train Lisbon platform",
-    ],
-    [
-        "{n} wrote the password for the archive, walnut{v}, on a yellow card.",
-        "what are {n}'s login credentials for the records?",
-        "{n} password archive yellow card",
-    ],
-    [
-        "The choir elected {n} treasurer with {v} votes in March.",
-        "who looks after the singers' money, and was {n} chosen?",
-        "{n} choir elected treasurer votes",
-    ],
-    [
-        "{n} adopted a deaf terrier from the shelter, tag {v}.",
-        "what kind of pet did {n} take home?",
-        "{n} adopted deaf terrier shelter",
-    ],
-    [
-        "Since the accident {n} drives a blue van with the plate ending in {v}.",
-        "which vehicle does {n} use now?",
-        "{n} blue van plate",
-    ],
-    [
-        "{n} grows {v} kinds of tomato on the roof of the school.",
-        "what vegetables does {n} cultivate, and how many varieties?",
-        "{n} tomato kinds roof school",
-    ],
-    [
-        "{n} learned to play the cello at the age of {v}.",
-        "how old was {n} when taking up a string instrument?",
-        "{n} learned cello age",
-    ],
-    [
-        "The bank refused {n} a loan of {v} thousand in spring.",
-        "was {n}'s request for credit turned down?",
-        "{n} bank refused loan thousand",
-    ],
-    [
-        "{n} broke the left wrist on the ice and wore a cast for {v} days.",
-        "which bone did {n} fracture in winter?",
-        "{n} broke left wrist ice cast",
-    ],
-    [
-        "{n} proposed to call the new product Heron, and {v} colleagues agreed.",
-        "what name for the product was {n}'s idea?",
-        "{n} product Heron colleagues agreed",
-    ],
-    [
-        "The plumber will come to {n}'s house on Thursday at {v} past nine.",
-        "when is the leaking pipe at {n}'s home being repaired?",
-        "{n} plumber house Thursday",
-    ],
-    [
-        "{n} donated {v} books on astronomy to the village library.",
-        "what did {n} give away for readers in the community?",
-        "{n} donated books astronomy library",
-    ],
-    [
-        "{n} missed the exam because the ferry was {v} minutes late.",
-        "why was {n} absent from the test?",
-        "{n} missed exam ferry late",
-    ],
-    [
-        "{n}'s grandmother emigrated from Trieste in 19{v}.",
-        "which city did {n}'s ancestors come from?",
-        "{n} grandmother emigrated Trieste",
-    ],
-    [
-        "The recipe that {n} won with needs {v} grams of rye flour and caraway.",
-        "what ingredients are in the bread that got {n} the prize?",
-        "{n} recipe grams rye flour caraway",
-    ],
-    [
-        "{n} rents out the boathouse to students from May, {v} a week.",
-        "what does {n} let to young people in summer?",
-        "{n} rents boathouse students May",
-    ],
-    [
-        "{n} has been taking iron tablets since the blood test showed {v}.",
-        "what medication is {n} on?",
-        "{n} iron tablets blood test",
-    ],
-    [
-        "The court fined {n} {v} dollars for fishing without a licence.",
-        "what penalty did {n} get from the judge?",
-        "{n} court fined dollars fishing licence",
-    ],
-    [
-        "{n} mended the greenhouse with {v} panes from the old cinema.",
-        "how was the glass building repaired by {n}?",
-        "{n} mended greenhouse panes cinema",
-    ],
-    [
-        "{n} teaches evening classes in welding, room {v}, every Tuesday.",
-        "what craft does {n} instruct after work?",
-        "{n} evening classes welding room Tuesday",
-    ],
-    [
-        "On the ridge {n} saw {v} cranes flying south before the storm.",
-        "which birds did {n} observe on the mountain?",
-        "{n} ridge cranes flying south storm",
-    ],
-    [
-        "{n} prefers to be called by the second name, and signs as agent {v}.",
-        "how does {n} want to be addressed?",
-        "{n} prefers called second name signs agent",
-    ],
-    [
-        "{n}'s company lost the contract for the bridge, worth {v} million.",
-        "what deal slipped away from {n}'s firm?",
-        "{n} company lost contract bridge million",
-    ],
-    [
-        "{n} quit smoking {v} weeks ago with the help of hypnosis.",
-        "how did {n} give up cigarettes?",
-        "{n} quit smoking weeks hypnosis",
-    ],
-    [
-        "{n} stores the winter tyres in cellar {v} behind the bicycles.",
-        "where are {n}'s wheels for the snow?",
-        "{n} winter tyres cellar bicycles",
-    ],
-    [
-        "The orchestra's tour takes {n} through {v} towns in Bohemia.",
-        "where is {n} travelling to give concerts?",
-        "{n} orchestra tour towns Bohemia",
-    ],
-    [
-        "{n} inherited a violin and {v} hectares of vineyard from an uncle.",
-        "what was left to {n} by a relative?",
-        "{n} inherited violin hectares vineyard uncle",
-    ],
-    [
-        "{n} set the thermostat to {v} because the baby sleeps badly in the heat.",
-        "why did {n} lower the temperature indoors?",
-        "{n} thermostat baby sleeps heat",
-    ],
-    [
-        "{n} found a wallet with {v} crowns and brought it to the police.",
-        "what lost property did {n} hand in?",
-        "{n} found wallet crowns police",
-    ],
-];
+/// Facts with what is asked about them; the form is in their first lines.
+const PEOPLE: &str = include_str!("facts/people.tsv");
+const MIXED: &str = include_str!("facts/mixed.tsv");
 
+/// Of [`PEOPLE`].
 const NUM_TUNING: usize = 10;
 const NAMES: [&str; 12] = [
     "Marta", "Oleg", "Priya", "Jonas", "Amina", "Felix", "Ingrid", "Tomas", "Leila", "Conrad",
     "Yuki", "Esther",
+];
+/// Of [`MIXED`].
+const OTHER_NAMES: [[&str; 2]; 12] = [
+    ["Bruno", "Larkspur"],
+    ["Chiara", "Basalt"],
+    ["Dmitri", "Quokka"],
+    ["Farah", "Meridian"],
+    ["Gwen", "Tundra"],
+    ["Hassan", "Falcon"],
+    ["Ilse", "Saffron"],
+    ["Kofi", "Orchid"],
+    ["Nadia", "Cobalt"],
+    ["Pavel", "Juniper"],
+    ["Rosa", "Zephyr"],
+    ["Soren", "Granite"],
 ];
 
 /// Questions that neither a fact nor a book answers; `{n}` is a name of the facts.
@@ -244,16 +79,24 @@ struct Case {
     tuning: bool,
 }
 
-fn cases() -> Vec<Case> {
+fn cases(is_mixed: bool) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (at, [fact, other, keywords]) in TEMPLATES.iter().enumerate() {
-        for (number, name) in NAMES.iter().enumerate() {
+    let lines = if is_mixed { MIXED } else { PEOPLE }.lines();
+    for (at, line) in lines.filter(|line| !line.starts_with('#')).enumerate() {
+        let parts: Vec<&str> = line.split('\t').collect();
+        let [fact, other, keywords] = parts[..] else { panic!("expected three parts: {line}") };
+        let num_names = if fact.contains('{') { NAMES.len() } else { 1 };
+        for number in 0..num_names {
             let value = (11 + (at * 37 + number * 13) % 80).to_string();
-            let fill = |text: &str| text.replace("{n}", name).replace("{v}", &value);
+            let [person, system] = OTHER_NAMES[number];
+            let fill = |text: &str| {
+                let text = text.replace("{n}", NAMES[number]).replace("{v}", &value);
+                text.replace("{p}", person).replace("{s}", system)
+            };
             cases.push(Case {
                 fact: fill(fact),
                 questions: [fill(other), fill(keywords)],
-                tuning: at < NUM_TUNING,
+                tuning: is_mixed || at < NUM_TUNING,
             });
         }
     }
@@ -269,8 +112,13 @@ fn main() {
     let prose = PathBuf::from(given.get("--prose").map_or("../shared/data/prose", String::as_str));
     let num_chunks: usize =
         given.get("--chunks").map_or(1_200, |text| text.parse().expect("a number"));
-    let hay = paragraphs(&prose, num_chunks);
-    let cases = cases();
+    let is_mixed = match given.get("--facts").map(String::as_str) {
+        None | Some("people") => false,
+        Some("mixed") => true,
+        Some(other) => panic!("expected people or mixed after --facts, got {other}"),
+    };
+    let hay = paragraphs(&prose, num_chunks, is_mixed);
+    let cases = cases(is_mixed);
     if let Some(path) = given.get("--texts-to") {
         let recorder = Arc::new(Recorder::default());
         let store = fill(recorder.clone(), &hay, &cases);
@@ -296,8 +144,8 @@ fn main() {
     ask_all(&store, &cases, &*embedder);
 }
 
-/// Stretches of real books of about 70 words; each fact stands in the middle of one.
-fn paragraphs(folder: &Path, num: usize) -> Vec<String> {
+/// Stretches of real books of about 70 words; each fact stands in the middle of one. `is_mixed` takes other stretches.
+fn paragraphs(folder: &Path, num: usize, is_mixed: bool) -> Vec<String> {
     let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
         .expect("a folder of prose")
         .map(|entry| entry.expect("an entry").path())
@@ -311,7 +159,9 @@ fn paragraphs(folder: &Path, num: usize) -> Vec<String> {
             .expect("text");
         let words: Vec<&str> = text.split_whitespace().collect();
         let step = words.len() / (num / 3 + 1);
-        texts.extend((0..num / 3).map(|at| words[at * step..at * step + 70].join(" ")));
+        let first = if is_mixed { step / 2 } else { 0 };
+        let stretch = |at: usize| words[first + at * step..][..70].join(" ");
+        texts.extend((0..num / 3).map(stretch));
     }
     texts
 }
@@ -358,19 +208,22 @@ impl Tally {
     }
 }
 
-const METHODS: [&str; 12] = [
+/// `words` is BM25 by that of a chunk that holds every word of the question, or by the best one, if that is more.
+const METHODS: [&str; 14] = [
     "BM25",
     "one vector a chunk",
     "best sentence",
     "RRF(60) of BM25 and chunk",
     "RRF(60) of BM25 and sentence",
+    "RRF(10) of BM25 and sentence",
     "recall (what a user gets)",
-    "0.5 / 0.5, words by the best chunk",
-    "0.3 / 0.7, words by the best chunk",
-    "0.5 / 0.5, words by what can be had",
-    "0.3 / 0.7, words by what can be had",
-    "0.5 / 0.5, the square of that",
-    "0.3 / 0.7, the square of that",
+    "0.2 BM25 by the best chunk, 0.8 sentence by its theoretical minimum",
+    "0.2 / 0.8 of z-scores",
+    "0.5 BM25 by the best chunk + 0.5 sentence",
+    "0.5 words + 0.5 sentence",
+    "0.5 words^2 + 0.5 sentence",
+    "0.5 words^3 + 0.5 sentence",
+    "0.3 words^2 + 0.7 sentence",
 ];
 
 fn ask_all(store: &Store, cases: &[Case], embedder: &dyn Embedder) {
@@ -382,6 +235,9 @@ fn ask_all(store: &Store, cases: &[Case], embedder: &dyn Embedder) {
     texts.chunks(256).for_each(|batch| chunk_rows.extend(embedder.embed(batch).expect("vectors")));
     for tuning in [true, false] {
         let asked: Vec<&Case> = cases.iter().filter(|case| case.tuning == tuning).collect();
+        if asked.is_empty() {
+            return;
+        }
         println!(
             "\n{} questions of each kind, {}\n",
             asked.len(),
@@ -391,7 +247,7 @@ fn ask_all(store: &Store, cases: &[Case], embedder: &dyn Embedder) {
         let mut tallies: Vec<[Tally; 2]> = METHODS.iter().map(|_| Default::default()).collect();
         for case in &asked {
             for (kind, question) in case.questions.iter().enumerate() {
-                let options = Recall { k: 400, follow_up: false, ..Recall::default() };
+                let options = Recall { k: 2_000, follow_up: false, ..Recall::default() };
                 let hits = store.recall(&scope, question, &options).expect("a recall");
                 let query = embedder.embed(&[question]).expect("a vector");
                 let by_chunk = order(&texts, |at| dot(&query, &chunk_rows[at * dim..][..dim]));
@@ -438,28 +294,46 @@ fn place(
         ordered.sort_by(|a, b| score(b).total_cmp(&score(a)));
         ordered.iter().position(|hit| holds(&hit.text))
     };
-    let fused = |words: f32, most: f32| {
-        by(&|hit| words * hit.why.bm25 / most + (1.0 - words) * hit.why.cosine.max(0.0))
-    };
-    let square = |words: f32| {
+    let fused = |share: f32, most: f32, power: i32| {
         by(&|hit| {
-            words * (hit.why.bm25 / attainable).powi(2) + (1.0 - words) * hit.why.cosine.max(0.0)
+            share * (hit.why.bm25 / most).powi(power) + (1.0 - share) * hit.why.cosine.max(0.0)
         })
     };
+    let rrf = |k: f32, rank: &dyn Fn(&Hit) -> f32| {
+        by(&|hit| 1.0 / (k + word_rank(hit)) + 1.0 / (k + rank(hit)))
+    };
+    let sentence_rank = |hit: &Hit| hit.why.cosine_rank as f32;
     match method {
         0 => by(&|hit| hit.why.bm25),
         1 => by_chunk.iter().position(|&at| holds(texts[at])),
         2 => by(&|hit| hit.why.cosine),
-        3 => by(&|hit| 1.0 / (60.0 + word_rank(hit)) + 1.0 / (60.0 + chunk_rank(hit))),
-        4 => by(&|hit| 1.0 / (60.0 + word_rank(hit)) + 1.0 / (60.0 + hit.why.cosine_rank as f32)),
-        5 => hits.iter().position(|hit| holds(&hit.text)),
-        6 => fused(0.5, best),
-        7 => fused(0.3, best),
-        8 => fused(0.5, attainable),
-        9 => fused(0.3, attainable),
-        10 => square(0.5),
-        _ => square(0.3),
+        3 => rrf(60.0, &chunk_rank),
+        4 => rrf(60.0, &sentence_rank),
+        5 => rrf(10.0, &sentence_rank),
+        6 => hits.iter().position(|hit| holds(&hit.text)),
+        7 => {
+            let most = hits.iter().map(|hit| hit.why.cosine).fold(-1.0, f32::max);
+            by(&|hit| 0.2 * hit.why.bm25 / best + 0.8 * (hit.why.cosine + 1.0) / (most + 1.0))
+        }
+        8 => {
+            let (words, cosine) =
+                (spread(hits, |hit| hit.why.bm25), spread(hits, |h| h.why.cosine));
+            by(&|hit| 0.2 * hit.why.bm25 / words + 0.8 * hit.why.cosine / cosine)
+        }
+        9 => fused(0.5, best, 1),
+        10 => fused(0.5, attainable, 1),
+        11 => fused(0.5, attainable, 2),
+        12 => fused(0.5, attainable, 3),
+        _ => fused(0.3, attainable, 2),
     }
+}
+
+/// Standard deviation: what a z-score divides by; its mean moves all hits alike.
+fn spread(hits: &[Hit], value: impl Fn(&Hit) -> f32) -> f32 {
+    let num = hits.len().max(1) as f32;
+    let mean = hits.iter().map(&value).sum::<f32>() / num;
+    let variance = hits.iter().map(|hit| (value(hit) - mean).powi(2)).sum::<f32>() / num;
+    variance.sqrt().max(f32::MIN_POSITIVE)
 }
 
 /// How well `relevance` tells questions with an answer from those without, on the held-out facts.

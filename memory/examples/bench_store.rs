@@ -23,6 +23,8 @@ use unicode_segmentation::UnicodeSegmentation;
 /// Sentences of one turn, and turns of one commit.
 const TURN_SENTENCES: usize = 40;
 const COMMIT_TURNS: usize = 8;
+/// Turns of one commit where vectors are ready.
+const READY_TURNS: usize = 1_000;
 /// Questions, each asked twice.
 const NUM_QUERIES: usize = 100;
 
@@ -40,6 +42,8 @@ fn main() {
     let num_vectors: usize = number(take("--vectors", "100000"));
     let folder = PathBuf::from(take("--folder", ""));
     let graph_vectors: usize = number(take("--graph-from", &usize::MAX.to_string()));
+    let image_vectors: usize = number(take("--image-from", "4096"));
+    let ready = take("--ready", "");
     assert!(given.is_empty(), "unknown arguments: {given:?}");
     assert!(
         !folder.as_os_str().is_empty(),
@@ -48,10 +52,14 @@ fn main() {
 
     let sentences = sentences(&prose);
     println!("{} sentences of the books", sentences.len());
+    if !ready.is_empty() {
+        return insert_ready(&folder, &sentences, Path::new(&ready), num_vectors);
+    }
     if !folder.exists() {
         fill(&folder, &sentences, num_vectors);
     }
-    let options = StoreOptions { graph_vectors, scan_threads: 1, ..StoreOptions::default() };
+    let options =
+        StoreOptions { graph_vectors, image_vectors, scan_threads: 1, ..StoreOptions::default() };
     let open = || {
         let embedder = Arc::new(HashedEmbedder::new());
         Store::open(&folder, embedder, options.clone()).expect("a store")
@@ -63,14 +71,16 @@ fn main() {
         drop(store);
         let (start, cpu) = (Instant::now(), process_ns());
         store = open();
-        let (wall, cpu) = (start.elapsed(), process_ns() - cpu);
+        let (wall, opened) = (start.elapsed(), process_ns() - cpu);
         let hits = store.recall(&scope, query, &Recall::default()).expect("a recall");
         println!(
-            "open, {round}: {:.2} s wall, {:.2} s of processor; first recall after {:.2} s, {} hits",
+            "open, {round}: {:.2} s wall, {:.2} s of processor; first recall after {:.2} s, {:.2} s of processor, {} hits, {} vectors unread",
             wall.as_secs_f64(),
-            cpu as f64 / 1e9,
+            opened as f64 / 1e9,
             start.elapsed().as_secs_f64(),
-            hits.len()
+            (process_ns() - cpu) as f64 / 1e9,
+            hits.len(),
+            store.stats().vectors_unread
         );
     }
     if graph_vectors < usize::MAX {
@@ -117,44 +127,94 @@ fn main() {
 fn fill(folder: &Path, sentences: &[String], num_vectors: usize) {
     let options = StoreOptions { graph_vectors: usize::MAX, ..StoreOptions::default() };
     let store = Store::open(folder, Arc::new(HashedEmbedder::new()), options).expect("a store");
-    let words: Vec<&str> = sentences.iter().flat_map(|s| s.split_whitespace()).collect();
-    let mut random = Random(7);
-    let mut at = 0;
+    let mut text = texts(sentences);
     let mut turn = |number: usize| {
-        let mut text = String::new();
-        for _ in 0..TURN_SENTENCES {
-            let sentence = &sentences[at % sentences.len()];
-            for word in sentence.split_whitespace() {
-                let changes = at >= sentences.len() && random.next().is_multiple_of(4);
-                let other = words[random.next() as usize % words.len()];
-                text.push_str(if changes { other } else { word });
-                text.push(' ');
-            }
-            at += 1;
-        }
+        let text = (0..TURN_SENTENCES).map(|_| text()).collect::<String>();
         let mut turn = NewTurn::new(Role::Document, text);
         for (key, one_of) in [("tenth", 10), ("hundredth", 100), ("thousandth", 1_000)] {
             turn.metadata.insert(key.into(), ((number % one_of) as i32).into());
         }
         turn
     };
-    let (start, mut cpu, mut chunks, mut num_turns) = (Instant::now(), 0, 0, 0usize);
-    // Counting takes a while in a large store.
-    while !num_turns.is_multiple_of(400) || store.stats().vectors < num_vectors {
+    // The processor time of all threads, less what making texts and counting takes.
+    let (start, cpu, mut making) = (Instant::now(), process_ns(), 0);
+    let (mut chunks, mut num_turns, mut is_full) = (0, 0usize, false);
+    while !is_full {
+        let before = thread_ns();
         let turns: Vec<NewTurn> = (num_turns..num_turns + COMMIT_TURNS).map(&mut turn).collect();
         num_turns += turns.len();
         let scope = Scope::user("bench").session(format!("session {}", num_turns / 800));
-        let before = process_ns();
+        making += thread_ns() - before;
         let done = store.commit(&scope, Commit { turns, ..Commit::default() }).expect("a commit");
-        cpu += process_ns() - before;
         chunks += done.chunks_added;
+        let before = thread_ns();
+        // Counting takes a while in a large store.
+        is_full = num_turns.is_multiple_of(400) && store.stats().vectors >= num_vectors;
+        making += thread_ns() - before;
     }
+    let cpu = process_ns() - cpu - making;
     println!(
         "filled: {chunks} chunks in {:.0} s wall, {:.1} s of processor in commits: {:.0} chunks/s of one core",
         start.elapsed().as_secs_f64(),
         cpu as f64 / 1e9,
         chunks as f64 / (cpu as f64 / 1e9)
     );
+}
+
+/// Puts vectors of a file into a new store, each with a sentence, and says how fast that was.
+fn insert_ready(folder: &Path, sentences: &[String], rows: &Path, num_vectors: usize) {
+    let options = StoreOptions { graph_vectors: usize::MAX, ..StoreOptions::default() };
+    let store = Store::open(folder, Arc::new(HashedEmbedder::new()), options).expect("a store");
+    let dim = store.dim();
+    let mut file = std::fs::File::open(rows).expect("a file of vectors");
+    let mut text = texts(sentences);
+    // The processor time of all threads, less what making texts and reading vectors takes.
+    let (start, cpu, mut making, mut num) = (Instant::now(), process_ns(), 0, 0);
+    while num < num_vectors {
+        let before = thread_ns();
+        let mut bytes = vec![0; READY_TURNS.min(num_vectors - num) * dim * 4];
+        file.read_exact(&mut bytes).expect("as many vectors");
+        let number = |four: &[u8]| f32::from_le_bytes([four[0], four[1], four[2], four[3]]);
+        let vectors: Vec<f32> = bytes.chunks_exact(4).map(number).collect();
+        let turns: Vec<NewTurn> =
+            (0..vectors.len() / dim).map(|_| NewTurn::new(Role::Document, text())).collect();
+        num += turns.len();
+        let scope = Scope::user("bench").session(format!("session {}", num / 50_000));
+        making += thread_ns() - before;
+        store.commit_embedded(&scope, turns, &vectors).expect("a commit");
+    }
+    store.finish_indexing();
+    let cpu = process_ns() - cpu - making;
+    let stats = store.stats();
+    println!(
+        "{num} ready vectors in {} a commit: {} chunks, {} vectors, {:.0} s wall, {:.2} s of processor, images included: {:.0} vectors/s of one core",
+        READY_TURNS,
+        stats.chunks,
+        stats.vectors,
+        start.elapsed().as_secs_f64(),
+        cpu as f64 / 1e9,
+        num as f64 / (cpu as f64 / 1e9)
+    );
+    let before = process_ns();
+    drop(store);
+    println!("closing: {:.2} s of processor", (process_ns() - before) as f64 / 1e9);
+}
+
+/// The sentences of the books, and after those the same with one word in four changed.
+fn texts(sentences: &[String]) -> impl FnMut() -> String {
+    let words: Vec<&str> = sentences.iter().flat_map(|s| s.split_whitespace()).collect();
+    let (mut random, mut at) = (Random(7), 0);
+    move || {
+        let mut text = String::new();
+        for word in sentences[at % sentences.len()].split_whitespace() {
+            let changes = at >= sentences.len() && random.next().is_multiple_of(4);
+            let other = words[random.next() as usize % words.len()];
+            text.push_str(if changes { other } else { word });
+            text.push(' ');
+        }
+        at += 1;
+        text
+    }
 }
 
 fn sentences(folder: &Path) -> Vec<String> {

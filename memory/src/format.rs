@@ -2,6 +2,7 @@
 //! Knows no file, index or lock; it turns values into bytes and back, and refuses bytes it did not write.
 
 mod fields;
+pub(crate) mod image;
 mod payloads;
 mod records;
 pub(crate) mod vectors;

@@ -1,8 +1,10 @@
 //! The chunks of one (user, agent) pair in memory: text, vectors, words, and where each was said.
 //! Knows nothing of files; everything here is derived from the log.
 
+mod image;
 mod place;
 mod rows;
+mod vectors;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,6 +14,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 use self::place::num_superseded;
 pub(crate) use self::place::{Moment, Place, Version};
 use self::rows::Rows;
+pub(crate) use self::vectors::{Elsewhere, Vectors};
 use crate::filter::Metadata;
 use crate::hygiene::gist;
 use crate::tags::{Accepted, Tags};
@@ -31,7 +34,7 @@ pub(crate) struct Chunk {
     pub(crate) id: u128,
     pub(crate) text: Box<str>,
     /// One row per sentence, `(n, dim)`.
-    pub(crate) vectors: Box<[f32]>,
+    pub(crate) vectors: Vectors,
     /// The session and turn whose record holds the vectors.
     pub(crate) home: (u64, u64),
     /// By ascending order, and one at least is not `near`; places of retracted and forgotten turns are not among them.
@@ -65,6 +68,8 @@ pub(crate) struct Partition {
     words: Words,
     /// The latest chunk of each gist, by the gist's hash; see [`gist`].
     by_gist: HashMap<u64, u32>,
+    /// Hash of the gist of each slot; 0 if there is none.
+    gists: Vec<u64>,
     /// What was said about each subject, oldest first.
     subjects: HashMap<Box<str>, Vec<Version>>,
     /// Chunks of the versions that another one superseded, one chunk as often as it stands in them.
@@ -73,6 +78,10 @@ pub(crate) struct Partition {
     num_expiring: usize,
     tags: Tags,
     rows: Rows,
+    /// Chunks and vectors that came or went.
+    num_changes: u64,
+    /// How many of them the last image knows; none if there is no image.
+    saved: Option<u64>,
 }
 
 impl Partition {
@@ -86,6 +95,9 @@ impl Partition {
             tags: Tags::default(),
             rows: Rows::new(dim),
             by_gist: HashMap::new(),
+            gists: Vec::new(),
+            num_changes: 0,
+            saved: None,
             subjects: HashMap::new(),
             num_superseded_chunks: 0,
             num_expiring: 0,
@@ -149,6 +161,10 @@ impl Partition {
     pub(crate) fn set_home(&mut self, id: u128, home: (u64, u64)) -> bool {
         self.get_mut(id).is_some_and(|chunk| {
             chunk.home = home;
+            if !chunk.vectors.is_here() {
+                // The record that holds them goes.
+                chunk.vectors = chunk.vectors.to_vec().into();
+            }
             !chunk.vectors.is_empty()
         })
     }
@@ -161,7 +177,7 @@ impl Partition {
         });
         self.words.add(terms, slot, &chunk.text);
         self.rows.insert(slot, &chunk.vectors);
-        self.put(slot, chunk);
+        self.put_new(slot, chunk);
     }
 
     /// Puts many chunks in that are not there yet, in less time than one by one: words and vectors side by side.
@@ -183,17 +199,27 @@ impl Partition {
             (first..).zip(&chunks).for_each(|(slot, chunk)| rows.insert(slot, &chunk.vectors));
         });
         self.slots.resize_with(first as usize + chunks.len(), || None);
-        (first..).zip(chunks).for_each(|(slot, chunk)| self.put(slot, chunk));
+        (first..).zip(chunks).for_each(|(slot, chunk)| self.put_new(slot, chunk));
     }
 
     /// What [`insert`](Self::insert) does beside words and vectors.
+    fn put_new(&mut self, slot: u32, chunk: Chunk) {
+        if self.gists.len() <= slot as usize {
+            self.gists.resize(slot as usize + 1, 0);
+        }
+        self.gists[slot as usize] = gist_hash(&gist(&chunk.text)).unwrap_or(0);
+        self.num_changes += 1 + self.rows.of_slot(slot).len() as u64;
+        self.put(slot, chunk);
+    }
+
+    /// Puts a chunk into a slot whose words, rows and gist are there.
     fn put(&mut self, slot: u32, chunk: Chunk) {
         for place in &chunk.places {
             self.tags.add((place.session, place.turn), slot);
             self.num_expiring += usize::from(place.expires());
         }
-        if let Some(hash) = gist_hash(&gist(&chunk.text)) {
-            self.by_gist.insert(hash, slot);
+        if self.gists[slot as usize] != 0 {
+            self.by_gist.insert(self.gists[slot as usize], slot);
         }
         self.by_id.insert(chunk.id, slot);
         self.slots[slot as usize] = Some(chunk);
@@ -214,8 +240,15 @@ impl Partition {
         }
         let chunk = |slot: u32| Some((slot, self.slots.get(slot as usize)?.as_ref()?));
         let visible = match (wanted.among, wanted.visible) {
-            (Some(among), _) => Some(self.visible(wanted, among.slots().filter_map(chunk))),
-            (None, Some(_)) => Some(self.visible(wanted, self.iter())),
+            (Some(among), Some(sees)) => {
+                Some(self.visible(among.slots().filter_map(chunk).filter(|(_, it)| sees(it))))
+            }
+            (None, Some(sees)) => Some(self.visible(self.iter().filter(|(_, it)| sees(it)))),
+            (Some(among), None) => {
+                let mut bits = Bits::none(self.slots.len());
+                among.slots().for_each(|slot| bits.insert(slot as usize));
+                Some(bits)
+            }
             (None, None) => None,
         };
         let mut slots = self.best_by_words(wanted, visible.as_ref());
@@ -225,16 +258,10 @@ impl Partition {
         slots.into_iter().filter_map(chunk).collect()
     }
 
-    /// The slots of those chunks that are wanted.
-    fn visible<'a>(
-        &self,
-        wanted: &Wanted<'_>,
-        chunks: impl Iterator<Item = (u32, &'a Chunk)>,
-    ) -> Bits {
+    /// The slots of these chunks.
+    fn visible<'a>(&self, chunks: impl Iterator<Item = (u32, &'a Chunk)>) -> Bits {
         let mut bits = Bits::none(self.slots.len());
-        chunks
-            .filter(|(_, chunk)| wanted.visible.is_none_or(|visible| visible(chunk)))
-            .for_each(|(slot, _)| bits.insert(slot as usize));
+        chunks.for_each(|(slot, _)| bits.insert(slot as usize));
         bits
     }
 
@@ -307,6 +334,12 @@ impl Partition {
     /// Vectors that the index holds, and how many of them the graph finds.
     pub(crate) fn num_vectors(&self) -> (usize, usize) {
         (self.rows.index.len(), self.rows.index.num_sealed())
+    }
+
+    /// Vectors that were left where the log has them.
+    pub(crate) fn num_unread(&self) -> usize {
+        let unread = self.iter().filter(|(_, chunk)| !chunk.vectors.is_read());
+        unread.map(|(slot, _)| self.rows.of_slot(slot).len()).sum()
     }
 
     /// The graph, and for each of its positions the chunk and which of its vectors stands there; none if it is gone.
@@ -418,20 +451,20 @@ impl Partition {
     }
 
     /// Gives a chunk that has none its vectors.
-    pub(crate) fn set_vectors(&mut self, id: u128, vectors: Box<[f32]>) {
+    pub(crate) fn set_vectors(&mut self, id: u128, vectors: Vec<f32>) {
         let Some(&slot) = self.by_id.get(&id) else { return };
         self.rows.remove(slot);
         self.rows.insert(slot, &vectors);
+        self.num_changes += 1 + self.rows.of_slot(slot).len() as u64;
         if let Some(chunk) = &mut self.slots[slot as usize] {
-            chunk.vectors = vectors;
+            chunk.vectors = vectors.into();
         }
     }
 
     /// How many chunks differ from those of `other`, or are in one of the two alone; words that count differently count
     /// as one more. For a check: it visits every chunk.
-    pub(crate) fn differing(&self, other: &Self, terms: &Terms) -> usize {
+    pub(crate) fn differing(&self, other: &Self) -> usize {
         let mut differing = other.by_id.keys().filter(|id| self.get(**id).is_none()).count();
-        let mut words = self.words.num_terms() != other.words.num_terms();
         for (_, chunk) in self.iter() {
             let same = other.get(chunk.id).is_some_and(|known| {
                 let mut ordered = [chunk.places.clone(), known.places.clone()];
@@ -439,28 +472,44 @@ impl Partition {
                     .iter_mut()
                     .for_each(|places| places.sort_by_key(|p| (p.order, p.start, p.session)));
                 chunk.text == known.text
-                    && chunk.vectors == known.vectors
+                    && *chunk.vectors == *known.vectors
                     && ordered[0] == ordered[1]
                     && self.is_indexed(chunk)
+                    && self.has_index_of(chunk.id, other)
                     && chunk.places.iter().all(|place| {
                         let turn = (place.session, place.turn);
                         self.tags.metadata(turn) == other.tags.metadata(turn)
                     })
             });
             differing += usize::from(!same);
-            terms.words(&chunk.text, |word, _| {
-                words |= self.words.num_holding(word) != other.words.num_holding(word);
-            });
         }
-        differing + usize::from(words)
+        let id = |partition: &Self, slot: u32| {
+            partition.slots.get(slot as usize)?.as_ref().map(|chunk| chunk.id)
+        };
+        let words = self.words.is_as(&other.words, |slot| id(self, slot), |slot| id(other, slot));
+        differing + usize::from(!words)
     }
 
-    /// Whether each of a chunk's vectors has its row.
+    /// Whether codes and gist of a chunk are those that `other` has.
+    fn has_index_of(&self, id: u128, other: &Self) -> bool {
+        let Some((&own, &slot)) = self.by_id.get(&id).zip(other.by_id.get(&id)) else {
+            return false;
+        };
+        let (rows, others) = (self.rows.of_slot(own), other.rows.of_slot(slot));
+        let (codes, other_codes) = (self.rows.index.codes(), other.rows.index.codes());
+        self.gists[own as usize] == other.gists[slot as usize]
+            && rows.len() == others.len()
+            && rows.iter().zip(others).all(|(&a, &b)| codes.code(a).eq(other_codes.code(b)))
+    }
+
+    /// Whether each of a chunk's vectors has its row, and no more.
     fn is_indexed(&self, chunk: &Chunk) -> bool {
-        chunk.vectors.chunks_exact(self.rows.dim()).enumerate().all(|(at, vector)| {
-            let row = self.row_of(chunk.id, at as u32);
-            row.and_then(|row| self.vector(row)) == Some(vector)
-        })
+        let num_rows = self.by_id.get(&chunk.id).map_or(0, |slot| self.rows.of_slot(*slot).len());
+        num_rows * self.rows.dim() == chunk.vectors.len()
+            && chunk.vectors.chunks_exact(self.rows.dim()).enumerate().all(|(at, vector)| {
+                let row = self.row_of(chunk.id, at as u32);
+                row.and_then(|row| self.vector(row)) == Some(vector)
+            })
     }
 
     /// Takes chunks out, with their words.
@@ -469,13 +518,13 @@ impl Partition {
         for id in ids {
             let Some(slot) = self.by_id.remove(id) else { continue };
             if let Some(chunk) = self.slots[slot as usize].take() {
+                self.num_changes += 1 + self.rows.of_slot(slot).len() as u64;
                 self.rows.remove(slot);
                 let expiring = chunk.places.iter().filter(|place| place.expires());
                 self.num_expiring -= expiring.count();
-                if let Some(hash) = gist_hash(&gist(&chunk.text))
-                    && self.by_gist.get(&hash) == Some(&slot)
-                {
-                    self.by_gist.remove(&hash);
+                let gist = std::mem::take(&mut self.gists[slot as usize]);
+                if self.by_gist.get(&gist) == Some(&slot) {
+                    self.by_gist.remove(&gist);
                 }
                 removed.push((slot, chunk));
                 self.free.push(slot);

@@ -6,6 +6,9 @@ mod commit;
 mod compact;
 mod doctor;
 mod erase;
+mod folder;
+mod held;
+mod images;
 mod indexing;
 mod load;
 mod lock;
@@ -65,6 +68,9 @@ pub struct StoreOptions {
     /// From so many sentence vectors of one user and agent on, a graph (HNSW) is built over them in the background, and
     /// searches without a filter walk it instead of scanning codes; never, with `usize::MAX`.
     pub graph_vectors: usize,
+    /// From so many sentence vectors of one user and agent on, what recall searches is kept in a file of its own, so that
+    /// an opening need not make it from the log; never, with `usize::MAX`, and never in an encrypted store.
+    pub image_vectors: usize,
     /// Threads that one scan of more than 131,072 vectors may use; at least 1.
     pub scan_threads: usize,
 }
@@ -80,6 +86,7 @@ impl Default for StoreOptions {
             reembed: false,
             hygiene: Hygiene::default(),
             graph_vectors: 250_000,
+            image_vectors: 4_096,
             scan_threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(4)),
         }
     }
@@ -118,7 +125,9 @@ impl Store {
     /// Damage to single records does not keep a store from opening: see [`Stats::damaged`].
     ///
     /// # Cost
-    /// Reads every turn and vector once, and indexes the words.
+    /// Reads the text of every turn. Words and vectors are indexed as far as no image of the index knows them, see
+    /// [`StoreOptions::image_vectors`]: those of a large store that was closed hardly at all. Vectors that an image knows
+    /// stay on the disk, turn by turn, until a recall looks at one of the turn's.
     pub fn open(
         path: impl AsRef<Path>,
         embedder: Arc<dyn Embedder>,
@@ -223,6 +232,16 @@ impl Store {
 
     fn terms(&self) -> Terms {
         Terms::new()
+    }
+}
+
+impl Drop for Store {
+    /// Stops what goes on in the background, and leaves the index for the next opening to find.
+    fn drop(&mut self) {
+        self.indexer.stop();
+        if !std::thread::panicking() {
+            self.write_images_at_closing();
+        }
     }
 }
 

@@ -14,6 +14,7 @@ mod table;
 
 pub(crate) use bits::Bits;
 pub(crate) use build::{NotBuilt, build};
+pub(crate) use codes::{BLOCK, Codes};
 pub(crate) use column::{Column, Held, Plain};
 pub(crate) use dots::dot_fast;
 pub(crate) use graph::{Graph, Idle, Layer};

@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 
 use rust_stemmers::{Algorithm, Stemmer};
 use unicode_segmentation::UnicodeSegmentation;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Term frequency saturation. Robertson and Zaragoza, "The Probabilistic Relevance Framework", 2009, 3.4.2.
 const K1: f32 = 1.2;
@@ -169,10 +170,13 @@ pub(crate) struct Collection {
     num_words: u64,
 }
 
+/// For each term the slots that hold it, and how often, in no order.
+pub(crate) type Postings = HashMap<Box<str>, Vec<(u32, u32)>>;
+
 /// Inverted index of one partition.
 #[derive(Debug, Default)]
 pub(crate) struct Words {
-    postings: HashMap<Box<str>, Vec<(u32, u32)>>,
+    postings: Postings,
     /// Words per slot; 0 for a slot that is free or wordless.
     lengths: Vec<u32>,
     num_chunks: u64,
@@ -216,6 +220,59 @@ impl Words {
                 }
             }
         }
+    }
+
+    /// An index of these postings; `lengths` has the words of each slot, none for a slot that is free.
+    pub(crate) fn restore(postings: Postings, lengths: &[Option<u32>]) -> Self {
+        let used = lengths.iter().flatten();
+        Self {
+            postings,
+            lengths: lengths.iter().map(|length| length.unwrap_or(0)).collect(),
+            num_chunks: used.clone().count() as u64,
+            num_words: used.map(|&length| u64::from(length)).sum(),
+        }
+    }
+
+    /// Whether `other` counts the same words in the same chunks, whatever their slots.
+    pub(crate) fn is_as(
+        &self,
+        other: &Self,
+        id: impl Fn(u32) -> Option<u128>,
+        other_id: impl Fn(u32) -> Option<u128>,
+    ) -> bool {
+        // Sums of hashes do not depend on the order of postings.
+        fn sums(words: &Words, id: impl Fn(u32) -> Option<u128>) -> HashMap<&str, u64> {
+            let hash = |&(slot, count): &(u32, u32)| {
+                let length = words.length(slot);
+                let bytes = [id(slot).unwrap_or(0), u128::from(count) << 32 | u128::from(length)];
+                xxh3_64(&bytes.map(u128::to_le_bytes).concat())
+            };
+            let sum = |postings: &Vec<_>| postings.iter().map(hash).fold(0, u64::wrapping_add);
+            words.postings.iter().map(|(term, postings)| (&**term, sum(postings))).collect()
+        }
+        (self.num_chunks, self.num_words) == (other.num_chunks, other.num_words)
+            && sums(self, id) == sums(other, other_id)
+    }
+
+    /// Takes the slots out without their texts: visits every posting.
+    pub(crate) fn remove_slots(&mut self, slots: &HashSet<u32>) {
+        for &slot in slots {
+            self.num_chunks -= 1;
+            self.num_words -= u64::from(std::mem::take(&mut self.lengths[slot as usize]));
+        }
+        self.postings.retain(|_, postings| {
+            postings.retain(|(slot, _)| !slots.contains(slot));
+            !postings.is_empty()
+        });
+    }
+
+    pub(crate) fn postings(&self) -> &Postings {
+        &self.postings
+    }
+
+    /// Words of the text in a slot.
+    pub(crate) fn length(&self, slot: u32) -> u32 {
+        self.lengths.get(slot as usize).copied().unwrap_or(0)
     }
 
     /// Adds this index's size to the statistics of a search.
@@ -337,6 +394,13 @@ mod tests {
         let mut fresh = Words::default();
         fresh.add(&Terms::new(), 0, texts[0]);
         fresh.add(&Terms::new(), 2, texts[2]);
+        let lengths = [Some(words.length(0)), None, Some(words.length(2))];
+        let restored = Words::restore(words.postings().clone(), &lengths);
+        assert_eq!(search(&restored, "beta gamma"), search(&fresh, "beta gamma"));
+        let mut unnamed = index(&texts);
+        unnamed.remove_slots(&HashSet::from([1]));
+        assert_eq!(unnamed.num_terms(), fresh.num_terms());
+        assert_eq!(search(&unnamed, "beta gamma"), search(&fresh, "beta gamma"));
         assert_eq!(words.num_terms(), fresh.num_terms());
         assert_eq!(search(&words, "beta gamma"), search(&fresh, "beta gamma"));
     }

@@ -5,13 +5,14 @@
 use super::gather::RecallScope;
 use super::index::HeadIndex;
 use super::selection::{OVER_FETCH, POOLED};
-use super::store::{PageStore, Recalled, Recovered};
+use super::store::{PageStore, Recalled, RecalledRuns, Recovered};
 use super::{PageConfig, PagePrecision, PageRule, codec};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
 use mka_kernels::PAGE_TOKENS;
-use mka_kernels::recall::{Choice, ChoiceParams, MARKS, Placement, SPAN, StoredPages};
+use mka_kernels::recall::{Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, StoredPages};
+use mka_kernels::{AttentionRun, PageRef};
 
 /// Pages that wait at most before they are uploaded together.
 pub(super) const BATCH_PAGES: usize = 16;
@@ -34,7 +35,17 @@ struct Layer {
     named: u64,
 }
 
-/// A run of queries and what it may recall.
+/// What a copy of recalled tokens on the device holds, for each run of queries.
+struct Copied {
+    /// (runs · pages, g, PAGE_TOKENS, d), rotated.
+    keys: Tensor,
+    values: Tensor,
+    /// Of each run.
+    tokens: usize,
+    recovered: Option<Tensor>,
+}
+
+/// A run of queries and what it may recall; of several runs, the one of most rows.
 #[derive(Clone, Copy)]
 pub(super) struct Request {
     pub(super) layer: usize,
@@ -120,11 +131,9 @@ impl PageStore {
         }
         let (mut keys, mut values, mut landmarks) = (Vec::new(), Vec::new(), Vec::new());
         for row in rows {
-            for head in 0..g {
-                for (kind, out) in [&mut keys, &mut values].into_iter().enumerate() {
-                    if !self.read_bytes(self.order[row], (layer, kind, head), mirror.dtype, out) {
-                        return Ok(false);
-                    }
+            for (kind, out) in [&mut keys, &mut values].into_iter().enumerate() {
+                if !self.read_bytes(self.order[row], (layer, kind), mirror.dtype, out) {
+                    return Ok(false);
                 }
             }
             for mark in 0..MARKS {
@@ -153,21 +162,29 @@ impl PageStore {
         Ok(true)
     }
 
-    /// One head's rows of a page in the type of the mirror, as bytes behind `out`; false where they are not in memory.
+    /// All heads' keys or values of a page in the type of the mirror, as bytes behind `out`; false where they are not in
+    /// memory.
     fn read_bytes(
         &self,
         page: u64,
-        (layer, kind, head): (usize, usize, usize),
+        (layer, kind): (usize, usize),
         dtype: DType,
         out: &mut Vec<u8>,
     ) -> bool {
-        let mut rows = vec![0f32; PAGE_TOKENS * self.shape.head_dim];
-        if !self.read_rows(page, layer, kind, head, 0, &mut rows) {
-            return false;
+        let Some(stored) = self.stored_rows(page, layer, kind) else { return false };
+        let (precision, d) = (self.config.precision, self.shape.head_dim);
+        if matches!(precision, PagePrecision::F32 | PagePrecision::Bf16) {
+            // The mirror's own type.
+            out.extend_from_slice(stored);
+            return true;
         }
-        match dtype {
-            DType::F32 => out.extend(rows.iter().flat_map(|x| x.to_le_bytes())),
-            _ => out.extend(rows.iter().flat_map(|x| codec::to_bf16(*x).to_le_bytes())),
+        let mut row = vec![0f32; d];
+        for bytes in stored.chunks_exact(precision.row_bytes(d)) {
+            precision.decode(bytes, &mut row);
+            match dtype {
+                DType::F32 => out.extend(row.iter().flat_map(|x| x.to_le_bytes())),
+                _ => out.extend(row.iter().flat_map(|x| codec::to_bf16(*x).to_le_bytes())),
+            }
         }
         true
     }
@@ -179,6 +196,67 @@ impl PageStore {
         q: &Tensor,
         request: Request,
     ) -> Result<Option<Recalled>> {
+        let Request { rows, all, .. } = request;
+        let run = ChoiceRun { queries: q.dim(0)?, pages: rows };
+        let Some(copied) = self.copy_on_device(q, request, &[run])? else { return Ok(None) };
+        Ok(Some(Recalled {
+            keys: copied.keys,
+            values: copied.values,
+            tokens: copied.tokens,
+            starts: all.then(|| self.starts(rows)),
+            recovered: match all {
+                true => Recovered::Share(1.0),
+                false => copied.recovered.map_or(Recovered::Unknown, Recovered::OnDevice),
+            },
+            left: None,
+        }))
+    }
+
+    /// [`PageStore::recall_on_device`] for several runs of the queries at once.
+    pub(super) fn recall_runs_on_device(
+        &mut self,
+        q: &Tensor,
+        request: Request,
+        runs: &[ChoiceRun],
+    ) -> Result<Option<RecalledRuns>> {
+        let Some(copied) = self.copy_on_device(q, request, runs)? else { return Ok(None) };
+        let page = |slot, start, len| PageRef { slot, start, len, bias: 0.0 };
+        // Every stored page lies there once, and a run sees the first ones; or each run has chosen its own.
+        let (pages, runs) = if request.all {
+            let starts = self.starts(request.rows).into_iter().enumerate();
+            let pages = starts.map(|(slot, start)| page(slot, start, PAGE_TOKENS)).collect();
+            let of = |run: &ChoiceRun| {
+                let tokens = run.pages * PAGE_TOKENS;
+                (AttentionRun { queries: run.queries, pages: 0..run.pages }, tokens)
+            };
+            (pages, runs.iter().map(of).collect())
+        } else {
+            let each = copied.tokens.div_ceil(PAGE_TOKENS);
+            let own = |slot: usize| {
+                let start = slot % each * PAGE_TOKENS;
+                page(slot, start as u64, PAGE_TOKENS.min(copied.tokens - start))
+            };
+            let of = |(i, run): (usize, &ChoiceRun)| {
+                let pages = i * each..(i + 1) * each;
+                (AttentionRun { queries: run.queries, pages }, copied.tokens)
+            };
+            let pages = (0..runs.len() * each).map(own).collect();
+            (pages, runs.iter().enumerate().map(of).collect())
+        };
+        Ok(Some(RecalledRuns { keys: copied.keys, values: copied.values, pages, runs }))
+    }
+
+    /// Stream positions of the first tokens of the first `rows` pages.
+    fn starts(&self, rows: usize) -> Vec<u64> {
+        self.order[..rows].iter().map(|page| page * PAGE_TOKENS as u64).collect()
+    }
+
+    fn copy_on_device(
+        &mut self,
+        q: &Tensor,
+        request: Request,
+        runs: &[ChoiceRun],
+    ) -> Result<Option<Copied>> {
         let Request { layer, rows, budget, all, scope } = request;
         self.mirror_layer(layer, 1);
         let Some(mut mirror) = self.mirror.take() else { return Ok(None) };
@@ -204,7 +282,7 @@ impl PageStore {
             false => own.pages.choose(
                 q,
                 &ChoiceParams {
-                    pages: rows,
+                    runs,
                     tokens: budget,
                     landmarks: OVER_FETCH * budget / SPAN,
                     pooled: POOLED,
@@ -220,19 +298,7 @@ impl PageStore {
             false => Placement::Stream(first * PAGE_TOKENS as u64),
         };
         let (keys, values) = own.pages.gather(&choice, angles, placement)?;
-        let starts =
-            all.then(|| self.order[..rows].iter().map(|page| page * PAGE_TOKENS as u64).collect());
-        Ok(Some(Recalled {
-            keys,
-            values,
-            tokens: choice.num_tokens(),
-            starts,
-            recovered: match all {
-                true => Recovered::Share(1.0),
-                false => choice.recovered.map_or(Recovered::Unknown, Recovered::OnDevice),
-            },
-            left: None,
-        }))
+        Ok(Some(Copied { keys, values, tokens: choice.num_tokens(), recovered: choice.recovered }))
     }
 
     /// The pinned landmarks on the mirror's device; None for none.

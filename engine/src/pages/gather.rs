@@ -2,11 +2,13 @@
 //! Knows which tokens were chosen, not why.
 
 use super::device::Request;
-use super::store::{Held, MadeUnder, PageStore, Recalled, Recovered};
-use super::{PageRule, Prefill, selection::Selection};
+use super::selection::{OVER_FETCH, POOLED, Selection};
+use super::store::{Held, MadeUnder, PageStore, Recalled, RecalledRuns, Recovered};
+use super::{PageRule, Prefill};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::Tensor;
+use mka_kernels::recall::{ChoiceRun, MAX_RUNS, SPAN};
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -22,7 +24,88 @@ pub(crate) struct RecallScope {
     pub(crate) sliding: bool,
 }
 
+/// What runs of queries recall together.
+pub(crate) enum Together {
+    /// Runs must be asked one by one.
+    Apart,
+    Nothing,
+    Recalled(RecalledRuns),
+}
+
+/// What a run of queries recalls from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    Nothing,
+    All,
+    Chosen,
+}
+
 impl PageStore {
+    /// Runs whose votes fit a GiB of the device beside each other.
+    pub(crate) fn runs_at_once(&self, num_heads: usize) -> usize {
+        let votes = self.stored_tokens() / SPAN * num_heads * (PAGE_TOKENS / POOLED);
+        ((1 << 28) / votes.max(1)).clamp(1, MAX_RUNS)
+    }
+
+    /// [`PageStore::recall`] for neighbouring runs of queries at once, where the device has the pages: each run's number
+    /// of queries and scope, in the order of `q` (t, h, d).
+    pub(crate) fn recall_runs(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        runs: &[(usize, RecallScope)],
+    ) -> Result<Together> {
+        let budget = self.config.tokens.next_multiple_of(PAGE_TOKENS);
+        let of = |(queries, scope): &(usize, RecallScope)| {
+            (self.recalls_from(layer, *queries, *scope), self.rows_before(*scope))
+        };
+        let recalled: Vec<(Extent, usize)> = runs.iter().map(of).collect();
+        let (Some((from, _)), Some((_, scope))) = (recalled.first().copied(), runs.first()) else {
+            return Ok(Together::Nothing);
+        };
+        // Runs that choose among all landmarks, and those that skip that step, are not mixed.
+        let is_flat = |rows: usize| rows * PAGE_TOKENS <= OVER_FETCH * budget;
+        let rows = recalled.iter().map(|(_, rows)| *rows).max().unwrap_or(0);
+        let alike = |(own, own_rows): &(Extent, usize)| {
+            *own == from && (from != Extent::Chosen || is_flat(*own_rows) == is_flat(rows))
+        };
+        if !recalled.iter().all(alike) || self.mirror.is_none() {
+            return Ok(Together::Apart);
+        }
+        if from == Extent::Nothing {
+            return Ok(Together::Nothing);
+        }
+        self.held[layer] = Held::default();
+        let request = Request { layer, rows, budget, all: from == Extent::All, scope: *scope };
+        let pairs = runs.iter().zip(&recalled);
+        let runs: Vec<ChoiceRun> = pairs
+            .map(|((queries, _), (_, pages))| ChoiceRun { queries: *queries, pages: *pages })
+            .collect();
+        let recalled = self.recall_runs_on_device(q, request, &runs)?;
+        Ok(recalled.map_or(Together::Apart, Together::Recalled))
+    }
+
+    /// Pages of the index that `scope` can recall.
+    fn rows_before(&self, scope: RecallScope) -> usize {
+        self.order.partition_point(|page| *page < scope.before_page)
+    }
+
+    fn recalls_from(&self, layer: usize, num_queries: usize, scope: RecallScope) -> Extent {
+        let rows = self.rows_before(scope);
+        if !self.active || rows == 0 || self.config.rule == PageRule::Streaming {
+            return Extent::Nothing;
+        }
+        let budget = self.config.tokens.next_multiple_of(PAGE_TOKENS);
+        let dense = self.config.prefill == Prefill::Dense && num_queries > 1 && !scope.compact;
+        let all = rows * PAGE_TOKENS <= budget || dense;
+        match all {
+            _ if scope.sliding && (scope.compact || !all) => Extent::Nothing,
+            true => Extent::All,
+            false if layer < self.config.first_layer => Extent::Nothing,
+            false => Extent::Chosen,
+        }
+    }
+
     /// What queries `q` (t, h, d), before RoPE, of `layer` recall; None for nothing.
     pub(crate) fn recall(
         &mut self,
@@ -30,17 +113,13 @@ impl PageStore {
         q: &Tensor,
         scope: RecallScope,
     ) -> Result<Option<Arc<Recalled>>> {
-        let rows = self.order.partition_point(|page| *page < scope.before_page);
-        if !self.active || rows == 0 || self.config.rule == PageRule::Streaming {
-            return Ok(None);
-        }
         let num_queries = q.dim(0)?;
+        let all = match self.recalls_from(layer, num_queries, scope) {
+            Extent::Nothing => return Ok(None),
+            from => from == Extent::All,
+        };
+        let rows = self.rows_before(scope);
         let budget = self.config.tokens.next_multiple_of(PAGE_TOKENS);
-        let dense = self.config.prefill == Prefill::Dense && num_queries > 1 && !scope.compact;
-        let all = rows * PAGE_TOKENS <= budget || dense;
-        if scope.sliding && (scope.compact || !all) || !all && layer < self.config.first_layer {
-            return Ok(None);
-        }
         let made_under = (rows, self.order.first().copied(), scope.compact, all);
         if (all || num_queries == 1)
             && let Some(recalled) = self.reuse(layer, made_under)

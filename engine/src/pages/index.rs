@@ -44,19 +44,10 @@ impl HeadIndex {
 
     /// Takes in a page's keys (PAGE_TOKENS, d), as they will be read back.
     pub(super) fn push(&mut self, keys: &[f32], d: usize) {
-        let mut mean = vec![0f32; d];
-        for chunk in keys.chunks_exact(SPAN * d) {
-            mean.fill(0.0);
-            for key in chunk.chunks_exact(d) {
-                mean.iter_mut().zip(key).for_each(|(m, k)| *m += k / SPAN as f32);
-            }
-            self.landmarks.extend(mean.iter().flat_map(|x| to_bf16(*x).to_le_bytes()));
-            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f32>();
-            let length = dot(&mean, &mean).sqrt();
-            let cosine = |key: &[f32]| dot(key, &mean) / (length * dot(key, key).sqrt() + 1e-20);
-            let lowest = chunk.chunks_exact(d).map(cosine).fold(f32::INFINITY, f32::min);
-            self.agreement.push(lowest);
-        }
+        let (mut means, mut lowest) = (vec![0f32; MARKS * d], [0f32; MARKS]);
+        rows::means_of_rows(keys, SPAN, d, &mut means, &mut lowest);
+        self.landmarks.extend(means.iter().flat_map(|x| to_bf16(*x).to_le_bytes()));
+        self.agreement.extend(lowest);
     }
 
     /// Takes in the means of a page's keys and values (PAGE_TOKENS, d).

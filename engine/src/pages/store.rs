@@ -8,7 +8,7 @@ use super::{PageConfig, PageRule, PageUsage};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
-use mka_kernels::{PAGE_TOKENS, PageRef, RotaryAngles, recall};
+use mka_kernels::{AttentionRun, PAGE_TOKENS, PageRef, RotaryAngles, recall};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -56,6 +56,17 @@ pub(crate) struct Recalled {
     pub(crate) recovered: Recovered,
     /// For each key/value head, the tokens of each stored page that are not in them; None unless they are estimated.
     pub(crate) left: Option<Vec<Vec<u8>>>,
+}
+
+/// What several runs of queries attend to beside sinks and window.
+pub(crate) struct RecalledRuns {
+    /// As [`Recalled::keys`], of all runs.
+    pub(crate) keys: Tensor,
+    pub(crate) values: Tensor,
+    /// Their pages.
+    pub(crate) pages: Vec<PageRef>,
+    /// Each run's pages of these, and the tokens in them.
+    pub(crate) runs: Vec<(AttentionRun, usize)>,
 }
 
 /// Where an estimated share stands.
@@ -374,6 +385,15 @@ impl PageStore {
             precision.decode(bytes, out);
         }
         true
+    }
+
+    /// All heads' keys or values of a page as they are stored, (num_kv_heads, PAGE_TOKENS) rows; None where the page is
+    /// not in memory.
+    pub(super) fn stored_rows(&self, page: u64, layer: usize, kind: usize) -> Option<&[u8]> {
+        let bytes = self.pages.get(&page)?.bytes.as_ref()?;
+        let row_bytes = self.config.precision.row_bytes(self.shape.head_dim);
+        let half = self.shape.num_kv_heads * PAGE_TOKENS * row_bytes;
+        bytes.get((2 * layer + kind) * half..(2 * layer + kind + 1) * half)
     }
 
     /// Bytes of stored pages by index row, for loops that read many: None where a page is not in memory.

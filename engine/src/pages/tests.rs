@@ -1,13 +1,14 @@
 //! Recall inside attention against dense attention, against itself however the stream is cut, and within its budget.
 
 use super::store::PageSource;
-use super::{PageConfig, PagePrecision, PageRule, Prefill};
+use super::{PageConfig, PagePrecision, PageRule, Prefill, RecallScope, Together};
 use crate::attention::AttentionSeam;
 use crate::cache::Cache;
 use crate::models::config::DecoderConfig;
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
-use candle_core::Device;
+use candle_core::{Device, Tensor};
+use mka_kernels::{PAGE_TOKENS, PageRef};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::path::Path;
@@ -354,10 +355,12 @@ fn with_and_without_mirror(decoder: &Decoder, config: &PageConfig, told: u32) ->
         }
         pages.begin_turn();
         pages.pin_words(&[5, 5, 9]);
-        let logits = run(decoder, &mut cache, &tokens(90), &[20, 1]);
-        let pages = cache.pages().unwrap();
-        assert_eq!(pages.mirror.is_some(), is_mirrored);
-        (logits, pages.usage().unwrap())
+        let mut logits = run(decoder, &mut cache, &tokens(90), &[20, 1]);
+        let usage = cache.pages().unwrap().usage().unwrap();
+        // Blocks of several runs, which the mirror serves at once.
+        logits.extend(run(decoder, &mut cache, &tokens(230), &[200, 30]));
+        assert_eq!(cache.pages().unwrap().mirror.is_some(), is_mirrored);
+        (logits, usage)
     })
 }
 
@@ -389,6 +392,59 @@ fn pages_on_the_models_device_are_chosen_as_in_host_memory() {
     for (name, tokens, precision, told) in MIRRORED.iter().copied() {
         let config = PageConfig { tokens, precision, reuse_steps: 2, lexical: true, ..config() };
         assert_alike(name, with_and_without_mirror(&load(name), &config, told));
+    }
+}
+
+#[test]
+fn runs_of_a_prompt_recall_together_what_each_recalls_alone() {
+    // Some tokens of more pages than landmarks choose among, of fewer, and every token.
+    for (tokens_recalled, told, prefill) in [
+        (64, 3000, Prefill::Selected),
+        (128, 700, Prefill::Selected),
+        (64, 700, Prefill::Dense),
+        (1 << 12, 700, Prefill::Selected),
+    ] {
+        let decoder = load("llama3");
+        let config = PageConfig { tokens: tokens_recalled, prefill, ..config() };
+        let mut cache = cache(&decoder, 64, Some(config));
+        cache.pages_mut().unwrap().mirror_on_device();
+        run(&decoder, &mut cache, &tokens(told), &[100]);
+        let next = cache.position() / PAGE_TOKENS as u64;
+        let pages = cache.pages_mut().unwrap();
+        let shape = pages.shape;
+        let (layer, heads) = (shape.num_layers - 1, 2 * shape.num_kv_heads);
+        // The stream of 3,000 tokens is longer than the model was trained for.
+        let compact = told > 1024;
+        let scope = |before_page| RecallScope { before_page, compact, sliding: false };
+        let runs = [(30, scope(next - 5)), (64, scope(next - 4)), (17, scope(next - 2))];
+        let count: usize = runs.iter().map(|(count, _)| count).sum();
+        let q =
+            Tensor::arange(0f32, (count * heads * shape.head_dim) as f32, &Device::Cpu).unwrap();
+        let q = (q * 0.7).unwrap().sin().unwrap();
+        let q = q.reshape((count, heads, shape.head_dim)).unwrap();
+        let Together::Recalled(together) = pages.recall_runs(layer, &q, &runs).unwrap() else {
+            panic!("{tokens_recalled} of {told}: apart");
+        };
+        let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mut first = 0;
+        for ((run, recalled), (count, scope)) in together.runs.iter().zip(runs) {
+            let q = q.narrow(0, first, count).unwrap();
+            first += count;
+            let alone = pages.recall(layer, &q, scope).unwrap().unwrap();
+            assert_eq!((run.queries, *recalled), (count, alone.tokens));
+            let own = &together.pages[run.pages.clone()];
+            let starts = |pages: &[PageRef]| -> Vec<(u64, usize)> {
+                pages.iter().map(|page| (page.start, page.len)).collect()
+            };
+            assert_eq!(starts(own), starts(&alone.page_refs()));
+            for (all, alone) in [(&together.keys, &alone.keys), (&together.values, &alone.values)] {
+                for (page, mine) in own.iter().zip(0..) {
+                    let all = all.narrow(0, page.slot, 1).unwrap();
+                    let alone = alone.narrow(0, mine, 1).unwrap();
+                    assert_eq!(flat(&all), flat(&alone), "{tokens_recalled} of {told}");
+                }
+            }
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 mod any_dim;
 
-use super::{AttentionParams, AttentionState, MergeGradients, PageRef};
+use super::{AttentionParams, AttentionRun, AttentionState, MergeGradients, PageRef};
 use crate::cuda::{self, Launch};
 use crate::pages::PAGE_TOKENS;
 use candle_core::cuda_backend::DeviceId;
@@ -20,6 +20,10 @@ const MAX_DECODE_ROWS: usize = 16;
 const MAX_SPLITS: usize = 256;
 /// Pages of the smallest split: fewer would not outweigh the merge of one more part.
 const MIN_SPLIT_PAGES: usize = 2;
+/// Runs of queries of one launch; as in `cuda/paged_prefill_f32.cu`.
+const MAX_RUNS: usize = 16;
+/// Query rows of one tile of the f32 prefill.
+const PREFILL_ROWS: usize = 64;
 /// Tiles whose arrivals are counted: key/value heads times decode tiles.
 const MAX_COUNTERS: usize = 4096;
 
@@ -62,6 +66,25 @@ const _: () = assert!(size_of::<PagedParams>() == 128 + INLINE_PAGES * 16);
 // SAFETY: plain numbers in C layout, as the kernels declare them.
 unsafe impl DeviceRepr for PagedParams {}
 
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Run {
+    first: u32,
+    queries: u32,
+    first_page: u32,
+    end_page: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PrefillParams {
+    all: PagedParams,
+    runs: [Run; MAX_RUNS],
+}
+
+// SAFETY: plain numbers in C layout, as the kernels declare them.
+unsafe impl DeviceRepr for PrefillParams {}
+
 /// [`super::paged_attention`] on `device`; shapes, slots and biases are checked, `q` is contiguous.
 pub(super) fn paged_attention(
     device: &CudaDevice,
@@ -73,16 +96,7 @@ pub(super) fn paged_attention(
     let (t, h, d) = q.dims3()?;
     let g = keys.dim(1)?;
     let dtype = q.dtype();
-    for (name, pool) in [("keys", keys), ("values", values)] {
-        if pool.dtype() != dtype || !pool.device().same_device(q.device()) {
-            bail!(
-                "paged_attention: {name} {:?} on {:?}, expected {dtype:?} on {:?} as q",
-                pool.dtype(),
-                pool.device().location(),
-                q.device().location()
-            );
-        }
-    }
+    check_pools(q, keys, values)?;
     let suffix = cuda::suffix("paged_attention", dtype)?;
     let small = dtype == DType::F32 && matches!(d, 16 | 32);
     if !small && !matches!(d, 64 | 96 | 128 | 256) {
@@ -117,33 +131,14 @@ pub(super) fn paged_attention(
     let parts = if decode { g * tiles * splits } else { 0 };
     let partial = cuda::output_tensor(device, DType::F32, parts * DECODE_ROWS * (d + 2))?;
     let counters = counters(device)?;
-    let table =
-        if pages.len() > INLINE_PAGES { Some(uploaded_table(device, &pages)?) } else { None };
-    let mut paged = PagedParams {
-        q: cuda::address(q)?,
-        keys: cuda::address(keys)?,
-        values: cuda::address(values)?,
-        out: cuda::address(&out)?,
-        lse: cuda::address(&lse)?,
+    let table = table(device, &pages)?;
+    let paged = PagedParams {
         partial: cuda::address(&partial)?,
         counters: cuda::address(&counters)?,
-        table: table.as_ref().map_or(Ok(0), cuda::address)?,
-        query_start: params.query_start,
-        window_tokens: params.window_tokens.unwrap_or(u64::MAX),
-        sliding_window: params.sliding_window.unwrap_or(u64::MAX),
-        t: t as u32,
-        h: h as u32,
-        g: g as u32,
-        group: group as u32,
-        num_pages: pages.len() as u32,
         tiles: tiles as u32,
         splits: splits as u32,
-        scale: params.scale * std::f32::consts::LOG2_E,
-        pages: [Page::default(); INLINE_PAGES],
+        ..paged_params((q, keys, values), (&out, &lse), params, (&pages, table.as_ref()))?
     };
-    if table.is_none() {
-        paged.pages[..pages.len()].copy_from_slice(&pages);
-    }
     let half = dtype != DType::F32;
     let (source, kernel, launch) = if decode {
         let source = if half { "paged_decode_sm80" } else { "paged_decode_f32" };
@@ -162,45 +157,152 @@ pub(super) fn paged_attention(
         let grid = (rows.div_ceil(128) as u32, g as u32, 1);
         ("paged_prefill_sm80", "paged_prefill", Launch { grid, block, shared_bytes })
     } else {
-        let floats = PAGE_TOKENS * (3 * d + 4 + PAGE_TOKENS);
-        let grid = (rows.div_ceil(64) as u32, g as u32, 1);
-        let launch = Launch { grid, block: 256, shared_bytes: (floats * 4) as u32 };
-        ("paged_prefill_f32", "paged_prefill", launch)
+        let run = Run { first: 0, queries: t as u32, first_page: 0, end_page: paged.num_pages };
+        prefill_f32(device, paged, d, &[run])?;
+        return Ok(AttentionState { out, lse });
     };
     cuda::launch(device, source, &format!("{kernel}_{suffix}_{d}"), launch, &paged)?;
     Ok(AttentionState { out, lse })
+}
+
+/// [`super::paged_attention_runs`] on `device` in one launch; shapes, slots, biases and runs are checked, `q` is
+/// contiguous. None where one launch does not do it.
+pub(super) fn paged_attention_runs(
+    device: &CudaDevice,
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    params: &AttentionParams,
+    runs: &[AttentionRun],
+) -> Result<Option<AttentionState>> {
+    let (t, h, d) = q.dims3()?;
+    if q.dtype() != DType::F32
+        || !matches!(d, 16 | 32 | 64 | 96 | 128 | 256)
+        || runs.len() > MAX_RUNS
+        || t == 0
+        || t.saturating_mul(h) > i32::MAX as usize / 2
+    {
+        return Ok(None);
+    }
+    check_pools(q, keys, values)?;
+    let pages: Vec<Page> =
+        params.pages.iter().map(|page| encoded(page, params, t)).collect::<Result<_>>()?;
+    let out = cuda::output_tensor(device, DType::F32, (t, h, d))?;
+    let lse = cuda::output_tensor(device, DType::F32, (t, h))?;
+    let table = table(device, &pages)?;
+    let all = paged_params((q, keys, values), (&out, &lse), params, (&pages, table.as_ref()))?;
+    let mut first = 0;
+    let of = |run: &AttentionRun| {
+        let (first_page, end_page) = (run.pages.start as u32, run.pages.end as u32);
+        let own = Run { first, queries: run.queries as u32, first_page, end_page };
+        first += own.queries;
+        own
+    };
+    let runs: Vec<Run> = runs.iter().map(of).collect();
+    prefill_f32(device, all, d, &runs)?;
+    Ok(Some(AttentionState { out, lse }))
+}
+
+/// Launches the f32 prefill over `runs`, at most [`MAX_RUNS`].
+fn prefill_f32(device: &CudaDevice, all: PagedParams, d: usize, runs: &[Run]) -> Result<()> {
+    let mut params = PrefillParams { all, runs: [Run::default(); MAX_RUNS] };
+    params.runs[..runs.len()].copy_from_slice(runs);
+    let longest = runs.iter().map(|run| run.queries).max().unwrap_or(0) * all.group;
+    let floats = PAGE_TOKENS * (3 * d + 4 + PAGE_TOKENS);
+    let grid = (longest.div_ceil(PREFILL_ROWS as u32), all.g, runs.len() as u32);
+    let launch = Launch { grid, block: 256, shared_bytes: (floats * 4) as u32 };
+    cuda::launch(device, "paged_prefill_f32", &format!("paged_prefill_f32_{d}"), launch, &params)
+}
+
+/// Whether keys and values are of the type of `q`, and beside it.
+fn check_pools(q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<()> {
+    for (name, pool) in [("keys", keys), ("values", values)] {
+        if pool.dtype() != q.dtype() || !pool.device().same_device(q.device()) {
+            bail!(
+                "paged_attention: {name} {:?} on {:?}, expected {:?} on {:?} as q",
+                pool.dtype(),
+                pool.device().location(),
+                q.dtype(),
+                q.device().location()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What every kernel is told, of one split without partial sums.
+fn paged_params(
+    (q, keys, values): (&Tensor, &Tensor, &Tensor),
+    (out, lse): (&Tensor, &Tensor),
+    params: &AttentionParams,
+    (pages, table): (&[Page], Option<&Tensor>),
+) -> Result<PagedParams> {
+    let (t, h, _) = q.dims3()?;
+    let g = keys.dim(1)?;
+    let mut paged = PagedParams {
+        q: cuda::address(q)?,
+        keys: cuda::address(keys)?,
+        values: cuda::address(values)?,
+        out: cuda::address(out)?,
+        lse: cuda::address(lse)?,
+        partial: 0,
+        counters: 0,
+        table: table.map_or(Ok(0), cuda::address)?,
+        query_start: params.query_start,
+        window_tokens: params.window_tokens.unwrap_or(u64::MAX),
+        sliding_window: params.sliding_window.unwrap_or(u64::MAX),
+        t: t as u32,
+        h: h as u32,
+        g: g as u32,
+        group: (h / g) as u32,
+        num_pages: pages.len() as u32,
+        tiles: 0,
+        splits: 1,
+        scale: params.scale * std::f32::consts::LOG2_E,
+        pages: [Page::default(); INLINE_PAGES],
+    };
+    if table.is_none() {
+        paged.pages[..pages.len()].copy_from_slice(pages);
+    }
+    Ok(paged)
+}
+
+/// The page list on `device` where a launch has no room for it.
+fn table(device: &CudaDevice, pages: &[Page]) -> Result<Option<Tensor>> {
+    (pages.len() > INLINE_PAGES).then(|| uploaded_table(device, pages)).transpose()
 }
 
 /// The pages that some query sees, as the kernels read them.
 fn visible_pages(params: &AttentionParams, t: usize) -> Result<Vec<Page>> {
     let from = params.first_visible(params.query_start);
     let to = params.query_start + t as u64;
-    // A page this far back must be visible to all queries alike, so that its distance need not be exact.
-    const FAR: i64 = 1 << 30;
     let seen = |page: &&PageRef| {
         page.len > 0
             && page.start < to
             && page.start + page.len as u64 > from
             && page.bias > f32::NEG_INFINITY
     };
-    params
-        .pages
-        .iter()
-        .filter(seen)
-        .map(|page| {
-            let start = page.start as i64 - params.query_start as i64;
-            if start <= -FAR && params.first_visible(to.saturating_sub(1)) > page.start {
-                bail!("paged_attention: {page:?} at the edge of a window, expected windows below 2^30 tokens");
-            }
-            Ok(Page {
-                slot: u32::try_from(page.slot).map_err(candle_core::Error::wrap)?,
-                // Above every clamped `first_visible`.
-                start: start.max(1 - FAR) as i32,
-                len: page.len as u32,
-                bias: page.bias * std::f32::consts::LOG2_E,
-            })
-        })
-        .collect()
+    params.pages.iter().filter(seen).map(|page| encoded(page, params, t)).collect()
+}
+
+/// A page as the kernels read it, for `t` queries.
+fn encoded(page: &PageRef, params: &AttentionParams, t: usize) -> Result<Page> {
+    // A page this far back must be visible to all queries alike, so that its distance need not be exact.
+    const FAR: i64 = 1 << 30;
+    let last = (params.query_start + t as u64).saturating_sub(1);
+    let start = page.start as i64 - params.query_start as i64;
+    if start <= -FAR && params.first_visible(last) > page.start {
+        bail!(
+            "paged_attention: {page:?} at the edge of a window, expected windows below 2^30 tokens"
+        );
+    }
+    Ok(Page {
+        slot: u32::try_from(page.slot).map_err(candle_core::Error::wrap)?,
+        // Above every clamped `first_visible`, below every query where the page begins behind all of them.
+        start: start.clamp(1 - FAR, FAR) as i32,
+        len: page.len as u32,
+        bias: page.bias * std::f32::consts::LOG2_E,
+    })
 }
 
 /// Parts that the pages are split into: one wave of blocks, each of at least two pages.

@@ -1,7 +1,7 @@
 //! The choice among stored pages and the copy of the chosen on a CUDA device: parameters of the kernels, their launch.
 //! Knows no rule: the kernels of `cuda/recall.cu` hold them.
 
-use super::{Choice, ChoiceParams, MARKS, Placement, SPAN, StoredPages};
+use super::{Choice, ChoiceParams, ChoiceRun, MARKS, MAX_RUNS, Placement, SPAN, StoredPages};
 use crate::cuda::{self, Launch};
 use crate::pages::PAGE_TOKENS;
 use crate::rope::RotaryAngles;
@@ -14,17 +14,25 @@ const BLOCK_KEYS: usize = 256;
 const THREADS: u32 = 256;
 
 #[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Run {
+    first: u32,
+    queries: u32,
+    pages: u32,
+}
+
+#[repr(C)]
 #[derive(Clone, Copy)]
 struct QueryParams {
     q: u64,
     cosine: u64,
     sine: u64,
     mean: u64,
-    t: u32,
     h: u32,
     d: u32,
     pooled: u32,
     scale: f32,
+    runs: [Run; MAX_RUNS],
 }
 
 // SAFETY: plain numbers in C layout, as the kernel declares them.
@@ -53,6 +61,8 @@ struct VoteParams {
     group: u32,
     d: u32,
     blocks: u32,
+    pooled: u32,
+    runs: [Run; MAX_RUNS],
 }
 
 // SAFETY: plain numbers in C layout, as the kernels declare them.
@@ -116,21 +126,26 @@ unsafe impl DeviceRepr for ShareParams {}
 
 /// What a vote over keys leaves on the device.
 struct Voted {
-    /// (g, rows, n).
+    /// (runs, g, rows, n).
     logits: Tensor,
-    /// (g, rows).
+    /// (runs, g, rows).
     norms: Tensor,
-    /// (g, n).
+    /// (runs · g, n).
     votes: Tensor,
     n: usize,
 }
 
-/// Queries of a choice: (rows / group, h, d).
+/// Queries of a choice.
 struct Queries<'a> {
+    /// (runs, rows / group, h, d).
     mean: Tensor,
+    /// Of the longest run.
     rows: usize,
     h: usize,
     group: usize,
+    pooled: usize,
+    num_runs: usize,
+    runs: [Run; MAX_RUNS],
     pins: Option<&'a Tensor>,
 }
 
@@ -153,8 +168,16 @@ pub(super) fn choose(
 ) -> Result<Choice> {
     let (t, h, d) = q.dims3()?;
     let g = pages.keys.dim(1)?;
-    let num_queries = t.div_ceil(params.pooled);
-    let mean = cuda::output_tensor(device, DType::F32, (num_queries, h, d))?;
+    let num_runs = params.runs.len();
+    let mut runs = [Run::default(); MAX_RUNS];
+    let mut first = 0;
+    for (to, ChoiceRun { queries, pages }) in runs.iter_mut().zip(params.runs) {
+        *to = Run { first, queries: *queries as u32, pages: *pages as u32 };
+        first += to.queries;
+    }
+    let longest = params.runs.iter().map(|run| run.queries).max().unwrap_or(0);
+    let num_means = longest.div_ceil(params.pooled);
+    let mean = cuda::output_tensor(device, DType::F32, (num_runs, num_means, h, d))?;
     let (cosine, sine) = params.angles.on(device)?;
     let angle = (params.distance * d / 2 * size_of::<f32>()) as u64;
     let query_params = QueryParams {
@@ -162,18 +185,29 @@ pub(super) fn choose(
         cosine: cuda::address(&cosine)? + angle,
         sine: cuda::address(&sine)? + angle,
         mean: cuda::address(&mean)?,
-        t: t as u32,
         h: h as u32,
         d: d as u32,
         pooled: params.pooled as u32,
         scale: params.scale,
+        runs,
     };
-    let launch = Launch { grid: (h as u32, num_queries as u32, 1), block: 128, shared_bytes: 0 };
+    let grid = (h as u32, num_means as u32, num_runs as u32);
+    let launch = Launch { grid, block: 128, shared_bytes: 0 };
     cuda::launch(device, "recall", "mean_queries", launch, &query_params)?;
     let group = h / g;
-    let queries = Queries { mean, rows: num_queries * group, h, group, pins: params.pins };
+    let queries = Queries {
+        mean,
+        rows: num_means * group,
+        h,
+        group,
+        pooled: params.pooled,
+        num_runs,
+        runs,
+        pins: params.pins,
+    };
 
-    let num_marks = params.pages * MARKS;
+    let most_pages = params.runs.iter().map(|run| run.pages).max().unwrap_or(0);
+    let num_marks = most_pages * MARKS;
     let (mut marks, mut by_mark) = (None, None);
     if params.landmarks < num_marks {
         let voted = vote(device, pages, &queries, None, num_marks)?;
@@ -188,10 +222,11 @@ pub(super) fn choose(
         1 => Some(recovered(device, (g, group), by_mark.as_ref(), marks.as_ref(), &voted, &best)?),
         _ => None,
     };
-    Ok(Choice { marks, best: Some(best), tokens, recovered })
+    Ok(Choice { marks, best: Some(best), runs: num_runs, tokens, recovered })
 }
 
-/// The vote over the first `num_marks` landmarks, or, with `tokens`, over the tokens of those landmarks (None: of all).
+/// The vote over the first `num_marks` landmarks, those of the run of most pages, or, with `tokens`, over the tokens of
+/// those landmarks (None: of all).
 fn vote(
     device: &CudaDevice,
     pages: &StoredPages,
@@ -207,11 +242,11 @@ fn vote(
         None => num_marks + num_outliers * SPAN,
     };
     let blocks = n.div_ceil(BLOCK_KEYS);
-    let rows = queries.rows;
-    let logits = cuda::output_tensor(device, DType::F32, (g, rows, n))?;
-    let stats = cuda::output_tensor(device, DType::F32, (g, blocks, rows, 2))?;
-    let norms = cuda::output_tensor(device, DType::F32, (g, rows))?;
-    let votes = cuda::output_tensor(device, DType::F32, (g, n))?;
+    let (rows, own) = (queries.rows, queries.num_runs * g);
+    let logits = cuda::output_tensor(device, DType::F32, (own, rows, n))?;
+    let stats = cuda::output_tensor(device, DType::F32, (own, blocks, rows, 2))?;
+    let norms = cuda::output_tensor(device, DType::F32, (own, rows))?;
+    let votes = cuda::output_tensor(device, DType::F32, (own, n))?;
     let keys = match tokens {
         Some(_) => address_from(&pages.keys, pages.first, 1)?,
         None => address_from(&pages.landmarks, pages.first, MARKS)?,
@@ -237,20 +272,23 @@ fn vote(
         group: queries.group as u32,
         d: d as u32,
         blocks: blocks as u32,
+        pooled: queries.pooled as u32,
+        runs: queries.runs,
     };
     let (score, vote) = match (tokens.is_some(), pages.keys.dtype()) {
         (false, _) => ("score_landmarks", "vote_landmarks"),
         (true, DType::F32) => ("score_tokens_f32", "vote_tokens"),
         (true, _) => ("score_tokens_bf16", "vote_tokens"),
     };
-    let grid = (blocks as u32, g as u32, 1);
+    let num_runs = queries.num_runs as u32;
+    let grid = (blocks as u32, g as u32, num_runs);
     let launch = Launch { grid, block: THREADS, shared_bytes: 0 };
     cuda::launch(device, "recall", score, launch, &params)?;
     // Each block joins the statistics of all: 1,024 votes a block keep that a small share.
-    let grid = (n.div_ceil(1024) as u32, g as u32, 1);
+    let grid = (n.div_ceil(1024) as u32, g as u32, num_runs);
     cuda::launch(device, "recall", vote, Launch { grid, ..launch }, &params)?;
     if num_outliers > 0 {
-        let grid = (num_outliers.div_ceil(THREADS as usize) as u32, g as u32, 1);
+        let grid = (num_outliers.div_ceil(THREADS as usize) as u32, g as u32, num_runs);
         cuda::launch(device, "recall", "raise_votes", Launch { grid, ..launch }, &params)?;
     }
     Ok(Voted { logits, norms, votes, n })
@@ -295,7 +333,7 @@ pub(super) fn gather(
 ) -> Result<(Tensor, Tensor)> {
     let (_, g, _, d) = pages.keys.dims4()?;
     let num_pages = choice.tokens.div_ceil(PAGE_TOKENS);
-    let shape = (num_pages, g, PAGE_TOKENS, d);
+    let shape = (choice.runs * num_pages, g, PAGE_TOKENS, d);
     let keys = cuda::output_tensor(device, DType::F32, shape)?;
     let values = cuda::output_tensor(device, DType::F32, shape)?;
     let (cosine, sine) = angles.on(device)?;
@@ -320,7 +358,8 @@ pub(super) fn gather(
         compact,
     };
     let kernel = format!("gather_{}", cuda::suffix("gather", pages.keys.dtype())?);
-    let launch = Launch { grid: (num_pages as u32, g as u32, 1), block: THREADS, shared_bytes: 0 };
+    let grid = (num_pages as u32, g as u32, choice.runs as u32);
+    let launch = Launch { grid, block: THREADS, shared_bytes: 0 };
     cuda::launch(device, "recall", &kernel, launch, &params)?;
     Ok((keys, values))
 }

@@ -1,7 +1,7 @@
 //! The choice among stored pages and the copy of the chosen on the processor: what the kernels are tested against.
 //! Knows no speed; a session on the processor chooses over its stored bytes instead.
 
-use super::{Choice, ChoiceParams, MARKS, Placement, SPAN, StoredPages};
+use super::{Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, StoredPages};
 use crate::pages::PAGE_TOKENS;
 use crate::rope::RotaryAngles;
 use crate::rows;
@@ -19,9 +19,30 @@ struct Votes {
 
 /// [`StoredPages::choose`]; shapes are checked.
 pub(super) fn choose(pages: &StoredPages, q: &Tensor, params: &ChoiceParams<'_>) -> Result<Choice> {
+    let (mut first, mut parts) = (0, Vec::new());
+    for run in params.runs {
+        parts.push(choose_run(pages, &q.narrow(0, first, run.queries)?, run, params)?);
+        first += run.queries;
+    }
+    let rows = |of: fn(&Choice) -> &Option<Tensor>| -> Result<Option<Tensor>> {
+        let rows: Vec<&Tensor> = parts.iter().filter_map(|part| of(part).as_ref()).collect();
+        (!rows.is_empty()).then(|| Tensor::cat(&rows, 0)).transpose()
+    };
+    let (marks, best) = (rows(|part| &part.marks)?, rows(|part| &part.best)?);
+    let tokens = parts.first().map_or(0, Choice::num_tokens);
+    let recovered = parts.iter().find_map(|part| part.recovered.clone());
+    Ok(Choice { marks, best, runs: parts.len(), tokens, recovered })
+}
+
+fn choose_run(
+    pages: &StoredPages,
+    q: &Tensor,
+    run: &ChoiceRun,
+    params: &ChoiceParams<'_>,
+) -> Result<Choice> {
     let (t, h, d) = q.dims3()?;
     let g = pages.keys.dim(1)?;
-    let (group, num_marks) = (h / g, params.pages * MARKS);
+    let (group, num_marks) = (h / g, run.pages * MARKS);
     let queries = mean_queries(&q.flatten_all()?.to_vec1()?, (t, h, d), params);
     let of_head = |head: usize| -> Vec<f32> {
         let heads = queries.chunks_exact(h * d);
@@ -30,7 +51,7 @@ pub(super) fn choose(pages: &StoredPages, q: &Tensor, params: &ChoiceParams<'_>)
     let pins = params.pins.map(Tensor::to_vec1::<u32>).transpose()?.unwrap_or_default();
     let wanted = params.landmarks.min(num_marks);
     let landmarks = numbers(&pages.landmarks.narrow(0, pages.first * MARKS, num_marks)?)?;
-    let keys = numbers(&pages.keys.narrow(0, pages.first, params.pages)?)?;
+    let keys = numbers(&pages.keys.narrow(0, pages.first, run.pages)?)?;
     let outliers = match &pages.outliers {
         Some((marks, keys)) => Some((marks.to_vec2::<u32>()?, numbers(keys)?)),
         None => None,
@@ -101,12 +122,13 @@ pub(super) fn choose(pages: &StoredPages, q: &Tensor, params: &ChoiceParams<'_>)
         all_best.extend(best);
     }
     let tokens = all_best.len() / g;
-    let (marks, best) = (
-        Tensor::from_vec(all_marks, (g, wanted), &Device::Cpu)?,
-        Tensor::from_vec(all_best, (g, tokens), &Device::Cpu)?,
-    );
+    let best = Tensor::from_vec(all_best, (g, tokens), &Device::Cpu)?;
+    let marks = (wanted < num_marks)
+        .then(|| Tensor::from_vec(all_marks, (g, wanted), &Device::Cpu))
+        .transpose()?;
     let recovered = (t == 1).then(|| Tensor::from_vec(vec![recovered], 1, &Device::Cpu));
-    Ok(Choice { marks: Some(marks), best: Some(best), tokens, recovered: recovered.transpose()? })
+    let recovered = recovered.transpose()?;
+    Ok(Choice { marks, best: Some(best), runs: 1, tokens, recovered })
 }
 
 /// Rotated, pooled, scaled: (⌈t / pooled⌉, h, d).
@@ -162,14 +184,16 @@ pub(super) fn gather(
     let (_, g, _, d) = pages.keys.dims4()?;
     let live = |x: &Tensor| numbers(&x.narrow(0, pages.first, pages.len)?);
     let (keys, values) = (live(&pages.keys)?, live(&pages.values)?);
-    let shape = (choice.tokens.div_ceil(PAGE_TOKENS), g, PAGE_TOKENS, d);
+    let num_pages = choice.tokens.div_ceil(PAGE_TOKENS);
+    let shape = (choice.runs * num_pages, g, PAGE_TOKENS, d);
     let mut out_keys = vec![0f32; shape.0 * g * PAGE_TOKENS * d];
     let mut out_values = out_keys.clone();
-    for (head, tokens) in choice.tokens(g)?.iter().enumerate() {
+    for (own, tokens) in choice.tokens(g)?.iter().enumerate() {
+        let (run, head) = (own / g, own % g);
         for (i, token) in tokens.iter().enumerate() {
             let row = |page: usize, offset: usize| ((page * g + head) * PAGE_TOKENS + offset) * d;
             let from = row(*token as usize / PAGE_TOKENS, *token as usize % PAGE_TOKENS);
-            let to = row(i / PAGE_TOKENS, i % PAGE_TOKENS);
+            let to = row(run * num_pages + i / PAGE_TOKENS, i % PAGE_TOKENS);
             out_values[to..to + d].copy_from_slice(&values[from..from + d]);
             let key = &mut out_keys[to..to + d];
             key.copy_from_slice(&keys[from..from + d]);

@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Tensor};
 use mka_kernels::{
-    AttentionParams, AttentionState, PAGE_TOKENS, PageRef, merge_states, merge_states_backward,
-    paged_attention, reference,
+    AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, PageRef, merge_states,
+    merge_states_backward, paged_attention, paged_attention_runs, reference,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -250,5 +250,55 @@ fn wrong_shapes_are_errors() {
     ] {
         let error = paged_attention(&q, keys, keys, params).unwrap_err().to_string();
         assert!(error.contains("expected"), "{error}");
+    }
+}
+
+/// Queries cut into runs over pages of their own: (queries, pages) of each.
+pub(crate) const RUNS: &[(usize, std::ops::Range<usize>)] =
+    &[(30, 0..3), (64, 3..7), (1, 0..0), (35, 2..7)];
+
+#[test]
+fn runs_attend_to_their_own_pages() {
+    let case = Case { t: 130, h: 6, g: 2, d: 64, before: 400, window: None, sliding: None };
+    let mut inputs = Inputs::new(&case, 9);
+    inputs.bias_pages();
+    let pool = (inputs.slots, case.g, PAGE_TOKENS, case.d);
+    let tensor = |data: &[f32]| Tensor::from_slice(data, pool, &Device::Cpu).unwrap();
+    let (keys, values) = (tensor(&inputs.keys), tensor(&inputs.values));
+    let q = Tensor::from_slice(&inputs.q, (case.t, case.h, case.d), &Device::Cpu).unwrap();
+    let run = |(queries, pages): &(usize, std::ops::Range<usize>)| AttentionRun {
+        queries: *queries,
+        pages: pages.clone(),
+    };
+    let runs: Vec<AttentionRun> = RUNS.iter().map(run).collect();
+    let state = paged_attention_runs(&q, &keys, &values, &inputs.params, &runs).unwrap();
+    let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (out, lse) = (flat(&state.out), flat(&state.lse));
+    let mut first = 0;
+    for run in &runs {
+        let params = AttentionParams {
+            query_start: inputs.params.query_start + first as u64,
+            pages: inputs.params.pages[run.pages.clone()].to_vec(),
+            ..inputs.params
+        };
+        let rows = first * case.h..(first + run.queries) * case.h;
+        let own = &inputs.q[rows.start * case.d..rows.end * case.d];
+        let shape = (run.queries, case.h, case.g, case.d);
+        let (expected, expected_lse) =
+            reference::paged_attention(own, &inputs.keys, &inputs.values, shape, &params);
+        let near = |a: &[f32], b: &[f64]| {
+            a.iter().zip(b).all(|(a, b)| f64::from(*a) == *b || (f64::from(*a) - b).abs() < 1e-5)
+        };
+        assert!(near(&out[rows.start * case.d..rows.end * case.d], &expected), "{run:?}");
+        assert!(near(&lse[rows], &expected_lse), "{run:?}");
+        first += run.queries;
+    }
+    // Runs of fewer queries than there are, or of pages that are not listed.
+    let bad = [
+        vec![AttentionRun { queries: 129, pages: 0..1 }],
+        vec![AttentionRun { queries: 130, pages: 0..10 }],
+    ];
+    for runs in bad {
+        assert!(paged_attention_runs(&q, &keys, &values, &inputs.params, &runs).is_err());
     }
 }

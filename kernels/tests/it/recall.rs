@@ -3,7 +3,9 @@
 use crate::select::random;
 use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
-use mka_kernels::recall::{Choice, ChoiceParams, MARKS, Placement, SPAN, StoredPages, note_share};
+use mka_kernels::recall::{
+    Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, StoredPages, note_share,
+};
 use mka_kernels::{PAGE_TOKENS, RotaryAngles, reference, rows};
 
 /// Pages, queries and what a choice among them is made by.
@@ -118,7 +120,26 @@ impl Case {
         store: &StoredPages,
         device: &Device,
     ) -> Result<Choice> {
+        self.choose_runs(
+            made,
+            store,
+            device,
+            0,
+            &[ChoiceRun { queries: self.t, pages: self.pages }],
+        )
+    }
+
+    /// The choice of `runs`, from query `first` on.
+    pub(crate) fn choose_runs(
+        &self,
+        made: &Made,
+        store: &StoredPages,
+        device: &Device,
+        first: usize,
+        runs: &[ChoiceRun],
+    ) -> Result<Choice> {
         let q = Tensor::from_slice(&made.q, (self.t, self.h, self.d), device)?;
+        let q = q.narrow(0, first, runs.iter().map(|run| run.queries).sum())?;
         let pins = match self.pins.len() {
             0 => None,
             count => Some(Tensor::from_slice(self.pins, count, device)?),
@@ -126,7 +147,7 @@ impl Case {
         store.choose(
             &q,
             &ChoiceParams {
-                pages: self.pages,
+                runs,
                 tokens: self.tokens,
                 landmarks: 4 * self.tokens / SPAN,
                 pooled: POOLED,
@@ -278,6 +299,54 @@ fn a_choice_among_stored_pages_is_the_one_of_its_definition() -> Result<()> {
             )?;
             let expected = case.gathered(&made, &tokens, placement);
             assert!((flat(&keys)?, flat(&values)?) == expected, "case {i}");
+        }
+    }
+    Ok(())
+}
+
+/// Runs of queries that see ever more pages, as a prompt's blocks do: more than landmarks are taken, and fewer.
+pub(crate) fn runs() -> [(Case, Vec<ChoiceRun>); 2] {
+    let run = |queries, pages| ChoiceRun { queries, pages };
+    let case = Case { t: 110, h: 9, g: 3, d: 64, tokens: 128, dtype: DType::BF16, ..PLAIN };
+    [
+        (
+            Case { pages: 40, outliers: &[5, 210, 276, 300], pins: &[3, 290], ..case },
+            vec![run(30, 34), run(64, 35), run(16, 40)],
+        ),
+        (Case { pages: 8, tokens: 192, ..case }, vec![run(40, 3), run(70, 8)]),
+    ]
+}
+
+#[test]
+fn runs_of_queries_choose_as_each_by_itself() -> Result<()> {
+    for (case, runs) in runs() {
+        let made = case.make();
+        let store = case.store(&made, &Device::Cpu)?;
+        let choice = case.choose_runs(&made, &store, &Device::Cpu, 0, &runs)?;
+        let (keys, values) = store.gather(&choice, &made.angles, Placement::Compact(64))?;
+        let tokens = choice.tokens(case.g)?;
+        let pages = case.tokens.div_ceil(PAGE_TOKENS);
+        let mut first = 0;
+        for (i, run) in runs.iter().enumerate() {
+            let alone = case.choose_runs(&made, &store, &Device::Cpu, first, &[*run])?;
+            first += run.queries;
+            assert_eq!(tokens[i * case.g..(i + 1) * case.g], alone.tokens(case.g)?);
+            let (own_keys, own_values) =
+                store.gather(&alone, &made.angles, Placement::Compact(64))?;
+            let of = |x: &Tensor| flat(&x.narrow(0, i * pages, pages)?);
+            assert!(of(&keys)? == flat(&own_keys)? && of(&values)? == flat(&own_values)?);
+        }
+        // Fewer tokens than are chosen, more runs than there are queries, pages that are not there.
+        let run = |queries, pages| ChoiceRun { queries, pages };
+        for bad in [
+            vec![run(55, 1), run(55, 8)],
+            vec![run(110, case.pages + 1)],
+            vec![run(0, 3), run(110, 8)],
+            vec![run(50, 8)],
+        ] {
+            let (sum, params) = (bad.iter().map(|run| run.queries).sum::<usize>(), &bad);
+            let chosen = case.choose_runs(&made, &store, &Device::Cpu, 110 - sum.min(110), params);
+            assert_eq!(chosen.is_ok(), sum == 50, "{bad:?}");
         }
     }
     Ok(())

@@ -185,6 +185,25 @@ impl<'a> Reader<'a> {
         self.numbers(len, f32::from_le_bytes)
     }
 
+    /// Seven bits a byte, the lowest first; the highest bit says that more follow.
+    #[inline]
+    pub(super) fn varint(&mut self) -> Result<u64> {
+        let mut number = 0;
+        for (at, &byte) in self.bytes.iter().take(10).enumerate() {
+            number |= u64::from(byte & 0x7f).wrapping_shl(7 * at as u32);
+            if byte < 0x80 {
+                self.bytes = &self.bytes[at + 1..];
+                return Ok(number);
+            }
+        }
+        Err(Error::corrupted(format!("{}: expected a number of at most 10 bytes", self.what)))
+    }
+
+    /// Bytes that were not read yet.
+    pub(super) fn left(&self) -> usize {
+        self.bytes.len()
+    }
+
     pub(super) fn kind(&mut self) -> Result<Kind> {
         let code = self.u8()?;
         Kind::from_code(code)

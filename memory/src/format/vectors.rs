@@ -31,16 +31,16 @@ const HASHES_BYTES: usize = 24;
 const MAX_LAYERS: usize = 16;
 const NAME_BYTES: usize = 20;
 
-/// What must be the same for a graph to be of use: whose vectors, by what embedder.
+/// What must be the same for a file of the index to be of use: whose vectors, by what embedder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct GraphHead {
-    dim: u32,
-    embedder: u64,
+pub(crate) struct IndexHead {
+    pub(super) dim: u32,
+    pub(super) embedder: u64,
     /// Names the file, too.
     pub(crate) partition: u64,
 }
 
-impl GraphHead {
+impl IndexHead {
     pub(crate) fn new(
         seed: u64,
         embedder: &str,
@@ -71,7 +71,7 @@ pub(crate) struct GraphFile {
 impl GraphFile {
     /// Gives the bytes of a file to `out`, piece by piece. Positions without a name leave no byte of their row.
     pub(crate) fn write(
-        head: &GraphHead,
+        head: &IndexHead,
         graph: &Graph,
         names: &[VectorName],
         out: &mut dyn FnMut(&[u8]) -> io::Result<()>,
@@ -109,14 +109,14 @@ impl GraphFile {
     ///
     /// # Errors
     /// `Corrupted` if a byte is not what was written, or the file is of another version, store, partition or embedder.
-    pub(crate) fn read(held: &Held, expected: &GraphHead) -> Result<Self> {
+    pub(crate) fn read(held: &Held, expected: &IndexHead) -> Result<Self> {
         let bytes = held.as_ref().as_ref();
         let mut reader = Reader::new(bytes, "graph");
         if reader.array()? != MAGIC || reader.u32()? != VERSION {
             return Err(Error::corrupted("graph: expected its magic and version, got other bytes"));
         }
         let dim = reader.u32()?;
-        let head = GraphHead { dim, embedder: reader.u64()?, partition: reader.u64()? };
+        let head = IndexHead { dim, embedder: reader.u64()?, partition: reader.u64()? };
         let (padded, width) = (reader.u32()? as usize, reader.u32()? as usize);
         let (entry, num_layers) = (reader.u32()?, reader.u32()? as usize);
         let num_rows = reader.u64()?;
@@ -240,12 +240,12 @@ pub(crate) mod tests {
     use super::*;
     use crate::vectors::build;
 
-    pub(crate) fn sample() -> (GraphHead, Vec<u8>) {
+    pub(crate) fn sample() -> (IndexHead, Vec<u8>) {
         let rows: Vec<i8> = (0..200 * 64).map(|at: i32| ((at * at) % 251 - 125) as i8).collect();
         let graph = build(rows, 64, 1, &|| true).unwrap();
         let names: Vec<VectorName> =
             (0..200).map(|at| (at % 7 != 0).then_some((at + 1, at as u32))).collect();
-        let head = GraphHead::new(7, "test", 50, "ada", None);
+        let head = IndexHead::new(7, "test", 50, "ada", None);
         let mut bytes = Vec::new();
         GraphFile::write(&head, &graph, &names, &mut |piece| {
             bytes.extend_from_slice(piece);
@@ -299,10 +299,10 @@ pub(crate) mod tests {
         refused(longer);
         let held: Held = Arc::new(bytes);
         for other in [
-            GraphHead::new(7, "test", 50, "ada", Some("bot")),
-            GraphHead::new(7, "other", 50, "ada", None),
-            GraphHead::new(8, "test", 50, "ada", None),
-            GraphHead::new(7, "test", 51, "ada", None),
+            IndexHead::new(7, "test", 50, "ada", Some("bot")),
+            IndexHead::new(7, "other", 50, "ada", None),
+            IndexHead::new(8, "test", 50, "ada", None),
+            IndexHead::new(7, "test", 51, "ada", None),
         ] {
             assert!(GraphFile::read(&held, &other).is_err());
         }
@@ -311,7 +311,7 @@ pub(crate) mod tests {
     proptest! {
         #[test]
         fn reading_any_bytes_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..400), magic in any::<bool>()) {
-            let head = GraphHead::new(7, "test", 50, "ada", None);
+            let head = IndexHead::new(7, "test", 50, "ada", None);
             let mut all = if magic { MAGIC.iter().copied().chain(VERSION.to_le_bytes()).collect() } else { Vec::new() };
             all.extend(bytes);
             let held: Held = Arc::new(all);

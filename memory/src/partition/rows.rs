@@ -1,7 +1,7 @@
 //! Which row of the vector index is which vector of which chunk's slot, both ways.
 //! Knows a chunk by its slot, and keeps no vector.
 
-use crate::vectors::Index;
+use crate::vectors::{Codes, Index};
 
 /// The index of a partition's vectors, with names for its rows.
 #[derive(Debug)]
@@ -18,6 +18,24 @@ impl Rows {
     /// No rows yet; vectors have `dim` numbers.
     pub(super) fn new(dim: usize) -> Self {
         Self { dim, index: Index::new(dim), of_slots: Vec::new(), owners: Vec::new() }
+    }
+
+    /// The rows of each slot as [`of_slot`](Self::of_slot) gave them, with the codes of the index. The rows are below
+    /// `capacity`, and no two are the same.
+    pub(super) fn restore(
+        dim: usize,
+        codes: Codes,
+        capacity: usize,
+        of_slots: Vec<Box<[u32]>>,
+    ) -> Self {
+        let mut owners = vec![(0, 0); capacity];
+        for (slot, rows) in of_slots.iter().enumerate() {
+            for (at, &row) in rows.iter().enumerate() {
+                owners[row as usize] = (slot as u32, at as u32);
+            }
+        }
+        let live = of_slots.iter().flat_map(|rows| rows.iter().copied());
+        Self { dim, index: Index::restore(dim, codes, capacity, live), of_slots, owners }
     }
 
     pub(super) fn dim(&self) -> usize {
@@ -79,5 +97,13 @@ mod tests {
         assert!(row < 2 && rows.owner(row) == Some((1, 0)) && rows.owner(1 - row).is_none());
         rows.remove(7);
         assert_eq!(rows.index.len(), 2);
+        let (index, of_slots) = (&rows.index, rows.of_slots.clone());
+        let again = Rows::restore(2, index.codes().clone(), index.capacity(), of_slots);
+        assert_eq!((again.owners.len(), &again.of_slots), (3, &rows.of_slots));
+        let (mut again, mut rows) = (again, rows);
+        again.insert(5, &[1.0, 0.0]);
+        rows.insert(5, &[1.0, 0.0]);
+        assert_eq!((again.of_slot(5), again.owner(row)), (rows.of_slot(5), rows.owner(row)));
+        assert_eq!(again.index.codes(), rows.index.codes());
     }
 }

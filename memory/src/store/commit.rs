@@ -14,9 +14,10 @@ use crate::format::{
     Body, ChunkSpan, Key, Kind, Record, SessionRecord, StoreRecord, TurnChunks, TurnHead,
     TurnRecord, encode_names,
 };
-use crate::hygiene::gist;
+use crate::hygiene::{Verdict, gist};
 use crate::partition::{Chunk, Partition, chunk_id};
 use crate::summary::Summary;
+use crate::vectors::normalize;
 use crate::{Commit, Committed, Error, ErrorKind, NewTurn, Result, Role, Scope, TurnId, chunk};
 
 /// How much of a user turn is kept at hand for the short question that may follow.
@@ -80,17 +81,96 @@ impl Store {
         if let Some(snapshot) = &commit.snapshot {
             check_pages(snapshot)?;
         }
-        commit.turns.iter().try_for_each(|turn| check_metadata(&turn.metadata))?;
         if commit.turns.is_empty() && commit.snapshot.is_none() && commit.retract.is_none() {
             return Ok(Committed::default());
         }
-        commit.turns.iter().try_for_each(check_subject)?;
-        let verdict = self.options.hygiene.examine(&commit.turns)?;
+        let verdict = self.examine(&commit)?;
         let turns = commit.turns.iter().zip(&verdict.withheld);
         let cuts = turns.map(|(turn, withheld)| self.cut(turn, Entry::New, *withheld)).collect();
-        let mut done = self.commit_cuts(scope, &commit, cuts)?;
+        let mut done = self.commit_cuts(scope, &commit, cuts, HashMap::new())?;
         done.findings = verdict.findings;
         Ok(done)
+    }
+
+    /// Appends turns whose vectors are ready: `vectors` has one for each turn, `(turns, dim)`, scaled to unit length here.
+    ///
+    /// Each turn is one chunk: its text is not cut, and the embedder is not asked. The vectors are to be what the store's
+    /// embedder gives for such texts, because questions are embedded by it, and so are the texts if the vectors on the disk
+    /// are damaged or [`Store::reembed`] takes another embedder over. Otherwise it is as [`Store::commit`]: what is known
+    /// is counted, and the vector of a turn that is not to be remembered is left out.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use mka_memory::{HashedEmbedder, NewTurn, Recall, Role, Scope, Store, StoreOptions};
+    /// # fn main() -> mka_memory::Result<()> {
+    /// # let folder = tempfile::tempdir().unwrap();
+    /// # let store = Store::open(folder.path(), Arc::new(HashedEmbedder::new()), StoreOptions::default())?;
+    /// let texts = ["Herons nest by the lake.", "The bridge is closed."];
+    /// let vectors = store.embed(&texts)?; // or from where they were made before
+    /// let turns = texts.map(|text| NewTurn::new(Role::Document, text)).into();
+    /// store.commit_embedded(&Scope::user("ada").session("birds"), turns, &vectors)?;
+    /// let hits = store.recall(&Scope::user("ada"), "where do herons nest", &Recall::default())?;
+    /// assert_eq!(hits[0].text, texts[0]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Store::commit`]; `InvalidArgument` if the numbers do not make one finite vector a turn, or a turn that is to be
+    /// remembered has no text.
+    pub fn commit_embedded(
+        &self,
+        scope: &Scope,
+        turns: Vec<NewTurn>,
+        vectors: &[f32],
+    ) -> Result<Committed> {
+        scope.check_session("commit_embedded")?;
+        let dim = self.dim();
+        if vectors.len() != turns.len() * dim || vectors.iter().any(|number| !number.is_finite()) {
+            return Err(Error::invalid(format!(
+                "commit_embedded: expected {} vectors of {dim} finite numbers, got {} numbers",
+                turns.len(),
+                vectors.len()
+            )));
+        }
+        if turns.is_empty() {
+            return Ok(Committed::default());
+        }
+        let commit = Commit { turns, ..Commit::default() };
+        let verdict = self.examine(&commit)?;
+        let mut embedded = HashMap::with_capacity(commit.turns.len());
+        let mut cuts = Vec::with_capacity(commit.turns.len());
+        let turns = commit.turns.iter().zip(&verdict.withheld).zip(vectors.chunks_exact(dim));
+        for (at, ((turn, withheld), vector)) in turns.enumerate() {
+            let (remember, text) = (turn.remember && !withheld, turn.text.trim());
+            let mut spans = Vec::new();
+            if remember && turn.role != Role::Recalled {
+                if text.is_empty() {
+                    return Err(Error::invalid(format!(
+                        "commit_embedded: expected a text with each vector, turn {at} has none"
+                    )));
+                }
+                let start = turn.text.len() - turn.text.trim_start().len();
+                let bytes = start..start + text.len();
+                embedded.entry(text).or_insert_with(|| {
+                    let mut vector = vector.to_vec();
+                    normalize(&mut vector);
+                    vector
+                });
+                spans.push(chunk::Span { bytes: bytes.clone(), units: vec![bytes] });
+            }
+            cuts.push(Cut { turn, entry: Entry::New, remember, spans });
+        }
+        let mut done = self.commit_cuts(scope, &commit, cuts, embedded)?;
+        done.findings = verdict.findings;
+        Ok(done)
+    }
+
+    /// Checks what is asked of every new turn, and looks for what is not to be stored.
+    fn examine(&self, commit: &Commit) -> Result<Verdict> {
+        commit.turns.iter().try_for_each(|turn| check_metadata(&turn.metadata))?;
+        commit.turns.iter().try_for_each(check_subject)?;
+        self.options.hygiene.examine(&commit.turns)
     }
 
     /// Appends turns of another store's log as they stood there.
@@ -101,11 +181,17 @@ impl Store {
     ) -> Result<Committed> {
         turns.iter().try_for_each(|(turn, _)| check_metadata(&turn.metadata))?;
         let cuts = turns.iter().map(|(turn, entry)| self.cut(turn, *entry, false)).collect();
-        self.commit_cuts(scope, &Commit::default(), cuts)
+        self.commit_cuts(scope, &Commit::default(), cuts, HashMap::new())
     }
 
-    fn commit_cuts(&self, scope: &Scope, commit: &Commit, cuts: Vec<Cut<'_>>) -> Result<Committed> {
-        let mut embedded = HashMap::new();
+    /// `embedded`: vectors of chunks, by their text, that the embedder need not make.
+    fn commit_cuts<'a>(
+        &self,
+        scope: &Scope,
+        commit: &'a Commit,
+        cuts: Vec<Cut<'a>>,
+        mut embedded: HashMap<&'a str, Vec<f32>>,
+    ) -> Result<Committed> {
         self.embed_unknown(scope, &cuts, commit.retract, &mut embedded)?;
         let mut writer = self.writer()?;
         // A chunk that was known may have been forgotten meanwhile.

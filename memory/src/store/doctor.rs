@@ -110,6 +110,12 @@ impl Store {
         }
         cancel.check("doctor")?;
         self.check_indexes(entries, &mut checkup)?;
+        for (key, image) in self.images() {
+            if let Err(error) = image {
+                let what = format!("image of {}: {error}", partition_name(&key));
+                checkup.note(what, Repair::Possible);
+            }
+        }
         if !repair || checkup.problems.is_empty() {
             return Ok(checkup);
         }
@@ -207,7 +213,7 @@ impl Store {
             let state = self.read();
             (state.store.clone(), state.segments.clone())
         };
-        let derived = load(store, segments, entries, &*self.embedder, &self.options)?.state;
+        let derived = load(store, segments, entries, &*self.embedder, &self.options, None)?.state;
         let state = self.read();
         let keys: BTreeSet<&PartitionKey> =
             state.partitions.keys().chain(derived.partitions.keys()).collect();
@@ -216,11 +222,10 @@ impl Store {
             let used = state.partitions.get(key).unwrap_or(&empty);
             let log = derived.partitions.get(key).unwrap_or(&empty);
             checkup.chunks += used.len();
-            let differing = used.differing(log, &self.terms());
+            let differing = used.differing(log);
             if differing > 0 {
-                let agent = key.1.as_deref().unwrap_or("*");
-                let what =
-                    format!("index of {}/{agent}: {differing} chunks differ from the log", key.0);
+                let name = partition_name(key);
+                let what = format!("index of {name}: {differing} chunks differ from the log");
                 checkup.note(what, Repair::Possible);
             }
         }
@@ -255,14 +260,16 @@ impl Store {
             let state = self.read();
             (state.store.clone(), state.segments.clone())
         };
-        let mut loaded = load(store, segments, entries, &*self.embedder, &self.options)?;
+        let mut loaded = load(store, segments, entries, &*self.embedder, &self.options, None)?;
         loaded.stale_summaries.extend(&findings.summaries);
         for &id in &loaded.stale_summaries {
             let Some(session) = loaded.state.sessions.get(&id) else { continue };
             let summary = loaded.state.summarize(session, |_| true);
             loaded.state.session_mut(id).summary = summary;
         }
+        let keys: Vec<PartitionKey> = self.read().partitions.keys().cloned().collect();
         *self.write() = loaded.state;
+        self.remove_images(&keys)?;
         let changes = self.made_anew(writer, &loaded.stale, &loaded.stale_summaries)?;
         drop(self.publish(writer, &changes)?);
         self.load_graphs();
@@ -471,6 +478,10 @@ impl Findings {
         };
         checkup.note(format!("{}: {kind:?}: {why}", name(key)), repair);
     }
+}
+
+fn partition_name((user, agent): &PartitionKey) -> String {
+    format!("{user}/{}", agent.as_deref().unwrap_or("*"))
 }
 
 fn name(key: Key) -> String {

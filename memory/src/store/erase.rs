@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::read::{open, read_body};
 use super::records::Change;
-use super::state::{Session, State, TurnState};
+use super::state::{PartitionKey, Session, State, TurnState, partition_key};
 use super::{Store, Writer};
 use crate::format::{
     Body, Key, Kind, Record, StoreRecord, TurnChunks, TurnRecord, chunk_digest, turn_digest,
@@ -72,20 +72,23 @@ impl Store {
         let mut receipt =
             erasure.receipt.take().ok_or_else(|| Error::invalid("forget: nothing was planned"))?;
         let removed = self.carry_out_erasure(&mut writer, &changes, erasure)?;
+        let touched: Vec<PartitionKey> =
+            removed.iter().map(|(scope, _)| partition_key(scope)).collect();
+        self.remove_images(&touched)?;
         self.promote(&mut writer, &removed)?;
         receipt.segments = self.purge(&mut writer)?;
         self.index_in_background();
         Ok(receipt)
     }
 
-    /// Checks the files against a receipt: no record of an erased turn or chunk is left, used or unused,
-    /// and the segments that held them are gone.
+    /// Checks the files against a receipt: no record of an erased turn or chunk is left, used or unused, no image of the
+    /// index knows one, and the segments that held them are gone.
     ///
     /// # Errors
     /// `Corrupted` if something is left: the text says how much.
     ///
     /// # Cost
-    /// Reads every segment once.
+    /// Reads every segment and every image once.
     pub fn verify(&self, receipt: &Receipt) -> Result<()> {
         let (seed, segments) = {
             let state = self.read();
@@ -122,6 +125,12 @@ impl Store {
                 }
                 _ => {}
             })?;
+        }
+        for (_, image) in self.images() {
+            for ((session, turn), made) in image?.turns {
+                let spans = made.spans.iter();
+                found.extend(spans.map(|it| chunk_digest(seed, session, turn, it.span.id)));
+            }
         }
         match digests.intersection(&found).count() {
             0 => Ok(()),

@@ -1,4 +1,4 @@
-//! The background thread that builds graphs: one at a time, giving way to searches, stopped when the store is dropped.
+//! The background thread that builds graphs and writes images: one at a time, giving way to searches, until the store closes.
 //! Knows nothing of how a graph is built or walked.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -7,8 +7,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::Store;
+use super::folder::IndexFolder;
+use super::images::{next_due_open, write_image};
 use super::state::{PartitionKey, State};
-use super::vectors::GraphFolder;
+use super::vectors::write_graph;
 use crate::Result;
 use crate::vectors::{NotBuilt, build};
 
@@ -19,8 +21,8 @@ const PATIENCE: Duration = Duration::from_millis(20);
 
 /// The thread, and what it and the store tell each other.
 pub(super) struct Indexer {
-    /// Where graphs are kept; none if they are not.
-    folder: Option<GraphFolder>,
+    /// Where graphs and images are kept; none if they are not.
+    folder: Option<IndexFolder>,
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -32,6 +34,8 @@ struct Shared {
     num_searching: AtomicUsize,
     /// Builds that ended without a sound graph: not tried again until the store is opened again.
     num_failed: AtomicUsize,
+    /// The same of images.
+    num_images_failed: AtomicUsize,
 }
 
 /// A search is under way as long as this lives.
@@ -44,17 +48,23 @@ impl Drop for Searching {
 }
 
 impl Indexer {
-    pub(super) fn new(folder: Option<GraphFolder>) -> Self {
+    pub(super) fn new(folder: Option<IndexFolder>) -> Self {
         Self { folder, shared: Arc::default(), thread: Mutex::default() }
     }
 
-    pub(super) fn folder(&self) -> Option<&GraphFolder> {
+    pub(super) fn folder(&self) -> Option<&IndexFolder> {
         self.folder.as_ref()
     }
 
     pub(super) fn searching(&self) -> Searching {
         self.shared.num_searching.fetch_add(1, Ordering::Relaxed);
         Searching(self.shared.clone())
+    }
+
+    /// Ends what goes on, and lets nothing begin any more.
+    pub(super) fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.wait();
     }
 
     /// Waits until no build is under way.
@@ -69,15 +79,14 @@ impl Indexer {
 
 impl Drop for Indexer {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        self.wait();
+        self.stop();
     }
 }
 
 impl Store {
-    /// Waits until every graph that is due is built, or could not be built.
+    /// Waits until every graph and image that is due is made, or could not be made.
     ///
-    /// Builds go on in the background by themselves; this is for whoever wants to measure, or to close the store with
+    /// That goes on in the background by itself; this is for whoever wants to measure, or to close the store with
     /// its graphs on the disk.
     pub fn finish_indexing(&self) {
         self.indexer.wait();
@@ -86,13 +95,11 @@ impl Store {
         }
     }
 
-    /// Starts the thread if a graph is due and it does not run; whether it runs now.
+    /// Starts the thread if something is due and it does not run; whether it runs now.
     pub(super) fn index_in_background(&self) -> bool {
         let shared = &self.indexer.shared;
-        let graph_vectors = self.options.graph_vectors;
-        if shared.num_failed.load(Ordering::Relaxed) > 0
-            || next_due(&self.read(), graph_vectors).is_none()
-        {
+        let least = (self.options.graph_vectors, self.options.image_vectors);
+        if next_due(&self.read(), shared, self.indexer.folder(), least).is_none() {
             return false;
         }
         let mut thread = self.indexer.thread.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,7 +109,7 @@ impl Store {
         let (state, shared) = (self.state.clone(), shared.clone());
         let folder = self.indexer.folder.clone();
         let work = move || {
-            let done = work(&state, graph_vectors, folder.as_ref(), &shared);
+            let done = work(&state, least, folder.as_ref(), &shared);
             if let Err(error) = done {
                 shared.num_failed.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(%error, "a graph could not be kept");
@@ -124,22 +131,56 @@ impl Store {
     }
 }
 
-fn next_due(state: &State, graph_vectors: usize) -> Option<PartitionKey> {
-    let mut due = state.partitions.iter().filter(|(_, p)| p.is_build_due(graph_vectors));
-    due.next().map(|(key, _)| key.clone())
+/// What is made in the background.
+enum Due {
+    Image(PartitionKey),
+    Graph(PartitionKey),
 }
 
-/// Builds what is due, until nothing is.
+/// What is due next, for stores of at least so many vectors: a graph, an image.
+fn next_due(
+    state: &State,
+    shared: &Shared,
+    folder: Option<&IndexFolder>,
+    (graph_vectors, image_vectors): (usize, usize),
+) -> Option<Due> {
+    let can = |failed: &AtomicUsize| failed.load(Ordering::Relaxed) == 0;
+    if folder.is_some()
+        && can(&shared.num_images_failed)
+        && let Some(key) = next_due_open(state, image_vectors)
+    {
+        return Some(Due::Image(key));
+    }
+    let mut due = state.partitions.iter().filter(|(_, p)| p.is_build_due(graph_vectors));
+    due.next().filter(|_| can(&shared.num_failed)).map(|(key, _)| Due::Graph(key.clone()))
+}
+
+/// Makes what is due, until nothing is.
 fn work(
     state: &RwLock<State>,
-    graph_vectors: usize,
-    folder: Option<&GraphFolder>,
+    least: (usize, usize),
+    folder: Option<&IndexFolder>,
     shared: &Shared,
 ) -> Result<()> {
+    let graph_vectors = least.0;
     let read = || state.read().unwrap_or_else(PoisonError::into_inner);
     let write = || state.write().unwrap_or_else(PoisonError::into_inner);
     loop {
-        let Some(key) = next_due(&read(), graph_vectors) else { return Ok(()) };
+        if shared.stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let due = next_due(&read(), shared, folder, least);
+        let key = match (due, folder) {
+            (Some(Due::Graph(key)), _) => key,
+            (Some(Due::Image(key)), Some(folder)) => {
+                if let Err(error) = write_image(folder, state, &key) {
+                    shared.num_images_failed.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(%error, "an image of the index could not be written");
+                }
+                continue;
+            }
+            _ => return Ok(()),
+        };
         let started = write().partitions.get_mut(&key).and_then(|p| p.start_build(graph_vectors));
         let Some(mut job) = started else { return Ok(()) };
         let padded = read().partitions.get(&key).map_or(0, |partition| partition.padded());
@@ -182,7 +223,7 @@ fn work(
         }
         drop(guard);
         if let Some(folder) = folder {
-            folder.write(state, &key)?;
+            write_graph(folder, state, &key)?;
         }
     }
 }

@@ -6,19 +6,23 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::commit::start_of;
+use super::folder::IndexFolder;
+use super::held::HeldVectors;
+use super::images::read_image;
 use super::indexing::Indexer;
 use super::lock::Lock;
 use super::queries::Queries;
 use super::records::{Change, Entry, Records};
 use super::segment::{Appender, SEGMENT_BYTES, Segment, sync_folder};
 use super::state::{PartitionKey, State, TurnState, partition_key};
-use super::vectors::GraphFolder;
+use super::vectors::head;
 use super::{Store, StoreOptions, Writer, storage};
+use crate::format::image::{Image, ImageSpan};
 use crate::format::{
     BlobRef, Body, ChunkSpan, Key, Kind, Record, SEGMENT_HEADER_BYTES, StoreRecord, TurnChunk,
     TurnChunks, TurnRecord, VERSION, decode_names, record_version,
 };
-use crate::partition::{Chunk, Partition, Place, chunk_id};
+use crate::partition::{Chunk, Partition, Place, Vectors, chunk_id};
 use crate::summary::Summary;
 use crate::{Embedder, Error, ErrorKind, Result, Role, Scope, Storage, chunk};
 
@@ -46,16 +50,20 @@ pub(super) fn open(
     let is_new = entries.is_empty();
     let (record, is_changed) = store_record(path, &entries, &*embedder, &options)?;
     let (appender, segments) = Appender::open(&path.join("segments"), records.cipher())?;
+    // Graphs and images hold vectors and words in the clear.
+    let folder = options.key.is_none().then(|| IndexFolder::new(path.join("index")));
+    if let Some(folder) = folder.as_ref().filter(|_| record.purge_pending) {
+        // Some of its files may hold what must not be there.
+        folder.lock().remove(&folder.names())?;
+    }
     let Loaded { state, stale, stale_summaries } =
-        load(record, segments, entries, &*embedder, &options)?;
-    // A graph holds the vectors in the clear.
-    let graphs = options.key.is_none().then(|| GraphFolder::new(path.join("index")));
+        load(record, segments, entries, &*embedder, &options, folder.as_ref())?;
     let store = Store {
         path: path.to_owned(),
         embedder,
         options,
         state: Arc::new(RwLock::new(state)),
-        indexer: Indexer::new(graphs),
+        indexer: Indexer::new(folder),
         queries: Queries::default(),
         writer: Mutex::new(Writer { appender, records, broken: false }),
         _lock: lock,
@@ -71,11 +79,7 @@ pub(super) fn open(
         let change = Change::put(Key::Store, Record::Store(record));
         drop(store.publish(&mut *store.writer()?, &[change])?);
     }
-    if store.read().store.purge_pending {
-        store.remove_graphs()?;
-    } else {
-        store.load_graphs();
-    }
+    store.load_graphs();
     store.settle(&stale, &stale_summaries)?;
     store.index_in_background();
     Ok(store)
@@ -107,20 +111,24 @@ pub(super) struct Loaded {
     pub(super) stale_summaries: BTreeSet<u64>,
 }
 
-/// Reads what the records refer to, and derives everything else from it.
+/// Reads what the records refer to, and derives everything else from it, but for what the images in `folder` know.
 pub(super) fn load(
     record: StoreRecord,
     segments: BTreeMap<u32, Arc<Segment>>,
     entries: Vec<Entry>,
     embedder: &dyn Embedder,
     options: &StoreOptions,
+    folder: Option<&IndexFolder>,
 ) -> Result<Loaded> {
     let mut loader = Loader {
+        folder,
+        partitions: Vec::new(),
+        numbers: HashMap::new(),
         tag: record.tag(),
         state: State::new(record, segments),
         embedder,
         options,
-        homes: HashMap::new(),
+        homes: Homes::default(),
         near: Vec::new(),
         has_foreign: false,
         stale: BTreeSet::new(),
@@ -200,16 +208,68 @@ fn store_record(
     }
 }
 
+/// A partition while it is read.
+struct Known {
+    key: PartitionKey,
+    image: Option<Image>,
+}
+
+/// A chunk of a turn, and its vectors if the turn's record holds them.
+struct Found {
+    span: ChunkSpan,
+    vectors: Vectors,
+}
+
+/// The chunks of partitions, in the order in which they are found.
+#[derive(Default)]
+struct Homes {
+    chunks: Vec<(usize, Chunk)>,
+    /// Where a chunk is among them, by the number of its partition and its identity.
+    places: HashMap<(usize, u128), usize>,
+}
+
+impl Homes {
+    fn get(&self, partition: usize, id: u128) -> Option<&Chunk> {
+        self.places.get(&(partition, id)).map(|&at| &self.chunks[at].1)
+    }
+
+    fn get_mut(&mut self, partition: usize, id: u128) -> Option<&mut Chunk> {
+        self.places.get(&(partition, id)).map(|&at| &mut self.chunks[at].1)
+    }
+
+    /// The chunk, which is new with this text and this home if it was not found before.
+    fn enter(
+        &mut self,
+        partition: usize,
+        id: u128,
+        text: impl FnOnce() -> Box<str>,
+        home: (u64, u64),
+    ) -> &mut Chunk {
+        let Self { chunks, places } = self;
+        let at = *places.entry((partition, id)).or_insert_with(|| {
+            // Most stand in one place, and a vector that grows by itself makes room for four.
+            let (text, places) = (text(), Vec::with_capacity(1));
+            chunks.push((partition, Chunk { id, text, vectors: Vectors::default(), home, places }));
+            chunks.len() - 1
+        });
+        &mut chunks[at].1
+    }
+}
+
 struct Loader<'a> {
     state: State,
+    folder: Option<&'a IndexFolder>,
+    /// Partitions by the numbers that they have here.
+    partitions: Vec<Known>,
+    numbers: HashMap<PartitionKey, usize>,
     embedder: &'a dyn Embedder,
     options: &'a StoreOptions,
     /// The embedder's tag.
     tag: u64,
-    /// Chunks read so far, by partition and identity; indexed once their places are known.
-    homes: HashMap<(PartitionKey, u128), Chunk>,
+    /// Chunks read so far, indexed once their places are known.
+    homes: Homes,
     /// Places that hold nearly the text of a chunk, with their own text.
-    near: Vec<(PartitionKey, Place, ChunkSpan, Box<str>)>,
+    near: Vec<(usize, Place, ChunkSpan, Box<str>)>,
     /// Some vectors are another embedder's: what has none waits for [`Store::reembed`].
     has_foreign: bool,
     /// Turns whose chunks' record is damaged or incomplete.
@@ -298,8 +358,8 @@ impl Loader<'_> {
             let Some(body) = &record.body else { continue };
             let bytes = self.state.read(body);
             match bytes.and_then(|bytes| Body::decode(body.kind, &bytes)) {
-                Ok(body) if body.head.belongs_to(id, turn, &record) => {
-                    self.turn(id, scope, turn, record, body);
+                Ok(read) if read.head.belongs_to(id, turn, &record) => {
+                    self.turn(id, scope, turn, record, (body, read));
                 }
                 Ok(_) => {
                     let text =
@@ -313,47 +373,90 @@ impl Loader<'_> {
         }
     }
 
+    /// The number of a scope's partition; its image is read when it is first asked for.
+    fn partition(&mut self, scope: &Scope) -> usize {
+        let key = partition_key(scope);
+        if let Some(&number) = self.numbers.get(&key) {
+            return number;
+        }
+        let image = self.folder.and_then(|folder| read_image(folder, &head(&self.state, &key)));
+        let num_slots = image.as_ref().map_or(0, |image| image.slots.len());
+        self.homes.chunks.reserve(num_slots);
+        self.homes.places.reserve(num_slots);
+        self.partitions.push(Known { key: key.clone(), image });
+        self.numbers.insert(key, self.partitions.len() - 1);
+        self.partitions.len() - 1
+    }
+
+    /// A turn's chunks as the image knows them, and where their vectors are; none if it does not know these records.
+    fn imaged(
+        &self,
+        partition: usize,
+        turn: (u64, u64),
+        (body_blob, blob): (&BlobRef, &BlobRef),
+        body: &Body,
+    ) -> Option<(Vec<Found>, Option<Arc<HeldVectors>>)> {
+        let image = self.partitions[partition].image.as_ref()?;
+        let made = image.turns.get(&turn).filter(|made| made.is_of(body_blob, blob))?;
+        let fits = |span: &ChunkSpan| {
+            body.text.get(span.start as usize..span.end as usize).is_some_and(|it| !it.is_empty())
+        };
+        if !made.spans.iter().all(|it| fits(&it.span)) {
+            return None;
+        }
+        let mut held = None;
+        if made.spans.iter().any(|it| it.holds) {
+            held = Some(Arc::new(HeldVectors::new(self.state.segment(blob).ok()?, *blob)));
+        }
+        let found = |(at, it): (usize, &ImageSpan)| {
+            let held = held.clone().filter(|_| it.holds && !it.span.near);
+            let vectors = held.map(|held| Vectors::Elsewhere(held, at as u32)).unwrap_or_default();
+            Found { span: it.span, vectors }
+        };
+        Some((made.spans.iter().enumerate().map(found).collect(), held))
+    }
+
     /// Takes one turn's chunks in; cuts it again if their record is damaged.
-    fn turn(&mut self, id: u64, scope: &Scope, turn: u64, record: TurnRecord, body: Body) {
+    fn turn(
+        &mut self,
+        id: u64,
+        scope: &Scope,
+        turn: u64,
+        record: TurnRecord,
+        (body_blob, body): (&BlobRef, Body),
+    ) {
         let remembered = record.remember && record.role != Role::Recalled;
-        let chunks = match record.chunks.filter(|_| remembered) {
-            None => Vec::new(),
-            Some(blob) => match self.chunks_of(&blob, &body) {
-                Ok(chunks) => chunks,
-                Err(error) => {
+        let partition = self.partition(scope);
+        let (mut chunks, mut held) = (Vec::new(), None);
+        if let Some(blob) = record.chunks.filter(|_| remembered) {
+            if let Some(imaged) = self.imaged(partition, (id, turn), (body_blob, &blob), &body) {
+                (chunks, held) = imaged;
+            } else {
+                chunks = self.chunks_of(&blob, &body).unwrap_or_else(|error| {
                     tracing::warn!(session = id, turn, %error, "chunks of a turn are made anew");
                     self.stale.insert((id, turn));
-                    self.cut(scope, &body.text)
-                }
-            },
-        };
+                    self.cut(partition, &body.text)
+                });
+            }
+        }
         self.state.next_commit = self.state.next_commit.max(body.head.commit.saturating_add(1));
-        let partition = partition_key(scope);
         let source = body.source.map(String::into_boxed_str);
         let subject = body.subject.map(String::into_boxed_str);
-        let mut state =
-            TurnState { source, subject, expires_ms: body.expires_ms, ..TurnState::new(record) };
-        for chunk in chunks {
-            let TurnChunk { id: chunk_id, start, end, near, .. } = chunk;
-            let span = ChunkSpan { id: chunk_id, start, end, near };
-            let text = &body.text[start as usize..end as usize];
+        let expires_ms = body.expires_ms;
+        let mut state = TurnState { source, subject, expires_ms, held, ..TurnState::new(record) };
+        for Found { span, vectors } in chunks {
+            let text = &body.text[span.start as usize..span.end as usize];
             let place = state.place(id, turn, &span);
             state.chunks.push(span);
-            if near {
+            if span.near {
                 if !record.retracted {
-                    self.near.push((partition.clone(), place, span, text.into()));
+                    self.near.push((partition, place, span, text.into()));
                 }
                 continue;
             }
-            let known = self.homes.entry((partition.clone(), chunk.id)).or_insert_with(|| Chunk {
-                id: chunk.id,
-                text: text.into(),
-                vectors: Box::default(),
-                home: (id, turn),
-                places: Vec::new(),
-            });
-            if known.vectors.is_empty() && !chunk.vectors.is_empty() {
-                known.vectors = chunk.vectors.into();
+            let known = self.homes.enter(partition, span.id, || text.into(), (id, turn));
+            if known.vectors.is_empty() && !vectors.is_empty() {
+                known.vectors = vectors;
                 known.home = (id, turn);
             }
             if !record.retracted {
@@ -372,7 +475,7 @@ impl Loader<'_> {
 
     /// The stored chunks of a turn, if they fit its text, each other and the dimension.
     /// Those of another embedder come without vectors.
-    fn chunks_of(&mut self, blob: &BlobRef, body: &Body) -> Result<Vec<TurnChunk>> {
+    fn chunks_of(&mut self, blob: &BlobRef, body: &Body) -> Result<Vec<Found>> {
         let mut stored = TurnChunks::decode(blob.kind, &self.state.read(blob)?)?;
         if stored.embedder.unwrap_or(self.state.store.untagged) != self.tag {
             self.has_foreign |= stored.chunks.iter().any(|chunk| !chunk.vectors.is_empty());
@@ -385,20 +488,24 @@ impl Loader<'_> {
                     && chunk.vectors.len().is_multiple_of(self.state.dim())
             });
         if fits {
-            return Ok(stored.chunks);
+            let found = |chunk: TurnChunk| {
+                let TurnChunk { id, start, end, near, vectors } = chunk;
+                Found { span: ChunkSpan { id, start, end, near }, vectors: vectors.into() }
+            };
+            return Ok(stored.chunks.into_iter().map(found).collect());
         }
         Err(Error::corrupted("chunks of a turn: they do not fit its text"))
     }
 
-    fn cut(&self, scope: &Scope, text: &str) -> Vec<TurnChunk> {
-        let partition = partition_key(scope);
+    fn cut(&self, partition: usize, text: &str) -> Vec<Found> {
         let spans = chunk::spans(text, self.options.chunk_words);
         let chunk = |span: chunk::Span| {
             let id = chunk_id(self.state.store.seed, &text[span.bytes.clone()], |id| {
-                self.homes.get(&(partition.clone(), id)).map(|chunk| &*chunk.text)
+                self.homes.get(partition, id).map(|chunk| &*chunk.text)
             });
             let (start, end) = (span.bytes.start as u64, span.bytes.end as u64);
-            TurnChunk { id, start, end, vectors: Vec::new(), near: false }
+            let span = ChunkSpan { id, start, end, near: false };
+            Found { span, vectors: Vectors::default() }
         };
         spans.into_iter().map(chunk).collect()
     }
@@ -407,22 +514,16 @@ impl Loader<'_> {
     fn near_places(&mut self) {
         for (partition, place, span, text) in std::mem::take(&mut self.near) {
             let has_home = |chunk: &&mut Chunk| chunk.places.iter().any(|place| !place.near);
-            let known = self.homes.get_mut(&(partition.clone(), span.id)).filter(has_home);
+            let known = self.homes.get_mut(partition, span.id).filter(has_home);
             if let Some(chunk) = known {
                 chunk.places.push(place);
                 continue;
             }
             let id = chunk_id(self.state.store.seed, &text, |id| {
-                self.homes.get(&(partition.clone(), id)).map(|chunk| &*chunk.text)
+                self.homes.get(partition, id).map(|chunk| &*chunk.text)
             });
             let home = (place.session, place.turn);
-            let chunk = self.homes.entry((partition, id)).or_insert_with(|| Chunk {
-                id,
-                text,
-                vectors: Box::default(),
-                home,
-                places: Vec::new(),
-            });
+            let chunk = self.homes.enter(partition, id, || text, home);
             chunk.places.push(Place { near: false, ..place });
             self.stale.insert(home);
             let turn = self.state.session_mut(home.0).turns.get_mut(&home.1);
@@ -453,8 +554,8 @@ impl Loader<'_> {
     /// Embeds chunks whose vectors are lost, then indexes all that have a place.
     fn complete_vectors(&mut self) -> Result<()> {
         let dim = self.state.dim();
-        let mut chunks: HashMap<PartitionKey, Vec<Chunk>> = HashMap::new();
-        for ((key, _), mut chunk) in std::mem::take(&mut self.homes) {
+        let mut chunks: Vec<Vec<Chunk>> = self.partitions.iter().map(|_| Vec::new()).collect();
+        for (partition, mut chunk) in std::mem::take(&mut self.homes).chunks {
             let homes = chunk.places.iter().filter(|place| !place.near);
             let Some(first) = homes.min_by_key(|place| place.order) else { continue };
             if chunk.vectors.is_empty() && self.has_foreign {
@@ -482,11 +583,18 @@ impl Loader<'_> {
                 chunk.vectors = rows.into();
             }
             chunk.places.sort_by_key(|place| (place.order, place.start));
-            chunks.entry(key).or_default().push(chunk);
+            chunks[partition].push(chunk);
         }
-        for (key, chunks) in chunks {
-            let partition = self.state.partitions.entry(key).or_insert_with(|| Partition::new(dim));
-            partition.insert_all(chunks);
+        for (known, chunks) in std::mem::take(&mut self.partitions).into_iter().zip(chunks) {
+            if chunks.is_empty() {
+                continue;
+            }
+            let partition = self.state.partitions.entry(known.key);
+            let partition = partition.or_insert_with(|| Partition::new(dim));
+            match known.image {
+                Some(image) => partition.restore(image, chunks),
+                None => partition.insert_all(chunks),
+            }
         }
         Ok(())
     }

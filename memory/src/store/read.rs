@@ -5,9 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Store;
+use super::images::IMAGE_ENDING;
 use super::segment::Segment;
 use super::state::{Session, State};
-use super::vectors::GraphFolder;
+use super::vectors::GRAPH_ENDING;
 use crate::format::{BlobRef, Body, Key, Record, SEGMENT_HEADER_BYTES, TurnRecord};
 use crate::partition::{Chunk, Place};
 use crate::{ChunkId, Error, ErrorKind, Metadata, Result, Scope, Snapshot, Source, Turn, TurnId};
@@ -56,6 +57,8 @@ pub struct Stats {
     pub chunks: usize,
     /// Their sentence vectors.
     pub vectors: usize,
+    /// Those of them that an opening left on the disk, and that no recall has looked at since.
+    pub vectors_unread: usize,
     /// Those of them that searches without a filter find by a graph instead of scanning codes.
     pub vectors_in_graphs: usize,
     /// Distinct words, summed over the (user, agent) pairs.
@@ -94,6 +97,8 @@ pub struct DiskUsage {
     pub database_bytes: u64,
     /// Bytes of the graphs' files, which can be made anew.
     pub graph_bytes: u64,
+    /// Bytes of the images of the index, which can be made anew.
+    pub image_bytes: u64,
     /// Bytes in use: records of the segments, keys and values of the database, and 16 bytes for each of the latter.
     pub live_bytes: u64,
 }
@@ -267,10 +272,12 @@ impl Store {
         let writer = self.writer()?;
         let state = self.read();
         let lengths = state.segments.values().map(|segment| segment.len());
+        let derived = |ending| self.indexer.folder().map_or(0, |folder| folder.disk_bytes(ending));
         Ok(DiskUsage {
             segment_bytes: lengths.sum::<Result<u64>>()?,
             database_bytes: writer.records.disk_bytes()?,
-            graph_bytes: self.indexer.folder().map_or(0, GraphFolder::disk_bytes),
+            graph_bytes: derived(GRAPH_ENDING),
+            image_bytes: derived(IMAGE_ENDING),
             live_bytes: state.live_bytes.values().sum::<u64>() + writer.records.live_bytes()?,
         })
     }
@@ -287,6 +294,7 @@ impl Store {
             turns: state.sessions.values().map(|session| session.num_turns).sum(),
             chunks: partitions.clone().map(|partition| partition.len()).sum(),
             vectors: partitions.clone().map(|partition| partition.num_vectors().0).sum(),
+            vectors_unread: partitions.clone().map(|partition| partition.num_unread()).sum(),
             vectors_in_graphs: partitions.clone().map(|partition| partition.num_vectors().1).sum(),
             terms: partitions.clone().map(|partition| partition.words().num_terms()).sum(),
             turns_to_embed: state.without_vectors.len(),

@@ -30,7 +30,7 @@ struct Waiting {
 }
 
 /// Vectors of each turn's chunks by their identity, one a sentence, row-major.
-type NewVectors = BTreeMap<((u64, u64), u128), Box<[f32]>>;
+type NewVectors = BTreeMap<((u64, u64), u128), Vec<f32>>;
 
 impl Store {
     /// Embeds about `max_sentences` sentences of chunks whose vectors were another embedder's; see
@@ -73,7 +73,7 @@ impl Store {
         let mut rest = rows.as_slice();
         for (chunk, count) in waiting.iter().zip(counts) {
             let (own, tail) = rest.split_at(count * self.embedder.dim());
-            vectors.insert((chunk.turn, chunk.id), own.into());
+            vectors.insert((chunk.turn, chunk.id), own.to_vec());
             rest = tail;
         }
         let turns: BTreeMap<(u64, u64), &Scope> =
@@ -149,8 +149,8 @@ impl Store {
                     let chunk = partition.and_then(|partition| partition.get(span.id));
                     let held = chunk.filter(|chunk| chunk.home == turn && !span.near);
                     let new = held.and(vectors.get(&(turn, span.id)));
-                    let held = held.map(|chunk| &chunk.vectors);
-                    (span, new.or(held).map_or(&[][..], |vectors| vectors))
+                    let held = held.map(|chunk| &*chunk.vectors);
+                    (span, new.map(Vec::as_slice).or(held).unwrap_or_default())
                 });
                 let payload = TurnChunks::encode(turn.0, turn.1, state.store.tag(), rows);
                 let blob = writer.appender.append(Kind::Chunks, &payload)?;

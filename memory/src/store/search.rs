@@ -206,11 +206,10 @@ impl<'a> View<'a> {
         self.state.partitions_in(self.scope).map(|(_, partition)| partition).collect()
     }
 
-    /// How many chunks of a partition may not be seen, at most; none if that would have to be counted one by one.
+    /// How many chunks that the filter accepts may not be seen, at most; none if they would have to be counted one by one.
     fn num_hidden(&self, partition: &Partition) -> Option<usize> {
         let options = self.options;
         let sees_all = (self.scope.session_id().is_none() || options.across_sessions)
-            && options.filter.is_none()
             && options.roles.is_empty()
             && options.since_ms.is_none()
             && options.until_ms.is_none()

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use super::held::HeldVectors;
 use super::records::Change;
 use super::segment::Segment;
 use crate::format::{
@@ -23,11 +24,20 @@ pub(crate) struct TurnState {
     pub(crate) source: Option<Box<str>>,
     pub(crate) subject: Option<Box<str>>,
     pub(crate) expires_ms: Option<i64>,
+    /// Vectors of its chunks that were left on the disk.
+    pub(crate) held: Option<Arc<HeldVectors>>,
 }
 
 impl TurnState {
     pub(crate) fn new(record: TurnRecord) -> Self {
-        Self { record, chunks: Vec::new(), source: None, subject: None, expires_ms: None }
+        Self {
+            record,
+            chunks: Vec::new(),
+            source: None,
+            subject: None,
+            expires_ms: None,
+            held: None,
+        }
     }
 
     /// The place of one of its chunks.
@@ -221,10 +231,14 @@ impl State {
                 self.session_mut(id).record = Some(*record);
             }
             (&Key::Turn(id, turn), Some(Record::Turn(record))) => {
+                let place = record.chunks.and_then(|blob| Some((blob, self.segment(&blob).ok()?)));
                 let session = self.session_mut(id);
                 session.num_turns = session.num_turns.max(turn + 1);
-                session.turns.entry(turn).or_insert_with(|| TurnState::new(*record)).record =
-                    *record;
+                let known = session.turns.entry(turn).or_insert_with(|| TurnState::new(*record));
+                known.record = *record;
+                if let (Some(held), Some((blob, segment))) = (&known.held, place) {
+                    held.moved(&segment, &blob);
+                }
             }
             (&Key::Snapshot(id), Some(Record::Snapshot(record))) => {
                 self.session_mut(id).snapshot = Some(*record);

@@ -29,6 +29,14 @@ impl Codes {
         Self { padded, bytes: Vec::new(), factors: Vec::new() }
     }
 
+    /// Codes as [`bytes`](Self::bytes) and [`factors`](Self::factors) gave them; none if they do not fit each other.
+    pub(crate) fn from_parts(padded: usize, bytes: Vec<u8>, factors: Vec<f32>) -> Option<Self> {
+        let codes = Self { padded, bytes, factors };
+        let fits = codes.factors.len().is_multiple_of(BLOCK)
+            && codes.num_blocks().checked_mul(codes.block_bytes()) == Some(codes.bytes.len());
+        fits.then_some(codes)
+    }
+
     pub(crate) fn num_blocks(&self) -> usize {
         self.factors.len() / BLOCK
     }
@@ -71,6 +79,25 @@ impl Codes {
         }
         let (length, square) = (lengths.iter().sum::<f32>(), squares.iter().sum::<f32>());
         self.factors[row] = if length > 0.0 { square / length } else { 0.0 };
+    }
+
+    /// What is kept of the row: bits, four by four, and the bits of its factor.
+    pub(crate) fn code(&self, row: u32) -> impl Iterator<Item = u32> + '_ {
+        let row = row as usize;
+        let start = row / BLOCK * self.block_bytes() + row % 16;
+        let shift = if row % BLOCK < 16 { 0 } else { 4 };
+        let nibbles = self.bytes.get(start..).unwrap_or_default().iter().step_by(16);
+        let bits = nibbles.take(self.padded / 4).map(move |byte| u32::from(byte >> shift & 15));
+        bits.chain(self.factors.get(row).map(|factor| factor.to_bits()))
+    }
+
+    /// Leaves nothing of the code at `row`.
+    pub(crate) fn clear(&mut self, row: usize) {
+        let start = row / BLOCK * self.block_bytes() + row % 16;
+        let kept = if row % BLOCK < 16 { 0xf0 } else { 0x0f };
+        let nibbles = self.bytes.get_mut(start..).unwrap_or_default().iter_mut().step_by(16);
+        nibbles.take(self.padded / 4).for_each(|byte| *byte &= kept);
+        self.factors.get_mut(row).into_iter().for_each(|factor| *factor = 0.0);
     }
 }
 
@@ -180,6 +207,25 @@ mod tests {
         assert_ne!(codes, before);
         codes.set(20, &row(20, 64));
         assert_eq!(codes, before);
+        let kept = Codes::from_parts(64, before.bytes().to_vec(), before.factors().to_vec());
+        assert_eq!(kept, Some(before));
+        assert_eq!(Codes::from_parts(64, vec![0; 255], vec![0.0; 32]), None);
+    }
+
+    #[test]
+    fn a_row_that_is_cleared_is_as_if_never_written() {
+        for gone in [0, 7, 16, 31, 32, 39] {
+            let (mut codes, mut without) = (Codes::new(64), Codes::new(64));
+            for number in 0..40 {
+                codes.set(number, &row(number as u64, 64));
+                if number != gone {
+                    without.set(number, &row(number as u64, 64));
+                }
+            }
+            codes.clear(gone);
+            codes.clear(4_000);
+            assert_eq!(codes, without);
+        }
     }
 
     #[test]

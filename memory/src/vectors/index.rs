@@ -73,6 +73,30 @@ impl Index {
         }
     }
 
+    /// The rows `live` with their codes; numbers below `capacity` that do not live are free.
+    pub(crate) fn restore(
+        dim: usize,
+        codes: Codes,
+        capacity: usize,
+        live: impl Iterator<Item = u32>,
+    ) -> Self {
+        let mut index = Self::new(dim);
+        index.codes = codes;
+        index.live = Bits::none(capacity);
+        live.for_each(|row| index.live.insert(row as usize));
+        index.num_live = index.live.count();
+        index.tail = index.live.clone();
+        let mut free = index.live.clone();
+        free.not();
+        index.free = free.iter().map(|row| row as u32).collect();
+        index
+    }
+
+    /// The codes of all rows; those of numbers that do not live are zeros.
+    pub(crate) fn codes(&self) -> &Codes {
+        &self.codes
+    }
+
     /// Number of rows that live.
     pub(crate) fn len(&self) -> usize {
         self.num_live
@@ -120,6 +144,7 @@ impl Index {
         }
         self.live.remove(at);
         self.tail.remove(at);
+        self.codes.clear(at);
         self.num_live -= 1;
         match &mut self.sealed {
             Some(sealed) if self.in_graph.contains(at) => sealed.num_dead += 1,

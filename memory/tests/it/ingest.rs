@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use mka_memory::{Commit, Embedder, HashedEmbedder, NewTurn, Recall, Role};
+use mka_memory::{Commit, Embedder, ErrorKind, HashedEmbedder, NewTurn, Recall, Role, Store};
 
 use crate::support::{open, prose, trip};
 
@@ -93,4 +93,45 @@ fn resident_mb() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+}
+
+#[test]
+fn ready_vectors_are_taken_as_they_are_one_a_turn() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let turn = |text: &str| NewTurn::new(Role::Document, text);
+    let texts =
+        ["Herons nest by the lake.", "  The bridge is closed.\n", "Herons nest by the lake."];
+    let mut vectors = store.embed(&texts.map(str::trim)).unwrap();
+    // Any length will do, and the text's own vector need not be it: the second gets that of the first.
+    let dim = store.dim();
+    vectors.iter_mut().for_each(|number| *number *= 3.0);
+    vectors.copy_within(..dim, dim);
+    let mut turns: Vec<NewTurn> = texts.iter().map(|text| turn(text)).collect();
+    let done = store.commit_embedded(&trip(), turns.clone(), &vectors).unwrap();
+    assert_eq!((done.chunks_added, done.chunks_deduplicated, done.turns), (2, 1, vec![0, 1, 2]));
+    turns[0].remember = false;
+    turns[1] = NewTurn::new(Role::Recalled, "");
+    store.commit_embedded(&trip(), turns[..2].to_vec(), &vectors[..2 * dim]).unwrap();
+    let check = |store: &Store| {
+        let hits = store.recall(&trip(), "Herons nest by the lake.", &Recall::default()).unwrap();
+        let found: Vec<(&str, f32)> = hits.iter().map(|it| (&*it.text, it.why.cosine)).collect();
+        assert_eq!((found.len(), found[0].0, found[1].0), (2, texts[0], texts[1].trim()));
+        assert!(found.iter().all(|(_, cosine)| (cosine - 1.0).abs() < 1e-5), "{found:?}");
+        assert_eq!((hits[0].count, hits[1].source.bytes.clone()), (2, 2..23));
+        assert_eq!((store.stats().turns, store.stats().vectors), (5, 2));
+    };
+    check(&store);
+    drop(store);
+    let store = open(folder.path());
+    check(&store);
+    let refused = |turns: &[NewTurn], vectors: &[f32]| {
+        let error = store.commit_embedded(&trip(), turns.to_vec(), vectors).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+    };
+    refused(&turns[..2], &vectors[..dim]);
+    refused(&[turn("x")], &vec![f32::NAN; dim]);
+    refused(&[turn(" ")], &vectors[..dim]);
+    assert!(store.commit_embedded(&trip(), Vec::new(), &[]).unwrap().turns.is_empty());
+    assert_eq!(store.stats().turns, 5);
 }

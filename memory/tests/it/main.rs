@@ -10,6 +10,7 @@ mod doctor;
 mod encryption;
 mod forget;
 mod hygiene;
+mod images;
 mod index;
 mod ingest;
 mod log;

@@ -1,4 +1,5 @@
 //! Crashes in the middle of every write: a scripted run dies at its n-th write, torn, with and without a power loss.
+//! Each step of it leaves an image of the index, so that those are written in the middle of it, too.
 //! The disk that lies is `disk`; the test binary runs itself again as the process that dies.
 
 use std::io::{BufRead, BufReader};
@@ -8,7 +9,8 @@ use std::process::{Command, Stdio};
 use mka_memory::{Backend, Commit, Forget, NewSnapshot, NewTurn, Role, Store};
 
 use crate::disk::{self, Crash};
-use crate::support::{BACKENDS, files_with, open_as, prose, say, trip};
+use crate::images::imaged;
+use crate::support::{BACKENDS, files_with, prose, say, trip};
 
 const FOLDER: &str = "MKA_TORN_FOLDER";
 const SECRET: &str = "walrus-4711";
@@ -95,13 +97,15 @@ fn the_scripted_run() {
     let folder = Path::new(&folder);
     let is_redb = std::env::var("MKA_TORN_BACKEND").unwrap() == "redb";
     disk::arm(folder, Crash::decode(&std::env::var("MKA_TORN_CRASH").unwrap()));
-    let store = open_as(folder, if is_redb { Backend::Redb } else { Backend::Sled });
+    let store = imaged(folder, if is_redb { Backend::Redb } else { Backend::Sled });
     for step in STEPS {
         step(&store);
         println!("\nacknowledged");
+        // The image that is due is written before the next step: the writes come in one order.
+        store.finish_indexing();
     }
-    println!("\nwrites {}", disk::num_writes());
     drop(store);
+    println!("\nwrites {}", disk::num_writes());
     println!("\nended");
 }
 
@@ -109,7 +113,7 @@ fn torn(backend: Backend, power_loss: bool) {
     // What the store holds after each step, of a run that does not die.
     let folder = tempfile::tempdir().unwrap();
     let mut expected = Vec::new();
-    let store = open_as(folder.path(), backend);
+    let store = imaged(folder.path(), backend);
     expected.push(contents(&store));
     for step in STEPS {
         step(&store);
@@ -132,7 +136,8 @@ fn torn(backend: Backend, power_loss: bool) {
         let crash = Crash { at_write, seed: at_write * 31 + 7, power_loss };
         let (acknowledged, ended) = run(folder.path(), backend, &crash);
         assert_eq!(ended, None, "write {at_write} of {num_writes} did not come");
-        let store = open_as(folder.path(), backend);
+        let store = imaged(folder.path(), backend);
+        store.finish_indexing();
         let found = contents(&store);
         let at = expected[acknowledged..].iter().take(2).position(|known| *known == found);
         let Some(at) = at else {
@@ -151,7 +156,7 @@ fn torn(backend: Backend, power_loss: bool) {
         let before = store.num_turns(&trip()).unwrap();
         say(&store, &trip(), Role::User, &["Life goes on."]);
         drop(store);
-        let store = open_as(folder.path(), backend);
+        let store = imaged(folder.path(), backend);
         assert_eq!(store.turns(&trip(), before..before + 1).unwrap()[0].text, "Life goes on.");
         assert_eq!(store.stats().damaged, Vec::<String>::new());
     }

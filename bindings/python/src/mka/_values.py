@@ -55,8 +55,9 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """What a score is made of: words by `bm25`, meaning by `cosine`, and `recency`; places count from 1.
+    """What a score is made of: `0.5 * words**3 + 0.5 * max(cosine, 0) + recency`; places count from 1.
 
+    `words` is `bm25` by that of a chunk that holds every word of the question, or by the best one, if that is more.
     `coverage` is the share of the question's words, weighted by how rare they are, that the text holds.
     """
 

@@ -1,11 +1,11 @@
 //! Attention over pages on the device.
 
 use super::device;
-use crate::attention::{Case, Inputs};
+use crate::attention::{Case, Inputs, RUNS};
 use candle_core::{DType, Device, Result, Tensor};
 use mka_kernels::{
-    AttentionParams, AttentionState, PAGE_TOKENS, merge_states, merge_states_backward,
-    paged_attention, reference,
+    AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, merge_states,
+    merge_states_backward, paged_attention, paged_attention_runs, reference,
 };
 
 const fn case(t: usize, heads: (usize, usize), d: usize, before: usize) -> Case {
@@ -206,6 +206,39 @@ fn prefill_over_pages_equals_its_definition() -> Result<()> {
     let Some(gpu) = device("prefill over pages") else { return Ok(()) };
     check(&gpu, PREFILL, false)?;
     check(&gpu, &PREFILL[1..6], true)
+}
+
+#[test]
+fn runs_over_pages_of_their_own_equal_those_of_the_processor() -> Result<()> {
+    let Some(gpu) = device("runs over pages") else { return Ok(()) };
+    let run = |(queries, pages): &(usize, std::ops::Range<usize>)| AttentionRun {
+        queries: *queries,
+        pages: pages.clone(),
+    };
+    let runs: Vec<AttentionRun> = RUNS.iter().map(run).collect();
+    for base in
+        [case(130, (6, 2), 64, 400), case(130, (4, 1), 128, 400), case(130, (3, 1), 16, 400)]
+    {
+        for window in [None, Some(128)] {
+            let case = Case { window, ..base };
+            let mut host = Inputs::new(&case, 9);
+            host.bias_pages();
+            let cpu = OnDevice::new(&case, host, DType::F32, &Device::Cpu)?;
+            let host = Inputs { params: cpu.host.params.clone(), ..Inputs::new(&case, 9) };
+            let gpu = OnDevice::new(&case, host, DType::F32, &gpu)?;
+            let attend = |x: &OnDevice| {
+                paged_attention_runs(&x.q, &x.keys, &x.values, &x.host.params, &runs)
+            };
+            let (expected, got) = (attend(&cpu)?, attend(&gpu)?);
+            for (a, b) in [(&got.out, &expected.out), (&got.lse, &expected.lse)] {
+                let (a, b) = (values(a)?, values(b)?);
+                let near = |(a, b): (&f32, &f32)| a == b || (a - b).abs() < 2e-5;
+                assert!(a.iter().zip(&b).all(near), "{case:?}");
+            }
+            assert_eq!(bits(&attend(&gpu)?)?, bits(&got)?, "{case:?}");
+        }
+    }
+    Ok(())
 }
 
 #[test]

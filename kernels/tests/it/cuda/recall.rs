@@ -1,7 +1,7 @@
 //! Stored pages on the device against the processor.
 
 use super::device;
-use crate::recall::{CASES, differing, flat};
+use crate::recall::{CASES, differing, flat, runs};
 use candle_core::{DType, Device, Result, Tensor};
 use mka_kernels::PAGE_TOKENS;
 use mka_kernels::recall::{Choice, Placement, note_share};
@@ -33,6 +33,35 @@ fn a_choice_on_the_device_is_that_of_the_processor() -> Result<()> {
             let on_gpu = on_gpu.gather(&all, &made.angles, placement)?;
             assert!(flat(&on_gpu.0)? == flat(&on_cpu.0)?, "case {i}: all keys");
             assert!(flat(&on_gpu.1)? == flat(&on_cpu.1)?, "case {i}: all values");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn runs_on_the_device_choose_as_on_the_processor() -> Result<()> {
+    let Some(gpu) = device("choice of several runs") else { return Ok(()) };
+    for (i, (case, runs)) in runs().into_iter().enumerate() {
+        let made = case.make();
+        let on_cpu = case.store(&made, &Device::Cpu)?;
+        let on_gpu = case.store(&made, &gpu)?;
+        let expected = case.choose_runs(&made, &on_cpu, &Device::Cpu, 0, &runs)?;
+        let choice = case.choose_runs(&made, &on_gpu, &gpu, 0, &runs)?;
+        let tokens = choice.tokens(case.g)?;
+        let off = differing(&tokens, &expected.tokens(case.g)?);
+        assert!(off <= 9 * case.g * runs.len(), "case {i}: {off} other tokens");
+        let seen = runs.iter().flat_map(|run| std::iter::repeat_n(run.pages, case.g));
+        for (tokens, pages) in tokens.iter().zip(seen) {
+            assert!(tokens.iter().all(|token| (*token as usize) < pages * PAGE_TOKENS), "case {i}");
+        }
+        let pages = case.tokens.div_ceil(PAGE_TOKENS);
+        for placement in [Placement::Stream(5), Placement::Compact(64)] {
+            let (keys, values) = on_gpu.gather(&choice, &made.angles, placement)?;
+            for (run, tokens) in tokens.chunks_exact(case.g).enumerate() {
+                let of = |x: &Tensor| flat(&x.narrow(0, run * pages, pages)?);
+                let expected = case.gathered(&made, tokens, placement);
+                assert!((of(&keys)?, of(&values)?) == expected, "case {i}, run {run}: copies");
+            }
         }
     }
     Ok(())

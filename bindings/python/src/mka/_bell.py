@@ -69,7 +69,7 @@ _BELLS: WeakKeyDictionary[asyncio.AbstractEventLoop, Bell | None] = WeakKeyDicti
 
 
 def of(loop: asyncio.AbstractEventLoop) -> Bell | None:
-    """The bell of a loop; None if it can watch no pipe, as Windows' proactor: then threads wait in its place."""
+    """The bell of a loop; None if it can watch no pipe, as Windows' proactor: who waits then does so in another way."""
     try:
         return _BELLS[loop]
     except KeyError:

@@ -81,6 +81,14 @@ impl SeamConfig<'_> {
 /// Attention to sinks and recalled tokens; the latter, with lse (t, num_heads) of them alone.
 type Far = (AttentionState, Option<(Arc<Recalled>, Tensor)>);
 
+/// Angles of neighbouring queries on the compact axis.
+struct CompactAngles {
+    query_start: u64,
+    /// Run by run, how many queries there are and how many tokens are recalled before them.
+    runs: Vec<(usize, usize)>,
+    angles: RotaryAngles,
+}
+
 /// One forward pass's handle on a session's cache: `count` tokens at the cache's position.
 pub(crate) struct AttentionSeam<'a> {
     config: SeamConfig<'a>,
@@ -91,9 +99,7 @@ pub(crate) struct AttentionSeam<'a> {
     /// Positions are compact: what a query attends to lies, in stream order, at 0..n - 1, itself last
     /// (StreamingLLM, section 3.2).
     compact: bool,
-    /// Angles of the pass's queries on the compact axis, by the first query and, run by run, how many queries there are
-    /// and how many tokens are recalled before them.
-    compact_angles: Vec<(u64, Vec<(usize, usize)>, RotaryAngles)>,
+    compact_angles: Vec<CompactAngles>,
 }
 
 impl<'a> AttentionSeam<'a> {
@@ -344,10 +350,9 @@ impl<'a> AttentionSeam<'a> {
     /// Angles of queries from `query_start` on, on the axis of what they attend to: of each run how many there are, and
     /// how many tokens they recall.
     fn compact_angles(&mut self, query_start: u64, runs: Vec<(usize, usize)>) -> RotaryAngles {
-        let known =
-            self.compact_angles.iter().find(|(at, own, _)| (*at, own) == (query_start, &runs));
-        if let Some((.., angles)) = known {
-            return angles.clone();
+        let is_it = |own: &&CompactAngles| own.query_start == query_start && own.runs == runs;
+        if let Some(known) = self.compact_angles.iter().find(is_it) {
+            return known.angles.clone();
         }
         let sinks = SINK_PAGES * PAGE_TOKENS as u64;
         let recalled =
@@ -358,7 +363,7 @@ impl<'a> AttentionSeam<'a> {
         };
         let positions = (query_start..).zip(recalled).map(compact);
         let angles = self.config.frequencies.angles(positions);
-        self.compact_angles.push((query_start, runs, angles.clone()));
+        self.compact_angles.push(CompactAngles { query_start, runs, angles: angles.clone() });
         angles
     }
 

@@ -61,11 +61,13 @@ impl Store {
         let mut counts = Vec::with_capacity(waiting.len());
         for chunk in &waiting {
             let before = units.len();
-            let bytes = chunk.start as usize..chunk.end as usize;
-            let own = sentences[&chunk.turn]
-                .iter()
-                .filter(|unit| bytes.start <= unit.start && unit.end <= bytes.end);
-            units.extend(own.map(|unit| &texts[&chunk.turn][unit.clone()]));
+            let text = texts[&chunk.turn].as_str();
+            // A text that was cut by other rules has sentences across the borders of its chunks: each takes its part.
+            let part = |unit: &Range<usize>| {
+                let (start, end) = (chunk.start as usize, chunk.end as usize);
+                text.get(unit.start.max(start)..unit.end.min(end)).filter(|x| !x.trim().is_empty())
+            };
+            units.extend(sentences[&chunk.turn].iter().filter_map(part));
             counts.push(units.len() - before);
         }
         let rows = self.embed(&units)?;

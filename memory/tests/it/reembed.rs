@@ -111,6 +111,42 @@ fn a_store_of_another_embedder_answers_by_words_at_once_and_by_vectors_in_the_en
     assert_eq!(error.kind(), ErrorKind::Incompatible);
 }
 
+/// [`Letters`] that count what they were given: bytes that are not white space.
+#[derive(Default)]
+struct Counted(AtomicUsize);
+
+impl Embedder for Counted {
+    fn identity(&self) -> String {
+        "counted-1".into()
+    }
+    fn dim(&self) -> usize {
+        DIM
+    }
+    fn embed(&self, texts: &[&str]) -> mka_memory::Result<Vec<f32>> {
+        let bytes = |text: &&str| text.bytes().filter(|c| !c.is_ascii_whitespace()).count();
+        self.0.fetch_add(texts.iter().map(bytes).sum(), Ordering::Relaxed);
+        Letters(AtomicUsize::new(0)).embed(texts)
+    }
+}
+
+#[test]
+fn every_word_gets_a_vector_where_a_text_was_cut_by_other_rules() {
+    for (before, after) in [(20, 128), (128, 20), (33, 50)] {
+        let folder = tempfile::tempdir().unwrap();
+        let text = prose(3, 900);
+        let options = StoreOptions { chunk_words: before, ..StoreOptions::default() };
+        let store = Store::open(folder.path(), Arc::new(HashedEmbedder::new()), options).unwrap();
+        say(&store, &trip(), Role::Document, &[&text]);
+        drop(store);
+        let embedder = Arc::new(Counted::default());
+        let options = StoreOptions { chunk_words: after, reembed: true, ..StoreOptions::default() };
+        let store = Store::open(folder.path(), embedder.clone(), options).unwrap();
+        while store.reembed(100).unwrap().turns_left > 0 {}
+        let all = text.bytes().filter(|c| !c.is_ascii_whitespace()).count();
+        assert_eq!(embedder.0.load(Ordering::Relaxed), all, "{before} words, then {after}");
+    }
+}
+
 #[test]
 fn chunks_that_go_or_move_while_they_wait_do_no_harm() {
     let folder = tempfile::tempdir().unwrap();

@@ -54,7 +54,7 @@ pub use attention::{
     merge_states_backward, paged_attention, paged_attention_runs,
 };
 pub use cross_entropy::cross_entropy;
-pub use elementwise::{silu_bias, silu_bias_backward, silu_mul, silu_mul_backward};
+pub use elementwise::{gelu, silu_bias, silu_bias_backward, silu_mul, silu_mul_backward};
 pub use error::{Error, ErrorKind, Result};
 pub use flash::{DenseAttentionParams, attention, attention_backward, attention_forward};
 pub use norm::{NormGradients, NormOutputs, rms_norm_backward, rms_norm_forward};

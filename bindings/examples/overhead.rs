@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .open_blocking()?;
     let mut chat = engine.session_blocking(Scope::user("ada").session("trip"))?;
     for run in 0..3 {
-        let start = Instant::now();
+        let (start, cpu) = (Instant::now(), process_us());
         let options = SendOptions::default().max_new_tokens(max_new_tokens).recall_k(0);
         let mut events = chat.send_with("go on", options);
         let mut tokens = 0;
@@ -28,7 +28,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             tokens += u32::from(matches!(event?, Event::Token(_)));
         }
         let spent = start.elapsed().as_secs_f64() * 1e6 / f64::from(tokens);
-        println!("run {run}: {spent:.1} us a token, {tokens} tokens");
+        let cpu = (process_us() - cpu) / f64::from(tokens);
+        println!("run {run}: {spent:.1} us a token, {cpu:.1} of CPU time, {tokens} tokens");
     }
     let before = chat.num_turns()?;
     let options = SendOptions::default().max_new_tokens(max_new_tokens).recall_k(0);
@@ -40,14 +41,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             break;
         }
     }
-    let start = Instant::now();
-    events.canceller().cancel();
+    let (start, canceller) = (Instant::now(), events.canceller());
+    canceller.cancel();
+    let chosen = canceller.generated_tokens();
     while events.next_blocking().is_some() {}
-    let stopped = start.elapsed().as_micros();
+    let (stopped, after) = (start.elapsed().as_micros(), canceller.generated_tokens());
     let scope = Scope::user("ada").session("trip");
     let answer = wait::wait(engine.memory().turns(&scope, before + 1..before + 2))?;
     let kept = answer.first().map_or(0, |turn| turn.tokens.len());
-    println!("cancelled at token {seen}: {kept} tokens kept, {stopped} us to stop");
+    println!(
+        "cancelled at token {seen}: {chosen} chosen then, {after} in all, {kept} kept, {stopped} us to stop"
+    );
     let facts = (0..500)
         .map(|i| {
             let fact = format!("Fact {i}: the number of thing {} is {}.", i % 37, i * 7);
@@ -69,4 +73,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     println!("{least:.1} us a recall, the least of 20 runs of 50");
     Ok(())
+}
+
+/// CPU time of all threads so far, microseconds.
+fn process_us() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` may be written to; a clock that every POSIX system has.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 * 1e6 + time.tv_nsec as f64 / 1e3
 }

@@ -133,6 +133,9 @@ pub struct PageConfig {
     /// Bytes of host memory for the stored pages of one session and their index.
     #[uniffi(default)]
     pub bytes: Option<u64>,
+    /// Bytes of device memory for them, where the model runs on a device.
+    #[uniffi(default)]
+    pub device_bytes: Option<u64>,
     /// How stored keys and values are held.
     #[uniffi(default)]
     pub precision: Option<PagePrecision>,
@@ -142,6 +145,9 @@ pub struct PageConfig {
     /// What a prompt's blocks attend to.
     #[uniffi(default)]
     pub prefill: Option<Prefill>,
+    /// Decoded tokens that one choice serves.
+    #[uniffi(default)]
+    pub reuse_steps: Option<u64>,
     /// Layers below this one choose nothing.
     #[uniffi(default)]
     pub first_layer: Option<u64>,
@@ -158,9 +164,11 @@ impl From<PageConfig> for mka::PageConfig {
         let mut pages = Self::default();
         set(&mut pages.tokens, from.tokens.map(count));
         set(&mut pages.bytes, from.bytes);
+        set(&mut pages.device_bytes, from.device_bytes);
         set(&mut pages.precision, from.precision.map(Into::into));
         set(&mut pages.rule, from.rule.map(Into::into));
         set(&mut pages.prefill, from.prefill.map(Into::into));
+        set(&mut pages.reuse_steps, from.reuse_steps.map(count));
         set(&mut pages.first_layer, from.first_layer.map(count));
         set(&mut pages.lexical, from.lexical);
         set(&mut pages.estimate, from.estimate);

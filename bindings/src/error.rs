@@ -37,6 +37,23 @@ impl MkaError {
     pub(crate) fn closed(operation: &str, what: &str) -> Self {
         Self::InvalidArgument(format!("{operation}: the {what} is closed, expected an open one"))
     }
+
+    /// The name of its variant.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::InvalidArgument(_) => "InvalidArgument",
+            Self::NotFound(_) => "NotFound",
+            Self::Locked(_) => "Locked",
+            Self::Corrupted(_) => "Corrupted",
+            Self::Incompatible(_) => "Incompatible",
+            Self::Model(_) => "Model",
+            Self::Device(_) => "Device",
+            Self::OutOfMemory(_) => "OutOfMemory",
+            Self::Storage(_) => "Storage",
+            Self::Cancelled(_) => "Cancelled",
+            Self::Internal(_) => "Internal",
+        }
+    }
 }
 
 impl fmt::Display for MkaError {

@@ -1,12 +1,15 @@
 //! Events of a turn and of a feed, and the objects that a foreign caller pulls them from.
 //! Knows no session; how to pull is in `pull`.
 
+use crate::direct::{Packed, STREAMS};
 use crate::error::MkaError;
-use crate::foreign::{Waiter, counted, waker};
+use crate::foreign::counted;
+use crate::numbered::Entry;
+use crate::packed;
 use crate::pull::Pull;
 use crate::records::{Hit, all};
 use crate::wait::{wait, wait_at_most};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::task::Waker;
 use std::time::Duration;
 
@@ -19,6 +22,16 @@ pub enum StopReason {
     MaxTokens,
     /// A stop string appeared.
     StopString,
+}
+
+impl From<mka::StopReason> for StopReason {
+    fn from(from: mka::StopReason) -> Self {
+        match from {
+            mka::StopReason::EndOfTurn => Self::EndOfTurn,
+            mka::StopReason::StopString => Self::StopString,
+            _ => Self::MaxTokens,
+        }
+    }
 }
 
 /// What one turn cost, in tokens.
@@ -72,11 +85,7 @@ impl From<mka::Usage> for Usage {
             recalled_tokens: from.recalled_tokens as u64,
             generated_tokens: from.generated_tokens as u64,
             stream_tokens: from.stream_tokens,
-            stop: match from.stop {
-                mka::StopReason::EndOfTurn => StopReason::EndOfTurn,
-                mka::StopReason::StopString => StopReason::StopString,
-                _ => StopReason::MaxTokens,
-            },
+            stop: from.stop.into(),
             pages: from.pages.map(Into::into),
         }
     }
@@ -173,19 +182,34 @@ macro_rules! pulled {
         #[derive(uniffi::Object)]
         pub struct $name {
             pull: Pull<$stream>,
-            waker: OnceLock<Waker>,
+            entry: OnceLock<Entry<Weak<dyn Packed>>>,
+            /// Whom the last poll promised to wake.
+            polled: Mutex<Option<Waker>>,
         }
 
         impl $name {
             pub(crate) fn new(pull: Pull<$stream>) -> Self {
-                Self { pull, waker: OnceLock::new() }
+                Self { pull, entry: OnceLock::new(), polled: Mutex::default() }
             }
 
             /// A waiter whose stream was taken away asks again, and sees its end.
             fn wake(&self) {
-                if let Some(waker) = self.waker.get() {
-                    waker.wake_by_ref();
+                let polled = self.polled.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                if let Some(waker) = polled {
+                    waker.wake();
                 }
+            }
+        }
+
+        impl Packed for $name {
+            fn wait_packed(&self, limit: Duration) -> Result<Option<Vec<u8>>, MkaError> {
+                let batch = wait_at_most(self.pull.batch(), limit);
+                Ok(batch.unwrap_or(Ok(Some(Vec::new())))?.map(packed::events))
+            }
+
+            fn poll_packed(&self, waker: &Waker) -> Result<Option<Vec<u8>>, MkaError> {
+                *self.polled.lock().unwrap_or_else(PoisonError::into_inner) = Some(waker.clone());
+                Ok(self.pull.poll(waker)?.map(packed::events))
             }
         }
 
@@ -207,16 +231,15 @@ macro_rules! pulled {
                 wait_at_most(self.next_batch(), limit).unwrap_or(Ok(Some(Vec::new())))
             }
 
-            /// Whom `poll_batch` tells; the first one stays.
-            pub fn wait_with(&self, waiter: Arc<dyn Waiter>) {
-                self.waker.get_or_init(|| waker(waiter));
+            /// The bytes of every event that is ready, at least one; none after the last.
+            pub async fn next_packed(&self) -> Result<Option<Vec<u8>>, MkaError> {
+                Ok(counted(self.pull.batch()).await?.map(packed::events))
             }
 
-            /// Every event that is ready; none yet if it is empty, and then, or behind what it gives, the waiter is told
-            /// when to ask again. None at all after the last. Returns at once.
-            pub fn poll_batch(&self) -> Result<Option<Vec<$event>>, MkaError> {
-                let batch = self.pull.poll(self.waker.get().unwrap_or(Waker::noop()))?;
-                Ok(batch.map(|events| events.into_iter().filter_map(<$event>::new).collect()))
+            /// Its number for plain calls.
+            pub fn number(self: Arc<Self>) -> u64 {
+                let stream = || Arc::downgrade(&self) as Weak<dyn Packed>;
+                self.entry.get_or_init(|| Entry::new(&STREAMS, stream())).number
             }
 
             /// Stops the work, from any thread; the stream then ends.

@@ -57,44 +57,6 @@ pub fn shut_down() {
     }
 }
 
-/// Somebody who waits for a stream without a future.
-#[uniffi::export(with_foreign)]
-pub trait Waiter: Send + Sync {
-    /// The stream has something to give; called from threads of the library, once for each poll that gave nothing more.
-    fn ready(&self);
-}
-
-/// The waker that tells `waiter`.
-pub(crate) fn waker(waiter: Arc<dyn Waiter>) -> Waker {
-    Waker::from(Arc::new(Told(Some(waiter))))
-}
-
-/// Some until it is dropped.
-struct Told(Option<Arc<dyn Waiter>>);
-
-impl Wake for Told {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if let (Some(_call), Some(waiter)) = (call(), &self.0) {
-            waiter.ready();
-        }
-    }
-}
-
-impl Drop for Told {
-    fn drop(&mut self) {
-        let waiter = self.0.take();
-        // Letting go of a foreign object is a call, too.
-        match call() {
-            Some(_call) => drop(waiter),
-            None => std::mem::forget(waiter),
-        }
-    }
-}
-
 /// `future`, whose waker is foreign code where it is polled by a foreign caller.
 pub(crate) async fn counted<T>(future: impl Future<Output = T>) -> T {
     let mut future = pin!(future);

@@ -3,17 +3,22 @@
 //!
 //! Every call has an async form and one that blocks, named `..._blocking`; work runs on threads of the engine, never on
 //! the thread that polls. Streams are pulled in batches: what is ready comes in one call, which costs a foreign caller
-//! as much as a single event. The package in `python/` puts the language's own forms on top.
+//! as much as a single event. Where even one uniffi call is dear, `direct` takes its place. The package in `python/` puts the language's own forms on top.
 
+mod bell;
 mod config;
+mod direct;
 mod engine;
 mod error;
 mod events;
+mod filter;
 mod foreign;
 mod log;
 mod memory;
 mod mirrored;
+mod numbered;
 mod options;
+mod packed;
 mod pull;
 mod records;
 mod scope;
@@ -21,16 +26,22 @@ mod session;
 mod upkeep;
 mod wait;
 
+pub use bell::NativeBell;
 pub use config::{
     Backend, EmbedderSource, EngineConfig, Hygiene, ModelSource, PageConfig, PagePrecision,
     PageRule, Policy, Prefill, Quote, RecallPolicy,
+};
+pub use direct::{
+    Reply, mka_direct_begin_recall, mka_direct_drop, mka_direct_free, mka_direct_next,
+    mka_direct_poll, mka_direct_recall, mka_direct_recalled, mka_direct_rung,
 };
 pub use engine::NativeEngine;
 pub use error::MkaError;
 pub use events::{
     Event, FeedEvent, FeedSummary, NativeEvents, NativeFeed, PageUsage, StopReason, Usage,
 };
-pub use foreign::{Waiter, shut_down};
+pub use filter::{Filter, MetadataValue};
+pub use foreign::shut_down;
 pub use log::{LogLevel, LogSink, forward_logs};
 pub use memory::NativeMemory;
 pub use options::{FeedMode, FeedOptions, Forget, NewTurn, RecallOptions, SendOptions};

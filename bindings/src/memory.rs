@@ -1,28 +1,42 @@
 //! Memory over every session: remember, recall, forget, lists, and looking after the store.
 //! Knows no model.
 
+use crate::direct::MEMORIES;
 use crate::engine::NativeEngine;
 use crate::error::MkaError;
 use crate::foreign::counted;
 use crate::mirrored::count;
+use crate::numbered::Entry;
 use crate::options::{Forget, NewTurn, RecallOptions};
+use crate::packed;
 use crate::records::{
     ChunkInfo, Committed, Context, Hit, Receipt, SessionInfo, Turn, Vectors, all, receipt,
 };
 use crate::scope::Scope;
 use crate::upkeep::{Backup, Checkup, DiskUsage, Exported, Imported, Stats};
 use crate::wait::wait;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
 /// The memory of every scope of an engine.
 #[derive(uniffi::Object)]
 pub struct NativeMemory {
     engine: Arc<NativeEngine>,
+    entry: OnceLock<Entry<Weak<NativeMemory>>>,
 }
 
 impl NativeMemory {
     pub(crate) fn new(engine: Arc<NativeEngine>) -> Self {
-        Self { engine }
+        Self { engine, entry: OnceLock::new() }
+    }
+
+    /// The packed hits of a packed request.
+    pub(crate) fn recall_packed(
+        &self,
+        request: &[u8],
+    ) -> Result<impl Future<Output = Result<Vec<u8>, MkaError>> + Send + use<>, MkaError> {
+        let (scope, query, recall) = packed::request(request)?;
+        let memory = self.handle("recall")?;
+        Ok(async move { Ok(packed::hits(&memory.recall(&scope, &query, recall).await?)) })
     }
 
     fn handle(&self, operation: &str) -> Result<mka::MemoryHandle, MkaError> {
@@ -32,6 +46,11 @@ impl NativeMemory {
 
 #[uniffi::export]
 impl NativeMemory {
+    /// Its number for plain calls.
+    pub fn number(self: Arc<Self>) -> u64 {
+        self.entry.get_or_init(|| Entry::new(&MEMORIES, Arc::downgrade(&self))).number
+    }
+
     /// Appends `turns` to the session of `scope` as text memory, durable when it returns.
     pub async fn remember(&self, scope: Scope, turns: Vec<NewTurn>) -> Result<Committed, MkaError> {
         let memory = self.handle("remember")?;

@@ -2,8 +2,10 @@
 //! Knows no default value.
 
 use crate::config::RecallPolicy;
+use crate::filter::{Filter, MetadataValue};
 use crate::mirrored::{count, mirrored, set};
 use crate::scope::Role;
+use std::collections::HashMap;
 
 /// How one message is answered.
 #[derive(Debug, Clone, Default, uniffi::Record)]
@@ -160,6 +162,12 @@ pub struct RecallOptions {
     /// Hits that score less are left out.
     #[uniffi(default)]
     pub min_score: Option<f32>,
+    /// Hits less relevant are left out.
+    #[uniffi(default)]
+    pub min_relevance: Option<f32>,
+    /// Only turns whose metadata this accepts.
+    #[uniffi(default)]
+    pub filter: Option<Filter>,
     /// Let a short question lean on what its session was about just now.
     #[uniffi(default)]
     pub follow_up: Option<bool>,
@@ -179,6 +187,8 @@ impl From<RecallOptions> for mka::Recall {
         recall.stale = from.stale;
         recall.half_life_ms = from.half_life_ms;
         set(&mut recall.min_score, from.min_score);
+        set(&mut recall.min_relevance, from.min_relevance);
+        recall.filter = from.filter.map(Into::into);
         set(&mut recall.follow_up, from.follow_up);
         recall
     }
@@ -205,6 +215,9 @@ pub struct NewTurn {
     /// When it stops being recalled, milliseconds since 1970.
     #[uniffi(default)]
     pub expires_ms: Option<i64>,
+    /// What a recall's filter asks for: at most 256 keys of 1 to 256 bytes.
+    #[uniffi(default)]
+    pub metadata: HashMap<String, MetadataValue>,
 }
 
 impl From<NewTurn> for mka::NewTurn {
@@ -215,6 +228,7 @@ impl From<NewTurn> for mka::NewTurn {
         set(&mut turn.remember, from.remember);
         turn.subject = from.subject;
         turn.expires_ms = from.expires_ms;
+        turn.metadata = from.metadata.into_iter().map(|(key, value)| (key, value.into())).collect();
         turn
     }
 }

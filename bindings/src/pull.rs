@@ -57,6 +57,10 @@ pub(crate) struct Activity {
 }
 
 impl Activity {
+    pub(crate) fn generated_tokens(&self) -> u64 {
+        self.canceller.generated_tokens() as u64
+    }
+
     pub(crate) fn is_busy(&self) -> bool {
         !self.ended.load(Ordering::Acquire)
     }
@@ -140,13 +144,9 @@ impl<S: Source> Pull<S> {
         }
     }
 
-    /// Stops the work; a reader that waits sees the stream's end.
+    /// Stops the work; whoever reads sees what was on its way, then the end.
     pub(crate) fn cancel(&self) {
         self.activity.cancel();
-        // With no reader the worker may wait for room in the channel: dropping the channel ends that.
-        if let Ok(mut state) = self.state.try_lock() {
-            state.stream = None;
-        }
     }
 
     /// Stops the work and waits for its end.

@@ -2,7 +2,9 @@
 //! Knows no call: each record is made from its twin in the engine.
 
 use crate::error::MkaError;
+use crate::filter::{MetadataValue, metadata};
 use crate::scope::{Role, Scope};
+use std::collections::HashMap;
 
 /// How far a recalled text may be believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, uniffi::Enum)]
@@ -17,11 +19,24 @@ pub enum Trust {
     Document,
 }
 
+impl From<mka::Trust> for Trust {
+    fn from(from: mka::Trust) -> Self {
+        match from {
+            mka::Trust::Host => Self::Host,
+            mka::Trust::User => Self::User,
+            mka::Trust::Model => Self::Model,
+            _ => Self::Document,
+        }
+    }
+}
+
 /// What a score is made of.
 #[derive(Debug, Clone, uniffi::Record)]
 pub struct Why {
     /// BM25 of the query's words.
     pub bm25: f32,
+    /// Share of the query's words, weighted by how rare they are, that the chunk holds.
+    pub coverage: f32,
     /// Place by words alone, from 1; none if no word occurs.
     pub bm25_rank: Option<u32>,
     /// Cosine of the query and the chunk's best sentence.
@@ -82,6 +97,8 @@ pub struct Hit {
     pub text: String,
     /// The fused score; higher is better.
     pub score: f32,
+    /// How likely the hit is about the query at all, 0 to 1; a threshold for it is chosen by trial.
+    pub relevance: f32,
     /// What the score is made of.
     pub why: Why,
     /// Where the text was said.
@@ -100,8 +117,10 @@ impl From<mka::Hit> for Hit {
             chunk: from.chunk.to_string(),
             text: from.text,
             score: from.score,
+            relevance: from.relevance,
             why: Why {
                 bm25: from.why.bm25,
+                coverage: from.why.coverage,
                 bm25_rank: from.why.bm25_rank,
                 cosine: from.why.cosine,
                 cosine_rank: from.why.cosine_rank,
@@ -109,12 +128,7 @@ impl From<mka::Hit> for Hit {
                 follow_up: from.why.follow_up,
             },
             source: from.source.into(),
-            trust: match from.trust {
-                mka::Trust::Host => Trust::Host,
-                mka::Trust::User => Trust::User,
-                mka::Trust::Model => Trust::Model,
-                _ => Trust::Document,
-            },
+            trust: from.trust.into(),
             count: from.count,
             stale: from.stale,
         }
@@ -325,6 +339,8 @@ pub struct Turn {
     pub subject: Option<String>,
     /// When it stops being recalled, milliseconds since 1970.
     pub expires_ms: Option<i64>,
+    /// What it was marked with.
+    pub metadata: HashMap<String, MetadataValue>,
     /// Superseded by a later commit: kept in the log, no longer recalled.
     pub retracted: bool,
     /// Erased: only its place in the log is left.
@@ -342,6 +358,7 @@ impl From<mka::Turn> for Turn {
             source: from.source,
             subject: from.subject,
             expires_ms: from.expires_ms,
+            metadata: metadata(from.metadata),
             retracted: from.retracted,
             forgotten: from.forgotten,
         }

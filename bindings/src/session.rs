@@ -108,6 +108,11 @@ impl NativeSession {
         Ok(self.live().session("num_turns")?.num_turns()?)
     }
 
+    /// Tokens that the model has chosen for the answer that was begun last, those that wait to be read included.
+    pub fn generated_tokens(&self) -> u64 {
+        self.live().activity.as_ref().map_or(0, |activity| activity.generated_tokens())
+    }
+
     /// Logits of the next token after `text` is appended to the stream, without changing the session: one row.
     pub async fn peek_logits(&self, text: String) -> Result<Vectors, MkaError> {
         let logits = self.live().idle("peek_logits")?.peek_logits(&text);

@@ -141,6 +141,7 @@ pub(crate) fn generate(
             break Stop::EndOfTurn(token);
         }
         tokens.push(token);
+        sink.count_token();
         next = token;
         let piece = decoder.push(token).unwrap_or_default();
         let (piece, stopped) = text.push(&piece);

@@ -5,11 +5,14 @@ use crate::error::{Error, Result};
 use crate::pages::PageUsage;
 use futures_core::Stream;
 use mka_memory::Hit;
-use std::pin::Pin;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
-use tokio::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::Thread;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{Notify, mpsc};
 
 /// One piece of an answer: whole UTF-8, usually one token of the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,20 +99,35 @@ pub struct FeedSummary {
 
 /// Stops the work of a stream from anywhere, while somebody else waits for the stream's next event.
 ///
-/// The turn ends within one token, a feed at its next block. What was sent before can still be read; then the stream
-/// ends, and whoever has seen its end knows that the work is on disk or taken back.
+/// A turn ends within one token: the model chooses at most one more after the call. A feed ends at its next block.
+/// What was sent before can still be read; then the stream ends, and whoever has seen its end knows that the work is on
+/// disk or taken back.
 #[derive(Debug, Clone)]
-pub struct Canceller(Arc<AtomicBool>);
+pub struct Canceller(Arc<Steered>);
+
+#[derive(Debug, Default)]
+struct Steered {
+    cancelled: AtomicBool,
+    /// Told of the cancellation: a worker that waits for its caller.
+    waiting: Notify,
+    generated_tokens: AtomicUsize,
+}
 
 impl Canceller {
     /// Stops the work; without effect on a stream that ended.
     pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
+        self.0.cancelled.store(true, Ordering::Release);
+        self.0.waiting.notify_waiters();
     }
 
     /// Whether [`Canceller::cancel`] was called.
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Tokens that the model has chosen so far; some may wait to be read. Of a feed none.
+    pub fn generated_tokens(&self) -> usize {
+        self.0.generated_tokens.load(Ordering::Acquire)
     }
 }
 
@@ -125,9 +143,52 @@ impl<T> Sink<T> {
         self.channel.is_closed() || self.canceller.is_cancelled()
     }
 
+    /// Counts a token that the model chose.
+    pub(crate) fn count_token(&self) {
+        self.canceller.0.generated_tokens.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Sends an event, waiting while the caller is behind; false if the caller is gone or wants no more.
     pub(crate) fn send(&self, event: T) -> bool {
-        !self.canceller.is_cancelled() && self.channel.blocking_send(Ok(event)).is_ok()
+        !self.canceller.is_cancelled() && self.send_item(Ok(event))
+    }
+
+    /// A caller that is behind is waited for until it cancels: it may never read, and whoever closes the engine waits.
+    fn send_item(&self, item: Result<T>) -> bool {
+        let item = match self.channel.try_send(item) {
+            Err(TrySendError::Full(item)) => item,
+            sent => return sent.is_ok(),
+        };
+        let mut cancelled = pin!(self.canceller.0.waiting.notified());
+        let mut room = pin!(self.channel.reserve());
+        let permit = block_on(poll_fn(|cx| {
+            let told = cancelled.as_mut().poll(cx).is_ready();
+            if told || self.canceller.is_cancelled() {
+                return Poll::Ready(None);
+            }
+            room.as_mut().poll(cx).map(std::result::Result::ok)
+        }));
+        permit.map(|permit| permit.send(item)).is_some()
+    }
+}
+
+/// Blocks the thread until `future` is ready.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(Thread);
+
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+
+    let mut future = pin!(future);
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return output;
+        }
+        std::thread::park();
     }
 }
 
@@ -159,13 +220,13 @@ fn spawn<T: Send + 'static>(
     work: impl FnOnce(&Sink<T>) -> Result<Option<T>> + Send + 'static,
 ) -> Receiver<T> {
     let (sender, channel) = mpsc::channel(AHEAD);
-    let canceller = Canceller(Arc::new(AtomicBool::new(false)));
+    let canceller = Canceller(Arc::default());
     let failed = sender.clone();
     let sink = Sink { channel: sender, canceller: canceller.clone() };
     let spawned = std::thread::Builder::new().name("mka-session".into()).spawn(move || {
         if let Some(last) = work(&sink).transpose() {
             // A caller that is gone does not need it.
-            let _ = sink.channel.blocking_send(last);
+            let _ = sink.send_item(last);
         }
     });
     if let Err(source) = spawned {

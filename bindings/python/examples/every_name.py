@@ -88,7 +88,8 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
     engine: mka.Engine
     with mka.open_sync(store, **options) as engine:
         memory: mka.Memory = engine.memory
-        turn = mka.NewTurn("The hotel is in Kyoto.", time=when)
+        year: mka.MetadataValue = 2025
+        turn = mka.NewTurn("The hotel is in Kyoto.", time=when, metadata={"year": year})
         committed: mka.Committed = memory.remember(turn, user="ada", session="plans")
         print(committed.turns, engine.device, mka.available_devices())
         print([found(each) for each in committed.findings])
@@ -104,7 +105,8 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
             context: mka.Context = chat.context("hotel", budget_tokens=200)
             scope: mka.Scope = chat.scope
             print(context.tokens, scope.session)
-        recalling: mka.RecallOptions = {"k": 2, "since": when}
+        since_2024: mka.Filter = {"year": {"$gte": 2024}}
+        recalling: mka.RecallOptions = {"k": 2, "since": when, "filter": since_2024}
         hits: list[mka.Hit] = memory.recall("hotel", user="ada", **recalling)
         print(describe(hits[0].source, hits[0].why, hits[0].trust))
         print(memory.embed(["hotel"]).shape)

@@ -20,33 +20,45 @@ def since(start: float) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def a_token(start: float, own_start: float, tokens: int) -> str:
-    """Wall time, and the time of the thread that reads: what Python itself costs, however slow the model is."""
-    own = (time.thread_time() - own_start) * 1e6 / tokens
-    return f"{since(start) / tokens:.1f} us a token, {own:.1f} of them Python's, {tokens} tokens"
+class Clock:
+    """Wall time; CPU time of the process; and of the thread that reads: what Python itself costs, however slow the model is."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu, self.own = time.perf_counter(), time.process_time(), time.thread_time()
+
+    def a_token(self, tokens: int) -> str:
+        cpu = (time.process_time() - self.cpu) * 1e6 / tokens
+        own = (time.thread_time() - self.own) * 1e6 / tokens
+        wall = since(self.wall) / tokens
+        return f"{wall:.1f} us a token, {cpu:.1f} of CPU time, {own:.1f} of it Python's, {tokens} tokens"
 
 
 def blocking(engine: mka.Engine, max_new_tokens: int) -> None:
     with engine.session(user="ada", session="sync") as chat:
         for run in range(3):
-            start, own = time.perf_counter(), time.thread_time()
+            clock = Clock()
             tokens = sum(
                 isinstance(event, mka.Token)
                 for event in chat.send("go on", max_new_tokens=max_new_tokens, recall_k=0)
             )
-            print(f"sync run {run}: {a_token(start, own, tokens)}")
+            print(f"sync run {run}: {clock.a_token(tokens)}")
         before = chat.num_turns
         seen = 0
+        events = chat.send("tell me a long story", max_new_tokens=max_new_tokens, recall_k=0)
+        for event in events:
+            seen += isinstance(event, mka.Token)
+            if seen == 5:
+                break
         start = time.perf_counter()
-        with chat.send("tell me a long story", max_new_tokens=max_new_tokens, recall_k=0) as events:
-            for event in events:
-                seen += isinstance(event, mka.Token)
-                if seen == 5:
-                    start = time.perf_counter()
-                    break
-        stopped = since(start)
-        answer = engine.memory.turns(user="ada", session="sync", start=before + 1)[0]
-        print(f"cancelled at token {seen}: {answer.num_tokens} tokens kept, {stopped:.0f} us to stop")
+        events.cancel()
+        chosen = chat.generated_tokens
+        events.close()
+        stopped, after = since(start), chat.generated_tokens
+        kept = engine.memory.turns(user="ada", session="sync", start=before + 1)[0].num_tokens
+        print(
+            f"cancelled at token {seen}: {chosen} chosen then, {after} in all, {kept} kept,"
+            f" {stopped:.0f} us to stop"
+        )
     engine.memory.remember(
         [mka.NewTurn(f"Fact {i}: the number of thing {i % 37} is {i * 7}.") for i in range(FACTS)],
         user="bob",
@@ -64,11 +76,11 @@ def blocking(engine: mka.Engine, max_new_tokens: int) -> None:
 async def waiting(engine: mka.AsyncEngine, max_new_tokens: int) -> None:
     async with engine.session(user="ada", session="async") as chat:
         for run in range(3):
-            start, own = time.perf_counter(), time.thread_time()
+            clock = Clock()
             tokens = 0
             async for event in chat.send("go on", max_new_tokens=max_new_tokens, recall_k=0):
                 tokens += isinstance(event, mka.Token)
-            print(f"async run {run}: {a_token(start, own, tokens)}")
+            print(f"async run {run}: {clock.a_token(tokens)}")
     least = float("inf")
     for _ in range(RUNS):
         start = time.perf_counter()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mka
 import pytest
+from mka import _bell
 
 
 def opened(store: Path, model: Path | None) -> mka.Opening[mka.AsyncEngine]:
@@ -94,6 +95,141 @@ def test_cancelling_the_task_stops_the_model_and_keeps_the_store_consistent(
             turns = await engine.memory.turns(user="ada", session="trip")
             assert [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
             assert len(turns) >= 6
+
+    asyncio.run(main())
+
+
+def test_after_a_cancel_the_model_chooses_at_most_one_more_token(
+    store: Path, cancelled_model: Path
+) -> None:
+    async def main() -> None:
+        async with opened(store, cancelled_model) as engine:
+            chat = await engine.session(user="ada", session="trip")
+            for stop in ("task", "cancel", "leave"):
+                before = chat.num_turns
+                fifth = asyncio.Event()
+                streams: list[mka.AsyncEvents] = []
+
+                async def talk() -> None:
+                    seen = 0
+                    events = chat.send("Tell me a very long story.", max_new_tokens=100_000)
+                    if stop == "cancel":
+                        streams.append(events)
+                    async for event in events:
+                        seen += isinstance(event, mka.Token)
+                        if seen == 5:
+                            fifth.set()
+                            if stop == "leave":
+                                break
+
+                task = asyncio.create_task(talk())
+                await fifth.wait()
+                if stop == "task":
+                    task.cancel()
+                    # The task is told in the loop's next round.
+                    await asyncio.sleep(0)
+                elif stop == "cancel":
+                    streams[0].cancel()
+                else:
+                    await task
+                chosen = chat.generated_tokens
+                await asyncio.wait([task])
+                await chat.peek_logits("x")  # waits for a stream that was left
+                after = chat.generated_tokens
+                assert 5 <= chosen and after <= chosen + 1, (stop, chosen, after)
+                turns = await engine.memory.turns(user="ada", session="trip", start=before)
+                assert [turn.role for turn in turns] == ["user", "assistant"]
+                assert turns[1].num_tokens == after
+            assert (await engine.memory.doctor()).problems == ()
+            await chat.send("Go on.", max_new_tokens=2).text()
+
+    asyncio.run(main())
+
+
+class NoReader(asyncio.SelectorEventLoop):
+    """A loop that can watch no descriptor, as Windows' proactor."""
+
+    def add_reader(self, fd: object, callback: object, *args: object) -> None:
+        if getattr(callback, "__module__", "").startswith("mka"):
+            raise NotImplementedError
+        super().add_reader(fd, callback, *args)  # type: ignore[arg-type]
+
+
+def test_a_loop_that_watches_no_descriptor_gets_the_same(store: Path, tiny_model: Path) -> None:
+    said: list[object] = []
+    for loop in (asyncio.SelectorEventLoop(), NoReader()):
+
+        async def main() -> None:
+            async with opened(store.with_name(type(loop).__name__), tiny_model) as engine:
+                chat = await engine.session(user="ada", session="trip")
+                answer, usage = await chat.send("hello there", max_new_tokens=8).text()
+                fed = await chat.feed("The sheep went up the hill. " * 50).finish()
+                hits = await engine.memory.recall("sheep", user="ada", k=3)
+                said.append((answer, usage, fed, [hit.text for hit in hits]))
+                assert (_bell.of(asyncio.get_running_loop()) is None) == isinstance(loop, NoReader)
+                task = asyncio.ensure_future(chat.feed("one two " * 9000, mode="model").finish())
+                await asyncio.sleep(0.1)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                await chat.send("go on", max_new_tokens=2).text()
+
+        loop.run_until_complete(main())
+        loop.close()
+    assert said[0] == said[1]
+
+
+def test_a_loop_may_end_while_streams_are_open_and_another_goes_on(
+    store: Path, tiny_model: Path
+) -> None:
+    engine = asyncio.run(_opened(store, tiny_model))
+    sessions: list[mka.AsyncSession] = []
+    streams: list[mka.AsyncEvents] = []
+
+    async def begin(number: int) -> None:
+        chat = await engine.session(user="ada", session=f"s{number}")
+        streams.append(chat.send("tell me", max_new_tokens=30))
+        sessions.append(chat)
+        await anext(streams[-1])
+
+    async def read_on() -> None:
+        for stream in streams:
+            await stream.text()
+        assert await engine.memory.recall("tell me", user="ada")
+
+    for number in range(3):
+        asyncio.run(begin(number))
+    asyncio.run(read_on())
+    assert [chat.num_turns for chat in sessions] == [2, 2, 2]
+    asyncio.run(engine.close())
+
+
+async def _opened(store: Path, model: Path) -> mka.AsyncEngine:
+    return await opened(store, model)
+
+
+def test_recalls_that_nobody_waits_for_leave_nothing_behind(store: Path) -> None:
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            await engine.memory.remember("The hotel is in Kyoto.", user="ada", session="s")
+            wait = engine.memory.recall("hotel", user="ada")
+            assert [hit.text for hit in await wait] == ["The hotel is in Kyoto."]
+            tasks = [
+                asyncio.ensure_future(engine.memory.recall(f"hotel {i}", user="ada"))
+                for i in range(60)
+            ]
+            await asyncio.sleep(0)
+            for task in tasks[::2]:
+                task.cancel()
+            done = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(each, (list, asyncio.CancelledError)) for each in done)
+            assert all(isinstance(each, list) and each for each in done[1::2])
+            bell = _bell.of(asyncio.get_running_loop())
+            assert bell is not None and not bell._waiting
+            with pytest.raises(mka.InvalidArgumentError, match="user"):
+                await engine.memory.recall("hotel", user="")
+        with pytest.raises(mka.InvalidArgumentError, match="closed"):
+            await engine.memory.recall("hotel", user="ada")
 
     asyncio.run(main())
 

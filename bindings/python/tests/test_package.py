@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import copy
+import dataclasses
 import inspect
 import logging
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +107,22 @@ def test_results_can_be_pickled_and_compared(store: Path) -> None:
         assert hash(value if not isinstance(value, list) else tuple(value))
     error = pickle.loads(pickle.dumps(mka.LockedError("busy")))
     assert type(error) is mka.LockedError and str(error) == "busy"
+
+
+def test_values_made_quickly_are_those_of_the_constructors() -> None:
+    from mka import _packed
+
+    token = struct.pack("<BI", 1, 3) + "é!".encode()
+    (made,) = _packed.events(token)
+    assert made == mka.Token("é!") and type(made) is mka.Token
+    assert repr(made) == "Token(text='é!')" and hash(made) == hash(mka.Token("é!"))
+    assert dataclasses.asdict(made) == {"text": "é!"}
+    assert dataclasses.replace(made, text="x") == mka.Token("x")
+    assert copy.copy(made) == made and pickle.loads(pickle.dumps(made)) == made
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.text = "x"
+    with pytest.raises(mka.InternalError, match="kind 9"):
+        _packed.events(b"\x09")
 
 
 def test_messages_go_to_logging(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import dataclasses
 import gc
 import os
 import pickle
@@ -80,19 +81,85 @@ def test_closing_a_stream_waits_until_its_turn_is_on_disk(store: Path, tiny_mode
             events.text()
 
 
-def test_cancelling_from_another_thread_stops_the_model_within_a_token(
+def test_after_a_cancel_the_model_chooses_at_most_one_more_token(
+    store: Path, cancelled_model: Path
+) -> None:
+    with opened(store, cancelled_model) as engine:
+        chat = engine.session(user="ada", session="trip")
+        for stop in ("cancel", "close", "leave"):
+            before = chat.num_turns
+            seen = 0
+            events = chat.send("Tell me a very long story.", max_new_tokens=100_000)
+            for event in events:
+                seen += isinstance(event, mka.Token)
+                if seen == 5:
+                    break
+            if stop == "cancel":
+                events.cancel()
+            elif stop == "leave":
+                del events
+            # `close` comes back when the model has stopped: what it had chosen is counted just before.
+            chosen = chat.generated_tokens
+            if stop == "leave":
+                chat.peek_logits("x")  # waits for the stream that was left
+            else:
+                events.close()
+            after = chat.generated_tokens
+            assert 5 <= chosen and (after <= chosen + 1 or stop == "close"), (stop, chosen, after)
+            turns = engine.memory.turns(user="ada", session="trip", start=before)
+            assert [turn.role for turn in turns] == ["user", "assistant"]
+            assert turns[1].num_tokens == after
+        assert engine.memory.doctor().problems == ()
+        chat.send("Go on.", max_new_tokens=2).text()
+
+
+def test_cancelling_from_another_thread_ends_a_reader_that_waits(
     store: Path, tiny_model: Path
 ) -> None:
     with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
         events = chat.send("tell me", max_new_tokens=1_000_000)
-        timer = threading.Timer(0.1, events.cancel)
+        chosen: list[int] = []
+
+        def cancel() -> None:
+            events.cancel()
+            chosen.append(chat.generated_tokens)
+
+        timer = threading.Timer(0.02, cancel)
         timer.start()
         seen = sum(1 for _ in events)
         timer.join()
         events.close()
         answer = engine.memory.turns(user="ada", session="trip")[1]
-        # The cancel may fall inside one token; every other that was generated was seen.
-        assert 0 <= answer.num_tokens - seen <= 66
+        assert answer.num_tokens == chat.generated_tokens <= chosen[0] + 1
+        # The last token is not read: who cancelled wants no more.
+        assert 0 <= answer.num_tokens - seen <= 2
+
+
+def test_an_engine_closes_under_streams_that_nobody_reads(store: Path, tiny_model: Path) -> None:
+    start = time.monotonic()
+    engine = opened(store, tiny_model)
+    chat = engine.session(user="ada", session="trip")
+    # More events than may wait to be read: the worker stands until somebody reads or cancels.
+    feed = chat.feed("one two three " * 20_000, mode="model")
+    next(feed)
+    time.sleep(0.5)
+    engine.close()
+    assert time.monotonic() - start < 60
+    del feed
+
+
+def test_a_slow_reader_misses_nothing(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        text = "one two three " * 1000
+        fed = [0]
+        for event in chat.feed(text, mode="model"):
+            if len(fed) == 2:
+                time.sleep(1)  # far more events than may wait
+            if isinstance(event, mka.Progress):
+                fed.append(event.fed_bytes)
+            else:
+                assert event.bytes == len(text)
+        assert fed == sorted(fed) and fed[-1] == len(text) and len(fed) > 100
 
 
 @pytest.fixture
@@ -271,6 +338,99 @@ def test_eight_threads_on_one_engine_lose_no_turn(store: Path, tiny_model: Path)
         assert sorted(said) == sorted(f"turn {turn}" for turn in range(3) for _ in range(8))
 
 
+def test_hits_come_in_one_piece_and_are_those_of_the_plain_call(store: Path) -> None:
+    from mka import _convert
+    from mka._native import mka_bindings as native
+
+    words = ["hotel", "Kyoto", "märz", "宿は", "🐑", "train", "nine", "𝄞"]
+    with mka.open_sync(store) as engine:
+        for i in range(60):
+            text = " ".join(words[(i * k) % len(words)] for k in range(1, 2 + i % 6))
+            engine.memory.remember(
+                mka.NewTurn(f"{text} {i}", source=f"Dokument é {i}" if i % 3 else None, time=i),
+                user="ada",
+                session=f"s{i % 4}",
+                agent="planer" if i % 5 == 0 else None,
+            )
+        plain = engine.memory._native
+        for query in ("hotel in Kyoto", "märz 🐑", "nothing of it", "宿は"):
+            for k in (0, 1, 8, 50):
+                hits = engine.memory.recall(query, user="ada", k=k, since=5)
+                options = native.RecallOptions(k=k, since_ms=5)
+                scope = native.Scope(user="ada", agent=None, session=None)
+                expected = _convert.hits(plain.recall_blocking(scope, query, options))
+                assert hits == expected and len(hits) <= k
+                assert [repr(hit) for hit in hits] == [repr(hit) for hit in expected]
+                assert pickle.loads(pickle.dumps(hits)) == hits
+                for hit in hits:
+                    assert type(hit) is mka.Hit and type(hit.source) is mka.Source
+                    with pytest.raises(dataclasses.FrozenInstanceError):
+                        hit.text = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"k": -1}, mka.InvalidArgumentError, "k -1"),
+        ({"k": 2.5}, TypeError, "k is float"),
+        ({"half_life": timedelta(days=-1)}, mka.InvalidArgumentError, "half_life"),
+        ({"min_score": "high"}, TypeError, "min_score is str"),
+        ({"since": 1 << 70}, mka.InvalidArgumentError, "since"),
+        ({"nonsense": 1}, TypeError, "nonsense"),
+        ({"filter": {"year": {"$above": 1}}}, mka.InvalidArgumentError, r"\$above"),
+        ({"filter": {"$nor": []}}, mka.InvalidArgumentError, r"\$nor"),
+        ({"filter": {"year": float("nan")}}, mka.InvalidArgumentError, "finite"),
+        ({"filter": {"year": None}}, TypeError, "NoneType"),
+        ({"filter": {"$or": {}}}, TypeError, "expected a list"),
+        ({"filter": ["year"]}, TypeError, "expected a dict"),
+    ],
+)
+def test_a_recall_says_what_is_wrong_with_its_options(
+    store: Path, options: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with mka.open_sync(store) as engine:
+        with pytest.raises(error, match=words):
+            engine.memory.recall("x", user="ada", **options)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            engine.memory.recall(42, user="ada")  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            engine.memory.recall("x", user=None)  # type: ignore[arg-type]
+
+
+def test_metadata_is_kept_and_asked_for(store: Path) -> None:
+    with mka.open_sync(store) as engine:
+        memory = engine.memory
+        marked: list[tuple[str, dict[str, mka.MetadataValue] | None]] = [
+            ("The hotel is the Sakura Inn.", {"kind": "place", "year": 2025, "final": True}),
+            ("The hotel was the Ritz.", {"kind": "place", "year": 2019, "stars": 4.5}),
+            ("The hotel of nobody.", None),
+        ]
+        turns = [mka.NewTurn(text, metadata=metadata) for text, metadata in marked]
+        memory.remember(turns, user="ada", session="trip")
+        kept = memory.turns(user="ada", session="trip")
+        assert [turn.metadata for turn in kept] == [metadata or {} for _, metadata in marked]
+        assert pickle.loads(pickle.dumps(kept)) == kept
+
+        def found(**filter: object) -> str:
+            asked: dict[str, object] = {key.replace("S", "$"): value for key, value in filter.items()}
+            texts = [hit.text for hit in memory.recall("hotel", user="ada", filter=asked)]
+            return "".join("SRN"[n] for n, (text, _) in enumerate(marked) if text in texts)
+
+        assert found() == "SRN"
+        assert found(kind="place") == "SR"
+        assert found(year={"$gte": 2020}) == found(final=True) == found(year={"$gt": 2019}) == "S"
+        assert found(year={"$lt": 2025}) == found(stars={"$lte": 4.5, "$gte": 4}) == "R"
+        assert found(year={"$in": [2019, 2025]}) == "SR" and found(year={"$nin": [2025]}) == "RN"
+        assert found(kind={"$exists": False}) == found(Snot={"kind": {"$eq": "place"}}) == "N"
+        assert found(kind={"$ne": "place"}) == "N"
+        assert found(Sor=[{"final": True}, {"stars": {"$exists": True}}]) == "SR"
+        assert found(Sand=[{"kind": "place"}, {"year": 2025}]) == "S"
+        assert found(kind="place", year=2019) == "R" and found(kind="other") == ""
+        best = memory.recall("which hotel is it", user="ada")[0]
+        assert 0 < best.relevance <= 1 and 0 < best.why.coverage <= 1
+        assert memory.recall("which hotel is it", user="ada", min_relevance=1.1) == []
+
+
 def test_two_users_share_nothing(store: Path) -> None:
     with mka.open_sync(store) as engine:
         for user in ("ada", "bob"):
@@ -341,7 +501,7 @@ def test_recall_inside_attention_is_chosen_and_reported(store: Path, tiny_model:
         "block_tokens": 64,
         "device": "cpu",
         "recall": "pages",
-        "pages": {"tokens": 64, "precision": "int8", "rule": "mka", "first_layer": 0},
+        "pages": {"tokens": 64, "precision": "int8", "rule": "mka", "first_layer": 0, "reuse_steps": 2},
     }
     with mka.open_sync(store, **options) as engine:
         assert engine.kv_bytes_per_token

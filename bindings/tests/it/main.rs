@@ -1,11 +1,14 @@
 //! The surface as a foreign caller uses it, over the tiny seeded model of the engine's tests.
 
+mod direct;
+
 use mka_bindings::{
     Backend, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Forget, Hygiene, LogLevel,
     LogSink, MkaError, ModelSource, NativeEngine, NativeEvents, NewTurn, PageConfig, PagePrecision,
     PageRule, Policy, Prefill, RecallOptions, RecallPolicy, Role, Scope, SendOptions, Sensitive,
     forward_logs,
 };
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -103,6 +106,50 @@ fn a_reader_that_waits_sees_the_end_when_another_thread_cancels() {
     assert!(!done);
 }
 
+/// Models to cancel: the tiny one, and the default one, whose token takes longer than anything else, where it is in the cache.
+fn models() -> Vec<String> {
+    let cache = std::env::var("MKA_CACHE")
+        .unwrap_or_else(|_| format!("{}/.cache/mka", std::env::var("HOME").unwrap_or_default()));
+    let default = format!("{cache}/models/SmolLM2-135M-Instruct-Q4_1.gguf");
+    if Path::new(&default).exists() {
+        return vec![tiny_model(), default];
+    }
+    println!("the default model is not in {cache}: only the tiny one is cancelled");
+    vec![tiny_model()]
+}
+
+#[test]
+fn after_a_cancel_the_model_chooses_at_most_one_more_token_and_the_store_is_whole() {
+    for model in models() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = EngineConfig {
+            model: Some(ModelSource::Path { path: model }),
+            window_tokens: Some(128),
+            device: Some("cpu".into()),
+            ..EngineConfig::default()
+        };
+        let engine = NativeEngine::open_blocking(store(folder.path()), config).unwrap();
+        let chat = engine.session_blocking(trip()).unwrap();
+        let story = "Tell me a very long story.".to_owned();
+        let events = chat.send(story, tokens(100_000)).unwrap();
+        let mut seen = 0;
+        while seen < 5 {
+            seen += events.next_batch_blocking(10_000).unwrap().unwrap().len();
+        }
+        events.cancel();
+        let chosen = chat.generated_tokens();
+        events.close_blocking();
+        let after = chat.generated_tokens();
+        assert!(chosen >= 5 && after <= chosen + 1, "{chosen} at the cancel, {after} in all");
+        let memory = engine.clone().memory();
+        let turns = memory.turns_blocking(trip(), 0, 9).unwrap();
+        assert_eq!(turns.len(), 2);
+        assert_eq!(turns[1].num_tokens, after, "the log holds what the model chose");
+        assert!(memory.doctor_blocking(false).unwrap().problems.is_empty());
+        assert!(finish(&chat.send("Go on.".into(), tokens(2)).unwrap()).unwrap().1);
+    }
+}
+
 #[test]
 fn errors_of_the_stream_come_after_what_was_sent_before_them() {
     let folder = tempfile::tempdir().unwrap();
@@ -158,6 +205,7 @@ fn memory_without_a_model_remembers_recalls_forgets_and_verifies() {
         remember: None,
         subject: None,
         expires_ms: None,
+        metadata: HashMap::new(),
     };
     let turns = vec![turn("the hotel is in Kyoto"), turn("the passport is X1234567")];
     assert_eq!(memory.remember_blocking(trip(), turns).unwrap().turns, [0, 1]);
@@ -252,6 +300,7 @@ fn a_store_is_exported_imported_backed_up_checked_and_compacted() {
         remember: None,
         subject: expires_ms.is_none().then(|| "home".into()),
         expires_ms,
+        metadata: HashMap::new(),
     };
     let turns = vec![
         turn("I live in Osaka.", 1, None),

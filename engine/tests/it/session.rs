@@ -81,11 +81,15 @@ fn a_canceller_ends_the_stream_within_a_token_and_its_end_means_that_the_turn_is
     let canceller = events.canceller();
     canceller.cancel();
     assert!(canceller.is_cancelled());
+    let chosen = canceller.generated_tokens();
     // No more than was sent already: the channel's length.
     let left = std::iter::from_fn(|| events.next_blocking()).map(Result::unwrap).count();
     assert!(left <= 65, "{left}");
+    let after = canceller.generated_tokens();
+    assert!(chosen > 0 && after <= chosen + 1, "{chosen} at the cancel, {after} in all");
     let turns = wait(engine.memory().turns(&trip(), 0..10)).unwrap();
     assert_eq!(turns.len(), 2);
+    assert_eq!(turns[1].tokens.len(), after);
     assert_eq!(turns[0].text, "tell me");
     assert!(!turns[1].text.is_empty());
     finish(chat.send_with("go on", short())).unwrap();
@@ -110,6 +114,21 @@ fn an_engine_that_was_closed_leaves_its_folder_free_even_while_a_stream_works() 
     let turns = wait(engine.memory().turns(&trip(), 0..100)).unwrap();
     assert_eq!(turns.iter().filter(|turn| turn.text == "tell me").count(), 5);
     wait(engine.close()).unwrap();
+}
+
+#[test]
+fn a_cancelled_stream_that_nobody_reads_does_not_hold_its_session() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    // One event a block: within this time there are more than may wait to be read.
+    let feed = chat.feed_with("one two three ".repeat(30_000), FeedOptions::through_model());
+    let canceller = feed.canceller();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    canceller.cancel();
+    drop(chat);
+    engine.close_blocking();
+    drop(feed);
 }
 
 #[test]

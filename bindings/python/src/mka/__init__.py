@@ -29,6 +29,7 @@ from mka._errors import (
     OutOfMemoryError,
     StorageError,
 )
+from mka._filter import Filter
 from mka._logging import log_to_logging, stop_logging
 from mka._native import mka_bindings as _native
 from mka._options import (
@@ -60,6 +61,7 @@ from mka._values import (
     Finding,
     Hit,
     Imported,
+    MetadataValue,
     NewTurn,
     PageUsage,
     Problem,
@@ -115,6 +117,7 @@ __all__ = [
     "Feed",
     "FeedEvent",
     "FeedOptions",
+    "Filter",
     "Finding",
     "Hit",
     "HygieneOptions",
@@ -124,6 +127,7 @@ __all__ = [
     "InvalidArgumentError",
     "LockedError",
     "Memory",
+    "MetadataValue",
     "ModelError",
     "NewTurn",
     "NotFoundError",

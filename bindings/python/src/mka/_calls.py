@@ -14,10 +14,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mka import _convert, _options, _values
+from mka import _bell, _convert, _direct, _options, _values
 from mka._errors import translated
 from mka._native import mka_bindings as _native
-from mka._options import EngineOptions, Path, RecallOptions, Time
+from mka._options import EngineOptions, Path, Time
 
 T = TypeVar("T")
 
@@ -94,11 +94,25 @@ def remember(
     return Call("remember", (scope, _options.new_turns(turns)), _convert.committed)
 
 
-def recall(
-    query: str, user: str, agent: str | None, session: str | None, options: RecallOptions
-) -> Call[list[_values.Hit]]:
-    scope = _options.scope(user, agent, session)
-    return Call("recall", (scope, query, _options.recall_options(options)), _convert.hits)
+async def recalled(memory: int, request: bytes) -> bytes:
+    """The packed hits of a packed request, awaited; cancelling the task lets go of the work."""
+    loop = asyncio.get_running_loop()
+    bell = _bell.of(loop)
+    if bell is None:
+        return await loop.run_in_executor(None, _direct.recall, memory, request)
+    number = _direct.begin_recall(memory, request, bell.number)
+    waiting = bell.expect(number, rung=False)
+    try:
+        hits = b""
+        while not hits:
+            await waiting.wait(loop)
+            hits = _direct.recalled(number, bell.number)
+        return hits
+    except BaseException:
+        _direct.drop_recall(number)
+        raise
+    finally:
+        bell.forget(number)
 
 
 def memory_context(

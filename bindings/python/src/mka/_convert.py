@@ -5,9 +5,10 @@ Knows no call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from mka import _filter
 from mka import _values as values
 from mka._native import mka_bindings as _native
 
@@ -22,7 +23,6 @@ def _by_name(enum: Any) -> dict[Any, Any]:
 
 _ROLE = _by_name(_native.Role)
 _TRUST = _by_name(_native.Trust)
-_STOP = _by_name(_native.StopReason)
 _SENSITIVE = _by_name(_native.Sensitive)
 _REPAIR = _by_name(_native.Repair)
 
@@ -51,8 +51,15 @@ def hit(native: Any) -> values.Hit:
         native.chunk,
         native.text,
         native.score,
+        native.relevance,
         values.Why(
-            why.bm25, why.bm25_rank, why.cosine, why.cosine_rank, why.recency, why.follow_up
+            why.bm25,
+            why.coverage,
+            why.bm25_rank,
+            why.cosine,
+            why.cosine_rank,
+            why.recency,
+            why.follow_up,
         ),
         source(native.source),
         _TRUST[native.trust],
@@ -67,57 +74,6 @@ def hits(native: Iterable[Any]) -> list[values.Hit]:
 
 def context(native: Any) -> values.Context:
     return values.Context(native.text, native.tokens, tuple(hits(native.hits)))
-
-
-def _page_usage(native: Any) -> values.PageUsage:
-    return values.PageUsage(
-        native.stored_tokens,
-        native.recalled_tokens,
-        tuple(native.share),
-        tuple(native.recovered),
-    )
-
-
-def _usage(native: Any) -> values.Usage:
-    return values.Usage(
-        native.prompt_tokens,
-        native.reused_tokens,
-        native.recalled_tokens,
-        native.generated_tokens,
-        native.stream_tokens,
-        _STOP[native.stop],
-        None if native.pages is None else _page_usage(native.pages),
-    )
-
-
-_EVENTS: dict[type, Callable[[Any], values.Event]] = {
-    _native.Event.RECALLED: lambda native: values.Recalled(tuple(hits(native.hits))),
-    _native.Event.TOKEN: lambda native: values.Token(native.text),
-    _native.Event.DONE: lambda native: values.Done(_usage(native.usage)),
-}
-
-
-def event(native: Any) -> values.Event:
-    return _EVENTS[type(native)](native)
-
-
-def _fed(native: Any) -> values.Fed:
-    summary = native.summary
-    return values.Fed(
-        summary.bytes, summary.model_tokens, summary.chunks_added, summary.chunks_deduplicated
-    )
-
-
-_FEED_EVENTS: dict[type, Callable[[Any], values.FeedEvent]] = {
-    _native.FeedEvent.PROGRESS: lambda native: values.Progress(
-        native.fed_bytes, native.committed_bytes, native.total_bytes
-    ),
-    _native.FeedEvent.DONE: _fed,
-}
-
-
-def feed_event(native: Any) -> values.FeedEvent:
-    return _FEED_EVENTS[type(native)](native)
 
 
 def committed(native: Any) -> values.Committed:
@@ -167,6 +123,7 @@ def turn(native: Any) -> values.Turn:
         native.expires_ms,
         native.retracted,
         native.forgotten,
+        _filter.plain(native.metadata),
     )
 
 

@@ -74,6 +74,11 @@ _KINDS: dict[type, type[Error]] = {
 }
 
 
+def of_kind(kind: str, text: str) -> Error:
+    """The exception of a native error that is known by its kind's name."""
+    return _KINDS.get(getattr(_NATIVE, kind, object), InternalError)(text)
+
+
 class _Translated:
     """`with translated:` turns a native error raised inside into the exception of its kind."""
 

@@ -64,12 +64,19 @@ class SessionHandle:
         turns: int = _calls.now(self._native, "num_turns")
         return turns
 
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens that the model has chosen for the answer begun last, those that wait to be read included."""
+        tokens: int = _calls.now(self._native, "generated_tokens")
+        return tokens
+
 
 class MemoryHandle:
     """Remember, recall and forget, over every session of the engine."""
 
     def __init__(self, native: Any) -> None:
         self._native = native
+        self._number: int = native.number()
 
     def stats(self) -> Stats:
         """Counts and bytes of the store."""

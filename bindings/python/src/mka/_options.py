@@ -11,7 +11,9 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypeAlias, TypedDict
 
+from mka import _filter, _packed
 from mka._errors import InvalidArgumentError
+from mka._filter import Filter
 from mka._native import mka_bindings as _native
 from mka._values import NewTurn, Role
 
@@ -36,12 +38,16 @@ class PageOptions(TypedDict, total=False):
     """Tokens that each key/value head recalls."""
     bytes: int
     """Bytes of host memory for the stored pages of one session and their index."""
+    device_bytes: int
+    """Bytes of device memory for them, where the model runs on a device."""
     precision: Literal["f32", "bf16", "int8", "int4"]
     """How stored keys and values are held."""
     rule: Literal["mka", "streaming", "inf_llm", "quest", "token_select"]
     """How tokens are chosen."""
     prefill: Literal["selected", "dense"]
     """What a block of a prompt attends to while the stream fits the model's trained length."""
+    reuse_steps: int
+    """Decoded tokens that one choice serves."""
     first_layer: int
     """Layers below this one choose nothing."""
     lexical: bool
@@ -173,6 +179,10 @@ class RecallOptions(TypedDict, total=False):
     """Halves a score for every so much age, in milliseconds if it is a number."""
     min_score: float
     """Hits that score less are left out."""
+    min_relevance: float
+    """Hits less relevant are left out, so that what nothing answers gives no hits; a threshold is chosen by trial."""
+    filter: Filter | None
+    """Only turns whose metadata this accepts."""
     follow_up: bool
     """Let a short question lean on what its session was about just now."""
 
@@ -279,20 +289,29 @@ def feed_options(options: FeedOptions) -> Any:
     return _native.FeedOptions(**given)
 
 
-def recall_options(options: RecallOptions) -> Any:
-    """The native record of `options`."""
-    given = _take("recall", dict(options), RecallOptions.__annotations__)
-    if "roles" in given:
-        given["roles"] = [_one_of("role", role, ROLES) for role in given["roles"]]
-    for name in ("since", "until", "as_of", "now"):
-        if name in given:
-            given[f"{name}_ms"] = to_ms(given.pop(name))
-    if "half_life" in given:
-        half_life = given.pop("half_life")
+def recall_request(
+    query: str, user: str, agent: str | None, session: str | None, options: RecallOptions
+) -> bytes:
+    """The request of a recall, packed."""
+    given: dict[str, Any] = {}
+    if options:
+        given = _take("recall", dict(options), RecallOptions.__annotations__)
+        for role in given.get("roles", ()):
+            _one_of("role", role, ROLES)
+        for name in ("since", "until", "as_of", "now"):
+            if name in given:
+                given[name] = to_ms(given[name])
+        half_life = given.get("half_life")
         if isinstance(half_life, timedelta):
-            half_life = round(half_life.total_seconds() * 1000)
-        given["half_life_ms"] = half_life
-    return _native.RecallOptions(**given)
+            given["half_life"] = round(half_life.total_seconds() * 1000)
+        if "filter" in given:
+            given["filter"] = _filter.to_json(given["filter"])
+    try:
+        return _packed.recall_request(query, user, agent, session, given)
+    except _packed.StructError:
+        for name, number in given.items():
+            _packed.check(name, number)
+        raise
 
 
 def new_turns(turns: str | NewTurn | Sequence[NewTurn]) -> list[Any]:
@@ -311,6 +330,7 @@ def new_turns(turns: str | NewTurn | Sequence[NewTurn]) -> list[Any]:
             remember=turn.remember,
             subject=turn.subject,
             expires_ms=None if turn.expires is None else to_ms(turn.expires),
+            metadata=_filter.metadata(turn.metadata),
         )
         for turn in turns
     ]

@@ -11,9 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from mka import _convert, _values
+from mka import _bell, _direct, _packed, _values
 from mka._errors import CancelledError, translated
-from mka._native import mka_bindings as _native
 
 T = TypeVar("T")
 E = TypeVar("E", contravariant=True)
@@ -35,9 +34,9 @@ class _Outcome(Protocol[E, R]):
 class _Stream(Generic[T]):
     """The native stream and the events that came with the last call but were not asked for yet."""
 
-    def __init__(self, native: Any, convert: Callable[[Any], T]) -> None:
+    def __init__(self, native: Any) -> None:
         self._native = native
-        self._convert = convert
+        self._number: int = native.number()
         self._ready: deque[T] = deque()
 
     def cancel(self) -> None:
@@ -52,14 +51,13 @@ class _SyncStream(_Stream[T], Iterator[T]):
     def __next__(self) -> T:
         while not self._ready:
             try:
-                with translated:
-                    batch = self._native.next_batch_blocking(_LIMIT_MS)
+                batch = _direct.next_events(self._number, _LIMIT_MS)
             except KeyboardInterrupt:
                 self._native.cancel()
                 raise
             if batch is None:
                 raise StopIteration
-            self._ready.extend(map(self._convert, batch))
+            self._ready.extend(_packed.events(batch))
         return self._ready.popleft()
 
     def _run(self, outcome: _Outcome[T, O]) -> O:
@@ -84,64 +82,57 @@ class _SyncStream(_Stream[T], Iterator[T]):
         self.close()
 
 
-class _Waiter(_native.Waiter):
-    """Told by a thread of the library that a stream has something to give, and tells its loop."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._waiting: asyncio.Future[None] | None = None
-        # The first poll tells what there is.
-        self._ready = True
-
-    def ready(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._set)
-        except RuntimeError:
-            pass  # The loop is closed: nobody waits.
-
-    def _set(self) -> None:
-        self._ready = True
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    async def wait(self) -> None:
-        """Until there may be something."""
-        if not self._ready:
-            self._waiting = self._loop.create_future()
-            await self._waiting
-
-    def taken(self, *, more: bool) -> None:
-        """A poll gave all there was; without `more`, asking again gives the same."""
-        self._ready = not more
-
-
 class _AsyncStream(_Stream[T], AsyncIterator[T]):
-    # Not the native future: polling by hand costs half of it.
-    _waiter: _Waiter | None = None
+    def __init__(self, native: Any) -> None:
+        super().__init__(native)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._bell: _bell.Bell | None = None
+        self._waiting = _bell.Waiting(rung=True)
+
+    def __del__(self) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Nobody asks this stream's loop for it any more."""
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            bell.forget(self._number)
+
+    def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Waits in `loop` from now on; the first poll tells what there is."""
+        self._leave()
+        self._loop, self._bell = loop, _bell.of(loop)
+        if self._bell is not None:
+            self._waiting = self._bell.expect(self._number, rung=True)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> T:
-        if self._waiter is None:
-            self._waiter = _Waiter()
-            self._native.wait_with(self._waiter)
         while not self._ready:
+            loop = asyncio.get_running_loop()
+            if loop is not self._loop:
+                self._enter(loop)
+            waiting, bell = self._waiting, self._bell
             try:
-                await self._waiter.wait()
-                # Before the poll: what comes during it is told of again.
-                self._waiter.taken(more=True)
-                with translated:
-                    batch = self._native.poll_batch()
+                if bell is None:
+                    with translated:
+                        batch = await self._native.next_packed()
+                else:
+                    if not waiting.rung:
+                        await waiting.wait(loop)
+                    # Before the poll: what comes during it is told of again.
+                    waiting.rung = False
+                    batch = _direct.poll_events(self._number, bell.number)
             except BaseException:
                 # The task was cancelled, or the work failed: either way it is over.
                 self._native.cancel()
-                self._waiter.taken(more=False)
+                waiting.rung = True
                 raise
             if batch is None:
-                self._waiter.taken(more=False)
+                waiting.rung = True
                 raise StopAsyncIteration
-            self._ready.extend(map(self._convert, batch))
+            self._ready.extend(_packed.events(batch))
         return self._ready.popleft()
 
     async def _run(self, outcome: _Outcome[T, O]) -> O:
@@ -214,9 +205,6 @@ class Events(_SyncStream[_values.Event]):
     What was generated before is kept as the turn's answer.
     """
 
-    def __init__(self, native: Any) -> None:
-        super().__init__(native, _convert.event)
-
     def text(self) -> tuple[str, _values.Usage]:
         """Runs the turn to its end: the whole answer and its cost."""
         return self._run(_Answer())
@@ -227,9 +215,6 @@ class AsyncEvents(_AsyncStream[_values.Event]):
 
     What was generated before is kept as the turn's answer. A task that is cancelled while it waits cancels the turn.
     """
-
-    def __init__(self, native: Any) -> None:
-        super().__init__(native, _convert.event)
 
     async def text(self) -> tuple[str, _values.Usage]:
         """Runs the turn to its end: the whole answer and its cost."""
@@ -242,9 +227,6 @@ class Feed(_SyncStream[_values.FeedEvent]):
     What was fed before is kept.
     """
 
-    def __init__(self, native: Any) -> None:
-        super().__init__(native, _convert.feed_event)
-
     def finish(self, watch: Watch | None = None) -> _values.Fed:
         """Feeds to the end, telling `watch` of the progress."""
         return self._run(_Feeding(watch))
@@ -255,9 +237,6 @@ class AsyncFeed(_AsyncStream[_values.FeedEvent]):
 
     What was fed before is kept.
     """
-
-    def __init__(self, native: Any) -> None:
-        super().__init__(native, _convert.feed_event)
 
     async def finish(self, watch: Watch | None = None) -> _values.Fed:
         """Feeds to the end, telling `watch` of the progress."""

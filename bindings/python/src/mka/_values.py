@@ -5,7 +5,8 @@ Knows no call; `_convert` makes them from what the library gives back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Literal, TypeAlias, Union
 
@@ -35,6 +36,10 @@ Repair: TypeAlias = Literal["possible", "done", "lost"]
 """What became, or can become, of something damaged."""
 
 
+MetadataValue: TypeAlias = bool | int | float | str
+"""What a key of a turn's metadata is set to; numbers are exact up to 2**53."""
+
+
 def _time(time_ms: int) -> datetime:
     return datetime.fromtimestamp(time_ms / 1000, timezone.utc)
 
@@ -50,12 +55,14 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """What a score is made of: `0.5 * words**3 + 0.5 * max(cosine, 0) + recency`.
+    """What a score is made of: `0.5 * words**3 + 0.5 * max(cosine, 0) + recency`; places count from 1.
 
     `words` is `bm25` by that of a chunk that holds every word of the question, or by the best one, if that is more.
+    `coverage` is the share of the question's words, weighted by how rare they are, that the text holds.
     """
 
     bm25: float
+    coverage: float
     bm25_rank: int | None
     cosine: float
     cosine_rank: int
@@ -85,11 +92,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A remembered piece of text that answers a query."""
+    """A remembered piece of text that answers a query.
+
+    `score` compares the hits of one query, best first; `relevance`, from 0 to 1, says whether there is an answer at all.
+    """
 
     chunk: str
     text: str
     score: float
+    relevance: float
     why: Why
     source: Source
     trust: Trust
@@ -185,7 +196,8 @@ FeedEvent: TypeAlias = Union[Progress, Fed]
 class NewTurn:
     """A turn to be remembered; `remember=None` decides by role, `time=None` is now.
 
-    Among turns with the same `subject` the newest wins; after `expires` a turn is recalled no more.
+    Among turns with the same `subject` the newest wins; after `expires` a turn is recalled no more. `metadata` is what
+    the `filter` of a recall asks for.
     """
 
     text: str
@@ -195,6 +207,7 @@ class NewTurn:
     remember: bool | None = None
     subject: str | None = None
     expires: datetime | int | None = None
+    metadata: Mapping[str, MetadataValue] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +269,7 @@ class Turn:
     expires_ms: int | None
     retracted: bool
     forgotten: bool
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict, hash=False)
 
     @property
     def time(self) -> datetime:

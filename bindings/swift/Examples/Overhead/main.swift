@@ -17,13 +17,21 @@ func since(_ start: ContinuousClock.Instant) -> Double {
     return Double(spent.components.seconds) * 1e6 + Double(spent.components.attoseconds) / 1e12
 }
 
+/// CPU time of all threads so far, microseconds.
+func processTime() -> Double {
+    var time = timespec()
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time)
+    return Double(time.tv_sec) * 1e6 + Double(time.tv_nsec) / 1e3
+}
+
 for run in 0..<3 {
-    let start = ContinuousClock.now
+    let (start, cpu) = (ContinuousClock.now, processTime())
     var tokens = 0
     for try await event in chat.send("go on", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
         if case .token = event { tokens += 1 }
     }
-    print("run \(run): \(since(start) / Double(tokens)) us a token, \(tokens) tokens")
+    let spent = (processTime() - cpu) / Double(tokens)
+    print("run \(run): \(since(start) / Double(tokens)) us a token, \(spent) of CPU time, \(tokens) tokens")
 }
 let before = try chat.numTurns
 var seen = 0
@@ -32,11 +40,12 @@ for try await event in chat.send("tell me a long story", options: SendOptions(ma
     if seen == 5 { break }
 }
 let left = ContinuousClock.now
+let chosen = chat.generatedTokens
 // A stream that was left holds its session until the model has stopped.
 _ = try await chat.send("go on", options: SendOptions(maxNewTokens: 1, recallK: 0)).text()
 let stopped = since(left)
 let turns = try await engine.memory.turns(user: "ada", session: "trip", range: before + 1..<before + 2)
-print("cancelled at token \(seen): \(turns[0].numTokens) tokens kept, \(stopped) us until the next turn was done")
+print("cancelled at token \(seen): \(chosen) chosen then, \(turns[0].numTokens) kept, \(stopped) us until the next turn was done")
 try await engine.memory.remember(
     (0..<500).map { NewTurn("Fact \($0): the number of thing \($0 % 37) is \($0 * 7).") }, user: "bob",
     session: "facts")

@@ -243,27 +243,11 @@ typedef void (*UniffiForeignFutureCompleteVoid)(uint64_t, UniffiForeignFutureRes
     );
 
 #endif
-#ifndef UNIFFI_FFIDEF_CALLBACK_INTERFACE_WAITER_METHOD0
-#define UNIFFI_FFIDEF_CALLBACK_INTERFACE_WAITER_METHOD0
-typedef void (*UniffiCallbackInterfaceWaiterMethod0)(uint64_t, void* _Nonnull,
-        RustCallStatus *_Nonnull uniffiCallStatus
-    );
-
-#endif
 #ifndef UNIFFI_FFIDEF_CALLBACK_INTERFACE_LOG_SINK_METHOD0
 #define UNIFFI_FFIDEF_CALLBACK_INTERFACE_LOG_SINK_METHOD0
 typedef void (*UniffiCallbackInterfaceLogSinkMethod0)(uint64_t, RustBuffer, RustBuffer, RustBuffer, void* _Nonnull,
         RustCallStatus *_Nonnull uniffiCallStatus
     );
-
-#endif
-#ifndef UNIFFI_FFIDEF_V_TABLE_CALLBACK_INTERFACE_WAITER
-#define UNIFFI_FFIDEF_V_TABLE_CALLBACK_INTERFACE_WAITER
-typedef struct UniffiVTableCallbackInterfaceWaiter {
-    UniffiCallbackInterfaceFree _Nonnull uniffiFree;
-    UniffiCallbackInterfaceClone _Nonnull uniffiClone;
-    UniffiCallbackInterfaceWaiterMethod0 _Nonnull ready;
-} UniffiVTableCallbackInterfaceWaiter;
 
 #endif
 #ifndef UNIFFI_FFIDEF_V_TABLE_CALLBACK_INTERFACE_LOG_SINK
@@ -274,6 +258,32 @@ typedef struct UniffiVTableCallbackInterfaceLogSink {
     UniffiCallbackInterfaceLogSinkMethod0 _Nonnull log;
 } UniffiVTableCallbackInterfaceLogSink;
 
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CLONE_NATIVEBELL
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CLONE_NATIVEBELL
+uint64_t uniffi_mka_bindings_fn_clone_nativebell(uint64_t handle, RustCallStatus *_Nonnull out_status
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FREE_NATIVEBELL
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FREE_NATIVEBELL
+void uniffi_mka_bindings_fn_free_nativebell(uint64_t handle, RustCallStatus *_Nonnull out_status
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CONSTRUCTOR_NATIVEBELL_NEW
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CONSTRUCTOR_NATIVEBELL_NEW
+uint64_t uniffi_mka_bindings_fn_constructor_nativebell_new(RustCallStatus *_Nonnull out_status
+
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEBELL_DESCRIPTOR
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEBELL_DESCRIPTOR
+RustBuffer uniffi_mka_bindings_fn_method_nativebell_descriptor(uint64_t ptr, RustCallStatus *_Nonnull out_status
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEBELL_NUMBER
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEBELL_NUMBER
+uint64_t uniffi_mka_bindings_fn_method_nativebell_number(uint64_t ptr, RustCallStatus *_Nonnull out_status
+);
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CLONE_NATIVEENGINE
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CLONE_NATIVEENGINE
@@ -380,14 +390,14 @@ uint64_t uniffi_mka_bindings_fn_method_nativeevents_next_batch(uint64_t ptr
 RustBuffer uniffi_mka_bindings_fn_method_nativeevents_next_batch_blocking(uint64_t ptr, uint32_t limit_ms, RustCallStatus *_Nonnull out_status
 );
 #endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEEVENTS_POLL_BATCH
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEEVENTS_POLL_BATCH
-RustBuffer uniffi_mka_bindings_fn_method_nativeevents_poll_batch(uint64_t ptr, RustCallStatus *_Nonnull out_status
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEEVENTS_NEXT_PACKED
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEEVENTS_NEXT_PACKED
+uint64_t uniffi_mka_bindings_fn_method_nativeevents_next_packed(uint64_t ptr
 );
 #endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEEVENTS_WAIT_WITH
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEEVENTS_WAIT_WITH
-void uniffi_mka_bindings_fn_method_nativeevents_wait_with(uint64_t ptr, uint64_t waiter, RustCallStatus *_Nonnull out_status
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEEVENTS_NUMBER
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEEVENTS_NUMBER
+uint64_t uniffi_mka_bindings_fn_method_nativeevents_number(uint64_t ptr, RustCallStatus *_Nonnull out_status
 );
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CLONE_NATIVEFEED
@@ -425,34 +435,14 @@ uint64_t uniffi_mka_bindings_fn_method_nativefeed_next_batch(uint64_t ptr
 RustBuffer uniffi_mka_bindings_fn_method_nativefeed_next_batch_blocking(uint64_t ptr, uint32_t limit_ms, RustCallStatus *_Nonnull out_status
 );
 #endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEFEED_POLL_BATCH
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEFEED_POLL_BATCH
-RustBuffer uniffi_mka_bindings_fn_method_nativefeed_poll_batch(uint64_t ptr, RustCallStatus *_Nonnull out_status
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEFEED_NEXT_PACKED
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEFEED_NEXT_PACKED
+uint64_t uniffi_mka_bindings_fn_method_nativefeed_next_packed(uint64_t ptr
 );
 #endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEFEED_WAIT_WITH
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEFEED_WAIT_WITH
-void uniffi_mka_bindings_fn_method_nativefeed_wait_with(uint64_t ptr, uint64_t waiter, RustCallStatus *_Nonnull out_status
-);
-#endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CLONE_WAITER
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CLONE_WAITER
-uint64_t uniffi_mka_bindings_fn_clone_waiter(uint64_t handle, RustCallStatus *_Nonnull out_status
-);
-#endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FREE_WAITER
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FREE_WAITER
-void uniffi_mka_bindings_fn_free_waiter(uint64_t handle, RustCallStatus *_Nonnull out_status
-);
-#endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_INIT_CALLBACK_VTABLE_WAITER
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_INIT_CALLBACK_VTABLE_WAITER
-void uniffi_mka_bindings_fn_init_callback_vtable_waiter(const UniffiVTableCallbackInterfaceWaiter* _Nonnull vtable
-);
-#endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_WAITER_READY
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_WAITER_READY
-void uniffi_mka_bindings_fn_method_waiter_ready(uint64_t ptr, RustCallStatus *_Nonnull out_status
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEFEED_NUMBER
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEFEED_NUMBER
+uint64_t uniffi_mka_bindings_fn_method_nativefeed_number(uint64_t ptr, RustCallStatus *_Nonnull out_status
 );
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_CLONE_LOGSINK
@@ -585,6 +575,11 @@ uint64_t uniffi_mka_bindings_fn_method_nativememory_import_log(uint64_t ptr, Rus
 RustBuffer uniffi_mka_bindings_fn_method_nativememory_import_log_blocking(uint64_t ptr, RustBuffer path, RustCallStatus *_Nonnull out_status
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_NUMBER
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_NUMBER
+uint64_t uniffi_mka_bindings_fn_method_nativememory_number(uint64_t ptr, RustCallStatus *_Nonnull out_status
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_RECALL
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_RECALL
 uint64_t uniffi_mka_bindings_fn_method_nativememory_recall(uint64_t ptr, RustBuffer scope, RustBuffer query, RustBuffer options
@@ -668,6 +663,11 @@ RustBuffer uniffi_mka_bindings_fn_method_nativesession_context_blocking(uint64_t
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_FEED
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_FEED
 uint64_t uniffi_mka_bindings_fn_method_nativesession_feed(uint64_t ptr, RustBuffer text, RustBuffer options, RustCallStatus *_Nonnull out_status
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_GENERATED_TOKENS
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_GENERATED_TOKENS
+uint64_t uniffi_mka_bindings_fn_method_nativesession_generated_tokens(uint64_t ptr, RustCallStatus *_Nonnull out_status
 );
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_NUM_TURNS
@@ -1007,6 +1007,18 @@ uint16_t uniffi_mka_bindings_checksum_func_forward_logs(void
 
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEBELL_DESCRIPTOR
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEBELL_DESCRIPTOR
+uint16_t uniffi_mka_bindings_checksum_method_nativebell_descriptor(void
+
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEBELL_NUMBER
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEBELL_NUMBER
+uint16_t uniffi_mka_bindings_checksum_method_nativebell_number(void
+
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEENGINE_CLOSE
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEENGINE_CLOSE
 uint16_t uniffi_mka_bindings_checksum_method_nativeengine_close(void
@@ -1097,15 +1109,15 @@ uint16_t uniffi_mka_bindings_checksum_method_nativeevents_next_batch_blocking(vo
 
 );
 #endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEEVENTS_POLL_BATCH
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEEVENTS_POLL_BATCH
-uint16_t uniffi_mka_bindings_checksum_method_nativeevents_poll_batch(void
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEEVENTS_NEXT_PACKED
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEEVENTS_NEXT_PACKED
+uint16_t uniffi_mka_bindings_checksum_method_nativeevents_next_packed(void
 
 );
 #endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEEVENTS_WAIT_WITH
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEEVENTS_WAIT_WITH
-uint16_t uniffi_mka_bindings_checksum_method_nativeevents_wait_with(void
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEEVENTS_NUMBER
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEEVENTS_NUMBER
+uint16_t uniffi_mka_bindings_checksum_method_nativeevents_number(void
 
 );
 #endif
@@ -1139,21 +1151,15 @@ uint16_t uniffi_mka_bindings_checksum_method_nativefeed_next_batch_blocking(void
 
 );
 #endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEFEED_POLL_BATCH
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEFEED_POLL_BATCH
-uint16_t uniffi_mka_bindings_checksum_method_nativefeed_poll_batch(void
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEFEED_NEXT_PACKED
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEFEED_NEXT_PACKED
+uint16_t uniffi_mka_bindings_checksum_method_nativefeed_next_packed(void
 
 );
 #endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEFEED_WAIT_WITH
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEFEED_WAIT_WITH
-uint16_t uniffi_mka_bindings_checksum_method_nativefeed_wait_with(void
-
-);
-#endif
-#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_WAITER_READY
-#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_WAITER_READY
-uint16_t uniffi_mka_bindings_checksum_method_waiter_ready(void
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEFEED_NUMBER
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEFEED_NUMBER
+uint16_t uniffi_mka_bindings_checksum_method_nativefeed_number(void
 
 );
 #endif
@@ -1283,6 +1289,12 @@ uint16_t uniffi_mka_bindings_checksum_method_nativememory_import_log_blocking(vo
 
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_NUMBER
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_NUMBER
+uint16_t uniffi_mka_bindings_checksum_method_nativememory_number(void
+
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_RECALL
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_RECALL
 uint16_t uniffi_mka_bindings_checksum_method_nativememory_recall(void
@@ -1373,6 +1385,12 @@ uint16_t uniffi_mka_bindings_checksum_method_nativesession_feed(void
 
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_GENERATED_TOKENS
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_GENERATED_TOKENS
+uint16_t uniffi_mka_bindings_checksum_method_nativesession_generated_tokens(void
+
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_NUM_TURNS
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_NUM_TURNS
 uint16_t uniffi_mka_bindings_checksum_method_nativesession_num_turns(void
@@ -1406,6 +1424,12 @@ uint16_t uniffi_mka_bindings_checksum_method_nativesession_scope(void
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_SEND
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_SEND
 uint16_t uniffi_mka_bindings_checksum_method_nativesession_send(void
+
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_CONSTRUCTOR_NATIVEBELL_NEW
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_CONSTRUCTOR_NATIVEBELL_NEW
+uint16_t uniffi_mka_bindings_checksum_constructor_nativebell_new(void
 
 );
 #endif

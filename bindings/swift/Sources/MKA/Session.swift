@@ -6,7 +6,7 @@ import MKABindings
 /// One conversation; one stream of it at a time.
 ///
 /// A stream ends its work when its task is cancelled, when the loop over it is left, or when it is dropped; the model
-/// stops within one token, and what was generated is kept as the turn's answer.
+/// chooses at most one more token, and what was generated is kept as the turn's answer.
 public final class Session: Sendable {
     private let native: NativeSession
 
@@ -63,6 +63,9 @@ public final class Session: Sendable {
     public var numTurns: UInt64 {
         get throws(MKAError) { try translated { try native.numTurns() } }
     }
+
+    /// Tokens that the model has chosen for the answer begun last, those that wait to be read included.
+    public var generatedTokens: UInt64 { native.generatedTokens() }
 
     /// Logits of the token after `text`, without changing the session.
     public func peekLogits(_ text: String) async throws(MKAError) -> [Float] {

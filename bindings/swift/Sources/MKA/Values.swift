@@ -86,6 +86,10 @@ public typealias FeedOptions = MKABindings.FeedOptions
 public typealias FeedMode = MKABindings.FeedMode
 /// How to recall; what is left out is the engine's default.
 public typealias RecallOptions = MKABindings.RecallOptions
+/// What a key of a turn's metadata is set to: a literal of a flag, a number or a text.
+public typealias MetadataValue = MKABindings.MetadataValue
+/// Which turns a recall may see, by their metadata; a turn without a key is seen by no comparison of it.
+public typealias Filter = MKABindings.Filter
 
 /// Which model to load.
 public enum ModelSource: Sendable, Equatable {
@@ -158,11 +162,14 @@ public struct NewTurn: Sendable {
     public var subject: String?
     /// When it stops being recalled.
     public var expires: Date?
+    /// What the filter of a recall asks for.
+    public var metadata: [String: MetadataValue]
 
     /// A turn said now, unless told otherwise.
     public init(
         _ text: String, role: Role = .user, time: Date = Date(), source: String? = nil,
-        remember: Bool? = nil, subject: String? = nil, expires: Date? = nil
+        remember: Bool? = nil, subject: String? = nil, expires: Date? = nil,
+        metadata: [String: MetadataValue] = [:]
     ) {
         self.text = text
         self.role = role
@@ -171,12 +178,13 @@ public struct NewTurn: Sendable {
         self.remember = remember
         self.subject = subject
         self.expires = expires
+        self.metadata = metadata
     }
 
     var native: MKABindings.NewTurn {
         MKABindings.NewTurn(
             role: role, text: text, timeMs: time.milliseconds, source: source, remember: remember,
-            subject: subject, expiresMs: expires?.milliseconds)
+            subject: subject, expiresMs: expires?.milliseconds, metadata: metadata)
     }
 }
 
@@ -205,6 +213,41 @@ public enum Forget: Sendable {
         case .everything: .everything
         }
     }
+}
+
+extension MetadataValue: ExpressibleByBooleanLiteral, ExpressibleByIntegerLiteral,
+    ExpressibleByFloatLiteral, ExpressibleByStringLiteral
+{
+    public init(booleanLiteral flag: Bool) { self = .flag(flag: flag) }
+    public init(integerLiteral number: Int) { self = .number(number: Double(number)) }
+    public init(floatLiteral number: Double) { self = .number(number: number) }
+    public init(stringLiteral text: String) { self = .text(text: text) }
+}
+
+extension Filter {
+    /// The key is set to this value.
+    public static func equals(_ key: String, _ value: MetadataValue) -> Filter {
+        .oneOf(key: key, values: [value])
+    }
+
+    /// The key is set to `value` or more.
+    public static func atLeast(_ key: String, _ value: MetadataValue) -> Filter {
+        .range(key: key, from: value, to: nil)
+    }
+
+    /// The key is set to `value` or less.
+    public static func atMost(_ key: String, _ value: MetadataValue) -> Filter {
+        .range(key: key, from: nil, to: value)
+    }
+
+    /// All of them hold.
+    public static func all(_ filters: Filter...) -> Filter { .and(filters: filters) }
+
+    /// One of them holds.
+    public static func any(_ filters: Filter...) -> Filter { .or(filters: filters) }
+
+    /// None of them holds.
+    public static func no(_ filters: Filter...) -> Filter { .not(filters: filters) }
 }
 
 extension Date {

@@ -487,6 +487,22 @@ fileprivate struct FfiConverterUInt32: FfiConverterPrimitive {
 #if swift(>=5.8)
 @_documentation(visibility: private)
 #endif
+fileprivate struct FfiConverterInt32: FfiConverterPrimitive {
+    typealias FfiType = Int32
+    typealias SwiftType = Int32
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> Int32 {
+        return try lift(readInt(&buf))
+    }
+
+    public static func write(_ value: Int32, into buf: inout [UInt8]) {
+        writeInt(&buf, lower(value))
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
 fileprivate struct FfiConverterUInt64: FfiConverterPrimitive {
     typealias FfiType = UInt64
     typealias SwiftType = UInt64
@@ -529,6 +545,22 @@ fileprivate struct FfiConverterFloat: FfiConverterPrimitive {
 
     public static func write(_ value: Float, into buf: inout [UInt8]) {
         writeFloat(&buf, lower(value))
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+fileprivate struct FfiConverterDouble: FfiConverterPrimitive {
+    typealias FfiType = Double
+    typealias SwiftType = Double
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> Double {
+        return try lift(readDouble(&buf))
+    }
+
+    public static func write(_ value: Double, into buf: inout [UInt8]) {
+        writeDouble(&buf, lower(value))
     }
 }
 
@@ -832,6 +864,169 @@ public func FfiConverterTypeLogSink_lift(_ handle: UInt64) throws -> LogSink {
 #endif
 public func FfiConverterTypeLogSink_lower(_ value: LogSink) -> UInt64 {
     return FfiConverterTypeLogSink.lower(value)
+}
+
+
+
+
+
+
+/**
+ * The bell of one event loop.
+ *
+ * The pipe holds one byte while there are numbers that were not taken, and none otherwise: neither end ever waits.
+ */
+public protocol NativeBellProtocol: AnyObject, Sendable {
+
+    /**
+     * The descriptor that can be read while somebody has rung; it is open as long as the bell exists. None where an event
+     * loop cannot watch a pipe.
+     */
+    func descriptor()  -> Int32?
+
+    /**
+     * Its number for plain calls.
+     */
+    func number()  -> UInt64
+
+}
+/**
+ * The bell of one event loop.
+ *
+ * The pipe holds one byte while there are numbers that were not taken, and none otherwise: neither end ever waits.
+ */
+open class NativeBell: NativeBellProtocol, @unchecked Sendable {
+    fileprivate let handle: UInt64
+
+    /// Used to instantiate a [FFIObject] without an actual handle, for fakes in tests, mostly.
+#if swift(>=5.8)
+    @_documentation(visibility: private)
+#endif
+    public struct NoHandle {
+        public init() {}
+    }
+
+    // TODO: We'd like this to be `private` but for Swifty reasons,
+    // we can't implement `FfiConverter` without making this `required` and we can't
+    // make it `required` without making it `public`.
+#if swift(>=5.8)
+    @_documentation(visibility: private)
+#endif
+    required public init(unsafeFromHandle handle: UInt64) {
+        self.handle = handle
+    }
+
+    // This constructor can be used to instantiate a fake object.
+    // - Parameter noHandle: Placeholder value so we can have a constructor separate from the default empty one that may be implemented for classes extending [FFIObject].
+    //
+    // - Warning:
+    //     Any object instantiated with this constructor cannot be passed to an actual Rust-backed object. Since there isn't a backing handle the FFI lower functions will crash.
+#if swift(>=5.8)
+    @_documentation(visibility: private)
+#endif
+    public init(noHandle: NoHandle) {
+        self.handle = 0
+    }
+
+#if swift(>=5.8)
+    @_documentation(visibility: private)
+#endif
+    public func uniffiCloneHandle() -> UInt64 {
+        return try! rustCall { uniffi_mka_bindings_fn_clone_nativebell(self.handle, $0) }
+    }
+    /**
+     * A bell that nobody has rung.
+     */
+public convenience init()throws  {
+    let handle =
+        try rustCallWithError(FfiConverterTypeMkaError_lift) {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_constructor_nativebell_new(uniffiCallStatus
+    )
+}
+    self.init(unsafeFromHandle: handle)
+}
+
+    deinit {
+        if handle == 0 {
+            // Mock objects have handle=0 don't try to free them
+            return
+        }
+
+        try! rustCall { uniffi_mka_bindings_fn_free_nativebell(handle, $0) }
+    }
+
+
+
+
+    /**
+     * The descriptor that can be read while somebody has rung; it is open as long as the bell exists. None where an event
+     * loop cannot watch a pipe.
+     */
+open func descriptor() -> Int32?  {
+    return try!  FfiConverterOptionInt32.lift(try! rustCall() {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativebell_descriptor(
+            self.uniffiCloneHandle(),uniffiCallStatus
+    )
+})
+}
+
+    /**
+     * Its number for plain calls.
+     */
+open func number() -> UInt64  {
+    return try!  FfiConverterUInt64.lift(try! rustCall() {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativebell_number(
+            self.uniffiCloneHandle(),uniffiCallStatus
+    )
+})
+}
+
+
+
+}
+
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public struct FfiConverterTypeNativeBell: FfiConverter {
+    typealias FfiType = UInt64
+    typealias SwiftType = NativeBell
+
+    public static func lift(_ handle: UInt64) throws -> NativeBell {
+        return NativeBell(unsafeFromHandle: handle)
+    }
+
+    public static func lower(_ value: NativeBell) -> UInt64 {
+        return value.uniffiCloneHandle()
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> NativeBell {
+        let handle: UInt64 = try readInt(&buf)
+        return try lift(handle)
+    }
+
+    public static func write(_ value: NativeBell, into buf: inout [UInt8]) {
+        writeInt(&buf, lower(value))
+    }
+}
+
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeNativeBell_lift(_ handle: UInt64) throws -> NativeBell {
+    return try FfiConverterTypeNativeBell.lift(handle)
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeNativeBell_lower(_ value: NativeBell) -> UInt64 {
+    return FfiConverterTypeNativeBell.lower(value)
 }
 
 
@@ -1201,15 +1396,14 @@ public protocol NativeEventsProtocol: AnyObject, Sendable {
     func nextBatchBlocking(limitMs: UInt32) throws  -> [Event]?
 
     /**
-     * Every event that is ready; none yet if it is empty, and then, or behind what it gives, the waiter is told
-     * when to ask again. None at all after the last. Returns at once.
+     * The bytes of every event that is ready, at least one; none after the last.
      */
-    func pollBatch() throws  -> [Event]?
+    func nextPacked() async throws  -> Data?
 
     /**
-     * Whom `poll_batch` tells; the first one stays.
+     * Its number for plain calls.
      */
-    func waitWith(waiter: Waiter)
+    func number()  -> UInt64
 
 }
 /**
@@ -1344,28 +1538,34 @@ open func nextBatchBlocking(limitMs: UInt32)throws  -> [Event]?  {
 }
 
     /**
-     * Every event that is ready; none yet if it is empty, and then, or behind what it gives, the waiter is told
-     * when to ask again. None at all after the last. Returns at once.
+     * The bytes of every event that is ready, at least one; none after the last.
      */
-open func pollBatch()throws  -> [Event]?  {
-    return try  FfiConverterOptionSequenceTypeEvent.lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
-        uniffiCallStatus in
-    uniffi_mka_bindings_fn_method_nativeevents_poll_batch(
-            self.uniffiCloneHandle(),uniffiCallStatus
-    )
-})
+open func nextPacked()async throws  -> Data?  {
+    return
+        try  await uniffiRustCallAsync(
+            rustFutureFunc: {
+                uniffi_mka_bindings_fn_method_nativeevents_next_packed(
+                        self.uniffiCloneHandle()
+                )
+            },
+            pollFunc: ffi_mka_bindings_rust_future_poll_rust_buffer,
+            completeFunc: ffi_mka_bindings_rust_future_complete_rust_buffer,
+            freeFunc: ffi_mka_bindings_rust_future_free_rust_buffer,
+            liftFunc: FfiConverterOptionData.lift,
+            errorHandler: FfiConverterTypeMkaError_lift
+        )
 }
 
     /**
-     * Whom `poll_batch` tells; the first one stays.
+     * Its number for plain calls.
      */
-open func waitWith(waiter: Waiter)  {try! rustCall() {
+open func number() -> UInt64  {
+    return try!  FfiConverterUInt64.lift(try! rustCall() {
         uniffiCallStatus in
-    uniffi_mka_bindings_fn_method_nativeevents_wait_with(
-            self.uniffiCloneHandle(),
-        FfiConverterTypeWaiter_lower(waiter),uniffiCallStatus
+    uniffi_mka_bindings_fn_method_nativeevents_number(
+            self.uniffiCloneHandle(),uniffiCallStatus
     )
-}
+})
 }
 
 
@@ -1450,15 +1650,14 @@ public protocol NativeFeedProtocol: AnyObject, Sendable {
     func nextBatchBlocking(limitMs: UInt32) throws  -> [FeedEvent]?
 
     /**
-     * Every event that is ready; none yet if it is empty, and then, or behind what it gives, the waiter is told
-     * when to ask again. None at all after the last. Returns at once.
+     * The bytes of every event that is ready, at least one; none after the last.
      */
-    func pollBatch() throws  -> [FeedEvent]?
+    func nextPacked() async throws  -> Data?
 
     /**
-     * Whom `poll_batch` tells; the first one stays.
+     * Its number for plain calls.
      */
-    func waitWith(waiter: Waiter)
+    func number()  -> UInt64
 
 }
 /**
@@ -1593,28 +1792,34 @@ open func nextBatchBlocking(limitMs: UInt32)throws  -> [FeedEvent]?  {
 }
 
     /**
-     * Every event that is ready; none yet if it is empty, and then, or behind what it gives, the waiter is told
-     * when to ask again. None at all after the last. Returns at once.
+     * The bytes of every event that is ready, at least one; none after the last.
      */
-open func pollBatch()throws  -> [FeedEvent]?  {
-    return try  FfiConverterOptionSequenceTypeFeedEvent.lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
-        uniffiCallStatus in
-    uniffi_mka_bindings_fn_method_nativefeed_poll_batch(
-            self.uniffiCloneHandle(),uniffiCallStatus
-    )
-})
+open func nextPacked()async throws  -> Data?  {
+    return
+        try  await uniffiRustCallAsync(
+            rustFutureFunc: {
+                uniffi_mka_bindings_fn_method_nativefeed_next_packed(
+                        self.uniffiCloneHandle()
+                )
+            },
+            pollFunc: ffi_mka_bindings_rust_future_poll_rust_buffer,
+            completeFunc: ffi_mka_bindings_rust_future_complete_rust_buffer,
+            freeFunc: ffi_mka_bindings_rust_future_free_rust_buffer,
+            liftFunc: FfiConverterOptionData.lift,
+            errorHandler: FfiConverterTypeMkaError_lift
+        )
 }
 
     /**
-     * Whom `poll_batch` tells; the first one stays.
+     * Its number for plain calls.
      */
-open func waitWith(waiter: Waiter)  {try! rustCall() {
+open func number() -> UInt64  {
+    return try!  FfiConverterUInt64.lift(try! rustCall() {
         uniffiCallStatus in
-    uniffi_mka_bindings_fn_method_nativefeed_wait_with(
-            self.uniffiCloneHandle(),
-        FfiConverterTypeWaiter_lower(waiter),uniffiCallStatus
+    uniffi_mka_bindings_fn_method_nativefeed_number(
+            self.uniffiCloneHandle(),uniffiCallStatus
     )
-}
+})
 }
 
 
@@ -1771,6 +1976,11 @@ public protocol NativeMemoryProtocol: AnyObject, Sendable {
      * `import_log`, blocking the thread.
      */
     func importLogBlocking(path: String) throws  -> Imported
+
+    /**
+     * Its number for plain calls.
+     */
+    func number()  -> UInt64
 
     /**
      * The memories of `scope` that answer `query` best, best first.
@@ -2208,6 +2418,18 @@ open func importLogBlocking(path: String)throws  -> Imported  {
 }
 
     /**
+     * Its number for plain calls.
+     */
+open func number() -> UInt64  {
+    return try!  FfiConverterUInt64.lift(try! rustCall() {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativememory_number(
+            self.uniffiCloneHandle(),uniffiCallStatus
+    )
+})
+}
+
+    /**
      * The memories of `scope` that answer `query` best, best first.
      */
 open func recall(scope: Scope, query: String, options: RecallOptions)async throws  -> [Hit]  {
@@ -2460,6 +2682,11 @@ public protocol NativeSessionProtocol: AnyObject, Sendable {
     func feed(text: String, options: FeedOptions) throws  -> NativeFeed
 
     /**
+     * Tokens that the model has chosen for the answer that was begun last, those that wait to be read included.
+     */
+    func generatedTokens()  -> UInt64
+
+    /**
      * Number of turns in the session's log.
      */
     func numTurns() throws  -> UInt64
@@ -2606,6 +2833,18 @@ open func feed(text: String, options: FeedOptions)throws  -> NativeFeed  {
 }
 
     /**
+     * Tokens that the model has chosen for the answer that was begun last, those that wait to be read included.
+     */
+open func generatedTokens() -> UInt64  {
+    return try!  FfiConverterUInt64.lift(try! rustCall() {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativesession_generated_tokens(
+            self.uniffiCloneHandle(),uniffiCallStatus
+    )
+})
+}
+
+    /**
      * Number of turns in the session's log.
      */
 open func numTurns()throws  -> UInt64  {
@@ -2731,213 +2970,6 @@ public func FfiConverterTypeNativeSession_lift(_ handle: UInt64) throws -> Nativ
 #endif
 public func FfiConverterTypeNativeSession_lower(_ value: NativeSession) -> UInt64 {
     return FfiConverterTypeNativeSession.lower(value)
-}
-
-
-
-
-
-
-/**
- * Somebody who waits for a stream without a future.
- */
-public protocol Waiter: AnyObject, Sendable {
-
-    /**
-     * The stream has something to give; called from threads of the library, once for each poll that gave nothing more.
-     */
-    func ready()
-
-}
-/**
- * Somebody who waits for a stream without a future.
- */
-open class WaiterImpl: Waiter, @unchecked Sendable {
-    fileprivate let handle: UInt64
-
-    /// Used to instantiate a [FFIObject] without an actual handle, for fakes in tests, mostly.
-#if swift(>=5.8)
-    @_documentation(visibility: private)
-#endif
-    public struct NoHandle {
-        public init() {}
-    }
-
-    // TODO: We'd like this to be `private` but for Swifty reasons,
-    // we can't implement `FfiConverter` without making this `required` and we can't
-    // make it `required` without making it `public`.
-#if swift(>=5.8)
-    @_documentation(visibility: private)
-#endif
-    required public init(unsafeFromHandle handle: UInt64) {
-        self.handle = handle
-    }
-
-    // This constructor can be used to instantiate a fake object.
-    // - Parameter noHandle: Placeholder value so we can have a constructor separate from the default empty one that may be implemented for classes extending [FFIObject].
-    //
-    // - Warning:
-    //     Any object instantiated with this constructor cannot be passed to an actual Rust-backed object. Since there isn't a backing handle the FFI lower functions will crash.
-#if swift(>=5.8)
-    @_documentation(visibility: private)
-#endif
-    public init(noHandle: NoHandle) {
-        self.handle = 0
-    }
-
-#if swift(>=5.8)
-    @_documentation(visibility: private)
-#endif
-    public func uniffiCloneHandle() -> UInt64 {
-        return try! rustCall { uniffi_mka_bindings_fn_clone_waiter(self.handle, $0) }
-    }
-    // No primary constructor declared for this class.
-
-    deinit {
-        if handle == 0 {
-            // Mock objects have handle=0 don't try to free them
-            return
-        }
-
-        try! rustCall { uniffi_mka_bindings_fn_free_waiter(handle, $0) }
-    }
-
-
-
-
-    /**
-     * The stream has something to give; called from threads of the library, once for each poll that gave nothing more.
-     */
-open func ready()  {try! rustCall() {
-        uniffiCallStatus in
-    uniffi_mka_bindings_fn_method_waiter_ready(
-            self.uniffiCloneHandle(),uniffiCallStatus
-    )
-}
-}
-
-
-
-}
-
-
-
-// Put the implementation in a struct so we don't pollute the top-level namespace
-fileprivate struct UniffiCallbackInterfaceWaiter {
-
-    // Create the VTable using a series of closures.
-    // Swift automatically converts these into C callback functions.
-    //
-    // Store the vtable directly.
-    static let vtable: UniffiVTableCallbackInterfaceWaiter = UniffiVTableCallbackInterfaceWaiter(
-        uniffiFree: { (uniffiHandle: UInt64) -> () in
-            do {
-                try FfiConverterTypeWaiter.handleMap.remove(handle: uniffiHandle)
-            } catch {
-                print("Uniffi callback interface Waiter: handle missing in uniffiFree")
-            }
-        },
-        uniffiClone: { (uniffiHandle: UInt64) -> UInt64 in
-            do {
-                return try FfiConverterTypeWaiter.handleMap.clone(handle: uniffiHandle)
-            } catch {
-                fatalError("Uniffi callback interface Waiter: handle missing in uniffiClone")
-            }
-        },
-        ready: { (
-            uniffiHandle: UInt64,
-            uniffiOutReturn: UnsafeMutableRawPointer,
-            uniffiCallStatus: UnsafeMutablePointer<RustCallStatus>
-        ) in
-            let makeCall = {
-                () throws -> () in
-                guard let uniffiObj = try? FfiConverterTypeWaiter.handleMap.get(handle: uniffiHandle) else {
-                    throw UniffiInternalError.unexpectedStaleHandle
-                }
-                return uniffiObj.ready(
-                )
-            }
-
-
-            let writeReturn = { () }
-            uniffiTraitInterfaceCall(
-                callStatus: uniffiCallStatus,
-                makeCall: makeCall,
-                writeReturn: writeReturn
-            )
-        }
-    )
-
-    // Rust stores this pointer for future callback invocations, so it must live
-    // for the process lifetime (not just for the init function call).
-    //
-    // `nonisolated(unsafe)` is needed under Swift 6 strict concurrency.
-    // This is safe because the pointee is initialized once during static init
-    // and never mutated by either side of the FFI.  Its fields are C function pointers.
-    nonisolated(unsafe) static let vtablePtr: UnsafePointer<UniffiVTableCallbackInterfaceWaiter> = {
-        let ptr = UnsafeMutablePointer<UniffiVTableCallbackInterfaceWaiter>.allocate(capacity: 1)
-        ptr.initialize(to: vtable)
-        return UnsafePointer(ptr)
-    }()
-}
-
-private func uniffiCallbackInitWaiter() {
-    uniffi_mka_bindings_fn_init_callback_vtable_waiter(UniffiCallbackInterfaceWaiter.vtablePtr)
-}
-
-#if swift(>=5.8)
-@_documentation(visibility: private)
-#endif
-public struct FfiConverterTypeWaiter: FfiConverter {
-    fileprivate static let handleMap = UniffiHandleMap<Waiter>()
-
-    typealias FfiType = UInt64
-    typealias SwiftType = Waiter
-
-    public static func lift(_ handle: UInt64) throws -> Waiter {
-        if ((handle & 1) == 0) {
-            // Rust-generated handle, construct a new class that uses the handle to implement the
-            // interface
-            return WaiterImpl(unsafeFromHandle: handle)
-        } else {
-            // Swift-generated handle, get the object from the handle map
-            return try handleMap.remove(handle: handle)
-        }
-    }
-
-    public static func lower(_ value: Waiter) -> UInt64 {
-         if let rustImpl = value as? WaiterImpl {
-             // Rust-implemented object.  Clone the handle and return it
-            return rustImpl.uniffiCloneHandle()
-         } else {
-            // Swift object, generate a new vtable handle and return that.
-            return handleMap.insert(obj: value)
-         }
-    }
-
-    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> Waiter {
-        let handle: UInt64 = try readInt(&buf)
-        return try lift(handle)
-    }
-
-    public static func write(_ value: Waiter, into buf: inout [UInt8]) {
-        writeInt(&buf, lower(value))
-    }
-}
-
-
-#if swift(>=5.8)
-@_documentation(visibility: private)
-#endif
-public func FfiConverterTypeWaiter_lift(_ handle: UInt64) throws -> Waiter {
-    return try FfiConverterTypeWaiter.lift(handle)
-}
-
-#if swift(>=5.8)
-@_documentation(visibility: private)
-#endif
-public func FfiConverterTypeWaiter_lower(_ value: Waiter) -> UInt64 {
-    return FfiConverterTypeWaiter.lower(value)
 }
 
 
@@ -4049,6 +4081,10 @@ public struct Hit: Equatable, Hashable {
      */
     public var score: Float
     /**
+     * How likely the hit is about the query at all, 0 to 1; a threshold for it is chosen by trial.
+     */
+    public var relevance: Float
+    /**
      * What the score is made of.
      */
     public var why: Why
@@ -4082,6 +4118,9 @@ public struct Hit: Equatable, Hashable {
          * The fused score; higher is better.
          */score: Float,
         /**
+         * How likely the hit is about the query at all, 0 to 1; a threshold for it is chosen by trial.
+         */relevance: Float,
+        /**
          * What the score is made of.
          */why: Why,
         /**
@@ -4099,6 +4138,7 @@ public struct Hit: Equatable, Hashable {
         self.chunk = chunk
         self.text = text
         self.score = score
+        self.relevance = relevance
         self.why = why
         self.source = source
         self.trust = trust
@@ -4125,6 +4165,7 @@ public struct FfiConverterTypeHit: FfiConverterRustBuffer {
                 chunk: FfiConverterString.read(from: &buf),
                 text: FfiConverterString.read(from: &buf),
                 score: FfiConverterFloat.read(from: &buf),
+                relevance: FfiConverterFloat.read(from: &buf),
                 why: FfiConverterTypeWhy.read(from: &buf),
                 source: FfiConverterTypeSource.read(from: &buf),
                 trust: FfiConverterTypeTrust.read(from: &buf),
@@ -4137,6 +4178,7 @@ public struct FfiConverterTypeHit: FfiConverterRustBuffer {
         FfiConverterString.write(value.chunk, into: &buf)
         FfiConverterString.write(value.text, into: &buf)
         FfiConverterFloat.write(value.score, into: &buf)
+        FfiConverterFloat.write(value.relevance, into: &buf)
         FfiConverterTypeWhy.write(value.why, into: &buf)
         FfiConverterTypeSource.write(value.source, into: &buf)
         FfiConverterTypeTrust.write(value.trust, into: &buf)
@@ -4351,6 +4393,10 @@ public struct NewTurn: Equatable, Hashable {
      * When it stops being recalled, milliseconds since 1970.
      */
     public var expiresMs: Int64?
+    /**
+     * What a recall's filter asks for: at most 256 keys of 1 to 256 bytes.
+     */
+    public var metadata: [String: MetadataValue]
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -4375,7 +4421,10 @@ public struct NewTurn: Equatable, Hashable {
          */subject: String? = nil,
         /**
          * When it stops being recalled, milliseconds since 1970.
-         */expiresMs: Int64? = nil) {
+         */expiresMs: Int64? = nil,
+        /**
+         * What a recall's filter asks for: at most 256 keys of 1 to 256 bytes.
+         */metadata: [String: MetadataValue] = [:]) {
         self.role = role
         self.text = text
         self.timeMs = timeMs
@@ -4383,6 +4432,7 @@ public struct NewTurn: Equatable, Hashable {
         self.remember = remember
         self.subject = subject
         self.expiresMs = expiresMs
+        self.metadata = metadata
     }
 
 
@@ -4407,7 +4457,8 @@ public struct FfiConverterTypeNewTurn: FfiConverterRustBuffer {
                 source: FfiConverterOptionString.read(from: &buf),
                 remember: FfiConverterOptionBool.read(from: &buf),
                 subject: FfiConverterOptionString.read(from: &buf),
-                expiresMs: FfiConverterOptionInt64.read(from: &buf)
+                expiresMs: FfiConverterOptionInt64.read(from: &buf),
+                metadata: FfiConverterDictionaryStringTypeMetadataValue.read(from: &buf)
         )
     }
 
@@ -4419,6 +4470,7 @@ public struct FfiConverterTypeNewTurn: FfiConverterRustBuffer {
         FfiConverterOptionBool.write(value.remember, into: &buf)
         FfiConverterOptionString.write(value.subject, into: &buf)
         FfiConverterOptionInt64.write(value.expiresMs, into: &buf)
+        FfiConverterDictionaryStringTypeMetadataValue.write(value.metadata, into: &buf)
     }
 }
 
@@ -4451,6 +4503,10 @@ public struct PageConfig: Equatable, Hashable {
      */
     public var bytes: UInt64?
     /**
+     * Bytes of device memory for them, where the model runs on a device.
+     */
+    public var deviceBytes: UInt64?
+    /**
      * How stored keys and values are held.
      */
     public var precision: PagePrecision?
@@ -4462,6 +4518,10 @@ public struct PageConfig: Equatable, Hashable {
      * What a prompt's blocks attend to.
      */
     public var prefill: Prefill?
+    /**
+     * Decoded tokens that one choice serves.
+     */
+    public var reuseSteps: UInt64?
     /**
      * Layers below this one choose nothing.
      */
@@ -4485,6 +4545,9 @@ public struct PageConfig: Equatable, Hashable {
          * Bytes of host memory for the stored pages of one session and their index.
          */bytes: UInt64? = nil,
         /**
+         * Bytes of device memory for them, where the model runs on a device.
+         */deviceBytes: UInt64? = nil,
+        /**
          * How stored keys and values are held.
          */precision: PagePrecision? = nil,
         /**
@@ -4493,6 +4556,9 @@ public struct PageConfig: Equatable, Hashable {
         /**
          * What a prompt's blocks attend to.
          */prefill: Prefill? = nil,
+        /**
+         * Decoded tokens that one choice serves.
+         */reuseSteps: UInt64? = nil,
         /**
          * Layers below this one choose nothing.
          */firstLayer: UInt64? = nil,
@@ -4504,9 +4570,11 @@ public struct PageConfig: Equatable, Hashable {
          */estimate: Bool? = nil) {
         self.tokens = tokens
         self.bytes = bytes
+        self.deviceBytes = deviceBytes
         self.precision = precision
         self.rule = rule
         self.prefill = prefill
+        self.reuseSteps = reuseSteps
         self.firstLayer = firstLayer
         self.lexical = lexical
         self.estimate = estimate
@@ -4530,9 +4598,11 @@ public struct FfiConverterTypePageConfig: FfiConverterRustBuffer {
             try PageConfig(
                 tokens: FfiConverterOptionUInt64.read(from: &buf),
                 bytes: FfiConverterOptionUInt64.read(from: &buf),
+                deviceBytes: FfiConverterOptionUInt64.read(from: &buf),
                 precision: FfiConverterOptionTypePagePrecision.read(from: &buf),
                 rule: FfiConverterOptionTypePageRule.read(from: &buf),
                 prefill: FfiConverterOptionTypePrefill.read(from: &buf),
+                reuseSteps: FfiConverterOptionUInt64.read(from: &buf),
                 firstLayer: FfiConverterOptionUInt64.read(from: &buf),
                 lexical: FfiConverterOptionBool.read(from: &buf),
                 estimate: FfiConverterOptionBool.read(from: &buf)
@@ -4542,9 +4612,11 @@ public struct FfiConverterTypePageConfig: FfiConverterRustBuffer {
     public static func write(_ value: PageConfig, into buf: inout [UInt8]) {
         FfiConverterOptionUInt64.write(value.tokens, into: &buf)
         FfiConverterOptionUInt64.write(value.bytes, into: &buf)
+        FfiConverterOptionUInt64.write(value.deviceBytes, into: &buf)
         FfiConverterOptionTypePagePrecision.write(value.precision, into: &buf)
         FfiConverterOptionTypePageRule.write(value.rule, into: &buf)
         FfiConverterOptionTypePrefill.write(value.prefill, into: &buf)
+        FfiConverterOptionUInt64.write(value.reuseSteps, into: &buf)
         FfiConverterOptionUInt64.write(value.firstLayer, into: &buf)
         FfiConverterOptionBool.write(value.lexical, into: &buf)
         FfiConverterOptionBool.write(value.estimate, into: &buf)
@@ -4775,6 +4847,14 @@ public struct RecallOptions: Equatable, Hashable {
      */
     public var minScore: Float?
     /**
+     * Hits less relevant are left out.
+     */
+    public var minRelevance: Float?
+    /**
+     * Only turns whose metadata this accepts.
+     */
+    public var filter: Filter?
+    /**
      * Let a short question lean on what its session was about just now.
      */
     public var followUp: Bool?
@@ -4817,6 +4897,12 @@ public struct RecallOptions: Equatable, Hashable {
          * Hits that score less are left out.
          */minScore: Float? = nil,
         /**
+         * Hits less relevant are left out.
+         */minRelevance: Float? = nil,
+        /**
+         * Only turns whose metadata this accepts.
+         */filter: Filter? = nil,
+        /**
          * Let a short question lean on what its session was about just now.
          */followUp: Bool? = nil) {
         self.k = k
@@ -4830,6 +4916,8 @@ public struct RecallOptions: Equatable, Hashable {
         self.stale = stale
         self.halfLifeMs = halfLifeMs
         self.minScore = minScore
+        self.minRelevance = minRelevance
+        self.filter = filter
         self.followUp = followUp
     }
 
@@ -4860,6 +4948,8 @@ public struct FfiConverterTypeRecallOptions: FfiConverterRustBuffer {
                 stale: FfiConverterBool.read(from: &buf),
                 halfLifeMs: FfiConverterOptionUInt64.read(from: &buf),
                 minScore: FfiConverterOptionFloat.read(from: &buf),
+                minRelevance: FfiConverterOptionFloat.read(from: &buf),
+                filter: FfiConverterOptionTypeFilter.read(from: &buf),
                 followUp: FfiConverterOptionBool.read(from: &buf)
         )
     }
@@ -4876,6 +4966,8 @@ public struct FfiConverterTypeRecallOptions: FfiConverterRustBuffer {
         FfiConverterBool.write(value.stale, into: &buf)
         FfiConverterOptionUInt64.write(value.halfLifeMs, into: &buf)
         FfiConverterOptionFloat.write(value.minScore, into: &buf)
+        FfiConverterOptionFloat.write(value.minRelevance, into: &buf)
+        FfiConverterOptionTypeFilter.write(value.filter, into: &buf)
         FfiConverterOptionBool.write(value.followUp, into: &buf)
     }
 }
@@ -5777,6 +5869,10 @@ public struct Turn: Equatable, Hashable {
      */
     public var expiresMs: Int64?
     /**
+     * What it was marked with.
+     */
+    public var metadata: [String: MetadataValue]
+    /**
      * Superseded by a later commit: kept in the log, no longer recalled.
      */
     public var retracted: Bool
@@ -5813,6 +5909,9 @@ public struct Turn: Equatable, Hashable {
          * When it stops being recalled, milliseconds since 1970.
          */expiresMs: Int64?,
         /**
+         * What it was marked with.
+         */metadata: [String: MetadataValue],
+        /**
          * Superseded by a later commit: kept in the log, no longer recalled.
          */retracted: Bool,
         /**
@@ -5826,6 +5925,7 @@ public struct Turn: Equatable, Hashable {
         self.source = source
         self.subject = subject
         self.expiresMs = expiresMs
+        self.metadata = metadata
         self.retracted = retracted
         self.forgotten = forgotten
     }
@@ -5854,6 +5954,7 @@ public struct FfiConverterTypeTurn: FfiConverterRustBuffer {
                 source: FfiConverterOptionString.read(from: &buf),
                 subject: FfiConverterOptionString.read(from: &buf),
                 expiresMs: FfiConverterOptionInt64.read(from: &buf),
+                metadata: FfiConverterDictionaryStringTypeMetadataValue.read(from: &buf),
                 retracted: FfiConverterBool.read(from: &buf),
                 forgotten: FfiConverterBool.read(from: &buf)
         )
@@ -5868,6 +5969,7 @@ public struct FfiConverterTypeTurn: FfiConverterRustBuffer {
         FfiConverterOptionString.write(value.source, into: &buf)
         FfiConverterOptionString.write(value.subject, into: &buf)
         FfiConverterOptionInt64.write(value.expiresMs, into: &buf)
+        FfiConverterDictionaryStringTypeMetadataValue.write(value.metadata, into: &buf)
         FfiConverterBool.write(value.retracted, into: &buf)
         FfiConverterBool.write(value.forgotten, into: &buf)
     }
@@ -6086,6 +6188,10 @@ public struct Why: Equatable, Hashable {
      */
     public var bm25: Float
     /**
+     * Share of the query's words, weighted by how rare they are, that the chunk holds.
+     */
+    public var coverage: Float
+    /**
      * Place by words alone, from 1; none if no word occurs.
      */
     public var bm25Rank: UInt32?
@@ -6113,6 +6219,9 @@ public struct Why: Equatable, Hashable {
          * BM25 of the query's words.
          */bm25: Float,
         /**
+         * Share of the query's words, weighted by how rare they are, that the chunk holds.
+         */coverage: Float,
+        /**
          * Place by words alone, from 1; none if no word occurs.
          */bm25Rank: UInt32?,
         /**
@@ -6128,6 +6237,7 @@ public struct Why: Equatable, Hashable {
          * The query was completed from the session's latest turns.
          */followUp: Bool) {
         self.bm25 = bm25
+        self.coverage = coverage
         self.bm25Rank = bm25Rank
         self.cosine = cosine
         self.cosineRank = cosineRank
@@ -6152,6 +6262,7 @@ public struct FfiConverterTypeWhy: FfiConverterRustBuffer {
         return
             try Why(
                 bm25: FfiConverterFloat.read(from: &buf),
+                coverage: FfiConverterFloat.read(from: &buf),
                 bm25Rank: FfiConverterOptionUInt32.read(from: &buf),
                 cosine: FfiConverterFloat.read(from: &buf),
                 cosineRank: FfiConverterUInt32.read(from: &buf),
@@ -6162,6 +6273,7 @@ public struct FfiConverterTypeWhy: FfiConverterRustBuffer {
 
     public static func write(_ value: Why, into buf: inout [UInt8]) {
         FfiConverterFloat.write(value.bm25, into: &buf)
+        FfiConverterFloat.write(value.coverage, into: &buf)
         FfiConverterOptionUInt32.write(value.bm25Rank, into: &buf)
         FfiConverterFloat.write(value.cosine, into: &buf)
         FfiConverterUInt32.write(value.cosineRank, into: &buf)
@@ -6636,6 +6748,169 @@ public func FfiConverterTypeFeedMode_lower(_ value: FeedMode) -> RustBuffer {
 
 
 /**
+ * Which turns a recall may see, by their metadata. A turn without a key is seen by no comparison of it.
+ */
+
+public indirect enum Filter: Equatable, Hashable {
+
+    /**
+     * All of them hold; of none, always.
+     */
+    case and(
+        /**
+         * The parts.
+         */filters: [Filter]
+    )
+    /**
+     * One of them holds; of none, never.
+     */
+    case or(
+        /**
+         * The parts.
+         */filters: [Filter]
+    )
+    /**
+     * None of them holds.
+     */
+    case not(
+        /**
+         * The parts.
+         */filters: [Filter]
+    )
+    /**
+     * The key is set, to any value.
+     */
+    case has(
+        /**
+         * The key.
+         */key: String
+    )
+    /**
+     * The key is set to one of these values.
+     */
+    case oneOf(
+        /**
+         * The key.
+         */key: String,
+        /**
+         * The values.
+         */values: [MetadataValue]
+    )
+    /**
+     * The key is set to a value of the bounds' own kind between them, both included.
+     */
+    case range(
+        /**
+         * The key.
+         */key: String,
+        /**
+         * The least value.
+         */from: MetadataValue?,
+        /**
+         * The greatest value.
+         */to: MetadataValue?
+    )
+
+
+
+
+
+}
+
+#if compiler(>=6)
+extension Filter: Sendable {}
+#endif
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public struct FfiConverterTypeFilter: FfiConverterRustBuffer {
+    typealias SwiftType = Filter
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> Filter {
+        let variant: Int32 = try readInt(&buf)
+        switch variant {
+
+        case 1: return .and(filters: try FfiConverterSequenceTypeFilter.read(from: &buf)
+        )
+
+        case 2: return .or(filters: try FfiConverterSequenceTypeFilter.read(from: &buf)
+        )
+
+        case 3: return .not(filters: try FfiConverterSequenceTypeFilter.read(from: &buf)
+        )
+
+        case 4: return .has(key: try FfiConverterString.read(from: &buf)
+        )
+
+        case 5: return .oneOf(key: try FfiConverterString.read(from: &buf), values: try FfiConverterSequenceTypeMetadataValue.read(from: &buf)
+        )
+
+        case 6: return .range(key: try FfiConverterString.read(from: &buf), from: try FfiConverterOptionTypeMetadataValue.read(from: &buf), to: try FfiConverterOptionTypeMetadataValue.read(from: &buf)
+        )
+
+        default: throw UniffiInternalError.unexpectedEnumCase
+        }
+    }
+
+    public static func write(_ value: Filter, into buf: inout [UInt8]) {
+        switch value {
+
+
+        case let .and(filters):
+            writeInt(&buf, Int32(1))
+            FfiConverterSequenceTypeFilter.write(filters, into: &buf)
+
+
+        case let .or(filters):
+            writeInt(&buf, Int32(2))
+            FfiConverterSequenceTypeFilter.write(filters, into: &buf)
+
+
+        case let .not(filters):
+            writeInt(&buf, Int32(3))
+            FfiConverterSequenceTypeFilter.write(filters, into: &buf)
+
+
+        case let .has(key):
+            writeInt(&buf, Int32(4))
+            FfiConverterString.write(key, into: &buf)
+
+
+        case let .oneOf(key,values):
+            writeInt(&buf, Int32(5))
+            FfiConverterString.write(key, into: &buf)
+            FfiConverterSequenceTypeMetadataValue.write(values, into: &buf)
+
+
+        case let .range(key,from,to):
+            writeInt(&buf, Int32(6))
+            FfiConverterString.write(key, into: &buf)
+            FfiConverterOptionTypeMetadataValue.write(from, into: &buf)
+            FfiConverterOptionTypeMetadataValue.write(to, into: &buf)
+
+        }
+    }
+}
+
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeFilter_lift(_ buf: RustBuffer) throws -> Filter {
+    return try FfiConverterTypeFilter.lift(buf)
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeFilter_lower(_ value: Filter) -> RustBuffer {
+    return FfiConverterTypeFilter.lower(value)
+}
+
+
+
+/**
  * What to erase within a scope.
  */
 
@@ -6875,6 +7150,109 @@ public func FfiConverterTypeLogLevel_lift(_ buf: RustBuffer) throws -> LogLevel 
 #endif
 public func FfiConverterTypeLogLevel_lower(_ value: LogLevel) -> RustBuffer {
     return FfiConverterTypeLogLevel.lower(value)
+}
+
+
+
+/**
+ * What a key of a turn's metadata is set to.
+ */
+
+public enum MetadataValue: Equatable, Hashable {
+
+    /**
+     * Yes or no.
+     */
+    case flag(
+        /**
+         * Which.
+         */flag: Bool
+    )
+    /**
+     * A finite number; whole numbers are exact up to 2^53.
+     */
+    case number(
+        /**
+         * The number.
+         */number: Double
+    )
+    /**
+     * A text, compared byte by byte.
+     */
+    case text(
+        /**
+         * The text.
+         */text: String
+    )
+
+
+
+
+
+}
+
+#if compiler(>=6)
+extension MetadataValue: Sendable {}
+#endif
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public struct FfiConverterTypeMetadataValue: FfiConverterRustBuffer {
+    typealias SwiftType = MetadataValue
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> MetadataValue {
+        let variant: Int32 = try readInt(&buf)
+        switch variant {
+
+        case 1: return .flag(flag: try FfiConverterBool.read(from: &buf)
+        )
+
+        case 2: return .number(number: try FfiConverterDouble.read(from: &buf)
+        )
+
+        case 3: return .text(text: try FfiConverterString.read(from: &buf)
+        )
+
+        default: throw UniffiInternalError.unexpectedEnumCase
+        }
+    }
+
+    public static func write(_ value: MetadataValue, into buf: inout [UInt8]) {
+        switch value {
+
+
+        case let .flag(flag):
+            writeInt(&buf, Int32(1))
+            FfiConverterBool.write(flag, into: &buf)
+
+
+        case let .number(number):
+            writeInt(&buf, Int32(2))
+            FfiConverterDouble.write(number, into: &buf)
+
+
+        case let .text(text):
+            writeInt(&buf, Int32(3))
+            FfiConverterString.write(text, into: &buf)
+
+        }
+    }
+}
+
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeMetadataValue_lift(_ buf: RustBuffer) throws -> MetadataValue {
+    return try FfiConverterTypeMetadataValue.lift(buf)
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeMetadataValue_lower(_ value: MetadataValue) -> RustBuffer {
+    return FfiConverterTypeMetadataValue.lower(value)
 }
 
 
@@ -8254,6 +8632,30 @@ fileprivate struct FfiConverterOptionUInt32: FfiConverterRustBuffer {
 #if swift(>=5.8)
 @_documentation(visibility: private)
 #endif
+fileprivate struct FfiConverterOptionInt32: FfiConverterRustBuffer {
+    typealias SwiftType = Int32?
+
+    public static func write(_ value: SwiftType, into buf: inout [UInt8]) {
+        guard let value = value else {
+            writeInt(&buf, Int8(0))
+            return
+        }
+        writeInt(&buf, Int8(1))
+        FfiConverterInt32.write(value, into: &buf)
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> SwiftType {
+        switch try readInt(&buf) as Int8 {
+        case 0: return nil
+        case 1: return try FfiConverterInt32.read(from: &buf)
+        default: throw UniffiInternalError.unexpectedOptionalTag
+        }
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
 fileprivate struct FfiConverterOptionUInt64: FfiConverterRustBuffer {
     typealias SwiftType = UInt64?
 
@@ -8582,6 +8984,54 @@ fileprivate struct FfiConverterOptionTypeFeedMode: FfiConverterRustBuffer {
         switch try readInt(&buf) as Int8 {
         case 0: return nil
         case 1: return try FfiConverterTypeFeedMode.read(from: &buf)
+        default: throw UniffiInternalError.unexpectedOptionalTag
+        }
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+fileprivate struct FfiConverterOptionTypeFilter: FfiConverterRustBuffer {
+    typealias SwiftType = Filter?
+
+    public static func write(_ value: SwiftType, into buf: inout [UInt8]) {
+        guard let value = value else {
+            writeInt(&buf, Int8(0))
+            return
+        }
+        writeInt(&buf, Int8(1))
+        FfiConverterTypeFilter.write(value, into: &buf)
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> SwiftType {
+        switch try readInt(&buf) as Int8 {
+        case 0: return nil
+        case 1: return try FfiConverterTypeFilter.read(from: &buf)
+        default: throw UniffiInternalError.unexpectedOptionalTag
+        }
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+fileprivate struct FfiConverterOptionTypeMetadataValue: FfiConverterRustBuffer {
+    typealias SwiftType = MetadataValue?
+
+    public static func write(_ value: SwiftType, into buf: inout [UInt8]) {
+        guard let value = value else {
+            writeInt(&buf, Int8(0))
+            return
+        }
+        writeInt(&buf, Int8(1))
+        FfiConverterTypeMetadataValue.write(value, into: &buf)
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> SwiftType {
+        switch try readInt(&buf) as Int8 {
+        case 0: return nil
+        case 1: return try FfiConverterTypeMetadataValue.read(from: &buf)
         default: throw UniffiInternalError.unexpectedOptionalTag
         }
     }
@@ -9106,6 +9556,56 @@ fileprivate struct FfiConverterSequenceTypeFeedEvent: FfiConverterRustBuffer {
 #if swift(>=5.8)
 @_documentation(visibility: private)
 #endif
+fileprivate struct FfiConverterSequenceTypeFilter: FfiConverterRustBuffer {
+    typealias SwiftType = [Filter]
+
+    public static func write(_ value: [Filter], into buf: inout [UInt8]) {
+        let len = Int32(value.count)
+        writeInt(&buf, len)
+        for item in value {
+            FfiConverterTypeFilter.write(item, into: &buf)
+        }
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> [Filter] {
+        let len: Int32 = try readInt(&buf)
+        var seq = [Filter]()
+        seq.reserveCapacity(Int(len))
+        for _ in 0 ..< len {
+            seq.append(try FfiConverterTypeFilter.read(from: &buf))
+        }
+        return seq
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+fileprivate struct FfiConverterSequenceTypeMetadataValue: FfiConverterRustBuffer {
+    typealias SwiftType = [MetadataValue]
+
+    public static func write(_ value: [MetadataValue], into buf: inout [UInt8]) {
+        let len = Int32(value.count)
+        writeInt(&buf, len)
+        for item in value {
+            FfiConverterTypeMetadataValue.write(item, into: &buf)
+        }
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> [MetadataValue] {
+        let len: Int32 = try readInt(&buf)
+        var seq = [MetadataValue]()
+        seq.reserveCapacity(Int(len))
+        for _ in 0 ..< len {
+            seq.append(try FfiConverterTypeMetadataValue.read(from: &buf))
+        }
+        return seq
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
 fileprivate struct FfiConverterSequenceTypeRole: FfiConverterRustBuffer {
     typealias SwiftType = [Role]
 
@@ -9125,6 +9625,32 @@ fileprivate struct FfiConverterSequenceTypeRole: FfiConverterRustBuffer {
             seq.append(try FfiConverterTypeRole.read(from: &buf))
         }
         return seq
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+fileprivate struct FfiConverterDictionaryStringTypeMetadataValue: FfiConverterRustBuffer {
+    public static func write(_ value: [String: MetadataValue], into buf: inout [UInt8]) {
+        let len = Int32(value.count)
+        writeInt(&buf, len)
+        for (key, value) in value {
+            FfiConverterString.write(key, into: &buf)
+            FfiConverterTypeMetadataValue.write(value, into: &buf)
+        }
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> [String: MetadataValue] {
+        let len: Int32 = try readInt(&buf)
+        var dict = [String: MetadataValue]()
+        dict.reserveCapacity(Int(len))
+        for _ in 0..<len {
+            let key = try FfiConverterString.read(from: &buf)
+            let value = try FfiConverterTypeMetadataValue.read(from: &buf)
+            dict[key] = value
+        }
+        return dict
     }
 }
 private let UNIFFI_RUST_FUTURE_POLL_READY: Int8 = 0
@@ -9247,6 +9773,12 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_func_forward_logs() != 39253) {
         return InitializationResult.apiChecksumMismatch
     }
+    if (uniffi_mka_bindings_checksum_method_nativebell_descriptor() != 10176) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativebell_number() != 37292) {
+        return InitializationResult.apiChecksumMismatch
+    }
     if (uniffi_mka_bindings_checksum_method_nativeengine_close() != 46140) {
         return InitializationResult.apiChecksumMismatch
     }
@@ -9292,10 +9824,10 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativeevents_next_batch_blocking() != 36184) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativeevents_poll_batch() != 27308) {
+    if (uniffi_mka_bindings_checksum_method_nativeevents_next_packed() != 46396) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativeevents_wait_with() != 7768) {
+    if (uniffi_mka_bindings_checksum_method_nativeevents_number() != 50840) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativefeed_cancel() != 19427) {
@@ -9313,13 +9845,10 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativefeed_next_batch_blocking() != 7401) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativefeed_poll_batch() != 15247) {
+    if (uniffi_mka_bindings_checksum_method_nativefeed_next_packed() != 36422) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativefeed_wait_with() != 59176) {
-        return InitializationResult.apiChecksumMismatch
-    }
-    if (uniffi_mka_bindings_checksum_method_waiter_ready() != 54288) {
+    if (uniffi_mka_bindings_checksum_method_nativefeed_number() != 43347) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_logsink_log() != 14265) {
@@ -9385,6 +9914,9 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativememory_import_log_blocking() != 26573) {
         return InitializationResult.apiChecksumMismatch
     }
+    if (uniffi_mka_bindings_checksum_method_nativememory_number() != 53670) {
+        return InitializationResult.apiChecksumMismatch
+    }
     if (uniffi_mka_bindings_checksum_method_nativememory_recall() != 63171) {
         return InitializationResult.apiChecksumMismatch
     }
@@ -9430,6 +9962,9 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativesession_feed() != 34822) {
         return InitializationResult.apiChecksumMismatch
     }
+    if (uniffi_mka_bindings_checksum_method_nativesession_generated_tokens() != 37834) {
+        return InitializationResult.apiChecksumMismatch
+    }
     if (uniffi_mka_bindings_checksum_method_nativesession_num_turns() != 39994) {
         return InitializationResult.apiChecksumMismatch
     }
@@ -9448,6 +9983,9 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativesession_send() != 11800) {
         return InitializationResult.apiChecksumMismatch
     }
+    if (uniffi_mka_bindings_checksum_constructor_nativebell_new() != 42026) {
+        return InitializationResult.apiChecksumMismatch
+    }
     if (uniffi_mka_bindings_checksum_constructor_nativeengine_open() != 29618) {
         return InitializationResult.apiChecksumMismatch
     }
@@ -9456,7 +9994,6 @@ private let initializationResult: InitializationResult = {
     }
 
     uniffiCallbackInitLogSink()
-    uniffiCallbackInitWaiter()
     return InitializationResult.ok
 }()
 

@@ -127,6 +127,58 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
     try await engine.close()
 }
 
+/// Models to cancel: the tiny one, and the default one, whose token takes longer than anything else, where it is in the cache.
+func models() -> [URL] {
+    let cache = ProcessInfo.processInfo.environment["MKA_CACHE"] ?? NSHomeDirectory() + "/.cache/mka"
+    let model = URL(fileURLWithPath: cache + "/models/SmolLM2-135M-Instruct-Q4_1.gguf")
+    if FileManager.default.fileExists(atPath: model.path) { return [tinyModel, model] }
+    print("the default model is not in \(cache): only the tiny one is cancelled")
+    return [tinyModel]
+}
+
+@Test(arguments: models())
+func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine(model: .path(model))
+    let chat = try await engine.session(user: "ada", id: "trip")
+    // By leaving the loop, and by cancelling the task that waits for the next token: the tiny model's comes too fast to wait.
+    for byTask in model == tinyModel ? [false] : [false, true] {
+        let before = try chat.numTurns
+        var chosen: UInt64 = 0
+        if byTask {
+            let (said, saying) = AsyncStream.makeStream(of: Void.self)
+            let task = Task {
+                for try await _ in chat.send("Tell me a very long story.", options: short(100_000)) {
+                    saying.yield()
+                }
+            }
+            var seen = 0
+            for await _ in said {
+                seen += 1
+                if seen == 5 { break }
+            }
+            task.cancel()
+            chosen = chat.generatedTokens
+            _ = try? await task.value
+        } else {
+            var seen = 0
+            for try await _ in chat.send("Tell me a very long story.", options: short(100_000)) {
+                seen += 1
+                if seen == 5 { break }
+            }
+            chosen = chat.generatedTokens
+        }
+        // A stream that was left holds its session until the model has stopped.
+        _ = try await chat.peekLogits("x")
+        let after = chat.generatedTokens
+        #expect(chosen >= 5 && after <= chosen + 1, "\(chosen) at the cancel, \(after) in all")
+        let turns = try await engine.memory.turns(user: "ada", session: "trip", range: before..<before + 9)
+        #expect(turns.map(\.role) == [.user, .assistant] && turns[1].numTokens == after)
+    }
+    #expect(try await engine.memory.doctor().problems.isEmpty)
+    try await engine.close()
+}
+
 @Test func aSecondStreamIsRefusedWhileTheFirstIsOpen() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
@@ -249,6 +301,31 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
     let short = EngineOptions(encryptionKey: Data([1, 2]))
     let wrong = folder.url.appendingPathComponent("wrong.mka")
     #expect(await failure { try await Engine.open(at: wrong, options: short) }?.kind == .invalidArgument)
+}
+
+@Test func metadataIsKeptAndAskedFor() async throws {
+    let folder = try Folder()
+    let engine = try await Engine.open(at: folder.store)
+    let memory = engine.memory
+    try await memory.remember(
+        [
+            NewTurn("The hotel is the Sakura Inn.", metadata: ["kind": "place", "year": 2025, "final": true]),
+            NewTurn("The hotel was the Ritz.", metadata: ["kind": "place", "year": 2019]),
+            NewTurn("The hotel of nobody."),
+        ], user: "ada", session: "trip")
+    func found(_ filter: Filter) async throws -> [String] {
+        let options = RecallOptions(filter: filter)
+        return try await memory.recall("hotel", user: "ada", options: options).map(\.text).sorted()
+    }
+    #expect(try await found(.atLeast("year", 2020)) == ["The hotel is the Sakura Inn."])
+    #expect(try await found(.all(.equals("kind", "place"), .no(.has(key: "final")))) == ["The hotel was the Ritz."])
+    #expect(try await found(.any(.atMost("year", 2019), .equals("final", true))).count == 2)
+    #expect(try await found(.no(.equals("kind", "place"))) == ["The hotel of nobody."])
+    let turns = try await memory.turns(user: "ada", session: "trip")
+    #expect(turns[1].metadata == ["kind": "place", "year": 2019])
+    let hits = try await memory.recall("hotel", user: "ada")
+    #expect(hits.allSatisfy { 0...1 ~= $0.relevance && 0...1 ~= $0.why.coverage })
+    try await engine.close()
 }
 
 @Test func recallInsideAttentionIsChosenAndReported() async throws {

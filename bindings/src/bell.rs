@@ -1,0 +1,95 @@
+//! How threads of the library tell an event loop that something is ready: numbers, and a descriptor that the loop watches.
+//! Knows no event and no foreign code: a worker that rings enters no interpreter.
+
+use crate::error::MkaError;
+use crate::numbered::{Entry, Numbered};
+use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::task::{Wake, Waker};
+
+static BELLS: Numbered<Weak<NativeBell>> = Numbered::new();
+
+/// The bell of one event loop.
+///
+/// The pipe holds one byte while there are numbers that were not taken, and none otherwise: neither end ever waits.
+#[derive(uniffi::Object)]
+pub struct NativeBell {
+    reader: PipeReader,
+    writer: PipeWriter,
+    rung: Mutex<Vec<u64>>,
+    entry: OnceLock<Entry<Weak<NativeBell>>>,
+}
+
+#[uniffi::export]
+impl NativeBell {
+    /// A bell that nobody has rung.
+    #[uniffi::constructor]
+    pub fn new() -> Result<Arc<Self>, MkaError> {
+        let (reader, writer) = std::io::pipe()
+            .map_err(|source| MkaError::Storage(format!("open a pipe for events: {source}")))?;
+        let (rung, entry) = (Mutex::default(), OnceLock::new());
+        Ok(Arc::new(Self { reader, writer, rung, entry }))
+    }
+
+    /// Its number for plain calls.
+    pub fn number(self: Arc<Self>) -> u64 {
+        self.entry.get_or_init(|| Entry::new(&BELLS, Arc::downgrade(&self))).number
+    }
+
+    /// The descriptor that can be read while somebody has rung; it is open as long as the bell exists. None where an event
+    /// loop cannot watch a pipe.
+    pub fn descriptor(&self) -> Option<i32> {
+        #[cfg(unix)]
+        return Some(std::os::fd::AsRawFd::as_raw_fd(&self.reader));
+        #[cfg(not(unix))]
+        None
+    }
+}
+
+impl NativeBell {
+    pub(crate) fn by_number(number: u64) -> Option<Arc<Self>> {
+        BELLS.get(number)?.upgrade()
+    }
+
+    fn rung(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.rung.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn ring(&self, number: u64) {
+        let mut rung = self.rung();
+        // Both ends are open as long as the bell is: writing a byte into an empty pipe does not fail.
+        if rung.is_empty() && (&self.writer).write_all(&[0]).is_err() {
+            return;
+        }
+        rung.push(number);
+    }
+
+    /// Everybody who has rung since the last call.
+    pub(crate) fn take(&self) -> Vec<u64> {
+        let mut rung = self.rung();
+        if !rung.is_empty() && (&self.reader).read_exact(&mut [0]).is_err() {
+            return Vec::new();
+        }
+        std::mem::take(&mut *rung)
+    }
+
+    /// A waker that rings `number`.
+    pub(crate) fn waker(self: Arc<Self>, number: u64) -> Waker {
+        Waker::from(Arc::new(Ringing { bell: self, number }))
+    }
+}
+
+struct Ringing {
+    bell: Arc<NativeBell>,
+    number: u64,
+}
+
+impl Wake for Ringing {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.bell.ring(self.number);
+    }
+}

@@ -42,7 +42,7 @@ pub use attention::{
     AttentionParams, AttentionRun, AttentionState, MergeGradients, PageRef, merge_states,
     merge_states_backward, paged_attention, paged_attention_runs,
 };
-pub use elementwise::silu_mul;
+pub use elementwise::{gelu, silu_mul};
 pub use error::{Error, ErrorKind, Result};
 pub use flash::{DenseAttentionParams, attention, attention_backward, attention_forward};
 pub use packed::{PackedMatrix, PackedType, linear};

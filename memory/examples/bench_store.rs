@@ -44,6 +44,7 @@ fn main() {
     let graph_vectors: usize = number(take("--graph-from", &usize::MAX.to_string()));
     let image_vectors: usize = number(take("--image-from", "4096"));
     let ready = take("--ready", "");
+    let labels = take("--texts", "sentences") == "labels";
     assert!(given.is_empty(), "unknown arguments: {given:?}");
     assert!(
         !folder.as_os_str().is_empty(),
@@ -53,7 +54,14 @@ fn main() {
     let sentences = sentences(&prose);
     println!("{} sentences of the books", sentences.len());
     if !ready.is_empty() {
-        return insert_ready(&folder, &sentences, Path::new(&ready), num_vectors);
+        let mut number = 0;
+        let mut label = move || {
+            number += 1;
+            format!("item {number}")
+        };
+        let mut sentence = texts(&sentences);
+        let text: &mut dyn FnMut() -> String = if labels { &mut label } else { &mut sentence };
+        return insert_ready(&folder, text, Path::new(&ready), num_vectors);
     }
     if !folder.exists() {
         fill(&folder, &sentences, num_vectors);
@@ -161,13 +169,12 @@ fn fill(folder: &Path, sentences: &[String], num_vectors: usize) {
     );
 }
 
-/// Puts vectors of a file into a new store, each with a sentence, and says how fast that was.
-fn insert_ready(folder: &Path, sentences: &[String], rows: &Path, num_vectors: usize) {
+/// Puts vectors of a file into a new store, each with a text, and says how fast that was.
+fn insert_ready(folder: &Path, text: &mut dyn FnMut() -> String, rows: &Path, num_vectors: usize) {
     let options = StoreOptions { graph_vectors: usize::MAX, ..StoreOptions::default() };
     let store = Store::open(folder, Arc::new(HashedEmbedder::new()), options).expect("a store");
     let dim = store.dim();
     let mut file = std::fs::File::open(rows).expect("a file of vectors");
-    let mut text = texts(sentences);
     // The processor time of all threads, less what making texts and reading vectors takes.
     let (start, cpu, mut making, mut num) = (Instant::now(), process_ns(), 0, 0);
     while num < num_vectors {

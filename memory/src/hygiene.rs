@@ -207,7 +207,13 @@ pub(crate) fn gist(text: &str) -> String {
             {
                 continue;
             }
-            gist.extend(word.chars().flat_map(char::to_lowercase));
+            if word.is_ascii() {
+                let start = gist.len();
+                gist.push_str(word);
+                gist[start..].make_ascii_lowercase();
+            } else {
+                gist.extend(word.chars().flat_map(char::to_lowercase));
+            }
             gist.push(' ');
         }
     }

@@ -111,6 +111,8 @@ pub struct Store {
 struct Writer {
     appender: Appender,
     records: Records,
+    /// Keeps the stems of words that were said lately.
+    terms: Terms,
     /// A write failed in a way that leaves the disk's state unknown.
     broken: bool,
 }

@@ -234,6 +234,9 @@ impl Store {
             for cut in cuts {
                 for span in &cut.spans {
                     let text = &cut.turn.text[span.bytes.clone()];
+                    if embedded.contains_key(text) {
+                        continue;
+                    }
                     let id = known_id(state.store.seed, text, partition);
                     let is_known = partition.is_some_and(|partition| {
                         let session = state.session(scope).map(|(session, _)| session);
@@ -241,7 +244,7 @@ impl Store {
                             |session| self.near(partition, text, session, retract).is_some();
                         partition.get(id).is_some() || session.is_some_and(is_near)
                     });
-                    if !is_known && !embedded.contains_key(text) && seen.insert(text) {
+                    if !is_known && seen.insert(text) {
                         let units = span.units.iter().map(|unit| &cut.turn.text[unit.clone()]);
                         unknown.push((text, units.collect()));
                     }
@@ -325,7 +328,6 @@ impl Store {
         }
         state.next_commit += 1;
         state.orders.insert(scope.user_id().to_owned(), plan.next_order);
-        let terms = self.terms();
         let turns: Vec<TurnId> = (plan.first_turn..).take(cuts.len()).collect();
         let mut places = Vec::new();
         let mut versions = Vec::new();
@@ -372,7 +374,8 @@ impl Store {
         for (id, text, vectors, turn) in plan.fresh {
             let home = (plan.session, turn);
             let (text, vectors) = (text.into(), vectors.into());
-            partition.insert(&terms, Chunk { id, text, vectors, home, places: Vec::new() });
+            let chunk = Chunk { id, text, vectors, home, places: Vec::with_capacity(1) };
+            partition.insert(&writer.terms, chunk);
         }
         for (id, place) in places {
             partition.add_place(id, place);
@@ -387,7 +390,7 @@ impl Store {
         for (turn, id) in dropped {
             bare.extend(partition.remove_places(std::iter::once(id), plan.session, turn));
         }
-        partition.remove(&terms, &bare);
+        partition.remove(&writer.terms, &bare);
         for (subject, turn) in silenced {
             partition.remove_version(&subject, (plan.session, turn));
         }

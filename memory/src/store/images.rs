@@ -14,9 +14,9 @@ use crate::partition::Partition;
 
 /// While the store is open an image is written anew once it lacks so many chunks and vectors, of all there are. After a
 /// crash they are made from the log, in about 25 µs each. Writing takes about 1 µs for each there is: between two
-/// images a quarter more comes in, and in large stores a sixteenth, so that an opening does not take much longer there.
+/// images half as much comes in, and in large stores a sixteenth, so that an opening does not take much longer there.
 fn max_unsaved_open(all: u64) -> u64 {
-    (all / 16).max(50_000.min(all / 4))
+    (all / 16).max(50_000.min(all / 2))
 }
 
 /// The same when the store is closed: whoever opens it next should not have to wait.

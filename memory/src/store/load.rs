@@ -24,6 +24,7 @@ use crate::format::{
 };
 use crate::partition::{Chunk, Partition, Place, Vectors, chunk_id};
 use crate::summary::Summary;
+use crate::words::Terms;
 use crate::{Embedder, Error, ErrorKind, Result, Role, Scope, Storage, chunk};
 
 /// The longest identity of an embedder: it is kept in one database record.
@@ -65,7 +66,7 @@ pub(super) fn open(
         state: Arc::new(RwLock::new(state)),
         indexer: Indexer::new(folder),
         queries: Queries::default(),
-        writer: Mutex::new(Writer { appender, records, broken: false }),
+        writer: Mutex::new(Writer { appender, records, terms: Terms::new(), broken: false }),
         _lock: lock,
     };
     if is_new {

@@ -18,9 +18,8 @@ const MAX_DEAD_SHARE: f64 = 0.2;
 const MAX_TAIL_SHARE: f64 = 0.25;
 /// A filter that keeps less than this share of the rows goes to the scan: a walk would visit mostly rows in vain.
 const MIN_KEPT_SHARE: f64 = 0.5;
-/// Candidates of a walk for each row wanted, and the fewest of them.
+/// Candidates of a walk for each row wanted.
 const WALK_CANDIDATES: usize = 4;
-const MIN_WALK_CANDIDATES: usize = 64;
 
 /// A graph and which rows its positions are.
 #[derive(Debug)]
@@ -197,7 +196,7 @@ impl Index {
             Some(sealed) if kept_share >= MIN_KEPT_SHARE => {
                 let dead = sealed.num_dead as f64 / sealed.rows.len() as f64;
                 let lost = (1.0 - dead) * kept_share;
-                let ef = (want * WALK_CANDIDATES).max(MIN_WALK_CANDIDATES) as f64 / lost.max(0.1);
+                let ef = num_walked(want, sealed.rows.len()) / lost.max(0.1);
                 let (words, _) = to_words(&rotated);
                 let found = sealed.graph.search(&words, ef.ceil() as usize);
                 let found = found.into_iter().map(|(_, position)| sealed.rows[position as usize]);
@@ -289,13 +288,20 @@ impl Index {
     }
 }
 
-/// How many rows a scan ranks exactly for `want` of them among `num_rows`: for ten of 1,000 rows 8 for each, of 10,000
-/// 14, of 100,000 24 and of a million 38. With 26 recall_at_10 on vectors of MiniLM was 0.935 at a million rows.
-/// With fewer bits than their 384 the estimate errs more, as the root of the bits does.
+/// Candidates that a walk keeps for `want` of `num_rows` rows: 110 of 100,000 and 348 of a million find 0.96 and 0.97 of
+/// the ten closest (vectors of MiniLM, `docs/index.md`), so they grow with the root of the rows.
+fn num_walked(want: usize, num_rows: usize) -> f64 {
+    let fewest = 110.0 * (num_rows as f64 / 100_000.0).sqrt();
+    fewest.max(64.0).max((want * WALK_CANDIDATES) as f64)
+}
+
+/// How many rows a scan ranks exactly for `want` of them among `num_rows`: for ten of 1,000 rows 5 for each, and a little
+/// more than twice as many with every tenfold of rows: 10, 21 and 43. On vectors of MiniLM recall_at_10 is 0.96 to 0.98
+/// then at every size. With fewer bits than their 384 the estimate errs more, and so many more rows come between.
 fn num_ranked(want: usize, num_rows: usize, bits: usize) -> usize {
     let decades = (num_rows.max(1_000) as f64 / 1_000.0).log10();
-    let error = (384.0 / bits as f64).sqrt().max(1.0);
-    let beyond = (7.0 + 4.0 * decades + 2.0 * decades * decades) * error;
+    let error = (384.0 / bits as f64).max(1.0);
+    let beyond = (5.0 * 2.05f64.powf(decades) - 1.0) * error;
     // The more rows are wanted, the smaller the share of them that lies so close to the border as to be missed.
     let crowd = (10.0 / want as f64).sqrt().min(1.0);
     (want as f64 * (1.0 + beyond * crowd)).ceil() as usize

@@ -9,7 +9,7 @@ use crate::models::weights::Weights;
 use crate::pages::{RecallScope, Recalled, Together};
 use candle_core::{D, Device, Tensor};
 use mka_kernels::{
-    AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, PageRef, RotaryAngles, ema_advance,
+    AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, RotaryAngles, ema_advance,
     ema_scan, fuse_levels, merge_states, paged_attention, paged_attention_runs, rotate,
 };
 use std::sync::Arc;
@@ -175,8 +175,8 @@ impl<'a> AttentionSeam<'a> {
         let recent = self.attend_stream(layer, &rotated, window_pages, window, sliding_window)?;
         let mut far = Vec::new();
         let mut recalled = None;
-        let runs = self.runs();
-        let at_once = self.cache.pages().map_or(1, |pages| pages.runs_at_once(q.dims()[1]));
+        let (runs, num_heads) = (self.runs(), q.dim(1)?);
+        let at_once = self.cache.pages().map_or(1, |pages| pages.runs_at_once(num_heads));
         for runs in runs.chunks(at_once) {
             if let Some(state) = self.attend_runs(layer, sliding_window, runs, q, &rotated)? {
                 far.push(state);
@@ -261,19 +261,12 @@ impl<'a> AttentionSeam<'a> {
             true => rotate(q, &self.compact_angles(query_start, vec![(q.dim(0)?, num_recalled)]))?,
             false => rotated,
         };
-        let sliding_window = sliding_window.filter(|_| !self.compact);
-        let attend = |keys: &Tensor, values: &Tensor, pages: Vec<PageRef>| -> Result<_> {
-            let scale = scale(&query)?;
-            let params =
-                AttentionParams { scale, query_start, pages, window_tokens: None, sliding_window };
-            Ok(paged_attention(&query, keys, values, &params)?)
-        };
+        let mut params = self.sink_params(&query, query_start, sliding_window)?;
         let pool = self.cache.pool(layer);
-        let end = self.start + self.count as u64;
-        let sink_pages = 0..SINK_PAGES.min(end.div_ceil(PAGE_TOKENS as u64));
-        let sinks = attend(&pool.keys, &pool.values, self.cache.page_refs(sink_pages, end)?)?;
+        let sinks = paged_attention(&query, &pool.keys, &pool.values, &params)?;
         let Some(recalled) = recalled else { return Ok((sinks, None)) };
-        let far = attend(&recalled.keys, &recalled.values, recalled.page_refs())?;
+        params.pages = recalled.page_refs();
+        let far = paged_attention(&query, &recalled.keys, &recalled.values, &params)?;
         let mut merged = merge_states(&sinks, &far)?;
         let pages = self.cache.pages();
         if let Some(rest) =
@@ -282,6 +275,24 @@ impl<'a> AttentionSeam<'a> {
             merged = merge_states(&merged, &rest)?;
         }
         Ok((merged, Some((recalled, far.lse))))
+    }
+
+    /// What queries from `query_start` on attend to behind their window, with the sinks for its pages.
+    fn sink_params(
+        &self,
+        query: &Tensor,
+        query_start: u64,
+        sliding_window: Option<u64>,
+    ) -> Result<AttentionParams> {
+        let end = self.start + self.count as u64;
+        let sink_pages = 0..SINK_PAGES.min(end.div_ceil(PAGE_TOKENS as u64));
+        Ok(AttentionParams {
+            scale: scale(query)?,
+            query_start,
+            pages: self.cache.page_refs(sink_pages, end)?,
+            window_tokens: None,
+            sliding_window: sliding_window.filter(|_| !self.compact),
+        })
     }
 
     /// What the run whose first query is the pass's query `first` recalls for.
@@ -303,12 +314,10 @@ impl<'a> AttentionSeam<'a> {
         q: &Tensor,
         rotated: &Tensor,
     ) -> Result<Option<AttentionState>> {
-        let (first, count) = (runs[0].0, runs.iter().map(|(_, count)| count).sum());
+        let [(first, _), _, ..] = *runs else { return Ok(None) };
+        let count = runs.iter().map(|(_, count)| count).sum();
         let scope = |(first, count): &(usize, usize)| (*count, self.scope(*first, sliding_window));
         let scopes: Vec<_> = runs.iter().map(scope).collect();
-        if runs.len() < 2 {
-            return Ok(None);
-        }
         let Some(pages) = self.cache.pages_mut() else { return Ok(None) };
         let q = q.narrow(0, first, count)?.contiguous()?;
         let recalled = match pages.recall_runs(layer, &q, &scopes)? {
@@ -329,15 +338,7 @@ impl<'a> AttentionSeam<'a> {
                 rotate(&q, &self.compact_angles(query_start, parts))?
             }
         };
-        let end = self.start + self.count as u64;
-        let sink_pages = 0..SINK_PAGES.min(end.div_ceil(PAGE_TOKENS as u64));
-        let mut params = AttentionParams {
-            scale: scale(&query)?,
-            query_start,
-            pages: self.cache.page_refs(sink_pages, end)?,
-            window_tokens: None,
-            sliding_window: sliding_window.filter(|_| !self.compact),
-        };
+        let mut params = self.sink_params(&query, query_start, sliding_window)?;
         let pool = self.cache.pool(layer);
         let sinks = paged_attention(&query, &pool.keys, &pool.values, &params)?;
         let Some(recalled) = recalled else { return Ok(Some(sinks)) };

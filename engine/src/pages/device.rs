@@ -10,9 +10,8 @@ use super::{PageConfig, PagePrecision, PageRule, codec};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
-use mka_kernels::PAGE_TOKENS;
 use mka_kernels::recall::{Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, StoredPages};
-use mka_kernels::{AttentionRun, PageRef};
+use mka_kernels::{AttentionRun, PAGE_TOKENS, PageRef};
 
 /// Pages that wait at most before they are uploaded together.
 pub(super) const BATCH_PAGES: usize = 16;

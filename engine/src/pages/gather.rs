@@ -41,8 +41,11 @@ enum Extent {
 }
 
 impl PageStore {
-    /// Runs whose votes fit a GiB of the device beside each other.
+    /// Runs whose votes fit a GiB of the device beside each other; one where the device has no pages.
     pub(crate) fn runs_at_once(&self, num_heads: usize) -> usize {
+        if self.mirror.is_none() {
+            return 1;
+        }
         let votes = self.stored_tokens() / SPAN * num_heads * (PAGE_TOKENS / POOLED);
         ((1 << 28) / votes.max(1)).clamp(1, MAX_RUNS)
     }
@@ -69,7 +72,7 @@ impl PageStore {
         let alike = |(own, own_rows): &(Extent, usize)| {
             *own == from && (from != Extent::Chosen || is_flat(*own_rows) == is_flat(rows))
         };
-        if !recalled.iter().all(alike) || self.mirror.is_none() {
+        if !recalled.iter().all(alike) {
             return Ok(Together::Apart);
         }
         if from == Extent::Nothing {

@@ -27,6 +27,11 @@ struct Group {
 }
 
 impl Group {
+    /// The group's own learning rate where the model's is `rate`.
+    fn rate(&self, settings: &OptimizerSettings, rate: f64) -> f64 {
+        if self.memory { rate * settings.memory_ratio } else { rate }
+    }
+
     /// Where `flat` (values of all members) holds each member, with its shape.
     fn split<'a>(
         &'a self,
@@ -143,7 +148,7 @@ impl AdamW {
             if settings.weight_decay > 0.0 && group.decays {
                 change = (change + (&master * settings.weight_decay)?)?;
             }
-            let rate = if group.memory { rate * settings.memory_ratio } else { rate };
+            let rate = group.rate(settings, rate);
             let master = (master - (change * rate)?)?;
             for (index, value) in group.split(&master) {
                 parameters[index].set(&value?)?;
@@ -177,7 +182,7 @@ impl AdamW {
                 corrections: (correct1 as f32, correct2 as f32),
                 eps: settings.eps as f32,
                 weight_decay: if group.decays { settings.weight_decay as f32 } else { 0.0 },
-                rate: (if group.memory { rate * settings.memory_ratio } else { rate }) as f32,
+                rate: group.rate(settings, rate) as f32,
             };
             let moments = group.split(&group.first).zip(group.split(&group.second));
             for ((index, first), (_, second)) in moments {

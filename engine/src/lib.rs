@@ -43,6 +43,7 @@ mod gguf;
 mod hub;
 mod memory;
 mod models;
+mod offload;
 mod pages;
 mod prompt;
 mod quote;

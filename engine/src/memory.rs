@@ -3,9 +3,9 @@
 
 use crate::engine::Shared;
 use crate::error::Result;
+use crate::offload::offload;
 use crate::quote::{self, Quotation, Quote};
 use crate::session::now_ms;
-use crate::stream::offload;
 use mka_memory::{
     Backup, Cancel, Checkup, ChunkInfo, Commit, Committed, DiskUsage, Exported, Forget, Hit,
     Imported, NewTurn, Recall, Receipt, Scope, SessionInfo, Stats, Turn, TurnId,

@@ -173,7 +173,7 @@ impl<T> Sink<T> {
 }
 
 /// Blocks the thread until `future` is ready.
-fn block_on<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(Thread);
 
     impl Wake for Unpark {
@@ -327,24 +327,4 @@ impl Stream for Feed {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.0.channel.poll_recv(cx)
     }
-}
-
-/// Runs blocking `work` on a thread of its own and awaits its result, on whatever runtime the caller has.
-pub(crate) async fn offload<T: Send + 'static>(
-    operation: &'static str,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new()
-        .name("mka-worker".into())
-        .spawn(move || {
-            let result = work();
-            // A caller that is gone does not need the result.
-            let _ = sender.send(result);
-        })
-        .map_err(|source| {
-            Error::new(crate::ErrorKind::OutOfMemory, format!("{operation}: {source}"))
-                .with_source(source)
-        })?;
-    receiver.await.unwrap_or_else(|_| Err(Error::cancelled(operation)))
 }

@@ -1,0 +1,87 @@
+//! Blocking work off the caller's thread, awaited on whatever runtime the caller has.
+//! Knows no session and no store.
+
+use crate::error::{Error, ErrorKind, Result};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio::runtime::{Builder, Handle};
+
+/// A thread that has nothing to do waits this long for more: starting one costs as much as a short recall.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// Where the threads come from, and the process that they are in: a fork has none of its parent's.
+static THREADS: Mutex<Option<(u32, Handle)>> = Mutex::new(None);
+
+fn threads() -> std::io::Result<Handle> {
+    let mut threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
+    let process = std::process::id();
+    if let Some((owner, handle)) = &*threads
+        && *owner == process
+    {
+        return Ok(handle.clone());
+    }
+    // Only its threads for blocking work are used: nobody drives it, so it has neither timer nor polling.
+    let runtime =
+        Builder::new_current_thread().thread_name("mka-worker").thread_keep_alive(IDLE).build()?;
+    let handle = runtime.handle().clone();
+    // It lasts as long as the process: a runtime that is dropped waits for its threads.
+    std::mem::forget(runtime);
+    *threads = Some((process, handle.clone()));
+    Ok(handle)
+}
+
+/// Runs blocking `work` on a thread of the library's and awaits its result. The work goes on if nobody waits any more.
+///
+/// # Errors
+/// The work's own; `OutOfMemory` if no thread can be started; `Cancelled` if the work panicked.
+pub(crate) async fn offload<T: Send + 'static>(
+    operation: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let no_thread = |source: std::io::Error| {
+        Error::new(ErrorKind::OutOfMemory, format!("{operation}: {source}")).with_source(source)
+    };
+    let handle = threads().map_err(no_thread)?;
+    // tokio panics where the system gives it no thread.
+    let begun = catch_unwind(AssertUnwindSafe(|| handle.spawn_blocking(work)));
+    let begun = begun.map_err(|_| no_thread(std::io::ErrorKind::OutOfMemory.into()))?;
+    begun.await.unwrap_or_else(|_| Err(Error::cancelled(operation)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::block_on as wait;
+
+    #[test]
+    fn work_is_done_off_the_callers_thread_and_its_result_comes_back() {
+        let here = std::thread::current().id();
+        let there = wait(offload("test", || Ok(std::thread::current().id()))).unwrap();
+        assert_ne!(here, there);
+        let error = wait(offload::<()>("test", || Err(Error::cancelled("inner")))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+    }
+
+    #[test]
+    fn a_panic_of_the_work_is_an_error_and_the_next_work_runs() {
+        let error = wait(offload::<()>("test", || panic!("as the test wants"))).unwrap_err();
+        assert!(error.to_string().contains("test"), "{error}");
+        assert_eq!(wait(offload("test", || Ok(3))).unwrap(), 3);
+    }
+
+    #[test]
+    fn many_at_once_wait_for_each_other() {
+        let together = std::sync::Arc::new(std::sync::Barrier::new(16));
+        let waiting: Vec<_> = (0..16)
+            .map(|_| {
+                let together = together.clone();
+                std::thread::spawn(move || {
+                    wait(offload("test", move || Ok(together.wait().is_leader()))).unwrap()
+                })
+            })
+            .collect();
+        let leaders = waiting.into_iter().filter_map(|each| each.join().ok()).filter(|is| *is);
+        assert_eq!(leaders.count(), 1);
+    }
+}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -73,6 +75,30 @@ def blocking(engine: mka.Engine, max_new_tokens: int) -> None:
     print(f"sync: {least:.1f} us a recall, the least of {RUNS} runs of {RECALLS}")
 
 
+async def asyncio_alone(tokens: int) -> None:
+    """What the loop itself takes for a byte of a pipe that wakes a task: no stream can cost less."""
+    write = f"import os, time\nfor _ in range({tokens}): time.sleep(0.0005); os.write(1, b'x')"
+    with subprocess.Popen([sys.executable, "-c", write], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        descriptor, loop = writer.stdout.fileno(), asyncio.get_running_loop()
+        seen, waiting = 0, loop.create_future()
+
+        def readable() -> None:
+            nonlocal seen
+            seen += len(os.read(descriptor, 1))
+            if not waiting.done():
+                waiting.set_result(None)
+
+        loop.add_reader(descriptor, readable)
+        await waiting  # the interpreter that writes has started
+        clock = Clock()
+        while seen < tokens:
+            waiting = loop.create_future()
+            await waiting
+        loop.remove_reader(descriptor)
+    print(f"asyncio alone: {clock.a_token(tokens - 1)}")
+
+
 async def waiting(engine: mka.AsyncEngine, max_new_tokens: int) -> None:
     async with engine.session(user="ada", session="async") as chat:
         for run in range(3):
@@ -81,6 +107,7 @@ async def waiting(engine: mka.AsyncEngine, max_new_tokens: int) -> None:
             async for event in chat.send("go on", max_new_tokens=max_new_tokens, recall_k=0):
                 tokens += isinstance(event, mka.Token)
             print(f"async run {run}: {clock.a_token(tokens)}")
+            await asyncio_alone(tokens)
     least = float("inf")
     for _ in range(RUNS):
         start = time.perf_counter()

@@ -41,7 +41,7 @@ impl Store {
 
     /// Gives all space back that nothing uses: segments with unused bytes and the database are written anew.
     ///
-    /// Commits do it bit by bit, and bound what is unused to half of what is used (twice in the database);
+    /// Commits do it bit by bit, and bound what is unused to half of what is used (three times in the database);
     /// this leaves nothing of it.
     ///
     /// # Errors
@@ -115,7 +115,7 @@ impl Store {
     }
 }
 
-/// Compacts a database that takes more than three times what is alive in it.
+/// Compacts a database that takes several times what is alive in it.
 fn compact_records(writer: &mut Writer) -> Result<()> {
     let compacted = writer.records.compact_if_grown();
     writer.broken |= compacted.is_err();

@@ -11,7 +11,10 @@ use crate::{EncryptionKey, Error, ErrorKind, Result, Storage};
 /// Below this the database's files are not looked at: sled's smallest one takes 1 MB.
 const MIN_COMPACT_BYTES: u64 = 4 << 20;
 /// The database is compacted when its files take more than so many times what is alive in them.
-const MAX_AMPLIFICATION: u64 = 3;
+const MAX_AMPLIFICATION: f64 = 4.0;
+/// Nor before they have grown by so much of it since they were compacted last: ten thousand records of 100 bytes take sled
+/// 3.8 times their bytes right after it, and every commit would compact them anew.
+const MIN_GROWTH: f64 = 1.5;
 /// What a database needs for a record besides key and value, about: lengths, page headers, half-empty pages.
 const RECORD_OVERHEAD_BYTES: u64 = 16;
 
@@ -42,6 +45,8 @@ pub(crate) struct Records {
     cipher: Option<Arc<Cipher>>,
     /// Size of the files at which they are looked at again.
     check_at_bytes: u64,
+    /// How many times what was alive the files took when they had just been compacted.
+    compacted_amplification: f64,
 }
 
 impl Records {
@@ -80,7 +85,12 @@ impl Records {
             }
             (None, None) => {}
         }
-        Ok(Self { storage, cipher, check_at_bytes: MIN_COMPACT_BYTES })
+        Ok(Self {
+            storage,
+            cipher,
+            check_at_bytes: MIN_COMPACT_BYTES,
+            compacted_amplification: 1.0,
+        })
     }
 
     pub(crate) fn cipher(&self) -> Option<&Arc<Cipher>> {
@@ -155,27 +165,118 @@ impl Records {
         Ok(live)
     }
 
-    /// Compacts the files if they take more than three times what is alive in them.
+    /// Compacts the files if they take more than four times what is alive in them, and half as much again as they took
+    /// of it when they were compacted last.
     /// After an error the store must be opened again to be written.
     pub(crate) fn compact_if_grown(&mut self) -> Result<bool> {
-        let disk = self.storage.disk_bytes()?;
+        let mut disk = self.storage.disk_bytes()?;
         if disk < self.check_at_bytes {
             return Ok(false);
         }
-        let live = self.live_bytes()?;
-        let grown = disk > MAX_AMPLIFICATION * live;
+        let live = self.live_bytes()? as f64;
+        let grown = disk as f64 > self.max_amplification() * live;
         if grown {
             tracing::debug!(disk, live, "compact the database");
             self.storage.compact()?;
+            disk = self.storage.disk_bytes()?;
+            self.compacted_amplification = disk as f64 / live.max(1.0);
         }
-        // Counting reads every record: not again before the files have grown by half.
-        let next = (self.storage.disk_bytes()? * 3 / 2).min(MAX_AMPLIFICATION * live);
-        self.check_at_bytes = next.max(MIN_COMPACT_BYTES).max(disk.min(live * 2));
+        // Counting reads every record: not again before the files have grown by half, or hold what is too much by now.
+        let next = (disk as f64 * MIN_GROWTH).min(self.max_amplification() * live) as u64;
+        self.check_at_bytes = next.max(MIN_COMPACT_BYTES);
         Ok(grown)
+    }
+
+    /// How many times what is alive the files may take.
+    fn max_amplification(&self) -> f64 {
+        MAX_AMPLIFICATION.max(self.compacted_amplification * MIN_GROWTH)
     }
 
     /// Compacts the files whatever they take.
     pub(crate) fn compact(&mut self) -> Result<()> {
         self.storage.compact()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::Visit;
+    use std::collections::BTreeMap;
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    const RECORD_BYTES: u64 = 100;
+
+    /// A database that takes `needs` times what is alive in it however it is written, and what was overwritten.
+    struct Wasteful {
+        records: BTreeMap<Vec<u8>, Vec<u8>>,
+        needs: u64,
+        garbage: u64,
+        num_compacted: Arc<AtomicU64>,
+    }
+
+    impl Storage for Wasteful {
+        fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
+            Ok(self.records.get(key).cloned())
+        }
+
+        fn scan(&self, from: &[u8], each: &mut Visit<'_>) -> Result<()> {
+            self.records.range(from.to_vec()..).try_for_each(|(key, value)| each(key, value))
+        }
+
+        fn write(&mut self, changes: &[RecordChange]) -> Result<()> {
+            for (key, value) in changes {
+                let old = match value {
+                    Some(value) => self.records.insert(key.clone(), value.clone()),
+                    None => self.records.remove(key),
+                };
+                self.garbage += old.map_or(0, |_| self.needs * RECORD_BYTES);
+            }
+            Ok(())
+        }
+
+        fn disk_bytes(&self) -> Result<u64> {
+            Ok(self.records.len() as u64 * self.needs * RECORD_BYTES + self.garbage)
+        }
+
+        fn compact(&mut self) -> Result<()> {
+            self.garbage = 0;
+            self.num_compacted.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn path(&self) -> &Path {
+            Path::new("memory")
+        }
+    }
+
+    #[test]
+    fn a_database_is_compacted_for_what_was_overwritten_and_not_for_what_it_needs() {
+        let num_compacted = Arc::new(AtomicU64::new(0));
+        let wasteful = Wasteful {
+            records: BTreeMap::new(),
+            needs: 6,
+            garbage: 0,
+            num_compacted: num_compacted.clone(),
+        };
+        let mut records = Records::open(Box::new(wasteful), None).unwrap();
+        let mut write = |keys: std::ops::Range<u64>| {
+            let value = vec![7; (RECORD_BYTES - 8 - RECORD_OVERHEAD_BYTES) as usize];
+            let batch: Vec<_> =
+                keys.map(|key| (key.to_be_bytes().to_vec(), Some(value.clone()))).collect();
+            records.storage.write(&batch).unwrap();
+            records.compact_if_grown().unwrap()
+        };
+        // Once it is known what the database needs, growing by what is alive compacts nothing.
+        write(0..10_000);
+        let first = num_compacted.load(Ordering::Relaxed);
+        assert_eq!(first, 1);
+        assert!((10_000..11_000).all(|key| !write(key..key + 1)));
+        // Each record written once more doubles the files.
+        let compacted = (0..11).filter(|i| write(i * 1000..(i + 1) * 1000)).count();
+        assert_eq!(compacted, 1);
+        assert_eq!(num_compacted.load(Ordering::Relaxed), 2);
     }
 }

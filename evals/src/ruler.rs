@@ -116,9 +116,46 @@ struct Draft<'a> {
     context: Box<dyn Fn(usize) -> String + 'a>,
     /// The sizes that the task allows.
     units: RangeInclusive<usize>,
+    /// A unit that is the same every time: the first sentences of one more may fill what whole ones leave.
+    repeated: Option<&'static str>,
     question: String,
     answer_prefix: String,
     references: Vec<String>,
+}
+
+impl Draft<'_> {
+    /// The context of that many units, and `end` as one line more.
+    fn filled(&self, units: usize, end: &str) -> String {
+        let mut context = (self.context)(units);
+        if !end.is_empty() {
+            context.push_str(end);
+            context.push('\n');
+        }
+        context
+    }
+}
+
+/// `fit`, and as many of the first sentences of `repeated` as fit behind it where it leaves more than [`size::slack`].
+fn fill(
+    length: usize,
+    fit: size::Fit,
+    repeated: Option<&'static str>,
+    measure: &dyn Fn(usize, &str) -> Result<usize>,
+) -> Result<(size::Fit, &'static str)> {
+    let mut filled = (fit, "");
+    let Some(line) = repeated else { return Ok(filled) };
+    for (stop, _) in line.match_indices('.') {
+        if length - filled.0.tokens <= size::slack(length) {
+            break;
+        }
+        let end = &line[..=stop];
+        let tokens = measure(fit.units, end)?;
+        if tokens > length {
+            break;
+        }
+        filled = (size::Fit { tokens, ..fit }, end);
+    }
+    Ok(filled)
 }
 
 /// The benchmark, with the files that its tasks need read.
@@ -257,25 +294,27 @@ impl Benchmark for Ruler {
             let fixed = task.max_new_tokens
                 + self.config.scaffold_tokens
                 + count_tokens(&draft.answer_prefix)?;
-            let mut measure = |units: usize| -> Result<usize> {
-                let mut text = (draft.context)(units);
-                text.push_str(&draft.question);
-                Ok(fixed + count_tokens(&text)?)
+            let measure = |units: usize, end: &str| -> Result<usize> {
+                Ok(fixed + count_tokens(&(draft.filled(units, end) + &draft.question))?)
             };
-            let fit = size::largest(length, draft.units.clone(), &mut measure)?;
+            let fit = size::largest(length, draft.units.clone(), &mut |units| measure(units, ""))?;
+            let fit = match fit {
+                Ok(fit) => Ok(fill(length, fit, draft.repeated, &measure)?),
+                Err(too_large) => Err(too_large),
+            };
             Ok((draft, fit))
         };
         let (mut draft, fit) = fit_draft(0)?;
-        let mut fit = fit.map_err(|size::TooLarge(tokens)| too_short(tokens))?;
+        let (mut fit, mut end) = fit.map_err(|size::TooLarge(tokens)| too_short(tokens))?;
         // A line of uuids or a document is more than a hundredth of a short text: draw again until one fills it.
         for attempt in 1..ATTEMPTS {
             if length - fit.tokens <= size::slack(length) || fit.units == *draft.units.end() {
                 break;
             }
-            if let (other, Ok(fuller)) = fit_draft(attempt)?
+            if let (other, Ok((fuller, its_end))) = fit_draft(attempt)?
                 && fuller.tokens > fit.tokens
             {
-                (draft, fit) = (other, fuller);
+                (draft, fit, end) = (other, fuller, its_end);
             }
         }
         if fit.units == *draft.units.end() && length - fit.tokens > size::slack(length) {
@@ -288,7 +327,7 @@ impl Benchmark for Ruler {
         }
         Ok(Sample {
             cell: cell.clone(),
-            context: (draft.context)(fit.units),
+            context: draft.filled(fit.units, end),
             question: draft.question,
             answer_prefix: draft.answer_prefix,
             references: draft.references,

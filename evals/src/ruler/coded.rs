@@ -60,6 +60,7 @@ pub(super) fn draft(length: usize, max_new_tokens: usize, seed: Seed) -> Result<
         question: QUESTION.to_owned(),
         answer_prefix: ANSWER_PREFIX.to_owned(),
         units: MIN_WORDS..=usize::MAX,
+        repeated: None,
         context: Box::new(move |num_words| context(&vocabulary, num_words, seed)),
     })
 }

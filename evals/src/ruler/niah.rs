@@ -186,6 +186,7 @@ pub(super) fn draft<'a>(
     Some(Draft {
         context: Box::new(context),
         units: min..=usize::MAX,
+        repeated: (niah.hay == Hay::Noise).then_some(NOISE),
         question,
         answer_prefix,
         references,

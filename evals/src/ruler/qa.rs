@@ -184,6 +184,7 @@ impl Qa {
         order.extend(others);
         Some(Draft {
             units: question.own.len()..=usize::MAX,
+            repeated: None,
             question: format!("{QUESTION}{}", question.text),
             answer_prefix: ANSWER_PREFIX.to_owned(),
             references: question.answers.clone(),

@@ -97,6 +97,7 @@ pub(super) fn draft<'a>(
         answer_prefix: chain.answer_prefix(),
         references: chain.names.clone(),
         units: NUM_NAMES..=usize::MAX,
+        repeated: Some(NOISE),
         context: Box::new(move |num_lines| {
             format!("{example}{}", chain.context(num_lines, seed, Stream::Places))
         }),

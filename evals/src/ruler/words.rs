@@ -49,6 +49,7 @@ pub(super) fn draft(lexicon: &Lexicon, length: usize, seed: Seed) -> Draft<'_> {
     words.extend(more_words);
     Draft {
         units: NUM_COMMON..=words.len(),
+        repeated: None,
         question: QUESTION.to_owned(),
         answer_prefix: ANSWER_PREFIX.to_owned(),
         references: words[..NUM_COMMON].iter().map(|&word| word.to_owned()).collect(),

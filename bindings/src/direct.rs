@@ -7,7 +7,6 @@ use crate::bell::NativeBell;
 use crate::error::MkaError;
 use crate::memory::NativeMemory;
 use crate::numbered::Numbered;
-use crate::wait::wait;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -132,7 +131,7 @@ pub unsafe extern "C" fn mka_direct_recall(
 ) {
     // SAFETY: the caller's own promise.
     let bytes = unsafe { request(bytes, len) };
-    let work = || wait(memory(number)?.recall_packed(bytes)?).map(Some);
+    let work = || memory(number)?.recall_packed_blocking(bytes).map(Some);
     // SAFETY: the caller's own promise.
     unsafe { answer(reply, work) }
 }

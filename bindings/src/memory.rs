@@ -39,6 +39,13 @@ impl NativeMemory {
         Ok(async move { Ok(packed::hits(&memory.recall(&scope, &query, recall).await?)) })
     }
 
+    /// [`NativeMemory::recall_packed`] on the thread that calls.
+    pub(crate) fn recall_packed_blocking(&self, request: &[u8]) -> Result<Vec<u8>, MkaError> {
+        let (scope, query, recall) = packed::request(request)?;
+        let hits = self.handle("recall")?.recall_blocking(&scope, &query, recall)?;
+        Ok(packed::hits(&hits))
+    }
+
     fn handle(&self, operation: &str) -> Result<mka::MemoryHandle, MkaError> {
         Ok(self.engine.open_engine(operation)?.memory())
     }
@@ -84,7 +91,8 @@ impl NativeMemory {
         query: String,
         options: RecallOptions,
     ) -> Result<Vec<Hit>, MkaError> {
-        wait(self.recall(scope, query, options))
+        let memory = self.handle("recall")?;
+        Ok(all(memory.recall_blocking(&scope.into(), &query, options.into())?))
     }
 
     /// What `scope` holds on `query`, laid out for another model within `budget_tokens`.

@@ -79,9 +79,17 @@ impl MemoryHandle {
     /// # Errors
     /// `InvalidArgument` if the scope is malformed.
     pub async fn recall(&self, scope: &Scope, query: &str, options: Recall) -> Result<Vec<Hit>> {
-        let (shared, scope, query) = (self.shared.clone(), scope.clone(), query.to_owned());
+        let (memory, scope, query) = (self.clone(), scope.clone(), query.to_owned());
+        offload("recall", move || memory.recall_blocking(&scope, &query, options)).await
+    }
+
+    /// [`MemoryHandle::recall`] on the thread that calls, which it blocks; not to be called from async code.
+    ///
+    /// # Errors
+    /// Those of `recall`.
+    pub fn recall_blocking(&self, scope: &Scope, query: &str, options: Recall) -> Result<Vec<Hit>> {
         let options = Recall { now_ms: options.now_ms.or_else(|| Some(now_ms())), ..options };
-        offload("recall", move || Ok(shared.store.recall(&scope, &query, &options)?)).await
+        Ok(self.shared.store.recall(scope, query, &options)?)
     }
 
     /// What `scope` holds on `query`, laid out for another model within `budget_tokens`, headers included.

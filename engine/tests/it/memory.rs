@@ -25,9 +25,11 @@ fn a_fact_long_out_of_the_window_is_recalled_after_a_restart() {
             wait(chat.feed_with(document(), options).finish()).unwrap();
         }
         let engine = engine(folder.path(), 256);
-        let hits =
-            wait(engine.memory().recall(&scope, "number of fuzzy-badger", Recall::default()));
-        assert!(hits.unwrap()[0].text.contains("7654321"));
+        let (memory, query) = (engine.memory(), "number of fuzzy-badger");
+        let options = Recall { now_ms: Some(1), ..Recall::default() };
+        let hits = wait(memory.recall(&scope, query, options.clone())).unwrap();
+        assert!(hits[0].text.contains("7654321"));
+        assert_eq!(hits, memory.recall_blocking(&scope, query, options).unwrap());
     }
 }
 

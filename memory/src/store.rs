@@ -13,6 +13,7 @@ mod indexing;
 mod load;
 mod lock;
 mod near;
+mod open;
 mod queries;
 mod read;
 mod records;
@@ -135,7 +136,7 @@ impl Store {
         embedder: Arc<dyn Embedder>,
         options: StoreOptions,
     ) -> Result<Self> {
-        load::open(path.as_ref(), embedder, options, None)
+        open::open(path.as_ref(), embedder, options, None)
     }
 
     /// [`Store::open`], with a database of the caller's for the small records; the folder keeps the segments.
@@ -148,7 +149,7 @@ impl Store {
         options: StoreOptions,
         storage: Box<dyn Storage>,
     ) -> Result<Self> {
-        load::open(path.as_ref(), embedder, options, Some(storage))
+        open::open(path.as_ref(), embedder, options, Some(storage))
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {

@@ -44,28 +44,27 @@ pub(super) fn read_image(folder: &IndexFolder, head: &IndexHead) -> Option<Image
     }
 }
 
-/// A partition whose image is to be written.
-fn next_due(
+/// The partitions whose images are to be written.
+fn due(
     state: &State,
     image_vectors: usize,
     max_unsaved: fn(u64) -> u64,
-) -> Option<PartitionKey> {
+) -> impl Iterator<Item = &PartitionKey> {
     // Vectors that another embedder made are not in the index, and nobody could tell from an image that they are to come.
-    if !state.without_vectors.is_empty() {
-        return None;
-    }
-    let is_due = |partition: &Partition| {
+    let can = state.without_vectors.is_empty();
+    let is_due = move |partition: &Partition| {
         let num_vectors = partition.num_vectors().0;
         num_vectors > 0
             && num_vectors >= image_vectors
             && partition.num_unsaved() > max_unsaved((num_vectors + partition.len()) as u64)
     };
-    state.partitions.iter().find(|(_, partition)| is_due(partition)).map(|(key, _)| key.clone())
+    let partitions = state.partitions.iter().filter(move |_| can);
+    partitions.filter(move |(_, partition)| is_due(partition)).map(|(key, _)| key)
 }
 
 /// The partition whose image is to be written next while the store is open.
 pub(super) fn next_due_open(state: &State, image_vectors: usize) -> Option<PartitionKey> {
-    next_due(state, image_vectors, max_unsaved_open)
+    due(state, image_vectors, max_unsaved_open).next().cloned()
 }
 
 /// Writes the image of a partition. The state can be read and not be changed while its bytes are made.
@@ -95,11 +94,7 @@ pub(super) fn write_image(
 /// The turns of a partition that have chunks.
 fn turns(state: &State, key: &PartitionKey, partition: &Partition) -> Vec<((u64, u64), ImageTurn)> {
     let mut turns = Vec::new();
-    for (&id, session) in &state.sessions {
-        let names = session.scope.as_ref().map(|scope| (scope.user_id(), scope.agent_id()));
-        if names != Some((&*key.0, key.1.as_deref())) {
-            continue;
-        }
+    for (id, session) in state.sessions_of(key) {
         for (&turn, turn_state) in &session.turns {
             let record = &turn_state.record;
             let (Some(body), Some(chunks)) = (&record.body, &record.chunks) else { continue };
@@ -124,9 +119,11 @@ impl Store {
     /// Writes the images that an opening would miss most.
     pub(super) fn write_images_at_closing(&self) {
         let Some(folder) = self.indexer.folder() else { return };
-        loop {
-            let due = next_due(&self.read(), self.options.image_vectors, max_unsaved_closed);
-            let Some(key) = due else { return };
+        let state = self.read();
+        let due: Vec<PartitionKey> =
+            due(&state, self.options.image_vectors, max_unsaved_closed).cloned().collect();
+        drop(state);
+        for key in due {
             if let Err(error) = write_image(folder, &self.state, &key) {
                 tracing::warn!(%error, "an image of the index could not be written");
                 return;

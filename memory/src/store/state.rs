@@ -157,6 +157,23 @@ impl State {
         )
     }
 
+    /// The sessions whose chunks a partition holds, in the order of their names.
+    pub(crate) fn sessions_of<'a>(
+        &'a self,
+        (user, agent): &'a PartitionKey,
+    ) -> impl Iterator<Item = (u64, &'a Session)> {
+        let from = match agent {
+            Some(agent) => Scope::user(user).agent(agent),
+            None => Scope::user(user),
+        };
+        let is_of =
+            move |scope: &Scope| scope.user_id() == user && scope.agent_id() == agent.as_deref();
+        self.by_scope
+            .range(from..)
+            .take_while(move |(known, _)| is_of(known))
+            .filter_map(|(_, id)| Some((*id, self.sessions.get(id)?)))
+    }
+
     /// Whether a record refers into the segment.
     pub(crate) fn is_live(&self, segment: u32) -> bool {
         self.live_bytes.get(&segment).is_some_and(|&live| live > 0)
@@ -327,4 +344,37 @@ pub(crate) fn counts_in_summary(role: Role) -> bool {
 /// The partition that a session's chunks belong to.
 pub(crate) fn partition_key(scope: &Scope) -> PartitionKey {
     (scope.user_id().to_owned(), scope.agent_id().map(str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sessions_of_a_partition_are_those_of_its_user_and_agent_alone() {
+        let record = StoreRecord {
+            seed: 1,
+            dim: 2,
+            embedder: "test".into(),
+            next_session: 1,
+            purge_pending: false,
+            untagged: 0,
+        };
+        let mut state = State::new(record, BTreeMap::new());
+        let scopes: Vec<Scope> = ["ad", "ada", "ada/", "adam"]
+            .into_iter()
+            .flat_map(|user| {
+                [Scope::user(user), Scope::user(user).agent("a"), Scope::user(user).agent("b")]
+            })
+            .flat_map(|scope| [scope.clone().session("one"), scope.session("two")])
+            .collect();
+        (0..).zip(&scopes).for_each(|(id, scope)| state.name(id, scope.clone()));
+        for scope in &scopes {
+            let key = partition_key(scope);
+            let found: Vec<u64> = state.sessions_of(&key).map(|(id, _)| id).collect();
+            let is_of = |(_, other): &(u64, &Scope)| partition_key(other) == key;
+            let expected: Vec<u64> = (0..).zip(&scopes).filter(is_of).map(|(id, _)| id).collect();
+            assert_eq!(found, expected, "{scope}");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! The files that graphs are kept in, one a partition: mapped when the store opens, written anew when vectors go.
 //! Knows no bytes (see `format::vectors`); a file that is lost or damaged is built anew.
 
+use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::Store;
@@ -34,8 +35,15 @@ impl Store {
     /// Takes the graphs on the disk in. What does not fit is removed, and is built anew when it is due.
     pub(super) fn load_graphs(&self) {
         let Some(folder) = self.indexer.folder() else { return };
+        let state = self.read();
+        let named = state.partitions.keys().flat_map(|key| {
+            let head = head(&state, key);
+            [file_name(&head), images::file_name(&head)].map(|name| (name, key.clone()))
+        });
+        let keys: HashMap<String, PartitionKey> = named.collect();
+        drop(state);
         for name in folder.names() {
-            let loaded = self.load_graph(folder, &name);
+            let loaded = self.load_graph(folder, &name, keys.get(&name));
             let Err(error) = loaded else { continue };
             tracing::warn!(file = name, %error, "a file of the index is made anew");
             if let Err(error) = folder.lock().remove(&[name]) {
@@ -44,13 +52,13 @@ impl Store {
         }
     }
 
-    fn load_graph(&self, folder: &IndexFolder, name: &str) -> Result<()> {
-        let mut state = self.write();
-        let of_this_name = state.partitions.keys().find(|key| {
-            let head = head(&state, key);
-            file_name(&head) == name || images::file_name(&head) == name
-        });
-        let Some(key) = of_this_name.cloned() else {
+    fn load_graph(
+        &self,
+        folder: &IndexFolder,
+        name: &str,
+        key: Option<&PartitionKey>,
+    ) -> Result<()> {
+        let Some(key) = key else {
             return Err(Error::corrupted(format!("read {name}: nothing of its kind")));
         };
         if name.ends_with(images::IMAGE_ENDING) {
@@ -58,9 +66,10 @@ impl Store {
             return Ok(());
         }
         let Some(held) = folder.map(name)? else { return Ok(()) };
-        let GraphFile { graph, names } = GraphFile::read(&held, &head(&state, &key))
+        let mut state = self.write();
+        let GraphFile { graph, names } = GraphFile::read(&held, &head(&state, key))
             .map_err(|error| Error::corrupted(format!("read {name}: {error}")))?;
-        let Some(partition) = state.partitions.get_mut(&key) else { return Ok(()) };
+        let Some(partition) = state.partitions.get_mut(key) else { return Ok(()) };
         let row = |name: VectorName| {
             name.and_then(|(id, at)| partition.row_of(id, at)).unwrap_or(u32::MAX)
         };

@@ -5,7 +5,8 @@
 use super::gather::RecallScope;
 use super::index::HeadIndex;
 use super::selection::{OVER_FETCH, POOLED};
-use super::store::{PageStore, Recalled, RecalledRuns, Recovered};
+use super::recalled::{Recalled, RecalledRuns, Recovered};
+use super::store::PageStore;
 use super::{PageConfig, PagePrecision, PageRule, codec};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;

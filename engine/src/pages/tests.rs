@@ -1,7 +1,8 @@
 //! Recall inside attention against dense attention, against itself however the stream is cut, and within its budget.
 
-use super::store::PageSource;
-use super::{PageConfig, PagePrecision, PageRule, Prefill, RecallScope, Together};
+use super::{
+    PageConfig, PagePrecision, PageRule, PageSource, Prefill, RecallScope, Together,
+};
 use crate::attention::AttentionSeam;
 use crate::cache::Cache;
 use crate::models::config::DecoderConfig;

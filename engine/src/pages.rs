@@ -7,6 +7,7 @@ mod disk;
 mod estimate;
 mod gather;
 mod index;
+mod landmarks;
 mod lexical;
 mod recalled;
 mod rivals;

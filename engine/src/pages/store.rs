@@ -32,6 +32,8 @@ pub(super) struct Stored {
     /// Whether the disk has it, and whether it was ever given to the disk, which may have let it go since.
     pub(super) durable: bool,
     pub(super) given: bool,
+    /// Whether the disk has its landmarks.
+    pub(super) marked: bool,
     /// When it was last read, by the store's own count.
     pub(super) used: u64,
 }
@@ -188,8 +190,8 @@ impl PageStore {
             let bytes = vec![0; self.page_bytes()].into_boxed_slice();
             self.resident_bytes += bytes.len() as u64;
             let used = self.tick();
-            let (bytes, durable, given) = (Some(bytes), false, false);
-            self.pages.insert(page, Stored { bytes, tokens, durable, given, used });
+            let (bytes, durable, given, marked) = (Some(bytes), false, false, false);
+            self.pages.insert(page, Stored { bytes, tokens, durable, given, marked, used });
             self.order.push(page);
         }
         let (precision, d) = (self.config.precision, self.shape.head_dim);
@@ -204,6 +206,10 @@ impl PageStore {
             }
         }
         self.index_page(layer, page);
+        if HeadIndex::names_at(page) {
+            self.name_outliers(layer, usize::MAX);
+        }
+        self.mirror_layer(layer, super::device::BATCH_PAGES);
     }
 
     /// Adds the landmarks of a page whose bytes are there.
@@ -219,9 +225,6 @@ impl PageStore {
                 self.read_rows(page, layer, 1, head, 0, &mut values);
                 own.push_means(&keys, &values, d);
             }
-            if HeadIndex::names_at(page) {
-                own.name_outliers(usize::MAX, d, self.keys_of(layer, head));
-            }
         }
         let mut following = self.following.take();
         if let Some(following) = following.as_mut().filter(|_| num_heads > 0) {
@@ -231,11 +234,32 @@ impl PageStore {
         }
         self.following = following;
         self.index[layer] = index;
-        self.mirror_layer(layer, super::device::BATCH_PAGES);
+    }
+
+    /// Names the outliers of `layer` among the first `rows` pages anew; pages that their keys lie in are read back.
+    pub(super) fn name_outliers(&mut self, layer: usize, rows: usize) {
+        let named: Vec<_> = self.index[layer].iter().map(|own| own.least_agreeing(rows)).collect();
+        let fresh = named.iter().zip(&self.index[layer]).flat_map(|(outliers, own)| {
+            let known = own.all_outliers();
+            outliers.iter().filter(|outlier| known.binary_search(outlier).is_err())
+        });
+        let wanted: Vec<usize> = fresh.map(|outlier| *outlier as usize / MARKS).collect();
+        self.bring(&wanted);
+        let mut index = std::mem::take(&mut self.index[layer]);
+        for (head, (own, outliers)) in index.iter_mut().zip(&named).enumerate() {
+            own.name_outliers(outliers, self.shape.head_dim, self.keys_of(layer, head));
+        }
+        self.index[layer] = index;
+    }
+
+    /// Pages at the front of the index that were there when outliers were last named.
+    pub(super) fn named_rows(&self) -> usize {
+        let is_named = |page: &u64| HeadIndex::names_at(*page);
+        self.order.iter().rposition(is_named).map_or(0, |row| row + 1)
     }
 
     /// Reads the keys (SPAN, d) of a landmark of one head; None where they are not in memory.
-    fn keys_of(&self, layer: usize, head: usize) -> impl Fn(usize) -> Option<Vec<f32>> {
+    pub(super) fn keys_of(&self, layer: usize, head: usize) -> impl Fn(usize) -> Option<Vec<f32>> {
         move |mark| {
             let mut keys = vec![0f32; SPAN * self.shape.head_dim];
             let page = self.order.get(mark / MARKS)?;
@@ -355,17 +379,12 @@ impl PageStore {
         if let Some(mirror) = &mut self.mirror {
             mirror.truncate(rows);
         }
-        // The outliers are those that were named when the stream was this long.
-        let is_named = |page: &u64| HeadIndex::names_at(*page);
-        let named = self.order.iter().rposition(is_named).map_or(0, |row| row + 1);
-        let mut index = std::mem::take(&mut self.index);
-        for (layer, heads) in index.iter_mut().enumerate() {
-            for (head, own) in heads.iter_mut().enumerate() {
-                own.truncate(rows, self.shape.head_dim);
-                own.name_outliers(named, self.shape.head_dim, self.keys_of(layer, head));
-            }
+        for head in self.index.iter_mut().flatten() {
+            head.truncate(rows, self.shape.head_dim);
         }
-        self.index = index;
+        // The outliers are those that were named when the stream was this long.
+        let named = self.named_rows();
+        (0..self.shape.num_layers).for_each(|layer| self.name_outliers(layer, named));
         if let Some(following) = &mut self.following {
             following.truncate(end);
         }

@@ -138,7 +138,7 @@ impl Conversation {
         pages.set_source(Arc::new(StoredPages { shared, scope, stream }));
         if stored {
             let known: Vec<u64> = keys.iter().filter_map(|key| page_of(*key, stream)).collect();
-            pages.restore(&known, window, &self.state.window_ids)?;
+            pages.restore(&known, window, &self.state.window_ids);
         }
         Ok(())
     }
@@ -423,8 +423,10 @@ impl Conversation {
         pages.forget_choices();
         if is_kept {
             let keys = self.shared.store.pages(&self.scope)?;
-            let known: Vec<u64> = keys.iter().filter_map(|key| page_of(*key, stream)).collect();
-            pages.set_durable(&known);
+            let of = |page: fn(u64, u32) -> Option<u64>| -> Vec<u64> {
+                keys.iter().filter_map(|key| page(*key, stream)).collect()
+            };
+            pages.set_durable(&of(page_of), &of(landmarks_of));
         }
         Ok(())
     }
@@ -449,6 +451,8 @@ impl Conversation {
             if self.shared.config.evicted_page_bytes > 0 {
                 let fresh = kept.fresh_pages().into_iter();
                 pages.extend(fresh.map(|(page, bytes)| (key_of(page, stream), bytes)));
+                let fresh = kept.fresh_landmarks().into_iter();
+                pages.extend(fresh.map(|(page, bytes)| (landmarks_key(page, stream), bytes)));
             }
         }
         let window = window.into_iter().map(|page| key_of(page, stream)).collect();
@@ -478,13 +482,24 @@ pub(crate) fn is_cancelled(error: &Error) -> bool {
 
 /// A store's page index names the stream above this bit and the page below it.
 const STREAM_SHIFT: u32 = 40;
+/// Set in the index of what is no page of the stream but the landmarks of one.
+const LANDMARKS: u64 = 1 << (STREAM_SHIFT - 1);
 
 fn key_of(page: u64, stream: u32) -> u64 {
     u64::from(stream) << STREAM_SHIFT | page
 }
 
+fn landmarks_key(page: u64, stream: u32) -> u64 {
+    key_of(page | LANDMARKS, stream)
+}
+
 fn page_of(key: u64, stream: u32) -> Option<u64> {
-    (key >> STREAM_SHIFT == u64::from(stream)).then_some(key & ((1 << STREAM_SHIFT) - 1))
+    let is_page = key >> STREAM_SHIFT == u64::from(stream) && key & LANDMARKS == 0;
+    is_page.then_some(key & (LANDMARKS - 1))
+}
+
+fn landmarks_of(key: u64, stream: u32) -> Option<u64> {
+    page_of(key & !LANDMARKS, stream).filter(|_| key & LANDMARKS != 0)
 }
 
 /// The pages of one stream as the store holds them.
@@ -497,5 +512,9 @@ struct StoredPages {
 impl PageSource for StoredPages {
     fn page(&self, page: u64) -> Result<Option<Vec<u8>>> {
         Ok(self.shared.store.page(&self.scope, key_of(page, self.stream))?)
+    }
+
+    fn landmarks(&self, page: u64) -> Result<Option<Vec<u8>>> {
+        Ok(self.shared.store.page(&self.scope, landmarks_key(page, self.stream))?)
     }
 }

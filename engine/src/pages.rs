@@ -3,20 +3,26 @@
 
 mod codec;
 mod device;
+mod disk;
 mod estimate;
 mod gather;
 mod index;
+mod landmarks;
 mod lexical;
+mod recalled;
 mod rivals;
 mod selection;
+mod shares;
 mod store;
 #[cfg(test)]
 mod tests;
 mod vote;
 
 pub use codec::PagePrecision;
+pub(crate) use disk::PageSource;
 pub(crate) use gather::{RecallScope, Together};
-pub(crate) use store::{PageShape, PageSource, PageStore, Recalled};
+pub(crate) use recalled::Recalled;
+pub(crate) use store::{PageShape, PageStore};
 
 use crate::error::{Error, Result};
 use mka_kernels::PAGE_TOKENS;

@@ -4,8 +4,9 @@
 
 use super::gather::RecallScope;
 use super::index::HeadIndex;
+use super::recalled::{Recalled, RecalledRuns, Recovered};
 use super::selection::{OVER_FETCH, POOLED};
-use super::store::{PageStore, Recalled, RecalledRuns, Recovered};
+use super::store::PageStore;
 use super::{PageConfig, PagePrecision, PageRule, codec};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
@@ -98,11 +99,33 @@ impl Mirror {
 }
 
 impl PageStore {
+    /// Uploads every page that is not there, reading those back that are not in memory; the mirror goes for good where
+    /// there is no room for all of them.
+    pub(super) fn fill_mirror(&mut self) {
+        let rows = self.order.len();
+        let Some(layers) = self.mirror.as_ref().map(|mirror| mirror.layers.len()) else { return };
+        // Where there is no room for all of them, none needs to be read.
+        let fits = self.mirror.as_ref().is_some_and(|mirror| rows <= mirror.limit);
+        let step = if fits { BATCH_PAGES } else { rows.max(1) };
+        for first in (0..rows).step_by(step) {
+            let end = rows.min(first + step);
+            if fits {
+                self.bring(&(first..end).collect::<Vec<_>>());
+            }
+            (0..layers).for_each(|layer| self.mirror_rows(layer, end, 1));
+        }
+    }
+
     /// Uploads what `layer` took in, once `least` pages wait; the mirror goes for good where there is no room for them
     /// or a page was sent away before.
     pub(super) fn mirror_layer(&mut self, layer: usize, least: usize) {
+        self.mirror_rows(layer, usize::MAX, least);
+    }
+
+    /// [`PageStore::mirror_layer`] of the first `end` pages.
+    fn mirror_rows(&mut self, layer: usize, end: usize, least: usize) {
         let Some(mut mirror) = self.mirror.take() else { return };
-        match self.upload(&mut mirror, layer, least.max(1)) {
+        match self.upload(&mut mirror, layer, end, least.max(1)) {
             Ok(true) => self.mirror = Some(mirror),
             Ok(false) => tracing::info!(
                 pages = self.order.len(),
@@ -115,11 +138,11 @@ impl PageStore {
         }
     }
 
-    fn upload(&self, mirror: &mut Mirror, layer: usize, least: usize) -> Result<bool> {
+    fn upload(&self, mirror: &mut Mirror, layer: usize, end: usize, least: usize) -> Result<bool> {
         let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
         let Some(own) = &mut mirror.layers[layer] else { return Ok(true) };
         let index = self.heads(layer);
-        let rows = own.pages.len()..index.first().map_or(0, HeadIndex::len);
+        let rows = own.pages.len()..index.first().map_or(0, HeadIndex::len).min(end);
         let named = index.iter().map(HeadIndex::named).sum::<u64>() + 1;
         // Before a choice everything must be here, a batch of pages with it or none.
         if rows.len() < least && (least > 1 || own.named == named) {

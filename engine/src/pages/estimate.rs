@@ -4,7 +4,8 @@
 //! Source: RetroInfer (arXiv 2505.02922), whose clusters are our pages; scores are those of queries a window behind
 //! the keys, whatever the positions of what is recalled.
 
-use super::store::{PageStore, Recalled};
+use super::recalled::Recalled;
+use super::store::PageStore;
 use crate::error::Result;
 use candle_core::Tensor;
 use mka_kernels::{AttentionState, rows};

@@ -2,8 +2,9 @@
 //! Knows which tokens were chosen, not why.
 
 use super::device::Request;
+use super::recalled::{Recalled, RecalledRuns, Recovered};
 use super::selection::{OVER_FETCH, POOLED, Selection};
-use super::store::{Held, MadeUnder, PageStore, Recalled, RecalledRuns, Recovered};
+use super::store::{Held, MadeUnder, PageStore};
 use super::{PageRule, Prefill};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;

@@ -22,6 +22,8 @@ pub(super) struct HeadIndex {
     /// Landmarks that are outliers, ascending, and their keys (outliers · SPAN, d), bf16.
     outliers: Vec<u32>,
     outlier_keys: Vec<u8>,
+    /// For each outlier, whether the disk was given its keys.
+    saved: Vec<bool>,
     /// (pages, 2, d), bf16: the mean key and the mean value of each page, where they are asked for.
     means: Vec<u8>,
     /// Pages at the front that were let go; their rows go when they are many.
@@ -34,7 +36,7 @@ impl HeadIndex {
     /// Bytes of one page: landmarks, their agreement, its part of the outliers' keys and, if asked for, its means.
     pub(super) fn page_bytes(d: usize, has_means: bool) -> usize {
         let outliers = (OUTLIERS * (MARKS * SPAN * 2 * d) as f64).ceil() as usize;
-        MARKS * (2 * d + 4) + outliers + if has_means { 4 * d } else { 0 }
+        Self::row_bytes(d, has_means) + outliers
     }
 
     /// Pages in it.
@@ -69,36 +71,80 @@ impl HeadIndex {
         pages.is_multiple_of((pages.next_power_of_two() / 64).max(1))
     }
 
-    /// Names the outliers among the first `pages` pages anew; `keys_of` gives the keys (SPAN, d) of a landmark, None
-    /// where they are not at hand.
-    pub(super) fn name_outliers(
-        &mut self,
-        pages: usize,
-        d: usize,
-        keys_of: impl Fn(usize) -> Option<Vec<f32>>,
-    ) {
+    /// Bytes of one page as [`HeadIndex::write_row`] gives them.
+    pub(super) fn row_bytes(d: usize, has_means: bool) -> usize {
+        MARKS * (2 * d + 4) + if has_means { 4 * d } else { 0 }
+    }
+
+    /// Writes the landmarks of page `row`, their agreement and, where there are any, its means behind `out`.
+    pub(super) fn write_row(&self, row: usize, d: usize, out: &mut Vec<u8>) {
+        let row = self.let_go + row;
+        out.extend_from_slice(&self.landmarks[row * MARKS * 2 * d..(row + 1) * MARKS * 2 * d]);
+        let agreement = &self.agreement[row * MARKS..(row + 1) * MARKS];
+        out.extend(agreement.iter().flat_map(|x| x.to_le_bytes()));
+        out.extend_from_slice(self.means.get(row * 4 * d..(row + 1) * 4 * d).unwrap_or_default());
+    }
+
+    /// Takes in a page as [`HeadIndex::write_row`] wrote it.
+    pub(super) fn push_row(&mut self, bytes: &[u8], d: usize) {
+        let (landmarks, rest) = bytes.split_at(MARKS * 2 * d);
+        let (agreement, means) = rest.split_at(MARKS * 4);
+        self.landmarks.extend_from_slice(landmarks);
+        let (agreement, _) = agreement.as_chunks::<4>();
+        self.agreement.extend(agreement.iter().map(|x| f32::from_le_bytes(*x)));
+        self.means.extend_from_slice(means);
+    }
+
+    /// The landmarks among the first `pages` pages whose keys agree least, as many as are outliers; ascending.
+    pub(super) fn least_agreeing(&self, pages: usize) -> Vec<u32> {
         let live = &self.agreement[self.let_go * MARKS..][..pages.min(self.len()) * MARKS];
         // The largest of the negated agreement are the lowest.
         let negated: Vec<f32> = live.iter().map(|x| -x).collect();
         let count = (OUTLIERS * live.len() as f64) as usize;
-        let outliers = rows::largest(&negated, count);
+        rows::largest(&negated, count)
+    }
+
+    /// Names `outliers` (ascending) in the place of those before; `keys_of` gives the keys (SPAN, d) of a landmark that was
+    /// none, None where they are not at hand.
+    pub(super) fn name_outliers(
+        &mut self,
+        outliers: &[u32],
+        d: usize,
+        keys_of: impl Fn(usize) -> Option<Vec<f32>>,
+    ) {
         if outliers == self.outliers {
             return;
         }
         self.named += 1;
         let known = std::mem::take(&mut self.outliers);
         let known_keys = std::mem::take(&mut self.outlier_keys);
+        let known_saved = std::mem::take(&mut self.saved);
         for outlier in outliers {
-            if let Ok(at) = known.binary_search(&outlier) {
+            if let Ok(at) = known.binary_search(outlier) {
                 let bytes = at * SPAN * 2 * d..(at + 1) * SPAN * 2 * d;
                 self.outlier_keys.extend_from_slice(&known_keys[bytes]);
-            } else if let Some(keys) = keys_of(outlier as usize) {
+                self.saved.push(known_saved[at]);
+            } else if let Some(keys) = keys_of(*outlier as usize) {
                 self.outlier_keys.extend(keys.iter().flat_map(|x| to_bf16(*x).to_le_bytes()));
+                self.saved.push(false);
             } else {
                 continue;
             }
-            self.outliers.push(outlier);
+            self.outliers.push(*outlier);
         }
+    }
+
+    /// Outliers whose keys the disk was not given, with their keys (SPAN, d), bf16 as little-endian bytes.
+    pub(super) fn unsaved(&self, d: usize) -> impl Iterator<Item = (u32, &[u8])> {
+        let keys = self.outlier_keys.chunks_exact(SPAN * 2 * d);
+        let all = self.outliers.iter().zip(keys).zip(&self.saved);
+        all.filter(|(_, saved)| !**saved).map(|((outlier, keys), _)| (*outlier, keys))
+    }
+
+    /// Says of which outliers the disk has the keys.
+    pub(super) fn set_saved(&mut self, is_saved: impl Fn(u32) -> bool) {
+        let outliers = self.outliers.iter().zip(&mut self.saved);
+        outliers.for_each(|(outlier, saved)| *saved |= is_saved(*outlier));
     }
 
     /// Keeps the first `pages` pages.
@@ -112,6 +158,7 @@ impl HeadIndex {
         self.outliers.retain(|outlier| *outlier < live);
         self.named += u64::from(self.outliers.len() != before);
         self.outlier_keys.truncate(self.outliers.len() * SPAN * 2 * d);
+        self.saved.truncate(self.outliers.len());
     }
 
     /// Lets the first page go.
@@ -120,6 +167,7 @@ impl HeadIndex {
         let gone = self.outliers.iter().take_while(|outlier| **outlier < MARKS as u32).count();
         self.named += u64::from(!self.outliers.is_empty());
         self.outliers.drain(..gone);
+        self.saved.drain(..gone);
         self.outlier_keys.drain(..gone * SPAN * 2 * d);
         self.outliers.iter_mut().for_each(|outlier| *outlier -= MARKS as u32);
         if self.let_go > self.len() {

@@ -1,14 +1,16 @@
 //! The pages that left a session's window: their keys and values within a byte budget, and the index over them.
-//! Knows no attention rule and no file; pages that the budget sends away are read back through [`PageSource`].
+//! Knows no attention rule and no file; what goes to the disk and comes back is `disk.rs`'s matter.
 
 use super::device::Mirror;
+use super::disk::PageSource;
 use super::index::{HeadIndex, MARKS, SPAN};
+use super::recalled::Recalled;
 use super::rivals::Following;
-use super::{PageConfig, PageRule, PageUsage};
+use super::shares::Tally;
+use super::{PageConfig, PageRule};
 use crate::cache::SINK_PAGES;
-use crate::error::Result;
-use candle_core::{DType, Device, Tensor};
-use mka_kernels::{AttentionRun, PAGE_TOKENS, PageRef, RotaryAngles, recall};
+use candle_core::{Device, Tensor};
+use mka_kernels::{PAGE_TOKENS, RotaryAngles};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -22,73 +24,18 @@ pub(crate) struct PageShape {
     pub(crate) window_tokens: usize,
 }
 
-/// Where pages lie that host memory has no room for.
-pub(crate) trait PageSource: Send + Sync {
-    /// The bytes of a page as [`PageStore::fresh_pages`] gave them, or as the window wrote them; None if it is gone.
-    fn page(&self, page: u64) -> Result<Option<Vec<u8>>>;
-}
-
-/// Keys and values of a page in the store's precision, and its token ids.
-type Encoded = (Box<[u8]>, Box<[u32; PAGE_TOKENS]>);
-
 /// One page of the stream.
-struct Stored {
+pub(super) struct Stored {
     /// For each layer keys, then values, (num_kv_heads, PAGE_TOKENS) rows each; None while only the disk has them.
-    bytes: Option<Box<[u8]>>,
-    tokens: Box<[u32; PAGE_TOKENS]>,
+    pub(super) bytes: Option<Box<[u8]>>,
+    pub(super) tokens: Box<[u32; PAGE_TOKENS]>,
     /// Whether the disk has it, and whether it was ever given to the disk, which may have let it go since.
-    durable: bool,
-    given: bool,
+    pub(super) durable: bool,
+    pub(super) given: bool,
+    /// Whether the disk has its landmarks.
+    pub(super) marked: bool,
     /// When it was last read, by the store's own count.
-    used: u64,
-}
-
-/// What one layer's queries attend to beside sinks and window.
-pub(crate) struct Recalled {
-    /// (pages, num_kv_heads, PAGE_TOKENS, head_dim), rotated; each head may hold other tokens.
-    pub(crate) keys: Tensor,
-    pub(crate) values: Tensor,
-    /// Tokens in them.
-    pub(crate) tokens: usize,
-    /// Stream positions of the pages' first tokens where they are whole pages of the stream in its order.
-    pub(crate) starts: Option<Vec<u64>>,
-    /// Share of the attention to all stored tokens that these hold, estimated from landmarks.
-    pub(crate) recovered: Recovered,
-    /// For each key/value head, the tokens of each stored page that are not in them; None unless they are estimated.
-    pub(crate) left: Option<Vec<Vec<u8>>>,
-}
-
-/// What several runs of queries attend to beside sinks and window.
-pub(crate) struct RecalledRuns {
-    /// As [`Recalled::keys`], of all runs.
-    pub(crate) keys: Tensor,
-    pub(crate) values: Tensor,
-    /// Their pages.
-    pub(crate) pages: Vec<PageRef>,
-    /// Each run's pages of these, and the tokens in them.
-    pub(crate) runs: Vec<(AttentionRun, usize)>,
-}
-
-/// Where an estimated share stands.
-pub(crate) enum Recovered {
-    /// Nowhere: it was not estimated.
-    Unknown,
-    Share(f32),
-    /// (1), f32.
-    OnDevice(Tensor),
-}
-
-impl Recalled {
-    /// References to its pages, each visible to every query.
-    pub(crate) fn page_refs(&self) -> Vec<PageRef> {
-        let len = |slot: usize| PAGE_TOKENS.min(self.tokens - slot * PAGE_TOKENS);
-        let start = |slot: usize| match &self.starts {
-            Some(starts) => starts[slot],
-            None => (slot * PAGE_TOKENS) as u64,
-        };
-        let page = |slot| PageRef { slot, start: start(slot), len: len(slot), bias: 0.0 };
-        (0..self.tokens.div_ceil(PAGE_TOKENS)).map(page).collect()
-    }
+    pub(super) used: u64,
 }
 
 /// The last choice of one layer, and what it was made for.
@@ -108,18 +55,18 @@ pub(super) type MadeUnder = (usize, Option<u64>, bool, bool);
 pub(crate) struct PageStore {
     pub(super) shape: PageShape,
     pub(super) config: PageConfig,
-    device: Device,
-    source: Option<Arc<dyn PageSource>>,
-    pages: BTreeMap<u64, Stored>,
+    pub(super) device: Device,
+    pub(super) source: Option<Arc<dyn PageSource>>,
+    pub(super) pages: BTreeMap<u64, Stored>,
     /// Page of each row of the index, ascending.
     pub(super) order: Vec<u64>,
     /// By layer and key/value head; empty for layers that choose nothing.
-    index: Vec<Vec<HeadIndex>>,
+    pub(super) index: Vec<Vec<HeadIndex>>,
     /// The next page that each layer takes in.
-    next: Vec<u64>,
+    pub(super) next: Vec<u64>,
     /// Token ids of pages that have not left the window.
-    recent: BTreeMap<u64, Box<[u32; PAGE_TOKENS]>>,
-    resident_bytes: u64,
+    pub(super) recent: BTreeMap<u64, Box<[u32; PAGE_TOKENS]>>,
+    pub(super) resident_bytes: u64,
     clock: u64,
     pub(super) held: Vec<Held>,
     /// Angles of positions from 0 on, as far as they were needed.
@@ -131,21 +78,11 @@ pub(crate) struct PageStore {
     /// Whether queries recall anything now.
     pub(crate) active: bool,
     /// What single queries recalled since [`PageStore::begin_turn`], by layer.
-    tally: Vec<Tally>,
+    pub(super) tally: Vec<Tally>,
     /// By layer (2), f32: sums of shares that were noted on the device, so that no layer waits for them.
-    sums: Vec<Tensor>,
+    pub(super) sums: Vec<Tensor>,
     /// The pages on the model's device; None where the processor chooses.
     pub(super) mirror: Option<Mirror>,
-}
-
-/// Sums over single queries of one layer.
-#[derive(Clone, Copy, Default)]
-struct Tally {
-    queries: usize,
-    tokens: usize,
-    share: f32,
-    estimated: usize,
-    recovered: f32,
 }
 
 impl PageStore {
@@ -193,18 +130,6 @@ impl PageStore {
         self.zero_sums(true);
     }
 
-    /// Sums of shares from zero on; without the device's memory they are noted on the host.
-    fn zero_sums(&mut self, on_device: bool) {
-        let zero = |_| Tensor::zeros(2, DType::F32, &self.device).ok();
-        let sums = on_device.then(|| (0..self.shape.num_layers).map(zero).collect::<Option<_>>());
-        self.sums = sums.flatten().unwrap_or_default();
-    }
-
-    /// Says where pages are read from once the budget has sent them away.
-    pub(crate) fn set_source(&mut self, source: Arc<dyn PageSource>) {
-        self.source = Some(source);
-    }
-
     /// Bytes of one page's keys and values in every layer.
     pub(crate) fn page_bytes(&self) -> usize {
         let rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
@@ -212,7 +137,7 @@ impl PageStore {
     }
 
     /// Bytes of one page in the index: landmarks of every layer that chooses, and token ids.
-    fn index_bytes(&self) -> usize {
+    pub(super) fn index_bytes(&self) -> usize {
         let layers = self.index.iter().filter(|heads| !heads.is_empty()).count();
         let head = HeadIndex::page_bytes(self.shape.head_dim, self.config.estimate);
         layers * self.shape.num_kv_heads * head + PAGE_TOKENS * 4 + size_of::<Stored>() + 16
@@ -265,8 +190,8 @@ impl PageStore {
             let bytes = vec![0; self.page_bytes()].into_boxed_slice();
             self.resident_bytes += bytes.len() as u64;
             let used = self.tick();
-            let (bytes, durable, given) = (Some(bytes), false, false);
-            self.pages.insert(page, Stored { bytes, tokens, durable, given, used });
+            let (bytes, durable, given, marked) = (Some(bytes), false, false, false);
+            self.pages.insert(page, Stored { bytes, tokens, durable, given, marked, used });
             self.order.push(page);
         }
         let (precision, d) = (self.config.precision, self.shape.head_dim);
@@ -281,10 +206,14 @@ impl PageStore {
             }
         }
         self.index_page(layer, page);
+        if HeadIndex::names_at(page) {
+            self.name_outliers(layer, usize::MAX);
+        }
+        self.mirror_layer(layer, super::device::BATCH_PAGES);
     }
 
     /// Adds the landmarks of a page whose bytes are there.
-    fn index_page(&mut self, layer: usize, page: u64) {
+    pub(super) fn index_page(&mut self, layer: usize, page: u64) {
         let (d, num_heads) = (self.shape.head_dim, self.index[layer].len());
         let mut index = std::mem::take(&mut self.index[layer]);
         let mut keys = vec![0f32; PAGE_TOKENS * d];
@@ -296,9 +225,6 @@ impl PageStore {
                 self.read_rows(page, layer, 1, head, 0, &mut values);
                 own.push_means(&keys, &values, d);
             }
-            if HeadIndex::names_at(page) {
-                own.name_outliers(usize::MAX, d, self.keys_of(layer, head));
-            }
         }
         let mut following = self.following.take();
         if let Some(following) = following.as_mut().filter(|_| num_heads > 0) {
@@ -308,11 +234,32 @@ impl PageStore {
         }
         self.following = following;
         self.index[layer] = index;
-        self.mirror_layer(layer, super::device::BATCH_PAGES);
+    }
+
+    /// Names the outliers of `layer` among the first `rows` pages anew; pages that their keys lie in are read back.
+    pub(super) fn name_outliers(&mut self, layer: usize, rows: usize) {
+        let named: Vec<_> = self.index[layer].iter().map(|own| own.least_agreeing(rows)).collect();
+        let fresh = named.iter().zip(&self.index[layer]).flat_map(|(outliers, own)| {
+            let known = own.all_outliers();
+            outliers.iter().filter(|outlier| known.binary_search(outlier).is_err())
+        });
+        let wanted: Vec<usize> = fresh.map(|outlier| *outlier as usize / MARKS).collect();
+        self.bring(&wanted);
+        let mut index = std::mem::take(&mut self.index[layer]);
+        for (head, (own, outliers)) in index.iter_mut().zip(&named).enumerate() {
+            own.name_outliers(outliers, self.shape.head_dim, self.keys_of(layer, head));
+        }
+        self.index[layer] = index;
+    }
+
+    /// Pages at the front of the index that were there when outliers were last named.
+    pub(super) fn named_rows(&self) -> usize {
+        let is_named = |page: &u64| HeadIndex::names_at(*page);
+        self.order.iter().rposition(is_named).map_or(0, |row| row + 1)
     }
 
     /// Reads the keys (SPAN, d) of a landmark of one head; None where they are not in memory.
-    fn keys_of(&self, layer: usize, head: usize) -> impl Fn(usize) -> Option<Vec<f32>> {
+    pub(super) fn keys_of(&self, layer: usize, head: usize) -> impl Fn(usize) -> Option<Vec<f32>> {
         move |mark| {
             let mut keys = vec![0f32; SPAN * self.shape.head_dim];
             let page = self.order.get(mark / MARKS)?;
@@ -323,7 +270,7 @@ impl PageStore {
 
     /// Makes room for `bytes` more, sending the least used durable pages but `kept` away; with `let_go`, once only pages
     /// are left that the disk does not have, the oldest of all are let go. False where there is no room still.
-    fn make_room(&mut self, bytes: usize, kept: &[u64], let_go: bool) -> bool {
+    pub(super) fn make_room(&mut self, bytes: usize, kept: &[u64], let_go: bool) -> bool {
         while self.used_bytes() + bytes as u64 > self.config.bytes {
             let is_spare = |(page, stored): &(&u64, &mut Stored)| {
                 stored.durable && stored.bytes.is_some() && kept.binary_search(page).is_err()
@@ -353,7 +300,7 @@ impl PageStore {
         true
     }
 
-    fn tick(&mut self) -> u64 {
+    pub(super) fn tick(&mut self) -> u64 {
         self.clock += 1;
         self.clock
     }
@@ -418,131 +365,6 @@ impl PageStore {
         self.pages.iter().take(rows).map(|(page, stored)| (*page, &*stored.tokens))
     }
 
-    /// Reads the pages of index rows `wanted` (most wanted first) back into memory, as many as the budget has room for
-    /// beside each other, and marks them as used.
-    pub(super) fn bring(&mut self, wanted: &[usize]) {
-        let used = self.tick();
-        let pages: Vec<u64> = wanted.iter().map(|row| self.order[*row]).collect();
-        let mut missing = Vec::new();
-        for page in &pages {
-            if let Some(stored) = self.pages.get_mut(page) {
-                stored.used = used;
-                if stored.bytes.is_none() && stored.durable {
-                    missing.push(*page);
-                }
-            }
-        }
-        if missing.is_empty() {
-            return;
-        }
-        let mut kept = pages;
-        kept.sort_unstable();
-        for page in missing {
-            if !self.make_room(self.page_bytes(), &kept, false) {
-                return;
-            }
-            let read = self.source.as_ref().map(|source| source.page(page));
-            let bytes = match read {
-                Some(Ok(Some(bytes))) => self.encoded(bytes),
-                Some(Err(error)) => {
-                    tracing::warn!(page, %error, "a stored page cannot be read: it is recalled no more");
-                    None
-                }
-                _ => None,
-            };
-            let Some(stored) = self.pages.get_mut(&page) else { continue };
-            match bytes {
-                Some((bytes, _)) => {
-                    self.resident_bytes += bytes.len() as u64;
-                    stored.bytes = Some(bytes);
-                }
-                // Its landmarks stay, so that rows keep their places; no token of it can be chosen.
-                None => stored.durable = false,
-            }
-        }
-    }
-
-    /// A page from the disk in this store's precision, with its token ids; None if it is of another shape.
-    fn encoded(&self, mut bytes: Vec<u8>) -> Option<Encoded> {
-        use super::PagePrecision::{Bf16, F32, Int4, Int8};
-        let d = self.shape.head_dim;
-        let num_rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
-        let mut tokens = Box::new([u32::MAX; PAGE_TOKENS]);
-        let ids_bytes = PAGE_TOKENS * 4;
-        // The window writes f32 without ids.
-        if bytes.len() != num_rows * F32.row_bytes(d) {
-            let ids = bytes.split_off(bytes.len().checked_sub(ids_bytes)?);
-            let (ids, _) = ids.as_chunks::<4>();
-            tokens.iter_mut().zip(ids).for_each(|(token, id)| *token = u32::from_le_bytes(*id));
-        }
-        let own = self.config.precision;
-        if bytes.len() == num_rows * own.row_bytes(d) {
-            return Some((bytes.into_boxed_slice(), tokens));
-        }
-        let has_len = |p: &super::PagePrecision| bytes.len() == num_rows * p.row_bytes(d);
-        let written = [F32, Bf16, Int8, Int4].into_iter().find(has_len)?;
-        let mut out = vec![0; num_rows * own.row_bytes(d)];
-        let mut numbers = vec![0f32; d];
-        let rows = bytes.chunks_exact(written.row_bytes(d));
-        for (row, out) in rows.zip(out.chunks_exact_mut(own.row_bytes(d))) {
-            written.decode(row, &mut numbers);
-            own.encode(&numbers, out);
-        }
-        Some((out.into_boxed_slice(), tokens))
-    }
-
-    /// Pages that the disk was not given yet, as bytes: keys and values, then token ids.
-    pub(crate) fn fresh_pages(&self) -> Vec<(u64, Vec<u8>)> {
-        let fresh = self.pages.iter().filter(|(_, stored)| !stored.given);
-        fresh
-            .filter_map(|(page, stored)| {
-                let mut bytes = stored.bytes.as_ref()?.to_vec();
-                bytes.extend(stored.tokens.iter().flat_map(|id| id.to_le_bytes()));
-                Some((*page, bytes))
-            })
-            .collect()
-    }
-
-    /// Says that every page was given to the disk, which has those of `durable` (ascending) and no other.
-    pub(crate) fn set_durable(&mut self, durable: &[u64]) {
-        for (page, stored) in &mut self.pages {
-            stored.durable = durable.binary_search(page).is_ok();
-            stored.given = true;
-        }
-    }
-
-    /// Bytes of pages that the disk was not given yet.
-    pub(crate) fn fresh_bytes(&self) -> u64 {
-        let fresh = self.pages.values().filter(|stored| !stored.given);
-        fresh.filter_map(|stored| stored.bytes.as_ref()).map(|bytes| bytes.len() as u64).sum()
-    }
-
-    /// Fills an empty store from the disk with pages `stored` (ascending) below `end`, where the window begins; `noted`
-    /// are the ids of the window's tokens.
-    ///
-    /// Pages that there is no room for keep their landmarks alone.
-    pub(crate) fn restore(&mut self, stored: &[u64], end: u64, noted: &[u32]) -> Result<()> {
-        self.note_tokens(end * PAGE_TOKENS as u64, noted);
-        self.next.fill(end.max(SINK_PAGES));
-        let Some(source) = self.source.clone() else { return Ok(()) };
-        for page in stored.iter().copied().filter(|page| (SINK_PAGES..end).contains(page)) {
-            let Some(bytes) = source.page(page)? else { continue };
-            let Some((bytes, tokens)) = self.encoded(bytes) else { continue };
-            if !self.make_room(self.page_bytes() + self.index_bytes(), &[], true) {
-                break;
-            }
-            self.resident_bytes += bytes.len() as u64;
-            let used = self.tick();
-            let (bytes, durable, given) = (Some(bytes), true, true);
-            self.pages.insert(page, Stored { bytes, tokens, durable, given, used });
-            self.order.push(page);
-            for layer in 0..self.shape.num_layers {
-                self.index_page(layer, page);
-            }
-        }
-        Ok(())
-    }
-
     /// Takes back every page from `end` on: the window holds them again.
     pub(crate) fn truncate(&mut self, end: u64) {
         for next in &mut self.next {
@@ -557,17 +379,12 @@ impl PageStore {
         if let Some(mirror) = &mut self.mirror {
             mirror.truncate(rows);
         }
-        // The outliers are those that were named when the stream was this long.
-        let is_named = |page: &u64| HeadIndex::names_at(*page);
-        let named = self.order.iter().rposition(is_named).map_or(0, |row| row + 1);
-        let mut index = std::mem::take(&mut self.index);
-        for (layer, heads) in index.iter_mut().enumerate() {
-            for (head, own) in heads.iter_mut().enumerate() {
-                own.truncate(rows, self.shape.head_dim);
-                own.name_outliers(named, self.shape.head_dim, self.keys_of(layer, head));
-            }
+        for head in self.index.iter_mut().flatten() {
+            head.truncate(rows, self.shape.head_dim);
         }
-        self.index = index;
+        // The outliers are those that were named when the stream was this long.
+        let named = self.named_rows();
+        (0..self.shape.num_layers).for_each(|layer| self.name_outliers(layer, named));
         if let Some(following) = &mut self.following {
             following.truncate(end);
         }
@@ -577,69 +394,6 @@ impl PageStore {
     /// Ends the reuse of choices: what is recalled next depends on nothing before it.
     pub(crate) fn forget_choices(&mut self) {
         self.held.iter_mut().for_each(|held| *held = Held::default());
-    }
-
-    /// Begins to count what a turn recalls.
-    pub(crate) fn begin_turn(&mut self) {
-        self.tally.fill(Tally::default());
-        self.zero_sums(!self.sums.is_empty());
-        self.pins.clear();
-    }
-
-    /// Notes which share of its attention one query of `layer` gave to `recalled`: lse (1, num_heads) of these and of
-    /// all.
-    pub(crate) fn note_share(
-        &mut self,
-        layer: usize,
-        recalled: &Recalled,
-        lse: &Tensor,
-        all: &Tensor,
-    ) -> Result<()> {
-        let tally = &mut self.tally[layer];
-        tally.queries += 1;
-        tally.tokens = recalled.tokens;
-        tally.estimated += usize::from(!matches!(recalled.recovered, Recovered::Unknown));
-        let on_device = match &recalled.recovered {
-            Recovered::Unknown => None,
-            Recovered::Share(share) => {
-                tally.recovered += share;
-                None
-            }
-            Recovered::OnDevice(share) => Some(share),
-        };
-        if let Some(sums) = self.sums.get(layer) {
-            return Ok(recall::note_share(sums, lse, all, on_device)?);
-        }
-        let numbers = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
-        let (lse, all) = (numbers(lse)?, numbers(all)?);
-        let shares = lse.iter().zip(&all).map(|(own, all)| (own - all).exp());
-        tally.share += shares.sum::<f32>() / lse.len().max(1) as f32;
-        if let Some(share) = on_device {
-            tally.recovered += numbers(share)?.iter().sum::<f32>();
-        }
-        Ok(())
-    }
-
-    /// What the turn recalled.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub(crate) fn usage(&self) -> Result<PageUsage> {
-        let mut tally = self.tally.clone();
-        for (tally, sums) in tally.iter_mut().zip(&self.sums) {
-            if tally.queries > 0 {
-                let sums = sums.to_vec1::<f32>()?;
-                tally.share += sums[0];
-                tally.recovered += sums[1];
-            }
-        }
-        let mean = |sum: f32, count: usize| if count == 0 { 0.0 } else { sum / count as f32 };
-        Ok(PageUsage {
-            stored_tokens: self.stored_tokens(),
-            recalled_tokens: tally.iter().map(|tally| tally.tokens).max().unwrap_or(0),
-            share: tally.iter().map(|t| mean(t.share, t.queries)).collect(),
-            recovered: tally.iter().map(|t| mean(t.recovered, t.estimated)).collect(),
-        })
     }
 
     /// Makes sure that angles of positions below `end` are there.

@@ -1,7 +1,6 @@
 //! Recall inside attention against dense attention, against itself however the stream is cut, and within its budget.
 
-use super::store::PageSource;
-use super::{PageConfig, PagePrecision, PageRule, Prefill, RecallScope, Together};
+use super::{PageConfig, PagePrecision, PageRule, PageSource, Prefill, RecallScope, Together};
 use crate::attention::AttentionSeam;
 use crate::cache::Cache;
 use crate::models::config::DecoderConfig;
@@ -12,6 +11,7 @@ use mka_kernels::{PAGE_TOKENS, PageRef};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Every family of tests/data/golden.
@@ -240,13 +240,28 @@ fn a_rewound_stream_recalls_as_if_nothing_had_followed() {
     assert_eq!(run(&decoder, &mut cache, &next, &[40, 1]), first);
 }
 
-/// Pages that were sent away, kept in a map.
+/// Pages that were sent away and their landmarks, kept in maps.
 #[derive(Default)]
-struct Elsewhere(Mutex<HashMap<u64, Vec<u8>>>);
+struct Elsewhere {
+    pages: Mutex<HashMap<u64, Vec<u8>>>,
+    landmarks: Mutex<HashMap<u64, Vec<u8>>>,
+    num_read: AtomicUsize,
+}
 
 impl PageSource for Elsewhere {
     fn page(&self, page: u64) -> crate::Result<Option<Vec<u8>>> {
-        Ok(self.0.lock().unwrap().get(&page).cloned())
+        self.num_read.fetch_add(1, Ordering::Relaxed);
+        Ok(self.pages.lock().unwrap().get(&page).cloned())
+    }
+
+    fn landmarks(&self, page: u64) -> crate::Result<Option<Vec<u8>>> {
+        match self.landmarks.lock().unwrap().get(&page) {
+            // As the store says of bytes that do not match their checksum.
+            Some(bytes) if bytes.is_empty() => {
+                Err(crate::Error::new(crate::ErrorKind::Corrupted, "checksum does not match"))
+            }
+            other => Ok(other.cloned()),
+        }
     }
 }
 
@@ -254,21 +269,65 @@ impl PageSource for Elsewhere {
 fn commit(cache: &mut Cache, elsewhere: &Elsewhere) {
     cache.absorb_all().unwrap();
     let pages = cache.pages_mut().unwrap();
-    let mut held = elsewhere.0.lock().unwrap();
+    let sorted = |held: &HashMap<u64, Vec<u8>>| {
+        let mut keys: Vec<u64> = held.keys().copied().collect();
+        keys.sort_unstable();
+        keys
+    };
+    let mut landmarks = elsewhere.landmarks.lock().unwrap();
+    landmarks.extend(pages.fresh_landmarks());
+    let mut held = elsewhere.pages.lock().unwrap();
     held.extend(pages.fresh_pages());
-    let mut durable: Vec<u64> = held.keys().copied().collect();
-    durable.sort_unstable();
-    pages.set_durable(&durable);
+    pages.set_durable(&sorted(&held), &sorted(&landmarks));
+    assert!(pages.fresh_landmarks().is_empty());
     pages.forget_choices();
 }
 
+/// A session that stands where `straight` does, as it is opened again.
+fn reopened(
+    decoder: &Decoder,
+    straight: &Cache,
+    config: &PageConfig,
+    elsewhere: &Arc<Elsewhere>,
+) -> Cache {
+    let position = straight.position();
+    let window = straight.first_window_page(position);
+    let noted = straight.pages().unwrap().noted_tokens(window, position);
+    let pages: Vec<(u64, Vec<u8>)> = straight
+        .window_pages(position)
+        .into_iter()
+        .map(|page| (page, straight.page_bytes(page).unwrap()))
+        .collect();
+    let mut restored = Cache::restore(
+        decoder.cache_shape(64, 512),
+        &Device::Cpu,
+        position,
+        &straight.ema_bytes().unwrap(),
+        &pages,
+        |positions| decoder.frequencies.angles(positions),
+    )
+    .unwrap();
+    restored.keep_pages(config.clone());
+    let mut stored: Vec<u64> = elsewhere.pages.lock().unwrap().keys().copied().collect();
+    stored.sort_unstable();
+    let store = restored.pages_mut().unwrap();
+    store.set_source(elsewhere.clone());
+    elsewhere.num_read.store(0, Ordering::Relaxed);
+    store.restore(&stored, window, &noted);
+    restored
+}
+
 #[test]
-fn a_restored_store_recalls_bit_for_bit_in_every_precision() {
+fn a_restored_store_recalls_bit_for_bit_by_its_landmarks_and_without_them() {
     let decoder = load("llama3");
-    let (told, asked) = (tokens(600), tokens(90));
-    for precision in
-        [PagePrecision::F32, PagePrecision::Bf16, PagePrecision::Int8, PagePrecision::Int4]
-    {
+    // Among 3,000 tokens there are outliers.
+    for (precision, told) in [
+        (PagePrecision::F32, 600),
+        (PagePrecision::Bf16, 3000),
+        (PagePrecision::Int8, 600),
+        (PagePrecision::Int4, 600),
+    ] {
+        let (told, asked) = (tokens(told), tokens(300));
         let config = PageConfig { tokens: 128, precision, ..config() };
         let elsewhere = Arc::new(Elsewhere::default());
         let mut straight = cache(&decoder, 64, Some(config.clone()));
@@ -276,32 +335,75 @@ fn a_restored_store_recalls_bit_for_bit_in_every_precision() {
             run(&decoder, &mut straight, part, &[64]);
             commit(&mut straight, &elsewhere);
         }
-        let position = straight.position();
-        let window = straight.first_window_page(position);
-        let noted = straight.pages().unwrap().noted_tokens(window, position);
-        let pages: Vec<(u64, Vec<u8>)> = straight
-            .window_pages(position)
-            .into_iter()
-            .map(|page| (page, straight.page_bytes(page).unwrap()))
-            .collect();
-        let mut restored = Cache::restore(
-            decoder.cache_shape(64, 512),
-            &Device::Cpu,
-            position,
-            &straight.ema_bytes().unwrap(),
-            &pages,
-            |positions| decoder.frequencies.angles(positions),
-        )
-        .unwrap();
-        restored.keep_pages(config);
-        let mut stored: Vec<u64> = elsewhere.0.lock().unwrap().keys().copied().collect();
-        stored.sort_unstable();
-        let store = restored.pages_mut().unwrap();
-        store.set_source(elsewhere);
-        store.restore(&stored, window, &noted).unwrap();
+        let num_pages = elsewhere.pages.lock().unwrap().len();
+        let whole = elsewhere.landmarks.lock().unwrap().clone();
+        assert_eq!(whole.len(), num_pages);
+        let some = |page: u64| whole.iter().filter(move |(other, _)| **other != page);
+        let cut = |len: usize| {
+            let mut cut = whole.clone();
+            cut.get_mut(&5).unwrap().truncate(len);
+            cut
+        };
+        // Whole; of a store that had none yet; the last one, which may have outliers' keys, lost; one damaged, and one cut.
+        let last = whole.keys().copied().max().unwrap();
+        let stores = [
+            (whole.clone(), 0),
+            (HashMap::new(), num_pages),
+            (some(last).map(|(page, bytes)| (*page, bytes.clone())).collect(), 1),
+            (cut(0), 1),
+            (cut(100), 1),
+        ];
+        let mut restored: Vec<Cache> = Vec::new();
+        for (landmarks, num_missing) in stores {
+            *elsewhere.landmarks.lock().unwrap() = landmarks;
+            let cache = reopened(&decoder, &straight, &config, &elsewhere);
+            let num_read = elsewhere.num_read.load(Ordering::Relaxed);
+            let store = cache.pages().unwrap();
+            match num_missing {
+                0 => assert_eq!(num_read, 0, "{precision:?}"),
+                // Outliers whose keys were lost with a record have their pages read, too.
+                _ => assert!(num_read >= num_missing, "{precision:?}: {num_read} pages read"),
+            }
+            let remade = store.fresh_landmarks();
+            assert_eq!(remade.len(), num_missing, "{precision:?}");
+            for (page, bytes) in remade {
+                // Behind the landmarks come outliers, which another record may hold.
+                let len = whole[&page].len().min(bytes.len()) / 2;
+                assert_eq!(bytes[..len], whole[&page][..len], "{precision:?}");
+            }
+            restored.push(cache);
+        }
+        let outliers = straight.pages().unwrap().heads(1)[0].all_outliers().to_vec();
+        assert_eq!(outliers.is_empty(), told.len() < 3000);
         let went_on = run(&decoder, &mut straight, &asked, &[50, 1]);
-        assert_eq!(run(&decoder, &mut restored, &asked, &[50, 1]), went_on, "{precision:?}");
+        for mut restored in restored {
+            assert_eq!(restored.pages().unwrap().heads(1)[0].all_outliers(), outliers);
+            assert_eq!(run(&decoder, &mut restored, &asked, &[50, 1]), went_on, "{precision:?}");
+        }
     }
+}
+
+#[test]
+fn a_restored_mirror_is_filled_from_pages_that_are_read_in_their_turn() {
+    let decoder = load("qwen3");
+    let config = PageConfig { tokens: 128, precision: PagePrecision::Bf16, ..config() };
+    let elsewhere = Arc::new(Elsewhere::default());
+    let mut straight = cache(&decoder, 64, Some(config.clone()));
+    straight.pages_mut().unwrap().mirror_on_device();
+    for part in tokens(3000).chunks(500) {
+        run(&decoder, &mut straight, part, &[64]);
+        commit(&mut straight, &elsewhere);
+    }
+    let mut restored = reopened(&decoder, &straight, &config, &elsewhere);
+    let store = restored.pages_mut().unwrap();
+    store.mirror_on_device();
+    store.fill_mirror();
+    assert!(store.mirror.is_some());
+    assert_eq!(elsewhere.num_read.load(Ordering::Relaxed), store.order.len());
+    let asked = tokens(90);
+    let went_on = run(&decoder, &mut straight, &asked, &[50, 1]);
+    assert_eq!(run(&decoder, &mut restored, &asked, &[50, 1]), went_on);
+    assert!(restored.pages().unwrap().mirror.is_some());
 }
 
 #[test]

@@ -5,7 +5,7 @@ use mka::{
     Engine, ErrorKind, FeedOptions, Forget, MemoryConfig, ModelSource, PagePrecision, RecallPolicy,
     SendOptions, Session,
 };
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The tiny model with a window of 64 tokens, which recalls 64 more.
 pub(crate) fn config(recall: RecallPolicy) -> MemoryConfig {
@@ -120,6 +120,87 @@ fn a_forgotten_session_has_no_page_left_and_its_bytes_are_gone() {
     let receipt = wait(engine.memory().forget(&trip(), Forget::Session)).unwrap();
     wait(engine.memory().verify(receipt)).unwrap();
     assert_eq!(engine.memory().stats().pages, 0);
+}
+
+/// Records of landmarks in the segment files: file, place of the payload, payload.
+fn landmarks(folder: &Path) -> Vec<(PathBuf, usize, Vec<u8>)> {
+    // Version, bf16, no means; from layer 0 of 2 on: src/pages/landmarks.rs.
+    const HEAD: [u8; 12] = [1, 1, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0];
+    let mut found = Vec::new();
+    for file in std::fs::read_dir(folder.join("store/segments")).unwrap() {
+        let path = file.unwrap().path();
+        let bytes = std::fs::read(&path).unwrap();
+        for at in 0..bytes.len().saturating_sub(32) {
+            // Magic and kind of a page; length and hash stand before the payload: memory/docs/format.md.
+            if bytes[at..].starts_with(b"mkaR\x04") && bytes[at + 20..].starts_with(&HEAD) {
+                let len = u32::from_le_bytes(bytes[at + 8..at + 12].try_into().unwrap()) as usize;
+                found.push((path.clone(), at + 20, bytes[at + 20..at + 20 + len].to_vec()));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn landmarks_that_were_damaged_on_disk_are_made_anew_from_their_pages() {
+    let folder = tempfile::tempdir().unwrap();
+    let before = {
+        let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        feed(&mut chat);
+        wait(chat.peek_logits("the next")).unwrap()
+    };
+    let written = landmarks(folder.path());
+    assert!(written.len() > 10, "{} records", written.len());
+    for (path, at, payload) in &written {
+        let mut bytes = std::fs::read(path).unwrap();
+        bytes[at + payload.len() / 2] ^= 0x10;
+        std::fs::write(path, bytes).unwrap();
+    }
+    let reopened = || {
+        let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        (wait(chat.peek_logits("the next")).unwrap(), engine, chat)
+    };
+    let (logits, engine, mut chat) = reopened();
+    assert_eq!(logits, before);
+    // A commit writes what was made anew.
+    finish(chat.send_with("what is item 7", short())).unwrap();
+    let after = wait(chat.peek_logits("the next")).unwrap();
+    drop((engine, chat));
+    let anew = landmarks(folder.path());
+    let is_anew = |it: &&(PathBuf, usize, Vec<u8>)| anew.iter().any(|(_, _, new)| *new == it.2);
+    assert_eq!(written.iter().filter(is_anew).count(), written.len());
+    assert_eq!(reopened().0, after);
+}
+
+#[test]
+fn a_forgotten_sessions_landmarks_are_in_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    feed(&mut chat);
+    drop(chat);
+    let written = landmarks(folder.path());
+    assert!(written.len() > 10, "{} records", written.len());
+    wait(engine.memory().forget(&trip(), Forget::Session)).unwrap();
+    let mut folders = vec![folder.path().join("store")];
+    while let Some(inner) = folders.pop() {
+        for file in std::fs::read_dir(inner).unwrap() {
+            let path = file.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let bytes = std::fs::read(&path).unwrap();
+            for (_, _, payload) in &written {
+                // Landmarks of the first head, behind settings and token ids.
+                let part = &payload[276..308];
+                let is_there = bytes.windows(part.len()).any(|window| window == part);
+                assert!(!is_there, "{} holds landmarks", path.display());
+            }
+        }
+    }
 }
 
 #[test]

@@ -88,12 +88,14 @@ impl Segment {
         if end > self.len()? {
             return Err(lost(format!("expected {} bytes, the file is too short", blob.len)));
         }
-        let mut record = vec![0; blob.record_bytes() as usize];
+        // Apart, so that a payload of megabytes is not copied once more.
+        let mut header = [0; RECORD_HEADER_BYTES as usize];
+        let mut payload = vec![0; blob.len as usize];
         self.file
-            .read_exact_at(&mut record, blob.offset)
+            .read_exact_at(&mut header, blob.offset)
+            .and_then(|()| self.file.read_exact_at(&mut payload, blob.offset + RECORD_HEADER_BYTES))
             .map_err(|source| Error::io("read", &self.path, source))?;
-        let payload = record.split_off(RECORD_HEADER_BYTES as usize);
-        let header = parse_record_header(&record)?;
+        let header = parse_record_header(&header)?;
         if header != (blob.kind, blob.len, blob.hash) {
             return Err(lost("the record is another than the one referred to".into()));
         }

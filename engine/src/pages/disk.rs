@@ -1,0 +1,295 @@
+//! The way of stored pages to the disk and back: what a commit takes along, what an opening finds.
+//! Knows no file and no attention rule; pages that the budget sends away are read back through [`PageSource`].
+
+use super::PageRule;
+use super::index::{MARKS, SPAN};
+use super::landmarks::{LandmarkShape, Landmarks, NewLandmarks, OutlierAt};
+use super::store::{PageStore, Stored};
+use crate::cache::SINK_PAGES;
+use crate::error::Result;
+use mka_kernels::{PAGE_TOKENS, rows};
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Pages whose landmarks are read side by side: 23 MB of the default model's.
+const READ_PAGES: usize = 256;
+
+/// Where pages lie that host memory has no room for.
+pub(crate) trait PageSource: Send + Sync {
+    /// The bytes of a page as [`PageStore::fresh_pages`] gave them, or as the window wrote them; None if it is gone.
+    fn page(&self, page: u64) -> Result<Option<Vec<u8>>>;
+
+    /// The bytes of a page's landmarks as [`PageStore::fresh_landmarks`] gave them; None if there are none.
+    fn landmarks(&self, page: u64) -> Result<Option<Vec<u8>>>;
+}
+
+/// Keys and values of a page in the store's precision, and its token ids.
+type Encoded = (Box<[u8]>, Box<[u32; PAGE_TOKENS]>);
+
+impl PageStore {
+    /// Says where pages are read from once the budget has sent them away.
+    pub(crate) fn set_source(&mut self, source: Arc<dyn PageSource>) {
+        self.source = Some(source);
+    }
+
+    /// Reads the pages of index rows `wanted` (most wanted first) back into memory, as many as the budget has room for
+    /// beside each other, and marks them as used.
+    pub(super) fn bring(&mut self, wanted: &[usize]) {
+        let used = self.tick();
+        let pages: Vec<u64> = wanted.iter().map(|row| self.order[*row]).collect();
+        let mut missing = Vec::new();
+        for page in &pages {
+            if let Some(stored) = self.pages.get_mut(page) {
+                stored.used = used;
+                if stored.bytes.is_none() && stored.durable {
+                    missing.push(*page);
+                }
+            }
+        }
+        if missing.is_empty() {
+            return;
+        }
+        let mut kept = pages;
+        kept.sort_unstable();
+        let mut room = 0;
+        while room < missing.len() && self.make_room((room + 1) * self.page_bytes(), &kept, false) {
+            room += 1;
+        }
+        missing.truncate(room);
+        let read: Vec<Option<Encoded>> =
+            missing.par_iter().map(|page| self.read_page(*page)).collect();
+        for (page, read) in missing.into_iter().zip(read) {
+            let Some(stored) = self.pages.get_mut(&page) else { continue };
+            match read {
+                Some((bytes, _)) => {
+                    self.resident_bytes += bytes.len() as u64;
+                    stored.bytes = Some(bytes);
+                }
+                // Its landmarks stay, so that rows keep their places; no token of it can be chosen.
+                None => stored.durable = false,
+            }
+        }
+    }
+
+    /// A page from the disk; None, with a warning, where it cannot be read.
+    fn read_page(&self, page: u64) -> Option<Encoded> {
+        match self.source.as_ref()?.page(page) {
+            Ok(bytes) => self.encoded(bytes?),
+            Err(error) => {
+                tracing::warn!(page, %error, "a stored page cannot be read: it is recalled no more");
+                None
+            }
+        }
+    }
+
+    /// A page from the disk in this store's precision, with its token ids; None if it is of another shape.
+    fn encoded(&self, mut bytes: Vec<u8>) -> Option<Encoded> {
+        use super::PagePrecision::{Bf16, F32, Int4, Int8};
+        let d = self.shape.head_dim;
+        let num_rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
+        let mut tokens = Box::new([u32::MAX; PAGE_TOKENS]);
+        let ids_bytes = PAGE_TOKENS * 4;
+        // The window writes f32 without ids.
+        if bytes.len() != num_rows * F32.row_bytes(d) {
+            let ids = bytes.split_off(bytes.len().checked_sub(ids_bytes)?);
+            let (ids, _) = ids.as_chunks::<4>();
+            tokens.iter_mut().zip(ids).for_each(|(token, id)| *token = u32::from_le_bytes(*id));
+        }
+        let own = self.config.precision;
+        if bytes.len() == num_rows * own.row_bytes(d) {
+            return Some((bytes.into_boxed_slice(), tokens));
+        }
+        let has_len = |p: &super::PagePrecision| bytes.len() == num_rows * p.row_bytes(d);
+        let written = [F32, Bf16, Int8, Int4].into_iter().find(has_len)?;
+        let mut out = vec![0; num_rows * own.row_bytes(d)];
+        let mut numbers = vec![0f32; d];
+        let rows = bytes.chunks_exact(written.row_bytes(d));
+        for (row, out) in rows.zip(out.chunks_exact_mut(own.row_bytes(d))) {
+            written.decode(row, &mut numbers);
+            own.encode(&numbers, out);
+        }
+        Some((out.into_boxed_slice(), tokens))
+    }
+
+    /// Pages that the disk was not given yet, as bytes: keys and values, then token ids.
+    pub(crate) fn fresh_pages(&self) -> Vec<(u64, Vec<u8>)> {
+        let fresh = self.pages.iter().filter(|(_, stored)| !stored.given);
+        fresh
+            .filter_map(|(page, stored)| {
+                let mut bytes = stored.bytes.as_ref()?.to_vec();
+                bytes.extend(stored.tokens.iter().flat_map(|id| id.to_le_bytes()));
+                Some((*page, bytes))
+            })
+            .collect()
+    }
+
+    /// What landmarks are made under; None where an opening must read the pages themselves.
+    fn landmark_shape(&self) -> Option<LandmarkShape> {
+        (self.config.rule != PageRule::InfLlm).then_some(LandmarkShape {
+            precision: self.config.precision,
+            has_means: self.config.estimate,
+            first_layer: self.config.first_layer.min(self.shape.num_layers),
+            num_layers: self.shape.num_layers,
+            num_kv_heads: self.shape.num_kv_heads,
+            head_dim: self.shape.head_dim,
+        })
+    }
+
+    /// Index rows and numbers of the pages whose landmarks the disk is to get.
+    fn unmarked(&self) -> impl Iterator<Item = (usize, u64)> {
+        let is_unmarked = |page: &u64| {
+            let stored = self.pages.get(page);
+            stored.is_some_and(|stored| !stored.marked && (stored.durable || !stored.given))
+        };
+        self.order.iter().copied().enumerate().filter(move |(_, page)| is_unmarked(page))
+    }
+
+    /// Landmarks that the disk was not given yet, as bytes by page; the last of them has the keys of the outliers that it
+    /// was not given.
+    pub(crate) fn fresh_landmarks(&self) -> Vec<(u64, Vec<u8>)> {
+        let Some(shape) = self.landmark_shape() else { return Vec::new() };
+        let d = self.shape.head_dim;
+        let mut records = Vec::new();
+        for (row, page) in self.unmarked() {
+            let mut rows = Vec::new();
+            self.index.iter().flatten().for_each(|head| head.write_row(row, d, &mut rows));
+            records.push((page, NewLandmarks::new(&shape, &self.pages[&page].tokens, &rows)));
+        }
+        let mut outliers: Vec<(OutlierAt, &[u8])> = Vec::new();
+        for (layer, heads) in self.index.iter().enumerate() {
+            for (head, own) in heads.iter().enumerate() {
+                let place = |mark: u32| self.place(mark);
+                outliers
+                    .extend(own.unsaved(d).map(|(mark, keys)| ((layer, head, place(mark)), keys)));
+            }
+        }
+        let last = records.len().saturating_sub(1);
+        let records = records.into_iter().enumerate();
+        records
+            .map(|(i, (page, record))| {
+                (page, record.into_bytes(if i == last { &outliers } else { &[] }))
+            })
+            .collect()
+    }
+
+    /// Where a landmark of the index stands in the stream: the position of its first key over SPAN.
+    fn place(&self, mark: u32) -> u64 {
+        let (row, mark) = (mark as usize / MARKS, mark as usize % MARKS);
+        self.order[row] * MARKS as u64 + mark as u64
+    }
+
+    /// Says that every page was given to the disk, which has those of `durable` (ascending) and no other, and the landmarks
+    /// of those of `marked` (ascending).
+    pub(crate) fn set_durable(&mut self, durable: &[u64], marked: &[u64]) {
+        if self.unmarked().next().is_some() {
+            self.index.iter_mut().flatten().for_each(|head| head.set_saved(|_| true));
+        }
+        for (page, stored) in &mut self.pages {
+            stored.durable = durable.binary_search(page).is_ok();
+            stored.marked = marked.binary_search(page).is_ok();
+            stored.given = true;
+        }
+    }
+
+    /// Bytes of pages that the disk was not given yet.
+    pub(crate) fn fresh_bytes(&self) -> u64 {
+        let fresh = self.pages.values().filter(|stored| !stored.given);
+        fresh.filter_map(|stored| stored.bytes.as_ref()).map(|bytes| bytes.len() as u64).sum()
+    }
+
+    /// Fills an empty store from the disk with pages `stored` (ascending) below `end`, where the window begins; `noted`
+    /// are the ids of the window's tokens.
+    ///
+    /// Landmarks are read, and pages only where they have none; the others are read once they are wanted.
+    pub(crate) fn restore(&mut self, stored: &[u64], end: u64, noted: &[u32]) {
+        self.note_tokens(end * PAGE_TOKENS as u64, noted);
+        self.next.fill(end.max(SINK_PAGES));
+        let Some(source) = self.source.clone() else { return };
+        let mut known = HashMap::new();
+        let is_outside = |page: &u64| (SINK_PAGES..end).contains(page);
+        let pages: Vec<u64> = stored.iter().copied().filter(is_outside).collect();
+        'pages: for pages in pages.chunks(READ_PAGES) {
+            let landmarks: Vec<_> =
+                pages.par_iter().map(|page| read_landmarks(&*source, *page)).collect();
+            for (page, landmarks) in pages.iter().zip(landmarks) {
+                let shape = self.landmark_shape();
+                let read = shape.zip(landmarks.as_deref());
+                let has_room = match read.and_then(|(shape, it)| Landmarks::read(it, &shape)) {
+                    Some(landmarks) => self.take_in(*page, &landmarks, &mut known),
+                    None => self.remake(*page),
+                };
+                if !has_room {
+                    break 'pages;
+                }
+            }
+        }
+        self.name_restored(&known);
+        self.fill_mirror();
+    }
+
+    /// Takes in a page by its landmarks; false where there is no room. Outliers are added to `known`.
+    fn take_in(
+        &mut self,
+        page: u64,
+        landmarks: &Landmarks<'_>,
+        known: &mut HashMap<OutlierAt, Box<[u8]>>,
+    ) -> bool {
+        if !self.make_room(self.index_bytes(), &[], true) {
+            return false;
+        }
+        let (tokens, used) = (landmarks.tokens.clone(), self.tick());
+        let (durable, given, marked) = (true, true, true);
+        self.pages.insert(page, Stored { bytes: None, tokens, durable, given, marked, used });
+        self.order.push(page);
+        let heads = self.index.iter_mut().flatten();
+        heads.zip(landmarks.rows()).for_each(|(head, row)| head.push_row(row, self.shape.head_dim));
+        landmarks.outliers(known);
+        true
+    }
+
+    /// Takes in a page whose landmarks are to be made from it; false where there is no room. A page that cannot be read is
+    /// passed over.
+    fn remake(&mut self, page: u64) -> bool {
+        let Some((bytes, tokens)) = self.read_page(page) else { return true };
+        if !self.make_room(self.page_bytes() + self.index_bytes(), &[], true) {
+            return false;
+        }
+        self.resident_bytes += bytes.len() as u64;
+        let used = self.tick();
+        let (bytes, durable, given, marked) = (Some(bytes), true, true, false);
+        self.pages.insert(page, Stored { bytes, tokens, durable, given, marked, used });
+        self.order.push(page);
+        (0..self.shape.num_layers).for_each(|layer| self.index_page(layer, page));
+        true
+    }
+
+    /// Names the outliers as they were named last, with their keys from `known` or else from their pages.
+    fn name_restored(&mut self, known: &HashMap<OutlierAt, Box<[u8]>>) {
+        let (d, named) = (self.shape.head_dim, self.named_rows());
+        for layer in 0..self.shape.num_layers {
+            let mut index = std::mem::take(&mut self.index[layer]);
+            for (head, own) in index.iter_mut().enumerate() {
+                let keys_of = |mark: usize| {
+                    let keys = known.get(&(layer, head, self.place(mark as u32)))?;
+                    let mut out = vec![0f32; SPAN * d];
+                    rows::widen_bf16(keys, &mut out);
+                    Some(out)
+                };
+                own.name_outliers(&own.least_agreeing(named), d, keys_of);
+                own.set_saved(|_| true);
+            }
+            self.index[layer] = index;
+            // Those that no record had.
+            self.name_outliers(layer, named);
+        }
+    }
+}
+
+/// A page's landmarks as the disk has them; None, with a warning where they are damaged, if they must be made anew.
+fn read_landmarks(source: &dyn PageSource, page: u64) -> Option<Vec<u8>> {
+    source.landmarks(page).unwrap_or_else(|error| {
+        tracing::warn!(page, %error, "landmarks of a stored page are made anew");
+        None
+    })
+}

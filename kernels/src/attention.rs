@@ -8,11 +8,12 @@ mod merge;
 pub use merge::{MergeGradients, merge_states, merge_states_backward};
 
 use crate::pages::PAGE_TOKENS;
+use crate::rows::{add_bf16_rows, add_rows, dot_rows, widen_halves};
 use crate::simd::{self, multiversion};
 use crate::storage::contiguous_range;
 #[cfg(feature = "cuda")]
 use candle_core::Device;
-use candle_core::{Layout, Result, Storage, Tensor};
+use candle_core::{DType, Layout, Result, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -78,8 +79,8 @@ pub struct AttentionState {
 ///
 /// Shapes: `q` (t, h, d), rotated; `keys`, `values` (s, g, PAGE_TOKENS, d), contiguous; h a multiple of g, head i
 /// reading key/value head i / (h / g). Nothing of the pool is copied.
-/// Types: f32 on the CPU; f32, bf16 or f16, all three alike, on CUDA, where d is 64, 96, 128 or 256, for f32 also
-/// 16 or 32.
+/// Types: on the CPU f32, the values also bf16; on CUDA f32, bf16 or f16, all three alike, where d is 64, 96, 128 or
+/// 256, for f32 also 16 or 32.
 ///
 /// The split of the work depends on the shapes alone, so that equal inputs give equal bits on any number of threads.
 ///
@@ -107,7 +108,12 @@ pub fn paged_attention(
     let problem = Problem {
         q: cpu_slice(&q_storage, q_layout, "paged_attention: q")?,
         keys: cpu_slice(&k_storage, k_layout, "paged_attention: keys")?,
-        values: cpu_slice(&v_storage, v_layout, "paged_attention: values")?,
+        values: match values.dtype() {
+            DType::BF16 => {
+                Values::Bf16(cpu_slice(&v_storage, v_layout, "paged_attention: values")?)
+            }
+            _ => Values::F32(cpu_slice(&v_storage, v_layout, "paged_attention: values")?),
+        },
         t,
         h,
         g,
@@ -196,18 +202,29 @@ pub fn paged_attention_runs(
     Ok(AttentionState { out: Tensor::cat(&outs, 0)?, lse: Tensor::cat(&lses, 0)? })
 }
 
-fn cpu_slice<'a>(storage: &'a Storage, layout: &Layout, name: &str) -> Result<&'a [f32]> {
+fn cpu_slice<'a, T: WithDType>(
+    storage: &'a Storage,
+    layout: &Layout,
+    name: &str,
+) -> Result<&'a [T]> {
     match storage {
-        Storage::Cpu(cpu) => Ok(&cpu.as_slice::<f32>()?[contiguous_range(name, layout)?]),
-        _ => candle_core::bail!("{name}: expected f32 on the CPU"),
+        Storage::Cpu(cpu) => Ok(&cpu.as_slice::<T>()?[contiguous_range(name, layout)?]),
+        _ => candle_core::bail!("{name}: expected {:?} on the CPU", T::DTYPE),
     }
+}
+
+/// Values as they are held.
+#[derive(Clone, Copy)]
+enum Values<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [half::bf16]),
 }
 
 /// The inputs as slices: q (t, h, d); keys, values (s, g, PAGE_TOKENS, d).
 struct Problem<'a> {
     q: &'a [f32],
     keys: &'a [f32],
-    values: &'a [f32],
+    values: Values<'a>,
     t: usize,
     h: usize,
     g: usize,
@@ -305,6 +322,7 @@ impl Problem<'_> {
             queries.extend(self.q[start..start + group * d].iter().map(|x| x * self.params.scale));
         }
         let mut scores = vec![0f32; rows * PAGE_TOKENS];
+        let mut wide = Vec::new();
         let last = self.params.query_start + (task.tokens.end as u64).saturating_sub(1);
         let first = self.params.query_start + task.tokens.start as u64;
         for page in &self.params.pages[task.pages.clone()] {
@@ -315,7 +333,7 @@ impl Problem<'_> {
             }
             let at = (page.slot * self.g + task.head) * PAGE_TOKENS * d;
             let keys = &self.keys[at..at + page.len * d];
-            let values = &self.values[at..at + page.len * d];
+            let page_values = at..at + page.len * d;
             let visible = |row: usize| -> Range<usize> {
                 let position = self.params.query_start + (task.tokens.start + row / group) as u64;
                 let from = self.params.first_visible(position).saturating_sub(page.start);
@@ -336,27 +354,44 @@ impl Problem<'_> {
                     let acc = &mut partial.acc[row * d..(row + 1) * d];
                     softmax_row(row_scores, acc, &mut partial.max[row], &mut partial.sum[row]);
                 }
+                let values = match self.values {
+                    Values::F32(values) => &values[page_values],
+                    Values::Bf16(values) => {
+                        wide.resize(page.len * d, 0.0);
+                        widen_halves(&values[page_values], &mut wide);
+                        &wide
+                    }
+                };
                 let shape = (rows, d, page.len);
                 matmul(&mut partial.acc, d, &scores, (PAGE_TOKENS, 1), values, (d, 1), shape, 1.0);
             } else {
-                for row in 0..rows {
-                    let range = visible(row);
+                for token in 0..task.tokens.len() {
+                    let range = visible(token * group);
                     if range.is_empty() {
                         continue;
                     }
-                    let query = &queries[row * d..(row + 1) * d];
-                    let acc = &mut partial.acc[row * d..(row + 1) * d];
                     let part = range.start * d..range.end * d;
-                    attend_row(
-                        query,
-                        &keys[part.clone()],
-                        &values[part],
-                        page.bias,
-                        &mut scores[..range.len()],
-                        acc,
-                        &mut partial.max[row],
-                        &mut partial.sum[row],
-                    );
+                    let own = &queries[token * group * d..(token + 1) * group * d];
+                    dot_rows(own, &keys[part.clone()], d, &mut scores, PAGE_TOKENS);
+                    let rows = token * group..(token + 1) * group;
+                    for (row, row_scores) in rows.clone().zip(scores.chunks_mut(PAGE_TOKENS)) {
+                        let row_scores = &mut row_scores[..range.len()];
+                        if page.bias != 0.0 {
+                            row_scores.iter_mut().for_each(|score| *score += page.bias);
+                        }
+                        let acc = &mut partial.acc[row * d..(row + 1) * d];
+                        softmax_row(row_scores, acc, &mut partial.max[row], &mut partial.sum[row]);
+                    }
+                    let acc = &mut partial.acc[rows.start * d..rows.end * d];
+                    let part = page_values.start + part.start..page_values.start + part.end;
+                    match self.values {
+                        Values::F32(values) => {
+                            add_rows(&scores, PAGE_TOKENS, &values[part], d, acc);
+                        }
+                        Values::Bf16(values) => {
+                            add_bf16_rows(&scores, PAGE_TOKENS, &values[part], d, acc);
+                        }
+                    }
                 }
             }
         }
@@ -440,43 +475,4 @@ fn softmax_row_body(scores: &mut [f32], acc: &mut [f32], max: &mut f32, sum: &mu
 
 multiversion! {
     fn softmax_row = softmax_row_body(scores: &mut [f32], acc: &mut [f32], max: &mut f32, sum: &mut f32)
-}
-
-/// One query over one run of keys: scores, softmax, weighted values.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn attend_row_body(
-    query: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    bias: f32,
-    scores: &mut [f32],
-    acc: &mut [f32],
-    max: &mut f32,
-    sum: &mut f32,
-) {
-    let d = query.len();
-    for (score, key) in scores.iter_mut().zip(keys.chunks_exact(d)) {
-        *score = simd::dot(query, key) + bias;
-    }
-    softmax_row_body(scores, acc, max, sum);
-    for (weight, value) in scores.iter().zip(values.chunks_exact(d)) {
-        for (a, v) in acc.iter_mut().zip(value) {
-            *a += weight * v;
-        }
-    }
-}
-
-multiversion! {
-    #[allow(clippy::too_many_arguments)]
-    fn attend_row = attend_row_body(
-        query: &[f32],
-        keys: &[f32],
-        values: &[f32],
-        bias: f32,
-        scores: &mut [f32],
-        acc: &mut [f32],
-        max: &mut f32,
-        sum: &mut f32,
-    )
 }

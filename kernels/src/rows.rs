@@ -4,6 +4,10 @@
 //! Recall scans keys that lie in host memory in a stored type, most of which no device ever sees: these are the loops
 //! of that scan. Shapes: `d` the length of a row, `r` queries, `n` rows.
 
+mod few;
+
+pub(crate) use few::{add_bf16_rows, add_rows, dot_rows, widen as widen_halves};
+
 use crate::attention::matmul;
 use crate::simd::{self, multiversion};
 
@@ -25,6 +29,16 @@ pub fn score_rows(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], s
     } else {
         dot_rows(queries, rows, d, scores, stride);
     }
+}
+
+/// [`score_rows`] against rows of bf16, little-endian, for a few queries: nothing is widened first.
+///
+/// # Panics
+/// If `d` is 0, a length is no multiple of it, or `scores` is too short.
+pub fn score_bf16_rows(queries: &[f32], rows: &[u8], d: usize, scores: &mut [f32], stride: usize) {
+    let (r, n) = (queries.len() / d, rows.len() / (2 * d));
+    assert!(queries.len() == r * d && rows.len() == n * d * 2 && stride >= n, "whole rows");
+    few::dot_bf16_rows(queries, rows, d, scores, stride);
 }
 
 /// The mean of every `span` rows, and the lowest cosine of one of them with it: `rows` (n · span, d), `means` (n, d),
@@ -86,26 +100,20 @@ pub fn widen_bf16(bytes: &[u8], out: &mut [f32]) {
 /// # Panics
 /// If the lengths do not fit.
 pub fn rotate_row(row: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let (low, high) = row.split_at_mut(cos.len());
-    assert!(low.len() == high.len() && sin.len() == cos.len(), "half a row of angles");
-    for j in 0..cos.len() {
-        let (a, b) = (low[j], high[j]);
-        low[j] = a * cos[j] - b * sin[j];
-        high[j] = b * cos[j] + a * sin[j];
-    }
+    assert!(row.len() == 2 * cos.len() && sin.len() == cos.len(), "half a row of angles");
+    rotate_half(row, cos, sin);
 }
 
 #[inline(always)]
-fn dot_rows_body(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize) {
-    for (j, row) in rows.chunks_exact(d).enumerate() {
-        for (i, query) in queries.chunks_exact(d).enumerate() {
-            scores[i * stride + j] = simd::dot(query, row);
-        }
+fn rotate_half_body(row: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = row.split_at_mut(cos.len());
+    for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
+        (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
     }
 }
 
 multiversion! {
-    fn dot_rows = dot_rows_body(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize)
+    fn rotate_half = rotate_half_body(row: &mut [f32], cos: &[f32], sin: &[f32])
 }
 
 #[inline(always)]

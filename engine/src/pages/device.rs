@@ -160,7 +160,7 @@ impl PageStore {
             }
             for mark in 0..MARKS {
                 for head in index {
-                    landmarks.extend_from_slice(head.landmark_bytes(row * MARKS + mark, d));
+                    landmarks.extend_from_slice(head.landmarks_bytes(row * MARKS + mark, 1, d));
                 }
             }
         }
@@ -175,7 +175,7 @@ impl PageStore {
                     marks[head * most + i] = *mark;
                     for key in i * SPAN..(i + 1) * SPAN {
                         let to = (key * g + head) * d * 2;
-                        keys[to..to + d * 2].copy_from_slice(index.outlier_key_bytes(key, d));
+                        keys[to..to + d * 2].copy_from_slice(index.outlier_keys_bytes(key, 1, d));
                     }
                 }
             }

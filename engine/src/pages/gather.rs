@@ -3,9 +3,9 @@
 
 use super::device::Request;
 use super::recalled::{Recalled, RecalledRuns, Recovered};
-use super::selection::{OVER_FETCH, POOLED, Selection};
+use super::selection::{OVER_FETCH, POOLED, RowReader, Selection};
 use super::store::{Held, MadeUnder, PageStore};
-use super::{PageRule, Prefill};
+use super::{PagePrecision, PageRule, Prefill};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::Tensor;
@@ -200,9 +200,46 @@ impl PageStore {
         let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
         let num_tokens = selection.heads[0].len();
         let num_pages = num_tokens.div_ceil(PAGE_TOKENS);
+        let count = num_pages * g * PAGE_TOKENS * d;
+        let mut keys = vec![0f32; count];
+        let placed = Placed { layer, selection, compact };
+        // Values stay as they are stored where the processor attends to them: half the bytes for the same numbers.
+        let values = if self.config.precision == PagePrecision::Bf16 && self.device().is_cpu() {
+            let mut values = vec![half::bf16::ZERO; count];
+            self.gather_rows(&placed, &mut keys, &mut values, RowReader::read_bf16);
+            Tensor::from_vec(values, (num_pages, g, PAGE_TOKENS, d), self.device())?
+        } else {
+            let mut values = vec![0f32; count];
+            self.gather_rows(&placed, &mut keys, &mut values, RowReader::read);
+            Tensor::from_vec(values, (num_pages, g, PAGE_TOKENS, d), self.device())?
+        };
+        let shape = (num_pages, g, PAGE_TOKENS, d);
+        let starts = all.then(|| {
+            let firsts = selection.heads[0].iter().step_by(PAGE_TOKENS);
+            firsts.map(|token| self.order[*token as usize / 64] * PAGE_TOKENS as u64).collect()
+        });
+        Ok(Recalled {
+            keys: Tensor::from_vec(keys, shape, self.device())?,
+            values,
+            tokens: num_tokens,
+            starts,
+            recovered: selection.recovered.map_or(Recovered::Unknown, Recovered::Share),
+            left: None,
+        })
+    }
+
+    /// Copies the chosen keys, rotated, and what `read` makes of their values: (pages, num_kv_heads, PAGE_TOKENS, d) each.
+    fn gather_rows<V: Send>(
+        &self,
+        placed: &Placed<'_>,
+        keys: &mut [f32],
+        values: &mut [V],
+        read: impl Fn(&RowReader, &[u8], usize, &mut [V]) + Sync,
+    ) {
+        let Placed { layer, selection, compact } = *placed;
+        let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
+        let num_tokens = selection.heads[0].len();
         let sinks = SINK_PAGES * PAGE_TOKENS as u64;
-        let mut keys = vec![0f32; num_pages * g * PAGE_TOKENS * d];
-        let mut values = keys.clone();
         let there = self.bytes_by_row(self.order.len());
         keys.par_chunks_mut(PAGE_TOKENS * d)
             .zip(values.par_chunks_mut(PAGE_TOKENS * d))
@@ -217,7 +254,7 @@ impl PageStore {
                         (*token as usize / PAGE_TOKENS, *token as usize % PAGE_TOKENS);
                     let bytes = there[row].unwrap_or_default();
                     key_reader.read(bytes, offset, key);
-                    value_reader.read(bytes, offset, value);
+                    read(&value_reader, bytes, offset, value);
                     let position = match compact {
                         true => sinks + (first + i) as u64,
                         false => self.order[row] * PAGE_TOKENS as u64 + offset as u64,
@@ -227,20 +264,14 @@ impl PageStore {
                     }
                 }
             });
-        let shape = (num_pages, g, PAGE_TOKENS, d);
-        let starts = all.then(|| {
-            let firsts = selection.heads[0].iter().step_by(PAGE_TOKENS);
-            firsts.map(|token| self.order[*token as usize / 64] * PAGE_TOKENS as u64).collect()
-        });
-        Ok(Recalled {
-            keys: Tensor::from_vec(keys, shape, self.device())?,
-            values: Tensor::from_vec(values, shape, self.device())?,
-            tokens: num_tokens,
-            starts,
-            recovered: selection.recovered.map_or(Recovered::Unknown, Recovered::Share),
-            left: None,
-        })
     }
+}
+
+/// Chosen tokens of a layer, and whether their positions are compact.
+struct Placed<'a> {
+    layer: usize,
+    selection: &'a Selection,
+    compact: bool,
 }
 
 /// For each head, how many tokens of each of the first `rows` pages were not chosen.

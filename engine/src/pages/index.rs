@@ -179,20 +179,9 @@ impl HeadIndex {
         }
     }
 
-    /// One landmark, bf16 as little-endian bytes.
-    pub(super) fn landmark_bytes(&self, mark: usize, d: usize) -> &[u8] {
-        let at = (self.let_go * MARKS + mark) * 2 * d;
-        &self.landmarks[at..at + 2 * d]
-    }
-
     /// Every outlier, ascending.
     pub(super) fn all_outliers(&self) -> &[u32] {
         &self.outliers
-    }
-
-    /// One key of the outliers (outliers · SPAN), bf16 as little-endian bytes.
-    pub(super) fn outlier_key_bytes(&self, key: usize, d: usize) -> &[u8] {
-        &self.outlier_keys[key * 2 * d..(key + 1) * 2 * d]
     }
 
     /// A number that changes with the outliers.
@@ -206,16 +195,15 @@ impl HeadIndex {
         &self.outliers[..self.outliers.partition_point(|outlier| *outlier < live)]
     }
 
-    /// Landmarks from `first` on as f32: out (n, d).
-    pub(super) fn landmarks(&self, first: usize, d: usize, out: &mut [f32]) {
+    /// `count` landmarks from `first` on, bf16 as little-endian bytes.
+    pub(super) fn landmarks_bytes(&self, first: usize, count: usize, d: usize) -> &[u8] {
         let at = (self.let_go * MARKS + first) * 2 * d;
-        rows::widen_bf16(&self.landmarks[at..at + 2 * out.len()], out);
+        &self.landmarks[at..at + count * 2 * d]
     }
 
-    /// Outliers' keys from `first` on as f32: out (n, d).
-    pub(super) fn outlier_keys(&self, first: usize, d: usize, out: &mut [f32]) {
-        let at = first * 2 * d;
-        rows::widen_bf16(&self.outlier_keys[at..at + 2 * out.len()], out);
+    /// `count` of the outliers' keys from `first` on, bf16 as little-endian bytes.
+    pub(super) fn outlier_keys_bytes(&self, first: usize, count: usize, d: usize) -> &[u8] {
+        &self.outlier_keys[first * 2 * d..(first + count) * 2 * d]
     }
 
     /// Mean keys and mean values of the first `pages` pages as f32: (pages, d) each.

@@ -8,6 +8,7 @@ use mka_kernels::{AttentionRun, PAGE_TOKENS, PageRef};
 pub(crate) struct Recalled {
     /// (pages, num_kv_heads, PAGE_TOKENS, head_dim), rotated; each head may hold other tokens.
     pub(crate) keys: Tensor,
+    /// The same shape; on the processor bf16 where the pages hold them so.
     pub(crate) values: Tensor,
     /// Tokens in them.
     pub(crate) tokens: usize,

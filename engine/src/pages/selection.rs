@@ -3,7 +3,7 @@
 
 use super::index::{MARKS, SPAN};
 use super::store::PageStore;
-use super::vote::{Queries, Votes, soft_vote};
+use super::vote::{Queries, Scored, Votes, vote_by_scores};
 use super::{PagePrecision, PageRule};
 use crate::error::Result;
 use candle_core::Tensor;
@@ -98,13 +98,26 @@ impl PageStore {
             })
             .collect();
         let num_rows: Vec<usize> = candidates.iter().map(|marks| marks.len() * SPAN).collect();
-        let votes = soft_vote(queries, &num_rows, |head, first, out| {
-            let reader = self.reader(layer, 0, head);
-            let runs = candidates[head][first / SPAN..].iter();
-            for (mark, out) in runs.zip(out.chunks_mut(SPAN * queries.d)) {
+        let votes = vote_by_scores(queries, &num_rows, |mut scored: Scored<'_>, keys| {
+            let reader = self.reader(layer, 0, scored.head);
+            let runs = candidates[scored.head][scored.first / SPAN..].iter();
+            let runs = runs.take(scored.len / SPAN).map(|mark| {
                 let bytes = there[*mark as usize / MARKS].unwrap_or_default();
-                reader.read(bytes, *mark as usize % MARKS * SPAN, out);
+                (bytes, *mark as usize % MARKS * SPAN)
+            });
+            // Few queries score keys where they lie.
+            if queries.count == 1 && self.config.precision == PagePrecision::Bf16 {
+                for (i, (bytes, first)) in runs.enumerate() {
+                    let run = reader.bytes(bytes, first, SPAN).unwrap_or(&[]);
+                    scored.score_bf16(i * SPAN, run, queries.d);
+                }
+                return;
             }
+            keys.resize(scored.len * queries.d, 0.0);
+            for ((bytes, first), out) in runs.zip(keys.chunks_mut(SPAN * queries.d)) {
+                reader.read(bytes, first, out);
+            }
+            rows::score_rows(scored.queries, keys, queries.d, scored.scores, scored.len);
         });
         let pinned = self.pinned(rows);
         let mut recovered = Vec::new();
@@ -155,12 +168,23 @@ impl PageStore {
         }
         let num_rows: Vec<usize> =
             index.iter().map(|head| num_marks + head.outliers(rows).len() * SPAN).collect();
-        let votes = soft_vote(queries, &num_rows, |head, first, out| {
+        let votes = vote_by_scores(queries, &num_rows, |mut scored: Scored<'_>, keys| {
             // The landmarks, and behind them the keys of outliers.
-            let marks = num_marks.saturating_sub(first).min(out.len() / d);
-            let (means, keys) = out.split_at_mut(marks * d);
-            index[head].landmarks(first.min(num_marks), d, means);
-            index[head].outlier_keys((first + marks) - num_marks.min(first + marks), d, keys);
+            let (first, own) = (scored.first, &index[scored.head]);
+            let num_means = num_marks.saturating_sub(first).min(scored.len);
+            let means = own.landmarks_bytes(first.min(num_marks), num_means, d);
+            let outlier = (first + num_means).saturating_sub(num_marks);
+            let outliers = own.outlier_keys_bytes(outlier, scored.len - num_means, d);
+            if queries.count == 1 {
+                let at = scored.score_bf16(0, means, d);
+                scored.score_bf16(at, outliers, d);
+                return;
+            }
+            keys.resize(scored.len * d, 0.0);
+            let (mean_keys, outlier_keys) = keys.split_at_mut(num_means * d);
+            rows::widen_bf16(means, mean_keys);
+            rows::widen_bf16(outliers, outlier_keys);
+            rows::score_rows(scored.queries, keys, d, scored.scores, scored.len);
         });
         let chosen: Vec<(Vec<(u32, f32)>, Vec<(f32, f32)>)> = votes
             .into_par_iter()
@@ -213,11 +237,23 @@ pub(super) struct RowReader {
 }
 
 impl RowReader {
+    /// `count` rows from `first` on as they are stored; None where the page is not there.
+    fn bytes<'a>(&self, bytes: &'a [u8], first: usize, count: usize) -> Option<&'a [u8]> {
+        let at = self.at + first * self.row_bytes;
+        bytes.get(at..at + count * self.row_bytes)
+    }
+
+    /// Rows of bf16 from `first` on as they are stored: out (n, d); zeros where the page is not there.
+    pub(super) fn read_bf16(&self, bytes: &[u8], first: usize, out: &mut [half::bf16]) {
+        let bytes = self.bytes(bytes, first, out.len() / self.d);
+        let (numbers, _) = bytes.unwrap_or_default().as_chunks::<2>();
+        out.iter_mut().zip(numbers).for_each(|(out, x)| *out = half::bf16::from_le_bytes(*x));
+    }
+
     /// Rows from `first` on as f32: out (n, d); zeros where the page is not there.
     pub(super) fn read(&self, bytes: &[u8], first: usize, out: &mut [f32]) {
-        let len = out.len() / self.d * self.row_bytes;
-        let at = self.at + first * self.row_bytes;
-        let Some(bytes) = bytes.get(at..at + len) else { return out.fill(0.0) };
+        let bytes = self.bytes(bytes, first, out.len() / self.d);
+        let Some(bytes) = bytes else { return out.fill(0.0) };
         if self.precision == PagePrecision::Bf16 {
             self.precision.decode(bytes, out);
             return;

@@ -46,6 +46,39 @@ pub(super) fn soft_vote(
     fill: impl Fn(usize, usize, &mut [f32]) + Sync,
 ) -> Vec<Votes> {
     let d = queries.d;
+    vote_by_scores(queries, num_rows, |scored, keys| {
+        keys.resize(scored.len * d, 0.0);
+        fill(scored.head, scored.first, keys);
+        rows::score_rows(scored.queries, keys, d, scored.scores, scored.len);
+    })
+}
+
+/// Some rows of one head, and where their scores go.
+pub(super) struct Scored<'a> {
+    pub(super) head: usize,
+    pub(super) first: usize,
+    /// Rows.
+    pub(super) len: usize,
+    /// (count · group, d).
+    pub(super) queries: &'a [f32],
+    /// (count · group, len): every one is to be written.
+    pub(super) scores: &'a mut [f32],
+}
+
+impl Scored<'_> {
+    /// Scores rows of bf16, little-endian bytes that are whole rows, from row `at` of these on; how many rows they were.
+    pub(super) fn score_bf16(&mut self, at: usize, bytes: &[u8], d: usize) -> usize {
+        rows::score_bf16_rows(self.queries, bytes, d, &mut self.scores[at..], self.len);
+        bytes.len() / (2 * d)
+    }
+}
+
+/// [`soft_vote`] by scores instead of rows; `score` gets the same vector again and again, for rows that it must widen.
+pub(super) fn vote_by_scores(
+    queries: &Queries,
+    num_rows: &[usize],
+    score: impl Fn(Scored<'_>, &mut Vec<f32>) + Sync,
+) -> Vec<Votes> {
     let tasks: Vec<(usize, usize, usize)> = num_rows
         .iter()
         .enumerate()
@@ -58,10 +91,9 @@ pub(super) fn soft_vote(
     let blocks: Vec<Block> = tasks
         .into_par_iter()
         .map_init(Vec::new, |keys: &mut Vec<f32>, (head, first, len)| {
-            keys.resize(len * d, 0.0);
-            fill(head, first, keys);
             let mut weights = vec![0f32; queries.count * queries.group * len];
-            rows::score_rows(&queries.heads[head], keys, d, &mut weights, len);
+            let (queries, scores) = (&*queries.heads[head], &mut *weights);
+            score(Scored { head, first, len, queries, scores }, keys);
             let stats = weights
                 .chunks_exact_mut(len)
                 .map(|scores| {

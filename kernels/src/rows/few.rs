@@ -1,0 +1,426 @@
+//! Scores of a few queries against many rows, and weighted sums of rows: what a decoded token does with keys and values.
+//! Knows no page and no stream; rows lie side by side, as f32 or as bf16.
+//!
+//! With AVX2 and FMA the loops are written out: of a dot product whose partial sums are an array the compiler makes
+//! pieces of two lanes, and of a weighted sum one that loads and stores the sum for every row.
+
+use crate::simd::{self, multiversion};
+
+/// scores[i, j] = queries[i] · rows[j]: `queries` (r, d), `rows` (n, d), `scores` r rows of n, `stride` apart.
+///
+/// A score does not depend on the rows and queries beside it. Bounds are the caller's: whole rows, `stride` ≥ n, and room
+/// for the last score.
+pub(crate) fn dot_rows(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if x86::fits(d) {
+        let n = rows.len() / d;
+        assert!(queries.len().is_multiple_of(d) && rows.len() == n * d);
+        check_scores(queries.len() / d, n, scores, stride);
+        // SAFETY: `fits` says that the processor has the features; the asserts bound rows, queries and scores.
+        unsafe { x86::dot_rows::<false>(queries, rows.as_ptr().cast(), (n, d), scores, stride) };
+        return;
+    }
+    plain_dot_rows(queries, rows, d, scores, stride);
+}
+
+/// [`dot_rows`] against rows of bf16, little-endian: the scores that it gives for the same numbers as f32.
+pub(crate) fn dot_bf16_rows(
+    queries: &[f32],
+    rows: &[u8],
+    d: usize,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if x86::fits(d) {
+        let n = rows.len() / (2 * d);
+        assert!(queries.len().is_multiple_of(d) && rows.len() == n * d * 2);
+        check_scores(queries.len() / d, n, scores, stride);
+        // SAFETY: as in `dot_rows`; two bytes for each number.
+        unsafe { x86::dot_rows::<true>(queries, rows.as_ptr(), (n, d), scores, stride) };
+        return;
+    }
+    let mut wide = vec![0f32; rows.len() / 2];
+    super::widen_bf16(rows, &mut wide);
+    plain_dot_rows(queries, &wide, d, scores, stride);
+}
+
+/// acc[i] += Σ weights[i, j] · rows[j]: `weights` r rows of n, `stride` apart, `rows` (n, d), `acc` (r, d).
+///
+/// A sum does not depend on the others. Bounds are the caller's: whole rows, `stride` ≥ n.
+pub(crate) fn add_rows(weights: &[f32], stride: usize, rows: &[f32], d: usize, acc: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if x86::fits(d) {
+        let n = rows.len() / d;
+        assert!(acc.len().is_multiple_of(d) && rows.len() == n * d);
+        check_scores(acc.len() / d, n, weights, stride);
+        // SAFETY: `fits` says that the processor has the features; the asserts bound rows, weights and sums.
+        unsafe { x86::add_rows::<false>(weights, stride, rows.as_ptr().cast(), (n, d), acc) };
+        return;
+    }
+    plain_add_rows(weights, stride, rows, d, acc);
+}
+
+/// [`add_rows`] of rows of bf16: the sums that it gives for the same numbers as f32.
+pub(crate) fn add_bf16_rows(
+    weights: &[f32],
+    stride: usize,
+    rows: &[half::bf16],
+    d: usize,
+    acc: &mut [f32],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if x86::fits(d) {
+        let n = rows.len() / d;
+        assert!(acc.len().is_multiple_of(d) && rows.len() == n * d);
+        check_scores(acc.len() / d, n, weights, stride);
+        // SAFETY: as in `add_rows`; a bf16 is two bytes.
+        unsafe { x86::add_rows::<true>(weights, stride, rows.as_ptr().cast(), (n, d), acc) };
+        return;
+    }
+    let mut wide = vec![0f32; rows.len()];
+    widen(rows, &mut wide);
+    plain_add_rows(weights, stride, &wide, d, acc);
+}
+
+/// Numbers of type bf16 as f32, as many as `out` takes.
+pub(crate) fn widen(numbers: &[half::bf16], out: &mut [f32]) {
+    widen_halves(numbers, out);
+}
+
+#[inline(always)]
+fn widen_halves_body(numbers: &[half::bf16], out: &mut [f32]) {
+    for (number, out) in numbers.iter().zip(out) {
+        *out = f32::from_bits(u32::from(number.to_bits()) << 16);
+    }
+}
+
+multiversion! {
+    fn widen_halves = widen_halves_body(numbers: &[half::bf16], out: &mut [f32])
+}
+
+#[cfg(target_arch = "x86_64")]
+fn check_scores(r: usize, n: usize, scores: &[f32], stride: usize) {
+    assert!(stride >= n && (r == 0 || scores.len() >= (r - 1) * stride + n), "room for all scores");
+}
+
+#[inline(always)]
+fn plain_dot_rows_body(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize) {
+    for (j, row) in rows.chunks_exact(d).enumerate() {
+        for (i, query) in queries.chunks_exact(d).enumerate() {
+            scores[i * stride + j] = simd::dot(query, row);
+        }
+    }
+}
+
+multiversion! {
+    fn plain_dot_rows = plain_dot_rows_body(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize)
+}
+
+#[inline(always)]
+fn plain_add_rows_body(weights: &[f32], stride: usize, rows: &[f32], d: usize, acc: &mut [f32]) {
+    for (acc, weights) in acc.chunks_exact_mut(d).zip(weights.chunks(stride.max(1))) {
+        for (weight, row) in weights.iter().zip(rows.chunks_exact(d)) {
+            acc.iter_mut().zip(row).for_each(|(a, x)| *a += weight * x);
+        }
+    }
+}
+
+multiversion! {
+    fn plain_add_rows = plain_add_rows_body(weights: &[f32], stride: usize, rows: &[f32], d: usize, acc: &mut [f32])
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use crate::simd::{self, Level};
+    use std::arch::x86_64::*;
+
+    /// Numbers of a register.
+    const LANES: usize = 8;
+    /// Rows of one block: with three queries twelve sums, and a register each for the queries and the row, are the sixteen
+    /// that there are.
+    const ROWS: usize = 4;
+
+    /// Whether rows of `d` numbers are whole registers and the processor has the features.
+    #[inline]
+    pub(super) fn fits(d: usize) -> bool {
+        d > 0 && d.is_multiple_of(LANES) && simd::level() != Level::Portable
+    }
+
+    /// # Safety
+    /// AVX2 and FMA; `rows` reaches n · d numbers of f32, or of bf16 if `BF16`, d a multiple of LANES; `scores` has room for
+    /// n scores behind each whole `stride` of queries.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn dot_rows<const BF16: bool>(
+        queries: &[f32],
+        rows: *const u8,
+        (n, d): (usize, usize),
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        let row_bytes = d * if BF16 { 2 } else { 4 };
+        let r = queries.len() / d;
+        let blocks = n / ROWS * ROWS;
+        let mut i = 0;
+        while i < r {
+            let count = (r - i).min(3);
+            // SAFETY: `i + count` queries are there, and rows and scores as the caller says; the last rows have a block of
+            // their own, of as many rows as there are.
+            unsafe {
+                let queries = queries.as_ptr().add(i * d);
+                let scores = scores.as_mut_ptr().add(i * stride);
+                for j in (0..blocks).step_by(ROWS) {
+                    let (rows, scores) = (rows.add(j * row_bytes), scores.add(j));
+                    match count {
+                        3 => block::<BF16, 3, ROWS>(queries, rows, d, scores, stride),
+                        2 => block::<BF16, 2, ROWS>(queries, rows, d, scores, stride),
+                        _ => block::<BF16, 1, ROWS>(queries, rows, d, scores, stride),
+                    }
+                }
+                for j in blocks..n {
+                    let (rows, scores) = (rows.add(j * row_bytes), scores.add(j));
+                    match count {
+                        3 => block::<BF16, 3, 1>(queries, rows, d, scores, stride),
+                        2 => block::<BF16, 2, 1>(queries, rows, d, scores, stride),
+                        _ => block::<BF16, 1, 1>(queries, rows, d, scores, stride),
+                    }
+                }
+            }
+            i += count;
+        }
+    }
+
+    /// Q queries against K rows, K ≤ ROWS.
+    ///
+    /// # Safety
+    /// AVX2 and FMA; Q · d numbers at `queries`, K rows at `rows`, and K scores at every `stride` of `scores`, Q times.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn block<const BF16: bool, const Q: usize, const K: usize>(
+        queries: *const f32,
+        rows: *const u8,
+        d: usize,
+        scores: *mut f32,
+        stride: usize,
+    ) {
+        let size = if BF16 { 2 } else { 4 };
+        let mut sums = [[_mm256_setzero_ps(); ROWS]; Q];
+        for x in (0..d).step_by(LANES) {
+            for k in 0..K {
+                // SAFETY: LANES numbers from x on are within row k and every query.
+                unsafe {
+                    let row = load::<BF16>(rows.add((k * d + x) * size));
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        let query = _mm256_loadu_ps(queries.add(i * d + x));
+                        sums[k] = _mm256_fmadd_ps(query, row, sums[k]);
+                    }
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            let pairs =
+                _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
+            let halves = (_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+            let all = _mm_add_ps(halves.0, halves.1);
+            // SAFETY: K scores are there.
+            unsafe {
+                match K {
+                    ROWS => _mm_storeu_ps(scores.add(i * stride), all),
+                    _ => _mm_store_ss(scores.add(i * stride), all),
+                }
+            }
+        }
+    }
+
+    /// LANES numbers of f32, or of bf16 as f32.
+    ///
+    /// # Safety
+    /// AVX2; the numbers are there.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn load<const BF16: bool>(at: *const u8) -> __m256 {
+        // SAFETY: as the caller says; no alignment is asked for.
+        unsafe {
+            if BF16 {
+                let short = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32(short, 16))
+            } else {
+                _mm256_loadu_ps(at.cast())
+            }
+        }
+    }
+
+    /// # Safety
+    /// AVX2 and FMA; `rows` reaches n · d numbers of f32, or of bf16 if `BF16`, d a multiple of LANES; `weights` has n
+    /// behind each whole `stride` of sums.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn add_rows<const BF16: bool>(
+        weights: &[f32],
+        stride: usize,
+        rows: *const u8,
+        (n, d): (usize, usize),
+        acc: &mut [f32],
+    ) {
+        let size = if BF16 { 2 } else { 4 };
+        let r = acc.len() / d;
+        let mut i = 0;
+        while i < r {
+            let count = (r - i).min(3);
+            let mut x = 0;
+            while x < d {
+                // SAFETY: the columns from x on, as many as a branch takes, are within every row and every sum.
+                unsafe {
+                    let rows = rows.add(x * size);
+                    let acc = acc.as_mut_ptr().add(i * d + x);
+                    let weights = weights.as_ptr().add(i * stride);
+                    let wide = (d - x) / LANES >= 4;
+                    x += LANES
+                        * match (count, wide) {
+                            (3, true) => columns::<BF16, 3, 4>(weights, stride, rows, (n, d), acc),
+                            (3, false) => columns::<BF16, 3, 1>(weights, stride, rows, (n, d), acc),
+                            (2, true) => columns::<BF16, 2, 4>(weights, stride, rows, (n, d), acc),
+                            (2, false) => columns::<BF16, 2, 1>(weights, stride, rows, (n, d), acc),
+                            (_, true) => columns::<BF16, 1, 4>(weights, stride, rows, (n, d), acc),
+                            (_, false) => columns::<BF16, 1, 1>(weights, stride, rows, (n, d), acc),
+                        };
+                }
+            }
+            i += count;
+        }
+    }
+
+    /// N registers of columns of Q sums: with three sums of four, and a register each for the weights and the row, the
+    /// sixteen that there are. N.
+    ///
+    /// # Safety
+    /// AVX2 and FMA; at `rows`, N · LANES numbers every d, n times; as many at `acc`, Q times; n weights at every `stride`
+    /// of `weights`, Q times.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn columns<const BF16: bool, const Q: usize, const N: usize>(
+        weights: *const f32,
+        stride: usize,
+        rows: *const u8,
+        (n, d): (usize, usize),
+        acc: *mut f32,
+    ) -> usize {
+        let size = if BF16 { 2 } else { 4 };
+        let mut sums = [[_mm256_setzero_ps(); N]; Q];
+        // SAFETY: as the caller says.
+        unsafe {
+            for (i, sums) in sums.iter_mut().enumerate() {
+                for (k, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm256_loadu_ps(acc.add(i * d + k * LANES));
+                }
+            }
+            for j in 0..n {
+                let mut own = [_mm256_setzero_ps(); Q];
+                for (i, own) in own.iter_mut().enumerate() {
+                    *own = _mm256_broadcast_ss(&*weights.add(i * stride + j));
+                }
+                for k in 0..N {
+                    let row = load::<BF16>(rows.add((j * d + k * LANES) * size));
+                    for (sums, own) in sums.iter_mut().zip(&own) {
+                        sums[k] = _mm256_fmadd_ps(*own, row, sums[k]);
+                    }
+                }
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                for (k, sum) in sums.iter().enumerate() {
+                    _mm256_storeu_ps(acc.add(i * d + k * LANES), *sum);
+                }
+            }
+        }
+        N
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(seed: u32, count: usize) -> Vec<f32> {
+        let next = |i: u32| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32;
+        (0..count as u32).map(|i| next(i) / (1 << 23) as f32 - 1.0).collect()
+    }
+
+    #[test]
+    fn scores_are_those_of_the_plain_loop_for_any_shape() {
+        for d in [1, 7, 8, 16, 24, 64, 96, 128] {
+            for r in [0, 1, 2, 3, 4, 7] {
+                for n in [0, 1, 3, 4, 9, 64] {
+                    let (queries, rows) = (numbers(1, r * d), numbers(2, n * d));
+                    let stride = n + 2;
+                    let (mut scores, mut plain) = (vec![7f32; r * stride], vec![7f32; r * stride]);
+                    dot_rows(&queries, &rows, d, &mut scores, stride);
+                    plain_dot_rows(&queries, &rows, d, &mut plain, stride);
+                    for (score, plain) in scores.iter().zip(&plain) {
+                        assert!((score - plain).abs() <= 2e-5, "d {d}, r {r}, n {n}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_score_does_not_depend_on_what_is_beside_it() {
+        let (d, n) = (64, 11);
+        let (queries, rows) = (numbers(3, 5 * d), numbers(4, n * d));
+        let mut all = vec![0f32; 5 * n];
+        dot_rows(&queries, &rows, d, &mut all, n);
+        for (i, query) in queries.chunks_exact(d).enumerate() {
+            for (j, row) in rows.chunks_exact(d).enumerate() {
+                let mut alone = [0f32];
+                dot_rows(query, row, d, &mut alone, 1);
+                assert_eq!(alone[0].to_bits(), all[i * n + j].to_bits());
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_bf16_score_as_the_same_numbers_of_f32() {
+        for (d, r, n) in [(64, 3, 8), (128, 7, 5), (24, 1, 4), (5, 2, 3), (64, 2, 0)] {
+            let queries = numbers(5, r * d);
+            let short: Vec<half::bf16> =
+                numbers(6, n * d).into_iter().map(half::bf16::from_f32).collect();
+            let bytes: Vec<u8> = short.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let wide: Vec<f32> = short.iter().map(|x| x.to_f32()).collect();
+            let (mut scores, mut expected) = (vec![0f32; r * n], vec![0f32; r * n]);
+            dot_bf16_rows(&queries, &bytes, d, &mut scores, n);
+            dot_rows(&queries, &wide, d, &mut expected, n);
+            assert_eq!(scores, expected, "d {d}, r {r}, n {n}");
+        }
+    }
+
+    #[test]
+    fn weighted_sums_are_those_of_the_plain_loop_for_any_shape() {
+        for d in [1, 7, 8, 16, 24, 40, 64, 96, 120, 128, 200] {
+            for (r, n) in [(0, 3), (1, 0), (1, 5), (2, 64), (3, 7), (4, 64), (7, 9)] {
+                let stride = n + 3;
+                let (weights, rows) = (numbers(7, r * stride), numbers(8, n * d));
+                let (mut acc, mut plain) = (numbers(9, r * d), numbers(9, r * d));
+                add_rows(&weights, stride, &rows, d, &mut acc);
+                for (weights, plain) in weights.chunks(stride).zip(plain.chunks_exact_mut(d)) {
+                    plain_add_rows(&weights[..n], n, &rows, d, plain);
+                }
+                for (x, y) in acc.iter().zip(&plain) {
+                    assert!((x - y).abs() <= 2e-5, "d {d}, r {r}, n {n}: {x}, {y}");
+                }
+                // Alone, a sum has the same bits; and of bf16 those of the same numbers.
+                for (i, acc) in acc.chunks_exact(d).enumerate() {
+                    let mut alone = numbers(9, r * d)[i * d..(i + 1) * d].to_vec();
+                    add_rows(&weights[i * stride..], stride, &rows, d, &mut alone);
+                    assert_eq!(alone, acc);
+                }
+                let short: Vec<half::bf16> =
+                    rows.iter().map(|x| half::bf16::from_f32(*x)).collect();
+                let mut wide = vec![0f32; short.len()];
+                widen(&short, &mut wide);
+                let (mut of_short, mut of_wide) = (numbers(9, r * d), numbers(9, r * d));
+                add_bf16_rows(&weights, stride, &short, d, &mut of_short);
+                add_rows(&weights, stride, &wide, d, &mut of_wide);
+                assert_eq!(of_short, of_wide, "d {d}, r {r}, n {n}");
+            }
+        }
+    }
+}

@@ -2,7 +2,7 @@
 //! Knows no turn of a conversation; that is the session's.
 
 use crate::cache::CacheShape;
-use crate::embedding::EmbedderSource;
+use crate::embedding::{EmbedderPrecision, EmbedderSource};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hub::{ModelFiles, ModelSource};
 use crate::memory::MemoryHandle;
@@ -349,6 +349,7 @@ pub struct EngineBuilder {
     model: Option<ModelSource>,
     device: Device,
     embedder: EmbedderSource,
+    embedder_precision: EmbedderPrecision,
     memory: MemoryConfig,
     store: StoreOptions,
     reembed_share: Option<f32>,
@@ -373,6 +374,12 @@ impl EngineBuilder {
     /// What turns sentences into vectors; a store keeps the embedder that it was made with.
     pub fn embedder(mut self, source: EmbedderSource) -> Self {
         self.embedder = source;
+        self
+    }
+
+    /// How a sentence encoder multiplies; [`EmbedderSource::Hashed`] has no weights and takes no notice.
+    pub fn embedder_precision(mut self, precision: EmbedderPrecision) -> Self {
+        self.embedder_precision = precision;
         self
     }
 
@@ -455,7 +462,7 @@ impl EngineBuilder {
                 self.memory.pages.check(self.memory.window_tokens, trained)?;
             }
         }
-        let embedder = self.embedder.load(&mut progress)?;
+        let embedder = self.embedder.load(self.embedder_precision, &mut progress)?;
         let options = StoreOptions {
             evicted_page_bytes: self.memory.evicted_page_bytes,
             reembed: self.reembed_share.is_some(),
@@ -499,6 +506,7 @@ impl Engine {
             model: None,
             device: Device::auto(),
             embedder: EmbedderSource::default(),
+            embedder_precision: EmbedderPrecision::default(),
             memory: MemoryConfig::default(),
             store: StoreOptions::default(),
             reembed_share: None,

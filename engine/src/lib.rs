@@ -57,7 +57,7 @@ mod testing;
 mod tokenizer;
 pub mod training;
 
-pub use embedding::EmbedderSource;
+pub use embedding::{EmbedderPrecision, EmbedderSource};
 pub use engine::{Device, Engine, EngineBuilder, MemoryConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use feeding::{FeedMode, FeedOptions};

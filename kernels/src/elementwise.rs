@@ -3,7 +3,7 @@
 
 use crate::simd::{self, multiversion};
 use crate::storage::{aligned, contiguous_range};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 /// Values that one task takes: 16 K floats are 64 KiB, large enough that a task outweighs its dispatch.
@@ -282,71 +282,4 @@ fn silu_mul_body(gate: &mut [f32], up: &[f32]) {
 
 multiversion! {
     fn silu_mul_block = silu_mul_body(gate: &mut [f32], up: &[f32])
-}
-
-/// x · Φ(x) with the normal distribution's Φ, not its tanh approximation: x (..) contiguous, f32 on the CPU.
-/// Within 2e-7 · |x| of exact. Has no gradient.
-///
-/// # Errors
-/// If x is not f32 on the CPU.
-pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op1_no_bwd(&Gelu)
-}
-
-struct Gelu;
-
-impl CustomOp1 for Gelu {
-    fn name(&self) -> &'static str {
-        "gelu"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut out = CpuStorage::as_slice(x)?[contiguous_range("gelu", layout)?].to_vec();
-        out.par_chunks_mut(BLOCK).for_each(gelu_block);
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
-    }
-}
-
-#[inline(always)]
-fn gelu_body(x: &mut [f32]) {
-    for x in x {
-        // Abramowitz and Stegun 7.1.26: erfc(z) = t · poly(t) · exp(-z²) for z ≥ 0, within 1.5e-7.
-        let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
-        let t = 1.0 / (1.0 + 0.327_591_1 * z);
-        let mut poly = 1.061_405_4f32;
-        poly = poly * t - 1.453_152;
-        poly = poly * t + 1.421_413_7;
-        poly = poly * t - 0.284_496_72;
-        poly = poly * t + 0.254_829_6;
-        let tail = 0.5 * t * poly * simd::exp(-z * z);
-        *x *= if *x >= 0.0 { 1.0 - tail } else { tail };
-    }
-}
-
-multiversion! {
-    fn gelu_block = gelu_body(x: &mut [f32])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use candle_core::Device;
-
-    #[test]
-    fn gelu_is_that_of_the_error_function_at_every_length() -> Result<()> {
-        for len in [0usize, 1, 7, 16, 33, 40_001] {
-            let values: Vec<f32> = (0..len).map(|i| (i as f32 * 0.37).sin() * 12.0).collect();
-            let x = Tensor::from_vec(values.clone(), len, &Device::Cpu)?;
-            let (found, exact) = (gelu(&x)?.to_vec1::<f32>()?, x.gelu_erf()?.to_vec1::<f32>()?);
-            for ((x, found), exact) in values.iter().zip(found).zip(exact) {
-                assert!(
-                    (found - exact).abs() <= 4e-7 * x.abs(),
-                    "gelu({x}) = {found}, not {exact}"
-                );
-            }
-        }
-        let text = gelu(&Tensor::zeros(3, candle_core::DType::U32, &Device::Cpu)?).err();
-        assert!(text.is_some());
-        Ok(())
-    }
 }

@@ -18,6 +18,8 @@
 //! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (.., t, c), state (.., m, c) | MKA, arXiv 2603.20586, alg. 2 |
 //! | [`route()`], [`route_into_pages`] | scan, router softmax, mix, bias, key norm, RoPE, page write in one pass | kv (b, t, 2, g, d), logits (b, t, 1 + m) | MKA, alg. 2, on projected keys and values |
 //! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
+//! | [`PanelLinear`] | x Wᵀ + b, W in panels of f32 or 8-bit integers | x (m, in), W (out, in), b (out) | `docs/panels.md` |
+//! | [`encoder`] | attention, layer norm and GELU of a text encoder on rows of f32 | qkv (t, 3, h, d), x (t, c) | BERT, arXiv 1810.04805 |
 //! | [`silu_mul`] | silu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
 //! | [`rms_norm_forward`] | x / √(mean x² + eps) · w, forward and backward | x (.., c), w (c) | RMSNorm, arXiv 1910.07467 |
 //! | [`cross_entropy`] | log Σ e^logits - logit of the target, and its gradient | logits (n, words) | `cross_entropy` |
@@ -30,11 +32,13 @@ mod cross_entropy;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod elementwise;
+pub mod encoder;
 mod error;
 mod flash;
 mod norm;
 pub mod packed;
 mod pages;
+mod panels;
 mod pool;
 mod product;
 pub mod recall;
@@ -54,12 +58,13 @@ pub use attention::{
     merge_states_backward, paged_attention, paged_attention_runs,
 };
 pub use cross_entropy::cross_entropy;
-pub use elementwise::{gelu, silu_bias, silu_bias_backward, silu_mul, silu_mul_backward};
+pub use elementwise::{silu_bias, silu_bias_backward, silu_mul, silu_mul_backward};
 pub use error::{Error, ErrorKind, Result};
 pub use flash::{DenseAttentionParams, attention, attention_backward, attention_forward};
 pub use norm::{NormGradients, NormOutputs, rms_norm_backward, rms_norm_forward};
 pub use packed::{PackedMatrix, PackedType, linear};
 pub use pages::{PAGE_TOKENS, PagePool};
+pub use panels::{PanelForm, PanelLinear};
 pub use pool::on_pool;
 pub use product::{ProductOptions, product};
 pub use rope::{RotaryAngles, rotate};

@@ -91,7 +91,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer.
     let keep = if x < -87.0 { 0.0 } else { 1.0 };
     let x = x.clamp(-87.0, 88.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let mut poly = 1.987_569_1e-4;
     poly = poly * r + 1.398_199_9e-3;
@@ -100,7 +101,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     poly = poly * r + 1.666_666_5e-1;
     poly = poly * r + 5e-1;
     let value = poly * r * r + r + 1.0;
-    let exponent = f32::from_bits((((n as i32) + 127) as u32) << 23);
+    // The low bits of `shifted` are n; a conversion and a checked sum would keep the loop from becoming vector code.
+    let exponent = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     value * exponent * keep
 }
 

@@ -1,14 +1,17 @@
-//! Sentence vectors by a BERT encoder of the MiniLM family, in candle.
+//! Sentence vectors by a BERT encoder of the MiniLM family: its files, its tokenizer, and batches of texts.
 //! Knows no store and no language model.
 //!
-//! Source: BERT (arXiv 1810.04805), MiniLM (arXiv 2002.10957); mean pooling and normalisation as in the model card of
-//! sentence-transformers/all-MiniLM-L6-v2.
+//! Source: MiniLM (arXiv 2002.10957).
 
+use super::EmbedderPrecision;
+use super::encoder::{Encoder, Layer, Norm, Room};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
-use candle_core::{DType, Device, Tensor};
-use candle_nn::{Embedding, LayerNorm, Linear, Module, VarBuilder, embedding, layer_norm, linear};
+use candle_core::{DType, Device, Shape};
+use candle_nn::VarBuilder;
+use mka_kernels::{PanelForm, PanelLinear};
 use mka_memory::Embedder;
+use rayon::prelude::*;
 use serde::Deserialize;
 use std::path::Path;
 
@@ -28,34 +31,20 @@ struct Config {
 
 /// The longest input of all-MiniLM-L6-v2: it was trained on no more (model card, `max_seq_length`).
 const MAX_TOKENS: usize = 256;
-/// Tokens that go through the matrices together, whatever texts they are of: enough that packing the weights for the
-/// GEMM costs little, few enough that the widest activations (384 * 1536 f32, 2.3 MB) stay in the caches.
-const BATCH_TOKENS: usize = 384;
-
-struct Layer {
-    /// Query, key and value, one above the other.
-    inputs: Linear,
-    attention_out: Linear,
-    attention_norm: LayerNorm,
-    intermediate: Linear,
-    output: Linear,
-    output_norm: LayerNorm,
-}
+/// Tokens that go through the matrices together, whatever texts they are of: enough that streaming the weights past them
+/// costs little, few enough that the widest activations (64 * 1536 f32, 390 KB) stay in an L2 cache.
+const BATCH_TOKENS: usize = 64;
 
 /// A sentence encoder: mean of the last layer's hidden states, unit length.
 pub(super) struct MiniLm {
     identity: String,
     config: Config,
     tokenizer: Tokenizer,
-    words: Embedding,
-    positions: Embedding,
-    kinds: Embedding,
-    norm: LayerNorm,
-    layers: Vec<Layer>,
+    encoder: Encoder,
 }
 
 impl MiniLm {
-    pub(super) fn load(folder: &Path) -> Result<Self> {
+    pub(super) fn load(folder: &Path, precision: EmbedderPrecision) -> Result<Self> {
         let path = folder.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?;
         let config: Config = serde_json::from_str(&text)
@@ -78,6 +67,13 @@ impl MiniLm {
                 config.hidden_size
             )));
         }
+        let sizes = [config.hidden_size, config.max_position_embeddings, config.type_vocab_size];
+        if sizes.contains(&0) {
+            return Err(Error::model(format!(
+                "{}: hidden_size, max_position_embeddings and type_vocab_size {sizes:?}, expected at least 1 each",
+                path.display()
+            )));
+        }
         let path = folder.join("model.safetensors");
         let bytes = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
         let hash = xxhash_rust::xxh3::xxh3_128(&bytes);
@@ -87,90 +83,69 @@ impl MiniLm {
             true => tensors.pp("bert"),
             false => tensors,
         };
-        let (hidden, eps) = (config.hidden_size, config.layer_norm_eps);
-        let at = tensors.pp("embeddings");
-        let layers = (0..config.num_hidden_layers).map(|i| {
-            let at = tensors.pp(format!("encoder.layer.{i}"));
-            let attention = at.pp("attention.self");
-            let inputs = ["query", "key", "value"].map(|name| attention.pp(name));
-            let weights = inputs.iter().map(|at| at.get((hidden, hidden), "weight"));
-            let biases = inputs.iter().map(|at| at.get(hidden, "bias"));
-            Ok(Layer {
-                inputs: Linear::new(
-                    Tensor::cat(&weights.collect::<candle_core::Result<Vec<_>>>()?, 0)?,
-                    Some(Tensor::cat(&biases.collect::<candle_core::Result<Vec<_>>>()?, 0)?),
-                ),
-                attention_out: linear(hidden, hidden, at.pp("attention.output.dense"))?,
-                attention_norm: layer_norm(hidden, eps, at.pp("attention.output.LayerNorm"))?,
-                intermediate: linear(
-                    hidden,
-                    config.intermediate_size,
-                    at.pp("intermediate.dense"),
-                )?,
-                output: linear(config.intermediate_size, hidden, at.pp("output.dense"))?,
-                output_norm: layer_norm(hidden, eps, at.pp("output.LayerNorm"))?,
-            })
-        });
+        // Vectors of the two forms differ, so a store keeps them apart by name.
+        let (form, name) = match precision {
+            EmbedderPrecision::F32 => (PanelForm::F32, "bert-mean"),
+            EmbedderPrecision::Int8 => (PanelForm::Int8, "bert-mean-int8"),
+        };
         Ok(Self {
-            identity: format!("bert-mean:{hash:032x}"),
+            identity: format!("{name}:{hash:032x}"),
             tokenizer: Tokenizer::from_file(&folder.join("tokenizer.json"))?,
-            words: embedding(config.vocab_size, hidden, at.pp("word_embeddings"))?,
-            positions: embedding(
-                config.max_position_embeddings,
-                hidden,
-                at.pp("position_embeddings"),
-            )?,
-            kinds: embedding(config.type_vocab_size, hidden, at.pp("token_type_embeddings"))?,
-            norm: layer_norm(hidden, eps, at.pp("LayerNorm"))?,
-            layers: layers.collect::<candle_core::Result<_>>()?,
+            encoder: encoder(&config, &tensors, form)?,
             config,
         })
     }
+}
 
-    /// The ids of some texts -> their unit vectors, one after another.
-    ///
-    /// Every token goes through the matrices with all others; only attention and the mean are a text's own. So texts of
-    /// any lengths share a batch without padding.
-    fn encode(&self, texts: &[Vec<u32>]) -> candle_core::Result<Vec<f32>> {
-        let (hidden, heads) = (self.config.hidden_size, self.config.num_attention_heads);
-        let head_dim = hidden / heads;
-        let ids = texts.concat();
-        let positions: Vec<u32> = texts.iter().flat_map(|ids| 0..ids.len() as u32).collect();
-        let kinds = Tensor::zeros(ids.len(), DType::U32, &Device::Cpu)?;
-        let tokens = self.words.forward(&Tensor::new(ids, &Device::Cpu)?)?;
-        let places = self.positions.forward(&Tensor::new(positions, &Device::Cpu)?)?;
-        let sum = ((tokens + places)? + self.kinds.forward(&kinds)?)?;
-        let mut x = self.norm.forward(&sum)?; // (tokens, hidden)
-        for layer in &self.layers {
-            let inputs = layer.inputs.forward(&x)?; // (tokens, 3 * hidden)
-            let mut start = 0;
-            let mut mixed = Vec::with_capacity(texts.len());
-            for ids in texts {
-                let t = ids.len();
-                // (t, 3 * hidden) -> three of (heads, t, head_dim)
-                let own = inputs.narrow(0, start, t)?.reshape((t, 3, heads, head_dim))?;
-                let own = own.permute((1, 2, 0, 3))?.contiguous()?;
-                let (query, key, value) = (own.get(0)?, own.get(1)?, own.get(2)?);
-                let scores = (query.matmul(&key.t()?)? * (head_dim as f64).powf(-0.5))?;
-                let weights = candle_nn::ops::softmax_last_dim(&scores)?;
-                mixed.push(weights.matmul(&value)?.transpose(0, 1)?.reshape((t, hidden))?);
-                start += t;
-            }
-            let attended = (layer.attention_out.forward(&Tensor::cat(&mixed, 0)?)? + &x)?;
-            x = layer.attention_norm.forward(&attended)?;
-            let inner = mka_kernels::gelu(&layer.intermediate.forward(&x)?)?;
-            x = layer.output_norm.forward(&(layer.output.forward(&inner)? + &x)?)?;
+fn encoder(config: &Config, tensors: &VarBuilder<'_>, form: PanelForm) -> Result<Encoder> {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let linear = |parts: &[VarBuilder<'_>], rows: usize, cols: usize| -> Result<PanelLinear> {
+        let (mut weights, mut bias) = (Vec::new(), Vec::new());
+        for at in parts {
+            weights.extend(values(at, (rows / parts.len(), cols), "weight")?);
+            bias.extend(values(at, rows / parts.len(), "bias")?);
         }
-        let mut start = 0;
-        let mut vectors = Vec::with_capacity(texts.len() * hidden);
-        for ids in texts {
-            let mean = x.narrow(0, start, ids.len())?.mean(0)?;
-            let norm = mean.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?.max(1e-12);
-            vectors.extend((mean / f64::from(norm))?.to_vec1::<f32>()?);
-            start += ids.len();
-        }
-        Ok(vectors)
-    }
+        Ok(PanelLinear::new(form, &weights, &bias, (rows, cols))
+            .map_err(candle_core::Error::wrap)?)
+    };
+    let norm = |at: VarBuilder<'_>| -> Result<Norm> {
+        Ok(Norm { weight: values(&at, hidden, "weight")?, bias: values(&at, hidden, "bias")? })
+    };
+    let layers = (0..config.num_hidden_layers).map(|i| {
+        let at = tensors.pp(format!("encoder.layer.{i}"));
+        let attention = at.pp("attention.self");
+        Ok(Layer {
+            inputs: linear(
+                &["query", "key", "value"].map(|name| attention.pp(name)),
+                3 * hidden,
+                hidden,
+            )?,
+            attention_out: linear(&[at.pp("attention.output.dense")], hidden, hidden)?,
+            attention_norm: norm(at.pp("attention.output.LayerNorm"))?,
+            intermediate: linear(&[at.pp("intermediate.dense")], inner, hidden)?,
+            output: linear(&[at.pp("output.dense")], hidden, inner)?,
+            output_norm: norm(at.pp("output.LayerNorm"))?,
+        })
+    });
+    let layers = layers.collect::<Result<_>>()?;
+    let at = tensors.pp("embeddings");
+    let table = |name: &str, rows: usize| values(&at.pp(name), (rows, hidden), "weight");
+    let mut kind = table("token_type_embeddings", config.type_vocab_size)?;
+    kind.truncate(hidden);
+    Ok(Encoder {
+        heads: config.num_attention_heads,
+        eps: config.layer_norm_eps as f32,
+        words: table("word_embeddings", config.vocab_size)?,
+        positions: table("position_embeddings", config.max_position_embeddings)?,
+        kind,
+        norm: norm(at.pp("LayerNorm"))?,
+        layers,
+    })
+}
+
+/// The numbers of a tensor, row-major.
+fn values(at: &VarBuilder<'_>, shape: impl Into<Shape>, name: &str) -> Result<Vec<f32>> {
+    Ok(at.get(shape.into(), name)?.flatten_all()?.to_vec1()?)
 }
 
 /// Cuts a framed document, `[CLS] .. [SEP]`, to `longest` tokens, its last token kept.
@@ -181,6 +156,23 @@ fn framed(mut ids: Vec<u32>, longest: usize) -> Vec<u32> {
         ids.extend(last);
     }
     ids
+}
+
+/// Texts one after another, as many as have no more than [`BATCH_TOKENS`] together, but at least one.
+fn batches(texts: &[Vec<u32>]) -> Vec<&[Vec<u32>]> {
+    let mut batches = Vec::new();
+    let (mut start, mut num_tokens) = (0, 0);
+    for (at, ids) in texts.iter().enumerate() {
+        if at > start && num_tokens + ids.len() > BATCH_TOKENS {
+            batches.push(&texts[start..at]);
+            (start, num_tokens) = (at, 0);
+        }
+        num_tokens += ids.len();
+    }
+    if start < texts.len() {
+        batches.push(&texts[start..]);
+    }
+    batches
 }
 
 impl Embedder for MiniLm {
@@ -197,23 +189,24 @@ impl Embedder for MiniLm {
         let fail = |e: Error| {
             mka_memory::Error::new(mka_memory::ErrorKind::InvalidArgument, format!("embed: {e}"))
         };
-        let mut vectors = Vec::with_capacity(texts.len() * self.dim());
-        let mut batch: Vec<Vec<u32>> = Vec::new();
-        let mut num_tokens = 0;
-        for text in texts {
-            let ids = framed(self.tokenizer.encode_document(text).map_err(fail)?, longest);
-            if !batch.is_empty() && num_tokens + ids.len() > BATCH_TOKENS {
-                vectors.extend(self.encode(&batch).map_err(|e| fail(e.into()))?);
-                batch.clear();
-                num_tokens = 0;
+        let ids = |text: &&str| {
+            let ids = framed(self.tokenizer.encode_document(text)?, longest);
+            match ids.iter().find(|id| **id as usize >= self.config.vocab_size) {
+                Some(id) => Err(Error::model(format!(
+                    "token {id} of the tokenizer, expected one below the model's {}",
+                    self.config.vocab_size
+                ))),
+                None => Ok(ids),
             }
-            num_tokens += ids.len();
-            batch.push(ids);
-        }
-        if !batch.is_empty() {
-            vectors.extend(self.encode(&batch).map_err(|e| fail(e.into()))?);
-        }
-        Ok(vectors)
+        };
+        let texts = texts.iter().map(ids).collect::<Result<Vec<_>>>().map_err(fail)?;
+        let encode = |room: &mut Room, batch: &&[Vec<u32>]| self.encoder.encode(batch, room);
+        // A question alone is not handed to another thread.
+        let vectors = match &batches(&texts)[..] {
+            [batch] => return Ok(encode(&mut Room::default(), batch)),
+            batches => batches.par_iter().map_init(Room::default, encode).collect::<Vec<_>>(),
+        };
+        Ok(vectors.concat())
     }
 }
 
@@ -232,10 +225,18 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden")
     }
 
-    fn check(model: &Path, golden: &Path) {
+    fn load(folder: &Path, precision: EmbedderPrecision) -> MiniLm {
+        MiniLm::load(folder, precision).unwrap()
+    }
+
+    fn cosine(a: &[f32], b: &[f32]) -> f32 {
+        a.iter().zip(b).map(|(a, b)| a * b).sum()
+    }
+
+    fn check(folder: &Path, golden: &Path) {
         let golden: Golden =
             serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
-        let model = MiniLm::load(model).unwrap();
+        let model = load(folder, EmbedderPrecision::F32);
         let texts: Vec<&str> = golden.texts.iter().map(String::as_str).collect();
         let vectors = model.embed(&texts).unwrap();
         for (i, (found, expected)) in vectors.chunks(model.dim()).zip(&golden.vectors).enumerate() {
@@ -244,6 +245,12 @@ mod tests {
             assert!(worst < 1e-5, "{:?}: off by {worst}", texts[i]);
         }
         assert_eq!(vectors.len(), golden.vectors.len() * model.dim());
+        let model = load(folder, EmbedderPrecision::Int8);
+        let vectors = model.embed(&texts).unwrap();
+        for (i, (found, expected)) in vectors.chunks(model.dim()).zip(&golden.vectors).enumerate() {
+            let cosine = cosine(found, expected);
+            assert!(cosine > 0.99, "{:?} in integers: cosine {cosine}", texts[i]);
+        }
     }
 
     #[test]
@@ -260,27 +267,38 @@ mod tests {
 
     #[test]
     fn a_text_has_one_vector_whatever_it_is_embedded_with() {
-        let model = MiniLm::load(&golden_folder().join("bert")).unwrap();
         let texts: Vec<String> =
             (0..60).map(|at| "the quick brown fox jumps ".repeat(1 + at * 7 % 13)).collect();
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-        let together = model.embed(&texts).unwrap();
-        for (text, found) in texts.iter().zip(together.chunks(model.dim())) {
-            let alone = model.embed(&[text]).unwrap();
-            let worst = found.iter().zip(&alone).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(worst < 1e-5, "{text:?}: off by {worst}");
+        for precision in [EmbedderPrecision::F32, EmbedderPrecision::Int8] {
+            let model = load(&golden_folder().join("bert"), precision);
+            let together = model.embed(&texts).unwrap();
+            assert_eq!(together.len(), texts.len() * model.dim());
+            for (text, found) in texts.iter().zip(together.chunks(model.dim())) {
+                let alone = model.embed(&[text]).unwrap();
+                assert!(found == alone, "{precision:?} {text:?}");
+            }
+            assert!(model.embed(&[]).unwrap().is_empty());
         }
-        assert!(model.embed(&[]).unwrap().is_empty());
     }
 
-    /// `MKA_EMBED_TEXTS=FILE RAYON_NUM_THREADS=1`: one text a line, taken in batches of 64 as a store does.
+    #[test]
+    fn the_two_forms_have_names_of_their_own() {
+        let folder = golden_folder().join("bert");
+        let [exact, rounded] = [EmbedderPrecision::F32, EmbedderPrecision::Int8]
+            .map(|precision| load(&folder, precision).identity());
+        assert!(exact.starts_with("bert-mean:") && rounded.starts_with("bert-mean-int8:"));
+    }
+
+    /// `MKA_EMBED_TEXTS=FILE RAYON_NUM_THREADS=1`: one text a line, taken in batches of 64 as a store does, five times by
+    /// either form in turn. With `MKA_EMBED_VECTORS=FOLDER` once, and the vectors are written there for `bench_recall`.
     #[test]
     fn a_file_of_texts_is_embedded_at_a_rate() {
         let Some(path) = std::env::var_os("MKA_EMBED_TEXTS") else {
             return eprintln!("skipped: MKA_EMBED_TEXTS names no file");
         };
         let Some(folder) = crate::testing::minilm_folder() else { return };
-        let model = MiniLm::load(&folder).unwrap();
+        let to = std::env::var_os("MKA_EMBED_VECTORS");
         let text = std::fs::read_to_string(path).unwrap();
         let texts: Vec<&str> = text.lines().collect();
         let now = || {
@@ -289,21 +307,47 @@ mod tests {
             unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
             time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
         };
-        let start = now();
-        texts.chunks(64).for_each(|batch| assert!(model.embed(batch).is_ok()));
-        let rate = texts.len() as f64 / (now() - start);
-        println!("{} texts, {rate:.1} a second of one core", texts.len());
+        let forms = [(EmbedderPrecision::F32, "f32"), (EmbedderPrecision::Int8, "int8")];
+        let models = forms.map(|(precision, _)| load(&folder, precision));
+        let (mut rates, mut vectors) = ([vec![], vec![]], [vec![], vec![]]);
+        for _ in 0..if to.is_some() { 1 } else { 5 } {
+            for (at, model) in models.iter().enumerate() {
+                let start = now();
+                let rows = texts.chunks(64).flat_map(|batch| model.embed(batch).unwrap());
+                vectors[at] = rows.collect::<Vec<f32>>();
+                rates[at].push(texts.len() as f64 / (now() - start));
+            }
+        }
+        let dim = models[0].dim();
+        for (at, (_, name)) in forms.iter().enumerate() {
+            let pairs = vectors[at].chunks(dim).zip(vectors[0].chunks(dim));
+            let cosines: Vec<f32> = pairs.map(|(a, b)| cosine(a, b)).collect();
+            let mean = cosines.iter().sum::<f32>() / texts.len() as f32;
+            let worst = cosines.iter().copied().fold(1.0, f32::min);
+            rates[at].sort_by(f64::total_cmp);
+            println!(
+                "{name}: {} texts, {:.1} a second of one core ({:.1} to {:.1}), cosine with f32 {mean:.4}, at least {worst:.4}",
+                texts.len(),
+                rates[at][rates[at].len() / 2],
+                rates[at][0],
+                rates[at][rates[at].len() - 1]
+            );
+            if let Some(folder) = &to {
+                let bytes: Vec<u8> = vectors[at].iter().flat_map(|x| x.to_le_bytes()).collect();
+                std::fs::write(Path::new(folder).join(format!("{name}.f32")), bytes).unwrap();
+            }
+        }
     }
 
     #[test]
     fn an_encoder_of_another_kind_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let error = MiniLm::load(folder.path()).err().unwrap();
+        let error = MiniLm::load(folder.path(), EmbedderPrecision::F32).err().unwrap();
         assert!(error.to_string().contains("config.json"), "{error}");
         let config = std::fs::read_to_string(golden_folder().join("bert/config.json")).unwrap();
         let other = config.replace("\"bert\"", "\"roberta\"");
         std::fs::write(folder.path().join("config.json"), other).unwrap();
-        let error = MiniLm::load(folder.path()).err().unwrap();
+        let error = MiniLm::load(folder.path(), EmbedderPrecision::F32).err().unwrap();
         assert!(error.to_string().contains("roberta"), "{error}");
     }
 }

@@ -2,8 +2,8 @@
 
 use crate::{engine, finish, trip, wait};
 use mka::{
-    Backend, EncryptionKey, Engine, ErrorKind, Event, FeedOptions, Forget, NewTurn, Recall, Role,
-    Scope, SendOptions,
+    Backend, EmbedderPrecision, EmbedderSource, EncryptionKey, Engine, ErrorKind, Event,
+    FeedOptions, Forget, NewTurn, Recall, Role, Scope, SendOptions,
 };
 use std::path::Path;
 
@@ -272,6 +272,40 @@ fn another_embedder_is_refused_or_taken_over_in_the_background() {
         assert!(std::time::Instant::now() < deadline);
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
+    let hits = wait(engine.memory().recall(&trip(), "fuzzy-badger", Recall::default())).unwrap();
+    assert!(hits[0].text.contains("7654321") && hits[0].why.cosine > 0.0);
+}
+
+#[test]
+fn vectors_in_f32_and_in_integers_are_not_mixed() {
+    let folder = tempfile::tempdir().unwrap();
+    let bert = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/bert");
+    let open = |precision: EmbedderPrecision, share: Option<f32>| {
+        let builder = Engine::builder(folder.path())
+            .embedder(EmbedderSource::Folder(bert.clone()))
+            .embedder_precision(precision)
+            .quiet(true);
+        match share {
+            Some(share) => builder.reembed(share),
+            None => builder,
+        }
+        .open_blocking()
+    };
+    {
+        let engine = open(EmbedderPrecision::F32, None).unwrap();
+        let turns = vec![NewTurn::new(Role::User, FACT), NewTurn::new(Role::Document, document())];
+        wait(engine.memory().remember(&trip(), turns)).unwrap();
+    }
+    let refused = open(EmbedderPrecision::Int8, None).err().unwrap();
+    assert_eq!(refused.kind(), ErrorKind::Incompatible, "{refused}");
+    assert!(refused.to_string().contains("bert-mean-int8:"), "{refused}");
+    let engine = open(EmbedderPrecision::Int8, Some(0.9)).unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while engine.memory().stats().turns_to_embed > 0 {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(engine.memory().stats().embedder.starts_with("bert-mean-int8:"));
     let hits = wait(engine.memory().recall(&trip(), "fuzzy-badger", Recall::default())).unwrap();
     assert!(hits[0].text.contains("7654321") && hits[0].why.cosine > 0.0);
 }

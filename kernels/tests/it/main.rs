@@ -3,8 +3,10 @@
 mod attention;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod encoder;
 mod flash;
 mod packed;
+mod panels;
 mod projected;
 mod recall;
 mod route;

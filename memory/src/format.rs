@@ -5,6 +5,7 @@ mod fields;
 pub(crate) mod image;
 mod payloads;
 mod records;
+mod runs;
 pub(crate) mod vectors;
 
 use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
@@ -19,10 +20,11 @@ use self::records::checksum;
 pub(crate) use self::records::{
     Key, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord, TurnRecord, record_version,
 };
+pub(crate) use self::runs::{MAX_RUN_TURNS, RunKey, decode_run, encode_run};
 use crate::{Error, ErrorKind, Result};
 
 /// Version of what is written; a later one is refused as [`ErrorKind::Incompatible`].
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 /// The earliest version that is still read.
 const OLDEST_VERSION: u32 = 1;
 /// Key of the record that says how the others are encrypted; itself it never is.

@@ -18,6 +18,7 @@ mod queries;
 mod read;
 mod records;
 mod reembed;
+mod runs;
 mod search;
 mod segment;
 mod state;

@@ -90,6 +90,26 @@ fn fuzz_database_records() {
 }
 
 #[test]
+fn fuzz_runs() {
+    let key = RunKey { session: 1, first_turn: 2, num_turns: 3 };
+    let (turn, record) =
+        samples().into_iter().find(|(key, _)| matches!(key, Key::Turn(..))).unwrap();
+    let record = record.encode(&turn);
+    let seeds = [encode_run(&[Some(record.clone()), None, Some(record)]), key.encode()];
+    fuzz("runs", &seeds, |bytes| {
+        if let Some(key) = RunKey::decode(bytes) {
+            assert_eq!(key.encode(), bytes);
+        }
+        if let Ok(records) = decode_run(&key, bytes) {
+            assert_eq!(encode_run(&records), bytes);
+            for (key, record) in key.keys().zip(records) {
+                let _ = record.map(|record| Record::decode(&key, &record));
+            }
+        }
+    });
+}
+
+#[test]
 fn fuzz_turns() {
     let mut turn = NewTurn::new(Role::User, "Kyoto 京都");
     let plain = Body::encode(&HEAD, &turn);

@@ -9,8 +9,8 @@ use std::collections::{BTreeSet, HashMap};
 
 pub(super) use self::apply::start_of;
 use self::pages::check_pages;
-use super::records::Change;
 use super::Store;
+use super::records::Change;
 use crate::filter::check_metadata;
 use crate::format::ChunkSpan;
 use crate::hygiene::Verdict;

@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
+use super::runs::{Runs, expand};
 use crate::cipher::Cipher;
-use crate::format::{CIPHER_KEY, Key, Record, decode_cipher, encode_cipher};
+use crate::format::{CIPHER_KEY, Key, Record, RunKey, decode_cipher, encode_cipher};
 use crate::storage::RecordChange;
 use crate::{EncryptionKey, Error, ErrorKind, Result, Storage};
 
@@ -43,6 +44,8 @@ pub(crate) type Entry = (Vec<u8>, Result<Vec<u8>>);
 pub(crate) struct Records {
     storage: Box<dyn Storage>,
     cipher: Option<Arc<Cipher>>,
+    /// The turns that lie together.
+    runs: Runs,
     /// Size of the files at which they are looked at again.
     check_at_bytes: u64,
     /// How many times what was alive the files took when they had just been compacted.
@@ -85,9 +88,15 @@ impl Records {
             }
             (None, None) => {}
         }
+        let mut runs = Runs::default();
+        storage.scan(&[], &mut |key, _| {
+            runs.note(key);
+            Ok(())
+        })?;
         Ok(Self {
             storage,
             cipher,
+            runs,
             check_at_bytes: MIN_COMPACT_BYTES,
             compacted_amplification: 1.0,
         })
@@ -97,7 +106,7 @@ impl Records {
         self.cipher.as_ref()
     }
 
-    /// Every key and value.
+    /// Every key and value, those of turns that lie together as if each lay by itself.
     pub(crate) fn scan(&self) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
         self.storage.scan(&[], &mut |key, value| {
@@ -106,7 +115,10 @@ impl Records {
                     Some(cipher) => cipher.open(key, value),
                     None => Ok(value.to_vec()),
                 };
-                entries.push((key.to_vec(), plain));
+                match RunKey::decode(key) {
+                    Some(run) => entries.extend(expand(&run, plain)),
+                    None => entries.push((key.to_vec(), plain)),
+                }
             }
             Ok(())
         })?;
@@ -126,19 +138,30 @@ impl Records {
     /// Applies all changes or none; they are on the disk when this returns.
     /// After an error it is unknown which of the two happened, until the store is opened again.
     pub(crate) fn write(&mut self, changes: &[Change]) -> Result<()> {
-        let mut batch = Vec::with_capacity(changes.len());
-        for change in changes {
-            let key = change.key.encode();
-            let value = match (&change.record, &self.cipher) {
-                (None, _) => None,
-                (Some(record), None) => Some(record.encode(&change.key)),
-                (Some(record), Some(cipher)) => {
-                    Some(cipher.seal(&key, &record.encode(&change.key))?)
-                }
+        let plain = changes.iter().map(|change| {
+            let value = change.record.as_ref().map(|record| record.encode(&change.key));
+            (change.key, value)
+        });
+        let read = |run: &RunKey| {
+            let key = run.encode();
+            let Some(value) = self.storage.get(&key)? else { return Ok(None) };
+            Ok(Some(match &self.cipher {
+                Some(cipher) => cipher.open(&key, &value)?,
+                None => value,
+            }))
+        };
+        let packed = self.runs.pack(plain.collect(), &read)?;
+        let mut batch = Vec::with_capacity(packed.batch.len());
+        for (key, value) in &packed.batch {
+            let value = match (value, &self.cipher) {
+                (Some(value), Some(cipher)) => Some(cipher.seal(key, value)?),
+                (value, _) => value.clone(),
             };
-            batch.push((key, value));
+            batch.push((key.clone(), value));
         }
-        self.storage.write(&batch)
+        self.storage.write(&batch)?;
+        self.runs.done(packed);
+        Ok(())
     }
 
     /// Removes records whose keys are none of this format.

@@ -1,5 +1,6 @@
 //! Stores of earlier format versions: opened, brought up to date, and refused by nobody but the earlier program.
-//! `tests/data/store-v1` was written by version 1: turns of all kinds, a retracted and a forgotten one, a snapshot.
+//! `tests/data/store-v1` was written by version 1: turns of all kinds, a retracted and a forgotten one, a snapshot;
+//! `tests/data/store-v2` by version 2: the same, and a turn with metadata and a subject.
 
 use std::path::Path;
 
@@ -7,9 +8,9 @@ use mka_memory::{Cancel, Commit, Filter, Forget, NewTurn, Recall, Role, Scope, S
 
 use crate::support::{files, files_with, open, trip};
 
-/// A copy of the stored sample, to be written to.
-fn sample(folder: &Path) -> std::path::PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/store-v1");
+/// A copy of a stored sample, to be written to.
+fn sample(folder: &Path, name: &str) -> std::path::PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
     let target = folder.join("store");
     for file in files(&source) {
         let to = target.join(file.strip_prefix(&source).unwrap());
@@ -53,7 +54,7 @@ fn check(store: &Store) {
 #[test]
 fn a_store_of_version_1_is_read_written_and_forgotten_from() {
     let folder = tempfile::tempdir().unwrap();
-    let path = sample(folder.path());
+    let path = sample(folder.path(), "store-v1");
     {
         let store = open(&path);
         check(&store);
@@ -81,4 +82,33 @@ fn a_store_of_version_1_is_read_written_and_forgotten_from() {
     let store = open(&path);
     assert!(store.turns(&trip(), 1..2).unwrap()[0].forgotten);
     assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+}
+
+#[test]
+fn a_store_of_version_2_goes_on_with_runs_of_turns_beside_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = sample(folder.path(), "store-v2");
+    let texts: Vec<String> = (0..70).map(|number| format!("Parcel {number} is here.")).collect();
+    {
+        let store = open(&path);
+        check(&store);
+        assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+        let options = Recall { filter: Some(Filter::eq("place", "Kyoto")), ..Recall::default() };
+        let hits = store.recall(&trip(), "what is paid for?", &options).unwrap();
+        assert_eq!(hits[0].text, "The hotel is paid for.");
+        let turns = texts.iter().map(|text| NewTurn::new(Role::User, text)).collect();
+        store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
+        // One of a run, and all from another one on.
+        store.forget(&trip(), &Forget::matching("Parcel 3 is")).unwrap();
+        store.commit(&trip(), Commit { retract: Some(60), ..Commit::default() }).unwrap();
+    }
+    let store = open(&path);
+    assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+    let turns = store.turns(&trip(), 7..99).unwrap();
+    assert_eq!(turns.len(), texts.len());
+    for (turn, text) in turns.iter().zip(&texts) {
+        let forgotten = text.starts_with("Parcel 3 ");
+        assert_eq!((turn.forgotten, turn.retracted), (forgotten, turn.id >= 60), "{turn:?}");
+        assert_eq!(turn.text, if forgotten { "" } else { text });
+    }
 }

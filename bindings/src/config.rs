@@ -61,6 +61,16 @@ impl From<EmbedderSource> for mka::EmbedderSource {
 }
 
 mirrored! {
+    /// How a sentence encoder multiplies by its weights; a store takes the two for different embedders.
+    pub enum EmbedderPrecision for mka::EmbedderPrecision {
+        /// In f32.
+        F32,
+        /// In 8-bit integers.
+        Int8,
+    }
+}
+
+mirrored! {
     /// How much of a recalled passage a session quotes to its model.
     pub enum Quote for mka::Quote {
         /// The sentences that share the message's words.
@@ -237,6 +247,9 @@ pub struct EngineConfig {
     /// What turns sentences into vectors.
     #[uniffi(default)]
     pub embedder: Option<EmbedderSource>,
+    /// How a sentence encoder multiplies.
+    #[uniffi(default)]
+    pub embedder_precision: Option<EmbedderPrecision>,
     /// Recent tokens attended exactly.
     #[uniffi(default)]
     pub window_tokens: Option<u64>,
@@ -298,6 +311,9 @@ impl EngineConfig {
         }
         if let Some(embedder) = self.embedder {
             builder = builder.embedder(embedder.into());
+        }
+        if let Some(precision) = self.embedder_precision {
+            builder = builder.embedder_precision(precision.into());
         }
         if let Some(backend) = self.backend {
             builder = builder.backend(backend.into());

@@ -28,8 +28,8 @@ mod wait;
 
 pub use bell::NativeBell;
 pub use config::{
-    Backend, EmbedderSource, EngineConfig, Hygiene, ModelSource, PageConfig, PagePrecision,
-    PageRule, Policy, Prefill, Quote, RecallPolicy,
+    Backend, EmbedderPrecision, EmbedderSource, EngineConfig, Hygiene, ModelSource, PageConfig,
+    PagePrecision, PageRule, Policy, Prefill, Quote, RecallPolicy,
 };
 pub use direct::{
     Reply, mka_direct_begin_recall, mka_direct_drop, mka_direct_free, mka_direct_next,

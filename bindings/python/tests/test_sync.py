@@ -241,6 +241,8 @@ def test_opening_fails_with_kinds(store: Path, tmp_path: Path) -> None:
         mka.open_sync(store, device="abacus")
     with pytest.raises(mka.InvalidArgumentError, match="embedder"):
         mka.open_sync(store, embedder="word2vec")  # type: ignore[typeddict-item]
+    with pytest.raises(mka.InvalidArgumentError, match="embedder_precision"):
+        mka.open_sync(store, embedder_precision="int3")  # type: ignore[typeddict-item]
     with pytest.raises(mka.InvalidArgumentError, match="window_tokens"):
         mka.open_sync(store, window_tokens=1)
     assert issubclass(mka.NotFoundError, LookupError) and issubclass(mka.LockedError, mka.Error)

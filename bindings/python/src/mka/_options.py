@@ -76,6 +76,8 @@ class EngineOptions(TypedDict, total=False):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     embedder: Literal["hashed", "minilm"] | os.PathLike[str]
     """What turns sentences into vectors: built in, fetched, or a folder."""
+    embedder_precision: Literal["f32", "int8"]
+    """How a sentence encoder multiplies; a store takes the two for different embedders."""
     window_tokens: int
     """Recent tokens attended exactly."""
     block_tokens: int
@@ -219,6 +221,7 @@ def _names(enum: Any) -> dict[str, Any]:
 
 
 _BACKENDS = _names(_native.Backend)
+_EMBEDDER_PRECISIONS = _names(_native.EmbedderPrecision)
 _MODES = _names(_native.FeedMode)
 _POLICIES = _names(_native.Policy)
 _PRECISIONS = _names(_native.PagePrecision)
@@ -251,6 +254,7 @@ def engine_config(options: EngineOptions) -> Any:
             "minilm": _native.EmbedderSource.MINI_LM,
         }
         given["embedder"] = _one_of("embedder", embedder, choices)()
+    _choose(given, "embedder_precision", _EMBEDDER_PRECISIONS)
     _choose(given, "quote", _QUOTES)
     _choose(given, "recall", _RECALLS)
     _choose(given, "backend", _BACKENDS)

@@ -66,7 +66,10 @@ def server(engine: AsyncEngine, *, user: str, session: str = "mcp") -> MCPServer
 
 
 async def _serve(args: argparse.Namespace) -> None:
-    async with mka.open(args.store, embedder=args.embedder, quiet=True) as engine:
+    embedder, precision = args.embedder, args.embedder_precision
+    async with mka.open(
+        args.store, embedder=embedder, embedder_precision=precision, quiet=True
+    ) as engine:
         await server(engine, user=args.user, session=args.session).run_stdio_async()
 
 
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--user", required=True, help="whose memory is served")
     parser.add_argument("--session", default="mcp", help="session that is remembered into")
     parser.add_argument("--embedder", default="hashed", choices=("hashed", "minilm"))
+    parser.add_argument("--embedder-precision", choices=("f32", "int8"))
     asyncio.run(_serve(parser.parse_args()))
 
 

@@ -60,6 +60,8 @@ public typealias Scope = MKABindings.Scope
 public typealias EngineOptions = MKABindings.EngineConfig
 /// What turns sentences into vectors.
 public typealias EmbedderSource = MKABindings.EmbedderSource
+/// How a sentence encoder multiplies by its weights.
+public typealias EmbedderPrecision = MKABindings.EmbedderPrecision
 /// How much of a recalled passage is quoted.
 public typealias Quote = MKABindings.Quote
 /// How older tokens come back into a turn.

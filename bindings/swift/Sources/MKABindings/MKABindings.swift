@@ -3526,6 +3526,10 @@ public struct EngineConfig: Equatable, Hashable {
      */
     public var embedder: EmbedderSource?
     /**
+     * How a sentence encoder multiplies.
+     */
+    public var embedderPrecision: EmbedderPrecision?
+    /**
      * Recent tokens attended exactly.
      */
     public var windowTokens: UInt64?
@@ -3591,6 +3595,9 @@ public struct EngineConfig: Equatable, Hashable {
          * What turns sentences into vectors.
          */embedder: EmbedderSource? = nil,
         /**
+         * How a sentence encoder multiplies.
+         */embedderPrecision: EmbedderPrecision? = nil,
+        /**
          * Recent tokens attended exactly.
          */windowTokens: UInt64? = nil,
         /**
@@ -3632,6 +3639,7 @@ public struct EngineConfig: Equatable, Hashable {
         self.model = model
         self.device = device
         self.embedder = embedder
+        self.embedderPrecision = embedderPrecision
         self.windowTokens = windowTokens
         self.blockTokens = blockTokens
         self.recallK = recallK
@@ -3666,6 +3674,7 @@ public struct FfiConverterTypeEngineConfig: FfiConverterRustBuffer {
                 model: FfiConverterOptionTypeModelSource.read(from: &buf),
                 device: FfiConverterOptionString.read(from: &buf),
                 embedder: FfiConverterOptionTypeEmbedderSource.read(from: &buf),
+                embedderPrecision: FfiConverterOptionTypeEmbedderPrecision.read(from: &buf),
                 windowTokens: FfiConverterOptionUInt64.read(from: &buf),
                 blockTokens: FfiConverterOptionUInt64.read(from: &buf),
                 recallK: FfiConverterOptionUInt64.read(from: &buf),
@@ -3686,6 +3695,7 @@ public struct FfiConverterTypeEngineConfig: FfiConverterRustBuffer {
         FfiConverterOptionTypeModelSource.write(value.model, into: &buf)
         FfiConverterOptionString.write(value.device, into: &buf)
         FfiConverterOptionTypeEmbedderSource.write(value.embedder, into: &buf)
+        FfiConverterOptionTypeEmbedderPrecision.write(value.embedderPrecision, into: &buf)
         FfiConverterOptionUInt64.write(value.windowTokens, into: &buf)
         FfiConverterOptionUInt64.write(value.blockTokens, into: &buf)
         FfiConverterOptionUInt64.write(value.recallK, into: &buf)
@@ -6374,6 +6384,81 @@ public func FfiConverterTypeBackend_lower(_ value: Backend) -> RustBuffer {
 
 
 /**
+ * How a sentence encoder multiplies by its weights; a store takes the two for different embedders.
+ */
+
+public enum EmbedderPrecision: Equatable, Hashable {
+
+    /**
+     * In f32.
+     */
+    case f32
+    /**
+     * In 8-bit integers.
+     */
+    case int8
+
+
+
+
+
+}
+
+#if compiler(>=6)
+extension EmbedderPrecision: Sendable {}
+#endif
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public struct FfiConverterTypeEmbedderPrecision: FfiConverterRustBuffer {
+    typealias SwiftType = EmbedderPrecision
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> EmbedderPrecision {
+        let variant: Int32 = try readInt(&buf)
+        switch variant {
+
+        case 1: return .f32
+
+        case 2: return .int8
+
+        default: throw UniffiInternalError.unexpectedEnumCase
+        }
+    }
+
+    public static func write(_ value: EmbedderPrecision, into buf: inout [UInt8]) {
+        switch value {
+
+
+        case .f32:
+            writeInt(&buf, Int32(1))
+
+
+        case .int8:
+            writeInt(&buf, Int32(2))
+
+        }
+    }
+}
+
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeEmbedderPrecision_lift(_ buf: RustBuffer) throws -> EmbedderPrecision {
+    return try FfiConverterTypeEmbedderPrecision.lift(buf)
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeEmbedderPrecision_lower(_ value: EmbedderPrecision) -> RustBuffer {
+    return FfiConverterTypeEmbedderPrecision.lower(value)
+}
+
+
+
+/**
  * What turns sentences into vectors.
  */
 
@@ -8936,6 +9021,30 @@ fileprivate struct FfiConverterOptionTypeBackend: FfiConverterRustBuffer {
         switch try readInt(&buf) as Int8 {
         case 0: return nil
         case 1: return try FfiConverterTypeBackend.read(from: &buf)
+        default: throw UniffiInternalError.unexpectedOptionalTag
+        }
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+fileprivate struct FfiConverterOptionTypeEmbedderPrecision: FfiConverterRustBuffer {
+    typealias SwiftType = EmbedderPrecision?
+
+    public static func write(_ value: SwiftType, into buf: inout [UInt8]) {
+        guard let value = value else {
+            writeInt(&buf, Int8(0))
+            return
+        }
+        writeInt(&buf, Int8(1))
+        FfiConverterTypeEmbedderPrecision.write(value, into: &buf)
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> SwiftType {
+        switch try readInt(&buf) as Int8 {
+        case 0: return nil
+        case 1: return try FfiConverterTypeEmbedderPrecision.read(from: &buf)
         default: throw UniffiInternalError.unexpectedOptionalTag
         }
     }

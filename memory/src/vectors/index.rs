@@ -206,6 +206,7 @@ impl Index {
             let ef = num_walked(want, sealed.rows.len())
                 * FILTERED_CANDIDATES
                 * (EASY_SHARE / share).max(1.0);
+            let ef = ef.max(num_near as f64);
             let walked = (looks.min(scans) > ef * WALK_NS)
                 .then(|| sealed.graph.search_among(&words, ef.ceil() as usize, &positions));
             match walked.flatten() {

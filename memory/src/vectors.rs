@@ -1,6 +1,7 @@
 //! Rows of f32, and which of them are close to a query: exact arithmetic here, the indexes in the folder beside.
 //! Knows nothing of text, scopes or storage.
 
+mod among;
 mod bits;
 mod build;
 mod codes;
@@ -10,6 +11,8 @@ mod graph;
 mod index;
 mod rotation;
 mod scan;
+mod sealed;
+mod signs;
 mod table;
 
 pub(crate) use bits::Bits;

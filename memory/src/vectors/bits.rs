@@ -50,6 +50,30 @@ impl Bits {
         }
     }
 
+    /// The set, 64 numbers to a word.
+    pub(crate) fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Puts in `first` and those of the 63 numbers after it that `word` says.
+    ///
+    /// # Panics
+    /// If one of them is not below the length.
+    pub(crate) fn insert_word(&mut self, first: usize, word: u64) {
+        let (at, shift) = (first / 64, first % 64);
+        self.words[at] |= word << shift;
+        let rest = if shift == 0 { 0 } else { word >> (64 - shift) };
+        if rest != 0 {
+            self.words[at + 1] |= rest;
+        }
+    }
+
+    /// How many stretches of 32 numbers, from 0 on, have one in the set.
+    pub(crate) fn num_blocks(&self) -> usize {
+        let halves = |word: &u64| usize::from(*word as u32 != 0) + usize::from(word >> 32 != 0);
+        self.words.iter().map(halves).sum()
+    }
+
     /// The 32 numbers from `32 * block` on; zeros beyond the end.
     pub(crate) fn block(&self, block: usize) -> u32 {
         let word = self.words.get(block / 2).copied().unwrap_or(0);
@@ -85,6 +109,19 @@ impl Bits {
             })
             .map(move |word| at * 64 + word.trailing_zeros() as usize)
         })
+    }
+
+    /// The numbers of the set, ascending.
+    pub(crate) fn to_vec(&self) -> Vec<u32> {
+        let mut numbers = Vec::with_capacity(self.count());
+        for (at, &word) in self.words.iter().enumerate() {
+            let mut left = word;
+            while left != 0 {
+                numbers.push(at as u32 * 64 + left.trailing_zeros());
+                left &= left - 1;
+            }
+        }
+        numbers
     }
 
     fn trim(&mut self) {

@@ -218,7 +218,8 @@ fn self_recall(graph: &Graph) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vectors::dots::{to_bytes, to_words};
+    use crate::vectors::Bits;
+    use crate::vectors::dots::{dot_words, to_bytes, to_words};
     use crate::vectors::rotation::Rotation;
     use crate::vectors::{dot, normalize};
 
@@ -273,6 +274,46 @@ mod tests {
             }
             assert!(hits >= 970, "{hits} of 1000, {threads} threads");
         }
+    }
+
+    #[test]
+    fn a_walk_among_some_rows_finds_the_nearest_of_them_or_says_that_it_cannot() {
+        let rows = clustered(6_000, 64, 3);
+        let (rotation, bytes) = bytes_of(&rows);
+        let graph = build(bytes, rotation.padded(), 2, &|| true).unwrap();
+        let mut rotated = vec![0.0; rotation.padded()];
+        let tenths: Bits = (0..rows.len()).filter(|row| row * 7919 % 6_007 % 10 == 0).collect();
+        let halves: Bits = (0..rows.len()).filter(|row| row * 7919 % 6_007 % 2 == 0).collect();
+        // Rows 0, 20, 40 and so on are around one centre: those of half of all centres, and those of one.
+        let topics: Bits = (0..rows.len()).filter(|row| row % 20 < 10).collect();
+        let topic: Bits = (0..rows.len()).filter(|row| row % 20 == 3).collect();
+        for (among, is_certain) in
+            [(&tenths, true), (&halves, true), (&topics, false), (&topic, false)]
+        {
+            let (mut hits, mut wanted) = (0, 0);
+            for query in &clustered(40, 64, 99) {
+                rotation.apply(query, &mut rotated);
+                let (words, _) = to_words(&rotated);
+                let Some(found) = graph.search_among(&words, 120, among) else {
+                    assert!(!is_certain);
+                    continue;
+                };
+                assert!(found.iter().all(|&position| among.contains(position as usize)));
+                let mut exact: Vec<usize> = among.iter().collect();
+                exact.sort_by(|&a, &b| dot(&rows[b], query).total_cmp(&dot(&rows[a], query)));
+                wanted += 10;
+                hits += exact[..10].iter().filter(|&&at| found.contains(&(at as u32))).count();
+            }
+            assert!(hits * 100 >= wanted * 95, "{hits} of {wanted}");
+        }
+        let (words, _) = to_words(&rotated);
+        assert_eq!(graph.search_among(&words, 80, &Bits::none(rows.len())), None);
+        let few: Vec<u32> = vec![7, 11, 4_000];
+        let closest = graph.closest(&words, &few, 2);
+        let mut exact = few;
+        let dots = |at: &u32| dot_words(&words, graph.row(*at));
+        exact.sort_by_key(|at| std::cmp::Reverse(dots(at)));
+        assert_eq!(closest, exact[..2]);
     }
 
     #[test]

@@ -91,6 +91,20 @@ impl Codes {
         bits.chain(self.factors.get(row).map(|factor| factor.to_bits()))
     }
 
+    /// The row's bits, 64 to a word, and after them those of its factor, into `out`; nothing if there is no such row.
+    pub(crate) fn copy_row<'a>(&self, row: usize, mut out: impl Iterator<Item = &'a mut u64>) {
+        let Some(factor) = self.factors.get(row) else { return };
+        let start = row / BLOCK * self.block_bytes() + row % 16;
+        let shift = if row % BLOCK < 16 { 0 } else { 4 };
+        for nibbles in self.bytes[start - row % 16..][..self.block_bytes()].chunks_exact(256) {
+            let nibbles = nibbles.iter().skip(row % 16).step_by(16);
+            let word =
+                nibbles.rev().fold(0, |word, byte| word << 4 | u64::from(byte >> shift & 15));
+            out.by_ref().take(1).for_each(|out| *out = word);
+        }
+        out.take(1).for_each(|out| *out = u64::from(factor.to_bits()));
+    }
+
     /// Leaves nothing of the code at `row`.
     pub(crate) fn clear(&mut self, row: usize) {
         let start = row / BLOCK * self.block_bytes() + row % 16;

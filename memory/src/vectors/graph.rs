@@ -46,9 +46,25 @@ pub(crate) struct Layer {
 #[derive(Debug, Default)]
 pub(crate) struct Idle(Mutex<Vec<Visited>>);
 
+impl Idle {
+    /// Buffers for a walk among `len` positions.
+    pub(super) fn take(&self, len: usize) -> Visited {
+        let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut visited = idle.unwrap_or_default();
+        visited.words.resize(len.div_ceil(64), 0);
+        visited
+    }
+
+    /// The walk has ended.
+    pub(super) fn give(&self, mut visited: Visited) {
+        visited.clear();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(visited);
+    }
+}
+
 /// Positions that a walk has seen.
 #[derive(Debug, Default)]
-struct Visited {
+pub(super) struct Visited {
     words: Vec<u64>,
     seen: Vec<u32>,
 }
@@ -56,7 +72,7 @@ struct Visited {
 impl Visited {
     /// Whether the position is new; from now on it is not.
     #[inline(always)]
-    fn enter(&mut self, position: u32) -> bool {
+    pub(super) fn enter(&mut self, position: u32) -> bool {
         let (word, bit) = (position as usize / 64, 1u64 << (position % 64));
         let is_new = self.words[word] & bit == 0;
         if is_new {
@@ -101,7 +117,16 @@ impl Graph {
         &self.bytes[position as usize * self.padded..][..self.padded]
     }
 
-    fn neighbours<'a>(&self, links: &'a [u32], at: usize) -> impl Iterator<Item = u32> + 'a {
+    /// The list of a position in the base layer.
+    pub(super) fn list(&self, position: u32) -> &[u32] {
+        &self.links[position as usize * self.width..][..self.width]
+    }
+
+    pub(super) fn neighbours<'a>(
+        &self,
+        links: &'a [u32],
+        at: usize,
+    ) -> impl Iterator<Item = u32> + 'a {
         links[at * self.width..][..self.width].iter().copied().take_while(|&link| link != NONE)
     }
 
@@ -111,7 +136,7 @@ impl Graph {
     }
 
     /// Walks down the upper layers, each to a position that no neighbour is closer than.
-    fn descend(&self, words: &[i16]) -> u32 {
+    pub(super) fn descend(&self, words: &[i16]) -> u32 {
         let mut at = self.entry;
         let mut closest = dot_words(words, self.row(at));
         for layer in self.upper.iter().rev() {
@@ -133,20 +158,12 @@ impl Graph {
 
     /// The best-first walk of the base layer (Malkov and Yashunin, arXiv 1603.09320, algorithm 2).
     fn search_from(&self, words: &[i16], ef: usize, start: u32) -> Vec<(i64, u32)> {
-        let idle = self.idle.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut visited = idle.unwrap_or_default();
-        visited.words.resize(self.len().div_ceil(64), 0);
-        let mut found: BinaryHeap<Reverse<(i64, u32)>> = BinaryHeap::with_capacity(ef + 1);
-        let mut open: BinaryHeap<(i64, u32)> = BinaryHeap::with_capacity(ef + 1);
-        let first = (dot_words(words, self.row(start)), start);
+        let mut visited = self.idle.take(self.len());
+        let mut front = Front::new(ef);
         visited.enter(start);
-        open.push(first);
-        found.push(Reverse(first));
+        front.offer((dot_words(words, self.row(start)), start));
         let mut fresh = Vec::with_capacity(self.width);
-        while let Some((dot, position)) = open.pop() {
-            if found.len() >= ef && found.peek().is_some_and(|worst| dot < worst.0.0) {
-                break;
-            }
+        while let Some(position) = front.next() {
             fresh.clear();
             for next in self.neighbours(&self.links, position as usize) {
                 if visited.enter(next) {
@@ -155,19 +172,58 @@ impl Graph {
                 }
             }
             for &next in &fresh {
-                let dot = dot_words(words, self.row(next));
-                if found.len() < ef || found.peek().is_some_and(|worst| dot > worst.0.0) {
-                    open.push((dot, next));
-                    found.push(Reverse((dot, next)));
-                    if found.len() > ef {
-                        found.pop();
-                    }
-                }
+                front.offer((dot_words(words, self.row(next)), next));
             }
         }
-        visited.clear();
-        self.idle.0.lock().unwrap_or_else(PoisonError::into_inner).push(visited);
-        let mut found: Vec<(i64, u32)> = found.into_iter().map(|Reverse(entry)| entry).collect();
+        self.idle.give(visited);
+        front.into_sorted()
+    }
+}
+
+/// The positions that a walk has found, and those that it has yet to go on from.
+pub(super) struct Front {
+    ef: usize,
+    found: BinaryHeap<Reverse<(i64, u32)>>,
+    open: BinaryHeap<(i64, u32)>,
+}
+
+impl Front {
+    /// Keeps the `ef` closest; `ef` is at least 1.
+    pub(super) fn new(ef: usize) -> Self {
+        let (found, open) = (BinaryHeap::with_capacity(ef + 1), BinaryHeap::with_capacity(ef + 1));
+        Self { ef, found, open }
+    }
+
+    /// Takes a position in, with its closeness, if it is among the closest so far.
+    #[inline(always)]
+    pub(super) fn offer(&mut self, position: (i64, u32)) {
+        let is_full = self.found.len() >= self.ef;
+        if !is_full || self.found.peek().is_some_and(|worst| position.0 > worst.0.0) {
+            self.open.push(position);
+            self.found.push(Reverse(position));
+            if is_full {
+                self.found.pop();
+            }
+        }
+    }
+
+    /// Goes on from a position that is not to be found.
+    pub(super) fn visit(&mut self, position: (i64, u32)) {
+        self.open.push(position);
+    }
+
+    /// The position to go on from: the closest; none once all that are found are closer.
+    pub(super) fn next(&mut self) -> Option<u32> {
+        let (dot, position) = self.open.pop()?;
+        let is_far =
+            self.found.len() >= self.ef && self.found.peek().is_some_and(|worst| dot < worst.0.0);
+        (!is_far).then_some(position)
+    }
+
+    /// What was found, closest first.
+    pub(super) fn into_sorted(self) -> Vec<(i64, u32)> {
+        let mut found: Vec<(i64, u32)> =
+            self.found.into_iter().map(|Reverse(entry)| entry).collect();
         found.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
         found
     }

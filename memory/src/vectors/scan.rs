@@ -61,7 +61,8 @@ impl Visible<'_> {
         self.allowed.map_or(live, |allowed| live & allowed.block(block))
     }
 
-    pub(crate) fn contains(&self, row: usize) -> bool {
+    #[cfg(test)]
+    fn contains(&self, row: usize) -> bool {
         self.live.contains(row) && self.allowed.is_none_or(|allowed| allowed.contains(row))
     }
 }
@@ -82,7 +83,7 @@ impl Best {
     }
 
     #[inline(always)]
-    fn push(&mut self, estimate: f32, row: u32) {
+    pub(super) fn push(&mut self, estimate: f32, row: u32) {
         if estimate > self.threshold {
             self.found.push((estimate, row));
             if self.found.len() >= 2 * self.want {

@@ -272,6 +272,29 @@ mod tests {
     }
 
     #[test]
+    fn a_filter_finds_the_nearest_in_a_graph_wherever_its_rows_lie() {
+        let mut index = VectorIndex::new(DIM).unwrap();
+        let all = rows(8_000, 5);
+        index.add(&all).unwrap();
+        index.build_graph().unwrap();
+        // Rows that come and go beside the graph are seen as well.
+        index.add(&rows(400, 21)).unwrap();
+        (0..8_400).step_by(9).for_each(|row| index.remove(row));
+        let is_there = |row: u32| !row.is_multiple_of(9);
+        // Spread, in a row, around few of the 40 centres, around one.
+        let spread = |row: u32| is_there(row) && row * 7919 % 8_009 % 10 < 3;
+        let early = |row: u32| is_there(row) && row < 2_000;
+        let few = |row: u32| is_there(row) && row % 40 < 8;
+        let one = |row: u32| is_there(row) && row % 40 == 11;
+        let late = |row: u32| is_there(row) && row >= 8_000;
+        let filters: [&dyn Fn(u32) -> bool; 5] = [&spread, &early, &few, &one, &late];
+        for keep in filters {
+            let set: RowSet = (0..8_400).filter(|&row| keep(row)).collect();
+            at_least(0.93, recall(&index, keep, Some(&set)));
+        }
+    }
+
+    #[test]
     fn what_is_not_a_row_is_refused() {
         assert!(VectorIndex::new(0).is_err() && VectorIndex::new(1 << 20).is_err());
         let mut index = VectorIndex::new(3).unwrap();

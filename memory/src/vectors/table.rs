@@ -138,7 +138,7 @@ impl VectorIndex {
         Ok(found)
     }
 
-    /// Builds a graph over all rows, so that searches without a filter no longer scan.
+    /// Builds a graph over all rows: from then on searches walk it, and those with a filter where that is shorter.
     ///
     /// # Errors
     /// `Storage` if too few rows of the graph found themselves: the index goes on scanning.

@@ -199,7 +199,7 @@ pub(crate) fn gist(text: &str) -> String {
         let line = line.trim_start_matches(['>', ' ', '\t']);
         for token in line.split_whitespace() {
             let word = if token.contains(char::is_alphanumeric) {
-                token.trim_matches(|c| ".,;:!?\"'()[]{}*_`“”‘’…".contains(c))
+                token.trim_matches(is_mark)
             } else {
                 token
             };
@@ -219,6 +219,12 @@ pub(crate) fn gist(text: &str) -> String {
     }
     // Signs alone say too little to be told apart by.
     if gist.contains(char::is_alphanumeric) { gist } else { String::new() }
+}
+
+/// What may stand around a word and says nothing.
+fn is_mark(c: char) -> bool {
+    matches!(c, '.' | ',' | ';' | ':' | '!' | '?' | '"' | '\'' | '(' | ')' | '[' | ']' | '{' | '}')
+        || matches!(c, '*' | '_' | '`' | '“' | '”' | '‘' | '’' | '…')
 }
 
 fn digits(text: &str) -> impl DoubleEndedIterator<Item = u32> + '_ {

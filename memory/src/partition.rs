@@ -9,6 +9,7 @@ mod vectors;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use foldhash::fast::RandomState;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
 use self::place::num_superseded;
@@ -64,10 +65,10 @@ pub(crate) struct Wanted<'a> {
 pub(crate) struct Partition {
     slots: Vec<Option<Chunk>>,
     free: Vec<u32>,
-    by_id: HashMap<u128, u32>,
+    by_id: HashMap<u128, u32, RandomState>,
     words: Words,
     /// The latest chunk of each gist, by the gist's hash; see [`gist`].
-    by_gist: HashMap<u64, u32>,
+    by_gist: HashMap<u64, u32, RandomState>,
     /// Hash of the gist of each slot; 0 if there is none.
     gists: Vec<u64>,
     /// What was said about each subject, oldest first.
@@ -90,11 +91,11 @@ impl Partition {
         Self {
             slots: Vec::new(),
             free: Vec::new(),
-            by_id: HashMap::new(),
+            by_id: HashMap::default(),
             words: Words::default(),
             tags: Tags::default(),
             rows: Rows::new(dim),
-            by_gist: HashMap::new(),
+            by_gist: HashMap::default(),
             gists: Vec::new(),
             num_changes: 0,
             saved: None,
@@ -362,10 +363,9 @@ impl Partition {
         self.rows.of_slot(*self.by_id.get(&id)?).get(at as usize).copied()
     }
 
-    /// A chunk that says what `text` says in nearly the same words, and stands in a place that `fits`.
-    pub(crate) fn near(&self, text: &str, fits: impl Fn(&Place) -> bool) -> Option<&Chunk> {
-        let wanted = gist(text);
-        let slot = *self.by_gist.get(&gist_hash(&wanted)?)?;
+    /// A chunk whose text has the gist `wanted`, and which stands in a place that `fits`.
+    pub(crate) fn near(&self, wanted: &str, fits: impl Fn(&Place) -> bool) -> Option<&Chunk> {
+        let slot = *self.by_gist.get(&gist_hash(wanted)?)?;
         self.slots[slot as usize].as_ref().filter(|chunk| {
             // Two gists may share a hash.
             chunk.places.iter().any(|place| !place.near && fits(place))

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
+use foldhash::fast::RandomState;
 use rust_stemmers::{Algorithm, Stemmer};
 use unicode_segmentation::UnicodeSegmentation;
 use xxhash_rust::xxh3::xxh3_64;
@@ -47,8 +48,8 @@ pub(crate) struct Terms {
 #[derive(Default)]
 struct Stems {
     /// Number of the stem of each word, and whether the word is a stop word.
-    words: HashMap<Box<str>, (u32, bool)>,
-    numbers: HashMap<Box<str>, u32>,
+    words: HashMap<Box<str>, (u32, bool), RandomState>,
+    numbers: HashMap<Box<str>, u32, RandomState>,
     terms: Vec<Box<str>>,
 }
 
@@ -171,7 +172,7 @@ pub(crate) struct Collection {
 }
 
 /// For each term the slots that hold it, and how often, in no order.
-pub(crate) type Postings = HashMap<Box<str>, Vec<(u32, u32)>>;
+pub(crate) type Postings = HashMap<Box<str>, Vec<(u32, u32)>, RandomState>;
 
 /// Inverted index of one partition.
 #[derive(Debug, Default)]

@@ -257,7 +257,7 @@ fn put_term(out: &mut Vec<u8>, term: &str, postings: &[(u32, u32)]) {
 
 fn postings(bytes: &[u8], num_terms: u64, used: &Bits) -> Result<Postings> {
     let mut reader = Reader::new(bytes, "words of an image");
-    let mut all = Postings::new();
+    let mut all = Postings::default();
     for _ in 0..num_terms {
         let term = reader.text()?;
         let num = reader.u32()? as usize;
@@ -345,7 +345,7 @@ pub(crate) mod tests {
             slots,
             codes,
             capacity: 35,
-            postings: postings.map(|(term, slots)| (term.into(), slots)).into(),
+            postings: postings.map(|(term, slots)| (term.into(), slots)).into_iter().collect(),
         }
     }
 

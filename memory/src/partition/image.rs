@@ -3,6 +3,8 @@
 
 use std::collections::{HashMap, HashSet};
 
+use foldhash::fast::RandomState;
+
 use super::{Chunk, Partition, Rows};
 use crate::format::image::{Image, ImageSlot};
 use crate::vectors::Codes;
@@ -18,7 +20,7 @@ impl Partition {
         let Image { slots, codes, capacity, postings, .. } = image;
         let lengths: Vec<Option<u32>> =
             slots.iter().map(|slot| slot.as_ref().map(|slot| slot.num_words)).collect();
-        let mut by_id = HashMap::with_capacity(slots.len());
+        let mut by_id = HashMap::with_capacity_and_hasher(slots.len(), RandomState::default());
         let mut gists = Vec::with_capacity(slots.len());
         let mut of_slots = Vec::with_capacity(slots.len());
         for (number, slot) in slots.into_iter().enumerate() {

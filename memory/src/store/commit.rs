@@ -7,13 +7,15 @@ mod plan;
 
 use std::collections::{BTreeSet, HashMap};
 
+use foldhash::fast::RandomState;
+
 pub(super) use self::apply::start_of;
 use self::pages::check_pages;
 use super::Store;
 use super::records::Change;
 use crate::filter::check_metadata;
 use crate::format::ChunkSpan;
-use crate::hygiene::Verdict;
+use crate::hygiene::{Verdict, gist};
 use crate::partition::{Partition, chunk_id};
 use crate::summary::Summary;
 use crate::vectors::normalize;
@@ -50,9 +52,9 @@ struct Plan<'a> {
     /// Chunks that the partition does not know: identity, text, vectors, turn.
     fresh: Vec<(u128, &'a str, Vec<f32>, TurnId)>,
     /// Where a chunk is among `fresh`.
-    fresh_at: HashMap<u128, usize>,
+    fresh_at: HashMap<u128, usize, RandomState>,
     /// The chunk of `fresh` that says a gist first; not kept where near duplicates are stored.
-    fresh_by_gist: Option<HashMap<String, u128>>,
+    fresh_by_gist: Option<HashMap<String, u128, RandomState>>,
     num_deduplicated: usize,
     num_nearly_duplicated: usize,
     retracted: Vec<TurnId>,
@@ -237,7 +239,7 @@ impl Store {
                     let is_known = partition.is_some_and(|partition| {
                         let session = state.session(scope).map(|(session, _)| session);
                         let is_near =
-                            |session| self.near(partition, text, session, retract).is_some();
+                            |session| self.near(partition, &gist(text), session, retract).is_some();
                         partition.get(id).is_some() || session.is_some_and(is_near)
                     });
                     if !is_known && seen.insert(text) {

@@ -20,18 +20,18 @@ struct Orphaned {
 }
 
 impl Store {
-    /// The chunk that says what `text` says, if `session` holds it in a turn before `before`.
+    /// The chunk whose text has the gist `said`, if `session` holds it in a turn before `before`.
     pub(super) fn near<'a>(
         &self,
         partition: &'a Partition,
-        text: &str,
+        said: &str,
         session: u64,
         before: Option<TurnId>,
     ) -> Option<&'a Chunk> {
         if !self.options.hygiene.near_duplicates {
             return None;
         }
-        partition.near(text, |place| {
+        partition.near(said, |place| {
             place.session == session && before.is_none_or(|before| place.turn < before)
         })
     }

@@ -38,8 +38,8 @@ impl Store {
             changes: Vec::new(),
             spans: Vec::new(),
             fresh: Vec::new(),
-            fresh_at: HashMap::new(),
-            fresh_by_gist: self.options.hygiene.near_duplicates.then(HashMap::new),
+            fresh_at: HashMap::default(),
+            fresh_by_gist: self.options.hygiene.near_duplicates.then(HashMap::default),
             num_deduplicated: 0,
             num_nearly_duplicated: 0,
             retracted: Vec::new(),
@@ -56,8 +56,8 @@ impl Store {
         };
         let before = summary.clone();
         for (turn, cut) in (first_turn..).zip(cuts) {
-            let near = |partition: &'_ Partition, text: &str| {
-                Some(self.near(partition, text, session, commit.retract)?.id)
+            let near = |partition: &'_ Partition, said: &str| {
+                Some(self.near(partition, said, session, commit.retract)?.id)
             };
             plan.turn(writer, &state, scope, turn, cut, &near, &mut embedded, &mut summary)?;
         }
@@ -95,19 +95,17 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// The chunk that says what `text` says: one that is stored, or an earlier one of this commit.
+    /// The chunk whose text has the gist `said`: one that is stored, or an earlier one of this commit.
     fn twin(
         &self,
-        text: &str,
+        said: &str,
         partition: Option<&Partition>,
         near: &dyn Fn(&Partition, &str) -> Option<u128>,
     ) -> Option<u128> {
-        let gists = self.fresh_by_gist.as_ref()?;
-        if let Some(twin) = partition.and_then(|partition| near(partition, text)) {
+        if let Some(twin) = partition.and_then(|partition| near(partition, said)) {
             return Some(twin);
         }
-        let said = gist(text);
-        gists.get(&said).filter(|_| !said.is_empty()).copied()
+        self.fresh_by_gist.as_ref()?.get(said).filter(|_| !said.is_empty()).copied()
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -155,7 +153,9 @@ impl<'a> Plan<'a> {
                 near: false,
             };
             let is_new = stored.is_none() && !self.fresh_at.contains_key(&id);
-            let twin = is_new.then(|| self.twin(text, partition, near)).flatten();
+            // Only a store that looks for near duplicates needs it.
+            let said = (is_new && self.fresh_by_gist.is_some()).then(|| gist(text));
+            let twin = said.as_ref().and_then(|said| self.twin(said, partition, near));
             if let Some(twin) = twin {
                 let stored = partition.and_then(|partition| partition.get(twin));
                 let fresh = self.fresh_at.get(&twin).map(|&at| &*self.fresh[at].2);
@@ -187,8 +187,8 @@ impl<'a> Plan<'a> {
                     push(summary, new.role, &vectors);
                     homes.push(Some(self.fresh.len()));
                     self.fresh_at.insert(id, self.fresh.len());
-                    if let Some(gists) = &mut self.fresh_by_gist {
-                        gists.insert(gist(text), id);
+                    if let (Some(gists), Some(said)) = (&mut self.fresh_by_gist, said) {
+                        gists.insert(said, id);
                     }
                     self.fresh.push((id, text, vectors, turn));
                 }

@@ -39,8 +39,7 @@ pub(super) fn open(
         Some(storage) => storage,
         None => storage::open(path, options.backend)?,
     };
-    let records = Records::open(storage, options.key.as_ref())?;
-    let entries = records.scan()?;
+    let (records, entries) = Records::open(storage, options.key.as_ref())?;
     let is_new = entries.is_empty();
     let (record, is_changed) = store_record(path, &entries, &*embedder, &options)?;
     let (appender, segments) = Appender::open(&path.join("segments"), records.cipher())?;

@@ -53,8 +53,12 @@ pub(crate) struct Records {
 }
 
 impl Records {
-    /// The records in `storage`, under the key that they were written with; a new database takes the key that is given.
-    pub(crate) fn open(mut storage: Box<dyn Storage>, key: Option<&EncryptionKey>) -> Result<Self> {
+    /// The records in `storage`, under the key that they were written with, and every one of them as [`Records::scan`] gives
+    /// them; a new database takes the key that is given.
+    pub(crate) fn open(
+        mut storage: Box<dyn Storage>,
+        key: Option<&EncryptionKey>,
+    ) -> Result<(Self, Vec<Entry>)> {
         let path = storage.path().display().to_string();
         let refused = |text: &str| Error::invalid(format!("open {path}: {text}"));
         let mut is_empty = true;
@@ -89,17 +93,15 @@ impl Records {
             (None, None) => {}
         }
         let mut runs = Runs::default();
-        storage.scan(&[], &mut |key, _| {
-            runs.note(key);
-            Ok(())
-        })?;
-        Ok(Self {
+        let entries = entries(&*storage, cipher.as_deref(), |key| runs.note(key))?;
+        let records = Self {
             storage,
             cipher,
             runs,
             check_at_bytes: MIN_COMPACT_BYTES,
             compacted_amplification: 1.0,
-        })
+        };
+        Ok((records, entries))
     }
 
     pub(crate) fn cipher(&self) -> Option<&Arc<Cipher>> {
@@ -108,21 +110,7 @@ impl Records {
 
     /// Every key and value, those of turns that lie together as if each lay by itself.
     pub(crate) fn scan(&self) -> Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        self.storage.scan(&[], &mut |key, value| {
-            if key != CIPHER_KEY {
-                let plain = match &self.cipher {
-                    Some(cipher) => cipher.open(key, value),
-                    None => Ok(value.to_vec()),
-                };
-                match RunKey::decode(key) {
-                    Some(run) => entries.extend(expand(&run, plain)),
-                    None => entries.push((key.to_vec(), plain)),
-                }
-            }
-            Ok(())
-        })?;
-        Ok(entries)
+        entries(&*self.storage, self.cipher.as_deref(), |_| ())
     }
 
     /// Every key and value as the database has them, for a copy of the store.
@@ -221,6 +209,30 @@ impl Records {
     }
 }
 
+/// [`Records::scan`]; `note` gets the keys as the database has them.
+fn entries(
+    storage: &dyn Storage,
+    cipher: Option<&Cipher>,
+    mut note: impl FnMut(&[u8]),
+) -> Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    storage.scan(&[], &mut |key, value| {
+        if key != CIPHER_KEY {
+            note(key);
+            let plain = match cipher {
+                Some(cipher) => cipher.open(key, value),
+                None => Ok(value.to_vec()),
+            };
+            match RunKey::decode(key) {
+                Some(run) => entries.extend(expand(&run, plain)),
+                None => entries.push((key.to_vec(), plain)),
+            }
+        }
+        Ok(())
+    })?;
+    Ok(entries)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,7 +296,7 @@ mod tests {
             garbage: 0,
             num_compacted: num_compacted.clone(),
         };
-        let mut records = Records::open(Box::new(wasteful), None).unwrap();
+        let (mut records, _) = Records::open(Box::new(wasteful), None).unwrap();
         let mut write = |keys: std::ops::Range<u64>| {
             let value = vec![7; (RECORD_BYTES - 8 - RECORD_OVERHEAD_BYTES) as usize];
             let batch: Vec<_> =

@@ -176,7 +176,7 @@ mod tests {
     use candle_core::{Device, Tensor};
     use proptest::prelude::*;
 
-    fn numbers(seed: u32, count: usize) -> Vec<f32> {
+    pub(super) fn numbers(seed: u32, count: usize) -> Vec<f32> {
         let next = |i: u32| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32;
         (0..count as u32).map(|i| next(i) / (1 << 23) as f32 - 1.0).collect()
     }

@@ -337,12 +337,8 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::numbers;
     use super::*;
-
-    fn numbers(seed: u32, count: usize) -> Vec<f32> {
-        let next = |i: u32| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32;
-        (0..count as u32).map(|i| next(i) / (1 << 23) as f32 - 1.0).collect()
-    }
 
     #[test]
     fn scores_are_those_of_the_plain_loop_for_any_shape() {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # swift-root.sh ROOT install | swift-root.sh ROOT run PROJECT COMMAND...: a Swift toolchain for Debian 12, which has none.
-# `install` unpacks Debian 13 with swiftlang into the folder ROOT (540 MB to download, 1.4 GB kept; nothing when it is there);
+# `install` unpacks Debian 13 with swiftlang into the folder ROOT (540 MB to download, 2.1 GB while it unpacks, 1.4 GB kept;
+# nothing when it is there);
 # `run` runs COMMAND in it with PROJECT as /src, in a mount namespace of its own, so that nothing is left mounted.
 # Needs root and apt; writes ROOT, and installs the package debootstrap where it is missing.
 set -euo pipefail
@@ -20,15 +21,22 @@ install)
     grep -E '/debian/?$' | head -n 1 || true)
   rm -rf "$root"
   mkdir -p "$root"
+  # What building, testing, DocC and the formatter do without: left out while unpacking, so that the disk never holds it.
+  mkdir -p "$root/etc/dpkg/dpkg.cfg.d"
+  printf 'path-exclude=%s\n' '/usr/share/doc/*' '/usr/share/locale/*' '/usr/share/man/*' '/usr/share/info/*' \
+    '/usr/libexec/swift/lib/swift_static/*' '/usr/libexec/swift/lib/swift/embedded/*' '/usr/libexec/swift/lib/liblldb.so*' \
+    '/usr/libexec/swift/bin/lldb*' '/usr/libexec/swift/bin/clangd' '/usr/libexec/swift/bin/sourcekit-lsp' \
+    '/usr/libexec/swift/lib/libsourcekitdInProc.so' >"$root/etc/dpkg/dpkg.cfg.d/mka"
   # libc6-dev and libstdc++-14-dev: swiftlang links nothing without them, and does not depend on them.
   debootstrap --variant=minbase --components=main --include=swiftlang,libc6-dev,libstdc++-14-dev \
     trixie "$root" "${mirror:-http://deb.debian.org/debian}" >"$root.log" 2>&1 ||
-    { tail -n 20 "$root.log" >&2; exit 1; }
-  swift=$root/usr/libexec/swift
-  # What building, testing, DocC and the formatter do without.
-  rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/* "$root"/usr/share/{doc,locale,man,info} \
-    "$swift"/lib/swift_static "$swift"/lib/swift/embedded "$swift"/lib/liblldb.so* "$swift"/bin/lldb* \
-    "$swift"/bin/clangd "$swift"/lib/libsourcekitdInProc.so "$swift"/bin/sourcekit-lsp
+    {
+      # debootstrap names the package alone; why it failed (a full disk, say) stands in its own log.
+      tail -n 20 "$root.log" "$root/debootstrap/debootstrap.log" >&2 || true
+      df -h "$root" >&2
+      exit 1
+    }
+  rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
   rm -f "$root.log"
   touch "$root/.complete"
   ;;

@@ -8,7 +8,8 @@
 //!
 //! `--data FOLDER` reads `rows.f32` and `queries.f32`, and makes more rows between three close ones where there are too few.
 //! Times are of the calling thread's processor clock, so that other work on the machine does not count; `--threads` are
-//! for making rows, exact answers and graphs alone.
+//! for making rows, exact answers and graphs alone. `--again yes` measures the graph once more for each line of the
+//! standard input: a graph of a million takes long to build, and the machine may be quieter later.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
@@ -30,6 +31,7 @@ struct Options {
     num_queries: usize,
     graph_from: usize,
     threads: usize,
+    again: bool,
     out: Option<PathBuf>,
 }
 
@@ -53,6 +55,7 @@ fn options() -> Options {
         num_queries: number(take("--queries", "200")),
         graph_from: number(take("--graph-from", "250000")),
         threads: number(take("--threads", "1")),
+        again: take("--again", "no") == "yes",
         out: Some(take("--out", "")).filter(|out| !out.is_empty()).map(PathBuf::from),
     };
     assert!(given.is_empty(), "unknown arguments: {given:?}");
@@ -118,6 +121,12 @@ fn measure(options: &Options, rows: &[f32], queries: &[f32]) {
         let rate = size as f64 / cpu;
         print_row(size, "graph", rate, &index, queries, &kept_rows, &exact);
         println!("graph of {size} rows: {wall:.0} s wall, {cpu:.0} s of processor");
+        if options.again {
+            for line in std::io::stdin().lines().map_while(Result::ok) {
+                println!("again: {line}");
+                print_row(size, "graph", rate, &index, queries, &kept_rows, &exact);
+            }
+        }
     }
 }
 

@@ -172,13 +172,19 @@ impl Partition {
 
     /// Puts a chunk in that is not there yet.
     pub(crate) fn insert(&mut self, terms: &Terms, chunk: Chunk) {
+        let gist = gist_hash(&gist(&chunk.text));
+        self.insert_with_gist(terms, chunk, gist);
+    }
+
+    /// The same, of a chunk whose [`gist_hash`] is known.
+    pub(crate) fn insert_with_gist(&mut self, terms: &Terms, chunk: Chunk, gist: Option<u64>) {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
             self.slots.len() as u32 - 1
         });
         self.words.add(terms, slot, &chunk.text);
         self.rows.insert(slot, &chunk.vectors);
-        self.put_new(slot, chunk);
+        self.put_new(slot, chunk, gist);
     }
 
     /// Puts many chunks in that are not there yet, in less time than one by one: words and vectors side by side.
@@ -200,15 +206,18 @@ impl Partition {
             (first..).zip(&chunks).for_each(|(slot, chunk)| rows.insert(slot, &chunk.vectors));
         });
         self.slots.resize_with(first as usize + chunks.len(), || None);
-        (first..).zip(chunks).for_each(|(slot, chunk)| self.put_new(slot, chunk));
+        for (slot, chunk) in (first..).zip(chunks) {
+            let gist = gist_hash(&gist(&chunk.text));
+            self.put_new(slot, chunk, gist);
+        }
     }
 
     /// What [`insert`](Self::insert) does beside words and vectors.
-    fn put_new(&mut self, slot: u32, chunk: Chunk) {
+    fn put_new(&mut self, slot: u32, chunk: Chunk, gist: Option<u64>) {
         if self.gists.len() <= slot as usize {
             self.gists.resize(slot as usize + 1, 0);
         }
-        self.gists[slot as usize] = gist_hash(&gist(&chunk.text)).unwrap_or(0);
+        self.gists[slot as usize] = gist.unwrap_or(0);
         self.num_changes += 1 + self.rows.of_slot(slot).len() as u64;
         self.put(slot, chunk);
     }
@@ -545,7 +554,8 @@ fn greatest(mut scored: Vec<(f32, u32)>, num: usize) -> Vec<u32> {
     scored.into_iter().map(|(_, number)| number).collect()
 }
 
-fn gist_hash(gist: &str) -> Option<u64> {
+/// The hash of a [`gist`]; none of an empty one.
+pub(crate) fn gist_hash(gist: &str) -> Option<u64> {
     (!gist.is_empty()).then(|| xxh3_64(gist.as_bytes()))
 }
 

@@ -85,16 +85,19 @@ impl Terms {
         if stems.terms.len() > KEPT_STEMS {
             *stems = Stems::default();
         }
-        let lower = text.to_lowercase();
-        for part in parts(&lower) {
+        each_part(&text.to_lowercase(), |part| {
             let (number, is_stop) = stems.word(&self.stemmer, part);
             each(&stems.terms[number as usize], is_stop);
-        }
+        });
     }
 
     /// Calls `each` with every token that holds several words, whole: `fuzzy-badger`, a UUID, an address.
     pub(crate) fn compounds(&self, text: &str, mut each: impl FnMut(&str)) {
         for token in text.split_whitespace() {
+            // Before the ends are looked at: most tokens have none of these.
+            if !token.bytes().any(|byte| b"-_@./:".contains(&byte)) {
+                continue;
+            }
             let token = token.trim_matches(|c: char| !c.is_alphanumeric());
             if token.len() > MAX_TERM_BYTES || !token.contains(['-', '_', '@', '.', '/', ':']) {
                 continue;
@@ -109,9 +112,8 @@ impl Terms {
         if stems.terms.len() > KEPT_STEMS {
             *stems = Stems::default();
         }
-        let mut numbers = Vec::new();
-        let lower = text.to_lowercase();
-        parts(&lower).for_each(|part| numbers.push(stems.word(&self.stemmer, part).0));
+        let mut numbers = Vec::with_capacity(text.len() / 4);
+        each_part(&text.to_lowercase(), |part| numbers.push(stems.word(&self.stemmer, part).0));
         let num_words = numbers.len() as u32;
         self.compounds(text, |term| numbers.push(stems.number(term)));
         numbers.sort_unstable();
@@ -142,10 +144,38 @@ impl Terms {
     }
 }
 
-/// The words of a text in lower case; an inner `.`, `_`, `:` or apostrophe ends a word.
-fn parts(lower: &str) -> impl Iterator<Item = &str> {
-    let parts = lower.unicode_words().flat_map(|word| word.split(['.', '_', ':', '\'', '’']));
-    parts.filter(|part| !part.is_empty() && part.len() <= MAX_TERM_BYTES)
+/// Calls `each` with the words of a text in lower case; an inner `.`, `_`, `:` or apostrophe ends a word.
+fn each_part<'a>(lower: &'a str, mut each: impl FnMut(&'a str)) {
+    let each = |part: &'a str| {
+        if !part.is_empty() && part.len() <= MAX_TERM_BYTES {
+            each(part);
+        }
+    };
+    if lower.is_ascii() { ascii_parts(lower, each) } else { unicode_parts(lower).for_each(each) }
+}
+
+/// Parts of the words of UAX 29.
+fn unicode_parts(lower: &str) -> impl Iterator<Item = &str> {
+    lower.unicode_words().flat_map(|word| word.split(['.', '_', ':', '\'', '’']))
+}
+
+/// What [`unicode_parts`] are where all is ASCII: letters and digits in a row, and `,` and `;` between two digits.
+fn ascii_parts<'a>(lower: &'a str, mut each: impl FnMut(&'a str)) {
+    let bytes = lower.as_bytes();
+    let is_digit = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_digit);
+    let (mut start, mut at) = (0, 0);
+    while at < bytes.len() {
+        let stays = match bytes[at] {
+            b',' | b';' => at > start && is_digit(at - 1) && is_digit(at + 1),
+            byte => byte.is_ascii_alphanumeric(),
+        };
+        at += 1;
+        if !stays {
+            each(&lower[start..at - 1]);
+            start = at;
+        }
+    }
+    each(&lower[start..]);
 }
 
 /// Weighted terms to search for.
@@ -327,6 +357,8 @@ impl Collection {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn index(texts: &[&str]) -> Words {
@@ -350,6 +382,20 @@ mod tests {
             })
             .collect();
         words.scores(&weighted, collection)
+    }
+
+    proptest! {
+        #[test]
+        fn words_of_ascii_are_those_of_unicode(text in "[a-c0-2.,;:_' \"\n-]{0,40}|[ -~\t\r\n]{0,60}") {
+            let lower = text.to_lowercase();
+            let (mut ascii, mut unicode) = (Vec::new(), Vec::new());
+            ascii_parts(&lower, |part| ascii.push(part));
+            unicode_parts(&lower).for_each(|part| unicode.push(part));
+            for parts in [&mut ascii, &mut unicode] {
+                parts.retain(|part| !part.is_empty());
+            }
+            prop_assert_eq!(ascii, unicode);
+        }
     }
 
     #[test]

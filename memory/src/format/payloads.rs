@@ -9,6 +9,9 @@ use super::fields::{
 use super::{Kind, TurnRecord};
 use crate::{Error, Metadata, NewTurn, Result, Role};
 
+/// A chunk in a turn's record, without its floats: identity, start, end, whether it is near, how many floats.
+const CHUNK_BYTES: usize = 16 + 8 + 8 + 1 + 4;
+
 /// What a turn's payload says about itself: the log can be read from the segments alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TurnHead {
@@ -137,12 +140,13 @@ impl TurnChunks {
         embedder: u64,
         chunks: impl ExactSizeIterator<Item = (ChunkSpan, &'a [f32])>,
     ) -> Vec<u8> {
-        let mut out = Vec::new();
+        let mut out = Vec::with_capacity(28);
         put_u64(&mut out, session);
         put_u64(&mut out, turn);
         put_u64(&mut out, embedder);
         put_u32(&mut out, chunks.len() as u32);
         for (span, vectors) in chunks {
+            out.reserve(CHUNK_BYTES + vectors.len() * 4);
             out.extend_from_slice(&span.id.to_le_bytes());
             put_u64(&mut out, span.start);
             put_u64(&mut out, span.end);

@@ -41,6 +41,19 @@ struct Cut<'a> {
     spans: Vec<chunk::Span>,
 }
 
+/// A chunk that is new to the partition.
+struct Fresh<'a> {
+    id: u128,
+    text: &'a str,
+    vectors: Vec<f32>,
+    turn: TurnId,
+    /// What it says; none where near duplicates are stored.
+    said: Option<String>,
+}
+
+/// Vectors of chunks by their text.
+type Embedded<'a> = HashMap<&'a str, Vec<f32>, RandomState>;
+
 /// What a commit will do to the indexes once it is on the disk.
 struct Plan<'a> {
     session: u64,
@@ -49,12 +62,12 @@ struct Plan<'a> {
     changes: Vec<Change>,
     /// The chunks of each appended turn.
     spans: Vec<Vec<ChunkSpan>>,
-    /// Chunks that the partition does not know: identity, text, vectors, turn.
-    fresh: Vec<(u128, &'a str, Vec<f32>, TurnId)>,
+    /// Chunks that the partition does not know.
+    fresh: Vec<Fresh<'a>>,
     /// Where a chunk is among `fresh`.
     fresh_at: HashMap<u128, usize, RandomState>,
-    /// The chunk of `fresh` that says a gist first; not kept where near duplicates are stored.
-    fresh_by_gist: Option<HashMap<String, u128, RandomState>>,
+    /// The chunk of `fresh` that says a gist first, by the gist's hash; not kept where near duplicates are stored.
+    fresh_by_gist: Option<HashMap<u64, usize, RandomState>>,
     num_deduplicated: usize,
     num_nearly_duplicated: usize,
     retracted: Vec<TurnId>,
@@ -85,7 +98,7 @@ impl Store {
         let verdict = self.examine(&commit)?;
         let turns = commit.turns.iter().zip(&verdict.withheld);
         let cuts = turns.map(|(turn, withheld)| self.cut(turn, Entry::New, *withheld)).collect();
-        let mut done = self.commit_cuts(scope, &commit, cuts, HashMap::new())?;
+        let mut done = self.commit_cuts(scope, &commit, cuts, Embedded::default())?;
         done.findings = verdict.findings;
         Ok(done)
     }
@@ -136,7 +149,8 @@ impl Store {
         }
         let commit = Commit { turns, ..Commit::default() };
         let verdict = self.examine(&commit)?;
-        let mut embedded = HashMap::with_capacity(commit.turns.len());
+        let mut embedded =
+            Embedded::with_capacity_and_hasher(commit.turns.len(), RandomState::default());
         let mut cuts = Vec::with_capacity(commit.turns.len());
         let turns = commit.turns.iter().zip(&verdict.withheld).zip(vectors.chunks_exact(dim));
         for (at, ((turn, withheld), vector)) in turns.enumerate() {
@@ -179,7 +193,7 @@ impl Store {
     ) -> Result<Committed> {
         turns.iter().try_for_each(|(turn, _)| check_metadata(&turn.metadata))?;
         let cuts = turns.iter().map(|(turn, entry)| self.cut(turn, *entry, false)).collect();
-        self.commit_cuts(scope, &Commit::default(), cuts, HashMap::new())
+        self.commit_cuts(scope, &Commit::default(), cuts, Embedded::default())
     }
 
     /// `embedded`: vectors of chunks, by their text, that the embedder need not make.
@@ -188,7 +202,7 @@ impl Store {
         scope: &Scope,
         commit: &'a Commit,
         cuts: Vec<Cut<'a>>,
-        mut embedded: HashMap<&'a str, Vec<f32>>,
+        mut embedded: Embedded<'a>,
     ) -> Result<Committed> {
         self.embed_unknown(scope, &cuts, commit.retract, &mut embedded)?;
         let mut writer = self.writer()?;
@@ -222,7 +236,7 @@ impl Store {
         scope: &Scope,
         cuts: &[Cut<'a>],
         retract: Option<TurnId>,
-        embedded: &mut HashMap<&'a str, Vec<f32>>,
+        embedded: &mut Embedded<'a>,
     ) -> Result<()> {
         let mut unknown: Vec<(&'a str, Vec<&'a str>)> = Vec::new();
         {

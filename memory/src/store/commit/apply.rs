@@ -1,9 +1,9 @@
 //! Carrying a plan out: the disk takes it, then the indexes do.
 //! Knows nothing of how it was planned.
 
-use super::{Cut, Entry, Plan};
+use super::{Cut, Entry, Fresh, Plan};
 use crate::format::Body;
-use crate::partition::Chunk;
+use crate::partition::{Chunk, gist_hash};
 use crate::store::{Store, Writer};
 use crate::{Committed, Result, Role, Scope, TurnId};
 
@@ -68,11 +68,16 @@ impl Store {
             findings: Vec::new(),
         };
         let partition = state.partition_mut(scope);
-        for (id, text, vectors, turn) in plan.fresh {
+        for Fresh { id, text, vectors, turn, said } in plan.fresh {
             let home = (plan.session, turn);
             let (text, vectors) = (text.into(), vectors.into());
             let chunk = Chunk { id, text, vectors, home, places: Vec::with_capacity(1) };
-            partition.insert(&writer.terms, chunk);
+            match said {
+                Some(said) => {
+                    partition.insert_with_gist(&writer.terms, chunk, gist_hash(&said));
+                }
+                None => partition.insert(&writer.terms, chunk),
+            }
         }
         for (id, place) in places {
             partition.add_place(id, place);

@@ -3,13 +3,13 @@
 
 use std::collections::HashMap;
 
-use super::{Cut, Entry, Plan};
+use super::{Cut, Embedded, Entry, Fresh, Plan};
 use crate::format::{
     Body, ChunkSpan, Key, Kind, Record, SessionRecord, StoreRecord, TurnChunks, TurnHead,
     TurnRecord, encode_names,
 };
 use crate::hygiene::gist;
-use crate::partition::{Partition, chunk_id};
+use crate::partition::{Partition, chunk_id, gist_hash};
 use crate::store::records::Change;
 use crate::store::state::{Session, State, counts_in_summary};
 use crate::store::{Store, Writer};
@@ -24,7 +24,7 @@ impl Store {
         scope: &Scope,
         commit: &'a Commit,
         cuts: &[Cut<'a>],
-        mut embedded: HashMap<&'a str, Vec<f32>>,
+        mut embedded: Embedded<'a>,
     ) -> Result<Plan<'a>> {
         let state = self.read();
         let known = state.session(scope);
@@ -105,7 +105,9 @@ impl<'a> Plan<'a> {
         if let Some(twin) = partition.and_then(|partition| near(partition, said)) {
             return Some(twin);
         }
-        self.fresh_by_gist.as_ref()?.get(said).filter(|_| !said.is_empty()).copied()
+        let &at = self.fresh_by_gist.as_ref()?.get(&gist_hash(said)?)?;
+        // Two gists may share a hash.
+        Some(&self.fresh[at]).filter(|fresh| fresh.said.as_deref() == Some(said)).map(|it| it.id)
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -117,7 +119,7 @@ impl<'a> Plan<'a> {
         turn: TurnId,
         cut: &Cut<'a>,
         near: &dyn Fn(&Partition, &str) -> Option<u128>,
-        embedded: &mut HashMap<&'a str, Vec<f32>>,
+        embedded: &mut Embedded<'a>,
         summary: &mut Summary,
     ) -> Result<()> {
         let new = cut.turn;
@@ -142,7 +144,7 @@ impl<'a> Plan<'a> {
             let text: &'a str = &new.text[span.bytes.clone()];
             let id = chunk_id(state.store.seed, text, |id| {
                 let stored = partition.and_then(|partition| partition.get(id));
-                let fresh = self.fresh_at.get(&id).map(|&at| self.fresh[at].1);
+                let fresh = self.fresh_at.get(&id).map(|&at| self.fresh[at].text);
                 stored.map(|chunk| &*chunk.text).or(fresh)
             });
             let stored = partition.and_then(|partition| partition.get(id));
@@ -158,7 +160,7 @@ impl<'a> Plan<'a> {
             let twin = said.as_ref().and_then(|said| self.twin(said, partition, near));
             if let Some(twin) = twin {
                 let stored = partition.and_then(|partition| partition.get(twin));
-                let fresh = self.fresh_at.get(&twin).map(|&at| &*self.fresh[at].2);
+                let fresh = self.fresh_at.get(&twin).map(|&at| &*self.fresh[at].vectors);
                 push(
                     summary,
                     new.role,
@@ -178,7 +180,7 @@ impl<'a> Plan<'a> {
                     self.num_deduplicated += 1;
                 }
                 (None, Some(at)) => {
-                    push(summary, new.role, &self.fresh[at].2);
+                    push(summary, new.role, &self.fresh[at].vectors);
                     homes.push(None);
                     self.num_deduplicated += 1;
                 }
@@ -187,10 +189,11 @@ impl<'a> Plan<'a> {
                     push(summary, new.role, &vectors);
                     homes.push(Some(self.fresh.len()));
                     self.fresh_at.insert(id, self.fresh.len());
-                    if let (Some(gists), Some(said)) = (&mut self.fresh_by_gist, said) {
-                        gists.insert(said, id);
+                    let hash = said.as_deref().and_then(gist_hash);
+                    if let (Some(gists), Some(hash)) = (&mut self.fresh_by_gist, hash) {
+                        gists.insert(hash, self.fresh.len());
                     }
-                    self.fresh.push((id, text, vectors, turn));
+                    self.fresh.push(Fresh { id, text, vectors, turn, said });
                 }
             }
         }
@@ -200,7 +203,7 @@ impl<'a> Plan<'a> {
             let rows = spans
                 .iter()
                 .zip(&homes)
-                .map(|(&span, home)| (span, home.map_or(&[][..], |at| &self.fresh[at].2)));
+                .map(|(&span, home)| (span, home.map_or(&[][..], |at| &self.fresh[at].vectors)));
             let payload = TurnChunks::encode(self.session, turn, state.store.tag(), rows);
             Some(writer.appender.append(Kind::Chunks, &payload)?)
         };

@@ -213,24 +213,31 @@ unsafe fn avx2(
             // Of each 16-bit lane, `whole` sums both bytes and `upper` the upper one: the even rows' sums are what is left.
             let mut whole = [_mm256_setzero_si256(); 2];
             let mut upper = [_mm256_setzero_si256(); 2];
-            // Rows are padded to 64 numbers, 16 nibbles: no pair of nibbles is cut.
-            for (bytes, entries) in bytes.chunks_exact(32).zip(entries.chunks_exact(32)) {
-                // SAFETY: both slices have 32 bytes, and the loads ask for no alignment.
-                let (bytes, table) = unsafe {
-                    (
-                        _mm256_loadu_si256(bytes.as_ptr().cast()),
-                        _mm256_loadu_si256(entries.as_ptr().cast()),
-                    )
-                };
-                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                ahead = ahead.wrapping_add(32);
-                let low = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low_bits));
-                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low_bits);
-                let high = _mm256_shuffle_epi8(table, high);
-                whole[0] = _mm256_add_epi16(whole[0], low);
-                upper[0] = _mm256_add_epi16(upper[0], _mm256_srli_epi16::<8>(low));
-                whole[1] = _mm256_add_epi16(whole[1], high);
-                upper[1] = _mm256_add_epi16(upper[1], _mm256_srli_epi16::<8>(high));
+            // Rows are padded to 64 numbers, 16 nibbles: no eight of them are cut.
+            for (bytes, entries) in bytes.chunks_exact(128).zip(entries.chunks_exact(128)) {
+                for line in 0..2 {
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64 * line).cast());
+                }
+                ahead = ahead.wrapping_add(128);
+                // Four entries fit a byte.
+                let mut sums = [_mm256_setzero_si256(); 2];
+                for pair in 0..4 {
+                    // SAFETY: 32 bytes of the 128 of both slices, and the loads ask for no alignment.
+                    let (bytes, table) = unsafe {
+                        (
+                            _mm256_loadu_si256(bytes.as_ptr().add(32 * pair).cast()),
+                            _mm256_loadu_si256(entries.as_ptr().add(32 * pair).cast()),
+                        )
+                    };
+                    let low = _mm256_and_si256(bytes, low_bits);
+                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low_bits);
+                    sums[0] = _mm256_add_epi8(sums[0], _mm256_shuffle_epi8(table, low));
+                    sums[1] = _mm256_add_epi8(sums[1], _mm256_shuffle_epi8(table, high));
+                }
+                for half in 0..2 {
+                    whole[half] = _mm256_add_epi16(whole[half], sums[half]);
+                    upper[half] = _mm256_add_epi16(upper[half], _mm256_srli_epi16::<8>(sums[half]));
+                }
             }
             for half in 0..2 {
                 let even = _mm256_sub_epi16(whole[half], _mm256_slli_epi16::<8>(upper[half]));

@@ -16,7 +16,7 @@ done
 # One library a platform; its headers in a folder of their own, so that two packages' module maps do not meet.
 headers=$work/headers/CMKA
 mkdir -p "$headers" "$work/macos" "$work/simulator"
-cp "$here/Sources/CMKA/CMKA.h" "$headers/"
+cp "$here"/Sources/CMKA/{CMKA,direct}.h "$headers/"
 grep -v 'link "mka_bindings"' "$here/Sources/CMKA/module.modulemap" >"$headers/module.modulemap"
 library() { echo "target/$1/release/libmka_bindings.a"; }
 lipo -create "$(library aarch64-apple-darwin)" "$(library x86_64-apple-darwin)" -output "$work/macos/libmka_bindings.a"

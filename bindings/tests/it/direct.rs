@@ -2,13 +2,16 @@
 
 use crate::{engine, finish, store, tiny_model, tokens, trip};
 use mka_bindings::{
-    EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Filter, Hit, MetadataValue, MkaError,
-    ModelSource, NativeBell, NativeEngine, NewTurn, PageUsage, RecallOptions, Reply, Role, Scope,
-    Source, StopReason, Trust, Usage, Why, mka_direct_begin_recall, mka_direct_drop,
-    mka_direct_free, mka_direct_next, mka_direct_poll, mka_direct_recall, mka_direct_recalled,
-    mka_direct_rung,
+    Caller, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Filter, Hit, MetadataValue,
+    MkaError, ModelSource, NativeBell, NativeEngine, NewTurn, PageUsage, RecallOptions, Reply,
+    Role, Scope, Source, StopReason, Trust, Usage, Why, mka_direct_begin_recall, mka_direct_drop,
+    mka_direct_free, mka_direct_next, mka_direct_poll, mka_direct_poll_for, mka_direct_recall,
+    mka_direct_recalled, mka_direct_rung,
 };
 use proptest::prelude::*;
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a call gave: bytes, the end, or an error as `kind\0text`.
@@ -492,6 +495,61 @@ fn a_bell_tells_when_a_stream_and_a_recall_are_to_be_asked_again() {
     // SAFETY: `given` passes a reply.
     let error = given(|reply| unsafe { mka_direct_poll(number, bell_number, reply) });
     assert_eq!(error.kind(), "InvalidArgument");
+}
+
+/// A reader that sleeps until it is told.
+struct Sleeper {
+    thread: std::thread::Thread,
+    woken: AtomicBool,
+}
+
+extern "C" fn wake(sleeper: *mut c_void) {
+    // SAFETY: `caller` gave a reference of it away that was not taken back yet.
+    let sleeper = unsafe { &*sleeper.cast::<Sleeper>() };
+    sleeper.woken.store(true, Ordering::SeqCst);
+    sleeper.thread.unpark();
+}
+
+extern "C" fn release(sleeper: *mut c_void) {
+    // SAFETY: `caller` made it from an `Arc`, and it is released once.
+    drop(unsafe { Arc::from_raw(sleeper.cast::<Sleeper>()) });
+}
+
+#[test]
+fn a_caller_is_told_when_a_stream_is_to_be_asked_again_and_let_go_of_in_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path());
+    let chat = engine.session_blocking(trip()).unwrap();
+    let turn = chat.send("hello there".into(), tokens(20)).unwrap();
+    let number = turn.clone().number();
+    let sleeper =
+        Arc::new(Sleeper { thread: std::thread::current(), woken: AtomicBool::new(false) });
+    let poll = || {
+        let context = Arc::into_raw(sleeper.clone()).cast_mut().cast();
+        // SAFETY: `given` passes a reply; both functions may be called from any thread.
+        given(|reply| unsafe {
+            mka_direct_poll_for(number, Caller { context, wake, release }, reply);
+        })
+    };
+    let (mut read, mut waits) = (Vec::new(), 0);
+    loop {
+        match poll() {
+            Given::Bytes(bytes) if bytes.is_empty() => {
+                waits += 1;
+                while !sleeper.woken.swap(false, Ordering::SeqCst) {
+                    std::thread::park();
+                }
+            }
+            Given::Bytes(bytes) => read.extend(events(&bytes)),
+            Given::End => break,
+            Given::Failed(error) => panic!("{error}"),
+        }
+    }
+    assert!(matches!(read.last(), Some(Event::Done { .. })) && waits > 0, "{read:?} {waits}");
+    drop(turn);
+    assert_eq!(poll().kind(), "InvalidArgument");
+    engine.close_blocking().unwrap();
+    assert_eq!(Arc::strong_count(&sleeper), 1);
 }
 
 #[test]

@@ -40,16 +40,77 @@ func languageTime() -> Double? {
     return nanoseconds / 1e3
 }
 
-for run in 0..<3 {
+/// What `work` costs for each of the tokens that it counts.
+func measure(_ name: String, _ work: () async throws -> Int) async rethrows {
     let (start, cpu, own) = (ContinuousClock.now, processTime(), languageTime())
+    let tokens = try await work()
+    let (wall, spent) = (since(start) / Double(tokens), (processTime() - cpu) / Double(tokens))
+    let swift = own.flatMap { own in languageTime().map { "\(($0 - own) / Double(tokens))" } } ?? "an unknown part"
+    print("\(name): \(wall) us a token, \(spent) of CPU time, \(swift) of it Swift's, \(tokens) tokens")
+}
+
+/// Reads one answer where tasks run.
+func read(_ chat: Session) async throws -> Int {
     var tokens = 0
     for try await event in chat.send("go on", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
         if case .token = event { tokens += 1 }
     }
-    let (wall, spent) = (since(start) / Double(tokens), (processTime() - cpu) / Double(tokens))
-    let swift = own.flatMap { own in languageTime().map { "\(($0 - own) / Double(tokens))" } } ?? "an unknown part"
-    print("run \(run): \(wall) us a token, \(spent) of CPU time, \(swift) of it Swift's, \(tokens) tokens")
+    return tokens
 }
+
+/// Reads one answer on the main thread.
+@MainActor func readOnMain(_ chat: Session) async throws -> Int {
+    var tokens = 0
+    for try await event in chat.send("go on", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
+        if case .token = event { tokens += 1 }
+    }
+    return tokens
+}
+
+/// Whom a thread wakes, over and over.
+final class Ticks: @unchecked Sendable {
+    private let lock = NSLock()
+    private var task: UnsafeContinuation<Void, Never>?
+
+    /// Named as one of the library's, so that its time is not Swift's; it ends with the process.
+    func start() {
+        Thread.detachNewThread {
+            Thread.current.name = "mka-ticks"
+            while true {
+                usleep(300)
+                let waking = self.lock.withLock {
+                    defer { self.task = nil }
+                    return self.task
+                }
+                waking?.resume()
+            }
+        }
+    }
+
+    func wait() async {
+        await withUnsafeContinuation { task in lock.withLock { self.task = task } }
+    }
+}
+
+/// What an AsyncThrowingStream takes on the main thread for an element that another thread announces: no stream costs less.
+@MainActor func streamAlone(_ elements: Int) async throws -> Int {
+    let ticks = Ticks()
+    ticks.start()
+    let stream = AsyncThrowingStream<Int, any Error> {
+        await ticks.wait()
+        return 1
+    }
+    var seen = 0
+    for try await one in stream {
+        seen += one
+        if seen == elements { break }
+    }
+    return seen
+}
+
+for run in 0..<3 { try await measure("run \(run)") { try await read(chat) } }
+for run in 0..<3 { try await measure("main thread, run \(run)") { try await readOnMain(chat) } }
+try await measure("main thread, a stream alone") { try await streamAlone(50) }
 let before = try chat.numTurns
 var seen = 0
 for try await event in chat.send("tell me a long story", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {

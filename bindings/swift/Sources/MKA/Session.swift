@@ -34,8 +34,7 @@ public final class Session: Sendable {
     private func events(_ start: () throws -> NativeEvents) -> AsyncThrowingStream<Event, any Error> {
         Pull.stream {
             let events = try start()
-            return Pull(
-                batch: { try await events.nextBatch()?.map(Event.init) }, cancel: { events.cancel() })
+            return Pull(number: events.number(), cancel: { events.cancel() })
         }
     }
 
@@ -45,8 +44,7 @@ public final class Session: Sendable {
     ) -> AsyncThrowingStream<FeedEvent, any Error> {
         Pull.stream {
             let feed = try native.feed(text: text, options: options)
-            return Pull(
-                batch: { try await feed.nextBatch()?.map(FeedEvent.init) }, cancel: { feed.cancel() })
+            return Pull(number: feed.number(), cancel: { feed.cancel() })
         }
     }
 

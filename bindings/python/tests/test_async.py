@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 from pathlib import Path
 
 import mka
@@ -232,6 +233,39 @@ def test_recalls_that_nobody_waits_for_leave_nothing_behind(store: Path) -> None
             await engine.memory.recall("hotel", user="ada")
 
     asyncio.run(main())
+
+
+def test_a_task_that_waits_for_a_ring_is_told_or_cancelled_in_its_own_context() -> None:
+    name: ContextVar[str] = ContextVar("name", default="nobody")
+
+    async def wait(waiting: _bell.Waiting, mine: str) -> str:
+        name.set(mine)
+        await waiting
+        current = asyncio.current_task()
+        assert current is not None and current.get_name() == mine
+        return name.get()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        rung = asyncio.create_task(wait(_bell.Waiting(loop, rung=True), "rung"), name="rung")
+        assert await rung == "rung"
+        first, second = _bell.Waiting(loop, rung=False), _bell.Waiting(loop, rung=False)
+        told = asyncio.create_task(wait(first, "told"), name="told")
+        cancelled = asyncio.create_task(wait(second, "cancelled"), name="cancelled")
+        await asyncio.sleep(0)
+        # As the loop does it: from a callback, while no task runs.
+        loop.call_soon(first.ring)
+        cancelled.cancel("enough")
+        # Too late: it was cancelled before.
+        loop.call_soon(second.ring)
+        assert await told == "told" and name.get() == "nobody"
+        with pytest.raises(asyncio.CancelledError, match="enough"):
+            await cancelled
+        assert not second.cancel()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(wait(_bell.Waiting(loop, rung=False), "late"), 0.01)
+
+    asyncio.run(main(), debug=True)
 
 
 def test_the_loop_ticks_while_the_model_works(store: Path, tiny_model: Path) -> None:

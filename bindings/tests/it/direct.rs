@@ -109,7 +109,7 @@ impl Reading<'_> {
 
     fn hits(&mut self) -> Vec<Hit> {
         let count = self.u32() as usize;
-        let (fixed, text) = self.0.split_at(count * 92);
+        let (fixed, text) = self.0.split_at(count * 96);
         let mut text = std::str::from_utf8(text).unwrap().chars();
         let mut fixed = Reading(fixed);
         let hits = (0..count).map(|_| fixed.hit(&mut text)).collect();
@@ -119,12 +119,19 @@ impl Reading<'_> {
 
     fn hit(&mut self, text: &mut std::str::Chars<'_>) -> Hit {
         let chunk = text.take(32).collect();
+        let said = self.u32() as usize;
+        let said = text.take(said).collect();
+        let behind = self.u32() as usize;
+        let (score, relevance) = (self.f32(), self.f32());
+        let trust = [Trust::Host, Trust::User, Trust::Model, Trust::Document][self.u8() as usize];
+        let (count, stale) = (self.u32(), self.u8() != 0);
         let mut cut = || match self.u32() {
             u32::MAX => None,
             length => Some(text.take(length as usize).collect::<String>()),
         };
-        let [said, user, agent, session, name] = [cut(), cut(), cut(), cut(), cut()];
-        let (score, relevance) = (self.f32(), self.f32());
+        let whose = [cut(), cut(), cut(), cut()];
+        assert_eq!(whose.iter().flatten().map(|part| part.chars().count()).sum::<usize>(), behind);
+        let [user, agent, session, name] = whose;
         let why = Why {
             bm25: self.f32(),
             coverage: self.f32(),
@@ -146,10 +153,7 @@ impl Reading<'_> {
             time_ms: self.u64() as i64,
             name,
         };
-        let trust = [Trust::Host, Trust::User, Trust::Model, Trust::Document][self.u8() as usize];
-        let (count, stale) = (self.u32(), self.u8() != 0);
-        let text = said.unwrap();
-        Hit { chunk, text, score, relevance, why, source, trust, count, stale }
+        Hit { chunk, text: said, score, relevance, why, source, trust, count, stale }
     }
 
     fn usage(&mut self) -> Usage {

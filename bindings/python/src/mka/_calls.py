@@ -101,11 +101,11 @@ async def recalled(memory: int, request: bytes) -> bytes:
     if bell is None:
         return await loop.run_in_executor(None, _direct.recall, memory, request)
     number = _direct.begin_recall(memory, request, bell.number)
-    waiting = bell.expect(number, rung=False)
+    waiting = bell.expect(number, loop, rung=False)
     try:
         hits = b""
         while not hits:
-            await waiting.wait(loop)
+            await waiting
             hits = _direct.recalled(number, bell.number)
         return hits
     except BaseException:

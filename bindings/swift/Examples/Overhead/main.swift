@@ -40,31 +40,35 @@ func languageTime() -> Double? {
     return nanoseconds / 1e3
 }
 
-/// What `work` costs for each of the tokens that it counts.
-func measure(_ name: String, _ work: () async throws -> Int) async rethrows {
-    let (start, cpu, own) = (ContinuousClock.now, processTime(), languageTime())
-    let tokens = try await work()
-    let (wall, spent) = (since(start) / Double(tokens), (processTime() - cpu) / Double(tokens))
-    let swift = own.flatMap { own in languageTime().map { "\(($0 - own) / Double(tokens))" } } ?? "an unknown part"
-    print("\(name): \(wall) us a token, \(spent) of CPU time, \(swift) of it Swift's, \(tokens) tokens")
+/// What was spent so far. Of a stream it starts with the first token: what a turn costs once is not a token's.
+struct Clock {
+    let wall = ContinuousClock.now
+    let cpu = processTime()
+    let own = languageTime()
+
+    func print(_ name: String, _ tokens: Int) {
+        let (wall, spent) = (since(wall) / Double(tokens), (processTime() - cpu) / Double(tokens))
+        let swift = own.flatMap { own in languageTime().map { "\(($0 - own) / Double(tokens))" } } ?? "an unknown part"
+        Swift.print("\(name): \(wall) us a token, \(spent) of CPU time, \(swift) of it Swift's, \(tokens) tokens")
+    }
 }
 
 /// Reads one answer where tasks run.
-func read(_ chat: Session) async throws -> Int {
-    var tokens = 0
+func read(_ chat: Session, _ name: String) async throws {
+    var (clock, tokens): (Clock?, Int) = (nil, 0)
     for try await event in chat.send("go on", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
-        if case .token = event { tokens += 1 }
+        if clock == nil { clock = Clock() } else if case .token = event { tokens += 1 }
     }
-    return tokens
+    clock?.print(name, tokens)
 }
 
 /// Reads one answer on the main thread.
-@MainActor func readOnMain(_ chat: Session) async throws -> Int {
-    var tokens = 0
+@MainActor func readOnMain(_ chat: Session, _ name: String) async throws {
+    var (clock, tokens): (Clock?, Int) = (nil, 0)
     for try await event in chat.send("go on", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
-        if case .token = event { tokens += 1 }
+        if clock == nil { clock = Clock() } else if case .token = event { tokens += 1 }
     }
-    return tokens
+    clock?.print(name, tokens)
 }
 
 /// Whom a thread wakes, over and over.
@@ -93,24 +97,24 @@ final class Ticks: @unchecked Sendable {
 }
 
 /// What an AsyncThrowingStream takes on the main thread for an element that another thread announces: no stream costs less.
-@MainActor func streamAlone(_ elements: Int) async throws -> Int {
+@MainActor func streamAlone(_ elements: Int) async throws {
     let ticks = Ticks()
     ticks.start()
     let stream = AsyncThrowingStream<Int, any Error> {
         await ticks.wait()
         return 1
     }
-    var seen = 0
+    var (clock, seen): (Clock?, Int) = (nil, 0)
     for try await one in stream {
-        seen += one
+        if clock == nil { clock = Clock() } else { seen += one }
         if seen == elements { break }
     }
-    return seen
+    clock?.print("main thread, a stream alone", seen)
 }
 
-for run in 0..<3 { try await measure("run \(run)") { try await read(chat) } }
-for run in 0..<3 { try await measure("main thread, run \(run)") { try await readOnMain(chat) } }
-try await measure("main thread, a stream alone") { try await streamAlone(50) }
+for run in 0..<3 { try await read(chat, "run \(run)") }
+for run in 0..<3 { try await readOnMain(chat, "main thread, run \(run)") }
+try await streamAlone(50)
 let before = try chat.numTurns
 var seen = 0
 for try await event in chat.send("tell me a long story", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {

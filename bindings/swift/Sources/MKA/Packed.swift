@@ -111,7 +111,7 @@ extension Packed {
     }
 
     /// Bytes of the fixed part of a hit.
-    private static let fixedHit = 92
+    private static let fixedHit = 96
 
     /// What stands behind the fixed parts of `count` hits.
     private func behind(count: Int) throws(MKAError) -> UnsafeRawBufferPointer {
@@ -123,9 +123,13 @@ extension Packed {
     private mutating func hit(_ texts: inout Texts) throws(MKAError) -> Hit {
         let chunk = texts.take(32)
         let text = texts.take(try integer())
+        // How long the texts of its source are together.
+        _ = try integer(UInt32.self)
+        let (score, relevance) = (try float(), try float())
+        let trust = try one(of: [Trust.host, .user, .model, .document])
+        let (count, stale): (UInt32, Bool) = (try integer(), try flag())
         let (user, agent) = (texts.take(try integer()), texts.takeIfThere(try integer()))
         let (session, name) = (texts.take(try integer()), texts.takeIfThere(try integer()))
-        let (score, relevance) = (try float(), try float())
         let (bm25, coverage) = (try float(), try float())
         let bm25Rank: UInt32 = try integer()
         let why = Why(
@@ -137,7 +141,7 @@ extension Packed {
             end: try integer(), timeMs: try integer(), name: name)
         return Hit(
             chunk: chunk, text: text, score: score, relevance: relevance, why: why, source: source,
-            trust: try one(of: [.host, .user, .model, .document]), count: try integer(), stale: try flag())
+            trust: trust, count: count, stale: stale)
     }
 }
 

@@ -31,6 +31,9 @@ def test_a_turn_streams_and_memory_answers(store: Path, tiny_model: Path) -> Non
                 assert context.tokens <= 120
                 assert (await chat.peek_logits("x")).ndim == 1
                 assert chat.num_turns > 3 and chat.scope.session == "trip"
+                await chat.rewind(3)
+                turns = await engine.memory.turns(user="ada", session="trip")
+                assert turns[3].retracted and not turns[2].retracted
             memory = engine.memory
             await memory.remember("The hotel is in Kyoto.", user="ada", session="other")
             hits = await memory.recall("hotel", user="ada", k=1)

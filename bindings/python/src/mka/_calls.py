@@ -126,6 +126,10 @@ def session_context(query: str, budget_tokens: int) -> Call[_values.Context]:
     return Call("context", (query, budget_tokens), _convert.context)
 
 
+def rewind(turn: int) -> Call[None]:
+    return Call("rewind", (turn,), _as_it_is)
+
+
 def peek_logits(text: str) -> Call[Any]:
     return Call("peek_logits", (text,), lambda native: _convert.vectors(native)[0])
 

@@ -31,6 +31,14 @@ public final class Session: Sendable {
         events { try native.regenerate(options: options) }
     }
 
+    /// Takes every turn from `turn` on back, as if it had never been said: the next message follows what was before it.
+    ///
+    /// What is taken back stays in the log as retracted, keeps its number, and is not recalled. Throws `.notFound` if the log
+    /// does not reach to `turn`.
+    public func rewind(to turn: UInt64) async throws(MKAError) {
+        try await translated { [native] in try await native.rewind(turn: turn) }
+    }
+
     private func events(_ start: () throws -> NativeEvents) -> AsyncThrowingStream<Event, any Error> {
         Pull.stream {
             let events = try start()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mka
 import pytest
-from mka import _bell
+from mka import _bell, _direct
 
 
 def opened(store: Path, model: Path | None) -> mka.Opening[mka.AsyncEngine]:
@@ -269,6 +269,28 @@ def test_a_task_that_waits_for_a_ring_is_told_or_cancelled_in_its_own_context() 
             await asyncio.wait_for(wait(_bell.Waiting(loop, rung=False), "late"), 0.01)
 
     asyncio.run(main(), debug=True)
+
+
+def test_a_second_task_at_one_stream_is_refused_and_the_first_reads_on(
+    store: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(store, tiny_model) as engine:
+            async with engine.session(user="ada", session="trip") as chat:
+                events = chat.send("hello there", max_new_tokens=20)
+                with monkeypatch.context() as patch:
+                    # However fast the model is: nothing is ready yet.
+                    patch.setattr(_direct, "poll_events", lambda *_: b"")
+                    first = asyncio.ensure_future(anext(events))
+                    await asyncio.sleep(0)
+                    with pytest.raises(mka.LockedError, match="one task at a time"):
+                        await anext(events)
+                assert events._waiting is not None
+                asyncio.get_running_loop().call_soon(events._waiting.ring)
+                assert isinstance(await first, mka.Token)
+                assert isinstance([event async for event in events][-1], mka.Done)
+
+    asyncio.run(main())
 
 
 def test_the_loop_ticks_while_the_model_works(store: Path, tiny_model: Path) -> None:

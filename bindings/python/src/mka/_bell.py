@@ -19,8 +19,8 @@ from mka._native import mka_bindings as _native
 class Waiting:
     """One task that waits until a number rings: a future of its own kind, whose task goes on within the ring.
 
-    asyncio's own future has the loop come round once more before its task goes on, which costs as much as everything
-    else between two tokens. No task runs while the loop tells of a descriptor, so that one may go on there.
+    asyncio's own future has the loop come round once more before its task goes on, at every token. No task runs while
+    the loop tells of a descriptor, so that one may go on there.
     """
 
     __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_loop", "_wake", "rung")
@@ -33,6 +33,11 @@ class Waiting:
         self._wake: Callable[[Waiting], object] | None = None
         self._context: Context | None = None
         self._cancelled: tuple[object, ...] | None = None
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a task waits now."""
+        return self._wake is not None
 
     def ring(self) -> None:
         self.rung = True

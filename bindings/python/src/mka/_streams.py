@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from mka import _bell, _direct, _packed, _values
-from mka._errors import CancelledError, translated
+from mka._errors import CancelledError, LockedError, translated
 
 T = TypeVar("T")
 E = TypeVar("E", contravariant=True)
@@ -114,6 +114,8 @@ class _AsyncStream(_Stream[T], AsyncIterator[T]):
             loop, waiting = asyncio.get_running_loop(), self._waiting
             if waiting is None or loop is not self._loop:
                 waiting = self._enter(loop)
+            elif waiting.is_waited_for:
+                raise LockedError("events: another task waits for the next one, expected one task at a time")
             bell = self._bell
             try:
                 if bell is None:

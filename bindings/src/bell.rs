@@ -11,12 +11,14 @@ static BELLS: Numbered<Weak<NativeBell>> = Numbered::new();
 
 /// The bell of one event loop.
 ///
-/// The pipe holds one byte while there are numbers that were not taken, and none otherwise: neither end ever waits.
+/// The pipe holds one byte, or is about to, while there are numbers that were not taken, and none otherwise.
 #[derive(uniffi::Object)]
 pub struct NativeBell {
     reader: PipeReader,
     writer: PipeWriter,
     rung: Mutex<Vec<u64>>,
+    /// Held by who takes.
+    taking: Mutex<()>,
     entry: OnceLock<Entry<Weak<NativeBell>>>,
 }
 
@@ -27,8 +29,8 @@ impl NativeBell {
     pub fn new() -> Result<Arc<Self>, MkaError> {
         let (reader, writer) = std::io::pipe()
             .map_err(|source| MkaError::Storage(format!("open a pipe for events: {source}")))?;
-        let (rung, entry) = (Mutex::default(), OnceLock::new());
-        Ok(Arc::new(Self { reader, writer, rung, entry }))
+        let (rung, taking, entry) = (Mutex::default(), Mutex::default(), OnceLock::new());
+        Ok(Arc::new(Self { reader, writer, rung, taking, entry }))
     }
 
     /// Its number for plain calls.
@@ -57,20 +59,24 @@ impl NativeBell {
 
     pub(crate) fn ring(&self, number: u64) {
         let mut rung = self.rung();
-        // Both ends are open as long as the bell is: writing a byte into an empty pipe does not fail.
-        if rung.is_empty() && (&self.writer).write_all(&[0]).is_err() {
-            return;
-        }
+        let first = rung.is_empty();
         rung.push(number);
+        // Whoever is told by the byte takes the lock next: it is not held while they are told.
+        drop(rung);
+        if first {
+            // Both ends are open as long as the bell is: writing a byte into an empty pipe does not fail.
+            let _ = (&self.writer).write_all(&[0]);
+        }
     }
 
     /// Everybody who has rung since the last call.
     pub(crate) fn take(&self) -> Vec<u64> {
-        let mut rung = self.rung();
-        if !rung.is_empty() && (&self.reader).read_exact(&mut [0]).is_err() {
+        let _taking = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
+        // Who finds numbers finds their byte, or waits the moment until it is written.
+        if self.rung().is_empty() || (&self.reader).read_exact(&mut [0]).is_err() {
             return Vec::new();
         }
-        std::mem::take(&mut *rung)
+        std::mem::take(&mut *self.rung())
     }
 
     /// A waker that rings `number`.

@@ -4,6 +4,7 @@
 //! An object is named by the number that its `number` method gives. No panic leaves a function.
 
 use crate::bell::NativeBell;
+use crate::caller::Caller;
 use crate::error::MkaError;
 use crate::memory::NativeMemory;
 use crate::numbered::Numbered;
@@ -85,6 +86,22 @@ pub unsafe extern "C" fn mka_direct_poll(stream: u64, bell: u64, reply: *mut Rep
         let bell = NativeBell::by_number(bell).ok_or_else(|| gone("bell"))?;
         let events = STREAMS.get(stream).and_then(|stream| stream.upgrade());
         events.ok_or_else(|| gone("stream"))?.poll_packed(&bell.waker(stream))
+    };
+    // SAFETY: the caller's own promise.
+    unsafe { answer(reply, work) }
+}
+
+/// The events of stream `stream` that are ready; if there are none yet, or behind what there was, the stream tells `caller`
+/// when it is to be asked again, and lets go of it at the latest when the stream does. Returns at once.
+///
+/// # Safety
+/// `caller` holds what its fields ask for; `reply` points to a [`Reply`] that may be written to.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mka_direct_poll_for(stream: u64, caller: Caller, reply: *mut Reply) {
+    let waker = caller.waker();
+    let work = || {
+        let events = STREAMS.get(stream).and_then(|stream| stream.upgrade());
+        events.ok_or_else(|| gone("stream"))?.poll_packed(&waker)
     };
     // SAFETY: the caller's own promise.
     unsafe { answer(reply, work) }

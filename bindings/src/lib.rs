@@ -6,6 +6,7 @@
 //! as much as a single event. Where even one uniffi call is dear, `direct` takes its place. The package in `python/` puts the language's own forms on top.
 
 mod bell;
+mod caller;
 mod config;
 mod direct;
 mod engine;
@@ -27,13 +28,14 @@ mod upkeep;
 mod wait;
 
 pub use bell::NativeBell;
+pub use caller::Caller;
 pub use config::{
     Backend, EmbedderPrecision, EmbedderSource, EngineConfig, Hygiene, ModelSource, PageConfig,
     PagePrecision, PageRule, Policy, Prefill, Quote, RecallPolicy,
 };
 pub use direct::{
     Reply, mka_direct_begin_recall, mka_direct_drop, mka_direct_free, mka_direct_next,
-    mka_direct_poll, mka_direct_recall, mka_direct_recalled, mka_direct_rung,
+    mka_direct_poll, mka_direct_poll_for, mka_direct_recall, mka_direct_recalled, mka_direct_rung,
 };
 pub use engine::NativeEngine;
 pub use error::MkaError;

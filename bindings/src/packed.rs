@@ -118,28 +118,36 @@ pub(crate) fn hits(hits: &[mka::Hit]) -> Vec<u8> {
 }
 
 /// The identity, always of 32 digits, and five texts go to `text`; what is left is fixed.
+///
+/// First what most callers ask for, the length of the other four texts included: who does not ask for the rest skips it.
 fn pack_hit(hit: &mka::Hit, out: &mut Vec<u8>, text: &mut String) {
     let (source, why) = (&hit.source, &hit.why);
-    text.push_str(&hit.chunk.to_string());
-    let parts = [
-        Some(hit.text.as_str()),
+    let whose = [
         Some(source.user.as_str()),
         source.agent.as_deref(),
         Some(source.session.as_str()),
         source.name.as_deref(),
     ];
-    for part in parts {
-        match part {
-            Some(part) => {
-                u32(out, part.chars().count());
-                text.push_str(part);
-            }
+    let lengths = whose.map(|part| part.map(|part| part.chars().count()));
+    text.push_str(&hit.chunk.to_string());
+    text.push_str(&hit.text);
+    text.extend(whose.into_iter().flatten());
+    u32(out, hit.text.chars().count());
+    u32(out, lengths.into_iter().flatten().sum());
+    out.extend(hit.score.to_le_bytes());
+    out.extend(hit.relevance.to_le_bytes());
+    out.push(crate::records::Trust::from(hit.trust) as u8);
+    out.extend(hit.count.to_le_bytes());
+    out.push(hit.stale.into());
+
+    for length in lengths {
+        match length {
+            Some(length) => u32(out, length),
             None => out.extend(NONE.to_le_bytes()),
         }
     }
-    for number in [hit.score, hit.relevance, why.bm25, why.coverage] {
-        out.extend(number.to_le_bytes());
-    }
+    out.extend(why.bm25.to_le_bytes());
+    out.extend(why.coverage.to_le_bytes());
     // Places are counted from 1.
     out.extend(why.bm25_rank.unwrap_or(0).to_le_bytes());
     out.extend(why.cosine.to_le_bytes());
@@ -151,9 +159,6 @@ fn pack_hit(hit: &mka::Hit, out: &mut Vec<u8>, text: &mut String) {
     out.extend(source.bytes.start.to_le_bytes());
     out.extend(source.bytes.end.to_le_bytes());
     out.extend(source.time_ms.to_le_bytes());
-    out.push(crate::records::Trust::from(hit.trust) as u8);
-    out.extend(hit.count.to_le_bytes());
-    out.push(hit.stale.into());
 }
 
 /// A length; what is longer than the format can say was cut by the store long before.

@@ -84,6 +84,17 @@ impl NativeSession {
         Ok(live.events(events))
     }
 
+    /// Takes every turn from `turn` on back, as if it had never been said.
+    pub async fn rewind(&self, turn: u64) -> Result<(), MkaError> {
+        let rewound = self.live().idle("rewind")?.rewind(turn);
+        Ok(counted(rewound).await?)
+    }
+
+    /// `rewind`, blocking the thread.
+    pub fn rewind_blocking(&self, turn: u64) -> Result<(), MkaError> {
+        wait(self.rewind(turn))
+    }
+
     /// Takes in a document; the work starts at once.
     pub fn feed(&self, text: String, options: FeedOptions) -> Result<Arc<NativeFeed>, MkaError> {
         let mut live = self.live();

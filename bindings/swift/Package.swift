@@ -18,7 +18,7 @@ let package = Package(
         core,
         // Generated: Swift 5 mode, which is what uniffi writes for.
         .target(name: "MKABindings", dependencies: ["CMKA"], swiftSettings: [.swiftLanguageMode(.v5)]),
-        .target(name: "MKA", dependencies: ["MKABindings"]),
+        .target(name: "MKA", dependencies: ["MKABindings", "CMKA"]),
         .executableTarget(name: "Chat", dependencies: ["MKA"], path: "Examples/Chat"),
         .executableTarget(name: "LongDocument", dependencies: ["MKA"], path: "Examples/LongDocument"),
         .executableTarget(name: "AgentLoop", dependencies: ["MKA"], path: "Examples/AgentLoop"),

@@ -9,7 +9,7 @@ use crate::pages::{PageSource, PageStore, PageUsage, RecallPolicy};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, on_pool};
-use mka_memory::{Commit, Committed, NewSnapshot, NewTurn, Role, Scope, TurnId};
+use mka_memory::{Commit, Committed, NewSnapshot, NewTurn, Role, Scope, Turn, TurnId};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -251,7 +251,8 @@ impl Conversation {
         let stream = self.state.stream.max(last as u32) + 1;
         self.state = SessionState {
             stream,
-            open: match turns.last().map(|turn| turn.role) {
+            // What no model read, as quoted memories, opens nothing.
+            open: match turns.iter().rev().find(|turn| is_in_stream(turn)).map(|turn| turn.role) {
                 None => OpenTurn::Start,
                 Some(Role::Assistant) => OpenTurn::Answered { closed_by: None },
                 Some(_) => OpenTurn::User,
@@ -274,6 +275,44 @@ impl Conversation {
             }
         }
         Ok(held)
+    }
+
+    /// The newest turn of the log that was neither taken back nor forgotten.
+    pub(crate) fn last_turn(&self) -> Result<Option<Turn>> {
+        let store = &self.shared.store;
+        for turn in (0..store.num_turns(&self.scope)?).rev() {
+            let found = store.turns(&self.scope, turn..turn + 1)?.pop();
+            if let Some(found) = found.filter(|turn| !turn.retracted && !turn.forgotten) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes every turn from `turn` on back, as if it had never been said; the window is filled from the turns before it.
+    ///
+    /// # Errors
+    /// `NotFound` if the log does not reach to `turn`. After an error the session stands where it stood.
+    pub(crate) fn rewind(&mut self, turn: TurnId) -> Result<()> {
+        let num_turns = self.shared.store.num_turns(&self.scope)?;
+        if turn > num_turns {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("rewind: turn {turn}, expected at most {num_turns}, the length of the log"),
+            ));
+        }
+        if self.last_turn()?.is_none_or(|last| last.id < turn) {
+            return Ok(());
+        }
+        let filled = match self.shared.model {
+            Some(_) => self.refill(turn, false).map(drop),
+            None => Ok(()),
+        };
+        let done = filled.and_then(|()| self.commit(Vec::new(), &[], Some(turn)).map(drop));
+        if done.is_err() {
+            self.reopen()?;
+        }
+        done
     }
 
     /// Whether anything of the store was forgotten since it was read.
@@ -473,6 +512,11 @@ impl Conversation {
         let start = cache.first_window_page(position) * PAGE_TOKENS as u64;
         self.state.turn_starts.iter().find(|(_, at)| *at >= start).map(|(turn, _)| *turn)
     }
+}
+
+/// Whether a turn stands in the template: a model read it, or said nothing.
+fn is_in_stream(turn: &Turn) -> bool {
+    turn.role == Role::Assistant || !turn.tokens.is_empty()
 }
 
 /// Whether an error leaves the model's state half-way, so that the conversation must be taken back.

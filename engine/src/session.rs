@@ -216,6 +216,19 @@ impl Session {
         })
     }
 
+    /// Takes every turn from `turn` on back, as if it had never been said: the next message follows what was before it.
+    ///
+    /// What is taken back stays in the log as retracted, keeps its number, and is not recalled; durable when this returns.
+    /// With a model the window is filled from the turns before, which costs their prefill once; text recall reaches what
+    /// does not fit, pages do not. Without effect where nothing follows. The future borrows nothing of the session.
+    ///
+    /// # Errors
+    /// `NotFound` if the log does not reach to `turn`; `Storage`, `Corrupted`. The session then stands where it stood.
+    pub fn rewind(&mut self, turn: TurnId) -> impl Future<Output = Result<()>> + Send + use<> {
+        let live = self.live.clone();
+        offload("rewind", move || live.lock()?.rewind(turn))
+    }
+
     /// Takes in a document of any length with the defaults of [`FeedOptions`].
     pub fn feed(&mut self, text: impl Into<String>) -> Feed {
         self.feed_with(text, FeedOptions::default())
@@ -424,8 +437,7 @@ fn send(
 }
 
 /// The words that an answer in the log was begun with: its text less what its tokens say.
-fn answer_prefix(shared: &Shared, turns: &[Turn]) -> Result<String> {
-    let Some(turn) = turns.first() else { return Ok(String::new()) };
+fn answer_prefix(shared: &Shared, turn: &Turn) -> Result<String> {
     let generated = shared.model("regenerate")?.tokenizer.decode(&turn.tokens, true)?;
     Ok(turn.text.strip_suffix(generated.as_str()).unwrap_or_default().to_owned())
 }
@@ -460,12 +472,9 @@ fn regenerate(
     conversation.set_policy(options.recall.unwrap_or(shared.config.recall))?;
     let nothing =
         || Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn");
-    let num_turns = shared.store.num_turns(&conversation.scope)?;
-    let answer_turn = num_turns.checked_sub(1).ok_or_else(nothing)?;
-    let turns = shared.store.turns(&conversation.scope, answer_turn..num_turns)?;
-    if turns.first().is_none_or(|turn| turn.role != Role::Assistant || turn.retracted) {
-        return Err(nothing());
-    }
+    let last = conversation.last_turn()?.filter(|turn| turn.role == Role::Assistant);
+    let before = last.ok_or_else(nothing)?;
+    let answer_turn = before.id;
     let kept = conversation.last_prompt.clone();
     let here = kept.filter(|last| conversation.try_take_back(&last.before_last));
     let last = match here {
@@ -476,7 +485,7 @@ fn regenerate(
             LastPrompt {
                 before_last: conversation.save(),
                 last_token,
-                answer_prefix: answer_prefix(&shared, &turns)?,
+                answer_prefix: answer_prefix(&shared, &before)?,
                 pins: Vec::new(),
             }
         }

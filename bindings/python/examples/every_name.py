@@ -103,6 +103,7 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
             feed: mka.Feed = chat.feed("The sheep went up the hill. " * 200, **feeding)
             print(fed(list(feed)))
             context: mka.Context = chat.context("hotel", budget_tokens=200)
+            chat.rewind(chat.num_turns)
             scope: mka.Scope = chat.scope
             print(context.tokens, scope.session)
         since_2024: mka.Filter = {"year": {"$gte": 2024}}

@@ -23,7 +23,10 @@ def since(start: float) -> float:
 
 
 class Clock:
-    """Wall time; CPU time of the process; and of the thread that reads: what Python itself costs, however slow the model is."""
+    """Wall time; CPU time of the process; and of the thread that reads: what Python itself costs, however slow the model is.
+
+    Of a stream it starts with the first token: what a turn costs once is not a token's.
+    """
 
     def __init__(self) -> None:
         self.wall, self.cpu, self.own = time.perf_counter(), time.process_time(), time.thread_time()
@@ -38,11 +41,13 @@ class Clock:
 def blocking(engine: mka.Engine, max_new_tokens: int) -> None:
     with engine.session(user="ada", session="sync") as chat:
         for run in range(3):
-            clock = Clock()
-            tokens = sum(
-                isinstance(event, mka.Token)
-                for event in chat.send("go on", max_new_tokens=max_new_tokens, recall_k=0)
-            )
+            clock, tokens = None, 0
+            for event in chat.send("go on", max_new_tokens=max_new_tokens, recall_k=0):
+                if clock is None:
+                    clock = Clock()
+                else:
+                    tokens += isinstance(event, mka.Token)
+            assert clock is not None
             print(f"sync run {run}: {clock.a_token(tokens)}")
         before = chat.num_turns
         seen = 0
@@ -103,10 +108,13 @@ async def asyncio_alone(tokens: int) -> None:
 async def waiting(engine: mka.AsyncEngine, max_new_tokens: int) -> None:
     async with engine.session(user="ada", session="async") as chat:
         for run in range(3):
-            clock = Clock()
-            tokens = 0
+            clock, tokens = None, 0
             async for event in chat.send("go on", max_new_tokens=max_new_tokens, recall_k=0):
-                tokens += isinstance(event, mka.Token)
+                if clock is None:
+                    clock = Clock()
+                else:
+                    tokens += isinstance(event, mka.Token)
+            assert clock is not None
             print(f"async run {run}: {clock.a_token(tokens)}")
             await asyncio_alone(tokens)
     for facts in FACTS:

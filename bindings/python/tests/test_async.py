@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 from pathlib import Path
 
 import mka
 import pytest
-from mka import _bell
+from mka import _bell, _direct
 
 
 def opened(store: Path, model: Path | None) -> mka.Opening[mka.AsyncEngine]:
@@ -30,6 +31,9 @@ def test_a_turn_streams_and_memory_answers(store: Path, tiny_model: Path) -> Non
                 assert context.tokens <= 120
                 assert (await chat.peek_logits("x")).ndim == 1
                 assert chat.num_turns > 3 and chat.scope.session == "trip"
+                await chat.rewind(3)
+                turns = await engine.memory.turns(user="ada", session="trip")
+                assert turns[3].retracted and not turns[2].retracted
             memory = engine.memory
             await memory.remember("The hotel is in Kyoto.", user="ada", session="other")
             hits = await memory.recall("hotel", user="ada", k=1)
@@ -230,6 +234,61 @@ def test_recalls_that_nobody_waits_for_leave_nothing_behind(store: Path) -> None
                 await engine.memory.recall("hotel", user="")
         with pytest.raises(mka.InvalidArgumentError, match="closed"):
             await engine.memory.recall("hotel", user="ada")
+
+    asyncio.run(main())
+
+
+def test_a_task_that_waits_for_a_ring_is_told_or_cancelled_in_its_own_context() -> None:
+    name: ContextVar[str] = ContextVar("name", default="nobody")
+
+    async def wait(waiting: _bell.Waiting, mine: str) -> str:
+        name.set(mine)
+        await waiting
+        current = asyncio.current_task()
+        assert current is not None and current.get_name() == mine
+        return name.get()
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        rung = asyncio.create_task(wait(_bell.Waiting(loop, rung=True), "rung"), name="rung")
+        assert await rung == "rung"
+        first, second = _bell.Waiting(loop, rung=False), _bell.Waiting(loop, rung=False)
+        told = asyncio.create_task(wait(first, "told"), name="told")
+        cancelled = asyncio.create_task(wait(second, "cancelled"), name="cancelled")
+        await asyncio.sleep(0)
+        # As the loop does it: from a callback, while no task runs.
+        loop.call_soon(first.ring)
+        cancelled.cancel("enough")
+        # Too late: it was cancelled before.
+        loop.call_soon(second.ring)
+        assert await told == "told" and name.get() == "nobody"
+        with pytest.raises(asyncio.CancelledError, match="enough"):
+            await cancelled
+        assert not second.cancel()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(wait(_bell.Waiting(loop, rung=False), "late"), 0.01)
+
+    asyncio.run(main(), debug=True)
+
+
+def test_a_second_task_at_one_stream_is_refused_and_the_first_reads_on(
+    store: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(store, tiny_model) as engine:
+            async with engine.session(user="ada", session="trip") as chat:
+                events = chat.send("hello there", max_new_tokens=20)
+                with monkeypatch.context() as patch:
+                    # However fast the model is: nothing is ready yet.
+                    patch.setattr(_direct, "poll_events", lambda *_: b"")
+                    first = asyncio.ensure_future(anext(events))
+                    await asyncio.sleep(0)
+                    with pytest.raises(mka.LockedError, match="one task at a time"):
+                        await anext(events)
+                assert events._waiting is not None
+                asyncio.get_running_loop().call_soon(events._waiting.ring)
+                assert isinstance(await first, mka.Token)
+                assert isinstance([event async for event in events][-1], mka.Done)
 
     asyncio.run(main())
 

@@ -116,6 +116,30 @@ def test_values_made_quickly_are_those_of_the_constructors() -> None:
         _packed.events(b"\x09")
 
 
+def test_a_hit_that_was_read_in_part_is_whole_in_every_way(store: Path) -> None:
+    with mka.open_sync(store) as engine:
+        turn = mka.NewTurn("The hôtel is in Kyoto.", source="märz")
+        engine.memory.remember([turn], user="ädä", session="trip")
+
+        def fresh() -> mka.Hit:
+            return engine.memory.recall("Kyoto", user="ädä")[0]
+
+        whole = fresh()
+        assert (whole.source.user, whole.source.agent, whole.source.name) == ("ädä", None, "märz")
+        assert whole.source is whole.source and whole.why.bm25_rank == 1
+        fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+        assert mka.Hit(**fields) == fresh()
+        assert fresh() == whole and hash(fresh()) == hash(whole) and repr(fresh()) == repr(whole)
+        assert dataclasses.asdict(fresh()) == dataclasses.asdict(whole)
+        assert dataclasses.replace(fresh(), count=2).source == whole.source
+        assert copy.copy(fresh()) == copy.deepcopy(fresh()) == whole
+        assert pickle.loads(pickle.dumps(fresh())) == whole
+        with pytest.raises(AttributeError, match="'Hit' object has no attribute 'nothing'"):
+            fresh().nothing  # type: ignore[attr-defined]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            fresh().source = whole.source  # type: ignore[misc]
+
+
 def test_messages_go_to_logging(
     store: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -25,6 +25,19 @@ def opened(store: Path, model: Path | None, **options: object) -> mka.Engine:
     )
 
 
+def test_a_session_is_taken_back_to_an_earlier_turn(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        for message in ("the cat is red", "the dog is blue"):
+            chat.send(message, max_new_tokens=4).text()
+        chat.rewind(2)
+        turns = engine.memory.turns(user="ada", session="trip")
+        assert [turn.retracted for turn in turns] == [False, False, True, True]
+        with pytest.raises(mka.NotFoundError, match="turn 5, expected at most 4"):
+            chat.rewind(5)
+        chat.regenerate(max_new_tokens=4).text()
+        assert chat.num_turns == 5
+
+
 def test_a_turn_streams_its_answer_and_says_what_it_cost(store: Path, tiny_model: Path) -> None:
     with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
         events = list(chat.send("hello there", max_new_tokens=6))

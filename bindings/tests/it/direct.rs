@@ -2,13 +2,16 @@
 
 use crate::{engine, finish, store, tiny_model, tokens, trip};
 use mka_bindings::{
-    EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Filter, Hit, MetadataValue, MkaError,
-    ModelSource, NativeBell, NativeEngine, NewTurn, PageUsage, RecallOptions, Reply, Role, Scope,
-    Source, StopReason, Trust, Usage, Why, mka_direct_begin_recall, mka_direct_drop,
-    mka_direct_free, mka_direct_next, mka_direct_poll, mka_direct_recall, mka_direct_recalled,
-    mka_direct_rung,
+    Caller, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Filter, Hit, MetadataValue,
+    MkaError, ModelSource, NativeBell, NativeEngine, NewTurn, PageUsage, RecallOptions, Reply,
+    Role, Scope, Source, StopReason, Trust, Usage, Why, mka_direct_begin_recall, mka_direct_drop,
+    mka_direct_free, mka_direct_next, mka_direct_poll, mka_direct_poll_for, mka_direct_recall,
+    mka_direct_recalled, mka_direct_rung,
 };
 use proptest::prelude::*;
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a call gave: bytes, the end, or an error as `kind\0text`.
@@ -106,7 +109,7 @@ impl Reading<'_> {
 
     fn hits(&mut self) -> Vec<Hit> {
         let count = self.u32() as usize;
-        let (fixed, text) = self.0.split_at(count * 92);
+        let (fixed, text) = self.0.split_at(count * 96);
         let mut text = std::str::from_utf8(text).unwrap().chars();
         let mut fixed = Reading(fixed);
         let hits = (0..count).map(|_| fixed.hit(&mut text)).collect();
@@ -116,12 +119,19 @@ impl Reading<'_> {
 
     fn hit(&mut self, text: &mut std::str::Chars<'_>) -> Hit {
         let chunk = text.take(32).collect();
+        let said = self.u32() as usize;
+        let said = text.take(said).collect();
+        let behind = self.u32() as usize;
+        let (score, relevance) = (self.f32(), self.f32());
+        let trust = [Trust::Host, Trust::User, Trust::Model, Trust::Document][self.u8() as usize];
+        let (count, stale) = (self.u32(), self.u8() != 0);
         let mut cut = || match self.u32() {
             u32::MAX => None,
             length => Some(text.take(length as usize).collect::<String>()),
         };
-        let [said, user, agent, session, name] = [cut(), cut(), cut(), cut(), cut()];
-        let (score, relevance) = (self.f32(), self.f32());
+        let whose = [cut(), cut(), cut(), cut()];
+        assert_eq!(whose.iter().flatten().map(|part| part.chars().count()).sum::<usize>(), behind);
+        let [user, agent, session, name] = whose;
         let why = Why {
             bm25: self.f32(),
             coverage: self.f32(),
@@ -143,10 +153,7 @@ impl Reading<'_> {
             time_ms: self.u64() as i64,
             name,
         };
-        let trust = [Trust::Host, Trust::User, Trust::Model, Trust::Document][self.u8() as usize];
-        let (count, stale) = (self.u32(), self.u8() != 0);
-        let text = said.unwrap();
-        Hit { chunk, text, score, relevance, why, source, trust, count, stale }
+        Hit { chunk, text: said, score, relevance, why, source, trust, count, stale }
     }
 
     fn usage(&mut self) -> Usage {
@@ -492,6 +499,61 @@ fn a_bell_tells_when_a_stream_and_a_recall_are_to_be_asked_again() {
     // SAFETY: `given` passes a reply.
     let error = given(|reply| unsafe { mka_direct_poll(number, bell_number, reply) });
     assert_eq!(error.kind(), "InvalidArgument");
+}
+
+/// A reader that sleeps until it is told.
+struct Sleeper {
+    thread: std::thread::Thread,
+    woken: AtomicBool,
+}
+
+extern "C" fn wake(sleeper: *mut c_void) {
+    // SAFETY: `caller` gave a reference of it away that was not taken back yet.
+    let sleeper = unsafe { &*sleeper.cast::<Sleeper>() };
+    sleeper.woken.store(true, Ordering::SeqCst);
+    sleeper.thread.unpark();
+}
+
+extern "C" fn release(sleeper: *mut c_void) {
+    // SAFETY: `caller` made it from an `Arc`, and it is released once.
+    drop(unsafe { Arc::from_raw(sleeper.cast::<Sleeper>()) });
+}
+
+#[test]
+fn a_caller_is_told_when_a_stream_is_to_be_asked_again_and_let_go_of_in_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path());
+    let chat = engine.session_blocking(trip()).unwrap();
+    let turn = chat.send("hello there".into(), tokens(20)).unwrap();
+    let number = turn.clone().number();
+    let sleeper =
+        Arc::new(Sleeper { thread: std::thread::current(), woken: AtomicBool::new(false) });
+    let poll = || {
+        let context = Arc::into_raw(sleeper.clone()).cast_mut().cast();
+        // SAFETY: `given` passes a reply; both functions may be called from any thread.
+        given(|reply| unsafe {
+            mka_direct_poll_for(number, Caller { context, wake, release }, reply);
+        })
+    };
+    let (mut read, mut waits) = (Vec::new(), 0);
+    loop {
+        match poll() {
+            Given::Bytes(bytes) if bytes.is_empty() => {
+                waits += 1;
+                while !sleeper.woken.swap(false, Ordering::SeqCst) {
+                    std::thread::park();
+                }
+            }
+            Given::Bytes(bytes) => read.extend(events(&bytes)),
+            Given::End => break,
+            Given::Failed(error) => panic!("{error}"),
+        }
+    }
+    assert!(matches!(read.last(), Some(Event::Done { .. })) && waits > 0, "{read:?} {waits}");
+    drop(turn);
+    assert_eq!(poll().kind(), "InvalidArgument");
+    engine.close_blocking().unwrap();
+    assert_eq!(Arc::strong_count(&sleeper), 1);
 }
 
 #[test]

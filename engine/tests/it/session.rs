@@ -183,6 +183,83 @@ fn regenerate_replaces_the_answer_also_after_a_restart() {
 }
 
 #[test]
+fn a_session_is_taken_back_to_an_earlier_turn_and_goes_on_from_there() {
+    let folder = tempfile::tempdir().unwrap();
+    // Weights of four bits carry a last digit far; another text changes the logits by several units.
+    let close = |left: &[f32], right: &[f32]| {
+        left.iter().zip(right).map(|(l, r)| (l - r).abs()).fold(0.0, f32::max) < 0.5
+    };
+    let next = |chat: &mut mka::Session| wait(chat.peek_logits("the next")).unwrap();
+    let (empty, at_two) = {
+        let engine = engine(folder.path(), 256);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        let empty = next(&mut chat);
+        finish(chat.send_with("the cat is red", short())).unwrap();
+        let at_two = next(&mut chat);
+        finish(chat.send_with("the dog is blue", short())).unwrap();
+        assert!(!close(&next(&mut chat), &at_two));
+        assert_eq!(chat.num_turns().unwrap(), 4);
+        // Nothing follows the last turn.
+        let all = next(&mut chat);
+        wait(chat.rewind(4)).unwrap();
+        assert_eq!(next(&mut chat), all);
+        let error = wait(chat.rewind(5)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert!(error.to_string().contains("turn 5, expected at most 4"), "{error}");
+        wait(chat.rewind(2)).unwrap();
+        assert!(close(&next(&mut chat), &at_two));
+        (empty, at_two)
+    };
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    assert!(close(&next(&mut chat), &at_two));
+    let turns = wait(engine.memory().turns(&trip(), 0..9)).unwrap();
+    let retracted: Vec<bool> = turns.iter().map(|turn| turn.retracted).collect();
+    assert_eq!(retracted, [false, false, true, true]);
+    let recalled = |query| {
+        let hits = wait(engine.memory().recall(&trip(), query, mka::Recall::default())).unwrap();
+        hits.into_iter().map(|hit| hit.text).collect::<Vec<_>>().join(" ")
+    };
+    assert!(recalled("which cat is red").contains("cat"));
+    assert!(!recalled("which dog is blue").contains("dog"));
+    // The answer that is last now can be given again, and numbers go on behind what was taken back.
+    finish(chat.regenerate(short())).unwrap();
+    finish(chat.send_with("the dog is blue", short())).unwrap();
+    let turns = wait(engine.memory().turns(&trip(), 0..9)).unwrap();
+    let live: Vec<u64> = turns.iter().filter(|turn| !turn.retracted).map(|turn| turn.id).collect();
+    assert_eq!(live, [0, 4, 5, 6]);
+    // Between a question and its answer, then to the beginning.
+    wait(chat.rewind(6)).unwrap();
+    assert_eq!(finish(chat.regenerate(short())).unwrap_err().kind(), ErrorKind::NotFound);
+    wait(chat.rewind(0)).unwrap();
+    assert!(close(&next(&mut chat), &empty));
+    finish(chat.send_with("the cat is red", short())).unwrap();
+    assert!(close(&next(&mut chat), &at_two));
+}
+
+#[test]
+fn what_is_taken_back_far_behind_the_window_is_found_by_its_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    finish(chat.send_with("the key is under the stone", short())).unwrap();
+    for text in ["the hall was cold and the king was old. ", "the sea was calm for days on end. "] {
+        wait(chat.feed_with(text.repeat(20), FeedOptions::through_model()).finish()).unwrap();
+    }
+    let turns = wait(engine.memory().turns(&trip(), 0..99)).unwrap();
+    let sea = turns.iter().find(|turn| turn.text.contains("sea")).unwrap().id;
+    wait(chat.rewind(sea)).unwrap();
+    let hits = |query: &str| {
+        let hits = wait(engine.memory().recall(&trip(), query, mka::Recall::default())).unwrap();
+        hits.iter().map(|hit| hit.text.clone()).collect::<Vec<_>>().join(" ")
+    };
+    assert!(hits("where is the key").contains("under the stone"));
+    assert!(!hits("how was the sea").contains("sea"));
+    let (_, usage) = finish(chat.send_with("where is the key", short())).unwrap();
+    assert!(usage.recalled_tokens > 0, "{usage:?}");
+}
+
+#[test]
 fn stop_strings_and_limits_end_an_answer() {
     let folder = tempfile::tempdir().unwrap();
     let engine = engine(folder.path(), 256);

@@ -146,6 +146,13 @@ class AsyncSession(SessionHandle):
         """What memory holds on `query`, laid out for another model, never above the budget."""
         return await _calls.session_context(query, budget_tokens).awaited(self._native)
 
+    async def rewind(self, turn: int) -> None:
+        """Takes every turn from `turn` on back, as if it had never been said: the next message follows what was before it.
+
+        What is taken back stays in the log as retracted, keeps its number, and is not recalled.
+        """
+        await _calls.rewind(turn).awaited(self._native)
+
     async def peek_logits(self, text: str) -> NDArray[float32]:
         """Logits of the token after `text`, without changing the session: `(vocabulary,)`."""
         row: NDArray[float32] = await _calls.peek_logits(text).awaited(self._native)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Callable, Generator
+from contextvars import Context
 from weakref import WeakKeyDictionary
 
 from mka import _direct
@@ -15,24 +17,62 @@ from mka._native import mka_bindings as _native
 
 
 class Waiting:
-    """One task that waits until a number rings."""
+    """One task that waits until a number rings: a future of its own kind, whose task goes on within the ring.
 
-    __slots__ = ("_future", "rung")
+    asyncio's own future has the loop come round once more before its task goes on, at every token. No task runs while
+    the loop tells of a descriptor, so that one may go on there.
+    """
 
-    def __init__(self, *, rung: bool) -> None:
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_loop", "_wake", "rung")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, rung: bool) -> None:
         self.rung = rung
         """Whether there may be something: it need not be waited for."""
-        self._future: asyncio.Future[None] | None = None
+        self._loop = loop
+        self._asyncio_future_blocking = False
+        self._wake: Callable[[Waiting], object] | None = None
+        self._context: Context | None = None
+        self._cancelled: tuple[object, ...] | None = None
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a task waits now."""
+        return self._wake is not None
 
     def ring(self) -> None:
         self.rung = True
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
+        wake, context = self._wake, self._context
+        if wake is not None and context is not None:
+            self._wake = self._context = None
+            context.run(wake, self)
 
-    def wait(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
-        """To be awaited while nothing has rung."""
-        self._future = loop.create_future()
-        return self._future
+    def __await__(self) -> Generator[Waiting, None, None]:
+        """Until it rings. One task at a time."""
+        if not self.rung:
+            self._asyncio_future_blocking = True
+            yield self
+
+    # What a task asks of that which it waits for.
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(self, wake: Callable[[Waiting], object], *, context: Context) -> None:
+        self._wake, self._context = wake, context
+
+    def cancel(self, msg: object = None) -> bool:
+        wake, context = self._wake, self._context
+        if wake is None:
+            return False
+        self._wake = self._context = None
+        self._cancelled = () if msg is None else (msg,)
+        self._loop.call_soon(wake, self, context=context)
+        return True
+
+    def result(self) -> None:
+        cancelled, self._cancelled = self._cancelled, None
+        if cancelled is not None:
+            raise asyncio.CancelledError(*cancelled)
 
 
 class Bell:
@@ -54,9 +94,9 @@ class Bell:
             if waiting is not None:
                 waiting.ring()
 
-    def expect(self, number: int, *, rung: bool) -> Waiting:
-        """From now on `number` is told to what this returns."""
-        waiting = Waiting(rung=rung)
+    def expect(self, number: int, loop: asyncio.AbstractEventLoop, *, rung: bool) -> Waiting:
+        """From now on `number` is told to what this returns, for a task of the bell's `loop`."""
+        waiting = Waiting(loop, rung=rung)
         self._waiting[number] = waiting
         return waiting
 

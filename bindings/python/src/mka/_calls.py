@@ -101,11 +101,11 @@ async def recalled(memory: int, request: bytes) -> bytes:
     if bell is None:
         return await loop.run_in_executor(None, _direct.recall, memory, request)
     number = _direct.begin_recall(memory, request, bell.number)
-    waiting = bell.expect(number, rung=False)
+    waiting = bell.expect(number, loop, rung=False)
     try:
         hits = b""
         while not hits:
-            await waiting.wait(loop)
+            await waiting
             hits = _direct.recalled(number, bell.number)
         return hits
     except BaseException:
@@ -124,6 +124,10 @@ def memory_context(
 
 def session_context(query: str, budget_tokens: int) -> Call[_values.Context]:
     return Call("context", (query, budget_tokens), _convert.context)
+
+
+def rewind(turn: int) -> Call[None]:
+    return Call("rewind", (turn,), _as_it_is)
 
 
 def peek_logits(text: str) -> Call[Any]:

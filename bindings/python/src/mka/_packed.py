@@ -5,6 +5,7 @@ Knows no call; `bindings/src/packed.rs` is the other side, and the two are chang
 
 from __future__ import annotations
 
+from functools import partial
 from struct import Struct, error as StructError
 from typing import Any
 
@@ -15,18 +16,8 @@ from mka._errors import InternalError, InvalidArgumentError
 # the frozen one, at a quarter of the price.
 
 
-class _Hit:
+class _Hit(values.Unread):
     __slots__ = ("chunk", "text", "score", "relevance", "why", "source", "trust", "count", "stale")
-
-
-class _Why:
-    __slots__ = (
-        "bm25", "coverage", "bm25_rank", "cosine", "cosine_rank", "recency", "follow_up",
-    )  # fmt: skip
-
-
-class _Source:
-    __slots__ = ("user", "agent", "session", "turn", "role", "start", "end", "time_ms", "name")
 
 
 class _Token:
@@ -38,7 +29,10 @@ _TRUSTS: tuple[values.Trust, ...] = ("host", "user", "model", "document")
 _STOPS: tuple[values.StopReason, ...] = ("end_of_turn", "max_tokens", "stop_string")
 
 _U32 = Struct("<I")
-_HIT = Struct("<5I4fIfIf?QBQQqBI?")
+# Of a hit what is read at once, and what when it is asked for.
+_SOURCE = Struct("<4I2fIfIf?QBQQq")
+_HIT = Struct(f"<2I2fBI?{_SOURCE.size}x")
+_SOURCE_AT = _HIT.size - _SOURCE.size
 _USAGE = Struct("<B5QB")
 _PAGES = Struct("<2Q")
 _PROGRESS = Struct("<3Q")
@@ -49,60 +43,49 @@ _TOKEN_KIND, _RECALLED_KIND, _DONE_KIND, _PROGRESS_KIND, _FED_KIND = 1, 2, 3, 4,
 _NONE = (1 << 32) - 1
 
 
+def _why_and_source(
+    data: bytes, start: int, text: str, at: int
+) -> tuple[values.Why, values.Source]:
+    """What is left of a hit: its fixed part begins at `start`, and its texts at `at`."""
+    (
+        user_length, agent_length, session_length, name_length,
+        bm25, coverage, bm25_rank, cosine, cosine_rank, recency, follow_up,
+        turn, role, first, last, time_ms,
+    ) = _SOURCE.unpack_from(data, start)  # fmt: skip
+    user = text[at : at + user_length]
+    at += user_length
+    agent = name = None
+    if agent_length != _NONE:
+        agent = text[at : at + agent_length]
+        at += agent_length
+    session = text[at : at + session_length]
+    at += session_length
+    if name_length != _NONE:
+        name = text[at : at + name_length]
+    why = values.Why(bm25, coverage, bm25_rank or None, cosine, cosine_rank, recency, follow_up)
+    source = values.Source(user, agent, session, turn, _ROLES[role], first, last, time_ms, name)
+    return why, source
+
+
 def hits(data: bytes) -> list[values.Hit]:
     """The hits of a block."""
     (count,) = _U32.unpack_from(data)
     end = 4 + count * _HIT.size
     text = data[end:].decode()
-    at = 0
+    start, at = 4 + _SOURCE_AT, 0
     new = object.__new__
     found: list[Any] = []
-    for (
-        text_length, user_length, agent_length, session_length, name_length,
-        score, relevance, bm25, coverage, bm25_rank, cosine, cosine_rank, recency, follow_up,
-        turn, role, first, last, time_ms, trust, times, stale,
-    ) in _HIT.iter_unpack(data[4:end]):  # fmt: skip
+    for length, behind, score, relevance, trust, times, stale in _HIT.iter_unpack(data[4:end]):
         hit: Any = new(_Hit)
-        why: Any = new(_Why)
-        source: Any = new(_Source)
-
         hit.chunk = text[at : at + 32]
         at += 32
-        hit.text = text[at : at + text_length]
-        at += text_length
-        source.user = text[at : at + user_length]
-        at += user_length
-        if agent_length == _NONE:
-            source.agent = None
-        else:
-            source.agent = text[at : at + agent_length]
-            at += agent_length
-        source.session = text[at : at + session_length]
-        at += session_length
-        if name_length == _NONE:
-            source.name = None
-        else:
-            source.name = text[at : at + name_length]
-            at += name_length
-
-        source.turn = turn
-        source.role = _ROLES[role]
-        source.start = first
-        source.end = last
-        source.time_ms = time_ms
-        why.bm25 = bm25
-        why.coverage = coverage
-        why.bm25_rank = bm25_rank or None
-        why.cosine = cosine
-        why.cosine_rank = cosine_rank
-        why.recency = recency
-        why.follow_up = follow_up
-        why.__class__ = values.Why
-        source.__class__ = values.Source
+        hit.text = text[at : at + length]
+        at += length
+        hit._unread = partial(_why_and_source, data, start, text, at)
+        at += behind
+        start += _HIT.size
         hit.score = score
         hit.relevance = relevance
-        hit.why = why
-        hit.source = source
         hit.trust = _TRUSTS[trust]
         hit.count = times
         hit.stale = stale

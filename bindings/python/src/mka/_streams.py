@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from mka import _bell, _direct, _packed, _values
-from mka._errors import CancelledError, translated
+from mka._errors import CancelledError, LockedError, translated
 
 T = TypeVar("T")
 E = TypeVar("E", contravariant=True)
@@ -87,7 +87,7 @@ class _AsyncStream(_Stream[T], AsyncIterator[T]):
         super().__init__(native)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bell: _bell.Bell | None = None
-        self._waiting = _bell.Waiting(rung=True)
+        self._waiting: _bell.Waiting | None = None
 
     def __del__(self) -> None:
         self._leave()
@@ -98,29 +98,31 @@ class _AsyncStream(_Stream[T], AsyncIterator[T]):
         if bell is not None:
             bell.forget(self._number)
 
-    def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _enter(self, loop: asyncio.AbstractEventLoop) -> _bell.Waiting:
         """Waits in `loop` from now on; the first poll tells what there is."""
         self._leave()
-        self._loop, self._bell = loop, _bell.of(loop)
-        if self._bell is not None:
-            self._waiting = self._bell.expect(self._number, rung=True)
+        self._loop, bell = loop, _bell.of(loop)
+        waiting = _bell.Waiting(loop, rung=True) if bell is None else bell.expect(self._number, loop, rung=True)
+        self._bell, self._waiting = bell, waiting
+        return waiting
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> T:
         while not self._ready:
-            loop = asyncio.get_running_loop()
-            if loop is not self._loop:
-                self._enter(loop)
-            waiting, bell = self._waiting, self._bell
+            loop, waiting = asyncio.get_running_loop(), self._waiting
+            if waiting is None or loop is not self._loop:
+                waiting = self._enter(loop)
+            elif waiting.is_waited_for:
+                raise LockedError("events: another task waits for the next one, expected one task at a time")
+            bell = self._bell
             try:
                 if bell is None:
                     with translated:
                         batch = await self._native.next_packed()
                 else:
-                    if not waiting.rung:
-                        await waiting.wait(loop)
+                    await waiting
                     # Before the poll: what comes during it is told of again.
                     waiting.rung = False
                     batch = _direct.poll_events(self._number, bell.number)

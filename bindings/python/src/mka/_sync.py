@@ -102,6 +102,13 @@ class Session(SessionHandle):
         """What memory holds on `query`, laid out for another model, never above the budget."""
         return _calls.session_context(query, budget_tokens).run(self._native)
 
+    def rewind(self, turn: int) -> None:
+        """Takes every turn from `turn` on back, as if it had never been said: the next message follows what was before it.
+
+        What is taken back stays in the log as retracted, keeps its number, and is not recalled.
+        """
+        _calls.rewind(turn).run(self._native)
+
     def peek_logits(self, text: str) -> NDArray[float32]:
         """Logits of the token after `text`, without changing the session: `(vocabulary,)`."""
         row: NDArray[float32] = _calls.peek_logits(text).run(self._native)

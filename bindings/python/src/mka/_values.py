@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 Role: TypeAlias = Literal["system", "user", "assistant", "document", "recalled"]
 """Who produced a turn."""
@@ -90,8 +90,25 @@ class Source:
         return _time(self.time_ms)
 
 
+class Unread:
+    """A hit whose `why` and `source` are read when they are asked for first: most are not, and they are most of its price."""
+
+    __slots__ = ("_unread",)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            # Called for a slot that is empty.
+            if name not in ("why", "source"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            why, source = self._unread()
+            object.__setattr__(self, "why", why)
+            object.__setattr__(self, "source", source)
+            return why if name == "why" else source
+
+
 @dataclass(frozen=True, slots=True)
-class Hit:
+class Hit(Unread):
     """A remembered piece of text that answers a query.
 
     `score` compares the hits of one query, best first; `relevance`, from 0 to 1, says whether there is an answer at all.

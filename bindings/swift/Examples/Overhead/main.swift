@@ -40,16 +40,81 @@ func languageTime() -> Double? {
     return nanoseconds / 1e3
 }
 
-for run in 0..<3 {
-    let (start, cpu, own) = (ContinuousClock.now, processTime(), languageTime())
-    var tokens = 0
-    for try await event in chat.send("go on", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
-        if case .token = event { tokens += 1 }
+/// What was spent so far. Of a stream it starts with the first token: what a turn costs once is not a token's.
+struct Clock {
+    let wall = ContinuousClock.now
+    let cpu = processTime()
+    let own = languageTime()
+
+    func print(_ name: String, _ tokens: Int) {
+        let (wall, spent) = (since(wall) / Double(tokens), (processTime() - cpu) / Double(tokens))
+        let swift = own.flatMap { own in languageTime().map { "\(($0 - own) / Double(tokens))" } } ?? "an unknown part"
+        Swift.print("\(name): \(wall) us a token, \(spent) of CPU time, \(swift) of it Swift's, \(tokens) tokens")
     }
-    let (wall, spent) = (since(start) / Double(tokens), (processTime() - cpu) / Double(tokens))
-    let swift = own.flatMap { own in languageTime().map { "\(($0 - own) / Double(tokens))" } } ?? "an unknown part"
-    print("run \(run): \(wall) us a token, \(spent) of CPU time, \(swift) of it Swift's, \(tokens) tokens")
 }
+
+/// Reads one answer where tasks run.
+func read(_ chat: Session, _ name: String) async throws {
+    var (clock, tokens): (Clock?, Int) = (nil, 0)
+    for try await event in chat.send("go on", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
+        if clock == nil { clock = Clock() } else if case .token = event { tokens += 1 }
+    }
+    clock?.print(name, tokens)
+}
+
+/// Reads one answer on the main thread.
+@MainActor func readOnMain(_ chat: Session, _ name: String) async throws {
+    var (clock, tokens): (Clock?, Int) = (nil, 0)
+    for try await event in chat.send("go on", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {
+        if clock == nil { clock = Clock() } else if case .token = event { tokens += 1 }
+    }
+    clock?.print(name, tokens)
+}
+
+/// Whom a thread wakes, over and over.
+final class Ticks: @unchecked Sendable {
+    private let lock = NSLock()
+    private var task: UnsafeContinuation<Void, Never>?
+
+    /// Named as one of the library's, so that its time is not Swift's; it ends with the process.
+    func start() {
+        Thread.detachNewThread {
+            Thread.current.name = "mka-ticks"
+            while true {
+                usleep(300)
+                let waking = self.lock.withLock {
+                    defer { self.task = nil }
+                    return self.task
+                }
+                waking?.resume()
+            }
+        }
+    }
+
+    func wait() async {
+        await withUnsafeContinuation { task in lock.withLock { self.task = task } }
+    }
+}
+
+/// What an AsyncThrowingStream takes on the main thread for an element that another thread announces: no stream costs less.
+@MainActor func streamAlone(_ elements: Int) async throws {
+    let ticks = Ticks()
+    ticks.start()
+    let stream = AsyncThrowingStream<Int, any Error> {
+        await ticks.wait()
+        return 1
+    }
+    var (clock, seen): (Clock?, Int) = (nil, 0)
+    for try await one in stream {
+        if clock == nil { clock = Clock() } else { seen += one }
+        if seen == elements { break }
+    }
+    clock?.print("main thread, a stream alone", seen)
+}
+
+for run in 0..<3 { try await read(chat, "run \(run)") }
+for run in 0..<3 { try await readOnMain(chat, "main thread, run \(run)") }
+try await streamAlone(50)
 let before = try chat.numTurns
 var seen = 0
 for try await event in chat.send("tell me a long story", options: SendOptions(maxNewTokens: maxNewTokens, recallK: 0)) {

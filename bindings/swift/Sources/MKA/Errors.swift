@@ -30,6 +30,24 @@ public struct MKAError: Error, LocalizedError, Sendable, Equatable, CustomString
         case cancelled
         /// A fault of the library itself: please report it.
         case `internal`
+
+        /// By the library's name for it.
+        init(named name: String) {
+            self =
+                switch name {
+                case "InvalidArgument": .invalidArgument
+                case "NotFound": .notFound
+                case "Locked": .locked
+                case "Corrupted": .corrupted
+                case "Incompatible": .incompatible
+                case "Model": .model
+                case "Device": .device
+                case "OutOfMemory": .outOfMemory
+                case "Storage": .storage
+                case "Cancelled": .cancelled
+                default: .internal
+                }
+        }
     }
 
     /// What a caller can do about it.

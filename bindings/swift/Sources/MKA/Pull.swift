@@ -4,19 +4,18 @@
 import Foundation
 
 /// A stream of the library: the events that came with the last batch and were not asked for yet.
-final class Pull<Element: Sendable>: @unchecked Sendable {
-    private let batch: @Sendable () async throws -> [Element]?
+final class Pull<Element: Unpacked>: @unchecked Sendable {
+    private let number: UInt64
     private let cancel: @Sendable () -> Void
+    private let waiting = Waiting()
     private let lock = NSLock()
     /// The last batch, and how much of it was handed out; guarded by `lock`.
     private var ready: [Element] = []
     private var taken = 0
 
-    init(
-        batch: @escaping @Sendable () async throws -> [Element]?,
-        cancel: @escaping @Sendable () -> Void
-    ) {
-        self.batch = batch
+    /// `number` is that of a stream which `cancel` keeps open.
+    init(number: UInt64, cancel: @escaping @Sendable () -> Void) {
+        self.number = number
         self.cancel = cancel
     }
 
@@ -24,40 +23,55 @@ final class Pull<Element: Sendable>: @unchecked Sendable {
         cancel()
     }
 
-    private func take() -> Element? {
-        lock.withLock {
-            guard taken < ready.count else { return nil }
-            taken += 1
-            return ready[taken - 1]
-        }
+    private enum Polled {
+        case element(Element)
+        case nothing
+        case end
     }
 
-    private func put(_ events: [Element]) {
-        lock.withLock {
-            ready.removeFirst(taken)
-            ready.append(contentsOf: events)
-            taken = 0
+    private func poll() throws -> Polled {
+        try lock.withLock {
+            if taken == ready.count {
+                waiting.arm()
+                ready.removeAll(keepingCapacity: true)
+                taken = 0
+                let more: Void? = try Direct.poll(number, waiting) { bytes in
+                    var bytes = Packed(bytes)
+                    while !bytes.isEmpty { ready.append(try Element.next(from: &bytes)) }
+                }
+                if more == nil { return .end }
+                if ready.isEmpty { return .nothing }
+            }
+            taken += 1
+            return .element(ready[taken - 1])
         }
     }
 
     func next() async throws -> Element? {
-        while true {
-            if let element = take() { return element }
-            let events: [Element]?
-            do {
-                events = try await withTaskCancellationHandler {
-                    try await batch()
-                } onCancel: {
-                    cancel()
+        do {
+            while true {
+                // A task that never has to wait is not told of its end in another way.
+                if Task.isCancelled { cancel() }
+                switch try poll() {
+                case .element(let element): return element
+                case .nothing:
+                    await withTaskCancellationHandler {
+                        await waiting.wait()
+                    } onCancel: {
+                        cancel()
+                    }
+                case .end:
+                    waiting.ring(ends: true)
+                    try Task.checkCancellation()
+                    return nil
                 }
-            } catch {
-                throw MKAError(error)
             }
-            guard let events else {
-                try Task.checkCancellation()
-                return nil
-            }
-            put(events)
+        } catch let error as CancellationError {
+            throw error
+        } catch {
+            // Whoever else waits sees the end.
+            waiting.ring(ends: true)
+            throw MKAError(error)
         }
     }
 

@@ -31,11 +31,18 @@ public final class Session: Sendable {
         events { try native.regenerate(options: options) }
     }
 
+    /// Takes every turn from `turn` on back, as if it had never been said: the next message follows what was before it.
+    ///
+    /// What is taken back stays in the log as retracted, keeps its number, and is not recalled. Throws `.notFound` if the log
+    /// does not reach to `turn`.
+    public func rewind(to turn: UInt64) async throws(MKAError) {
+        try await translated { [native] in try await native.rewind(turn: turn) }
+    }
+
     private func events(_ start: () throws -> NativeEvents) -> AsyncThrowingStream<Event, any Error> {
         Pull.stream {
             let events = try start()
-            return Pull(
-                batch: { try await events.nextBatch()?.map(Event.init) }, cancel: { events.cancel() })
+            return Pull(number: events.number(), cancel: { events.cancel() })
         }
     }
 
@@ -45,8 +52,7 @@ public final class Session: Sendable {
     ) -> AsyncThrowingStream<FeedEvent, any Error> {
         Pull.stream {
             let feed = try native.feed(text: text, options: options)
-            return Pull(
-                batch: { try await feed.nextBatch()?.map(FeedEvent.init) }, cancel: { feed.cancel() })
+            return Pull(number: feed.number(), cancel: { feed.cancel() })
         }
     }
 

@@ -122,14 +122,6 @@ public enum Event: Sendable {
     case token(Token)
     /// The turn is on disk; nothing follows.
     case done(Usage)
-
-    init(_ native: MKABindings.Event) {
-        switch native {
-        case .recalled(let hits): self = .recalled(hits)
-        case .token(let text): self = .token(Token(text: text))
-        case .done(let usage): self = .done(usage)
-        }
-    }
 }
 
 /// What happens while a document is fed.
@@ -138,14 +130,6 @@ public enum FeedEvent: Sendable {
     case progress(fedBytes: UInt64, committedBytes: UInt64, totalBytes: UInt64)
     /// The whole document is on disk; nothing follows.
     case done(FeedSummary)
-
-    init(_ native: MKABindings.FeedEvent) {
-        switch native {
-        case .progress(let fed, let committed, let total):
-            self = .progress(fedBytes: fed, committedBytes: committed, totalBytes: total)
-        case .done(let summary): self = .done(summary)
-        }
-    }
 }
 
 /// A turn to be remembered.

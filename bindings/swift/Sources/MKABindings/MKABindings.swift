@@ -874,7 +874,7 @@ public func FfiConverterTypeLogSink_lower(_ value: LogSink) -> UInt64 {
 /**
  * The bell of one event loop.
  *
- * The pipe holds one byte while there are numbers that were not taken, and none otherwise: neither end ever waits.
+ * The pipe holds one byte, or is about to, while there are numbers that were not taken, and none otherwise.
  */
 public protocol NativeBellProtocol: AnyObject, Sendable {
 
@@ -893,7 +893,7 @@ public protocol NativeBellProtocol: AnyObject, Sendable {
 /**
  * The bell of one event loop.
  *
- * The pipe holds one byte while there are numbers that were not taken, and none otherwise: neither end ever waits.
+ * The pipe holds one byte, or is about to, while there are numbers that were not taken, and none otherwise.
  */
 open class NativeBell: NativeBellProtocol, @unchecked Sendable {
     fileprivate let handle: UInt64
@@ -2707,6 +2707,16 @@ public protocol NativeSessionProtocol: AnyObject, Sendable {
     func regenerate(options: SendOptions) throws  -> NativeEvents
 
     /**
+     * Takes every turn from `turn` on back, as if it had never been said.
+     */
+    func rewind(turn: UInt64) async throws
+
+    /**
+     * `rewind`, blocking the thread.
+     */
+    func rewindBlocking(turn: UInt64) throws
+
+    /**
      * User, agent and session.
      */
     func scope()  -> Scope
@@ -2899,6 +2909,37 @@ open func regenerate(options: SendOptions)throws  -> NativeEvents  {
         FfiConverterTypeSendOptions_lower(options),uniffiCallStatus
     )
 })
+}
+
+    /**
+     * Takes every turn from `turn` on back, as if it had never been said.
+     */
+open func rewind(turn: UInt64)async throws   {
+    return
+        try  await uniffiRustCallAsync(
+            rustFutureFunc: {
+                uniffi_mka_bindings_fn_method_nativesession_rewind(
+                        self.uniffiCloneHandle(),FfiConverterUInt64.lower(turn)
+                )
+            },
+            pollFunc: ffi_mka_bindings_rust_future_poll_void,
+            completeFunc: ffi_mka_bindings_rust_future_complete_void,
+            freeFunc: ffi_mka_bindings_rust_future_free_void,
+            liftFunc: { $0 },
+            errorHandler: FfiConverterTypeMkaError_lift
+        )
+}
+
+    /**
+     * `rewind`, blocking the thread.
+     */
+open func rewindBlocking(turn: UInt64)throws   {try rustCallWithError(FfiConverterTypeMkaError_lift) {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativesession_rewind_blocking(
+            self.uniffiCloneHandle(),
+        FfiConverterUInt64.lower(turn),uniffiCallStatus
+    )
+}
 }
 
     /**
@@ -10084,6 +10125,12 @@ private let initializationResult: InitializationResult = {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativesession_regenerate() != 9259) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativesession_rewind() != 18965) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativesession_rewind_blocking() != 30223) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativesession_scope() != 49965) {

@@ -86,6 +86,22 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
     #expect(logits[0] == logits[1] && logits[0].count > 200)
 }
 
+@Test func aSessionIsTakenBackToAnEarlierTurn() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "trip")
+    for message in ["the cat is red", "the dog is blue"] {
+        _ = try await chat.send(message, options: short(4)).text()
+    }
+    try await chat.rewind(to: 2)
+    let turns = try await engine.memory.turns(user: "ada", session: "trip")
+    #expect(turns.map(\.retracted) == [false, false, true, true])
+    #expect(await failure { try await chat.rewind(to: 5) }?.kind == .notFound)
+    _ = try await chat.regenerate(options: short(4)).text()
+    #expect(try chat.numTurns == 5)
+    try await engine.close()
+}
+
 @Test func leavingTheLoopCancelsAndTheSessionGoesOn() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()

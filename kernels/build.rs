@@ -19,12 +19,13 @@ const FLAGS: &[&str] = &["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--compres
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    // Without nvcc nothing depends on where it is: a change of PATH would compile the whole workspace again.
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
     println!("cargo:rerun-if-changed=cuda");
     for name in ["NVCC", "CUDA_HOME", "PATH"] {
         println!("cargo:rerun-if-env-changed={name}");
-    }
-    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
-        return;
     }
     if let Err(message) = compile() {
         // One line a cause: cargo prefixes each.

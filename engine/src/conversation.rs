@@ -277,12 +277,12 @@ impl Conversation {
         Ok(held)
     }
 
-    /// The newest turn of the log that was neither taken back nor forgotten.
+    /// The newest turn of the log that was not taken back.
     pub(crate) fn last_turn(&self) -> Result<Option<Turn>> {
         let store = &self.shared.store;
         for turn in (0..store.num_turns(&self.scope)?).rev() {
             let found = store.turns(&self.scope, turn..turn + 1)?.pop();
-            if let Some(found) = found.filter(|turn| !turn.retracted && !turn.forgotten) {
+            if let Some(found) = found.filter(|turn| !turn.retracted) {
                 return Ok(Some(found));
             }
         }

@@ -238,6 +238,19 @@ fn a_session_is_taken_back_to_an_earlier_turn_and_goes_on_from_there() {
 }
 
 #[test]
+fn an_answer_that_was_forgotten_can_be_given_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    finish(chat.send_with("the cat is red", short())).unwrap();
+    wait(engine.memory().forget(&trip(), mka::Forget::Turn(1))).unwrap();
+    finish(chat.regenerate(short())).unwrap();
+    let turns = wait(engine.memory().turns(&trip(), 0..9)).unwrap();
+    let live: Vec<u64> = turns.iter().filter(|turn| !turn.retracted).map(|turn| turn.id).collect();
+    assert_eq!(live, [0, 2]);
+}
+
+#[test]
 fn what_is_taken_back_far_behind_the_window_is_found_by_its_words() {
     let folder = tempfile::tempdir().unwrap();
     let engine = engine(folder.path(), 256);

@@ -61,16 +61,17 @@ fn gone(what: &str) -> MkaError {
     MkaError::InvalidArgument(format!("{what}: its number is unknown, expected one that is open"))
 }
 
+fn open_stream(number: u64) -> Result<Arc<dyn Packed>, MkaError> {
+    STREAMS.get(number).and_then(|stream| stream.upgrade()).ok_or_else(|| gone("stream"))
+}
+
 /// The events of stream `stream` that are ready within `limit_ms`, perhaps none. Blocks the thread.
 ///
 /// # Safety
 /// `reply` points to a [`Reply`] that may be written to.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mka_direct_next(stream: u64, limit_ms: u32, reply: *mut Reply) {
-    let work = || {
-        let stream = STREAMS.get(stream).and_then(|stream| stream.upgrade());
-        stream.ok_or_else(|| gone("stream"))?.wait_packed(Duration::from_millis(limit_ms.into()))
-    };
+    let work = || open_stream(stream)?.wait_packed(Duration::from_millis(limit_ms.into()));
     // SAFETY: the caller's own promise.
     unsafe { answer(reply, work) }
 }
@@ -84,8 +85,7 @@ pub unsafe extern "C" fn mka_direct_next(stream: u64, limit_ms: u32, reply: *mut
 pub unsafe extern "C" fn mka_direct_poll(stream: u64, bell: u64, reply: *mut Reply) {
     let work = || {
         let bell = NativeBell::by_number(bell).ok_or_else(|| gone("bell"))?;
-        let events = STREAMS.get(stream).and_then(|stream| stream.upgrade());
-        events.ok_or_else(|| gone("stream"))?.poll_packed(&bell.waker(stream))
+        open_stream(stream)?.poll_packed(&bell.waker(stream))
     };
     // SAFETY: the caller's own promise.
     unsafe { answer(reply, work) }
@@ -99,10 +99,7 @@ pub unsafe extern "C" fn mka_direct_poll(stream: u64, bell: u64, reply: *mut Rep
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mka_direct_poll_for(stream: u64, caller: Caller, reply: *mut Reply) {
     let waker = caller.waker();
-    let work = || {
-        let events = STREAMS.get(stream).and_then(|stream| stream.upgrade());
-        events.ok_or_else(|| gone("stream"))?.poll_packed(&waker)
-    };
+    let work = || open_stream(stream)?.poll_packed(&waker);
     // SAFETY: the caller's own promise.
     unsafe { answer(reply, work) }
 }

@@ -21,7 +21,7 @@ final class Waiting: @unchecked Sendable {
         let waking = lock.withLock {
             rung = true
             ended = ended || ends
-            defer { tasks.removeAll(keepingCapacity: true) }
+            defer { tasks = [] }
             return tasks
         }
         for task in waking { task.resume() }

@@ -84,7 +84,8 @@ fn plain_norm(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 pub(crate) fn projections(place: &Place) -> Result<()> {
-    for (n, inner, first, rank) in [(1, 1, 1, 1), (3, 8, 5, 2), (70, 64, 48, 16), (300, 136, 40, 4)]
+    // Not of single elements: a gradient that is one sum can be small by chance, and its bound is a share of itself.
+    for (n, inner, first, rank) in [(1, 8, 3, 1), (3, 8, 5, 2), (70, 64, 48, 16), (300, 136, 40, 4)]
     {
         let second = first / 2 + 1;
         let all = first + second;

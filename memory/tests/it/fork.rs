@@ -399,7 +399,8 @@ struct Model {
 
 #[test]
 fn sessions_that_fork_talk_retract_and_forget_at_random_are_as_a_model_of_them_says() {
-    let seed = 5;
+    let seed = std::env::var("MKA_FORK_SEED").map_or(5, |n| n.parse().expect("a number"));
+    println!("seed {seed}");
     for backend in BACKENDS {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let folder = tempfile::tempdir().unwrap();
@@ -414,14 +415,16 @@ fn sessions_that_fork_talk_retract_and_forget_at_random_are_as_a_model_of_them_s
         let mut store = open();
         let scope = |name: &str| Scope::user("ada").session(name);
         let mut models: BTreeMap<String, Model> = BTreeMap::new();
-        models.insert("s0".into(), Model::default());
-        let mut num_said = 0;
-        for step in 0..140 {
+        models.insert("s000".into(), Model::default());
+        let (mut num_said, mut num_sessions, mut most) = (0, 1, 1);
+        for step in 0..180 {
+            most = most.max(models.len());
             let at = rng.random_range(0..models.len());
             let name = models.keys().nth(at).unwrap().clone();
             let mut model = models[&name].clone();
             let own = scope(&name);
-            match rng.random_range(0..10) {
+            let mut is_gone = false;
+            match rng.random_range(0..11) {
                 0..5 => {
                     let text = prose(num_said, 12);
                     let number = model.next_page;
@@ -436,9 +439,10 @@ fn sessions_that_fork_talk_retract_and_forget_at_random_are_as_a_model_of_them_s
                     num_said += 1;
                 }
                 5..7 if !model.turns.is_empty() && models.len() < 7 => {
-                    let fork = format!("s{}", models.len());
+                    let fork = format!("s{num_sessions:03}");
                     store.fork(&own, &fork).unwrap();
                     models.insert(fork, model.clone());
+                    num_sessions += 1;
                 }
                 7 if !model.turns.is_empty() => {
                     let from = rng.random_range(0..model.turns.len());
@@ -461,12 +465,37 @@ fn sessions_that_fork_talk_retract_and_forget_at_random_are_as_a_model_of_them_s
                     }
                     model = models[&name].clone();
                 }
+                9 if !model.turns.is_empty() && rng.random_bool(0.5) => {
+                    let receipt = store.forget(&own, &Forget::Session).unwrap();
+                    store.verify(&receipt).unwrap();
+                    assert_eq!(store.stats().dead_bytes, 0);
+                    // What an older session holds is that one's, and stays where else it is.
+                    let older = models.range(..name.clone()).flat_map(|(_, it)| &it.turns);
+                    let own = model.turns.iter().filter(|turn| !turn.3).map(|turn| turn.0);
+                    let own: Vec<u64> =
+                        own.filter(|said| !older.clone().any(|it| it.0 == *said)).collect();
+                    models.remove(&name);
+                    for model in models.values_mut() {
+                        let turns = model.turns.iter_mut().filter(|it| own.contains(&it.0));
+                        let num = turns.map(|it| (it.1, it.3) = (String::new(), true)).count();
+                        if num > 0 {
+                            model.window.clear();
+                        }
+                    }
+                    if models.is_empty() {
+                        models.insert(format!("s{num_sessions:03}"), Model::default());
+                        num_sessions += 1;
+                    }
+                    is_gone = true;
+                }
                 _ => {
                     drop(store);
                     store = open();
                 }
             }
-            models.insert(name, model);
+            if !is_gone {
+                models.insert(name, model);
+            }
             for (name, model) in &models {
                 let turns = store.turns(&scope(name), 0..999).unwrap();
                 let turns: Vec<_> =
@@ -484,6 +513,6 @@ fn sessions_that_fork_talk_retract_and_forget_at_random_are_as_a_model_of_them_s
             }
             is_whole(&store);
         }
-        assert!(models.len() > 4, "{} sessions", models.len());
+        assert!(most > 4, "{most} sessions at most");
     }
 }

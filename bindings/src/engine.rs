@@ -6,16 +6,16 @@ use crate::error::MkaError;
 use crate::foreign::counted;
 use crate::memory::NativeMemory;
 use crate::scope::Scope;
-use crate::session::NativeSession;
+use crate::session::{NativeSession, Sessions};
 use crate::wait::wait;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// An open memory folder with its model.
 #[derive(uniffi::Object)]
 pub struct NativeEngine {
     /// None once it is closed.
     engine: Mutex<Option<mka::Engine>>,
-    sessions: Mutex<Vec<Weak<NativeSession>>>,
+    sessions: Arc<Sessions>,
 }
 
 impl NativeEngine {
@@ -25,7 +25,7 @@ impl NativeEngine {
     }
 
     fn new(engine: mka::Engine) -> Arc<Self> {
-        Arc::new(Self { engine: Mutex::new(Some(engine)), sessions: Mutex::default() })
+        Arc::new(Self { engine: Mutex::new(Some(engine)), sessions: Arc::default() })
     }
 }
 
@@ -46,11 +46,7 @@ impl NativeEngine {
     /// Opens the session of `scope`, new or continued where it stopped.
     pub async fn session(&self, scope: Scope) -> Result<Arc<NativeSession>, MkaError> {
         let engine = self.open_engine("session")?;
-        let session = Arc::new(NativeSession::new(counted(engine.session(scope.into())).await?));
-        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.retain(|session| session.strong_count() > 0);
-        sessions.push(Arc::downgrade(&session));
-        Ok(session)
+        Ok(self.sessions.enter(counted(engine.session(scope.into())).await?))
     }
 
     /// `session`, blocking the thread.
@@ -92,11 +88,7 @@ impl NativeEngine {
     /// Without effect the second time.
     pub async fn close(&self) -> Result<(), MkaError> {
         let engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let sessions =
-            std::mem::take(&mut *self.sessions.lock().unwrap_or_else(PoisonError::into_inner));
-        for session in sessions.iter().filter_map(Weak::upgrade) {
-            session.close();
-        }
+        self.sessions.close();
         match engine {
             Some(engine) => Ok(counted(engine.close()).await?),
             None => Ok(()),

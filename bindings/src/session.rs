@@ -10,13 +10,38 @@ use crate::pull::{Activity, Pull};
 use crate::records::{Context, Vectors};
 use crate::scope::Scope;
 use crate::wait::wait;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// One conversation; one stream of it at a time.
 #[derive(uniffi::Object)]
 pub struct NativeSession {
     scope: Scope,
     live: Mutex<Live>,
+    /// The engine's.
+    sessions: Arc<Sessions>,
+}
+
+/// The sessions of one engine that are open.
+#[derive(Default)]
+pub(crate) struct Sessions(Mutex<Vec<Weak<NativeSession>>>);
+
+impl Sessions {
+    /// A session as an object that the engine closes with itself.
+    pub(crate) fn enter(self: &Arc<Self>, session: mka::Session) -> Arc<NativeSession> {
+        let scope = session.scope().into();
+        let live = Mutex::new(Live { session: Some(session), activity: None });
+        let session = Arc::new(NativeSession { scope, live, sessions: self.clone() });
+        let mut sessions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|session| session.strong_count() > 0);
+        sessions.push(Arc::downgrade(&session));
+        session
+    }
+
+    /// Closes every session that is open.
+    pub(crate) fn close(&self) {
+        let sessions = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        sessions.iter().filter_map(Weak::upgrade).for_each(|session| session.close());
+    }
 }
 
 struct Live {
@@ -27,11 +52,6 @@ struct Live {
 }
 
 impl NativeSession {
-    pub(crate) fn new(session: mka::Session) -> Self {
-        let scope = session.scope().into();
-        Self { scope, live: Mutex::new(Live { session: Some(session), activity: None }) }
-    }
-
     fn live(&self) -> MutexGuard<'_, Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -93,6 +113,17 @@ impl NativeSession {
     /// `rewind`, blocking the thread.
     pub fn rewind_blocking(&self, turn: u64) -> Result<(), MkaError> {
         wait(self.rewind(turn))
+    }
+
+    /// Begins the session `name` of the same user and agent as this one stands now.
+    pub async fn fork(&self, name: String) -> Result<Arc<NativeSession>, MkaError> {
+        let fork = self.live().idle("fork")?.fork(&name);
+        Ok(self.sessions.enter(counted(fork).await?))
+    }
+
+    /// `fork`, blocking the thread.
+    pub fn fork_blocking(&self, name: String) -> Result<Arc<NativeSession>, MkaError> {
+        wait(self.fork(name))
     }
 
     /// Takes in a document; the work starts at once.

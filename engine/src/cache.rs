@@ -79,6 +79,29 @@ impl Cache {
         })
     }
 
+    /// A cache of its own with the same stream, whose stored pages are shared until one of the two changes them.
+    ///
+    /// # Errors
+    /// If the device has no room for another window.
+    pub(crate) fn fork(&self) -> Result<Self> {
+        let pools: candle_core::Result<_> = self.pools.iter().map(PagePool::fork).collect();
+        let pools = pools.map_err(|error| {
+            let pages = self.slots.len() + self.free.len();
+            Error::new(ErrorKind::OutOfMemory, format!("fork: allocate {pages} pages: {error}"))
+                .with_source(error)
+        })?;
+        Ok(Self {
+            shape: self.shape,
+            device: self.device.clone(),
+            pools,
+            slots: self.slots.clone(),
+            free: self.free.clone(),
+            position: self.position,
+            ema: self.ema.clone(),
+            pages: self.pages.as_ref().map(PageStore::fork),
+        })
+    }
+
     /// Keeps what leaves the window from now on, for recall inside attention.
     pub(crate) fn keep_pages(&mut self, config: PageConfig) {
         let shape = PageShape {

@@ -120,6 +120,30 @@ impl Conversation {
         Ok(conversation)
     }
 
+    /// The same conversation as the session `scope`, which is made: what it holds now in memory and on the disk, and
+    /// nothing of what comes.
+    pub(crate) fn fork(&self, scope: &Scope) -> Result<Self> {
+        let (shared, stream) = (self.shared.clone(), self.state.stream);
+        // First, for the device may have no room, and what is stored stays.
+        let mut cache = self.cache.as_ref().map(Cache::fork).transpose()?;
+        shared.store.fork(&self.scope, scope.session_id().unwrap_or_default())?;
+        let pages = cache.as_mut().and_then(Cache::pages_mut);
+        if let Some(pages) = pages.filter(|_| shared.config.evicted_page_bytes > 0) {
+            let (shared, scope) = (shared.clone(), scope.clone());
+            pages.set_source(Arc::new(StoredPages { shared, scope, stream }));
+        }
+        Ok(Self {
+            shared,
+            scope: scope.clone(),
+            cache,
+            state: self.state.clone(),
+            dirty_from: self.dirty_from,
+            last_prompt: self.last_prompt.clone(),
+            recalls_pages: self.recalls_pages,
+            forgets: self.forgets,
+        })
+    }
+
     /// Keeps the pages that leave the window, if the configuration asks for them; `stored` ones are taken in first.
     fn keep_pages(&mut self, stored: bool) -> Result<()> {
         let (shared, stream) = (self.shared.clone(), self.state.stream);

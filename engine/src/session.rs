@@ -12,7 +12,7 @@ use crate::pages::RecallPolicy;
 use crate::quote::{self, Quotation};
 use crate::sampling::Sampling;
 use crate::snapshot::OpenTurn;
-use crate::stream::{Event, Events, Feed, FeedEvent, Sink, StopReason, Usage};
+use crate::stream::{Canceller, Event, Events, Feed, FeedEvent, Sink, StopReason, Usage};
 use mka_memory::{Hit, NewTurn, Recall, Role, Scope, Turn, TurnId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -124,6 +124,8 @@ pub(crate) struct Live {
     shared: Arc<Shared>,
     scope: Scope,
     conversation: Mutex<Conversation>,
+    /// The stream that was begun last.
+    stream: Mutex<Option<Canceller>>,
 }
 
 impl Drop for Live {
@@ -141,6 +143,26 @@ impl Live {
             conversation.reopen()?;
         }
         Ok(conversation)
+    }
+
+    /// [`Live::lock`], unless a stream works that its holder wants to end by itself: it may wait to be read for ever.
+    fn lock_at_rest(&self, operation: &str) -> Result<MutexGuard<'_, Conversation>> {
+        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if stream.is_some_and(|stream| stream.is_awaited()) {
+            return Err(Error::new(
+                ErrorKind::Locked,
+                format!(
+                    "{operation}: a stream of session {} is open, expected it read to its end or dropped",
+                    self.scope
+                ),
+            ));
+        }
+        self.lock()
+    }
+
+    /// Notes the stream that was begun last.
+    fn begun(&self, stream: Canceller) {
+        *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
     }
 }
 
@@ -162,11 +184,22 @@ impl Session {
                 "session: scope {scope}, expected one that names a session"
             )));
         }
+        let open =
+            |shared: &Arc<Shared>, scope: &Scope| Conversation::open(shared.clone(), scope.clone());
+        Self::begin(shared, scope, open)
+    }
+
+    /// Claims the id of `scope` for what `conversation` makes.
+    fn begin(
+        shared: Arc<Shared>,
+        scope: Scope,
+        conversation: impl FnOnce(&Arc<Shared>, &Scope) -> Result<Conversation>,
+    ) -> Result<Self> {
         shared.claim(&scope)?;
-        match Conversation::open(shared.clone(), scope.clone()) {
+        match conversation(&shared, &scope) {
             Ok(conversation) => {
-                let conversation = Mutex::new(conversation);
-                Ok(Self { live: Arc::new(Live { shared, scope, conversation }) })
+                let (conversation, stream) = (Mutex::new(conversation), Mutex::new(None));
+                Ok(Self { live: Arc::new(Live { shared, scope, conversation, stream }) })
             }
             Err(error) => {
                 shared.release(&scope);
@@ -191,7 +224,7 @@ impl Session {
     /// as the message. Errors are the stream's last item; after one the session stands where it stood before.
     pub fn send_with(&mut self, message: impl Into<String>, options: SendOptions) -> Events {
         let (live, message) = (self.live.clone(), message.into());
-        Events::spawn(move |sink| {
+        let events = Events::spawn(move |sink| {
             let mut conversation = live.lock()?;
             let saved = conversation.save();
             let result = send(&mut conversation, &message, &options, sink);
@@ -199,13 +232,15 @@ impl Session {
                 conversation.take_back(&saved)?;
             }
             Ok(result?.map(Event::Done))
-        })
+        });
+        self.live.begun(events.canceller());
+        events
     }
 
     /// Answers the last message again, in place of its answer, which stays in the log as retracted.
     pub fn regenerate(&mut self, options: SendOptions) -> Events {
         let live = self.live.clone();
-        Events::spawn(move |sink| {
+        let events = Events::spawn(move |sink| {
             let mut conversation = live.lock()?;
             let saved = conversation.save();
             let result = regenerate(&mut conversation, &options, sink);
@@ -213,7 +248,9 @@ impl Session {
                 conversation.take_back(&saved)?;
             }
             Ok(result?.map(Event::Done))
-        })
+        });
+        self.live.begun(events.canceller());
+        events
     }
 
     /// Takes every turn from `turn` on back, as if it had never been said: the next message follows what was before it.
@@ -229,6 +266,30 @@ impl Session {
         offload("rewind", move || live.lock()?.rewind(turn))
     }
 
+    /// Begins the session `name` of the same user and agent as this one stands now: it knows every turn, goes on with the
+    /// same tokens, and from then on each goes its own way. Durable when this returns. The future borrows nothing.
+    ///
+    /// Keys and values are shared, on disk and in host memory; the fork has a window of its own on the device.
+    /// A turn from before the fork is one turn in both: [`Forget`](crate::Forget) erases it in both.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if `name` is taken or no name of a session; `Locked` if a session of that name is open, or if a
+    /// stream of this one is: read it to its end or drop it; `NotFound` if nothing was said yet; `OutOfMemory`; `Corrupted`
+    /// if a turn is damaged; `Storage`. After an error there is no fork, and the session stands where it stood.
+    pub fn fork(&self, name: &str) -> impl Future<Output = Result<Self>> + Send + use<> {
+        let (live, name) = (self.live.clone(), name.to_owned());
+        offload("fork", move || {
+            let conversation = live.lock_at_rest("fork")?;
+            let scope = live.scope.clone().session(&name);
+            if scope == live.scope {
+                return Err(Error::invalid(format!(
+                    "fork: session {scope} is there already, expected a name that is not taken"
+                )));
+            }
+            Self::begin(live.shared.clone(), scope, |_, scope| conversation.fork(scope))
+        })
+    }
+
     /// Takes in a document of any length with the defaults of [`FeedOptions`].
     pub fn feed(&mut self, text: impl Into<String>) -> Feed {
         self.feed_with(text, FeedOptions::default())
@@ -237,7 +298,7 @@ impl Session {
     /// Takes in a document of any length at constant memory.
     pub fn feed_with(&mut self, text: impl Into<String>, options: FeedOptions) -> Feed {
         let (live, text) = (self.live.clone(), text.into());
-        Feed::spawn(move |sink| {
+        let feed = Feed::spawn(move |sink| {
             let mut conversation = live.lock()?;
             let summary = feeding::feed(&mut conversation, &text, &options, now_ms(), sink);
             match summary {
@@ -251,7 +312,9 @@ impl Session {
                     Err(error)
                 }
             }
-        })
+        });
+        self.live.begun(feed.canceller());
+        feed
     }
 
     /// What memory holds on `query`, laid out for another model within `budget_tokens`, headers included.

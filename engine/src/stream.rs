@@ -111,6 +111,8 @@ struct Steered {
     /// Told of the cancellation: a worker that waits for its caller.
     waiting: Notify,
     generated_tokens: AtomicUsize,
+    /// The work is done, or the stream was dropped.
+    over: AtomicBool,
 }
 
 impl Canceller {
@@ -123,6 +125,11 @@ impl Canceller {
     /// Whether [`Canceller::cancel`] was called.
     pub fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Whether the work goes on, and whoever holds the stream wants it to: it may wait for them to read.
+    pub(crate) fn is_awaited(&self) -> bool {
+        !self.0.over.load(Ordering::Acquire) && !self.is_cancelled()
     }
 
     /// Tokens that the model has chosen so far; some may wait to be read. Of a feed none.
@@ -210,6 +217,12 @@ struct Receiver<T> {
     canceller: Canceller,
 }
 
+impl<T> Drop for Receiver<T> {
+    fn drop(&mut self) {
+        self.canceller.0.over.store(true, Ordering::Release);
+    }
+}
+
 /// Events that a worker may be ahead of its caller.
 const AHEAD: usize = 64;
 
@@ -224,7 +237,9 @@ fn spawn<T: Send + 'static>(
     let failed = sender.clone();
     let sink = Sink { channel: sender, canceller: canceller.clone() };
     let spawned = std::thread::Builder::new().name("mka-session".into()).spawn(move || {
-        if let Some(last) = work(&sink).transpose() {
+        let last = work(&sink).transpose();
+        sink.canceller.0.over.store(true, Ordering::Release);
+        if let Some(last) = last {
             // A caller that is gone does not need it.
             let _ = sink.send_item(last);
         }

@@ -34,6 +34,19 @@ impl PagePool {
         Ok(Self { keys: zeros()?, raw_keys: zeros()?, values: zeros()? })
     }
 
+    /// A pool of its own with the same pages: what is written into one of the two is not in the other.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn fork(&self) -> Result<Self> {
+        let copy = |pool: &Tensor| pool.copy();
+        Ok(Self {
+            keys: copy(&self.keys)?,
+            raw_keys: copy(&self.raw_keys)?,
+            values: copy(&self.values)?,
+        })
+    }
+
     /// Writes `n` tokens into `slot` from token `offset` on, in place.
     ///
     /// Shapes: `keys`, `raw_keys`, `values`: (num_kv_heads, n, head_dim).
@@ -158,5 +171,29 @@ impl PagePool {
     pub fn read(&self, slot: usize, len: usize) -> Result<(Tensor, Tensor)> {
         let copy = |pool: &Tensor| pool.get(slot)?.narrow(1, 0, len)?.force_contiguous();
         Ok((copy(&self.raw_keys)?, copy(&self.values)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_into_a_pool_is_not_in_its_fork() -> Result<()> {
+        let device = Device::Cpu;
+        let page = |x: f32| Tensor::full(x, (2, PAGE_TOKENS, 4), &device);
+        let pool = PagePool::new(3, 2, 4, &device)?;
+        pool.write(1, 0, &page(1.0)?, &page(2.0)?, &page(3.0)?)?;
+        let fork = pool.fork()?;
+        let read = |pool: &PagePool| -> Result<Vec<f32>> {
+            let (raw_keys, values) = pool.read(1, 1)?;
+            let parts = [pool.keys.get(1)?.narrow(1, 0, 1)?, raw_keys, values];
+            parts.iter().map(|part| part.flatten_all()?.max(0)?.to_scalar()).collect()
+        };
+        assert_eq!(read(&fork)?, [1.0, 2.0, 3.0]);
+        pool.write(1, 0, &page(4.0)?, &page(5.0)?, &page(6.0)?)?;
+        fork.write(1, 0, &page(7.0)?, &page(8.0)?, &page(9.0)?)?;
+        assert_eq!((read(&pool)?, read(&fork)?), (vec![4.0, 5.0, 6.0], vec![7.0, 8.0, 9.0]));
+        Ok(())
     }
 }

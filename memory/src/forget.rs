@@ -17,9 +17,10 @@ pub enum Forget {
     Before(i64),
     /// Every turn whose time to be recalled was over at this time, in milliseconds since the Unix epoch.
     Expired(i64),
-    /// The scope's session, with its place in the log.
+    /// The scope's session, with its place in the log. What its forks got from it goes with it; what it got from the session
+    /// that it was forked from stays there.
     Session,
-    /// Every session of the scope, with its place in the log.
+    /// Every session of the scope, with its place in the log, and with what forks got from one.
     Everything,
 }
 

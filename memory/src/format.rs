@@ -24,7 +24,7 @@ pub(crate) use self::runs::{MAX_RUN_TURNS, RunKey, decode_run, encode_run};
 use crate::{Error, ErrorKind, Result};
 
 /// Version of what is written; a later one is refused as [`ErrorKind::Incompatible`].
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 /// The earliest version that is still read.
 const OLDEST_VERSION: u32 = 1;
 /// Key of the record that says how the others are encrypted; itself it never is.
@@ -85,6 +85,11 @@ impl Kind {
     /// The code in the header of a record.
     pub(crate) fn code(self) -> u8 {
         KINDS.iter().find(|(kind, _)| *kind == self).map_or(0, |(_, code)| *code)
+    }
+
+    /// Whether several records may refer to one of these: its payload names no session.
+    pub(crate) fn is_shared(self) -> bool {
+        matches!(self, Self::Page | Self::State)
     }
 
     fn from_code(code: u8) -> Option<Self> {

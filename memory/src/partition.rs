@@ -12,8 +12,8 @@ use std::sync::Arc;
 use foldhash::fast::RandomState;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
-use self::place::num_superseded;
 pub(crate) use self::place::{Moment, Place, Version};
+use self::place::{num_superseded, superseded};
 use self::rows::Rows;
 pub(crate) use self::vectors::{Elsewhere, Vectors};
 use crate::filter::Metadata;
@@ -38,7 +38,8 @@ pub(crate) struct Chunk {
     pub(crate) vectors: Vectors,
     /// The session and turn whose record holds the vectors.
     pub(crate) home: (u64, u64),
-    /// By ascending order, and one at least is not `near`; places of retracted and forgotten turns are not among them.
+    /// By ascending order and session, and one at least is not `near`; places of retracted and forgotten turns are not
+    /// among them.
     pub(crate) places: Vec<Place>,
 }
 
@@ -124,7 +125,8 @@ impl Partition {
 
     /// Subjects, and the turns about one that a newer turn superseded.
     pub(crate) fn num_subjects(&self) -> (usize, usize) {
-        (self.subjects.len(), self.subjects.values().map(|versions| versions.len() - 1).sum())
+        let num = self.subjects.values().map(|versions| superseded(versions).count()).sum();
+        (self.subjects.len(), num)
     }
 
     /// Chunks of superseded turns, at least as many as there are.
@@ -388,7 +390,8 @@ impl Partition {
         let Some(chunk) = &mut self.slots[slot as usize] else { return false };
         self.tags.add((place.session, place.turn), slot);
         self.num_expiring += usize::from(place.expires());
-        let at = chunk.places.partition_point(|known| known.order <= place.order);
+        let key = |place: &Place| (place.order, place.session);
+        let at = chunk.places.partition_point(|known| key(known) <= key(&place));
         chunk.places.insert(at, place);
         true
     }
@@ -448,7 +451,8 @@ impl Partition {
     fn supersede(&mut self, subject: &str) {
         let Some(versions) = self.subjects.get(subject).cloned() else { return };
         for (at, version) in versions.iter().enumerate() {
-            let superseded_ms = versions.get(at + 1).map_or(i64::MAX, |next| next.time_ms);
+            let next = versions[at..].iter().find(|next| !next.is_same(version));
+            let superseded_ms = next.map_or(i64::MAX, |next| next.time_ms);
             for chunk in &version.chunks {
                 let Some(chunk) = self.get_mut(*chunk) else { continue };
                 let places = chunk.places.iter_mut();

@@ -7,6 +7,7 @@ mod compact;
 mod doctor;
 mod erase;
 mod folder;
+mod fork;
 mod held;
 mod images;
 mod indexing;

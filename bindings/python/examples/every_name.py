@@ -103,6 +103,9 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
             feed: mka.Feed = chat.feed("The sheep went up the hill. " * 200, **feeding)
             print(fed(list(feed)))
             context: mka.Context = chat.context("hotel", budget_tokens=200)
+            fork: mka.Session
+            with chat.fork("another trip") as fork:
+                fork.rewind(1)
             chat.rewind(chat.num_turns)
             scope: mka.Scope = chat.scope
             print(context.tokens, scope.session)
@@ -133,6 +136,8 @@ async def waiting(store: mka.Path, options: mka.EngineOptions) -> None:
             print(answer, usage.stream_tokens, attention(usage))
             feed: mka.AsyncFeed = chat.feed("The goats too. " * 20)
             print((await feed.finish()).bytes)
+            async with chat.fork("a third trip") as fork:
+                print(fork.num_turns)
 
 
 def main() -> None:

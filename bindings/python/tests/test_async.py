@@ -31,6 +31,12 @@ def test_a_turn_streams_and_memory_answers(store: Path, tiny_model: Path) -> Non
                 assert context.tokens <= 120
                 assert (await chat.peek_logits("x")).ndim == 1
                 assert chat.num_turns > 3 and chat.scope.session == "trip"
+                async with chat.fork("branch") as fork:
+                    assert fork.num_turns == chat.num_turns
+                    await fork.send("the plums are green", max_new_tokens=2).text()
+                    assert fork.num_turns > chat.num_turns
+                await engine.memory.forget(user="ada", session="branch", everything=True)
+                assert len(await engine.memory.turns(user="ada", session="trip")) == chat.num_turns
                 await chat.rewind(3)
                 turns = await engine.memory.turns(user="ada", session="trip")
                 assert turns[3].retracted and not turns[2].retracted

@@ -38,6 +38,38 @@ def test_a_session_is_taken_back_to_an_earlier_turn(store: Path, tiny_model: Pat
         assert chat.num_turns == 5
 
 
+def test_a_fork_goes_on_as_its_original_and_then_its_own_way(
+    store: Path, tiny_model: Path
+) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        with pytest.raises(mka.NotFoundError, match="holds nothing yet"):
+            chat.fork("other")
+        chat.send("the cat is red", max_new_tokens=4).text()
+        with chat.fork("other") as fork:
+            assert fork.scope == mka.Scope("ada", None, "other")
+            assert (fork.peek_logits("the next") == chat.peek_logits("the next")).all()
+            said = [each.send("the dog is blue", max_new_tokens=4).text() for each in (chat, fork)]
+            assert said[0][0] == said[1][0]
+            fork.send("the plums are green", max_new_tokens=4).text()
+            assert (chat.num_turns, fork.num_turns) == (4, 6)
+            with pytest.raises(mka.LockedError):
+                chat.fork("other")
+            events = chat.send("tell me", max_new_tokens=100_000)
+            next(events)
+            with pytest.raises(mka.LockedError, match="a stream of the session is open"):
+                chat.fork("third")
+            events.close()
+        with pytest.raises(mka.InvalidArgumentError, match="other is there already"):
+            chat.fork("other")
+        hits = engine.memory.recall("plums", user="ada", session="other")
+        assert "plums" in hits[0].text
+        hits = engine.memory.recall("plums", user="ada", session="trip")
+        assert not any("plums" in hit.text for hit in hits)
+        fork = chat.fork("third")
+    with pytest.raises(mka.Error, match="closed"):
+        fork.fork("fourth")
+
+
 def test_a_turn_streams_its_answer_and_says_what_it_cost(store: Path, tiny_model: Path) -> None:
     with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
         events = list(chat.send("hello there", max_new_tokens=6))

@@ -25,7 +25,7 @@ pub(crate) trait PageSource: Send + Sync {
 }
 
 /// Keys and values of a page in the store's precision, and its token ids.
-type Encoded = (Box<[u8]>, Box<[u32; PAGE_TOKENS]>);
+type Encoded = (Vec<u8>, Box<[u32; PAGE_TOKENS]>);
 
 impl PageStore {
     /// Says where pages are read from once the budget has sent them away.
@@ -64,7 +64,7 @@ impl PageStore {
             match read {
                 Some((bytes, _)) => {
                     self.resident_bytes += bytes.len() as u64;
-                    stored.bytes = Some(bytes);
+                    stored.bytes = Some(Arc::new(bytes));
                 }
                 // Its landmarks stay, so that rows keep their places; no token of it can be chosen.
                 None => stored.durable = false,
@@ -98,7 +98,8 @@ impl PageStore {
         }
         let own = self.config.precision;
         if bytes.len() == num_rows * own.row_bytes(d) {
-            return Some((bytes.into_boxed_slice(), tokens));
+            bytes.shrink_to_fit();
+            return Some((bytes, tokens));
         }
         let has_len = |p: &super::PagePrecision| bytes.len() == num_rows * p.row_bytes(d);
         let written = [F32, Bf16, Int8, Int4].into_iter().find(has_len)?;
@@ -109,7 +110,7 @@ impl PageStore {
             written.decode(row, &mut numbers);
             own.encode(&numbers, out);
         }
-        Some((out.into_boxed_slice(), tokens))
+        Some((out, tokens))
     }
 
     /// Pages that the disk was not given yet, as bytes: keys and values, then token ids.
@@ -257,7 +258,7 @@ impl PageStore {
         }
         self.resident_bytes += bytes.len() as u64;
         let used = self.tick();
-        let (bytes, durable, given, marked) = (Some(bytes), true, true, false);
+        let (bytes, durable, given, marked) = (Some(Arc::new(bytes)), true, true, false);
         self.pages.insert(page, Stored { bytes, tokens, durable, given, marked, used });
         self.order.push(page);
         (0..self.shape.num_layers).for_each(|layer| self.index_page(layer, page));

@@ -13,7 +13,7 @@ pub(super) const MARKS: usize = PAGE_TOKENS / SPAN;
 const OUTLIERS: f64 = 0.003;
 
 /// Landmarks of one layer and key/value head, a page after the other.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct HeadIndex {
     /// (pages · MARKS, d), bf16: means of the stored keys, before RoPE.
     landmarks: Vec<u8>,

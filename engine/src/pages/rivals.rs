@@ -20,6 +20,7 @@ const REPRESENTATIVES: usize = 4;
 const QUEST_TOKENS: usize = 16;
 
 /// What InfLLM keeps beside the keys: the queries that followed them, and the keys that these asked for most.
+#[derive(Clone)]
 pub(super) struct Following {
     shape: PageShape,
     /// By layer and page: sums over the page's tokens of the queries of each key/value head's group, (g · d).

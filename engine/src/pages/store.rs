@@ -25,9 +25,11 @@ pub(crate) struct PageShape {
 }
 
 /// One page of the stream.
+#[derive(Clone)]
 pub(super) struct Stored {
     /// For each layer keys, then values, (num_kv_heads, PAGE_TOKENS) rows each; None while only the disk has them.
-    pub(super) bytes: Option<Box<[u8]>>,
+    /// Shared with the sessions that this one was forked into, or from.
+    pub(super) bytes: Option<Arc<Vec<u8>>>,
     pub(super) tokens: Box<[u32; PAGE_TOKENS]>,
     /// Whether the disk has it, and whether it was ever given to the disk, which may have let it go since.
     pub(super) durable: bool,
@@ -115,6 +117,24 @@ impl PageStore {
         .on_its_device()
     }
 
+    /// A store of its own with the same pages: their bytes are shared, the index over them is copied. On a CUDA device the
+    /// pages are uploaded once more. Pages that memory does not hold are read where this one reads them.
+    pub(crate) fn fork(&self) -> Self {
+        let mut fork = Self::new(self.shape, self.config.clone(), &self.device);
+        fork.source.clone_from(&self.source);
+        fork.pages.clone_from(&self.pages);
+        fork.order.clone_from(&self.order);
+        fork.index.clone_from(&self.index);
+        fork.next.clone_from(&self.next);
+        fork.recent.clone_from(&self.recent);
+        (fork.resident_bytes, fork.clock) = (self.resident_bytes, self.clock);
+        fork.following.clone_from(&self.following);
+        fork.pins.clone_from(&self.pins);
+        fork.active = self.active;
+        fork.fill_mirror();
+        fork
+    }
+
     /// On a CUDA device keeps the pages there too.
     fn on_its_device(mut self) -> Self {
         if self.device.is_cuda() {
@@ -187,10 +207,10 @@ impl PageStore {
             if !self.make_room(self.page_bytes() + self.index_bytes(), &[], true) {
                 return;
             }
-            let bytes = vec![0; self.page_bytes()].into_boxed_slice();
+            let bytes = vec![0; self.page_bytes()];
             self.resident_bytes += bytes.len() as u64;
             let used = self.tick();
-            let (bytes, durable, given, marked) = (Some(bytes), false, false, false);
+            let (bytes, durable, given, marked) = (Some(Arc::new(bytes)), false, false, false);
             self.pages.insert(page, Stored { bytes, tokens, durable, given, marked, used });
             self.order.push(page);
         }
@@ -199,7 +219,7 @@ impl PageStore {
         let half = self.shape.num_kv_heads * PAGE_TOKENS * row_bytes;
         let Some(stored) = self.pages.get_mut(&page) else { return };
         let Some(bytes) = &mut stored.bytes else { return };
-        let own = &mut bytes[2 * layer * half..2 * (layer + 1) * half];
+        let own = &mut Arc::make_mut(bytes)[2 * layer * half..2 * (layer + 1) * half];
         for (part, numbers) in own.chunks_exact_mut(half).zip([keys, values]) {
             for (row, numbers) in part.chunks_exact_mut(row_bytes).zip(numbers.chunks_exact(d)) {
                 precision.encode(numbers, row);
@@ -346,7 +366,8 @@ impl PageStore {
     /// Bytes of stored pages by index row, for loops that read many: None where a page is not in memory.
     pub(super) fn bytes_by_row(&self, rows: usize) -> Vec<Option<&[u8]>> {
         // Rows and pages are in the same order, and every page has a row once its layers are in.
-        self.pages.values().take(rows).map(|stored| stored.bytes.as_deref()).collect()
+        let pages = self.pages.values().take(rows);
+        pages.map(|stored| stored.bytes.as_ref().map(|bytes| bytes.as_slice())).collect()
     }
 
     pub(super) fn heads(&self, layer: usize) -> &[HeadIndex] {

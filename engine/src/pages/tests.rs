@@ -240,6 +240,34 @@ fn a_rewound_stream_recalls_as_if_nothing_had_followed() {
     assert_eq!(run(&decoder, &mut cache, &next, &[40, 1]), first);
 }
 
+#[test]
+fn a_forked_stream_shares_its_pages_and_goes_on_as_if_it_were_alone() {
+    for (name, rule) in [("fastmka", PageRule::Mka), ("smollm2", PageRule::InfLlm)] {
+        let decoder = load(name);
+        let config = PageConfig { tokens: 128, rule, ..config() };
+        let told = || {
+            let mut cache = cache(&decoder, 128, Some(config.clone()));
+            run(&decoder, &mut cache, &tokens(500), &[64]);
+            cache.absorb_all().unwrap();
+            cache.pages_mut().unwrap().forget_choices();
+            cache
+        };
+        let mut cache = told();
+        let mut fork = cache.fork().unwrap();
+        let bytes = |cache: &Cache| -> Vec<_> {
+            let pages = cache.pages().unwrap().pages.values();
+            pages.map(|stored| Arc::as_ptr(stored.bytes.as_ref().unwrap())).collect()
+        };
+        assert!(bytes(&cache).len() > 3);
+        assert_eq!(bytes(&cache), bytes(&fork), "{name}: bytes were copied");
+        let (left, right) = (tokens(130), tokens(200).split_off(70));
+        for (cache, next) in [(&mut cache, &left), (&mut fork, &right)] {
+            let expected = run(&decoder, &mut told(), next, &[40, 1]);
+            assert_eq!(run(&decoder, cache, next, &[40, 1]), expected, "{name}");
+        }
+    }
+}
+
 /// Pages that were sent away and their landmarks, kept in maps.
 #[derive(Default)]
 struct Elsewhere {
@@ -625,5 +653,9 @@ proptest! {
             }
             prop_assert!(cache.pages().unwrap().used_bytes() <= bytes);
         }
+        // A fork counts what it shares as its own.
+        let mut fork = cache.fork().unwrap();
+        run(&decoder, &mut fork, &tokens(150), &[100]);
+        prop_assert!(fork.pages().unwrap().used_bytes() <= bytes);
     }
 }

@@ -3,6 +3,7 @@
 mod architecture;
 mod bad_input;
 mod disk;
+mod fork;
 mod kill;
 mod memory;
 mod pages;

@@ -59,7 +59,20 @@ pub(crate) struct Version {
     pub(crate) chunks: Vec<u128>,
 }
 
-/// Chunks of all versions but the newest.
+impl Version {
+    /// Whether both are one statement, which a fork has as its original does.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        (self.time_ms, self.order) == (other.time_ms, other.order)
+    }
+}
+
+/// The versions that a newer one superseded, of those of one subject, oldest first.
+pub(super) fn superseded(versions: &[Version]) -> impl Iterator<Item = &Version> {
+    let newest = versions.last();
+    versions.iter().filter(move |version| newest.is_some_and(|newest| !version.is_same(newest)))
+}
+
+/// Chunks of those.
 pub(super) fn num_superseded(versions: &[Version]) -> usize {
-    versions.iter().rev().skip(1).map(|version| version.chunks.len()).sum()
+    superseded(versions).map(|version| version.chunks.len()).sum()
 }

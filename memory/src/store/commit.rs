@@ -38,6 +38,8 @@ struct Cut<'a> {
     entry: Entry,
     /// Whether it may be recalled.
     remember: bool,
+    /// Its place among all turns of the user, if it is a copy of one; else behind them all.
+    order: Option<u64>,
     spans: Vec<chunk::Span>,
 }
 
@@ -171,7 +173,7 @@ impl Store {
                 });
                 spans.push(chunk::Span { bytes: bytes.clone(), units: vec![bytes] });
             }
-            cuts.push(Cut { turn, entry: Entry::New, remember, spans });
+            cuts.push(Cut { turn, entry: Entry::New, remember, order: None, spans });
         }
         let mut done = self.commit_cuts(scope, &commit, cuts, embedded)?;
         done.findings = verdict.findings;
@@ -185,14 +187,17 @@ impl Store {
         self.options.hygiene.examine(&commit.turns)
     }
 
-    /// Appends turns of another store's log as they stood there.
+    /// Appends turns of another store's log as they stood there, copies with the order of their originals.
     pub(super) fn append_log(
         &self,
         scope: &Scope,
-        turns: &[(NewTurn, Entry)],
+        turns: &[(NewTurn, Entry, Option<u64>)],
     ) -> Result<Committed> {
-        turns.iter().try_for_each(|(turn, _)| check_metadata(&turn.metadata))?;
-        let cuts = turns.iter().map(|(turn, entry)| self.cut(turn, *entry, false)).collect();
+        turns.iter().try_for_each(|(turn, ..)| check_metadata(&turn.metadata))?;
+        let turns = turns.iter();
+        let cuts = turns
+            .map(|(turn, entry, order)| Cut { order: *order, ..self.cut(turn, *entry, false) })
+            .collect();
         self.commit_cuts(scope, &Commit::default(), cuts, Embedded::default())
     }
 
@@ -227,7 +232,7 @@ impl Store {
         } else {
             Vec::new()
         };
-        Cut { turn, entry, remember, spans }
+        Cut { turn, entry, remember, order: None, spans }
     }
 
     /// Embeds the sentences of all chunks that neither the partition nor `embedded` has.

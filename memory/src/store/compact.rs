@@ -4,7 +4,7 @@
 use super::records::Change;
 use super::{Store, Writer};
 use crate::Result;
-use crate::format::{Key, Record, SEGMENT_HEADER_BYTES, StoreRecord};
+use crate::format::{BlobRef, Key, Record, SEGMENT_HEADER_BYTES, StoreRecord};
 
 /// References swapped in one batch: bounds the memory of a compaction.
 const BATCH_RECORDS: usize = 4096;
@@ -64,21 +64,39 @@ impl Store {
 
     /// Moves what is alive in `number` to the active segment, and removes the file.
     pub(super) fn compact(&self, writer: &mut Writer, number: u32) -> Result<()> {
-        let (segment, records) = {
+        let (segment, mut records) = {
             let state = self.read();
             let Some(segment) = state.segments.get(&number).cloned() else { return Ok(()) };
             (segment, state.records_in(number))
         };
-        for batch in records.chunks(BATCH_RECORDS) {
+        let place = |record: &Record| {
+            record.refs().find(|blob| blob.segment == number).map(|blob| blob.offset)
+        };
+        records.sort_by_key(|(_, record)| place(record));
+        let mut rest = records.as_slice();
+        while !rest.is_empty() {
+            let mut len = rest.len().min(BATCH_RECORDS);
+            // Sessions that share bytes do so in every state that a crash can leave.
+            while len < rest.len() && place(&rest[len].1) == place(&rest[len - 1].1) {
+                len += 1;
+            }
+            let (batch, after) = rest.split_at(len);
             let mut changes = Vec::with_capacity(batch.len());
+            let mut last: Option<(BlobRef, BlobRef)> = None;
             for (key, record) in batch {
                 let mut record = record.clone();
                 for blob in record.refs_mut().filter(|blob| blob.segment == number) {
-                    *blob = writer.appender.copy(&segment, blob)?;
+                    let moved = match last.filter(|(from, _)| from == blob) {
+                        Some((_, moved)) => moved,
+                        None => writer.appender.copy(&segment, blob)?,
+                    };
+                    last = Some((*blob, moved));
+                    *blob = moved;
                 }
                 changes.push(Change::put(*key, record));
             }
             drop(self.publish(writer, &changes)?);
+            rest = after;
         }
         {
             let mut state = self.write();

@@ -20,10 +20,10 @@ type Erased = BTreeMap<(u64, u64), Option<String>>;
 
 /// What an erasure does, before it is carried out.
 #[derive(Default)]
-struct Erasure {
-    turns: Erased,
+pub(super) struct Erasure {
+    pub(super) turns: Erased,
     /// Sessions that lose their place in the log, too.
-    whole: BTreeSet<u64>,
+    pub(super) whole: BTreeSet<u64>,
     /// Chunks that stand in no other turn, by session of the erased turn.
     bare: BTreeMap<u64, BTreeSet<u128>>,
     /// Chunks whose vectors must move to another turn's record: session of the partition, identity, new home.
@@ -38,6 +38,8 @@ impl Store {
     /// An erased turn keeps its number, role and time, and nothing else; `Session` and `Everything` remove even that.
     /// Backups and exports that were made before are files of the caller's, and keep it.
     /// A session that loses a turn loses its snapshot and pages, which may hold the text, and its summary is made anew.
+    /// A turn that was told before a [`fork`](Self::fork) is one turn: it is erased in every session that holds it.
+    /// Only where a whole session is forgotten, what it got from the session that it was forked from stays there.
     /// Turns in which memory quoted an erased chunk back to a model ([`Role::Recalled`]) are erased with it, in all
     /// sessions of the user. A turn that is damaged and cannot be read counts as matching any text.
     /// What a model said about the text in its own words is found by `Matching` alone.
@@ -61,6 +63,7 @@ impl Store {
         }
         let mut writer = self.writer()?;
         let mut erasure = self.select(scope, selector)?;
+        self.add_copies(scope, &mut erasure)?;
         self.add_quotes(scope, &mut erasure)?;
         let changes = match self.plan_erasure(&mut writer, scope, selector, &mut erasure) {
             Ok(changes) => changes,
@@ -195,7 +198,7 @@ impl Store {
     }
 
     /// A turn's body: none if it is forgotten already, `Some(None)` if it is damaged.
-    fn body(
+    pub(super) fn body(
         &self,
         state: &State,
         scope: &Scope,

@@ -1,8 +1,11 @@
 //! What an open store holds in memory: the records, and the indexes derived from them.
 //! Knows no file beyond handles to read from; changes reach it after they reached the disk.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+
+use foldhash::fast::RandomState;
 
 use super::held::HeldVectors;
 use super::records::Change;
@@ -96,8 +99,10 @@ pub(crate) struct State {
     /// Number of the next commit that appends turns.
     pub(crate) next_commit: u64,
     pub(crate) segments: BTreeMap<u32, Arc<Segment>>,
-    /// Bytes of each segment that records refer to.
+    /// Bytes of each segment that records refer to, those of several records once.
     pub(crate) live_bytes: HashMap<u32, u64>,
+    /// How many records refer to each page and state, by segment and offset: sessions that were forked share them.
+    holders: HashMap<(u32, u64), u32, RandomState>,
     /// Turns that hold chunks whose vectors are another embedder's: they have none until they are embedded again.
     pub(crate) without_vectors: BTreeSet<(u64, u64)>,
     /// What is damaged, one text each.
@@ -117,6 +122,7 @@ impl State {
             next_commit: 1,
             segments,
             live_bytes: HashMap::new(),
+            holders: HashMap::default(),
             without_vectors: BTreeSet::new(),
             damaged: Vec::new(),
             refs_lost: false,
@@ -234,14 +240,9 @@ impl State {
     /// Takes a change of the database in, and keeps count of live bytes.
     pub(crate) fn apply(&mut self, change: &Change) {
         if let Some(old) = self.record(&change.key) {
-            for blob in old.refs() {
-                let live = self.live_bytes.entry(blob.segment).or_default();
-                *live = live.saturating_sub(blob.record_bytes());
-            }
+            old.refs().for_each(|blob| self.let_go(blob));
         }
-        for blob in change.record.iter().flat_map(Record::refs) {
-            *self.live_bytes.entry(blob.segment).or_default() += blob.record_bytes();
-        }
+        change.record.iter().flat_map(Record::refs).for_each(|blob| self.hold(blob));
         match (&change.key, &change.record) {
             (Key::Store, Some(Record::Store(store))) => self.store = store.clone(),
             (&Key::Session(id), Some(Record::Session(record))) => {
@@ -280,6 +281,31 @@ impl State {
             // `Record::decode` gives each key its own record, and the store's is never removed.
             _ => {}
         }
+    }
+
+    /// Counts a record that refers to `blob`.
+    fn hold(&mut self, blob: &BlobRef) {
+        if blob.kind.is_shared() {
+            let holders = self.holders.entry((blob.segment, blob.offset)).or_default();
+            *holders += 1;
+            if *holders > 1 {
+                return;
+            }
+        }
+        *self.live_bytes.entry(blob.segment).or_default() += blob.record_bytes();
+    }
+
+    /// Counts a record less that refers to `blob`.
+    fn let_go(&mut self, blob: &BlobRef) {
+        if let Entry::Occupied(mut holders) = self.holders.entry((blob.segment, blob.offset)) {
+            *holders.get_mut() -= 1;
+            if *holders.get() > 0 {
+                return;
+            }
+            holders.remove();
+        }
+        let live = self.live_bytes.entry(blob.segment).or_default();
+        *live = live.saturating_sub(blob.record_bytes());
     }
 
     /// The session with this id, made if it is not known.

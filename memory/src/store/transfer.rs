@@ -1,7 +1,8 @@
 //! Export and import of the log as lines of JSON, readable without this library.
 //! Knows no bytes of the store's own format; chunks and vectors are made anew where the log is imported.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry as Told;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead, Read, Write};
 use std::path::Path;
 
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Store;
 use super::commit::Entry;
+use super::fork::{Said, said};
 use super::read::{OpenBlob, open, read_body};
 use crate::format::{Body, TurnRecord};
 use crate::{Cancel, Error, ErrorKind, NewTurn, Result, Role, Scope, TurnId, Value};
@@ -81,6 +83,9 @@ struct Line {
     retracted: bool,
     #[serde(default, skip_serializing_if = "is_false")]
     forgotten: bool,
+    /// The session that the turn was told to, where this one got it by a fork.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    copy_of: Option<String>,
 }
 
 /// A value of metadata. The reader of JSON rounds some numbers with many digits: those are written as texts.
@@ -121,11 +126,20 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
-/// A turn as it stood when the export began; none if its record is damaged.
-type Listed = (TurnId, Option<(TurnRecord, Option<Result<OpenBlob>>)>);
+/// A turn as it stood when the export began.
+struct Listed {
+    turn: TurnId,
+    /// None if its record is damaged.
+    record: Option<(TurnRecord, Option<Result<OpenBlob>>)>,
+    /// The session that it was told to, if this one was forked from it.
+    copy_of: Option<String>,
+}
+
+/// Turns of one session to be appended, each with its place among all turns of the user if it is a copy.
+type Batch = Vec<(NewTurn, Entry, Option<u64>)>;
 
 impl Store {
-    /// Writes the log of `scope` to `out`: one line of JSON for each turn, in order, session by session.
+    /// Writes the log of `scope` to `out`: one line of JSON for each turn, in order, session by session, older ones first.
     ///
     /// It is the log as it stood when the call began, whatever is written or forgotten meanwhile.
     /// Snapshots and pages are not in it: they belong to one model, and a [`backup`](Self::backup) has them.
@@ -155,9 +169,9 @@ impl Store {
         let mut exported = Exported { sessions: sessions.len(), ..Exported::default() };
         write_line(out, &Header { format: FORMAT.into(), version: VERSION })?;
         for (scope, turns) in sessions {
-            for (id, listed) in turns {
+            for listed in turns {
                 cancel.check("export")?;
-                write_line(out, &line(&scope, id, listed, &mut exported.lost))?;
+                write_line(out, &line(&scope, listed, &mut exported.lost))?;
                 exported.turns += 1;
             }
         }
@@ -168,21 +182,34 @@ impl Store {
     /// The wanted sessions and their turns, with the files that hold them kept open.
     fn list(&self, wanted: impl Fn(&Scope) -> bool) -> Vec<(Scope, Vec<Listed>)> {
         let state = self.read();
-        let sessions = state.by_scope.iter().filter(|(scope, _)| wanted(scope));
-        let list = |(scope, id): (&Scope, &u64)| {
-            let session = state.sessions.get(id)?;
-            let turn = |turn: TurnId| {
+        // In the order in which they were made: the original of a copy comes before it.
+        let sessions = state.sessions.values();
+        let sessions = sessions.filter_map(|session| Some((session.scope.as_ref()?, session)));
+        let mut told: HashMap<(&str, Said), &str> = HashMap::new();
+        let mut listed = Vec::new();
+        for (scope, session) in sessions.filter(|(scope, _)| wanted(scope)) {
+            let own = scope.session_id().unwrap_or_default();
+            let list = |turn: TurnId| {
                 let record = session.turns.get(&turn).map(|turn| turn.record);
-                let listed =
-                    record.map(|record| (record, record.body.map(|blob| open(&state, blob))));
-                (turn, listed)
+                let said = record.and_then(|record| said(turn, &record));
+                let copy_of = said.and_then(|said| match told.entry((scope.user_id(), said)) {
+                    Told::Occupied(told) => Some((*told.get()).to_owned()),
+                    Told::Vacant(first) => {
+                        first.insert(own);
+                        None
+                    }
+                });
+                let body =
+                    |record: TurnRecord| (record, record.body.map(|blob| open(&state, blob)));
+                Listed { turn, record: record.map(body), copy_of }
             };
-            Some((scope.clone(), (0..session.num_turns).map(turn).collect()))
-        };
-        sessions.filter_map(list).collect()
+            listed.push((scope.clone(), (0..session.num_turns).map(list).collect()));
+        }
+        listed
     }
 
-    /// Appends the turns that an export wrote, to the sessions that they come from.
+    /// Appends the turns that an export wrote, to the sessions that they come from. What a session got by a
+    /// [`fork`](Self::fork) belongs to the original as before, if that one is there by then.
     ///
     /// Turns that the store holds already are skipped, so that an import that was interrupted can be repeated.
     /// Turns are cut, embedded and compared with what is there as new ones are; [`Hygiene`](crate::Hygiene)'s policies
@@ -205,7 +232,7 @@ impl Store {
             ));
         }
         let mut imported = Imported::default();
-        let mut batch: Option<(Scope, Vec<(NewTurn, Entry)>)> = None;
+        let mut batch: Option<(Scope, Batch)> = None;
         let mut bytes = 0;
         while let Some(line) = lines.next::<Line>()? {
             cancel.check("import")?;
@@ -230,7 +257,11 @@ impl Store {
                 )));
             }
             bytes += line.text.len();
-            batch.get_or_insert_with(|| (scope, Vec::new())).1.push(line.into_turn()?);
+            let original = line.copy_of.as_ref().map(|session| scope.clone().session(session));
+            let order =
+                original.and_then(|scope| self.order_of(&scope, turn, line.time_ms, line.role));
+            let (new, entry) = line.into_turn()?;
+            batch.get_or_insert_with(|| (scope, Vec::new())).1.push((new, entry, order));
         }
         self.import_batch(batch, &mut imported)?;
         Ok(imported)
@@ -272,11 +303,7 @@ impl Store {
         finished
     }
 
-    fn import_batch(
-        &self,
-        batch: Option<(Scope, Vec<(NewTurn, Entry)>)>,
-        imported: &mut Imported,
-    ) -> Result<()> {
+    fn import_batch(&self, batch: Option<(Scope, Batch)>, imported: &mut Imported) -> Result<()> {
         let Some((scope, turns)) = batch else { return Ok(()) };
         let done = self.append_log(&scope, &turns)?;
         imported.turns += done.turns.len() as u64;
@@ -300,12 +327,8 @@ impl Store {
     }
 }
 
-fn line(
-    scope: &Scope,
-    id: TurnId,
-    listed: Option<(TurnRecord, Option<Result<OpenBlob>>)>,
-    lost: &mut Vec<String>,
-) -> Line {
+fn line(scope: &Scope, listed: Listed, lost: &mut Vec<String>) -> Line {
+    let Listed { turn: id, record: listed, copy_of } = listed;
     let record = listed.as_ref().map(|(record, _)| *record);
     let body: Option<Result<Body>> = match listed {
         None => Some(Err(Error::corrupted(format!(
@@ -330,10 +353,12 @@ fn line(
         remember: record.is_some_and(|record| record.remember),
         retracted: record.is_some_and(|record| record.retracted),
         forgotten: true,
+        copy_of: None,
     };
     if let Some(body) = body {
         (line.text, line.tokens, line.source) = (body.text, body.tokens, body.source);
         (line.subject, line.expires_ms, line.forgotten) = (body.subject, body.expires_ms, false);
+        line.copy_of = copy_of;
         let marks = body.metadata.into_iter();
         line.metadata = marks.map(|(key, value)| (key, value.into())).collect();
     }

@@ -100,7 +100,7 @@ fn turn(rng: &mut ChaCha8Rng) -> NewTurn {
 }
 
 fn step(rng: &mut ChaCha8Rng, stores: [&Store; 2]) {
-    let scope = trip().session(format!("s{}", rng.random_range(0..3)));
+    let scope = trip().session(format!("s{}", rng.random_range(0..5)));
     let length = stores[0].num_turns(&scope).unwrap();
     let commit = |commit: Commit| {
         stores.iter().for_each(|store| drop(store.commit(&scope, commit.clone()).unwrap()));
@@ -124,6 +124,14 @@ fn step(rng: &mut ChaCha8Rng, stores: [&Store; 2]) {
         }
         3 if rng.random_bool(0.3) => stores.iter().for_each(|store| store.compact_all().unwrap()),
         4 => stores.iter().for_each(|store| store.finish_indexing()),
+        5 if length > 0 => {
+            let free =
+                |name: &String| stores[0].num_turns(&trip().session(name.as_str())).unwrap() == 0;
+            if let Some(name) = (0..7).map(|number| format!("s{number}")).find(free) {
+                stores.iter().for_each(|store| drop(store.fork(&scope, &name).unwrap()));
+            }
+        }
+        6 if rng.random_bool(0.2) => forget(&scope, Forget::Session),
         _ => {
             let turns = (0..rng.random_range(1..5)).map(|_| turn(rng)).collect();
             commit(Commit { turns, ..Commit::default() });

@@ -9,6 +9,7 @@ mod disk;
 mod doctor;
 mod encryption;
 mod forget;
+mod fork;
 mod hygiene;
 mod images;
 mod index;

@@ -1,6 +1,7 @@
 //! Stores of earlier format versions: opened, brought up to date, and refused by nobody but the earlier program.
 //! `tests/data/store-v1` was written by version 1: turns of all kinds, a retracted and a forgotten one, a snapshot;
-//! `tests/data/store-v2` by version 2: the same, and a turn with metadata and a subject.
+//! `tests/data/store-v2` by version 2: the same, and a turn with metadata and a subject;
+//! `tests/data/store-v3` by version 3: the same, with turns that lie together in runs.
 
 use std::path::Path;
 
@@ -111,4 +112,25 @@ fn a_store_of_version_2_goes_on_with_runs_of_turns_beside_its_own() {
         assert_eq!((turn.forgotten, turn.retracted), (forgotten, turn.id >= 60), "{turn:?}");
         assert_eq!(turn.text, if forgotten { "" } else { text });
     }
+}
+
+#[test]
+fn a_session_of_a_store_of_version_3_is_forked() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = sample(folder.path(), "store-v3");
+    let fork = {
+        let store = open(&path);
+        check(&store);
+        assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+        store.fork(&trip(), "other").unwrap()
+    };
+    let store = open(&path);
+    check(&store);
+    assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+    assert_eq!(store.turns(&fork, 0..99).unwrap(), store.turns(&trip(), 0..99).unwrap());
+    assert_eq!(store.snapshot(&fork, [1; 16]).unwrap(), store.snapshot(&trip(), [1; 16]).unwrap());
+    store.compact_all().unwrap();
+    let receipt = store.forget(&trip(), &Forget::matching("Naoshima")).unwrap();
+    store.verify(&receipt).unwrap();
+    assert!(files_with(&path, "Naoshima").is_empty());
 }

@@ -153,6 +153,18 @@ class AsyncSession(SessionHandle):
         """
         await _calls.rewind(turn).awaited(self._native)
 
+    def fork(self, session: str) -> Opening[AsyncSession]:
+        """Begins another session of the same user and agent, which knows all that this one does and then goes its own way.
+
+        Keys and values are shared, not copied. A turn from before the fork is one turn: forgetting it erases it in both.
+        """
+        call = _calls.fork(session)
+
+        async def work() -> AsyncSession:
+            return AsyncSession(await call.awaited(self._native))
+
+        return Opening(work)
+
     async def peek_logits(self, text: str) -> NDArray[float32]:
         """Logits of the token after `text`, without changing the session: `(vocabulary,)`."""
         row: NDArray[float32] = await _calls.peek_logits(text).awaited(self._native)

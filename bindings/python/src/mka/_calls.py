@@ -130,6 +130,10 @@ def rewind(turn: int) -> Call[None]:
     return Call("rewind", (turn,), _as_it_is)
 
 
+def fork(session: str) -> Call[Any]:
+    return Call("fork", (session,), _as_it_is)
+
+
 def peek_logits(text: str) -> Call[Any]:
     return Call("peek_logits", (text,), lambda native: _convert.vectors(native)[0])
 

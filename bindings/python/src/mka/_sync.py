@@ -109,6 +109,13 @@ class Session(SessionHandle):
         """
         _calls.rewind(turn).run(self._native)
 
+    def fork(self, session: str) -> Session:
+        """Begins another session of the same user and agent, which knows all that this one does and then goes its own way.
+
+        Keys and values are shared, not copied. A turn from before the fork is one turn: forgetting it erases it in both.
+        """
+        return Session(_calls.fork(session).run(self._native))
+
     def peek_logits(self, text: str) -> NDArray[float32]:
         """Logits of the token after `text`, without changing the session: `(vocabulary,)`."""
         row: NDArray[float32] = _calls.peek_logits(text).run(self._native)

@@ -2682,6 +2682,16 @@ public protocol NativeSessionProtocol: AnyObject, Sendable {
     func feed(text: String, options: FeedOptions) throws  -> NativeFeed
 
     /**
+     * Begins the session `name` of the same user and agent as this one stands now.
+     */
+    func fork(name: String) async throws  -> NativeSession
+
+    /**
+     * `fork`, blocking the thread.
+     */
+    func forkBlocking(name: String) throws  -> NativeSession
+
+    /**
      * Tokens that the model has chosen for the answer that was begun last, those that wait to be read included.
      */
     func generatedTokens()  -> UInt64
@@ -2838,6 +2848,38 @@ open func feed(text: String, options: FeedOptions)throws  -> NativeFeed  {
             self.uniffiCloneHandle(),
         FfiConverterString.lower(text),
         FfiConverterTypeFeedOptions_lower(options),uniffiCallStatus
+    )
+})
+}
+
+    /**
+     * Begins the session `name` of the same user and agent as this one stands now.
+     */
+open func fork(name: String)async throws  -> NativeSession  {
+    return
+        try  await uniffiRustCallAsync(
+            rustFutureFunc: {
+                uniffi_mka_bindings_fn_method_nativesession_fork(
+                        self.uniffiCloneHandle(),FfiConverterString.lower(name)
+                )
+            },
+            pollFunc: ffi_mka_bindings_rust_future_poll_u64,
+            completeFunc: ffi_mka_bindings_rust_future_complete_u64,
+            freeFunc: ffi_mka_bindings_rust_future_free_u64,
+            liftFunc: FfiConverterTypeNativeSession_lift,
+            errorHandler: FfiConverterTypeMkaError_lift
+        )
+}
+
+    /**
+     * `fork`, blocking the thread.
+     */
+open func forkBlocking(name: String)throws  -> NativeSession  {
+    return try  FfiConverterTypeNativeSession_lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativesession_fork_blocking(
+            self.uniffiCloneHandle(),
+        FfiConverterString.lower(name),uniffiCallStatus
     )
 })
 }
@@ -10110,6 +10152,12 @@ private let initializationResult: InitializationResult = {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativesession_feed() != 34822) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativesession_fork() != 8129) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativesession_fork_blocking() != 62242) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativesession_generated_tokens() != 37834) {

@@ -102,6 +102,23 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
     try await engine.close()
 }
 
+@Test func aForkGoesOnAsItsOriginalAndThenItsOwnWay() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "trip")
+    _ = try await chat.send("the cat is red", options: short(4)).text()
+    let fork = try await chat.fork(id: "other")
+    #expect(fork.scope.session == "other")
+    let (left, right) = (try await chat.peekLogits("the next"), try await fork.peekLogits("the next"))
+    #expect(left == right && !left.isEmpty)
+    _ = try await fork.send("the dog is blue", options: short(4)).text()
+    #expect(try fork.numTurns == 4)
+    #expect(try chat.numTurns == 2)
+    #expect(await failure { try await chat.fork(id: "trip") }?.kind == .invalidArgument)
+    try await engine.close()
+    #expect(await failure { try await fork.fork(id: "third") } != nil)
+}
+
 @Test func leavingTheLoopCancelsAndTheSessionGoesOn() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()

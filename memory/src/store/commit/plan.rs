@@ -127,7 +127,7 @@ impl<'a> Plan<'a> {
             session: self.session,
             turn,
             commit: state.next_commit,
-            order: self.next_order,
+            order: cut.order.unwrap_or(self.next_order),
             time_ms: new.time_ms,
             role: new.role,
             remember: cut.remember,
@@ -210,13 +210,13 @@ impl<'a> Plan<'a> {
         let record = TurnRecord {
             role: new.role,
             time_ms: new.time_ms,
-            order: self.next_order,
+            order: head.order,
             remember: cut.remember,
             retracted: cut.entry == Entry::Retracted,
             body,
             chunks,
         };
-        self.next_order += 1;
+        self.next_order += u64::from(cut.order.is_none());
         self.put(Key::Turn(self.session, turn), Record::Turn(record));
         self.spans.push(spans);
         Ok(())

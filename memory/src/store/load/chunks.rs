@@ -240,7 +240,7 @@ impl Loader<'_> {
                 }
                 chunk.vectors = rows.into();
             }
-            chunk.places.sort_by_key(|place| (place.order, place.start));
+            chunk.places.sort_by_key(|place| (place.order, place.session, place.start));
             chunks[partition].push(chunk);
         }
         for (known, chunks) in std::mem::take(&mut self.partitions).into_iter().zip(chunks) {

@@ -58,7 +58,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!(
         "cancelled at token {seen}: {chosen} chosen then, {after} in all, {kept} kept, {stopped} us to stop"
     );
-    for facts in [500, 10_000] {
+    for facts in [8, 500, 10_000] {
         let owner = Scope::user(format!("owner of {facts}"));
         let turns = (0..facts)
             .map(|i| {

@@ -13,7 +13,7 @@ from pathlib import Path
 import mka
 
 TOKENS = 2000
-FACTS = (500, 10_000)
+FACTS = (8, 500, 10_000)
 RUNS, RECALLS = 20, 50
 """A thousand recalls; the least of the runs is what other work on the machine disturbs least."""
 

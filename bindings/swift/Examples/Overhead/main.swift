@@ -128,7 +128,7 @@ _ = try await chat.send("go on", options: SendOptions(maxNewTokens: 1, recallK: 
 let stopped = since(left)
 let turns = try await engine.memory.turns(user: "ada", session: "trip", range: before + 1..<before + 2)
 print("cancelled at token \(seen): \(chosen) chosen then, \(turns[0].numTokens) kept, \(stopped) us until the next turn was done")
-for facts in [500, 10_000] {
+for facts in [8, 500, 10_000] {
     let owner = "owner of \(facts)"
     try await engine.memory.remember(
         (0..<facts).map { NewTurn("Fact \($0): the number of thing \($0 % 37) is \($0 * 7).") }, user: owner,

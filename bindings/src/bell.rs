@@ -2,12 +2,11 @@
 //! Knows no event and no foreign code: a worker that rings enters no interpreter.
 
 use crate::error::MkaError;
-use crate::numbered::{Entry, Numbered};
+use crate::numbered::Entry;
+use crate::open::BELLS;
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Wake, Waker};
-
-static BELLS: Numbered<Weak<NativeBell>> = Numbered::new();
 
 /// The bell of one event loop.
 ///
@@ -49,10 +48,6 @@ impl NativeBell {
 }
 
 impl NativeBell {
-    pub(crate) fn by_number(number: u64) -> Option<Arc<Self>> {
-        BELLS.get(number)?.upgrade()
-    }
-
     fn rung(&self) -> MutexGuard<'_, Vec<u64>> {
         self.rung.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -70,7 +65,7 @@ impl NativeBell {
     }
 
     /// Everybody who has rung since the last call.
-    pub(crate) fn take(&self) -> Vec<u64> {
+    pub fn take(&self) -> Vec<u64> {
         let _taking = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
         // Who finds numbers finds their byte, or waits the moment until it is written.
         if self.rung().is_empty() || (&self.reader).read_exact(&mut [0]).is_err() {
@@ -80,7 +75,7 @@ impl NativeBell {
     }
 
     /// A waker that rings `number`.
-    pub(crate) fn waker(self: Arc<Self>, number: u64) -> Waker {
+    pub fn waker(self: Arc<Self>, number: u64) -> Waker {
         Waker::from(Arc::new(Ringing { bell: self, number }))
     }
 }

@@ -39,7 +39,7 @@ impl MkaError {
     }
 
     /// The name of its variant.
-    pub(crate) fn kind(&self) -> &'static str {
+    pub fn kind(&self) -> &'static str {
         match self {
             Self::InvalidArgument(_) => "InvalidArgument",
             Self::NotFound(_) => "NotFound",

@@ -1,11 +1,10 @@
 //! Events of a turn and of a feed, and the objects that a foreign caller pulls them from.
 //! Knows no session; how to pull is in `pull`.
 
-use crate::direct::{Packed, STREAMS};
 use crate::error::MkaError;
 use crate::foreign::counted;
 use crate::numbered::Entry;
-use crate::packed;
+use crate::open::{Batch, Pulled, STREAMS};
 use crate::pull::Pull;
 use crate::records::{Hit, all};
 use crate::wait::{wait, wait_at_most};
@@ -177,12 +176,12 @@ impl FeedEvent {
 
 /// A stream that a foreign caller pulls: one object for each kind of event, with the same calls.
 macro_rules! pulled {
-    ($(#[$doc:meta])* pub struct $name:ident of $stream:ty, $event:ty) => {
+    ($(#[$doc:meta])* pub struct $name:ident of $stream:ty, $event:ident in $batch:ident) => {
         $(#[$doc])*
         #[derive(uniffi::Object)]
         pub struct $name {
             pull: Pull<$stream>,
-            entry: OnceLock<Entry<Weak<dyn Packed>>>,
+            entry: OnceLock<Entry<Weak<dyn Pulled>>>,
             /// Whom the last poll promised to wake.
             polled: Mutex<Option<Waker>>,
         }
@@ -201,15 +200,15 @@ macro_rules! pulled {
             }
         }
 
-        impl Packed for $name {
-            fn wait_packed(&self, limit: Duration) -> Result<Option<Vec<u8>>, MkaError> {
+        impl Pulled for $name {
+            fn wait(&self, limit: Duration) -> Result<Option<Batch>, MkaError> {
                 let batch = wait_at_most(self.pull.batch(), limit);
-                Ok(batch.unwrap_or(Ok(Some(Vec::new())))?.map(packed::events))
+                Ok(batch.unwrap_or(Ok(Some(Vec::new())))?.map(Batch::$batch))
             }
 
-            fn poll_packed(&self, waker: &Waker) -> Result<Option<Vec<u8>>, MkaError> {
+            fn poll(&self, waker: &Waker) -> Result<Option<Batch>, MkaError> {
                 *self.polled.lock().unwrap_or_else(PoisonError::into_inner) = Some(waker.clone());
-                Ok(self.pull.poll(waker)?.map(packed::events))
+                Ok(self.pull.poll(waker)?.map(Batch::$batch))
             }
         }
 
@@ -231,14 +230,9 @@ macro_rules! pulled {
                 wait_at_most(self.next_batch(), limit).unwrap_or(Ok(Some(Vec::new())))
             }
 
-            /// The bytes of every event that is ready, at least one; none after the last.
-            pub async fn next_packed(&self) -> Result<Option<Vec<u8>>, MkaError> {
-                Ok(counted(self.pull.batch()).await?.map(packed::events))
-            }
-
             /// Its number for plain calls.
             pub fn number(self: Arc<Self>) -> u64 {
-                let stream = || Arc::downgrade(&self) as Weak<dyn Packed>;
+                let stream = || Arc::downgrade(&self) as Weak<dyn Pulled>;
                 self.entry.get_or_init(|| Entry::new(&STREAMS, stream())).number
             }
 
@@ -265,10 +259,10 @@ macro_rules! pulled {
 
 pulled! {
     /// The events of one turn; dropping it cancels the turn within one token.
-    pub struct NativeEvents of mka::Events, Event
+    pub struct NativeEvents of mka::Events, Event in Turn
 }
 
 pulled! {
     /// The progress of one document; dropping it cancels at the next block, keeping what was fed.
-    pub struct NativeFeed of mka::Feed, FeedEvent
+    pub struct NativeFeed of mka::Feed, FeedEvent in Feed
 }

@@ -1,7 +1,6 @@
 //! What turns are marked with, and which marks a recall asks for.
 //! Knows no call.
 
-use crate::error::MkaError;
 use crate::records::all;
 use std::collections::HashMap;
 
@@ -103,10 +102,4 @@ impl From<Filter> for mka::Filter {
             }
         }
     }
-}
-
-/// A filter as the engine's own is written in JSON.
-pub(crate) fn from_json(text: &str) -> Result<mka::Filter, MkaError> {
-    serde_json::from_str(text)
-        .map_err(|error| MkaError::InvalidArgument(format!("recall: filter: {error}")))
 }

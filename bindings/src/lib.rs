@@ -3,7 +3,8 @@
 //!
 //! Every call has an async form and one that blocks, named `..._blocking`; work runs on threads of the engine, never on
 //! the thread that polls. Streams are pulled in batches: what is ready comes in one call, which costs a foreign caller
-//! as much as a single event. Where even one uniffi call is dear, `direct` takes its place. The package in `python/` puts the language's own forms on top.
+//! as much as a single event. Where even one uniffi call is dear, `direct` takes its place for Swift, and the module in
+//! `python/native` for Python. The packages in `python/` and `swift/` put the languages' own forms on top.
 
 mod bell;
 mod caller;
@@ -18,9 +19,11 @@ mod log;
 mod memory;
 mod mirrored;
 mod numbered;
+pub mod open;
 mod options;
 mod packed;
 mod pull;
+mod recalling;
 mod records;
 mod scope;
 mod session;
@@ -33,10 +36,7 @@ pub use config::{
     Backend, EmbedderPrecision, EmbedderSource, EngineConfig, Hygiene, ModelSource, PageConfig,
     PagePrecision, PageRule, Policy, Prefill, Quote, RecallPolicy,
 };
-pub use direct::{
-    Reply, mka_direct_begin_recall, mka_direct_drop, mka_direct_free, mka_direct_next,
-    mka_direct_poll, mka_direct_poll_for, mka_direct_recall, mka_direct_recalled, mka_direct_rung,
-};
+pub use direct::{Reply, mka_direct_free, mka_direct_poll_for};
 pub use engine::NativeEngine;
 pub use error::MkaError;
 pub use events::{
@@ -47,6 +47,7 @@ pub use foreign::shut_down;
 pub use log::{LogLevel, LogSink, forward_logs};
 pub use memory::NativeMemory;
 pub use options::{FeedMode, FeedOptions, Forget, NewTurn, RecallOptions, SendOptions};
+pub use recalling::Recalling;
 pub use records::{
     ChunkInfo, Committed, Context, Finding, Hit, Receipt, Sensitive, SessionInfo, Source, Trust,
     Turn, Vectors, Why,

@@ -1,14 +1,13 @@
 //! Memory over every session: remember, recall, forget, lists, and looking after the store.
 //! Knows no model.
 
-use crate::direct::MEMORIES;
 use crate::engine::NativeEngine;
 use crate::error::MkaError;
 use crate::foreign::counted;
 use crate::mirrored::count;
 use crate::numbered::Entry;
+use crate::open::MEMORIES;
 use crate::options::{Forget, NewTurn, RecallOptions};
-use crate::packed;
 use crate::records::{
     ChunkInfo, Committed, Context, Hit, Receipt, SessionInfo, Turn, Vectors, all, receipt,
 };
@@ -29,24 +28,8 @@ impl NativeMemory {
         Self { engine, entry: OnceLock::new() }
     }
 
-    /// The packed hits of a packed request.
-    pub(crate) fn recall_packed(
-        &self,
-        request: &[u8],
-    ) -> Result<impl Future<Output = Result<Vec<u8>, MkaError>> + Send + use<>, MkaError> {
-        let (scope, query, recall) = packed::request(request)?;
-        let memory = self.handle("recall")?;
-        Ok(async move { Ok(packed::hits(&memory.recall(&scope, &query, recall).await?)) })
-    }
-
-    /// [`NativeMemory::recall_packed`] on the thread that calls.
-    pub(crate) fn recall_packed_blocking(&self, request: &[u8]) -> Result<Vec<u8>, MkaError> {
-        let (scope, query, recall) = packed::request(request)?;
-        let hits = self.handle("recall")?.recall_blocking(&scope, &query, recall)?;
-        Ok(packed::hits(&hits))
-    }
-
-    fn handle(&self, operation: &str) -> Result<mka::MemoryHandle, MkaError> {
+    /// The engine's own memory; `operation` is what an error names.
+    pub fn handle(&self, operation: &str) -> Result<mka::MemoryHandle, MkaError> {
         Ok(self.engine.open_engine(operation)?.memory())
     }
 }

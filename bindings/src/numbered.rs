@@ -1,4 +1,4 @@
-//! Objects that a plain C function reaches by number.
+//! Objects that are reached by number.
 //! Knows no object; a number is used once in a process, so that one that is gone is unknown, never another one.
 
 use std::collections::BTreeMap;
@@ -6,6 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// A number that nothing has.
+pub(crate) fn fresh() -> u64 {
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
 
 /// What can be reached by number.
 pub(crate) struct Numbered<T> {
@@ -23,7 +28,7 @@ impl<T: Clone> Numbered<T> {
 
     /// Adds an object; its number.
     pub(crate) fn add(&self, object: T) -> u64 {
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let number = fresh();
         self.objects().insert(number, object);
         number
     }

@@ -1,14 +1,12 @@
-//! The bytes in which a recall's request, its hits and a stream's events cross the border in one piece.
-//! Knows no object and no pointer; `python/src/mka/_packed.py` is the other side, and the two are changed together.
+//! The bytes in which a stream's events cross the border to Swift in one piece.
+//! Knows no object and no pointer; `swift/Sources/MKA/Packed.swift` is the other side, and the two are changed together.
 //!
 //! Numbers are little-endian without padding. All texts of a block of hits stand behind its fixed parts as one UTF-8
 //! text, their lengths counted in code points: the other side decodes once and cuts.
 
-use crate::error::MkaError;
 use crate::events::StopReason;
-use crate::mirrored::count;
+use crate::open::Batch;
 use crate::scope::Role;
-use mka::{Recall, Scope};
 
 /// What an absent text has for its length.
 const NONE: u32 = u32::MAX;
@@ -21,13 +19,20 @@ const PROGRESS: u8 = 4;
 const FED: u8 = 5;
 
 /// An event that can be packed.
-pub(crate) trait Pack {
+trait Pack {
     /// Appends the event; nothing if this surface does not know its kind.
     fn pack(self, out: &mut Vec<u8>);
 }
 
 /// A batch of events, one behind the other.
-pub(crate) fn events<T: Pack>(batch: Vec<T>) -> Vec<u8> {
+pub(crate) fn events(batch: Batch) -> Vec<u8> {
+    match batch {
+        Batch::Turn(events) => all(events),
+        Batch::Feed(events) => all(events),
+    }
+}
+
+fn all<T: Pack>(batch: Vec<T>) -> Vec<u8> {
     let mut out = Vec::with_capacity(32 * batch.len());
     for event in batch {
         event.pack(&mut out);
@@ -106,7 +111,7 @@ impl Pack for mka::FeedEvent {
 }
 
 /// The number of hits, the fixed part of each, then the text of all.
-pub(crate) fn hits(hits: &[mka::Hit]) -> Vec<u8> {
+fn hits(hits: &[mka::Hit]) -> Vec<u8> {
     let mut out = Vec::with_capacity(hits.len() * 256);
     let mut text = String::new();
     u32(&mut out, hits.len());
@@ -164,110 +169,4 @@ fn pack_hit(hit: &mka::Hit, out: &mut Vec<u8>, text: &mut String) {
 /// A length; what is longer than the format can say was cut by the store long before.
 fn u32(out: &mut Vec<u8>, length: usize) {
     out.extend(u32::try_from(length).unwrap_or(NONE - 1).to_le_bytes());
-}
-
-/// Fields of a request that are there, by bit; the first six are flags themselves.
-mod bit {
-    pub(super) const ACROSS: u32 = 1;
-    pub(super) const STALE: u32 = 1 << 1;
-    pub(super) const FOLLOW_UP: u32 = 1 << 2;
-    pub(super) const HAS_FOLLOW_UP: u32 = 1 << 3;
-    pub(super) const K: u32 = 1 << 4;
-    pub(super) const BEFORE_TURN: u32 = 1 << 5;
-    pub(super) const SINCE: u32 = 1 << 6;
-    pub(super) const UNTIL: u32 = 1 << 7;
-    pub(super) const AS_OF: u32 = 1 << 8;
-    pub(super) const NOW: u32 = 1 << 9;
-    pub(super) const HALF_LIFE: u32 = 1 << 10;
-    pub(super) const MIN_SCORE: u32 = 1 << 11;
-    pub(super) const MIN_RELEVANCE: u32 = 1 << 12;
-}
-
-/// Scope, query and options of a recall.
-///
-/// Fixed: bits, roles by bit, lengths in bytes of user, agent, session, query and filter (JSON), `k`, `before_turn`,
-/// `since`, `until`, `as_of`, `now`, `half_life`, `min_score`, `min_relevance`; then the five texts.
-pub(crate) fn request(bytes: &[u8]) -> Result<(Scope, String, Recall), MkaError> {
-    let mut from = Reader(bytes);
-    let bits = u32::from_le_bytes(from.take()?);
-    let [roles] = from.take()?;
-    let mut lengths = [0; 5];
-    for length in &mut lengths {
-        *length = u32::from_le_bytes(from.take()?);
-    }
-    let has = |bit| bits & bit != 0;
-    let mut recall = Recall::default();
-    let mut number = |bit| -> Result<Option<[u8; 8]>, MkaError> {
-        let bytes = from.take()?;
-        Ok(has(bit).then_some(bytes))
-    };
-    if let Some(k) = number(bit::K)? {
-        recall.k = count(u64::from_le_bytes(k));
-    }
-    recall.before_turn = number(bit::BEFORE_TURN)?.map(u64::from_le_bytes);
-    recall.since_ms = number(bit::SINCE)?.map(i64::from_le_bytes);
-    recall.until_ms = number(bit::UNTIL)?.map(i64::from_le_bytes);
-    recall.as_of_ms = number(bit::AS_OF)?.map(i64::from_le_bytes);
-    recall.now_ms = number(bit::NOW)?.map(i64::from_le_bytes);
-    recall.half_life_ms = number(bit::HALF_LIFE)?.map(u64::from_le_bytes);
-    let (min_score, min_relevance) = (from.take()?, from.take()?);
-    if has(bit::MIN_SCORE) {
-        recall.min_score = f32::from_le_bytes(min_score);
-    }
-    if has(bit::MIN_RELEVANCE) {
-        recall.min_relevance = f32::from_le_bytes(min_relevance);
-    }
-    recall.across_sessions = has(bit::ACROSS);
-    recall.stale = has(bit::STALE);
-    if has(bit::HAS_FOLLOW_UP) {
-        recall.follow_up = has(bit::FOLLOW_UP);
-    }
-    recall.roles = Role::ALL
-        .into_iter()
-        .filter(|role| roles & (1 << *role as u8) != 0)
-        .map(Into::into)
-        .collect();
-
-    let mut scope = Scope::user(from.text(lengths[0])?.unwrap_or_default());
-    if let Some(agent) = from.text(lengths[1])? {
-        scope = scope.agent(agent);
-    }
-    if let Some(session) = from.text(lengths[2])? {
-        scope = scope.session(session);
-    }
-    let query = from.text(lengths[3])?.unwrap_or_default().to_owned();
-    if let Some(filter) = from.text(lengths[4])? {
-        recall.filter = Some(crate::filter::from_json(filter)?);
-    }
-    if !from.0.is_empty() {
-        return Err(malformed(&format!("{} bytes after its end", from.0.len())));
-    }
-    Ok((scope, query, recall))
-}
-
-fn malformed(what: &str) -> MkaError {
-    MkaError::InvalidArgument(format!("recall: request has {what}, expected a packed one"))
-}
-
-/// What is left to read.
-struct Reader<'a>(&'a [u8]);
-
-impl<'a> Reader<'a> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], MkaError> {
-        let (taken, rest) = self.0.split_first_chunk().ok_or_else(|| malformed("too few bytes"))?;
-        self.0 = rest;
-        Ok(*taken)
-    }
-
-    fn text(&mut self, length: u32) -> Result<Option<&'a str>, MkaError> {
-        if length == NONE {
-            return Ok(None);
-        }
-        let length = length as usize;
-        let (taken, rest) =
-            self.0.split_at_checked(length).ok_or_else(|| malformed("too few bytes"))?;
-        self.0 = rest;
-        let text = std::str::from_utf8(taken).map_err(|_| malformed("a text that is no UTF-8"))?;
-        Ok(Some(text))
-    }
 }

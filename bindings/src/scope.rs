@@ -52,12 +52,6 @@ pub enum Role {
     Recalled,
 }
 
-impl Role {
-    /// Each, by its number.
-    pub(crate) const ALL: [Self; 5] =
-        [Self::System, Self::User, Self::Assistant, Self::Document, Self::Recalled];
-}
-
 impl From<Role> for mka::Role {
     fn from(role: Role) -> Self {
         match role {

@@ -286,7 +286,7 @@ def test_a_second_task_at_one_stream_is_refused_and_the_first_reads_on(
                 events = chat.send("hello there", max_new_tokens=20)
                 with monkeypatch.context() as patch:
                     # However fast the model is: nothing is ready yet.
-                    patch.setattr(_direct, "poll_events", lambda *_: b"")
+                    patch.setattr(_direct, "poll_events", lambda *_: [])
                     first = asyncio.ensure_future(anext(events))
                     await asyncio.sleep(0)
                     with pytest.raises(mka.LockedError, match="one task at a time"):

@@ -7,13 +7,15 @@ import dataclasses
 import gc
 import os
 import pickle
+import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import mka
 import pytest
@@ -415,6 +417,90 @@ def test_hits_come_in_one_piece_and_are_those_of_the_plain_call(store: Path) -> 
                         hit.text = "other"  # type: ignore[misc]
 
 
+def test_every_option_means_what_it_does_in_the_plain_call(store: Path) -> None:
+    from mka import _convert
+    from mka._native import mka_bindings as native
+
+    chance = random.Random(7)
+    words = ["hotel", "Kyoto", "märz", "宿は", "🐑", "train", "nine"]
+    roles: list[mka.Role] = ["user", "assistant", "document"]
+    with mka.open_sync(store) as engine:
+        for i in range(40):
+            turn = mka.NewTurn(
+                " ".join(chance.choices(words, k=6)),
+                role=chance.choice(roles),
+                time=i,
+                expires=i + 30 if i % 5 == 0 else None,
+                subject="where" if i % 7 == 0 else None,
+                metadata={"kind": i % 3},
+            )
+            engine.memory.remember(turn, user="ada", session=f"s{i % 2}")
+        plain = engine.memory._native
+        # Each option of Python's, with what the plain call has for it; all of them are drawn in the end.
+        is_one: Any = native.Filter.ONE_OF(key="kind", values=[native.MetadataValue.NUMBER(number=1)])
+        choices: list[tuple[mka.RecallOptions, dict[str, object]]] = [
+            ({"k": 3}, {"k": 3}),
+            ({"before_turn": 9}, {"before_turn": 9}),
+            ({"across_sessions": True}, {"across_sessions": True}),
+            ({"roles": ["user", "document"]}, {"roles": [native.Role.USER, native.Role.DOCUMENT]}),
+            ({"since": 7}, {"since_ms": 7}),
+            ({"until": 33}, {"until_ms": 33}),
+            ({"as_of": datetime.fromtimestamp(0.031, timezone.utc)}, {"as_of_ms": 31}),
+            ({"now": 20}, {"now_ms": 20}),
+            ({"stale": True}, {"stale": True}),
+            ({"half_life": timedelta(milliseconds=9)}, {"half_life_ms": 9}),
+            ({"min_score": 0.3}, {"min_score": 0.3}),
+            ({"min_relevance": 0.2}, {"min_relevance": 0.2}),
+            ({"filter": {"kind": 1}}, {"filter": is_one}),
+            ({"follow_up": False}, {"follow_up": False}),
+        ]
+        names = {name for given, _ in choices for name in given}
+        assert names == set(mka.RecallOptions.__annotations__)
+        drawn = [[each] for each in choices] + [chance.sample(choices, 4) for _ in range(60)]
+        found = set()
+        for each in drawn:
+            # An option that is None is left out.
+            given: dict[str, Any] = dict.fromkeys(names) if chance.random() < 0.5 else {}
+            expected: dict[str, Any] = {}
+            for ours, theirs in each:
+                given.update(ours)
+                expected.update(theirs)
+            query = " ".join(chance.choices(words, k=2))
+            session = chance.choice([None, "s0"])
+            hits = engine.memory.recall(query, user="ada", session=session, **given)
+            scope = native.Scope(user="ada", agent=None, session=session)
+            answer = plain.recall_blocking(scope, query, native.RecallOptions(**expected))
+            assert [repr(hit) for hit in hits] == [repr(hit) for hit in _convert.hits(answer)], given
+            found.add(len(hits))
+        assert len(found) > 4
+
+
+def test_other_threads_run_while_the_library_recalls(store: Path) -> None:
+    with mka.open_sync(store) as engine:
+        turns = [mka.NewTurn(f"Fact {i}: thing {i % 37} is {i * 7}.") for i in range(3000)]
+        engine.memory.remember(turns, user="ada", session="facts")
+        done, rounds = threading.Event(), 0
+
+        def recall() -> None:
+            for i in range(300):
+                assert engine.memory.recall(f"thing {i % 37}", user="ada")
+            done.set()
+
+        # With so long an interval the interpreter changes hands only where it is let go of.
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(10)
+        thread = threading.Thread(target=recall)
+        try:
+            thread.start()
+            while not done.is_set():
+                rounds += 1
+                time.sleep(0)
+        finally:
+            thread.join()
+            sys.setswitchinterval(interval)
+        assert rounds > 50
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -423,7 +509,10 @@ def test_hits_come_in_one_piece_and_are_those_of_the_plain_call(store: Path) -> 
         ({"half_life": timedelta(days=-1)}, mka.InvalidArgumentError, "half_life"),
         ({"min_score": "high"}, TypeError, "min_score is str"),
         ({"since": 1 << 70}, mka.InvalidArgumentError, "since"),
-        ({"nonsense": 1}, TypeError, "nonsense"),
+        ({"nonsense": 1}, TypeError, "unexpected option nonsense"),
+        ({"roles": ["nobody"]}, mka.InvalidArgumentError, "role 'nobody'"),
+        ({"roles": [1]}, mka.InvalidArgumentError, "role 1"),
+        ({"half_life": 1.5}, TypeError, "half_life is float"),
         ({"filter": {"year": {"$above": 1}}}, mka.InvalidArgumentError, r"\$above"),
         ({"filter": {"$nor": []}}, mka.InvalidArgumentError, r"\$nor"),
         ({"filter": {"year": float("nan")}}, mka.InvalidArgumentError, "finite"),

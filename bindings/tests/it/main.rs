@@ -1,6 +1,7 @@
 //! The surface as a foreign caller uses it, over the tiny seeded model of the engine's tests.
 
 mod direct;
+mod open;
 
 use mka_bindings::{
     Backend, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Forget, Hygiene, LogLevel,

@@ -3,6 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+/// Every crate of the library.
+const FOLDERS: [&str; 7] =
+    ["kernels", "memory", "engine", "bindings", "bindings/python/native", "examples", "evals"];
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
@@ -39,7 +43,7 @@ fn edges_between_crates_are_the_ones_that_are_drawn() {
         .collect();
     let mut found = BTreeSet::new();
     let mut packages = BTreeSet::new();
-    for folder in ["kernels", "memory", "engine", "bindings", "examples", "evals"] {
+    for folder in FOLDERS {
         let path = root().join(folder).join("Cargo.toml");
         let manifest = std::fs::read_to_string(path).unwrap();
         let name = manifest.lines().find_map(|line| line.strip_prefix("name = \"")).unwrap();
@@ -73,7 +77,7 @@ fn every_source_file_says_what_it_owns() {
             }
         }
     }
-    for folder in ["kernels", "memory", "engine", "bindings", "examples", "evals"] {
+    for folder in FOLDERS {
         check(&root().join(folder).join("src"));
     }
 }

@@ -1,4 +1,4 @@
-//! The Swift that is committed is what the generator writes for the library as it is now.
+//! The Swift that is committed is what the generator writes for the library as it is now, and the wheel's library has the same surface.
 //! `MKA_WRITE=1 cargo test -p mka-bindgen` writes it anew.
 
 use std::path::{Path, PathBuf};
@@ -8,18 +8,17 @@ use std::process::Command;
 use mka_bindings as _;
 
 /// Where cargo puts the libraries that this test depends on.
-fn library() -> PathBuf {
+fn library(name: &str) -> PathBuf {
     let this = std::env::current_exe().unwrap();
-    let name =
-        format!("{}mka_bindings{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    let name = format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
     this.parent().unwrap().join(name)
 }
 
-/// The generator's files of `kind` by name, without spaces at the ends of lines.
-fn generated(kind: &str) -> Vec<(String, String)> {
+/// The generator's files of `kind` for a library by name, without spaces at the ends of lines.
+fn generated(library: &Path, kind: &str) -> Vec<(String, String)> {
     let folder = tempfile::tempdir().unwrap();
     let mut generator = Command::new(env!("CARGO_BIN_EXE_uniffi-bindgen-swift"));
-    let status = generator.arg(library()).arg(folder.path()).arg(kind).status().unwrap();
+    let status = generator.arg(library).arg(folder.path()).arg(kind).status().unwrap();
     assert!(status.success());
     let files = std::fs::read_dir(folder.path()).unwrap().map(|entry| {
         let path = entry.unwrap().path();
@@ -34,7 +33,7 @@ fn generated(kind: &str) -> Vec<(String, String)> {
 fn the_committed_swift_is_what_the_generator_writes() {
     let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("../swift");
     for (kind, folder) in [("--swift-sources", "MKABindings"), ("--headers", "CMKA")] {
-        for (name, text) in generated(kind) {
+        for (name, text) in generated(&library("mka_bindings"), kind) {
             let path = package.join("Sources").join(folder).join(&name);
             if std::env::var_os("MKA_WRITE").is_some() {
                 std::fs::write(&path, &text).unwrap();
@@ -46,4 +45,11 @@ fn the_committed_swift_is_what_the_generator_writes() {
             );
         }
     }
+}
+
+#[test]
+fn the_library_of_the_wheel_has_the_whole_surface() {
+    let [of_the_wheel, alone] =
+        ["mka_python", "mka_bindings"].map(|name| generated(&library(name), "--swift-sources"));
+    assert!(of_the_wheel == alone, "mka_python has another surface than mka_bindings");
 }

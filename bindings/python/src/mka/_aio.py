@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, Unpack
 
-from mka import _calls, _options, _packed
+from mka import _calls, _options
 from mka._errors import translated
 from mka._handles import EngineHandle, MemoryHandle, SessionHandle
 from mka._native import mka_bindings as _native
@@ -210,8 +210,8 @@ class AsyncMemory(MemoryHandle):
         **options: Unpack[RecallOptions],
     ) -> list[Hit]:
         """The memories that answer `query` best, best first."""
-        request = _options.recall_request(query, user, agent, session, options)
-        return _packed.hits(await _calls.recalled(self._number, request))
+        given = _options.recall_options(options)
+        return await _calls.recalled(self._number, query, (user, agent, session), given)
 
     async def context(
         self,

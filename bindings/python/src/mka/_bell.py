@@ -7,7 +7,6 @@ everything that became ready meanwhile.
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections.abc import Callable, Generator
 from contextvars import Context
 from weakref import WeakKeyDictionary
@@ -89,7 +88,7 @@ class Bell:
         loop.add_reader(descriptor, self._rung)
 
     def _rung(self) -> None:
-        for (number,) in struct.iter_unpack("<Q", _direct.rung(self.number)):
+        for number in _direct.rung(self.number):
             waiting = self._waiting.get(number)
             if waiting is not None:
                 waiting.ring()

@@ -94,25 +94,27 @@ def remember(
     return Call("remember", (scope, _options.new_turns(turns)), _convert.committed)
 
 
-async def recalled(memory: int, request: bytes) -> bytes:
-    """The packed hits of a packed request, awaited; cancelling the task lets go of the work."""
+async def recalled(
+    memory: int, query: str, whose: _direct.Whose, options: dict[str, Any]
+) -> list[_values.Hit]:
+    """The hits of a query, awaited; cancelling the task lets go of the work."""
     loop = asyncio.get_running_loop()
     bell = _bell.of(loop)
     if bell is None:
-        return await loop.run_in_executor(None, _direct.recall, memory, request)
-    number = _direct.begin_recall(memory, request, bell.number)
-    waiting = bell.expect(number, loop, rung=False)
+        return await loop.run_in_executor(None, _direct.recall, memory, query, whose, options)
+    recalling = _direct.begin_recall(memory, query, whose, options, bell.number)
+    waiting = bell.expect(recalling.number, loop, rung=False)
     try:
-        hits = b""
-        while not hits:
+        hits = None
+        while hits is None:
             await waiting
-            hits = _direct.recalled(number, bell.number)
+            waiting.rung = False
+            hits = recalling.hits()
         return hits
-    except BaseException:
-        _direct.drop_recall(number)
-        raise
     finally:
-        bell.forget(number)
+        bell.forget(recalling.number)
+        # A traceback may keep this frame, and a recall that is under way keeps its engine open.
+        del recalling
 
 
 def memory_context(

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypeAlias, TypedDict
 
-from mka import _filter, _packed
+from mka import _filter
 from mka._errors import InvalidArgumentError
 from mka._filter import Filter
 from mka._native import mka_bindings as _native
@@ -293,29 +293,28 @@ def feed_options(options: FeedOptions) -> Any:
     return _native.FeedOptions(**given)
 
 
-def recall_request(
-    query: str, user: str, agent: str | None, session: str | None, options: RecallOptions
-) -> bytes:
-    """The request of a recall, packed."""
-    given: dict[str, Any] = {}
-    if options:
-        given = _take("recall", dict(options), RecallOptions.__annotations__)
-        for role in given.get("roles", ()):
-            _one_of("role", role, ROLES)
-        for name in ("since", "until", "as_of", "now"):
-            if name in given:
-                given[name] = to_ms(given[name])
-        half_life = given.get("half_life")
-        if isinstance(half_life, timedelta):
-            given["half_life"] = round(half_life.total_seconds() * 1000)
-        if "filter" in given:
-            given["filter"] = _filter.to_json(given["filter"])
-    try:
-        return _packed.recall_request(query, user, agent, session, given)
-    except _packed.StructError:
-        for name, number in given.items():
-            _packed.check(name, number)
-        raise
+def _age_ms(age: timedelta | int) -> int:
+    return round(age.total_seconds() * 1000) if isinstance(age, timedelta) else age
+
+
+_CONVERTED: dict[str, Callable[[Any], object]] = {
+    "since": to_ms,
+    "until": to_ms,
+    "as_of": to_ms,
+    "now": to_ms,
+    "half_life": _age_ms,
+    "filter": _filter.to_json,
+}
+
+
+def recall_options(options: RecallOptions) -> dict[str, Any]:
+    """`options` as a direct call takes them: times in milliseconds, a filter in JSON. It refuses what it does not know."""
+    given: dict[str, Any] = dict(options)
+    for name, value in options.items():
+        convert = _CONVERTED.get(name)
+        if convert is not None and value is not None:
+            given[name] = convert(value)
+    return given
 
 
 def new_turns(turns: str | NewTurn | Sequence[NewTurn]) -> list[Any]:

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from mka import _bell, _direct, _packed, _values
-from mka._errors import CancelledError, LockedError, translated
+from mka import _bell, _direct, _values
+from mka._errors import CancelledError, LockedError
 
 T = TypeVar("T")
 E = TypeVar("E", contravariant=True)
@@ -57,7 +57,7 @@ class _SyncStream(_Stream[T], Iterator[T]):
                 raise
             if batch is None:
                 raise StopIteration
-            self._ready.extend(_packed.events(batch))
+            self._ready.extend(batch)
         return self._ready.popleft()
 
     def _run(self, outcome: _Outcome[T, O]) -> O:
@@ -119,8 +119,9 @@ class _AsyncStream(_Stream[T], AsyncIterator[T]):
             bell = self._bell
             try:
                 if bell is None:
-                    with translated:
-                        batch = await self._native.next_packed()
+                    batch = await loop.run_in_executor(
+                        None, _direct.next_events, self._number, _LIMIT_MS
+                    )
                 else:
                     await waiting
                     # Before the poll: what comes during it is told of again.
@@ -134,7 +135,7 @@ class _AsyncStream(_Stream[T], AsyncIterator[T]):
             if batch is None:
                 waiting.rung = True
                 raise StopAsyncIteration
-            self._ready.extend(_packed.events(batch))
+            self._ready.extend(batch)
         return self._ready.popleft()
 
     async def _run(self, outcome: _Outcome[T, O]) -> O:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from mka import _calls, _direct, _options, _packed
+from mka import _calls, _direct, _options
 from mka._errors import translated
 from mka._handles import EngineHandle, MemoryHandle, SessionHandle
 from mka._native import mka_bindings as _native
@@ -161,8 +161,8 @@ class Memory(MemoryHandle):
         **options: Unpack[RecallOptions],
     ) -> list[Hit]:
         """The memories that answer `query` best, best first."""
-        request = _options.recall_request(query, user, agent, session, options)
-        return _packed.hits(_direct.recall(self._number, request))
+        given = _options.recall_options(options)
+        return _direct.recall(self._number, query, (user, agent, session), given)
 
     def context(
         self,

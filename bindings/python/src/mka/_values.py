@@ -90,25 +90,24 @@ class Source:
         return _time(self.time_ms)
 
 
-class Unread:
-    """A hit whose `why` and `source` are read when they are asked for first: most are not, and they are most of its price."""
+class _ReadLater:
+    """A hit of the library's has `text`, `score` and `relevance`; each other field is made when it is asked for first."""
 
-    __slots__ = ("_unread",)
+    __slots__ = ("_rest",)
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> object:
-            # Called for a slot that is empty.
-            if name not in ("why", "source"):
+            # Called for a slot that is empty, and for what there is no slot of.
+            if name not in Hit.__slots__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            why, source = self._unread()
-            object.__setattr__(self, "why", why)
-            object.__setattr__(self, "source", source)
-            return why if name == "why" else source
+            value = self._rest.read(name)
+            object.__setattr__(self, name, value)
+            return value
 
 
 @dataclass(frozen=True, slots=True)
-class Hit(Unread):
+class Hit(_ReadLater):
     """A remembered piece of text that answers a query.
 
     `score` compares the hits of one query, best first; `relevance`, from 0 to 1, says whether there is an answer at all.

@@ -1396,11 +1396,6 @@ public protocol NativeEventsProtocol: AnyObject, Sendable {
     func nextBatchBlocking(limitMs: UInt32) throws  -> [Event]?
 
     /**
-     * The bytes of every event that is ready, at least one; none after the last.
-     */
-    func nextPacked() async throws  -> Data?
-
-    /**
      * Its number for plain calls.
      */
     func number()  -> UInt64
@@ -1538,25 +1533,6 @@ open func nextBatchBlocking(limitMs: UInt32)throws  -> [Event]?  {
 }
 
     /**
-     * The bytes of every event that is ready, at least one; none after the last.
-     */
-open func nextPacked()async throws  -> Data?  {
-    return
-        try  await uniffiRustCallAsync(
-            rustFutureFunc: {
-                uniffi_mka_bindings_fn_method_nativeevents_next_packed(
-                        self.uniffiCloneHandle()
-                )
-            },
-            pollFunc: ffi_mka_bindings_rust_future_poll_rust_buffer,
-            completeFunc: ffi_mka_bindings_rust_future_complete_rust_buffer,
-            freeFunc: ffi_mka_bindings_rust_future_free_rust_buffer,
-            liftFunc: FfiConverterOptionData.lift,
-            errorHandler: FfiConverterTypeMkaError_lift
-        )
-}
-
-    /**
      * Its number for plain calls.
      */
 open func number() -> UInt64  {
@@ -1648,11 +1624,6 @@ public protocol NativeFeedProtocol: AnyObject, Sendable {
      * Blocks the thread.
      */
     func nextBatchBlocking(limitMs: UInt32) throws  -> [FeedEvent]?
-
-    /**
-     * The bytes of every event that is ready, at least one; none after the last.
-     */
-    func nextPacked() async throws  -> Data?
 
     /**
      * Its number for plain calls.
@@ -1789,25 +1760,6 @@ open func nextBatchBlocking(limitMs: UInt32)throws  -> [FeedEvent]?  {
         FfiConverterUInt32.lower(limitMs),uniffiCallStatus
     )
 })
-}
-
-    /**
-     * The bytes of every event that is ready, at least one; none after the last.
-     */
-open func nextPacked()async throws  -> Data?  {
-    return
-        try  await uniffiRustCallAsync(
-            rustFutureFunc: {
-                uniffi_mka_bindings_fn_method_nativefeed_next_packed(
-                        self.uniffiCloneHandle()
-                )
-            },
-            pollFunc: ffi_mka_bindings_rust_future_poll_rust_buffer,
-            completeFunc: ffi_mka_bindings_rust_future_complete_rust_buffer,
-            freeFunc: ffi_mka_bindings_rust_future_free_rust_buffer,
-            liftFunc: FfiConverterOptionData.lift,
-            errorHandler: FfiConverterTypeMkaError_lift
-        )
 }
 
     /**
@@ -10016,9 +9968,6 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativeevents_next_batch_blocking() != 36184) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativeevents_next_packed() != 46396) {
-        return InitializationResult.apiChecksumMismatch
-    }
     if (uniffi_mka_bindings_checksum_method_nativeevents_number() != 50840) {
         return InitializationResult.apiChecksumMismatch
     }
@@ -10035,9 +9984,6 @@ private let initializationResult: InitializationResult = {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativefeed_next_batch_blocking() != 7401) {
-        return InitializationResult.apiChecksumMismatch
-    }
-    if (uniffi_mka_bindings_checksum_method_nativefeed_next_packed() != 36422) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativefeed_number() != 43347) {

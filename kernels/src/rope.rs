@@ -90,7 +90,7 @@ impl RotaryAngles {
 
 /// Rotates `x` (t, h, d) to the positions of `angles` (t of them): f32 on the CPU; f32, bf16 or f16 on CUDA.
 ///
-/// y[i] = x[i] cos θᵢ - x[i + d/2] sin θᵢ ; y[i + d/2] = x[i + d/2] cos θᵢ + x[i] sin θᵢ.
+/// `y[i] = x[i] cos θᵢ - x[i + d/2] sin θᵢ`; `y[i + d/2] = x[i + d/2] cos θᵢ + x[i] sin θᵢ`.
 /// Its gradient is the inverse rotation of the result's.
 ///
 /// # Errors

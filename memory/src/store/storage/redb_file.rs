@@ -19,7 +19,8 @@ const TABLE: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("records")
 /// The open database.
 pub(super) struct RedbFile {
     file: PathBuf,
-    db: Database,
+    /// None only while it is dropped.
+    db: Option<Database>,
 }
 
 impl RedbFile {
@@ -29,7 +30,10 @@ impl RedbFile {
         let file = folder.join(FILE);
         let is_new = !file.exists();
         let db = guard("open", &file, || {
-            let db = Database::builder().set_cache_size(CACHE_BYTES).create(&file)?;
+            let mut db = Database::builder().set_cache_size(CACHE_BYTES).create(&file)?;
+            // redb trusts its free lists and its tree until they lead it astray, in a commit or in closing.
+            // What the check repairs by going back one commit, the store's own log shows.
+            db.check_integrity()?;
             // A table that was never written cannot be read.
             let transaction = db.begin_write()?;
             transaction.open_table(TABLE)?;
@@ -39,33 +43,50 @@ impl RedbFile {
         if is_new {
             sync_folder(folder)?;
         }
-        Ok(Self { file, db })
+        Ok(Self { file, db: Some(db) })
+    }
+
+    fn db(&self) -> std::result::Result<&Database, redb::Error> {
+        self.db.as_ref().ok_or(redb::Error::DatabaseClosed)
+    }
+}
+
+impl Drop for RedbFile {
+    /// Closing writes what redb knows of free pages; where that is damaged it panics. No record is in it.
+    fn drop(&mut self) {
+        let db = self.db.take();
+        let _ = guard("close", &self.file, || {
+            drop(db);
+            Ok(())
+        });
     }
 }
 
 impl Storage for RedbFile {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
         guard("read", &self.file, || {
-            let table = self.db.begin_read()?.open_table(TABLE)?;
+            let table = self.db()?.begin_read()?.open_table(TABLE)?;
             Ok(table.get(key)?.map(|value| value.value().to_vec()))
         })
     }
 
     fn scan(&self, from: &[u8], each: &mut Visit<'_>) -> Result<()> {
         let mut entries = guard("read", &self.file, || {
-            Ok(self.db.begin_read()?.open_table(TABLE)?.range(from..)?)
+            Ok(self.db()?.begin_read()?.open_table(TABLE)?.range(from..)?)
         })?;
         while let Some((key, value)) =
             guard("read", &self.file, || Ok(entries.next().transpose()?))?
         {
-            each(key.value(), value.value())?;
+            // Where a record's bytes lie is read from the page only now, and damage makes that panic too.
+            let (key, value) = guard("read", &self.file, || Ok((key.value(), value.value())))?;
+            each(key, value)?;
         }
         Ok(())
     }
 
     fn write(&mut self, changes: &[RecordChange]) -> Result<()> {
         guard("write", &self.file, || {
-            let transaction = self.db.begin_write()?;
+            let transaction = self.db()?.begin_write()?;
             {
                 let mut table = transaction.open_table(TABLE)?;
                 for (key, value) in changes {
@@ -86,7 +107,9 @@ impl Storage for RedbFile {
 
     fn compact(&mut self) -> Result<()> {
         // One call moves what it can; it says whether another may free more.
-        while guard("compact", &self.file, || Ok(self.db.compact()?))? {}
+        while guard("compact", &self.file, || {
+            Ok(self.db.as_mut().ok_or(redb::Error::DatabaseClosed)?.compact()?)
+        })? {}
         Ok(())
     }
 

@@ -72,13 +72,37 @@ def test_importing_brings_the_standard_library_alone() -> None:
     # What an import costs is printed and stands in docs/measured.md: a machine with other work on it has no say in a test.
     code = (
         "import sys, time; before = set(sys.modules); start = time.process_time(); import mka;"
-        "print(f'import mka: {(time.process_time() - start) * 1000:.0f} ms of CPU time');"
+        "alone = time.process_time() - start; late = 'asyncio' in sys.modules; from mka import *;"
+        "whole = time.process_time() - start;"
+        "print(f'import mka: {alone * 1000:.0f} ms of CPU time, with every name {whole * 1000:.0f}'); print(late);"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    cost, roots = done.stdout.splitlines()
+    cost, asyncio_is_in, roots = done.stdout.splitlines()
     print(cost)
+    assert asyncio_is_in == "False"
     assert set(roots.split()) - sys.stdlib_module_names == {"mka"}
+
+
+def test_names_that_are_imported_late_are_there() -> None:
+    assert set(mka.__all__) <= set(dir(mka))
+    for name in mka.__all__:
+        assert getattr(mka, name) is getattr(mka, name)
+    with pytest.raises(AttributeError, match="module 'mka' has no attribute 'opne'"):
+        getattr(mka, "opne")
+
+
+def test_results_are_equal_hashed_and_shown_by_their_fields() -> None:
+    first, second = mka.Scope("ada", session="trip"), mka.Scope("ada", None, "trip")
+    assert first == second and hash(first) == hash(second) and first is not second
+    assert first != mka.Scope("ada") and first != ("ada", None, "trip")
+    assert repr(first) == "Scope(user='ada', agent=None, session='trip')"
+    # What cannot be hashed is compared alone.
+    turn = mka.NewTurn("hello", metadata={"day": 1})
+    assert hash(turn) == hash(mka.NewTurn("hello")) and turn != mka.NewTurn("hello")
+    assert dataclasses.replace(first, agent="guide") == mka.Scope("ada", "guide", "trip")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.user = "eve"  # type: ignore[misc]
 
 
 def test_results_can_be_pickled_and_compared(store: Path) -> None:

@@ -1,4 +1,5 @@
-//! The Swift that is committed is what the generator writes for the library as it is now, and the wheel's library has the same surface.
+//! The Swift that is committed is what the generator writes for the library as it is now, the wheel's library has the same
+//! surface, and its Python is made light.
 //! `MKA_WRITE=1 cargo test -p mka-bindgen` writes it anew.
 
 use std::path::{Path, PathBuf};
@@ -52,4 +53,25 @@ fn the_library_of_the_wheel_has_the_whole_surface() {
     let [of_the_wheel, alone] =
         ["mka_python", "mka_bindings"].map(|name| generated(&library(name), "--swift-sources"));
     assert!(of_the_wheel == alone, "mka_python has another surface than mka_bindings");
+}
+
+#[test]
+fn the_generated_python_imports_no_asyncio_and_makes_no_dataclass() {
+    let folder = tempfile::tempdir().unwrap();
+    let generate = |language: &str| {
+        Command::new(env!("CARGO_BIN_EXE_uniffi-bindgen"))
+            .args(["generate", "--no-format", "--language", language, "--out-dir"])
+            .arg(folder.path())
+            .arg("--library")
+            .arg(library("mka_python"))
+            .output()
+            .unwrap()
+    };
+    assert!(generate("python").status.success());
+    let text = std::fs::read_to_string(folder.path().join("mka_bindings.py")).unwrap();
+    let asyncio: Vec<&str> = text.lines().filter(|line| line.contains("import asyncio")).collect();
+    assert_eq!(asyncio, ["        import asyncio"]);
+    assert!(!text.contains("dataclass"));
+    assert!(text.contains("class NativeEngine"));
+    assert!(!generate("cobol").status.success());
 }

@@ -14,7 +14,8 @@ async with mka.open("agent.mka", model="HuggingFaceTB/SmolLM2-135M-Instruct") as
 ```
 """
 
-from mka._aio import AsyncEngine, AsyncMemory, AsyncSession, Opening, open
+from typing import TYPE_CHECKING
+
 from mka._errors import (
     CancelledError,
     CorruptedError,
@@ -30,7 +31,6 @@ from mka._errors import (
     StorageError,
 )
 from mka._filter import Filter
-from mka._logging import log_to_logging, stop_logging
 from mka._native import mka_bindings as _native
 from mka._options import (
     EngineOptions,
@@ -44,7 +44,7 @@ from mka._options import (
     SendOptions,
     Time,
 )
-from mka._streams import AsyncEvents, AsyncFeed, Events, Feed
+from mka._streams import Events, Feed
 from mka._sync import Engine, Memory, Session, open_sync
 from mka._values import (
     Backup,
@@ -82,6 +82,30 @@ from mka._values import (
     Usage,
     Why,
 )
+
+if TYPE_CHECKING:
+    from mka._aio import AsyncEngine, AsyncMemory, AsyncSession, Opening, open
+    from mka._aio_streams import AsyncEvents, AsyncFeed
+    from mka._logging import log_to_logging, stop_logging
+else:
+    # What needs asyncio or logging is imported when it is asked for: asyncio takes half as long as all else here.
+    _LATER = dict.fromkeys(("AsyncEngine", "AsyncMemory", "AsyncSession", "Opening", "open"), "_aio")
+    _LATER |= dict.fromkeys(("AsyncEvents", "AsyncFeed"), "_aio_streams")
+    _LATER |= dict.fromkeys(("log_to_logging", "stop_logging"), "_logging")
+
+    def __getattr__(name: str) -> object:
+        home = _LATER.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(f"{__name__}.{home}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LATER})
+
 
 __version__: str = _native.version()
 

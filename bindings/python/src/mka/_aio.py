@@ -5,12 +5,14 @@ Waits, never works: work runs on threads of the library. `_sync` holds the twins
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, Unpack
 
-from mka import _calls, _options
+from mka import _bell, _calls, _direct, _options
+from mka._aio_streams import AsyncEvents, AsyncFeed
 from mka._errors import translated
 from mka._handles import EngineHandle, MemoryHandle, SessionHandle
 from mka._native import mka_bindings as _native
@@ -22,7 +24,6 @@ from mka._options import (
     SendOptions,
     Time,
 )
-from mka._streams import AsyncEvents, AsyncFeed
 from mka._values import (
     Backup,
     Checkup,
@@ -211,7 +212,7 @@ class AsyncMemory(MemoryHandle):
     ) -> list[Hit]:
         """The memories that answer `query` best, best first."""
         given = _options.recall_options(options)
-        return await _calls.recalled(self._number, query, (user, agent, session), given)
+        return await _recalled(self._number, query, (user, agent, session), given)
 
     async def context(
         self,
@@ -311,3 +312,26 @@ class AsyncMemory(MemoryHandle):
     async def disk_usage(self) -> DiskUsage:
         """What the store takes on the disk, and how much of it is in use."""
         return await _calls.DISK_USAGE.awaited(self._native)
+
+
+async def _recalled(
+    memory: int, query: str, whose: _direct.Whose, options: dict[str, Any]
+) -> list[Hit]:
+    """The hits of a query, awaited; cancelling the task lets go of the work."""
+    loop = asyncio.get_running_loop()
+    bell = _bell.of(loop)
+    if bell is None:
+        return await loop.run_in_executor(None, _direct.recall, memory, query, whose, options)
+    recalling = _direct.begin_recall(memory, query, whose, options, bell.number)
+    waiting = bell.expect(recalling.number, loop, rung=False)
+    try:
+        hits = None
+        while hits is None:
+            await waiting
+            waiting.rung = False
+            hits = recalling.hits()
+        return hits
+    finally:
+        bell.forget(recalling.number)
+        # A traceback may keep this frame, and a recall that is under way keeps its engine open.
+        del recalling

@@ -5,16 +5,14 @@ Knows what goes in and how what comes out is converted; not who waits for it.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mka import _bell, _convert, _direct, _options, _values
+from mka import _convert, _options, _values
 from mka._errors import translated
 from mka._native import mka_bindings as _native
 from mka._options import EngineOptions, Path, Time
@@ -47,6 +45,10 @@ class Call(Generic[T]):
         # Only the main thread is interrupted; another one waits as it is.
         if threading.current_thread() is not threading.main_thread():
             return self.run(native)
+        # Imported here: an import of mka is for many half as long without.
+        import asyncio
+        from concurrent.futures import Future
+
         # An event loop of its own, elsewhere: this thread may be running one.
         loop = asyncio.new_event_loop()
         task = loop.create_task(self.awaited(native))
@@ -92,29 +94,6 @@ def remember(
 ) -> Call[_values.Committed]:
     scope = _options.scope(user, agent, session)
     return Call("remember", (scope, _options.new_turns(turns)), _convert.committed)
-
-
-async def recalled(
-    memory: int, query: str, whose: _direct.Whose, options: dict[str, Any]
-) -> list[_values.Hit]:
-    """The hits of a query, awaited; cancelling the task lets go of the work."""
-    loop = asyncio.get_running_loop()
-    bell = _bell.of(loop)
-    if bell is None:
-        return await loop.run_in_executor(None, _direct.recall, memory, query, whose, options)
-    recalling = _direct.begin_recall(memory, query, whose, options, bell.number)
-    waiting = bell.expect(recalling.number, loop, rung=False)
-    try:
-        hits = None
-        while hits is None:
-            await waiting
-            waiting.rung = False
-            hits = recalling.hits()
-        return hits
-    finally:
-        bell.forget(recalling.number)
-        # A traceback may keep this frame, and a recall that is under way keeps its engine open.
-        del recalling
 
 
 def memory_context(

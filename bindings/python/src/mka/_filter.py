@@ -5,7 +5,6 @@ Knows no call.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -119,4 +118,6 @@ def _tree(given: object) -> object:
 
 def to_json(given: Filter) -> str:
     """A filter as the library's own is written in JSON."""
+    import json
+
     return json.dumps(_tree(given))

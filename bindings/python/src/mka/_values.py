@@ -6,9 +6,9 @@ Knows no call; `_convert` makes them from what the library gives back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, Union
 
 Role: TypeAlias = Literal["system", "user", "assistant", "document", "recalled"]
 """Who produced a turn."""
@@ -44,8 +44,30 @@ def _time(time_ms: int) -> datetime:
     return datetime.fromtimestamp(time_ms / 1000, timezone.utc)
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
+class _Value:
+    """What a dataclass would compile for each class anew, at every import: a third of what its classes take."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, each.name) == getattr(other, each.name) for each in fields(self))
+
+    def __hash__(self) -> int:
+        hashed = (getattr(self, each.name) for each in fields(self) if each.hash is not False)
+        return hash((type(self), *hashed))
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{each.name}={getattr(self, each.name)!r}" for each in fields(self))
+        return f"{type(self).__qualname__}({inside})"
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Scope(_Value):
     """Whose memory: a user, perhaps one agent, perhaps one session."""
 
     user: str
@@ -53,8 +75,8 @@ class Scope:
     session: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Why:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Why(_Value):
     """What a score is made of: `0.5 * words**3 + 0.5 * max(cosine, 0) + recency`; places count from 1.
 
     `words` is `bm25` by that of a chunk that holds every word of the question, or by the best one, if that is more.
@@ -70,8 +92,8 @@ class Why:
     follow_up: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Source(_Value):
     """Where a text was said: bytes `start` to `end` of a turn."""
 
     user: str
@@ -90,7 +112,7 @@ class Source:
         return _time(self.time_ms)
 
 
-class _ReadLater:
+class _ReadLater(_Value):
     """A hit of the library's has `text`, `score` and `relevance`; each other field is made when it is asked for first."""
 
     __slots__ = ("_rest",)
@@ -106,7 +128,7 @@ class _ReadLater:
             return value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Hit(_ReadLater):
     """A remembered piece of text that answers a query.
 
@@ -124,8 +146,8 @@ class Hit(_ReadLater):
     stale: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Context(_Value):
     """Memories laid out for a model that lives elsewhere; `tokens` is never above the budget."""
 
     text: str
@@ -133,8 +155,8 @@ class Context:
     hits: tuple[Hit, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PageUsage:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class PageUsage(_Value):
     """What recall inside attention did for a turn; `share` and `recovered` have a number for each layer.
 
     `share` is the part of the answer's attention that went to recalled tokens; `recovered` the estimated part of the
@@ -147,8 +169,8 @@ class PageUsage:
     recovered: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Usage(_Value):
     """What one turn cost, in tokens; `pages` is None where the turn recalled nothing inside attention."""
 
     prompt_tokens: int
@@ -160,22 +182,22 @@ class Usage:
     pages: PageUsage | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Recalled:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Recalled(_Value):
     """Memories that were put before the message, best first."""
 
     hits: tuple[Hit, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Token(_Value):
     """A piece of the answer."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Done(_Value):
     """The turn is on disk; nothing follows."""
 
     usage: Usage
@@ -185,8 +207,8 @@ Event: TypeAlias = Union[Recalled, Token, Done]
 """What happens while a turn is answered."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Progress(_Value):
     """Bytes of a document taken in so far, and how many of them are on disk."""
 
     fed_bytes: int
@@ -194,8 +216,8 @@ class Progress:
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Fed:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Fed(_Value):
     """The whole document is on disk; nothing follows."""
 
     bytes: int
@@ -208,8 +230,8 @@ FeedEvent: TypeAlias = Union[Progress, Fed]
 """What happens while a document is fed."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewTurn:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class NewTurn(_Value):
     """A turn to be remembered; `remember=None` decides by role, `time=None` is now.
 
     Among turns with the same `subject` the newest wins; after `expires` a turn is recalled no more. `metadata` is what
@@ -226,8 +248,8 @@ class NewTurn:
     metadata: Mapping[str, MetadataValue] | None = field(default=None, hash=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Finding(_Value):
     """Bytes `start` to `end` of one of a call's turns that look sensitive."""
 
     turn: int
@@ -236,8 +258,8 @@ class Finding:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Committed(_Value):
     """What remembering did."""
 
     turns: tuple[int, ...]
@@ -247,8 +269,8 @@ class Committed:
     findings: tuple[Finding, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Receipt(_Value):
     """What was erased, without the erased text; `record` is what `verify` reads, JSON to be kept."""
 
     id: int
@@ -260,8 +282,8 @@ class Receipt:
     record: str
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Chunk(_Value):
     """A remembered piece of text, for a list of what memory holds."""
 
     id: str
@@ -271,8 +293,8 @@ class Chunk:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Turn(_Value):
     """A turn as it stands in the log."""
 
     id: int
@@ -293,8 +315,8 @@ class Turn:
         return _time(self.time_ms)
 
 
-@dataclass(frozen=True, slots=True)
-class SessionInfo:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class SessionInfo(_Value):
     """A session, for a list of sessions."""
 
     scope: Scope
@@ -303,8 +325,8 @@ class SessionInfo:
     stream_tokens: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Stats(_Value):
     """What a store holds."""
 
     sessions: int
@@ -325,8 +347,8 @@ class Stats:
     damaged: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class DiskUsage:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class DiskUsage(_Value):
     """What a store takes on the disk, in bytes."""
 
     segment_bytes: int
@@ -334,8 +356,8 @@ class DiskUsage:
     live_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Exported(_Value):
     """What an export wrote; `lost` says which turns were damaged."""
 
     sessions: int
@@ -343,8 +365,8 @@ class Exported:
     lost: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Imported:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Imported(_Value):
     """What an import took in; turns that the store held already are skipped."""
 
     turns: int
@@ -352,8 +374,8 @@ class Imported:
     chunks_added: int
 
 
-@dataclass(frozen=True, slots=True)
-class Backup:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Backup(_Value):
     """What a backup copied."""
 
     segments: int
@@ -361,16 +383,16 @@ class Backup:
     records: int
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Problem(_Value):
     """Something that is not as it should be: what, where, and what became of it."""
 
     what: str
     repair: Repair
 
 
-@dataclass(frozen=True, slots=True)
-class Checkup:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Checkup(_Value):
     """What a check found; no problems for a store that is whole."""
 
     records: int

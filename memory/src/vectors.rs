@@ -2,6 +2,8 @@
 //! Knows nothing of text, scopes or storage.
 
 mod among;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod bits;
 mod build;
 mod codes;

@@ -1,6 +1,8 @@
 //! Dot products for the last step of a search and for the graph, by the fastest instructions of the machine.
 //! Knows nothing of codes; `vectors::dot` is the reference.
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use super::scan::Level;
 
 /// Rotated numbers are stored as bytes of this many standard deviations each side of zero: of 384 numbers of a unit
@@ -11,10 +13,18 @@ const QUERY_RANGE: f32 = 2047.0;
 
 /// The dot product of two rows of one length; sums in another order than [`dot`](super::dot).
 pub(crate) fn dot_fast(a: &[f32], b: &[f32]) -> f32 {
-    match Level::best() {
+    dot_at(Level::best(), a, b)
+}
+
+#[inline(always)]
+pub(super) fn dot_at(level: Level, a: &[f32], b: &[f32]) -> f32 {
+    match level {
         // SAFETY: the level is offered only where the processor has AVX2 and FMA.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { dot_avx2(a, b) },
+        // SAFETY: both levels are offered only where the processor has AVX-512 F.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx512Popcnt => unsafe { avx512::dot(a, b) },
         _ => super::dot(a, b),
     }
 }
@@ -44,38 +54,55 @@ pub(crate) fn to_words(rotated: &[f32]) -> (Vec<i16>, f32) {
 
 /// The dot product of a query's words with a row's bytes, both of one length: a multiple of 64.
 pub(crate) fn dot_words(words: &[i16], bytes: &[i8]) -> i64 {
+    dot_words_at(Level::best(), words, bytes)
+}
+
+#[inline(always)]
+pub(super) fn dot_words_at(level: Level, words: &[i16], bytes: &[i8]) -> i64 {
     // Sums of at most 8,192 products fit 32 bits.
     words
         .chunks(8192)
         .zip(bytes.chunks(8192))
-        .map(|(words, bytes)| i64::from(dot_part(words, bytes)))
+        .map(|(words, bytes)| i64::from(dot_part(level, words, bytes)))
         .sum()
 }
 
-fn dot_part(words: &[i16], bytes: &[i8]) -> i32 {
-    match Level::best() {
+#[inline(always)]
+fn dot_part(level: Level, words: &[i16], bytes: &[i8]) -> i32 {
+    match level {
         // SAFETY: the level is offered only where the processor has AVX2.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { dot_words_avx2(words, bytes) },
+        // SAFETY: both levels are offered only where the processor has AVX-512 F and BW.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx512Popcnt => unsafe { avx512::dot_words(words, bytes) },
         _ => dot_words_portable(words, bytes),
     }
 }
 
-fn dot_words_portable(words: &[i16], bytes: &[i8]) -> i32 {
+pub(super) fn dot_words_portable(words: &[i16], bytes: &[i8]) -> i32 {
     words.iter().zip(bytes).map(|(&word, &byte)| i32::from(word) * i32::from(byte)).sum()
 }
 
 /// The dot product of two rows of bytes of one length: at most 65,536 numbers, 127 * 127 each, fit 31 bits.
 pub(crate) fn dot_bytes(a: &[i8], b: &[i8]) -> i32 {
-    match Level::best() {
+    dot_bytes_at(Level::best(), a, b)
+}
+
+#[inline(always)]
+pub(super) fn dot_bytes_at(level: Level, a: &[i8], b: &[i8]) -> i32 {
+    match level {
         // SAFETY: the level is offered only where the processor has AVX2.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { dot_bytes_avx2(a, b) },
+        // SAFETY: both levels are offered only where the processor has AVX-512 F and BW.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx512Popcnt => unsafe { avx512::dot_bytes(a, b) },
         _ => dot_bytes_portable(a, b),
     }
 }
 
-fn dot_bytes_portable(a: &[i8], b: &[i8]) -> i32 {
+pub(super) fn dot_bytes_portable(a: &[i8], b: &[i8]) -> i32 {
     a.iter().zip(b).map(|(&x, &y)| i32::from(x) * i32::from(y)).sum()
 }
 
@@ -177,21 +204,46 @@ mod tests {
     use crate::vectors::{dot, normalize};
 
     #[test]
-    fn the_fast_dot_product_is_the_plain_one_at_every_length() {
+    fn the_fast_dot_product_is_the_plain_one_at_every_length_and_level() {
         for len in 0..140 {
             let a: Vec<f32> = (0..len).map(|i| (i as f32 * 0.7).sin()).collect();
             let b: Vec<f32> = (0..len).map(|i| (i as f32 * 0.3).cos()).collect();
-            assert!((dot_fast(&a, &b) - dot(&a, &b)).abs() < 1e-4, "{len}");
+            for level in Level::available() {
+                let got = dot_at(level, &a, &b);
+                assert!((got - dot(&a, &b)).abs() < 1e-4, "{level:?}, {len}");
+                // Past AVX2 a level adds in the same order: what is stored and found does not change with it.
+                #[cfg(target_arch = "x86_64")]
+                if !matches!(level, Level::Portable | Level::Avx2) {
+                    let expected = dot_at(Level::Avx2, &a, &b);
+                    assert_eq!(got.to_bits(), expected.to_bits(), "{level:?}, {len}");
+                }
+            }
+            assert_eq!(dot_fast(&a, &b).to_bits(), dot_at(Level::best(), &a, &b).to_bits());
         }
     }
 
     #[test]
-    fn the_dot_product_of_bytes_is_exact_at_every_length_and_extreme() {
+    fn the_dot_product_of_bytes_is_exact_at_every_length_extreme_and_level() {
         for len in (0..140).chain([8192, 8193, 20_000]) {
             let words: Vec<i16> = (0..len).map(|i| if i % 3 == 0 { -2047 } else { 2047 }).collect();
             let bytes: Vec<i8> = (0..len).map(|i| if i % 3 == 0 { -127 } else { 127 }).collect();
-            assert_eq!(dot_words(&words, &bytes), 2047 * 127 * i64::from(len), "{len}");
-            assert_eq!(dot_bytes(&bytes, &bytes), 127 * 127 * len, "{len}");
+            // Numbers that differ from place to place: none is read twice or left out.
+            let mixed: Vec<i8> = (0..len).map(|i| (i * 37 % 255 - 127) as i8).collect();
+            for level in Level::available() {
+                let words_dot = |bytes| dot_words_at(level, &words, bytes);
+                let bytes_dot = |other| dot_bytes_at(level, &bytes, other);
+                assert_eq!(words_dot(&bytes), 2047 * 127 * i64::from(len), "{level:?}, {len}");
+                assert_eq!(bytes_dot(&bytes), 127 * 127 * len, "{level:?}, {len}");
+                let expected = i64::from(dot_words_portable(&words, &mixed));
+                assert_eq!(words_dot(&mixed), expected, "{level:?}, {len}");
+                assert_eq!(
+                    bytes_dot(&mixed),
+                    dot_bytes_portable(&bytes, &mixed),
+                    "{level:?}, {len}"
+                );
+            }
+            assert_eq!(dot_words(&words, &mixed), dot_words_at(Level::best(), &words, &mixed));
+            assert_eq!(dot_bytes(&bytes, &mixed), dot_bytes_at(Level::best(), &bytes, &mixed));
         }
     }
 

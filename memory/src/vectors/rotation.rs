@@ -54,9 +54,11 @@ impl Rotation {
     /// Rotates `row: (dim)` into `out: (padded)`; bit for bit the same on every level.
     pub(crate) fn apply(&self, row: &[f32], out: &mut [f32]) {
         match Level::best() {
-            // SAFETY: the level is offered only where the processor has AVX2.
+            // SAFETY: these levels are offered only where the processor has AVX2.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { self.apply_avx2(row, out) },
+            Level::Avx2 | Level::Avx512 | Level::Avx512Popcnt => unsafe {
+                self.apply_avx2(row, out)
+            },
             _ => self.apply_portable(row, out),
         }
     }

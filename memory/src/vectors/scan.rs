@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use super::bits::Bits;
 use super::codes::{BLOCK, Codes, GROUP, Tables};
 
@@ -12,15 +14,21 @@ const BLOCKS_PER_THREAD: usize = 4096;
 
 /// How many blocks ahead of the scan codes are asked for: of 384 dimensions about 0.1 microseconds of work.
 #[cfg(target_arch = "x86_64")]
-const PREFETCH_BLOCKS: usize = 2;
+pub(super) const PREFETCH_BLOCKS: usize = 2;
 
-/// The instruction sets that a scan is written for.
+/// The instruction sets that loops over vectors are written for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Level {
     /// Plain Rust: the reference.
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// AVX-512 F and BW.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// These and VPOPCNTDQ.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Popcnt,
     #[cfg(target_arch = "aarch64")]
     Neon,
 }
@@ -34,6 +42,14 @@ impl Level {
         if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
         {
             levels.push(Self::Avx2);
+            if std::arch::is_x86_feature_detected!("avx512f")
+                && std::arch::is_x86_feature_detected!("avx512bw")
+            {
+                levels.push(Self::Avx512);
+                if std::arch::is_x86_feature_detected!("avx512vpopcntdq") {
+                    levels.push(Self::Avx512Popcnt);
+                }
+            }
         }
         #[cfg(target_arch = "aarch64")]
         levels.push(Self::Neon);
@@ -56,7 +72,7 @@ pub(crate) struct Visible<'a> {
 }
 
 impl Visible<'_> {
-    fn block(&self, block: usize) -> u32 {
+    pub(super) fn block(&self, block: usize) -> u32 {
         let live = self.live.block(block);
         self.allowed.map_or(live, |allowed| live & allowed.block(block))
     }
@@ -72,7 +88,7 @@ impl Visible<'_> {
 pub(crate) struct Best {
     want: usize,
     /// Estimates up to this one are not among the best.
-    threshold: f32,
+    pub(super) threshold: f32,
     found: Vec<(f32, u32)>,
 }
 
@@ -89,6 +105,17 @@ impl Best {
             if self.found.len() >= 2 * self.want {
                 self.shrink();
             }
+        }
+    }
+
+    /// Pushes the estimates of those rows of a block whose bit is set.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn push_block(&mut self, estimates: &[f32; BLOCK], mut rows: u32, block: usize) {
+        while rows != 0 {
+            let lane = rows.trailing_zeros() as usize;
+            rows &= rows - 1;
+            self.push(estimates[lane], (block * BLOCK + lane) as u32);
         }
     }
 
@@ -128,6 +155,11 @@ pub(crate) fn scan(
             // SAFETY: `Level::available` offers the level only where the processor has AVX2.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { avx2(codes, tables, visible, blocks, &mut best) },
+            // SAFETY: both levels are offered only where the processor has AVX-512 F and BW.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx512Popcnt => unsafe {
+                avx512::scan(codes, tables, visible, blocks, &mut best)
+            },
             // SAFETY: every aarch64 processor has NEON.
             #[cfg(target_arch = "aarch64")]
             Level::Neon => unsafe { neon(codes, tables, visible, blocks, &mut best) },
@@ -266,12 +298,7 @@ unsafe fn avx2(
             // SAFETY: as above.
             unsafe { _mm256_storeu_ps(estimates.as_mut_ptr().add(8 * part), estimate) };
         }
-        passed &= mask;
-        while passed != 0 {
-            let lane = passed.trailing_zeros() as usize;
-            passed &= passed - 1;
-            best.push(estimates[lane], (block * BLOCK + lane) as u32);
-        }
+        best.push_block(&estimates, passed & mask, block);
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use super::bits::Bits;
 use super::codes::Codes;
 use super::graph::Graph;
+use super::scan::Level;
 use super::signs::{Planes, Signs};
 
 /// No position: the row is not in the graph.
@@ -82,7 +83,7 @@ impl Sealed {
         let mut found = positions.to_vec();
         if found.len() > num_ranked {
             let signs = self.signs.get_or_init(|| Signs::new(codes, self.graph.padded, &self.rows));
-            let best = signs.best(&Planes::new(rotated), &found, num_ranked);
+            let best = signs.best(Level::best(), &Planes::new(rotated), &found, num_ranked);
             found = best.into_iter().map(|(_, position)| position).collect();
         }
         let closest = self.graph.closest(words, &found, want);

@@ -2,21 +2,23 @@
 //! Knows nothing of which rows a search may see. The blocks of `codes` are for rows side by side: one row of a block is
 //! spread over all of its lines.
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use super::codes::Codes;
 use super::dots::prefetch;
 use super::scan::{Best, Level};
 
 /// Bits of each number of a query: what they leave out adds a hundredth to the error that one bit a number of a row has.
-const PLANES: usize = 6;
+pub(super) const PLANES: usize = 6;
 /// Rows asked for ahead of the one that is looked at.
 const PREFETCH_AHEAD: usize = 16;
 /// Words of a cache line.
-const LINE_WORDS: usize = 8;
+pub(super) const LINE_WORDS: usize = 8;
 
 /// A cache line.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(align(64))]
-struct Line([u64; LINE_WORDS]);
+pub(super) struct Line(pub(super) [u64; LINE_WORDS]);
 
 /// Codes and factors of rows in an order of their own.
 #[derive(Debug)]
@@ -41,38 +43,53 @@ impl Signs {
         Self { num_words, num_lines, lines }
     }
 
+    #[inline(always)]
+    fn lines(&self, at: usize) -> &[Line] {
+        &self.lines[at * self.num_lines..][..self.num_lines]
+    }
+
     /// The words of a row.
     #[inline(always)]
     fn row(&self, at: usize) -> &[u64] {
-        let lines = &self.lines[at * self.num_lines..][..self.num_lines];
+        let lines = self.lines(at);
         // SAFETY: a line is its 8 words, without padding.
         unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * LINE_WORDS) }
     }
 
-    /// About the dot product of a row with the query.
+    /// How many bits of a row are set, and the sum of the query's numbers, in units, where they are.
     #[inline(always)]
-    fn estimate(&self, planes: &Planes, at: usize) -> f32 {
-        let words = self.row(at);
+    fn count(&self, planes: &Planes, at: usize) -> (u32, u32) {
         let (mut num_set, mut sums) = (0, [0u32; PLANES]);
-        for (&word, planes) in words[..self.num_words].iter().zip(&planes.words) {
+        for (&word, planes) in self.row(at)[..self.num_words].iter().zip(&planes.words) {
             num_set += word.count_ones();
             for (sum, plane) in sums.iter_mut().zip(planes) {
                 *sum += (word & plane).count_ones();
             }
         }
-        let sum: u32 = sums.iter().enumerate().map(|(plane, sum)| sum << plane).sum();
-        let factor = f32::from_bits(words[self.num_words] as u32);
+        (num_set, sums.iter().enumerate().map(|(plane, sum)| sum << plane).sum())
+    }
+
+    /// About the dot product of a row with the query, by its counts.
+    #[inline(always)]
+    fn estimate(&self, planes: &Planes, at: usize, (num_set, sum): (u32, u32)) -> f32 {
+        let factor = f32::from_bits(self.row(at)[self.num_words] as u32);
         factor * (num_set as f32 * planes.base + sum as f32 * planes.scale + planes.offset)
     }
 
     #[inline(always)]
-    fn best_plain(&self, planes: &Planes, rows: &[u32], want: usize) -> Vec<(f32, u32)> {
+    fn best_by(
+        &self,
+        planes: &Planes,
+        rows: &[u32],
+        want: usize,
+        count: impl Fn(usize) -> (u32, u32),
+    ) -> Vec<(f32, u32)> {
         let mut best = Best::new(want);
         for (at, &row) in rows.iter().enumerate() {
             if let Some(&later) = rows.get(at + PREFETCH_AHEAD) {
                 prefetch(self.row(later as usize));
             }
-            best.push(self.estimate(planes, row as usize), row);
+            best.push(self.estimate(planes, row as usize, count(row as usize)), row);
         }
         best.into_sorted()
     }
@@ -80,16 +97,32 @@ impl Signs {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,popcnt")]
     fn best_avx2(&self, planes: &Planes, rows: &[u32], want: usize) -> Vec<(f32, u32)> {
-        self.best_plain(planes, rows, want)
+        self.best_by(planes, rows, want, |at| self.count(planes, at))
     }
 
-    /// The `want` of `rows` whose estimates are greatest, the greatest first.
-    pub(crate) fn best(&self, planes: &Planes, rows: &[u32], want: usize) -> Vec<(f32, u32)> {
-        match Level::best() {
-            // SAFETY: the level is offered only where the processor has AVX2, and each that has it has POPCNT.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512vpopcntdq")]
+    fn best_avx512(&self, planes: &Planes, rows: &[u32], want: usize) -> Vec<(f32, u32)> {
+        let lines = avx512::plane_lines(&planes.words);
+        self.best_by(planes, rows, want, |at| avx512::count(self.lines(at), self.num_words, &lines))
+    }
+
+    /// The `want` of `rows` whose estimates are greatest, the greatest first; the same on every level.
+    pub(crate) fn best(
+        &self,
+        level: Level,
+        planes: &Planes,
+        rows: &[u32],
+        want: usize,
+    ) -> Vec<(f32, u32)> {
+        match level {
+            // SAFETY: the levels are offered only where the processor has AVX2, and each that has it has POPCNT.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { self.best_avx2(planes, rows, want) },
-            _ => self.best_plain(planes, rows, want),
+            Level::Avx2 | Level::Avx512 => unsafe { self.best_avx2(planes, rows, want) },
+            // SAFETY: the level is offered only where the processor has AVX-512 F and VPOPCNTDQ.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Popcnt => unsafe { self.best_avx512(planes, rows, want) },
+            _ => self.best_by(planes, rows, want, |at| self.count(planes, at)),
         }
     }
 }
@@ -140,8 +173,8 @@ mod tests {
     }
 
     #[test]
-    fn estimates_are_those_of_the_scan_at_every_length() {
-        for padded in [64, 128, 384, 448, 1024] {
+    fn estimates_are_those_of_the_scan_at_every_length_and_level() {
+        for padded in [64, 128, 384, 448, 512, 576, 1024, 4160] {
             let mut codes = Codes::new(padded);
             (0..70).for_each(|number| codes.set(number, &row(number, padded)));
             // In another order, and one that there is not.
@@ -153,13 +186,19 @@ mod tests {
                 let row = row as usize;
                 let sum = reference_sum(&codes, &tables, row / BLOCK, row % BLOCK) as f32;
                 let expected = codes.factors()[row] * (sum * tables.scale + tables.offset);
-                let got = signs.estimate(&planes, at);
+                let got = signs.estimate(&planes, at, signs.count(&planes, at));
                 assert!((got - expected).abs() < 0.02, "{padded}: {got}, expected {expected}");
             }
-            assert_eq!(signs.estimate(&planes, 70), 0.0);
+            assert_eq!(signs.estimate(&planes, 70, signs.count(&planes, 70)), 0.0);
             let all: Vec<u32> = (0..71).collect();
-            assert_eq!(signs.best(&planes, &all, 9), signs.best_plain(&planes, &all, 9));
-            assert_eq!(signs.best(&planes, &all, 100).len(), 71);
+            for level in Level::available() {
+                for want in [9, 100] {
+                    let expected = signs.best(Level::Portable, &planes, &all, want);
+                    assert_eq!(expected.len(), want.min(71));
+                    let got = signs.best(level, &planes, &all, want);
+                    assert_eq!(got, expected, "{level:?}, {padded}");
+                }
+            }
         }
     }
 
@@ -168,6 +207,9 @@ mod tests {
         let mut codes = Codes::new(64);
         codes.set(0, &row(3, 64));
         let signs = Signs::new(&codes, 64, &[0]);
-        assert_eq!(signs.estimate(&Planes::new(&[0.0; 64]), 0), 0.0);
+        let planes = Planes::new(&[0.0; 64]);
+        for level in Level::available() {
+            assert_eq!(signs.best(level, &planes, &[0], 1), [(0.0, 0)], "{level:?}");
+        }
     }
 }

@@ -232,7 +232,8 @@ proptest! {
     }
 }
 
-/// A flipped bit in every part of the database's file: pages of records, trees, free lists and headers.
+/// A flipped bit in every part of the database's file: pages of records, trees, free lists and headers. `MKA_FLIP_ALL`
+/// asks for every byte that is not zero.
 #[test]
 fn a_flipped_bit_anywhere_in_the_database_gives_the_truth_or_an_error() {
     for backend in BACKENDS {

@@ -125,6 +125,20 @@ mirrored! {
 }
 
 mirrored! {
+    /// Which landmarks are scored on the processor for a choice.
+    pub enum LandmarkScan for mka::LandmarkScan {
+        /// All of them up to 524,288 stored tokens, in two levels beyond.
+        Auto,
+        /// All of them.
+        Flat,
+        /// The means of pages first, then the landmarks of the best pages.
+        TwoLevel,
+        /// Those whose sign codes are nearest to the query's.
+        SignHash,
+    }
+}
+
+mirrored! {
     /// What a block of a prompt attends to while the stream fits the model's trained length.
     pub enum Prefill for mka::Prefill {
         /// Sinks, window and what is chosen for the block.
@@ -152,6 +166,9 @@ pub struct PageConfig {
     /// How tokens are chosen.
     #[uniffi(default)]
     pub rule: Option<PageRule>,
+    /// Which landmarks are scored for a choice.
+    #[uniffi(default)]
+    pub scan: Option<LandmarkScan>,
     /// What a prompt's blocks attend to.
     #[uniffi(default)]
     pub prefill: Option<Prefill>,
@@ -177,6 +194,7 @@ impl From<PageConfig> for mka::PageConfig {
         set(&mut pages.device_bytes, from.device_bytes);
         set(&mut pages.precision, from.precision.map(Into::into));
         set(&mut pages.rule, from.rule.map(Into::into));
+        set(&mut pages.scan, from.scan.map(Into::into));
         set(&mut pages.prefill, from.prefill.map(Into::into));
         set(&mut pages.reuse_steps, from.reuse_steps.map(count));
         set(&mut pages.first_layer, from.first_layer.map(count));

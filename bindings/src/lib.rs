@@ -33,8 +33,8 @@ mod wait;
 pub use bell::NativeBell;
 pub use caller::Caller;
 pub use config::{
-    Backend, EmbedderPrecision, EmbedderSource, EngineConfig, Hygiene, ModelSource, PageConfig,
-    PagePrecision, PageRule, Policy, Prefill, Quote, RecallPolicy,
+    Backend, EmbedderPrecision, EmbedderSource, EngineConfig, Hygiene, LandmarkScan, ModelSource,
+    PageConfig, PagePrecision, PageRule, Policy, Prefill, Quote, RecallPolicy,
 };
 pub use direct::{Reply, mka_direct_free, mka_direct_poll_for};
 pub use engine::NativeEngine;

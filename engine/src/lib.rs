@@ -63,7 +63,9 @@ pub use error::{Error, ErrorKind, Result};
 pub use feeding::{FeedMode, FeedOptions};
 pub use hub::ModelSource;
 pub use memory::{Context, MemoryHandle};
-pub use pages::{PageConfig, PagePrecision, PageRule, PageUsage, Prefill, RecallPolicy};
+pub use pages::{
+    LandmarkScan, PageConfig, PagePrecision, PageRule, PageUsage, Prefill, RecallPolicy,
+};
 pub use quote::Quote;
 pub use sampling::Sampling;
 pub use session::{SendOptions, Session};

@@ -9,10 +9,14 @@ mod gather;
 mod index;
 mod landmarks;
 mod lexical;
+#[cfg(test)]
+mod measure;
 mod recalled;
 mod rivals;
+mod scan;
 mod selection;
 mod shares;
+mod signs;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -75,6 +79,22 @@ pub enum PageRule {
     TokenSelect,
 }
 
+/// Which landmarks [`PageRule::Mka`] scores on the processor; on a card it scores all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum LandmarkScan {
+    /// As `Flat` up to 524,288 stored tokens, as `TwoLevel` beyond.
+    #[default]
+    Auto,
+    /// All of them.
+    Flat,
+    /// The mean of each page's landmarks first, then the landmarks of the best pages.
+    TwoLevel,
+    /// Those whose sign codes are nearest to the query's (random hyperplanes; Charikar, 2002). Gives no estimate for
+    /// `PageUsage::recovered`.
+    SignHash,
+}
+
 /// What a block of a prompt attends to while the stream fits the model's trained length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -103,6 +123,8 @@ pub struct PageConfig {
     pub precision: PagePrecision,
     /// How tokens are chosen.
     pub rule: PageRule,
+    /// Which landmarks are scored for a choice.
+    pub scan: LandmarkScan,
     /// What a prompt's blocks attend to.
     pub prefill: Prefill,
     /// Tokens that a choice serves at most, its own among them: decoded tokens in a row look for much the same. 1 chooses
@@ -124,6 +146,7 @@ impl Default for PageConfig {
             device_bytes: 4 << 30,
             precision: PagePrecision::default(),
             rule: PageRule::default(),
+            scan: LandmarkScan::default(),
             prefill: Prefill::default(),
             reuse_steps: 4,
             first_layer: 3,

@@ -52,6 +52,22 @@ pub fn means_of_rows(rows: &[f32], span: usize, d: usize, means: &mut [f32], low
     span_means(rows, span, d, means, lowest);
 }
 
+/// scores[j] = lengths[j] · cosines[bits in which codes[j] and `query` differ]: of n codes, `lengths` and `scores` (n),
+/// `cosines` (129).
+///
+/// # Panics
+/// If the lengths do not fit.
+pub fn score_codes(
+    codes: &[u128],
+    lengths: &[f32],
+    query: u128,
+    cosines: &[f32; 129],
+    scores: &mut [f32],
+) {
+    assert!(codes.len() == lengths.len() && codes.len() == scores.len(), "a score for each code");
+    score_each_code(codes, lengths, query, cosines, scores);
+}
+
 /// Replaces scores by e^(score - max), where `max` is the largest of them or above it; returns their sum.
 pub fn exponentiate(scores: &mut [f32], max: f32) -> f32 {
     let mut sum = 0.0;
@@ -169,6 +185,29 @@ multiversion! {
     fn widen = widen_body(numbers: &[[u8; 2]], out: &mut [f32])
 }
 
+#[inline(always)]
+fn score_each_code_body(
+    codes: &[u128],
+    lengths: &[f32],
+    query: u128,
+    cosines: &[f32; 129],
+    scores: &mut [f32],
+) {
+    for ((score, code), length) in scores.iter_mut().zip(codes).zip(lengths) {
+        *score = length * cosines[(code ^ query).count_ones() as usize];
+    }
+}
+
+multiversion! {
+    fn score_each_code = score_each_code_body(
+        codes: &[u128],
+        lengths: &[f32],
+        query: u128,
+        cosines: &[f32; 129],
+        scores: &mut [f32],
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -197,6 +236,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_code_scores_by_the_bits_in_which_it_differs() {
+        let codes = [0u128, u128::MAX, 1 << 127 | 1, 0xff << 60];
+        let cosines = std::array::from_fn(|bits| bits as f32);
+        let mut scores = [0f32; 4];
+        score_codes(&codes, &[1.0, 2.0, 3.0, 4.0], 1, &cosines, &mut scores);
+        assert_eq!(scores, [1.0, 254.0, 3.0, 36.0]);
     }
 
     #[test]

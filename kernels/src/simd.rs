@@ -16,13 +16,13 @@ pub(crate) enum Level {
 pub(crate) fn level() -> Level {
     #[cfg(target_arch = "x86_64")]
     {
-        if std::is_x86_feature_detected!("avx512f")
-            && std::is_x86_feature_detected!("avx2")
+        let has_avx2 = std::is_x86_feature_detected!("avx2")
             && std::is_x86_feature_detected!("fma")
-        {
+            && std::is_x86_feature_detected!("popcnt");
+        if has_avx2 && std::is_x86_feature_detected!("avx512f") {
             return Level::Avx512;
         }
-        if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+        if has_avx2 {
             return Level::Avx2;
         }
     }
@@ -35,10 +35,10 @@ macro_rules! multiversion {
         $(#[$meta])*
         pub(crate) fn $name($($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,popcnt")]
             fn avx2($($arg: $ty),*) { $body($($arg),*) }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx2,fma,popcnt")]
             fn avx512($($arg: $ty),*) { $body($($arg),*) }
             match $crate::simd::level() {
                 $crate::simd::Level::Portable => $body($($arg),*),

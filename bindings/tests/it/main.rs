@@ -4,10 +4,10 @@ mod direct;
 mod open;
 
 use mka_bindings::{
-    Backend, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Forget, Hygiene, LogLevel,
-    LogSink, MkaError, ModelSource, NativeEngine, NativeEvents, NewTurn, PageConfig, PagePrecision,
-    PageRule, Policy, Prefill, RecallOptions, RecallPolicy, Role, Scope, SendOptions, Sensitive,
-    forward_logs,
+    Backend, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Forget, Hygiene, LandmarkScan,
+    LogLevel, LogSink, MkaError, ModelSource, NativeEngine, NativeEvents, NewTurn, PageConfig,
+    PagePrecision, PageRule, Policy, Prefill, RecallOptions, RecallPolicy, Role, Scope,
+    SendOptions, Sensitive, forward_logs,
 };
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -346,6 +346,7 @@ fn recall_inside_attention_is_chosen_and_reported() {
         tokens: Some(64),
         precision: Some(PagePrecision::Int8),
         rule: Some(PageRule::Mka),
+        scan: Some(LandmarkScan::TwoLevel),
         prefill: Some(Prefill::Selected),
         first_layer: Some(0),
         ..PageConfig::default()

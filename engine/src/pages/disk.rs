@@ -53,7 +53,9 @@ impl PageStore {
         let mut kept = pages;
         kept.sort_unstable();
         let mut room = 0;
-        while room < missing.len() && self.make_room((room + 1) * self.page_bytes(), &kept, false) {
+        while room < missing.len()
+            && self.make_room((room + 1) * self.page_bytes(), 0, &kept, false)
+        {
             room += 1;
         }
         missing.truncate(room);
@@ -236,7 +238,7 @@ impl PageStore {
         landmarks: &Landmarks<'_>,
         known: &mut HashMap<OutlierAt, Box<[u8]>>,
     ) -> bool {
-        if !self.make_room(self.index_bytes(), &[], true) {
+        if !self.make_room(0, 1, &[], true) {
             return false;
         }
         let (tokens, used) = (landmarks.tokens.clone(), self.tick());
@@ -253,7 +255,7 @@ impl PageStore {
     /// passed over.
     fn remake(&mut self, page: u64) -> bool {
         let Some((bytes, tokens)) = self.read_page(page) else { return true };
-        if !self.make_room(self.page_bytes() + self.index_bytes(), &[], true) {
+        if !self.make_room(self.page_bytes(), 1, &[], true) {
             return false;
         }
         self.resident_bytes += bytes.len() as u64;

@@ -1,7 +1,9 @@
 //! The landmarks of stored pages: what a query is compared with before any key is read.
 //! Knows rows of one layer and head; which page a row stands for is the store's matter.
 
+use super::LandmarkScan;
 use super::codec::to_bf16;
+use super::signs::{CENTRE_PAGES, CODE_BYTES, Code, Codes, Planes};
 use mka_kernels::{PAGE_TOKENS, rows};
 
 /// Keys that share a landmark: accuracy falls above 8 (ShadowKV, arXiv 2410.21465, section 4).
@@ -26,6 +28,10 @@ pub(super) struct HeadIndex {
     saved: Vec<bool>,
     /// (pages, 2, d), bf16: the mean key and the mean value of each page, where they are asked for.
     means: Vec<u8>,
+    /// (pages, d), bf16: the mean of each page's landmarks, as far as a scan in two levels asked for it.
+    page_means: Vec<u8>,
+    /// Of the landmarks, as far as a scan by sign codes asked for them.
+    codes: Codes,
     /// Pages at the front that were let go; their rows go when they are many.
     let_go: usize,
     /// Counts the times that the outliers changed.
@@ -33,10 +39,40 @@ pub(super) struct HeadIndex {
 }
 
 impl HeadIndex {
-    /// Bytes of one page: landmarks, their agreement, its part of the outliers' keys and, if asked for, its means.
-    pub(super) fn page_bytes(d: usize, has_means: bool) -> usize {
+    /// Bytes of one page: landmarks, their agreement, its part of the outliers' keys, what `scan` looks at first and, if
+    /// asked for, its means.
+    pub(super) fn page_bytes(d: usize, has_means: bool, scan: LandmarkScan) -> usize {
         let outliers = (OUTLIERS * (MARKS * SPAN * 2 * d) as f64).ceil() as usize;
-        Self::row_bytes(d, has_means) + outliers
+        let first_look = match scan {
+            LandmarkScan::Auto | LandmarkScan::Flat => 0,
+            LandmarkScan::TwoLevel => 2 * d,
+            LandmarkScan::SignHash => MARKS * CODE_BYTES,
+        };
+        Self::row_bytes(d, has_means) + outliers + first_look
+    }
+
+    /// Makes what `scan` looks at first, for the pages that have none.
+    pub(super) fn prepare(&mut self, scan: LandmarkScan, planes: &Planes, d: usize) {
+        match scan {
+            // A stream that was taken back may be scanned flat again: means are counted only where they are read.
+            LandmarkScan::Auto | LandmarkScan::Flat => self.page_means = Vec::new(),
+            LandmarkScan::TwoLevel => {
+                let made = self.page_means.len() / (2 * d);
+                let mut marks = vec![0f32; MARKS * d];
+                for page in self.landmarks.chunks_exact(MARKS * 2 * d).skip(made) {
+                    rows::widen_bf16(page, &mut marks);
+                    let mean = mean_of_rows(&marks, d);
+                    self.page_means.extend(mean.iter().flat_map(|x| to_bf16(*x).to_le_bytes()));
+                }
+            }
+            LandmarkScan::SignHash => {
+                let first = self.len().min(CENTRE_PAGES) * MARKS;
+                let mut codes = std::mem::take(&mut self.codes);
+                codes.need_centre(self.landmarks_bytes(0, first, d), d);
+                codes.extend(&self.landmarks, planes, d);
+                self.codes = codes;
+            }
+        }
     }
 
     /// Pages in it.
@@ -55,10 +91,7 @@ impl HeadIndex {
     /// Takes in the means of a page's keys and values (PAGE_TOKENS, d).
     pub(super) fn push_means(&mut self, keys: &[f32], values: &[f32], d: usize) {
         for rows in [keys, values] {
-            let mut mean = vec![0f32; d];
-            for row in rows.chunks_exact(d) {
-                mean.iter_mut().zip(row).for_each(|(m, x)| *m += x / PAGE_TOKENS as f32);
-            }
+            let mean = mean_of_rows(rows, d);
             self.means.extend(mean.iter().flat_map(|x| to_bf16(*x).to_le_bytes()));
         }
     }
@@ -153,6 +186,9 @@ impl HeadIndex {
         self.agreement.truncate(marks);
         self.landmarks.truncate(marks * 2 * d);
         self.means.truncate(marks / MARKS * 4 * d);
+        self.page_means.truncate(marks / MARKS * 2 * d);
+        // What the centre is of must be there.
+        self.codes.truncate(if self.len() < CENTRE_PAGES { 0 } else { marks });
         let live = (pages * MARKS) as u32;
         let before = self.outliers.len();
         self.outliers.retain(|outlier| *outlier < live);
@@ -175,6 +211,8 @@ impl HeadIndex {
             self.agreement.drain(..marks);
             self.landmarks.drain(..marks * 2 * d);
             self.means.drain(..self.means.len().min(marks / MARKS * 4 * d));
+            self.page_means.drain(..self.page_means.len().min(marks / MARKS * 2 * d));
+            self.codes.drain(marks);
             self.let_go = 0;
         }
     }
@@ -201,6 +239,19 @@ impl HeadIndex {
         &self.landmarks[at..at + count * 2 * d]
     }
 
+    /// Means of the landmarks of `count` pages from `first` on, bf16 as little-endian bytes, where they were made.
+    pub(super) fn page_means_bytes(&self, first: usize, count: usize, d: usize) -> &[u8] {
+        let at = (self.let_go + first) * 2 * d;
+        &self.page_means[at..at + count * 2 * d]
+    }
+
+    /// Codes and lengths of the landmarks of the first `pages` pages, where they were made.
+    pub(super) fn codes(&self, pages: usize) -> (&[Code], &[f32]) {
+        let (codes, lengths) = self.codes.all();
+        let live = self.let_go * MARKS..(self.let_go + pages) * MARKS;
+        (&codes[live.clone()], &lengths[live])
+    }
+
     /// `count` of the outliers' keys from `first` on, bf16 as little-endian bytes.
     pub(super) fn outlier_keys_bytes(&self, first: usize, count: usize, d: usize) -> &[u8] {
         &self.outlier_keys[first * 2 * d..(first + count) * 2 * d]
@@ -216,5 +267,81 @@ impl HeadIndex {
             rows::widen_bf16(&bytes[2 * d..], value);
         }
         (keys, values)
+    }
+}
+
+/// The mean of `rows` (n, d).
+fn mean_of_rows(rows: &[f32], d: usize) -> Vec<f32> {
+    let count = (rows.len() / d) as f32;
+    let mut mean = vec![0f32; d];
+    for row in rows.chunks_exact(d) {
+        mean.iter_mut().zip(row).for_each(|(m, x)| *m += x / count);
+    }
+    mean
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_scan_looks_at_first_follows_the_pages_and_stays_within_what_is_counted() {
+        let d = 8;
+        let planes = Planes::new(d);
+        let page = |i: usize| -> Vec<f32> {
+            (0..PAGE_TOKENS * d).map(|x| ((i * 997 + x * 31) % 101) as f32 / 50.0 - 1.0).collect()
+        };
+        let made = |pages: std::ops::Range<usize>| {
+            let mut index = HeadIndex::default();
+            pages.for_each(|i| index.push(&page(i), d));
+            index
+        };
+        for scan in [LandmarkScan::TwoLevel, LandmarkScan::SignHash] {
+            let bytes =
+                |index: &HeadIndex| index.page_means.len() + index.codes.all().0.len() * CODE_BYTES;
+            let counted = |scan| HeadIndex::page_bytes(d, false, scan);
+            let mut index = made(0..100);
+            index.prepare(scan, &planes, d);
+            assert_eq!(bytes(&index), 100 * (counted(scan) - counted(LandmarkScan::Flat)));
+            // Pages that go at the end and come again, and pages that go at the front.
+            index.truncate(80, d);
+            (80..130).for_each(|i| index.push(&page(i), d));
+            index.prepare(scan, &planes, d);
+            (0..70).for_each(|_| index.pop_front(d));
+            index.prepare(scan, &planes, d);
+            let mut fresh = made(0..130);
+            fresh.prepare(scan, &planes, d);
+            match scan {
+                LandmarkScan::TwoLevel => {
+                    assert_eq!(index.page_means_bytes(0, 60, d), fresh.page_means_bytes(70, 60, d))
+                }
+                _ => {
+                    let (codes, lengths) = fresh.codes(130);
+                    let live = 70 * MARKS..;
+                    assert_eq!(index.codes(60), (&codes[live.clone()], &lengths[live]));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_centre_goes_with_the_pages_that_it_is_of() {
+        let d = 8;
+        let planes = Planes::new(d);
+        let mut index = HeadIndex::default();
+        let push = |index: &mut HeadIndex, by: usize| {
+            let keys: Vec<f32> = (0..PAGE_TOKENS * d).map(|x| (x * by % 17) as f32).collect();
+            index.push(&keys, d);
+        };
+        (0..70).for_each(|_| push(&mut index, 3));
+        index.prepare(LandmarkScan::SignHash, &planes, d);
+        index.truncate(10, d);
+        let mut fresh = HeadIndex::default();
+        (0..10).for_each(|_| push(&mut fresh, 3));
+        for own in [&mut index, &mut fresh] {
+            (0..90).for_each(|_| push(own, 5));
+            own.prepare(LandmarkScan::SignHash, &planes, d);
+        }
+        assert_eq!(index.codes(100), fresh.codes(100));
     }
 }

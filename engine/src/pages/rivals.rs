@@ -83,6 +83,10 @@ impl Following {
 impl PageStore {
     /// Notes the queries q (t, h, d), before RoPE, that begin at `position`; only InfLLM's rule asks for them.
     pub(crate) fn note_queries(&mut self, layer: usize, position: u64, q: &Tensor) -> Result<()> {
+        #[cfg(test)]
+        if let Some(asked) = &mut self.asked {
+            asked.push((layer, q.clone()));
+        }
         if self.following.is_none() || layer < self.config.first_layer {
             return Ok(());
         }

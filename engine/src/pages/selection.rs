@@ -2,6 +2,7 @@
 //! Knows the store's index and rows; knows nothing of how the chosen tokens are attended.
 
 use super::index::{MARKS, SPAN};
+use super::scan::{Scan, Taken, scan_for};
 use super::store::PageStore;
 use super::vote::{Queries, Scored, Votes, vote_by_scores};
 use super::{PagePrecision, PageRule};
@@ -76,11 +77,11 @@ impl PageStore {
         budget: usize,
     ) -> Selection {
         let wanted = OVER_FETCH * budget / SPAN;
-        let (marks, missed) = self.best_marks(layer, queries, rows, wanted);
+        let taken = self.scan(layer, queries, rows, wanted);
         // The most wanted pages first, for a budget that cannot hold them all.
         let mut votes_by_row = vec![0f32; rows];
-        for head in &marks {
-            for (mark, vote) in head {
+        for head in &taken {
+            for (mark, vote) in &head.marks {
                 let row = &mut votes_by_row[*mark as usize / MARKS];
                 *row = row.max(*vote);
             }
@@ -90,10 +91,10 @@ impl PageStore {
         self.bring(&wanted);
 
         let there = self.bytes_by_row(rows);
-        let candidates: Vec<Vec<u32>> = marks
+        let candidates: Vec<Vec<u32>> = taken
             .iter()
             .map(|head| {
-                let marks = head.iter().map(|(mark, _)| *mark);
+                let marks = head.marks.iter().map(|(mark, _)| *mark);
                 marks.filter(|mark| there[*mark as usize / MARKS].is_some()).collect()
             })
             .collect();
@@ -138,8 +139,9 @@ impl PageStore {
             })
             .collect::<Vec<_>>();
         if queries.count == 1 {
-            for ((_, held), (votes, missed)) in heads.iter().zip(votes.iter().zip(&missed)) {
-                recovered.push(recovered_share(*held, votes, missed, queries.group));
+            for ((_, held), (votes, taken)) in heads.iter().zip(votes.iter().zip(&taken)) {
+                let share = |missed: &Vec<_>| recovered_share(*held, votes, missed, queries.group);
+                recovered.extend(taken.missed.as_ref().map(share));
             }
         }
         let mean = recovered.iter().sum::<f32>() / recovered.len().max(1) as f32;
@@ -149,65 +151,14 @@ impl PageStore {
         }
     }
 
-    /// The `wanted` landmarks of most votes of each head, ascending, with their votes; and for each head of the group
-    /// the largest score and the sum of those that were not taken.
-    #[allow(clippy::type_complexity)]
-    fn best_marks(
-        &self,
-        layer: usize,
-        queries: &Queries,
-        rows: usize,
-        wanted: usize,
-    ) -> (Vec<Vec<(u32, f32)>>, Vec<Vec<(f32, f32)>>) {
-        let (d, num_marks) = (queries.d, rows * MARKS);
-        let index = self.heads(layer);
-        let pinned = self.pinned(rows);
-        if wanted >= num_marks {
-            let all: Vec<(u32, f32)> = (0..num_marks as u32).map(|mark| (mark, 1.0)).collect();
-            return (vec![all; index.len()], vec![Vec::new(); index.len()]);
+    /// The `wanted` landmarks of most votes of each head, by the scan that is asked for.
+    fn scan(&mut self, layer: usize, queries: &Queries, rows: usize, wanted: usize) -> Vec<Taken> {
+        let scan = scan_for(self.config.scan, rows, wanted);
+        for head in &mut self.index[layer] {
+            head.prepare(scan, &self.planes, queries.d);
         }
-        let num_rows: Vec<usize> =
-            index.iter().map(|head| num_marks + head.outliers(rows).len() * SPAN).collect();
-        let votes = vote_by_scores(queries, &num_rows, |mut scored: Scored<'_>, keys| {
-            // The landmarks, and behind them the keys of outliers.
-            let (first, own) = (scored.first, &index[scored.head]);
-            let num_means = num_marks.saturating_sub(first).min(scored.len);
-            let means = own.landmarks_bytes(first.min(num_marks), num_means, d);
-            let outlier = (first + num_means).saturating_sub(num_marks);
-            let outliers = own.outlier_keys_bytes(outlier, scored.len - num_means, d);
-            if queries.count == 1 {
-                let at = scored.score_bf16(0, means, d);
-                scored.score_bf16(at, outliers, d);
-                return;
-            }
-            keys.resize(scored.len * d, 0.0);
-            let (mean_keys, outlier_keys) = keys.split_at_mut(num_means * d);
-            rows::widen_bf16(means, mean_keys);
-            rows::widen_bf16(outliers, outlier_keys);
-            rows::score_rows(scored.queries, keys, d, scored.scores, scored.len);
-        });
-        let chosen: Vec<(Vec<(u32, f32)>, Vec<(f32, f32)>)> = votes
-            .into_par_iter()
-            .zip(index)
-            .map(|(votes, index)| {
-                let mut by_mark = votes.rows[..num_marks].to_vec();
-                let keys = votes.rows[num_marks..].chunks_exact(SPAN);
-                for (outlier, votes) in index.outliers(rows).iter().zip(keys) {
-                    let vote = &mut by_mark[*outlier as usize];
-                    *vote = votes.iter().copied().fold(*vote, f32::max);
-                }
-                for mark in &pinned {
-                    by_mark[*mark as usize] = f32::INFINITY;
-                }
-                let best = rows::largest(&by_mark, wanted);
-                // The votes of the last query are all there is to tell how much of each head's sum was taken.
-                let held: f32 = best.iter().map(|mark| votes.rows[*mark as usize]).sum();
-                let left = 1.0 - (held / queries.group as f32).min(1.0);
-                let missed = votes.last.iter().map(|(max, sum)| (*max, sum * left)).collect();
-                (best.into_iter().map(|mark| (mark, by_mark[mark as usize])).collect(), missed)
-            })
-            .collect();
-        chosen.into_iter().unzip()
+        let (heads, pinned) = (&self.index[layer][..], &self.pinned(rows)[..]);
+        Scan { heads, pages: rows, pinned, wanted, planes: &self.planes }.take(scan, queries)
     }
 
     /// Pinned landmarks among the first `rows` pages, as index row · MARKS + landmark, ascending.

@@ -6,8 +6,10 @@ use super::disk::PageSource;
 use super::index::{HeadIndex, MARKS, SPAN};
 use super::recalled::Recalled;
 use super::rivals::Following;
+use super::scan::settled;
 use super::shares::Tally;
-use super::{PageConfig, PageRule};
+use super::signs::Planes;
+use super::{LandmarkScan, PageConfig, PageRule};
 use crate::cache::SINK_PAGES;
 use candle_core::{Device, Tensor};
 use mka_kernels::{PAGE_TOKENS, RotaryAngles};
@@ -85,6 +87,11 @@ pub(crate) struct PageStore {
     pub(super) sums: Vec<Tensor>,
     /// The pages on the model's device; None where the processor chooses.
     pub(super) mirror: Option<Mirror>,
+    /// Of the codes by which landmarks are scanned first; none where they are not.
+    pub(super) planes: Planes,
+    /// Queries (t, h, d) before RoPE with their layer, while a test asks for them.
+    #[cfg(test)]
+    pub(super) asked: Option<Vec<(usize, Tensor)>>,
 }
 
 impl PageStore {
@@ -112,6 +119,12 @@ impl PageStore {
             tally: vec![Tally::default(); shape.num_layers],
             sums: Vec::new(),
             mirror: None,
+            planes: match config.scan {
+                LandmarkScan::SignHash => Planes::new(shape.head_dim),
+                _ => Planes::default(),
+            },
+            #[cfg(test)]
+            asked: None,
             config,
         }
         .on_its_device()
@@ -156,16 +169,19 @@ impl PageStore {
         rows * self.config.precision.row_bytes(self.shape.head_dim)
     }
 
-    /// Bytes of one page in the index: landmarks of every layer that chooses, and token ids.
-    pub(super) fn index_bytes(&self) -> usize {
+    /// Bytes of the index over `pages` pages: landmarks of every layer that chooses, and token ids.
+    fn index_bytes(&self, pages: usize) -> u64 {
+        let scan = settled(self.config.scan, pages);
         let layers = self.index.iter().filter(|heads| !heads.is_empty()).count();
-        let head = HeadIndex::page_bytes(self.shape.head_dim, self.config.estimate);
-        layers * self.shape.num_kv_heads * head + PAGE_TOKENS * 4 + size_of::<Stored>() + 16
+        let head = HeadIndex::page_bytes(self.shape.head_dim, self.config.estimate, scan);
+        let ids = PAGE_TOKENS * 4 + size_of::<Stored>() + 16;
+        (pages * (layers * self.shape.num_kv_heads * head + ids)) as u64
     }
 
-    /// Bytes of host memory that pages and index take: never above `PageConfig::bytes`.
-    pub(crate) fn used_bytes(&self) -> u64 {
-        self.resident_bytes + (self.pages.len() * self.index_bytes()) as u64
+    /// Bytes of host memory that pages and index take with `bytes` and `pages` in the index more: never above
+    /// `PageConfig::bytes`.
+    pub(super) fn bytes_with(&self, bytes: usize, pages: usize) -> u64 {
+        self.resident_bytes + bytes as u64 + self.index_bytes(self.pages.len() + pages)
     }
 
     /// Stored tokens that can be chosen.
@@ -204,7 +220,7 @@ impl PageStore {
         self.next[layer] = page + 1;
         if layer == 0 {
             let tokens = self.recent.remove(&page).unwrap_or_else(|| Box::new([u32::MAX; 64]));
-            if !self.make_room(self.page_bytes() + self.index_bytes(), &[], true) {
+            if !self.make_room(self.page_bytes(), 1, &[], true) {
                 return;
             }
             let bytes = vec![0; self.page_bytes()];
@@ -288,10 +304,16 @@ impl PageStore {
         }
     }
 
-    /// Makes room for `bytes` more, sending the least used durable pages but `kept` away; with `let_go`, once only pages
+    /// Makes room for `bytes` more and for `pages` more in the index, sending the least used durable pages but `kept` away; with `let_go`, once only pages
     /// are left that the disk does not have, the oldest of all are let go. False where there is no room still.
-    pub(super) fn make_room(&mut self, bytes: usize, kept: &[u64], let_go: bool) -> bool {
-        while self.used_bytes() + bytes as u64 > self.config.bytes {
+    pub(super) fn make_room(
+        &mut self,
+        bytes: usize,
+        pages: usize,
+        kept: &[u64],
+        let_go: bool,
+    ) -> bool {
+        while self.bytes_with(bytes, pages) > self.config.bytes {
             let is_spare = |(page, stored): &(&u64, &mut Stored)| {
                 stored.durable && stored.bytes.is_some() && kept.binary_search(page).is_err()
             };

@@ -1,6 +1,8 @@
 //! Recall inside attention against dense attention, against itself however the stream is cut, and within its budget.
 
-use super::{PageConfig, PagePrecision, PageRule, PageSource, Prefill, RecallScope, Together};
+use super::{
+    LandmarkScan, PageConfig, PagePrecision, PageRule, PageSource, Prefill, RecallScope, Together,
+};
 use crate::attention::AttentionSeam;
 use crate::cache::Cache;
 use crate::models::config::DecoderConfig;
@@ -39,7 +41,7 @@ fn config() -> PageConfig {
     }
 }
 
-fn cache(decoder: &Decoder, window: usize, pages: Option<PageConfig>) -> Cache {
+pub(super) fn cache(decoder: &Decoder, window: usize, pages: Option<PageConfig>) -> Cache {
     let mut cache = Cache::new(decoder.cache_shape(window, 512), decoder.device()).unwrap();
     if let Some(config) = pages {
         cache.keep_pages(config);
@@ -53,7 +55,19 @@ fn tokens(count: u32) -> Vec<u32> {
 
 /// Logits of every token, run in blocks of `blocks` in turn.
 fn run(decoder: &Decoder, cache: &mut Cache, tokens: &[u32], blocks: &[usize]) -> Vec<Vec<f32>> {
-    let mut logits = Vec::new();
+    let hidden = run_blocks(decoder, cache, tokens, blocks);
+    let logits = hidden.iter().map(|x| decoder.logits(x).unwrap().to_vec2::<f32>().unwrap());
+    logits.flatten().collect()
+}
+
+/// Hidden states of every token, block by block.
+pub(super) fn run_blocks(
+    decoder: &Decoder,
+    cache: &mut Cache,
+    tokens: &[u32],
+    blocks: &[usize],
+) -> Vec<Tensor> {
+    let mut states = Vec::new();
     let mut rest = tokens;
     for block in blocks.iter().cycle() {
         if rest.is_empty() {
@@ -69,10 +83,10 @@ fn run(decoder: &Decoder, cache: &mut Cache, tokens: &[u32], blocks: &[usize]) -
         let mut seam = AttentionSeam::open(config, cache, count).unwrap();
         let hidden = decoder.forward(now, &mut seam).unwrap();
         seam.finish();
-        logits.extend(decoder.logits(&hidden).unwrap().to_vec2::<f32>().unwrap());
+        states.push(hidden);
         rest = after;
     }
-    logits
+    states
 }
 
 fn difference(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
@@ -227,17 +241,46 @@ fn every_rule_recalls_its_tokens_and_streaming_is_the_window_alone() {
 #[test]
 fn a_rewound_stream_recalls_as_if_nothing_had_followed() {
     let decoder = load("fastmka");
-    let config = PageConfig { tokens: 128, ..config() };
-    let mut cache = cache(&decoder, 128, Some(config));
-    run(&decoder, &mut cache, &tokens(500), &[64]);
-    cache.pages_mut().unwrap().forget_choices();
-    let checkpoint = cache.checkpoint();
-    let next = tokens(130);
-    let first = run(&decoder, &mut cache, &next, &[40, 1]);
-    let stored = cache.pages().unwrap().stored_tokens();
-    assert!(cache.rewind(&checkpoint));
-    assert!(cache.pages().unwrap().stored_tokens() < stored);
-    assert_eq!(run(&decoder, &mut cache, &next, &[40, 1]), first);
+    for (scan, recalled, told) in [
+        (LandmarkScan::Auto, 128, 500),
+        (LandmarkScan::TwoLevel, 64, 5000),
+        (LandmarkScan::SignHash, 64, 5000),
+    ] {
+        let config = PageConfig { tokens: recalled, scan, ..config() };
+        let mut cache = cache(&decoder, 128, Some(config));
+        run(&decoder, &mut cache, &tokens(told), &[64]);
+        cache.pages_mut().unwrap().forget_choices();
+        let checkpoint = cache.checkpoint();
+        let next = tokens(130);
+        let first = run(&decoder, &mut cache, &next, &[40, 1]);
+        let stored = cache.pages().unwrap().stored_tokens();
+        assert!(cache.rewind(&checkpoint));
+        assert!(cache.pages().unwrap().stored_tokens() < stored);
+        assert_eq!(run(&decoder, &mut cache, &next, &[40, 1]), first, "{scan:?}");
+    }
+}
+
+#[test]
+fn a_stream_scanned_by_a_coarser_look_is_opened_and_forked_bit_for_bit() {
+    let decoder = load("llama3");
+    for (scan, told) in [(LandmarkScan::TwoLevel, 5000), (LandmarkScan::SignHash, 5000)] {
+        let config = PageConfig { tokens: 64, precision: PagePrecision::Bf16, scan, ..config() };
+        let elsewhere = Arc::new(Elsewhere::default());
+        let mut straight = cache(&decoder, 64, Some(config.clone()));
+        run(&decoder, &mut straight, &tokens(told), &[64]);
+        // Whatever was looked at before, a session that is opened again finds the same.
+        run(&decoder, &mut straight, &tokens(90), &[30, 1]);
+        commit(&mut straight, &elsewhere);
+        let mut restored = reopened(&decoder, &straight, &config, &elsewhere);
+        let mut fork = straight.fork().unwrap();
+        let asked = tokens(150);
+        let went_on = run(&decoder, &mut straight, &asked, &[50, 1]);
+        assert_eq!(run(&decoder, &mut restored, &asked, &[50, 1]), went_on, "{scan:?}");
+        assert_eq!(run(&decoder, &mut fork, &asked, &[50, 1]), went_on, "{scan:?}");
+        let usage = straight.pages().unwrap().usage().unwrap();
+        let estimates = usage.recovered.iter().any(|share| *share > 0.0);
+        assert_eq!(estimates, scan == LandmarkScan::TwoLevel, "{scan:?}: {usage:?}");
+    }
 }
 
 #[test]
@@ -464,7 +507,7 @@ fn a_page_that_was_sent_away_comes_back_as_it_was() {
             rows
         };
         assert_eq!(rows(roomy), rows(tight), "row {row}");
-        assert!(tight.used_bytes() <= page * 6);
+        assert!(tight.bytes_with(0, 0) <= page * 6);
     }
 }
 
@@ -646,16 +689,16 @@ proptest! {
         for (count, is_committed) in parts {
             let checkpoint = cache.checkpoint();
             run(&decoder, &mut cache, &tokens(count as u32), &[100]);
-            prop_assert!(cache.pages().unwrap().used_bytes() <= bytes);
+            prop_assert!(cache.pages().unwrap().bytes_with(0, 0) <= bytes);
             match is_committed {
                 true => commit(&mut cache, &elsewhere),
                 false => { cache.rewind(&checkpoint); }
             }
-            prop_assert!(cache.pages().unwrap().used_bytes() <= bytes);
+            prop_assert!(cache.pages().unwrap().bytes_with(0, 0) <= bytes);
         }
         // A fork counts what it shares as its own.
         let mut fork = cache.fork().unwrap();
         run(&decoder, &mut fork, &tokens(150), &[100]);
-        prop_assert!(fork.pages().unwrap().used_bytes() <= bytes);
+        prop_assert!(fork.pages().unwrap().bytes_with(0, 0) <= bytes);
     }
 }

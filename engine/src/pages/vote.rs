@@ -71,6 +71,32 @@ impl Scored<'_> {
         rows::score_bf16_rows(self.queries, bytes, d, &mut self.scores[at..], self.len);
         bytes.len() / (2 * d)
     }
+
+    /// Scores rows of bf16 that lie in pieces, every one of these rows in their order: for a few queries as they lie, for
+    /// others widened into `keys`.
+    pub(super) fn score_pieces(
+        &mut self,
+        pieces: &[&[u8]],
+        queries: &Queries,
+        keys: &mut Vec<f32>,
+    ) {
+        let d = queries.d;
+        if queries.count == 1 {
+            let mut at = 0;
+            for piece in pieces {
+                at += self.score_bf16(at, piece, d);
+            }
+            return;
+        }
+        keys.resize(self.len * d, 0.0);
+        let mut rest = &mut keys[..];
+        for piece in pieces {
+            let (own, behind) = rest.split_at_mut(piece.len() / 2);
+            rows::widen_bf16(piece, own);
+            rest = behind;
+        }
+        rows::score_rows(self.queries, keys, d, self.scores, self.len);
+    }
 }
 
 /// [`soft_vote`] by scores instead of rows; `score` gets the same vector again and again, for rows that it must widen.

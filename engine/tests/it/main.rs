@@ -2,6 +2,7 @@
 
 mod architecture;
 mod bad_input;
+mod both;
 mod disk;
 mod fork;
 mod kill;

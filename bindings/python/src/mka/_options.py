@@ -44,6 +44,8 @@ class PageOptions(TypedDict, total=False):
     """How stored keys and values are held."""
     rule: Literal["mka", "streaming", "inf_llm", "quest", "token_select"]
     """How tokens are chosen."""
+    scan: Literal["auto", "flat", "two_level", "sign_hash"]
+    """Which landmarks are scored on the processor for a choice."""
     prefill: Literal["selected", "dense"]
     """What a block of a prompt attends to while the stream fits the model's trained length."""
     reuse_steps: int
@@ -230,6 +232,7 @@ _QUOTES = _names(_native.Quote)
 _RECALLS = _names(_native.RecallPolicy)
 ROLES = _names(_native.Role)
 _RULES = _names(_native.PageRule)
+_SCANS = _names(_native.LandmarkScan)
 
 
 def _choose(given: dict[str, Any], name: str, choices: dict[str, Any]) -> None:
@@ -262,6 +265,7 @@ def engine_config(options: EngineOptions) -> Any:
         pages = _take("pages", dict(given["pages"]), PageOptions.__annotations__)
         _choose(pages, "precision", _PRECISIONS)
         _choose(pages, "rule", _RULES)
+        _choose(pages, "scan", _SCANS)
         _choose(pages, "prefill", _PREFILLS)
         given["pages"] = _native.PageConfig(**pages)
     if "hygiene" in given:

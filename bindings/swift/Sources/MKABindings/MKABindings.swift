@@ -4560,6 +4560,10 @@ public struct PageConfig: Equatable, Hashable {
      */
     public var rule: PageRule?
     /**
+     * Which landmarks are scored for a choice.
+     */
+    public var scan: LandmarkScan?
+    /**
      * What a prompt's blocks attend to.
      */
     public var prefill: Prefill?
@@ -4599,6 +4603,9 @@ public struct PageConfig: Equatable, Hashable {
          * How tokens are chosen.
          */rule: PageRule? = nil,
         /**
+         * Which landmarks are scored for a choice.
+         */scan: LandmarkScan? = nil,
+        /**
          * What a prompt's blocks attend to.
          */prefill: Prefill? = nil,
         /**
@@ -4618,6 +4625,7 @@ public struct PageConfig: Equatable, Hashable {
         self.deviceBytes = deviceBytes
         self.precision = precision
         self.rule = rule
+        self.scan = scan
         self.prefill = prefill
         self.reuseSteps = reuseSteps
         self.firstLayer = firstLayer
@@ -4646,6 +4654,7 @@ public struct FfiConverterTypePageConfig: FfiConverterRustBuffer {
                 deviceBytes: FfiConverterOptionUInt64.read(from: &buf),
                 precision: FfiConverterOptionTypePagePrecision.read(from: &buf),
                 rule: FfiConverterOptionTypePageRule.read(from: &buf),
+                scan: FfiConverterOptionTypeLandmarkScan.read(from: &buf),
                 prefill: FfiConverterOptionTypePrefill.read(from: &buf),
                 reuseSteps: FfiConverterOptionUInt64.read(from: &buf),
                 firstLayer: FfiConverterOptionUInt64.read(from: &buf),
@@ -4660,6 +4669,7 @@ public struct FfiConverterTypePageConfig: FfiConverterRustBuffer {
         FfiConverterOptionUInt64.write(value.deviceBytes, into: &buf)
         FfiConverterOptionTypePagePrecision.write(value.precision, into: &buf)
         FfiConverterOptionTypePageRule.write(value.rule, into: &buf)
+        FfiConverterOptionTypeLandmarkScan.write(value.scan, into: &buf)
         FfiConverterOptionTypePrefill.write(value.prefill, into: &buf)
         FfiConverterOptionUInt64.write(value.reuseSteps, into: &buf)
         FfiConverterOptionUInt64.write(value.firstLayer, into: &buf)
@@ -7170,6 +7180,101 @@ public func FfiConverterTypeForget_lower(_ value: Forget) -> RustBuffer {
 
 
 /**
+ * Which landmarks are scored on the processor for a choice.
+ */
+
+public enum LandmarkScan: Equatable, Hashable {
+
+    /**
+     * All of them up to 524,288 stored tokens, in two levels beyond.
+     */
+    case auto
+    /**
+     * All of them.
+     */
+    case flat
+    /**
+     * The means of pages first, then the landmarks of the best pages.
+     */
+    case twoLevel
+    /**
+     * Those whose sign codes are nearest to the query's.
+     */
+    case signHash
+
+
+
+
+
+}
+
+#if compiler(>=6)
+extension LandmarkScan: Sendable {}
+#endif
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public struct FfiConverterTypeLandmarkScan: FfiConverterRustBuffer {
+    typealias SwiftType = LandmarkScan
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> LandmarkScan {
+        let variant: Int32 = try readInt(&buf)
+        switch variant {
+
+        case 1: return .auto
+
+        case 2: return .flat
+
+        case 3: return .twoLevel
+
+        case 4: return .signHash
+
+        default: throw UniffiInternalError.unexpectedEnumCase
+        }
+    }
+
+    public static func write(_ value: LandmarkScan, into buf: inout [UInt8]) {
+        switch value {
+
+
+        case .auto:
+            writeInt(&buf, Int32(1))
+
+
+        case .flat:
+            writeInt(&buf, Int32(2))
+
+
+        case .twoLevel:
+            writeInt(&buf, Int32(3))
+
+
+        case .signHash:
+            writeInt(&buf, Int32(4))
+
+        }
+    }
+}
+
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeLandmarkScan_lift(_ buf: RustBuffer) throws -> LandmarkScan {
+    return try FfiConverterTypeLandmarkScan.lift(buf)
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeLandmarkScan_lower(_ value: LandmarkScan) -> RustBuffer {
+    return FfiConverterTypeLandmarkScan.lower(value)
+}
+
+
+
+/**
  * How grave a message is.
  */
 
@@ -9152,6 +9257,30 @@ fileprivate struct FfiConverterOptionTypeFilter: FfiConverterRustBuffer {
         switch try readInt(&buf) as Int8 {
         case 0: return nil
         case 1: return try FfiConverterTypeFilter.read(from: &buf)
+        default: throw UniffiInternalError.unexpectedOptionalTag
+        }
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+fileprivate struct FfiConverterOptionTypeLandmarkScan: FfiConverterRustBuffer {
+    typealias SwiftType = LandmarkScan?
+
+    public static func write(_ value: SwiftType, into buf: inout [UInt8]) {
+        guard let value = value else {
+            writeInt(&buf, Int8(0))
+            return
+        }
+        writeInt(&buf, Int8(1))
+        FfiConverterTypeLandmarkScan.write(value, into: &buf)
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> SwiftType {
+        switch try readInt(&buf) as Int8 {
+        case 0: return nil
+        case 1: return try FfiConverterTypeLandmarkScan.read(from: &buf)
         default: throw UniffiInternalError.unexpectedOptionalTag
         }
     }

@@ -367,7 +367,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
         at: folder.store, model: .path(tinyModel),
         options: EngineOptions(
             device: "cpu", windowTokens: 64, blockTokens: 64, recall: .pages,
-            pages: PageConfig(tokens: 64, precision: .int8, firstLayer: 0)))
+            pages: PageConfig(tokens: 64, precision: .int8, scan: .twoLevel, firstLayer: 0)))
     #expect(try engine.kvBytesPerToken != nil)
     let chat = try await engine.session(user: "ada", id: "trip")
     let text = String(repeating: "The sheep went up the hill. ", count: 20)

@@ -118,6 +118,7 @@ def _tree(given: object) -> object:
 
 def to_json(given: Filter) -> str:
     """A filter as the library's own is written in JSON."""
+    # Imported here: most programs never filter.
     import json
 
     return json.dumps(_tree(given))

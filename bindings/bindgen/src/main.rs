@@ -48,12 +48,6 @@ fn lighter(text: &str) -> Result<String, String> {
         }
         text = text.replace(old, new);
     }
-    Ok(text.lines().filter(|line| line.trim() != "@dataclass").fold(
-        String::new(),
-        |mut text, line| {
-            text.push_str(line);
-            text.push('\n');
-            text
-        },
-    ))
+    let lines: Vec<&str> = text.lines().filter(|line| line.trim() != "@dataclass").collect();
+    Ok(lines.join("\n") + "\n")
 }

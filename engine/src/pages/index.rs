@@ -66,11 +66,10 @@ impl HeadIndex {
                 }
             }
             LandmarkScan::SignHash => {
-                let first = self.len().min(CENTRE_PAGES) * MARKS;
-                let mut codes = std::mem::take(&mut self.codes);
-                codes.need_centre(self.landmarks_bytes(0, first, d), d);
-                codes.extend(&self.landmarks, planes, d);
-                self.codes = codes;
+                let (first, count) = (self.let_go, self.len().min(CENTRE_PAGES));
+                let front = first * MARKS * 2 * d..(first + count) * MARKS * 2 * d;
+                self.codes.need_centre(&self.landmarks[front], d);
+                self.codes.extend(&self.landmarks, planes, d);
             }
         }
     }
@@ -271,7 +270,7 @@ impl HeadIndex {
 }
 
 /// The mean of `rows` (n, d).
-fn mean_of_rows(rows: &[f32], d: usize) -> Vec<f32> {
+pub(super) fn mean_of_rows(rows: &[f32], d: usize) -> Vec<f32> {
     let count = (rows.len() / d) as f32;
     let mut mean = vec![0f32; d];
     for row in rows.chunks_exact(d) {

@@ -6,6 +6,7 @@
 //! of them from another and would fill the codes: they are taken from the centre. A query's scores shift with it by one
 //! number for all keys, so it is not.
 
+use super::index::mean_of_rows;
 use mka_kernels::rows;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -72,11 +73,7 @@ impl Codes {
         if self.centre.is_empty() {
             let mut keys = vec![0f32; landmarks.len() / 2];
             rows::widen_bf16(landmarks, &mut keys);
-            let count = (keys.len() / d) as f32;
-            self.centre = vec![0f32; d];
-            for key in keys.chunks_exact(d) {
-                self.centre.iter_mut().zip(key).for_each(|(sum, x)| *sum += x / count);
-            }
+            self.centre = mean_of_rows(&keys, d);
         }
     }
 
@@ -111,8 +108,9 @@ impl Codes {
 
     /// Lets the first `count` go.
     pub(super) fn drain(&mut self, count: usize) {
-        self.lengths.drain(..count.min(self.codes.len()));
-        self.codes.drain(..count.min(self.codes.len()));
+        let count = count.min(self.codes.len());
+        self.codes.drain(..count);
+        self.lengths.drain(..count);
     }
 }
 

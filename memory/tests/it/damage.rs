@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use mka_memory::{Backend, Commit, ErrorKind, NewSnapshot, NewTurn, Recall, Role, Scope};
 use proptest::prelude::*;
 
-use crate::support::{BACKENDS, files, open, open_as, prose, say, trip, try_open};
+use crate::support::{BACKENDS, copy_folder, files, open, open_as, prose, say, trip, try_open};
 
 fn fill(path: &Path) -> Vec<String> {
     fill_as(path, Backend::Sled)
@@ -255,19 +255,6 @@ fn a_flipped_bit_anywhere_in_the_database_gives_the_truth_or_an_error() {
             bytes[at] ^= 1 << (at % 8);
             std::fs::write(file(copy.path()), bytes).unwrap();
             check_truth(copy.path(), &texts);
-        }
-    }
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let to = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_folder(&entry.path(), &to);
-        } else {
-            std::fs::copy(entry.path(), to).unwrap();
         }
     }
 }

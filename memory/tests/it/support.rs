@@ -93,3 +93,12 @@ pub(crate) fn prose(number: u64, words: usize) -> String {
     }
     text
 }
+
+/// Copies the files of a folder and of those in it.
+pub(crate) fn copy_folder(from: &Path, to: &Path) {
+    for file in files(from) {
+        let to = to.join(file.strip_prefix(from).unwrap());
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        std::fs::copy(&file, &to).unwrap();
+    }
+}

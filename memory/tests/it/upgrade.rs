@@ -7,17 +7,13 @@ use std::path::Path;
 
 use mka_memory::{Cancel, Commit, Filter, Forget, NewTurn, Recall, Role, Scope, Store};
 
-use crate::support::{files, files_with, open, trip};
+use crate::support::{copy_folder, files_with, open, trip};
 
 /// A copy of a stored sample, to be written to.
 fn sample(folder: &Path, name: &str) -> std::path::PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
     let target = folder.join("store");
-    for file in files(&source) {
-        let to = target.join(file.strip_prefix(&source).unwrap());
-        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
-        std::fs::copy(&file, &to).unwrap();
-    }
+    copy_folder(&source, &target);
     target
 }
 

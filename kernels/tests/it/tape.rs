@@ -1,5 +1,7 @@
 //! The tape and its ops against candle's own graph in f64, on the CPU; `cuda/tape.rs` runs the same checks on a device.
 
+use std::cell::RefCell;
+
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use mka_kernels::tape::ops::{self, Projection, RouteRest};
 use mka_kernels::tape::{self, Value};
@@ -7,6 +9,19 @@ use mka_kernels::{
     DenseAttentionParams, ProductOptions, RotaryAngles, RouteInputs, RouteParams, cross_entropy,
     product, rms_norm_backward, rms_norm_forward, rotate, route,
 };
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const SEED: u64 = 31;
+
+/// Normal values of variance 1 (Box and Muller), the same at every run: candle's cannot be seeded on the CPU.
+fn normal(rng: &mut ChaCha8Rng, shape: &[usize]) -> Result<Tensor> {
+    let values = (0..shape.iter().product()).map(|_| {
+        let radius = (-2.0 * (1.0 - rng.random::<f32>()).ln()).sqrt();
+        radius * (std::f32::consts::TAU * rng.random::<f32>()).cos()
+    });
+    Tensor::from_vec(values.collect::<Vec<f32>>(), shape, &Device::Cpu)
+}
 
 /// Where a check runs, and how far its results may be off, as a share of the largest.
 #[derive(Debug, Clone)]
@@ -14,15 +29,20 @@ pub(crate) struct Place {
     pub(crate) device: Device,
     pub(crate) dtype: DType,
     pub(crate) bound: f64,
+    rng: RefCell<ChaCha8Rng>,
 }
 
 impl Place {
     pub(crate) fn cpu() -> Self {
-        Self { device: Device::Cpu, dtype: DType::F32, bound: 1e-5 }
+        Self::new(Device::Cpu, DType::F32, 1e-5)
+    }
+
+    pub(crate) fn new(device: Device, dtype: DType, bound: f64) -> Self {
+        Self { device, dtype, bound, rng: RefCell::new(ChaCha8Rng::seed_from_u64(SEED)) }
     }
 
     fn random(&self, shape: &[usize]) -> Result<Tensor> {
-        Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?.to_dtype(self.dtype)
+        normal(&mut self.rng.borrow_mut(), shape)?.to_dtype(self.dtype)
     }
 
     fn same(&self, what: &str, found: &Tensor, expected: &Tensor) -> Result<()> {
@@ -372,7 +392,8 @@ fn ops_and_their_gradients_equal_plain_operations_in_f64() -> Result<()> {
 #[test]
 fn gradients_of_the_norm_equal_finite_differences() -> Result<()> {
     let (n, c, step) = (3, 11, 1e-2);
-    let make = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu);
+    let mut rng = ChaCha8Rng::seed_from_u64(SEED);
+    let mut make = |shape: &[usize]| normal(&mut rng, shape);
     let (x, weight, dout) = (make(&[n, c])?, make(&[c])?, make(&[n, c])?);
     let loss = |x: &Tensor, weight: &Tensor| -> Result<f64> {
         let out = rms_norm_forward(x, None, Some(weight), 1e-5)?.out;
@@ -446,11 +467,12 @@ fn a_second_walk_and_a_gradient_of_another_shape_are_refused() -> Result<()> {
 
 #[test]
 fn a_segment_of_candles_graph_gives_gradients_to_its_input_and_its_variables() -> Result<()> {
-    let x = Tensor::randn(0f32, 1.0, (3, 4), &Device::Cpu)?;
-    let weight = Var::from_tensor(&Tensor::randn(0f32, 1.0, (4, 2), &Device::Cpu)?)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(SEED);
+    let x = normal(&mut rng, &[3, 4])?;
+    let weight = Var::from_tensor(&normal(&mut rng, &[4, 2])?)?;
     let run = |x: &Tensor| x.matmul(weight.as_tensor())?.sqr();
     let out = tape::segment::<candle_core::Error>(&Value::leaf(&x), run)?;
-    let gradient = Tensor::randn(0f32, 1.0, (3, 2), &Device::Cpu)?;
+    let gradient = normal(&mut rng, &[3, 2])?;
     let mut found = tape::backward(&out, &gradient)?;
     let input = Var::from_tensor(&x)?;
     let expected = (run(input.as_tensor())? * &gradient)?.backward()?;

@@ -8,7 +8,7 @@ use mka_kernels::{AdamWStep, ProductOptions, adamw, product, square_sum};
 /// f32, bf16 and f16 on the device, with what their rounding allows.
 fn places(device: &Device) -> Vec<Place> {
     [(DType::F32, 1e-5), (DType::BF16, 3e-2), (DType::F16, 4e-3)]
-        .map(|(dtype, bound)| Place { device: device.clone(), dtype, bound })
+        .map(|(dtype, bound)| Place::new(device.clone(), dtype, bound))
         .into()
 }
 

@@ -79,20 +79,23 @@ pub enum PageRule {
     TokenSelect,
 }
 
-/// Which landmarks [`PageRule::Mka`] scores on the processor; on a card it scores all of them.
+/// What [`PageRule::Mka`] scores on the processor before it reads keys; on a card it scores every landmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum LandmarkScan {
-    /// As `Flat` up to 524,288 stored tokens, as `TwoLevel` beyond.
+    /// As `KeyCodes` where the processor chooses from the start; for a session that outgrew a card, as `Flat` up to 524,288
+    /// stored tokens and as `TwoLevel` beyond.
     #[default]
     Auto,
-    /// All of them.
+    /// Every landmark, the mean of 8 keys.
     Flat,
     /// The mean of each page's landmarks first, then the landmarks of the best pages.
     TwoLevel,
     /// Those whose sign codes are nearest to the query's (random hyperplanes; Charikar, 2002). Gives no estimate for
     /// `PageUsage::recovered`.
     SignHash,
+    /// Every key, by a code of one bit a number (RaBitQ, arXiv 2405.12497).
+    KeyCodes,
 }
 
 /// What a block of a prompt attends to while the stream fits the model's trained length.
@@ -123,7 +126,7 @@ pub struct PageConfig {
     pub precision: PagePrecision,
     /// How tokens are chosen.
     pub rule: PageRule,
-    /// Which landmarks are scored for a choice.
+    /// What is scored for a choice before keys are.
     pub scan: LandmarkScan,
     /// What a prompt's blocks attend to.
     pub prefill: Prefill,

@@ -329,7 +329,7 @@ impl PageStore {
         if *pins == self.pins && *first == self.order.first().copied() {
             return Ok(uploaded.clone());
         }
-        let marks = self.pinned(self.order.len());
+        let marks = self.pinned(self.order.len(), SPAN);
         let uploaded = match marks.len() {
             0 => None,
             count => Some(Tensor::from_vec(marks, count, &mirror.device)?),

@@ -132,6 +132,7 @@ impl PageStore {
         (self.config.rule != PageRule::InfLlm).then_some(LandmarkShape {
             precision: self.config.precision,
             has_means: self.config.estimate,
+            has_codes: self.rotation.is_some(),
             first_layer: self.config.first_layer.min(self.shape.num_layers),
             num_layers: self.shape.num_layers,
             num_kv_heads: self.shape.num_kv_heads,
@@ -246,7 +247,8 @@ impl PageStore {
         self.pages.insert(page, Stored { bytes: None, tokens, durable, given, marked, used });
         self.order.push(page);
         let heads = self.index.iter_mut().flatten();
-        heads.zip(landmarks.rows()).for_each(|(head, row)| head.push_row(row, self.shape.head_dim));
+        let (d, asked) = (self.shape.head_dim, (self.config.estimate, self.rotation.is_some()));
+        heads.zip(landmarks.rows()).for_each(|(head, row)| head.push_row(row, d, asked));
         landmarks.outliers(known);
         true
     }

@@ -4,6 +4,7 @@
 use super::LandmarkScan;
 use super::codec::to_bf16;
 use super::signs::{CENTRE_PAGES, CODE_BYTES, Code, Codes, Planes};
+use mka_kernels::key_codes::{CENTRE_KEYS, Rotation, coded_bytes};
 use mka_kernels::{PAGE_TOKENS, rows};
 
 /// Keys that share a landmark: accuracy falls above 8 (ShadowKV, arXiv 2410.21465, section 4).
@@ -13,6 +14,8 @@ pub(super) const MARKS: usize = PAGE_TOKENS / SPAN;
 /// Share of the landmarks whose keys agree least with their mean: each of these keys is a landmark of its own
 /// (ShadowKV: 0.2 to 0.3 %).
 const OUTLIERS: f64 = 0.003;
+
+const _: () = assert!(CENTRE_KEYS == PAGE_TOKENS, "the keys of a page have one centre");
 
 /// Landmarks of one layer and key/value head, a page after the other.
 #[derive(Clone, Default)]
@@ -28,6 +31,8 @@ pub(super) struct HeadIndex {
     saved: Vec<bool>,
     /// (pages, 2, d), bf16: the mean key and the mean value of each page, where they are asked for.
     means: Vec<u8>,
+    /// Codes of every key, a page after the other, where a scan by them is asked for.
+    key_codes: Vec<u8>,
     /// (pages, d), bf16: the mean of each page's landmarks, as far as a scan in two levels asked for it.
     page_means: Vec<u8>,
     /// Of the landmarks, as far as a scan by sign codes asked for them.
@@ -42,20 +47,23 @@ impl HeadIndex {
     /// Bytes of one page: landmarks, their agreement, its part of the outliers' keys, what `scan` looks at first and, if
     /// asked for, its means.
     pub(super) fn page_bytes(d: usize, has_means: bool, scan: LandmarkScan) -> usize {
+        let has_codes = scan == LandmarkScan::KeyCodes;
         let outliers = (OUTLIERS * (MARKS * SPAN * 2 * d) as f64).ceil() as usize;
         let first_look = match scan {
-            LandmarkScan::Auto | LandmarkScan::Flat => 0,
+            LandmarkScan::Auto | LandmarkScan::Flat | LandmarkScan::KeyCodes => 0,
             LandmarkScan::TwoLevel => 2 * d,
             LandmarkScan::SignHash => MARKS * CODE_BYTES,
         };
-        Self::row_bytes(d, has_means) + outliers + first_look
+        Self::row_bytes(d, has_means, has_codes) + outliers + first_look
     }
 
     /// Makes what `scan` looks at first, for the pages that have none.
     pub(super) fn prepare(&mut self, scan: LandmarkScan, planes: &Planes, d: usize) {
         match scan {
             // A stream that was taken back may be scanned flat again: means are counted only where they are read.
-            LandmarkScan::Auto | LandmarkScan::Flat => self.page_means = Vec::new(),
+            LandmarkScan::Auto | LandmarkScan::Flat | LandmarkScan::KeyCodes => {
+                self.page_means = Vec::new();
+            }
             LandmarkScan::TwoLevel => {
                 let made = self.page_means.len() / (2 * d);
                 let mut marks = vec![0f32; MARKS * d];
@@ -87,6 +95,11 @@ impl HeadIndex {
         self.agreement.extend(lowest);
     }
 
+    /// Takes in the codes of a page's keys (PAGE_TOKENS, d).
+    pub(super) fn push_codes(&mut self, keys: &[f32], rotation: &Rotation) {
+        rotation.code(keys, &mut self.key_codes);
+    }
+
     /// Takes in the means of a page's keys and values (PAGE_TOKENS, d).
     pub(super) fn push_means(&mut self, keys: &[f32], values: &[f32], d: usize) {
         for rows in [keys, values] {
@@ -104,23 +117,33 @@ impl HeadIndex {
     }
 
     /// Bytes of one page as [`HeadIndex::write_row`] gives them.
-    pub(super) fn row_bytes(d: usize, has_means: bool) -> usize {
-        MARKS * (2 * d + 4) + if has_means { 4 * d } else { 0 }
+    pub(super) fn row_bytes(d: usize, has_means: bool, has_codes: bool) -> usize {
+        let means = if has_means { 4 * d } else { 0 };
+        MARKS * (2 * d + 4) + means + if has_codes { coded_bytes(d) } else { 0 }
     }
 
-    /// Writes the landmarks of page `row`, their agreement and, where there are any, its means behind `out`.
+    /// Writes the landmarks of page `row`, their agreement and, where there are any, its means and codes behind `out`.
     pub(super) fn write_row(&self, row: usize, d: usize, out: &mut Vec<u8>) {
         let row = self.let_go + row;
         out.extend_from_slice(&self.landmarks[row * MARKS * 2 * d..(row + 1) * MARKS * 2 * d]);
         let agreement = &self.agreement[row * MARKS..(row + 1) * MARKS];
         out.extend(agreement.iter().flat_map(|x| x.to_le_bytes()));
         out.extend_from_slice(self.means.get(row * 4 * d..(row + 1) * 4 * d).unwrap_or_default());
+        let codes = row * coded_bytes(d)..(row + 1) * coded_bytes(d);
+        out.extend_from_slice(self.key_codes.get(codes).unwrap_or_default());
     }
 
-    /// Takes in a page as [`HeadIndex::write_row`] wrote it.
-    pub(super) fn push_row(&mut self, bytes: &[u8], d: usize) {
+    /// Takes in a page as [`HeadIndex::write_row`] wrote it, codes only where they are asked for.
+    pub(super) fn push_row(
+        &mut self,
+        bytes: &[u8],
+        d: usize,
+        (has_means, has_codes): (bool, bool),
+    ) {
         let (landmarks, rest) = bytes.split_at(MARKS * 2 * d);
-        let (agreement, means) = rest.split_at(MARKS * 4);
+        let (agreement, rest) = rest.split_at(MARKS * 4);
+        let (means, codes) = rest.split_at(if has_means { 4 * d } else { 0 });
+        self.key_codes.extend_from_slice(if has_codes { codes } else { &[] });
         self.landmarks.extend_from_slice(landmarks);
         let (agreement, _) = agreement.as_chunks::<4>();
         self.agreement.extend(agreement.iter().map(|x| f32::from_le_bytes(*x)));
@@ -185,6 +208,7 @@ impl HeadIndex {
         self.agreement.truncate(marks);
         self.landmarks.truncate(marks * 2 * d);
         self.means.truncate(marks / MARKS * 4 * d);
+        self.key_codes.truncate(marks / MARKS * coded_bytes(d));
         self.page_means.truncate(marks / MARKS * 2 * d);
         // What the centre is of must be there.
         self.codes.truncate(if self.len() < CENTRE_PAGES { 0 } else { marks });
@@ -210,6 +234,7 @@ impl HeadIndex {
             self.agreement.drain(..marks);
             self.landmarks.drain(..marks * 2 * d);
             self.means.drain(..self.means.len().min(marks / MARKS * 4 * d));
+            self.key_codes.drain(..self.key_codes.len().min(marks / MARKS * coded_bytes(d)));
             self.page_means.drain(..self.page_means.len().min(marks / MARKS * 2 * d));
             self.codes.drain(marks);
             self.let_go = 0;
@@ -242,6 +267,17 @@ impl HeadIndex {
     pub(super) fn page_means_bytes(&self, first: usize, count: usize, d: usize) -> &[u8] {
         let at = (self.let_go + first) * 2 * d;
         &self.page_means[at..at + count * 2 * d]
+    }
+
+    /// Codes of the keys of `count` pages from `first` on, where they were made.
+    pub(super) fn key_codes(&self, first: usize, count: usize, d: usize) -> &[u8] {
+        let at = (self.let_go + first) * coded_bytes(d);
+        &self.key_codes[at..at + count * coded_bytes(d)]
+    }
+
+    #[cfg(test)]
+    pub(super) fn key_codes_len(&self) -> usize {
+        self.key_codes.len()
     }
 
     /// Codes and lengths of the landmarks of the first `pages` pages, where they were made.
@@ -286,13 +322,16 @@ mod tests {
     #[test]
     fn what_a_scan_looks_at_first_follows_the_pages_and_stays_within_what_is_counted() {
         let d = 8;
-        let planes = Planes::new(d);
+        let (planes, rotation) = (Planes::new(d), Rotation::new(d));
         let page = |i: usize| -> Vec<f32> {
             (0..PAGE_TOKENS * d).map(|x| ((i * 997 + x * 31) % 101) as f32 / 50.0 - 1.0).collect()
         };
         let made = |pages: std::ops::Range<usize>| {
             let mut index = HeadIndex::default();
-            pages.for_each(|i| index.push(&page(i), d));
+            pages.for_each(|i| {
+                index.push(&page(i), d);
+                index.push_codes(&page(i), &rotation);
+            });
             index
         };
         for scan in [LandmarkScan::TwoLevel, LandmarkScan::SignHash] {
@@ -304,12 +343,18 @@ mod tests {
             assert_eq!(bytes(&index), 100 * (counted(scan) - counted(LandmarkScan::Flat)));
             // Pages that go at the end and come again, and pages that go at the front.
             index.truncate(80, d);
-            (80..130).for_each(|i| index.push(&page(i), d));
+            (80..130).for_each(|i| {
+                index.push(&page(i), d);
+                index.push_codes(&page(i), &rotation);
+            });
             index.prepare(scan, &planes, d);
             (0..70).for_each(|_| index.pop_front(d));
             index.prepare(scan, &planes, d);
             let mut fresh = made(0..130);
             fresh.prepare(scan, &planes, d);
+            assert_eq!(index.key_codes(0, 60, d), fresh.key_codes(70, 60, d));
+            let codes = counted(LandmarkScan::KeyCodes) - counted(LandmarkScan::Flat);
+            assert_eq!(fresh.key_codes.len(), 130 * codes);
             match scan {
                 LandmarkScan::TwoLevel => {
                     assert_eq!(index.page_means_bytes(0, 60, d), fresh.page_means_bytes(70, 60, d))

@@ -2,10 +2,11 @@
 //! Knows rows of the index and no file; a record that was made under other settings is none.
 //!
 //! ```text
-//! version u8 | precision u8 | has_means u8 | zero u8 | first_layer u32 | num_layers u32 | num_kv_heads u32 | head_dim u32
+//! version u8 | precision u8 | has_means u8 | has_codes u8 | first_layer u32 | num_layers u32 | num_kv_heads u32 | head_dim u32
 //! | token id u32 x 64
 //! | for each layer from first_layer on, for each head: landmark bf16 x 8·head_dim | agreement f32 x 8
 //!   | mean key, mean value bf16 x 2·head_dim, if has_means
+//!   | codes of the page's keys (`mka_kernels::key_codes`), if has_codes
 //! | num_outliers u32 | outlier x num_outliers
 //! outlier | layer u32 | head u32 | place u64 | key bf16 x 8·head_dim
 //! ```
@@ -30,6 +31,7 @@ pub(super) struct LandmarkShape {
     /// Landmarks are of the keys as they are read back.
     pub(super) precision: PagePrecision,
     pub(super) has_means: bool,
+    pub(super) has_codes: bool,
     pub(super) first_layer: usize,
     pub(super) num_layers: usize,
     pub(super) num_kv_heads: usize,
@@ -47,6 +49,7 @@ impl LandmarkShape {
             PagePrecision::Int4 => 3,
         };
         out[2] = u8::from(self.has_means);
+        out[3] = u8::from(self.has_codes);
         let numbers = [self.first_layer, self.num_layers, self.num_kv_heads, self.head_dim];
         for (out, number) in out[4..].chunks_exact_mut(4).zip(numbers) {
             out.copy_from_slice(&(number as u32).to_le_bytes());
@@ -55,7 +58,7 @@ impl LandmarkShape {
     }
 
     fn row_bytes(&self) -> usize {
-        HeadIndex::row_bytes(self.head_dim, self.has_means)
+        HeadIndex::row_bytes(self.head_dim, self.has_means, self.has_codes)
     }
 
     fn num_rows(&self) -> usize {
@@ -105,6 +108,8 @@ impl<'a> Landmarks<'a> {
     /// None where the bytes are no record of `shape`.
     pub(super) fn read(bytes: &'a [u8], shape: &LandmarkShape) -> Option<Self> {
         let (head, rest) = bytes.split_first_chunk::<HEAD_BYTES>()?;
+        // Codes that are not needed are passed over.
+        let shape = &LandmarkShape { has_codes: shape.has_codes || head[3] == 1, ..*shape };
         if *head != shape.head() {
             return None;
         }
@@ -153,6 +158,7 @@ mod tests {
     const SHAPE: LandmarkShape = LandmarkShape {
         precision: PagePrecision::Bf16,
         has_means: true,
+        has_codes: true,
         first_layer: 1,
         num_layers: 3,
         num_kv_heads: 2,
@@ -197,7 +203,13 @@ mod tests {
         ] {
             assert!(Landmarks::read(&bytes, &shape).is_none(), "{shape:?}");
         }
+        // One with codes serves where none are asked for, and not the other way round.
+        let plain = LandmarkShape { has_codes: false, ..SHAPE };
+        assert!(Landmarks::read(&bytes, &plain).is_some());
         let mut later = bytes;
+        later[3] = 0;
+        assert!(Landmarks::read(&later, &SHAPE).is_none());
+        later[3] = 1;
         later[0] = VERSION + 1;
         assert!(Landmarks::read(&later, &SHAPE).is_none());
     }

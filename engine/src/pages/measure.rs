@@ -3,8 +3,8 @@
 //! Knows the index and its scans, no store's budget.
 
 use super::index::{HeadIndex, SPAN};
-use super::scan::{Scan, Taken};
-use super::selection::OVER_FETCH;
+use super::scan::{Scan, Taken, span_of};
+use super::selection::{OVER_FETCH, OVER_FETCH_BY_CODES};
 use super::signs::Planes;
 use super::tests::{cache, run_blocks};
 use super::vote::Queries;
@@ -13,6 +13,7 @@ use crate::models::config::DecoderConfig;
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
 use candle_core::Device;
+use mka_kernels::key_codes::Rotation;
 use mka_kernels::{PAGE_TOKENS, rows};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -27,8 +28,8 @@ const NUM_KV_HEADS: usize = 3;
 const GROUP: usize = 3;
 const D: usize = 64;
 const BASE: f64 = 1e5;
-const SCANS: [LandmarkScan; 3] =
-    [LandmarkScan::Flat, LandmarkScan::TwoLevel, LandmarkScan::SignHash];
+const SCANS: [LandmarkScan; 4] =
+    [LandmarkScan::Flat, LandmarkScan::TwoLevel, LandmarkScan::SignHash, LandmarkScan::KeyCodes];
 /// Landmarks for each that is taken: of 262,144 tokens 2,048 are recalled, by 1,024 landmarks.
 const MARKS_FOR_ONE: usize = 32;
 
@@ -132,15 +133,20 @@ impl Keys {
     fn index(&self, layer: usize, tokens: usize) -> Vec<HeadIndex> {
         let heads = &self.0[layer * NUM_KV_HEADS..][..NUM_KV_HEADS];
         let page = PAGE_TOKENS * D;
+        let rotation = Rotation::new(D);
         let head = |keys: &Vec<f32>| {
             let mut index = HeadIndex::default();
             let pages = keys.chunks_exact(page).cycle().take(tokens / PAGE_TOKENS);
-            pages.for_each(|page| index.push(page, D));
+            pages.for_each(|page| {
+                index.push(page, D);
+                index.push_codes(page, &rotation);
+            });
             let place = |mark: usize| mark * SPAN * D % (keys.len() / page * page);
             let keys_of = |mark: usize| Some(keys[place(mark)..][..SPAN * D].to_vec());
             index.name_outliers(&index.least_agreeing(usize::MAX), D, keys_of);
             let planes = Planes::new(D);
-            SCANS.iter().for_each(|scan| index.prepare(*scan, &planes, D));
+            let coarse = [LandmarkScan::TwoLevel, LandmarkScan::SignHash];
+            coarse.iter().for_each(|scan| index.prepare(*scan, &planes, D));
             index
         };
         heads.iter().map(head).collect()
@@ -168,10 +174,19 @@ fn queries(path: &Path, layer: usize) -> Vec<Queries> {
     queries.collect()
 }
 
-fn take(heads: &[HeadIndex], wanted: usize, scan: LandmarkScan, queries: &Queries) -> Vec<Taken> {
-    let planes = Planes::new(D);
-    let pages = heads[0].len();
-    Scan { heads, pages, pinned: &[], wanted, planes: &planes }.take(scan, queries)
+/// Marks to take for a choice of `budget` tokens.
+fn wanted(scan: LandmarkScan, budget: usize) -> usize {
+    match scan {
+        LandmarkScan::KeyCodes => OVER_FETCH_BY_CODES * budget,
+        _ => OVER_FETCH * budget / SPAN,
+    }
+}
+
+fn take(heads: &[HeadIndex], budget: usize, scan: LandmarkScan, queries: &Queries) -> Vec<Taken> {
+    let (planes, rotation) = (Planes::new(D), Rotation::new(D));
+    let (pages, rotation) = (heads[0].len(), Some(&rotation));
+    let wanted = wanted(scan, budget);
+    Scan { heads, pages, pinned: &[], wanted, planes: &planes, rotation }.take(scan, queries)
 }
 
 /// Each query head's attention to every token, (GROUP, tokens).
@@ -188,13 +203,10 @@ fn attention(query: &[f32], keys: &[f32]) -> Vec<f32> {
 }
 
 /// The `budget` tokens of most votes among those of `marks`, ascending: what the exact scores leave.
-fn chosen(taken: &Taken, weights: &[f32], budget: usize) -> Vec<u32> {
-    let count = weights.len() / GROUP;
-    let tokens: Vec<u32> = taken
-        .marks
-        .iter()
-        .flat_map(|(mark, _)| mark * SPAN as u32..(mark + 1) * SPAN as u32)
-        .collect();
+fn chosen(taken: &Taken, span: usize, weights: &[f32], budget: usize) -> Vec<u32> {
+    let (count, span) = (weights.len() / GROUP, span as u32);
+    let tokens: Vec<u32> =
+        taken.marks.iter().flat_map(|(mark, _)| mark * span..(mark + 1) * span).collect();
     let mut votes = vec![0f32; tokens.len()];
     for weights in weights.chunks_exact(count) {
         let all: f32 = tokens.iter().map(|token| weights[*token as usize]).sum();
@@ -216,16 +228,20 @@ fn common(a: &[u32], b: &[u32]) -> f32 {
     both as f32 / b.len() as f32
 }
 
-fn marks(taken: &Taken) -> Vec<u32> {
-    taken.marks.iter().map(|(mark, _)| *mark).collect()
+/// First keys of the landmarks that were taken or, of keys, whose keys were.
+fn marks(taken: &Taken, span: usize) -> Vec<u32> {
+    let mut marks: Vec<u32> =
+        taken.marks.iter().map(|(mark, _)| mark * span as u32 / SPAN as u32).collect();
+    marks.dedup();
+    marks
 }
 
 /// What each scan finds of what the flat one does, by layer.
 fn compare(keys: &Keys, asked: &Path) {
     let tokens = keys.0[0].len() / D / PAGE_TOKENS * PAGE_TOKENS;
-    let wanted = tokens / SPAN / MARKS_FOR_ONE;
-    let budget = wanted * SPAN / OVER_FETCH;
-    println!("{tokens} tokens, {wanted} landmarks taken, {budget} tokens recalled");
+    let taken = tokens / SPAN / MARKS_FOR_ONE;
+    let budget = taken * SPAN / OVER_FETCH;
+    println!("{tokens} tokens, {taken} landmarks taken, {budget} tokens recalled");
     println!("| scan | layer | landmarks | tokens | attention held | of the flat scan's | least |");
     let mut means = [[0f32; 4]; SCANS.len()];
     for (layer, name) in LAYERS.iter().enumerate() {
@@ -236,7 +252,7 @@ fn compare(keys: &Keys, asked: &Path) {
         let queries = queries(asked, layer);
         let cases = (queries.len() * NUM_KV_HEADS) as f32;
         for query in &queries {
-            let taken = SCANS.map(|scan| take(&heads, wanted, scan, query));
+            let taken = SCANS.map(|scan| take(&heads, budget, scan, query));
             for head in 0..NUM_KV_HEADS {
                 let own = &keys.0[layer * NUM_KV_HEADS + head][..tokens * D];
                 let weights = attention(&query.heads[head], own);
@@ -245,13 +261,14 @@ fn compare(keys: &Keys, asked: &Path) {
                     votes.iter_mut().zip(weights).for_each(|(vote, weight)| *vote += weight);
                 }
                 best += held(&weights, &rows::largest(&votes, budget)) / cases;
-                let flat = chosen(&taken[0][head], &weights, budget);
-                let (flat_marks, flat_held) = (marks(&taken[0][head]), held(&weights, &flat));
+                let flat = chosen(&taken[0][head], SPAN, &weights, budget);
+                let (flat_marks, flat_held) = (marks(&taken[0][head], SPAN), held(&weights, &flat));
                 for (scan, taken) in taken.iter().enumerate() {
-                    let tokens = chosen(&taken[head], &weights, budget);
+                    let span = span_of(SCANS[scan]);
+                    let tokens = chosen(&taken[head], span, &weights, budget);
                     let own = held(&weights, &tokens);
                     least[scan] = least[scan].min(own / flat_held);
-                    let found = common(&marks(&taken[head]), &flat_marks);
+                    let found = common(&marks(&taken[head], span), &flat_marks);
                     let numbers = [found, common(&tokens, &flat), own, own / flat_held];
                     sums[scan].iter_mut().zip(numbers).for_each(|(sum, x)| *sum += x / cases);
                 }
@@ -274,14 +291,14 @@ fn compare(keys: &Keys, asked: &Path) {
 /// How long each scan takes for one layer's query against the flat one, the shortest of several turns of each.
 fn time(keys: &Keys, asked: &Path, tokens: usize) {
     let heads = keys.index(2, tokens);
-    let wanted = OVER_FETCH * 2048 / SPAN;
     let queries = queries(asked, 2);
+    let (planes, rotation) = (Planes::new(D), Rotation::new(D));
     let mut shortest = [Duration::MAX; SCANS.len()];
     for turn in 0..6 {
         for (scan, shortest) in SCANS.iter().zip(&mut shortest) {
-            let planes = Planes::new(D);
-            let pages = heads[0].len();
-            let scanned = Scan { heads: &heads, pages, pinned: &[], wanted, planes: &planes };
+            let (pages, wanted) = (heads[0].len(), wanted(*scan, 2048));
+            let (planes, rotation) = (&planes, Some(&rotation));
+            let scanned = Scan { heads: &heads, pages, pinned: &[], wanted, planes, rotation };
             let started = Instant::now();
             queries[turn..turn + 4].iter().for_each(|query| {
                 std::hint::black_box(scanned.take(*scan, query));

@@ -1,10 +1,12 @@
-//! The scan of landmarks: which of them a query's heads ask for most, by all of them or by what a coarser look leaves.
+//! The scan of the index: which landmarks or keys a query's heads ask for most, by all landmarks, by those that a coarser
+//! look leaves, or by codes of all keys.
 //! Knows the index of one layer; neither pages' bytes nor a budget.
 
 use super::LandmarkScan;
 use super::index::{HeadIndex, MARKS, SPAN};
 use super::signs::{self, CENTRE_PAGES, Code, Planes};
 use super::vote::{Queries, Scored, Votes, vote_by_scores};
+use mka_kernels::key_codes::{Rotation, SignTables};
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
 
@@ -16,26 +18,28 @@ const FLAT_PAGES: usize = (1 << 19) / PAGE_TOKENS;
 const LEFT_BY_MEANS: usize = 16;
 const LEFT_BY_CODES: usize = 4;
 
-/// What a choice takes of one layer's landmarks.
+/// What a choice takes of one layer's marks: landmarks, or keys where they are scored by their codes.
 pub(super) struct Scan<'a> {
     /// The layer's index.
     pub(super) heads: &'a [HeadIndex],
     /// Pages at its front that can be chosen.
     pub(super) pages: usize,
-    /// Landmarks that are taken whatever is asked for, ascending.
+    /// Marks that are taken whatever is asked for, ascending.
     pub(super) pinned: &'a [u32],
-    /// Landmarks to take.
+    /// Marks to take.
     pub(super) wanted: usize,
-    /// Of the index's codes.
+    /// Of the landmarks' codes.
     pub(super) planes: &'a Planes,
+    /// Of the keys' codes; None where there are none.
+    pub(super) rotation: Option<&'a Rotation>,
 }
 
-/// What is taken of one head's landmarks.
+/// What is taken of one head's marks.
 pub(super) struct Taken {
-    /// Ascending, as page · MARKS + landmark, each with its votes.
+    /// Ascending, as the mark's first key, counted from the index's first, over the keys of a mark; each with its votes.
     pub(super) marks: Vec<(u32, f32)>,
     /// For each query head of the group, the largest score and the sum of those that were not taken; empty where every
-    /// landmark was, None where it is not known.
+    /// mark was, None where it is not known.
     pub(super) missed: Option<Vec<(f32, f32)>>,
 }
 
@@ -47,19 +51,27 @@ struct Looked {
     means: Option<Vec<u32>>,
 }
 
-/// What `asked` means for a stream of so many pages.
-pub(super) fn settled(asked: LandmarkScan, pages: usize) -> LandmarkScan {
+/// Keys that a mark of `scan` stands for.
+pub(super) fn span_of(scan: LandmarkScan) -> usize {
+    if scan == LandmarkScan::KeyCodes { 1 } else { SPAN }
+}
+
+/// What `asked` means for a stream of so many pages, whose keys have codes or not.
+pub(super) fn settled(asked: LandmarkScan, pages: usize, has_codes: bool) -> LandmarkScan {
     match asked {
-        LandmarkScan::Auto if pages > FLAT_PAGES => LandmarkScan::TwoLevel,
-        LandmarkScan::Auto => LandmarkScan::Flat,
+        LandmarkScan::Auto | LandmarkScan::KeyCodes if has_codes => LandmarkScan::KeyCodes,
+        LandmarkScan::Auto | LandmarkScan::KeyCodes if pages > FLAT_PAGES => LandmarkScan::TwoLevel,
+        LandmarkScan::Auto | LandmarkScan::KeyCodes => LandmarkScan::Flat,
         asked => asked,
     }
 }
 
-/// The scan that `asked` means for a choice among so many pages, of which `wanted` landmarks are taken.
-pub(super) fn scan_for(asked: LandmarkScan, pages: usize, wanted: usize) -> LandmarkScan {
+/// The scan by which `settled` chooses among so many pages, of which `wanted` landmarks are taken: flat where a coarser
+/// look would pass over none of them.
+pub(super) fn scan_for(settled: LandmarkScan, pages: usize, wanted: usize) -> LandmarkScan {
     let passes_some = |left: usize| left * wanted < pages * MARKS;
-    match settled(asked, pages) {
+    match settled {
+        LandmarkScan::KeyCodes => LandmarkScan::KeyCodes,
         LandmarkScan::TwoLevel if passes_some(LEFT_BY_MEANS) => LandmarkScan::TwoLevel,
         LandmarkScan::SignHash if passes_some(LEFT_BY_CODES) && pages >= CENTRE_PAGES => {
             LandmarkScan::SignHash
@@ -69,20 +81,43 @@ pub(super) fn scan_for(asked: LandmarkScan, pages: usize, wanted: usize) -> Land
 }
 
 impl Scan<'_> {
-    /// The landmarks of most votes of each head by `scan`, whose coarser look the index must have.
+    /// The marks of most votes of each head by `scan`, whose coarser look or codes the index must have.
     pub(super) fn take(&self, scan: LandmarkScan, queries: &Queries) -> Vec<Taken> {
-        let num_marks = self.pages * MARKS;
+        let num_marks = self.pages * PAGE_TOKENS / span_of(scan);
         if self.wanted >= num_marks {
             let marks: Vec<(u32, f32)> = (0..num_marks as u32).map(|mark| (mark, 1.0)).collect();
             let all = || Taken { marks: marks.clone(), missed: Some(Vec::new()) };
             return self.heads.iter().map(|_| all()).collect();
         }
-        let looked = match scan {
-            LandmarkScan::TwoLevel => self.by_page_means(queries),
-            LandmarkScan::SignHash => self.by_signs(queries),
-            LandmarkScan::Auto | LandmarkScan::Flat => self.all(),
+        let looked = match (scan, self.rotation) {
+            (LandmarkScan::KeyCodes, Some(rotation)) => {
+                return self.by_key_codes(queries, rotation);
+            }
+            (LandmarkScan::TwoLevel, _) => self.by_page_means(queries),
+            (LandmarkScan::SignHash, _) => self.by_signs(queries),
+            _ => self.all(),
         };
         self.best(queries, &looked)
+    }
+
+    /// The keys of most votes where a score is what their codes tell of it.
+    fn by_key_codes(&self, queries: &Queries, rotation: &Rotation) -> Vec<Taken> {
+        let d = queries.d;
+        let table = |rows: &Vec<f32>| SignTables::new(&rotation.turned(rows), d);
+        let tables: Vec<SignTables> = queries.heads.par_iter().map(table).collect();
+        let num_rows = vec![self.pages * PAGE_TOKENS; self.heads.len()];
+        // Blocks of rows are whole pages.
+        let votes = vote_by_scores(queries, &num_rows, |scored: Scored<'_>, _| {
+            let (first, count) = (scored.first / PAGE_TOKENS, scored.len / PAGE_TOKENS);
+            let codes = self.heads[scored.head].key_codes(first, count, d);
+            tables[scored.head].score(scored.queries, codes, scored.scores, scored.len);
+        });
+        let taken = votes.into_par_iter().map(|votes| {
+            let mut by_key = votes.rows.clone();
+            self.pinned.iter().for_each(|key| by_key[*key as usize] = f32::INFINITY);
+            self.largest(&votes, &by_key, queries, |key| key)
+        });
+        taken.collect()
     }
 
     fn all(&self) -> Vec<Looked> {
@@ -198,14 +233,25 @@ impl Scan<'_> {
                 by_mark[at] = f32::INFINITY;
             }
         }
-        let best = rows::largest(&by_mark, self.wanted);
+        let taken = self.largest(votes, &by_mark, queries, |at| marks[at as usize]);
+        Taken { missed: taken.missed.filter(|_| looked.means.is_some()), ..taken }
+    }
+
+    /// Those that `votes_for` has most for, each by its name, and what the rest of the votes' sum is.
+    fn largest(
+        &self,
+        votes: &Votes,
+        votes_for: &[f32],
+        queries: &Queries,
+        name: impl Fn(u32) -> u32,
+    ) -> Taken {
+        let best = rows::largest(votes_for, self.wanted);
         // The votes of the last query are all there is to tell how much of each head's sum was taken.
         let held: f32 = best.iter().map(|at| votes.rows[*at as usize]).sum();
         let left = 1.0 - (held / queries.group as f32).min(1.0);
-        let missed = || votes.last.iter().map(|(max, sum)| (*max, sum * left)).collect();
         Taken {
-            marks: best.iter().map(|at| (marks[*at as usize], by_mark[*at as usize])).collect(),
-            missed: looked.means.is_some().then(missed),
+            marks: best.iter().map(|at| (name(*at), votes_for[*at as usize])).collect(),
+            missed: Some(votes.last.iter().map(|(max, sum)| (*max, sum * left)).collect()),
         }
     }
 }
@@ -232,7 +278,11 @@ mod tests {
                 (0..PAGE_TOKENS).flat_map(|token| key(page, token)).collect()
             };
             let mut index = HeadIndex::default();
-            (0..pages).for_each(|i| index.push(&page(i), D));
+            let rotation = Rotation::new(D);
+            (0..pages).for_each(|i| {
+                index.push(&page(i), D);
+                index.push_codes(&page(i), &rotation);
+            });
             let keys = |mark: usize| {
                 Some(page(mark / MARKS)[mark % MARKS * SPAN * D..][..SPAN * D].to_vec())
             };
@@ -254,9 +304,10 @@ mod tests {
         scan: LandmarkScan,
         (pages, wanted, pinned): (usize, usize, &[u32]),
     ) -> Vec<Taken> {
-        let planes = Planes::new(D);
+        let (planes, rotation) = (Planes::new(D), Rotation::new(D));
         heads.iter_mut().for_each(|head| head.prepare(scan, &planes, D));
-        Scan { heads, pages, pinned, wanted, planes: &planes }.take(scan, queries)
+        let rotation = Some(&rotation);
+        Scan { heads, pages, pinned, wanted, planes: &planes, rotation }.take(scan, queries)
     }
 
     #[test]
@@ -300,6 +351,33 @@ mod tests {
     }
 
     #[test]
+    fn codes_take_the_keys_of_most_votes_and_those_that_are_named() {
+        let mut heads = index(90, 0.7);
+        for count in [1, 3] {
+            let queries = queries(count);
+            let asked = (80, 200, &[5u32, 4633][..]);
+            let taken = taken(&mut heads, &queries, LandmarkScan::KeyCodes, asked);
+            for (head, own) in taken.iter().enumerate() {
+                assert_eq!(own.marks.len(), 200);
+                assert!(own.marks.is_sorted_by(|a, b| a.0 < b.0));
+                assert!(own.marks.iter().all(|(key, _)| *key < 80 * PAGE_TOKENS as u32));
+                for pin in [5, 4633] {
+                    assert!(own.marks.contains(&(pin, f32::INFINITY)));
+                }
+                // A mark that is taken has no fewer votes than one that is not, and all votes are of one sum.
+                assert_eq!(own.missed.as_ref().map(Vec::len), Some(queries.group), "{head}");
+            }
+        }
+        // Every key of few pages.
+        let all = taken_all(&mut heads);
+        assert!(all.iter().all(|own| own.marks.len() == 2 * PAGE_TOKENS));
+    }
+
+    fn taken_all(heads: &mut [HeadIndex]) -> Vec<Taken> {
+        taken(heads, &queries(1), LandmarkScan::KeyCodes, (2, 2 * PAGE_TOKENS, &[]))
+    }
+
+    #[test]
     fn means_of_pages_of_equal_keys_stand_for_all_that_is_not_scored() {
         let mut heads = index(90, 0.0);
         let queries = queries(1);
@@ -321,9 +399,14 @@ mod tests {
 
     #[test]
     fn few_pages_are_scanned_flat_and_the_default_changes_at_524288_tokens() {
-        use LandmarkScan::{Auto, Flat, SignHash, TwoLevel};
-        assert_eq!(scan_for(Auto, 8192, 1024), Flat);
-        assert_eq!(scan_for(Auto, 8193, 1024), TwoLevel);
+        use LandmarkScan::{Auto, Flat, KeyCodes, SignHash, TwoLevel};
+        for asked in [Auto, KeyCodes] {
+            assert_eq!(settled(asked, 8192, false), Flat);
+            assert_eq!(settled(asked, 8193, false), TwoLevel);
+            assert_eq!(settled(asked, 8193, true), KeyCodes);
+        }
+        assert_eq!(settled(SignHash, 8193, true), SignHash);
+        assert_eq!(scan_for(KeyCodes, 1, 1024), KeyCodes);
         // More landmarks would be left than there are.
         assert_eq!(scan_for(TwoLevel, 2048, 1024), Flat);
         assert_eq!(scan_for(TwoLevel, 2049, 1024), TwoLevel);

@@ -2,10 +2,10 @@
 //! Knows the store's index and rows; knows nothing of how the chosen tokens are attended.
 
 use super::index::{MARKS, SPAN};
-use super::scan::{Scan, Taken, scan_for};
+use super::scan::{Scan, Taken, scan_for, settled, span_of};
 use super::store::PageStore;
 use super::vote::{Queries, Scored, Votes, vote_by_scores};
-use super::{PagePrecision, PageRule};
+use super::{LandmarkScan, PagePrecision, PageRule};
 use crate::error::Result;
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, rows};
@@ -20,6 +20,9 @@ pub(super) struct Selection {
 
 /// Tokens of landmarks that are scored one by one, for each token that is chosen.
 pub(super) const OVER_FETCH: usize = 4;
+/// Tokens that are scored by their keys for each that is chosen, where their codes were scored before: what twice as many
+/// would add is in `docs/recall.md`.
+pub(super) const OVER_FETCH_BY_CODES: usize = 2;
 /// Queries of a block whose mean stands for them: neighbours look for much the same, and a block of 64 costs as much
 /// as eight queries.
 pub(super) const POOLED: usize = 8;
@@ -76,13 +79,16 @@ impl PageStore {
         rows: usize,
         budget: usize,
     ) -> Selection {
-        let wanted = OVER_FETCH * budget / SPAN;
-        let taken = self.scan(layer, queries, rows, wanted);
+        let settled = settled(self.config.scan, rows, self.rotation.is_some());
+        let span = span_of(settled);
+        let per_page = PAGE_TOKENS / span;
+        let pinned = self.pinned(rows, span);
+        let taken = self.scan(layer, queries, (rows, budget), &pinned);
         // The most wanted pages first, for a budget that cannot hold them all.
         let mut votes_by_row = vec![0f32; rows];
         for head in &taken {
             for (mark, vote) in &head.marks {
-                let row = &mut votes_by_row[*mark as usize / MARKS];
+                let row = &mut votes_by_row[*mark as usize / per_page];
                 *row = row.max(*vote);
             }
         }
@@ -95,32 +101,39 @@ impl PageStore {
             .iter()
             .map(|head| {
                 let marks = head.marks.iter().map(|(mark, _)| *mark);
-                marks.filter(|mark| there[*mark as usize / MARKS].is_some()).collect()
+                marks.filter(|mark| there[*mark as usize / per_page].is_some()).collect()
             })
             .collect();
-        let num_rows: Vec<usize> = candidates.iter().map(|marks| marks.len() * SPAN).collect();
+        let num_rows: Vec<usize> = candidates.iter().map(|marks| marks.len() * span).collect();
         let votes = vote_by_scores(queries, &num_rows, |mut scored: Scored<'_>, keys| {
             let reader = self.reader(layer, 0, scored.head);
-            let runs = candidates[scored.head][scored.first / SPAN..].iter();
-            let runs = runs.take(scored.len / SPAN).map(|mark| {
-                let bytes = there[*mark as usize / MARKS].unwrap_or_default();
-                (bytes, *mark as usize % MARKS * SPAN)
+            let marks = &candidates[scored.head][scored.first / span..][..scored.len / span];
+            // Marks side by side in a page are one run of its rows: (bytes, first row, rows).
+            let is_next = |a: &u32, b: &u32| a + 1 == *b && *b as usize % per_page != 0;
+            let runs = marks.chunk_by(is_next).map(|run| {
+                let first = run[0] as usize;
+                let bytes = there[first / per_page].unwrap_or_default();
+                (bytes, first % per_page * span, run.len() * span)
             });
             // Few queries score keys where they lie.
             if queries.count == 1 && self.config.precision == PagePrecision::Bf16 {
-                for (i, (bytes, first)) in runs.enumerate() {
-                    let run = reader.bytes(bytes, first, SPAN).unwrap_or(&[]);
-                    scored.score_bf16(i * SPAN, run, queries.d);
+                let mut at = 0;
+                for (bytes, first, count) in runs {
+                    let run = reader.bytes(bytes, first, count).unwrap_or(&[]);
+                    scored.score_bf16(at, run, queries.d);
+                    at += count;
                 }
                 return;
             }
             keys.resize(scored.len * queries.d, 0.0);
-            for ((bytes, first), out) in runs.zip(keys.chunks_mut(SPAN * queries.d)) {
+            let mut rest = &mut keys[..];
+            for (bytes, first, count) in runs {
+                let (out, behind) = rest.split_at_mut(count * queries.d);
                 reader.read(bytes, first, out);
+                rest = behind;
             }
             rows::score_rows(scored.queries, keys, queries.d, scored.scores, scored.len);
         });
-        let pinned = self.pinned(rows);
         let mut recovered = Vec::new();
         let heads = candidates
             .par_iter()
@@ -129,18 +142,18 @@ impl PageStore {
                 let mut token_votes = votes.rows.clone();
                 for mark in &pinned {
                     if let Ok(at) = marks.binary_search(mark) {
-                        token_votes[at * SPAN..(at + 1) * SPAN].fill(f32::INFINITY);
+                        token_votes[at * span..(at + 1) * span].fill(f32::INFINITY);
                     }
                 }
                 let best = rows::largest(&token_votes, budget);
-                let token = |i: &u32| marks[*i as usize / SPAN] * SPAN as u32 + i % SPAN as u32;
+                let token = |i: &u32| marks[*i as usize / span] * span as u32 + i % span as u32;
                 let held: f32 = best.iter().map(|i| votes.rows[*i as usize]).sum();
                 (best.iter().map(token).collect::<Vec<u32>>(), held)
             })
             .collect::<Vec<_>>();
         if queries.count == 1 {
             for ((_, held), (votes, taken)) in heads.iter().zip(votes.iter().zip(&taken)) {
-                let share = |missed: &Vec<_>| recovered_share(*held, votes, missed, queries.group);
+                let share = |missed: &Vec<_>| recovered_share(*held, votes, missed, span);
                 recovered.extend(taken.missed.as_ref().map(share));
             }
         }
@@ -151,23 +164,38 @@ impl PageStore {
         }
     }
 
-    /// The `wanted` landmarks of most votes of each head, by the scan that is asked for.
-    fn scan(&mut self, layer: usize, queries: &Queries, rows: usize, wanted: usize) -> Vec<Taken> {
-        let scan = scan_for(self.config.scan, rows, wanted);
+    /// The marks of most votes of each head for a choice of `budget` tokens among the first `rows` pages, by the scan that is
+    /// asked for.
+    fn scan(
+        &mut self,
+        layer: usize,
+        queries: &Queries,
+        (rows, budget): (usize, usize),
+        pinned: &[u32],
+    ) -> Vec<Taken> {
+        let settled = settled(self.config.scan, rows, self.rotation.is_some());
+        let wanted = match settled {
+            LandmarkScan::KeyCodes => OVER_FETCH_BY_CODES * budget,
+            _ => OVER_FETCH * budget / SPAN,
+        };
+        let scan = scan_for(settled, rows, wanted);
         for head in &mut self.index[layer] {
             head.prepare(scan, &self.planes, queries.d);
         }
-        let (heads, pinned) = (&self.index[layer][..], &self.pinned(rows)[..]);
-        Scan { heads, pages: rows, pinned, wanted, planes: &self.planes }.take(scan, queries)
+        let (heads, rotation) = (&self.index[layer][..], self.rotation.as_deref());
+        let planes = &self.planes;
+        Scan { heads, pages: rows, pinned, wanted, planes, rotation }.take(scan, queries)
     }
 
-    /// Pinned landmarks among the first `rows` pages, as index row · MARKS + landmark, ascending.
-    pub(super) fn pinned(&self, rows: usize) -> Vec<u32> {
+    /// Pinned marks of `span` keys among the first `rows` pages, as the index row's first mark and the mark in the page,
+    /// ascending.
+    pub(super) fn pinned(&self, rows: usize, span: usize) -> Vec<u32> {
         let place = |pin: &u64| {
             let row = self.order[..rows].binary_search(&(pin / MARKS as u64)).ok()?;
-            Some((row * MARKS) as u32 + (pin % MARKS as u64) as u32)
+            let first = (row * PAGE_TOKENS + (pin % MARKS as u64) as usize * SPAN) / span;
+            Some(first as u32..(first + SPAN / span) as u32)
         };
-        self.pins.iter().filter_map(place).collect()
+        self.pins.iter().filter_map(place).flatten().collect()
     }
 
     /// A reader of one head's keys (`kind` 0) or values (1) out of pages' bytes.
@@ -226,8 +254,9 @@ fn evened(mut heads: Vec<Vec<u32>>) -> Vec<Vec<u32>> {
 }
 
 /// Of the attention of one head's group to all stored tokens, the share that the chosen ones hold: their votes by the
-/// exact scores, less what stands behind the landmarks that were not taken, each for [`SPAN`] tokens.
-fn recovered_share(held: f32, votes: &Votes, missed: &[(f32, f32)], group: usize) -> f32 {
+/// exact scores, less what stands behind the marks that were not taken, each for `span` tokens.
+fn recovered_share(held: f32, votes: &Votes, missed: &[(f32, f32)], span: usize) -> f32 {
+    let group = votes.last.len();
     let held = (held / group as f32).min(1.0);
     if missed.is_empty() {
         return held;
@@ -235,7 +264,7 @@ fn recovered_share(held: f32, votes: &Votes, missed: &[(f32, f32)], group: usize
     let share = |((max, sum), (other, rest)): (&(f32, f32), &(f32, f32))| {
         let top = max.max(*other);
         let own = sum * (max - top).exp();
-        let rest = SPAN as f32 * rest * (other - top).exp();
+        let rest = span as f32 * rest * (other - top).exp();
         own / (own + rest)
     };
     let shares = votes.last.iter().zip(missed).map(share).sum::<f32>();

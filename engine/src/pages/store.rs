@@ -12,6 +12,7 @@ use super::signs::Planes;
 use super::{LandmarkScan, PageConfig, PageRule};
 use crate::cache::SINK_PAGES;
 use candle_core::{Device, Tensor};
+use mka_kernels::key_codes::Rotation;
 use mka_kernels::{PAGE_TOKENS, RotaryAngles};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -89,6 +90,8 @@ pub(crate) struct PageStore {
     pub(super) mirror: Option<Mirror>,
     /// Of the codes by which landmarks are scanned first; none where they are not.
     pub(super) planes: Planes,
+    /// Of the codes of keys; None where there are none.
+    pub(super) rotation: Option<Arc<Rotation>>,
     /// Queries (t, h, d) before RoPE with their layer, while a test asks for them.
     #[cfg(test)]
     pub(super) asked: Option<Vec<(usize, Tensor)>>,
@@ -123,6 +126,7 @@ impl PageStore {
                 LandmarkScan::SignHash => Planes::new(shape.head_dim),
                 _ => Planes::default(),
             },
+            rotation: has_codes(&config, device).then(|| Arc::new(Rotation::new(shape.head_dim))),
             #[cfg(test)]
             asked: None,
             config,
@@ -134,6 +138,7 @@ impl PageStore {
     /// pages are uploaded once more. Pages that memory does not hold are read where this one reads them.
     pub(crate) fn fork(&self) -> Self {
         let mut fork = Self::new(self.shape, self.config.clone(), &self.device);
+        fork.rotation.clone_from(&self.rotation);
         fork.source.clone_from(&self.source);
         fork.pages.clone_from(&self.pages);
         fork.order.clone_from(&self.order);
@@ -171,7 +176,7 @@ impl PageStore {
 
     /// Bytes of the index over `pages` pages: landmarks of every layer that chooses, and token ids.
     fn index_bytes(&self, pages: usize) -> u64 {
-        let scan = settled(self.config.scan, pages);
+        let scan = settled(self.config.scan, pages, self.rotation.is_some());
         let layers = self.index.iter().filter(|heads| !heads.is_empty()).count();
         let head = HeadIndex::page_bytes(self.shape.head_dim, self.config.estimate, scan);
         let ids = PAGE_TOKENS * 4 + size_of::<Stored>() + 16;
@@ -256,6 +261,9 @@ impl PageStore {
         for (head, own) in index.iter_mut().enumerate() {
             self.read_rows(page, layer, 0, head, 0, &mut keys);
             own.push(&keys, d);
+            if let Some(rotation) = &self.rotation {
+                own.push_codes(&keys, rotation);
+            }
             if self.config.estimate {
                 let mut values = vec![0f32; PAGE_TOKENS * d];
                 self.read_rows(page, layer, 1, head, 0, &mut values);
@@ -456,4 +464,10 @@ impl PageStore {
         let angles = self.angles.as_ref()?;
         (position < angles.len() as u64).then(|| angles.at(position as usize))
     }
+}
+
+/// Whether keys are coded: where the processor chooses, and chooses by them.
+fn has_codes(config: &PageConfig, device: &Device) -> bool {
+    let asked = matches!(config.scan, LandmarkScan::Auto | LandmarkScan::KeyCodes);
+    asked && config.rule == PageRule::Mka && !device.is_cuda()
 }

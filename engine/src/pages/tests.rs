@@ -242,7 +242,8 @@ fn every_rule_recalls_its_tokens_and_streaming_is_the_window_alone() {
 fn a_rewound_stream_recalls_as_if_nothing_had_followed() {
     let decoder = load("fastmka");
     for (scan, recalled, told) in [
-        (LandmarkScan::Auto, 128, 500),
+        (LandmarkScan::Flat, 128, 500),
+        (LandmarkScan::KeyCodes, 64, 1000),
         (LandmarkScan::TwoLevel, 64, 5000),
         (LandmarkScan::SignHash, 64, 5000),
     ] {
@@ -261,9 +262,14 @@ fn a_rewound_stream_recalls_as_if_nothing_had_followed() {
 }
 
 #[test]
-fn a_stream_scanned_by_a_coarser_look_is_opened_and_forked_bit_for_bit() {
+fn a_stream_scanned_in_any_way_is_opened_and_forked_bit_for_bit() {
     let decoder = load("llama3");
-    for (scan, told) in [(LandmarkScan::TwoLevel, 5000), (LandmarkScan::SignHash, 5000)] {
+    for (scan, told) in [
+        (LandmarkScan::Flat, 1000),
+        (LandmarkScan::KeyCodes, 1000),
+        (LandmarkScan::TwoLevel, 5000),
+        (LandmarkScan::SignHash, 5000),
+    ] {
         let config = PageConfig { tokens: 64, precision: PagePrecision::Bf16, scan, ..config() };
         let elsewhere = Arc::new(Elsewhere::default());
         let mut straight = cache(&decoder, 64, Some(config.clone()));
@@ -279,7 +285,34 @@ fn a_stream_scanned_by_a_coarser_look_is_opened_and_forked_bit_for_bit() {
         assert_eq!(run(&decoder, &mut fork, &asked, &[50, 1]), went_on, "{scan:?}");
         let usage = straight.pages().unwrap().usage().unwrap();
         let estimates = usage.recovered.iter().any(|share| *share > 0.0);
-        assert_eq!(estimates, scan == LandmarkScan::TwoLevel, "{scan:?}: {usage:?}");
+        assert_eq!(estimates, scan != LandmarkScan::SignHash, "{scan:?}: {usage:?}");
+    }
+}
+
+#[test]
+fn codes_that_were_not_written_are_made_from_the_pages_and_unneeded_ones_are_passed_over() {
+    let decoder = load("llama3");
+    let with = |scan| PageConfig { tokens: 64, precision: PagePrecision::Bf16, scan, ..config() };
+    for (written, read) in
+        [(LandmarkScan::Flat, LandmarkScan::KeyCodes), (LandmarkScan::KeyCodes, LandmarkScan::Flat)]
+    {
+        let elsewhere = Arc::new(Elsewhere::default());
+        let mut first = cache(&decoder, 64, Some(with(written)));
+        run(&decoder, &mut first, &tokens(1000), &[64]);
+        commit(&mut first, &elsewhere);
+        let mut expected = cache(&decoder, 64, Some(with(read)));
+        expected.pages_mut().unwrap().active = false;
+        run(&decoder, &mut expected, &tokens(1000), &[64]);
+        let mut opened = reopened(&decoder, &first, &with(read), &elsewhere);
+        let [of_opened, of_expected] = [&opened, &expected].map(|cache| {
+            let pages = cache.pages().unwrap();
+            let scans = pages.index.iter().flatten();
+            scans.map(|head| head.key_codes_len()).collect::<Vec<_>>()
+        });
+        assert_eq!(of_opened, of_expected, "{written:?} {read:?}");
+        assert!(
+            run(&decoder, &mut opened, &tokens(30), &[30]).iter().flatten().all(|x| x.is_finite())
+        );
     }
 }
 
@@ -563,7 +596,10 @@ const MIRRORED: &[(&str, usize, PagePrecision, u32)] = &[
 #[test]
 fn pages_on_the_models_device_are_chosen_as_in_host_memory() {
     for (name, tokens, precision, told) in MIRRORED.iter().copied() {
-        let config = PageConfig { tokens, precision, reuse_steps: 2, lexical: true, ..config() };
+        // What a card scores.
+        let scan = LandmarkScan::Flat;
+        let config =
+            PageConfig { tokens, precision, scan, reuse_steps: 2, lexical: true, ..config() };
         assert_alike(name, with_and_without_mirror(&load(name), &config, told));
     }
 }

@@ -5,6 +5,7 @@ mod attention;
 mod cuda;
 mod encoder;
 mod flash;
+mod key_codes;
 mod packed;
 mod panels;
 mod projected;

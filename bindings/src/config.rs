@@ -125,16 +125,18 @@ mirrored! {
 }
 
 mirrored! {
-    /// Which landmarks are scored on the processor for a choice.
+    /// What is scored on the processor for a choice before keys are.
     pub enum LandmarkScan for mka::LandmarkScan {
-        /// All of them up to 524,288 stored tokens, in two levels beyond.
+        /// Every key by its code, where the processor chooses from the start.
         Auto,
-        /// All of them.
+        /// Every landmark, the mean of 8 keys.
         Flat,
         /// The means of pages first, then the landmarks of the best pages.
         TwoLevel,
-        /// Those whose sign codes are nearest to the query's.
+        /// The landmarks whose sign codes are nearest to the query's.
         SignHash,
+        /// Every key, by a code of one bit a number.
+        KeyCodes,
     }
 }
 
@@ -166,7 +168,7 @@ pub struct PageConfig {
     /// How tokens are chosen.
     #[uniffi(default)]
     pub rule: Option<PageRule>,
-    /// Which landmarks are scored for a choice.
+    /// What is scored for a choice before keys are.
     #[uniffi(default)]
     pub scan: Option<LandmarkScan>,
     /// What a prompt's blocks attend to.

@@ -66,7 +66,7 @@ fn attend(query: &[f32], keys: &[f32], values: &[f32], left: &[u8]) -> (Vec<f32>
     rows::score_rows(query, keys, d, &mut scores, stride);
     // ln 0 is -inf: a page of which every token was recalled is not counted.
     scores.iter_mut().zip(left).for_each(|(score, left)| *score += f32::from(*left).ln());
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = rows::maximum(&scores);
     let mut out = vec![0f32; d];
     if max == f32::NEG_INFINITY {
         return (out, max);

@@ -9,6 +9,7 @@ use super::vote::{Queries, Scored, Votes, vote_by_scores};
 use mka_kernels::key_codes::{Rotation, SignTables};
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Stored pages up to which every landmark is scored: 524,288 tokens. Of half as many, two levels took longer than all
 /// landmarks, `docs/recall.md`.
@@ -113,8 +114,8 @@ impl Scan<'_> {
             tables[scored.head].score(scored.queries, codes, scored.scores, scored.len);
         });
         let taken = votes.into_par_iter().map(|votes| {
-            let mut by_key = votes.rows.clone();
-            self.pinned.iter().for_each(|key| by_key[*key as usize] = f32::INFINITY);
+            let mut by_key = Cow::Borrowed(&votes.rows);
+            self.pinned.iter().for_each(|key| by_key.to_mut()[*key as usize] = f32::INFINITY);
             self.largest(&votes, &by_key, queries, |key| key)
         });
         taken.collect()

@@ -123,7 +123,7 @@ pub(super) fn vote_by_scores(
             let stats = weights
                 .chunks_exact_mut(len)
                 .map(|scores| {
-                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let max = rows::maximum(scores);
                     (max, rows::exponentiate(scores, max))
                 })
                 .collect();

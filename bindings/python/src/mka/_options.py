@@ -44,8 +44,8 @@ class PageOptions(TypedDict, total=False):
     """How stored keys and values are held."""
     rule: Literal["mka", "streaming", "inf_llm", "quest", "token_select"]
     """How tokens are chosen."""
-    scan: Literal["auto", "flat", "two_level", "sign_hash"]
-    """Which landmarks are scored on the processor for a choice."""
+    scan: Literal["auto", "flat", "two_level", "sign_hash", "key_codes"]
+    """What is scored on the processor for a choice before keys are."""
     prefill: Literal["selected", "dense"]
     """What a block of a prompt attends to while the stream fits the model's trained length."""
     reuse_steps: int

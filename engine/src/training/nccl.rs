@@ -105,6 +105,11 @@ impl Collective for NcclCollective {
         self.held.clear();
         Ok(())
     }
+
+    fn split(&mut self, group: usize) -> Result<Box<dyn Collective>> {
+        let ordinal = self.comm.stream().context().ordinal();
+        Ok(Box::new(Self::join(self.group.split(group)?, ordinal)?))
+    }
 }
 
 impl Drop for NcclCollective {

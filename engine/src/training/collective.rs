@@ -200,6 +200,23 @@ impl TcpCollective {
     }
 }
 
+#[cfg(test)]
+impl TcpCollective {
+    /// `world_size` of them for the threads of one process, on a port that nobody else has.
+    pub(super) fn of_threads(world_size: usize) -> Result<Vec<Self>> {
+        let listener = listen("127.0.0.1", 0)?;
+        let at = listener.local_addr().map_err(|source| failed("local address".into(), source))?;
+        let others: Vec<Self> = (1..world_size)
+            .map(|rank| {
+                let peers = vec![connect("127.0.0.1", at.port(), rank, world_size)?];
+                Ok(Self { rank, world_size, peers })
+            })
+            .collect::<Result<_>>()?;
+        let first = Self { rank: 0, world_size, peers: accept(&listener, world_size)? };
+        Ok(std::iter::once(first).chain(others).collect())
+    }
+}
+
 /// Numbers that say where a process listens: 16 bytes of address, two of port.
 const PLACE: usize = 18;
 

@@ -246,6 +246,7 @@ fn several_processes_have_the_losses_of_one_at_the_same_global_batch() {
             assert_eq!(found.len(), expected.len(), "{text}");
             for (found, expected) in found.iter().zip(&expected) {
                 let error = (found - expected).abs();
+                println!("{shape:?}: loss off by {error:e}");
                 assert!(error < 1e-5, "{shape:?}: {found}, expected {expected}");
             }
         }

@@ -196,7 +196,8 @@ fn run_config(folder: &Path) -> TrainingConfig {
     for (name, seed) in [("train.txt", 3), ("held_out.txt", 5)] {
         std::fs::write(folder.join(name), text(seed)).unwrap();
     }
-    let mut config = TrainingConfig::default();
+    let mut config = full(MemoryKind::Fastmka);
+    config.train.mode = TrainMode::Lora;
     config.output = folder.join("run");
     config.model.source = Some(golden("gguf/model.gguf").display().to_string());
     config.data.train = vec![folder.join("train.txt")];

@@ -99,7 +99,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         plot(&output)?;
     }
     if args.compare {
-        print(&trainer.compare()?);
+        // Processes that share a model measure it together.
+        let comparison = trainer.compare()?;
+        if first {
+            print(&comparison);
+        }
     }
     Ok(())
 }

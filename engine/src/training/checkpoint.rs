@@ -3,6 +3,9 @@
 
 use super::model::TrainModel;
 use super::optimizer::AdamW;
+use super::parameters::Parameter;
+use super::placement::Placement;
+use super::tensor_group::TensorGroup;
 use crate::error::{Error, ErrorKind, Result};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -30,8 +33,62 @@ pub(super) struct State {
     pub(super) hashes: [u64; 2],
 }
 
+impl State {
+    /// What processes that share a model have to agree on.
+    pub(super) fn identity(&self) -> String {
+        format!("{} {} {} {}", self.step, self.base, self.corpus, self.settings)
+    }
+}
+
+/// Where the checkpoint of `step` lies.
+pub(super) fn folder(output: &Path, step: u64) -> PathBuf {
+    folder_of(output).join(format!("step-{step:08}"))
+}
+
 fn folder_of(output: &Path) -> PathBuf {
     output.join("checkpoints")
+}
+
+/// The tensors of a checkpoint, whole, on the processor.
+pub(super) struct Contents {
+    trained: HashMap<String, Tensor>,
+    moments: HashMap<String, Tensor>,
+}
+
+impl Contents {
+    /// Of `model` and `optimizer`: every process of a tensor group gives its parts, the first gets all of them and the
+    /// others nothing.
+    ///
+    /// # Errors
+    /// `Incompatible` if what every process has is not the same on each; if another process is gone.
+    pub(super) fn gather(model: &TrainModel, optimizer: &AdamW) -> Result<Option<Self>> {
+        let (mut trained, mut moments) = (HashMap::new(), HashMap::new());
+        let (mut same, group) = (Vec::new(), &model.group);
+        let first = group.index() == 0;
+        for parameter in &model.parameters {
+            let (name, master) = (&parameter.name, parameter.master());
+            let whole = group.whole(name, master)?;
+            if !group.is_alone() && Placement::of(name).split().is_none() {
+                let values = whole.flatten_all()?.to_vec1::<f32>()?;
+                let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+                same.push((name.as_str(), xxh3_64(&bytes)));
+            }
+            if first {
+                trained.insert(name.clone(), whole);
+            }
+        }
+        group.agree(&same)?;
+        for (index, m, v) in optimizer.moments()? {
+            let name = &model.parameters[index].name;
+            for (kind, moment) in [("first", m), ("second", v)] {
+                let whole = group.whole(name, &moment)?;
+                if first {
+                    moments.insert(format!("{kind}.{name}"), whole);
+                }
+            }
+        }
+        Ok(first.then_some(Self { trained, moments }))
+    }
 }
 
 /// Writes a checkpoint of `state.step` and removes the oldest beyond `keep`.
@@ -40,8 +97,7 @@ fn folder_of(output: &Path) -> PathBuf {
 pub(super) fn write(
     output: &Path,
     mut state: State,
-    model: &TrainModel,
-    optimizer: &AdamW,
+    Contents { trained, moments }: &Contents,
     keep: usize,
 ) -> Result<PathBuf> {
     let folder = folder_of(output);
@@ -55,18 +111,7 @@ pub(super) fn write(
         fs::remove_dir_all(&partial).map_err(io("remove unfinished checkpoint", &partial))?;
     }
     fs::create_dir_all(&partial).map_err(io("make checkpoint folder", &partial))?;
-    let mut trained = HashMap::new();
-    let mut moments = HashMap::new();
-    for parameter in &model.parameters {
-        trained.insert(parameter.name.clone(), parameter.master().to_device(&Device::Cpu)?);
-    }
-    for (index, first, second) in optimizer.moments()? {
-        for (kind, moment) in [("first", first), ("second", second)] {
-            let name = format!("{kind}.{}", model.parameters[index].name);
-            moments.insert(name, moment.contiguous()?.to_device(&Device::Cpu)?);
-        }
-    }
-    for (i, (file, tensors)) in [(TRAINED, &trained), (MOMENTS, &moments)].into_iter().enumerate() {
+    for (i, (file, tensors)) in [(TRAINED, trained), (MOMENTS, moments)].into_iter().enumerate() {
         let bytes = safetensors::serialize(tensors, None).map_err(|source| {
             Error::new(ErrorKind::Storage, format!("checkpoint {name}: {source}"))
                 .with_source(source)
@@ -180,23 +225,29 @@ impl Checkpoint {
         &self.trained
     }
 
-    /// The tensor `name`, of `like`'s shape and on its device.
-    fn tensor(&self, from: &HashMap<String, Tensor>, name: &str, like: &Tensor) -> Result<Tensor> {
+    /// The tensor `name` of `parameter`, the part of `group`'s process in the shape and on the device of its values.
+    fn tensor(
+        &self,
+        from: &HashMap<String, Tensor>,
+        name: &str,
+        (parameter, group): (&Parameter, &TensorGroup),
+    ) -> Result<Tensor> {
+        let like = parameter.master();
+        let shape = group.whole_shape(&parameter.name, like.dims());
         let incompatible = |found: String| {
             Error::new(
                 ErrorKind::Incompatible,
                 format!(
-                    "checkpoint {}: tensor {name}, expected shape {:?}, found {found}",
+                    "checkpoint {}: tensor {name}, expected shape {shape:?}, found {found}",
                     self.path.display(),
-                    like.dims()
                 ),
             )
         };
         let tensor = from.get(name).ok_or_else(|| incompatible("none".into()))?;
-        if tensor.dims() != like.dims() {
+        if tensor.dims() != shape {
             return Err(incompatible(format!("{:?}", tensor.dims())));
         }
-        Ok(tensor.to_device(like.device())?)
+        Ok(group.part(&parameter.name, tensor)?.to_device(like.device())?)
     }
 
     /// Puts the trained tensors into `model` and, where there is one, the moments into `optimizer`.
@@ -215,13 +266,14 @@ impl Checkpoint {
             ));
         }
         for parameter in &model.parameters {
-            parameter.set(&self.tensor(&self.trained, &parameter.name, parameter.master())?)?;
+            let place = (parameter, &model.group);
+            parameter.set(&self.tensor(&self.trained, &parameter.name, place)?)?;
         }
         if let Some(optimizer) = optimizer {
             optimizer.restore(|index, kind| {
                 let parameter = &model.parameters[index];
                 let name = format!("{kind}.{}", parameter.name);
-                self.tensor(&self.moments, &name, parameter.master())
+                self.tensor(&self.moments, &name, (parameter, &model.group))
             })?;
         }
         Ok(())

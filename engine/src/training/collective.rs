@@ -5,7 +5,7 @@ use crate::Device;
 use crate::error::{Error, ErrorKind, Result};
 use candle_core::Tensor;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 /// Processes that train one model on different data.
@@ -41,6 +41,17 @@ pub trait Collective: Send {
     fn settle(&mut self) -> Result<()> {
         Ok(())
     }
+
+    /// The processes that call this with the same `group`, as a collective of their own, ranked as they are here.
+    ///
+    /// # Errors
+    /// If another process is gone, and for a collective that cannot be split: the default.
+    fn split(&mut self, group: usize) -> Result<Box<dyn Collective>> {
+        let processes = self.world_size();
+        Err(Error::invalid(format!(
+            "collective: group {group} of {processes} processes, expected a collective that can be split"
+        )))
+    }
 }
 
 /// The group that RANK, WORLD_SIZE, MASTER_ADDR (127.0.0.1) and MASTER_PORT (29500) name; none without WORLD_SIZE or
@@ -74,6 +85,10 @@ impl Collective for Alone {
 
     fn all_reduce_sum(&mut self, _: &mut [f32]) -> Result<()> {
         Ok(())
+    }
+
+    fn split(&mut self, _: usize) -> Result<Box<dyn Collective>> {
+        Ok(Box::new(Alone))
     }
 }
 
@@ -133,10 +148,82 @@ impl TcpCollective {
             )));
         }
         let peers = match rank {
-            0 => accept(address, port, world_size)?,
+            0 => accept(&listen(address, port)?, world_size)?,
             _ => vec![connect(address, port, rank, world_size)?],
         };
         Ok(Self { rank, world_size, peers })
+    }
+
+    /// The processes that call this with the same `group`, over connections of their own.
+    ///
+    /// The first of a group listens where its connection to the others of this one begins, on a free port.
+    ///
+    /// # Errors
+    /// If another process is gone, or no port can be opened.
+    pub fn split(&mut self, group: usize) -> Result<Self> {
+        let mut groups = vec![0.0; self.world_size];
+        groups[self.rank] = group as f32;
+        self.all_reduce_sum(&mut groups)?;
+        let members: Vec<usize> =
+            (0..self.world_size).filter(|rank| groups[*rank] == group as f32).collect();
+        let (leader, world_size) = (members[0], members.len());
+        let rank = members.iter().position(|member| *member == self.rank).unwrap_or(0);
+        // Every process hears where every first one listens; the others add zeros.
+        let mut places = vec![0.0; PLACE * self.world_size];
+        let listener = match self.rank == leader && world_size > 1 {
+            true => {
+                let here = |source| failed("local address".into(), source);
+                let address = self.peers[0].local_addr().map_err(here)?.ip();
+                let listener = listen(&address.to_string(), 0)?;
+                let port = listener.local_addr().map_err(here)?.port();
+                let bytes = octets(address).into_iter().chain(port.to_be_bytes());
+                let mine = &mut places[PLACE * leader..PLACE * (leader + 1)];
+                mine.iter_mut().zip(bytes).for_each(|(place, byte)| *place = f32::from(byte));
+                Some(listener)
+            }
+            false => None,
+        };
+        self.all_reduce_sum(&mut places)?;
+        let peers = match listener {
+            Some(listener) => accept(&listener, world_size)?,
+            None if world_size == 1 => Vec::new(),
+            None => {
+                let mut place = [0u8; PLACE];
+                let sent = &places[PLACE * leader..];
+                place.iter_mut().zip(sent).for_each(|(byte, place)| *byte = *place as u8);
+                let [address @ .., high, low] = place;
+                let address = Ipv6Addr::from(address).to_canonical().to_string();
+                vec![connect(&address, u16::from_be_bytes([high, low]), rank, world_size)?]
+            }
+        };
+        Ok(Self { rank, world_size, peers })
+    }
+}
+
+#[cfg(test)]
+impl TcpCollective {
+    /// `world_size` of them for the threads of one process, on a port that nobody else has.
+    pub(super) fn of_threads(world_size: usize) -> Result<Vec<Self>> {
+        let listener = listen("127.0.0.1", 0)?;
+        let at = listener.local_addr().map_err(|source| failed("local address".into(), source))?;
+        let others: Vec<Self> = (1..world_size)
+            .map(|rank| {
+                let peers = vec![connect("127.0.0.1", at.port(), rank, world_size)?];
+                Ok(Self { rank, world_size, peers })
+            })
+            .collect::<Result<_>>()?;
+        let first = Self { rank: 0, world_size, peers: accept(&listener, world_size)? };
+        Ok(std::iter::once(first).chain(others).collect())
+    }
+}
+
+/// Numbers that say where a process listens: 16 bytes of address, two of port.
+const PLACE: usize = 18;
+
+fn octets(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
     }
 }
 
@@ -151,11 +238,15 @@ fn prepare(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_write_timeout(Some(PATIENCE))
 }
 
-fn accept(address: &str, port: u16, world_size: usize) -> Result<Vec<TcpStream>> {
-    let place = format!("listen on {address}:{port}");
-    let listener =
-        TcpListener::bind((address, port)).map_err(|source| failed(place.clone(), source))?;
-    listener.set_nonblocking(true).map_err(|source| failed(place.clone(), source))?;
+fn listen(address: &str, port: u16) -> Result<TcpListener> {
+    let at = |source| failed(format!("listen on {address}:{port}"), source);
+    let listener = TcpListener::bind((address, port)).map_err(at)?;
+    listener.set_nonblocking(true).map_err(at)?;
+    Ok(listener)
+}
+
+/// The processes above rank 0 of `world_size`, in order.
+fn accept(listener: &TcpListener, world_size: usize) -> Result<Vec<TcpStream>> {
     let mut peers: Vec<Option<TcpStream>> = (1..world_size).map(|_| None).collect();
     let started = Instant::now();
     while peers.iter().any(Option::is_none) {
@@ -182,7 +273,7 @@ fn accept(address: &str, port: u16, world_size: usize) -> Result<Vec<TcpStream>>
         if greeted.is_err() || &hello[..8] != HELLO {
             continue;
         }
-        prepare(&stream).map_err(|source| failed(place.clone(), source))?;
+        prepare(&stream).map_err(|source| failed("prepare a connection".into(), source))?;
         let word = |at: usize| u64::from_le_bytes(hello[at..at + 8].try_into().expect("8 bytes"));
         let rank = word(8) as usize;
         match peers.get_mut(rank.wrapping_sub(1)).filter(|_| word(16) == world_size as u64) {
@@ -270,5 +361,9 @@ impl Collective for TcpCollective {
             send(peer, values).map_err(lost(&format!("send to rank {}", i + 1)))?;
         }
         Ok(())
+    }
+
+    fn split(&mut self, group: usize) -> Result<Box<dyn Collective>> {
+        Ok(Box::new(Self::split(self, group)?))
     }
 }

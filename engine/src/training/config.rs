@@ -192,6 +192,9 @@ pub struct TrainSettings {
     pub batch: usize,
     /// Passes whose gradients one step adds up.
     pub accumulate: usize,
+    /// Neighbouring processes that share one model, each with its heads and its part of the MLP; 1: each has its own.
+    #[serde(skip_serializing_if = "is_one")]
+    pub tensor_parallel: usize,
     /// Forget activations and compute them again in the backward pass: a layer's worth of memory, a third more time.
     pub checkpoint_activations: bool,
     /// Share of the loss that is the divergence from the same model with dense attention; the rest is the text's.
@@ -213,6 +216,7 @@ impl Default for TrainSettings {
             steps: 100,
             batch: 1,
             accumulate: 1,
+            tensor_parallel: 1,
             checkpoint_activations: false,
             distill: 0.0,
             evaluate_every: 0,
@@ -221,6 +225,12 @@ impl Default for TrainSettings {
             keep: 2,
         }
     }
+}
+
+/// A run in which no model is shared is written as it always was: its checkpoints go on.
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde hands out a reference")]
+fn is_one(number: &usize) -> bool {
+    *number == 1
 }
 
 /// Low-rank adapters (arXiv 2106.09685): W + alpha / rank · B A, B zero at the start.
@@ -330,6 +340,7 @@ impl TrainingConfig {
             ("train.steps", self.train.steps as usize),
             ("train.batch", self.train.batch),
             ("train.accumulate", self.train.accumulate),
+            ("train.tensor_parallel", self.train.tensor_parallel),
             ("train.keep", self.train.keep),
             ("train.evaluate_sequences", self.train.evaluate_sequences),
             ("lora.rank", self.lora.rank),

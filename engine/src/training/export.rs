@@ -6,8 +6,8 @@ use super::config::TrainingConfig;
 use super::model::TrainModel;
 use super::parameters::{RATES, is_adapter};
 use crate::error::{Error, ErrorKind, Result};
-use candle_core::{DType, Device, Tensor};
-use std::collections::{BTreeMap, HashMap};
+use candle_core::Tensor;
+use std::collections::HashMap;
 use std::path::Path;
 
 /// The name of `tensor`'s adapter: layers.3.lora.q for model.layers.3.self_attn.q_proj.weight.
@@ -20,6 +20,8 @@ fn adapter_of(tensor: &str) -> Option<String> {
 
 /// Writes config.json, model.safetensors, mka.safetensors and the tokenizer's files; what was there is replaced.
 ///
+/// Every process of a tensor group gives its parts; the first of them writes.
+///
 /// # Errors
 /// `Storage` if a file cannot be written.
 pub(super) fn write(
@@ -28,31 +30,26 @@ pub(super) fn write(
     config: &TrainingConfig,
     folder: &Path,
 ) -> Result<()> {
+    let tensors = model.whole()?;
+    if model.group.index() > 0 {
+        return Ok(());
+    }
     std::fs::create_dir_all(folder).map_err(|e| Error::io("make model folder", folder, e))?;
-    let masters: BTreeMap<&str, &Tensor> =
-        model.parameters.iter().map(|p| (p.name.as_str(), p.master())).collect();
-    let full = |name: &str, tensor: &Tensor| -> Result<Tensor> {
-        let tensor = masters.get(name).copied().unwrap_or(tensor);
-        Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?)
-    };
     let scale = config.lora.alpha / config.lora.rank as f64;
     let (mut weights, mut memory) = (HashMap::new(), HashMap::new());
-    for (name, tensor) in &model.tensors {
+    for (name, tensor) in &tensors {
         if name == RATES || is_adapter(name) {
             continue;
         }
-        let mut value = full(name, tensor)?;
+        let mut value = tensor.clone();
         if name.starts_with("layers.") {
             memory.insert(name.clone(), value);
             continue;
         }
         if let Some(adapter) = adapter_of(name) {
             let part = |which: &str| format!("{adapter}.{which}");
-            if let (Some(a), Some(b)) =
-                (model.tensors.get(&part("a")), model.tensors.get(&part("b")))
-            {
-                let product = full(&part("b"), b)?.matmul(&full(&part("a"), a)?)?;
-                value = (value + (product * scale)?)?;
+            if let (Some(a), Some(b)) = (tensors.get(&part("a")), tensors.get(&part("b"))) {
+                value = (value + (b.matmul(a)? * scale)?)?;
             }
         }
         weights.insert(name.clone(), value);

@@ -27,7 +27,8 @@ pub(super) struct GroupedAttention {
 }
 
 impl GroupedAttention {
-    /// x (n, hidden) -> (n, hidden); with a cache, one sequence that goes on from what is in it.
+    /// x (n, hidden) -> (n, hidden) without the bias of `o`, of this process's heads; with a cache, one sequence that goes
+    /// on from what is in it.
     pub(super) fn forward(
         &self,
         x: &Tensor,
@@ -39,7 +40,7 @@ impl GroupedAttention {
         let (k, v) = (self.k.project(x, adapters)?, self.v.project(x, adapters)?);
         let Some(memory) = self.memory.as_ref().filter(|_| pass.memory) else {
             let attended = self.attend(&q, &k, &v, pass, cached.map(|cached| (cached, 0)))?;
-            return self.o.forward(&attended, adapters);
+            return self.o.project(&attended, adapters);
         };
         let width = k.dim(1)?;
         let kv = Tensor::cat(&[&k, &v], 1)?;
@@ -64,7 +65,7 @@ impl GroupedAttention {
                 self.attend(&q, &k, &v, pass, cached.map(|cached| (cached, 0)))?
             }
         };
-        self.o.forward(&attended, adapters)
+        self.o.project(&attended, adapters)
     }
 
     /// Whether the tape's ops are all that this pass needs: without memory, or with one whose keys and values the kernels'
@@ -111,9 +112,8 @@ impl GroupedAttention {
         }
         let q = ops::reshape(&ops::rotated(&q, &pass.angles)?, (b, t, self.heads, d))?;
         let out = attend_on_tape(&q, &k, &v, pass.reach(self.sliding_window)?)?;
-        let [out] =
-            forward_all(&ops::reshape(&out, (b * t, self.heads * d))?, [&self.o], adapters)?;
-        Ok(out)
+        let out = ops::reshape(&out, (b * t, self.heads * d))?;
+        Ok(ops::project_one(&out, self.o.projection(adapters))?)
     }
 
     /// Bias of keys and values, f32: (2, g, d).

@@ -8,6 +8,7 @@ use super::latent::LatentAttention;
 use super::operations::{Reach, product};
 use super::parameters::{Builder, Init};
 use super::summary::{Rates, Summary};
+use super::tensor_group::TensorGroup;
 use crate::error::{Error, Result};
 use crate::models::config::DecoderConfig;
 use candle_core::Tensor;
@@ -146,6 +147,7 @@ pub(super) struct Layer {
     up: Linear,
     down: Linear,
     eps: f64,
+    group: TensorGroup,
 }
 
 /// What the layers of a model are made of.
@@ -231,8 +233,8 @@ impl Blueprint<'_> {
                     qk_norm,
                     memory,
                     sliding_window: c.sliding_window[i],
-                    heads: c.num_heads,
-                    kv_heads: c.num_kv_heads,
+                    heads: c.num_heads / builder.group().size(),
+                    kv_heads: c.num_kv_heads / builder.group().size(),
                     head_dim: c.head_dim,
                     eps: c.rms_norm_eps,
                 }))
@@ -246,6 +248,7 @@ impl Blueprint<'_> {
             up: linear(builder, "up", "mlp.up_proj", inner, hidden, c.mlp_bias)?,
             down: linear(builder, "down", "mlp.down_proj", hidden, inner, c.mlp_bias)?,
             eps: c.rms_norm_eps,
+            group: builder.group().clone(),
         })
     }
 }
@@ -277,6 +280,7 @@ impl Layer {
     fn run(&self, hidden: &Value, pass: &Pass, cached: Option<&mut Cached<'_>>) -> Result<Value> {
         let eps = self.eps as f32;
         let (hidden, x) = ops::norm(hidden, None, Some(&self.attention_norm), eps)?;
+        let x = self.group.copied(&x);
         let attended = match (&self.attention, cached) {
             (Attention::Grouped(attention), None) if attention.is_on_tape(pass) => {
                 attention.forward_on_tape(&x, pass)?
@@ -291,10 +295,17 @@ impl Layer {
                 tape::segment(&x, |x| attention.forward_cached(x, pass, cached))?
             }
         };
+        // What has a bias adds it to the sum, once.
+        let attended = match &self.attention {
+            Attention::Grouped(attention) => attention.o.biased(self.group.summed(&attended)?)?,
+            Attention::Latent(_) => attended,
+        };
         let (hidden, x) = ops::norm(&hidden, Some(&attended), Some(&self.mlp_norm), eps)?;
+        let x = self.group.copied(&x);
         let [gate, up] = forward_all(&x, [&self.gate, &self.up], pass.adapters)?;
         let inner = ops::silu_mul(&gate, &up)?;
-        let [down] = forward_all(&inner, [&self.down], pass.adapters)?;
+        let down = ops::project_one(&inner, self.down.projection(pass.adapters))?;
+        let down = self.down.biased(self.group.summed(&down)?)?;
         Ok(ops::add(&hidden, &down)?)
     }
 }

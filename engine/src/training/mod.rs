@@ -26,8 +26,10 @@ mod nccl;
 mod operations;
 mod optimizer;
 mod parameters;
+mod placement;
 mod reduce;
 mod summary;
+mod tensor_group;
 mod trainer;
 
 #[cfg(test)]

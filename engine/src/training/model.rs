@@ -7,7 +7,9 @@ use super::layers::{Blueprint, Layer, Pass};
 use super::loss::{self, CHUNK};
 use super::operations::rms_norm;
 use super::parameters::{Builder, Parameter, RATES, Source};
+use super::placement::Placement;
 use super::summary::Rates;
+use super::tensor_group::TensorGroup;
 use crate::error::{Error, ErrorKind, Result};
 use crate::models::config::DecoderConfig;
 use crate::models::frequencies::Frequencies;
@@ -70,6 +72,29 @@ impl Gradients {
     pub(super) fn replace(&mut self, index: usize, gradient: Tensor) {
         self.sums[index] = Some(gradient);
     }
+
+    /// Those of `indexes` end to end, as one vector; `indexes` are of parameters with a gradient.
+    pub(super) fn joined(&self, indexes: &[usize]) -> Result<Tensor> {
+        let values: Vec<Tensor> = indexes
+            .iter()
+            .filter_map(|index| self.get(*index))
+            .map(Tensor::flatten_all)
+            .collect::<candle_core::Result<_>>()?;
+        Ok(Tensor::cat(&values, 0)?)
+    }
+
+    /// Puts back what [`Gradients::joined`] gave of the same `indexes`.
+    pub(super) fn replace_joined(&mut self, indexes: &[usize], joined: &Tensor) -> Result<()> {
+        let mut start = 0;
+        for index in indexes {
+            let Some(gradient) = self.get(*index) else { continue };
+            let mine = joined.narrow(0, start, gradient.elem_count())?;
+            start += gradient.elem_count();
+            let mine = mine.reshape(gradient.shape())?;
+            self.replace(*index, mine);
+        }
+        Ok(())
+    }
 }
 
 /// Hears which parameters have their whole gradient of a batch.
@@ -80,13 +105,14 @@ pub(super) struct TrainModel {
     pub(super) config: DecoderConfig,
     frequencies: Frequencies,
     device: Device,
+    pub(super) group: TensorGroup,
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: Tensor,
     head: Tensor,
     rates: Rates,
     pub(super) parameters: Vec<Parameter>,
-    /// Every tensor by name, trained or not.
+    /// Every tensor by name, trained or not; of one that is divided this process's part.
     pub(super) tensors: BTreeMap<String, Tensor>,
     window_tokens: usize,
     sink_tokens: usize,
@@ -103,13 +129,31 @@ impl TrainModel {
         device: &Device,
         frozen: bool,
     ) -> Result<Self> {
+        Self::load_part(decoder, weights, config, (device, &TensorGroup::alone()), frozen)
+    }
+
+    /// [`TrainModel::load`] of the part that this process of a tensor group has.
+    ///
+    /// # Errors
+    /// As [`TrainModel::load`], and `InvalidArgument` for a model that the group cannot divide.
+    pub(super) fn load_part(
+        decoder: DecoderConfig,
+        weights: Option<&Weights>,
+        config: &TrainingConfig,
+        (device, group): (&Device, &TensorGroup),
+        frozen: bool,
+    ) -> Result<Self> {
         let c = &decoder;
+        let scratch = config.model.scratch.as_ref();
+        let latent = scratch.and_then(|scratch| scratch.latent);
+        group.check(c, latent.is_some())?;
         let source = match weights {
             Some(weights) => Source::Pretrained(weights),
             None => Source::Scratch(config.seed),
         };
         let mode = (!frozen).then_some(config.train.mode);
-        let mut builder = Builder::new(source, mode, config.precision, config.seed, device)?;
+        let builder = Builder::new(source, mode, config.precision, config.seed, device)?;
+        let mut builder = builder.divided(group);
         let plain = MemorySettings { kind: MemoryKind::None, ..config.memory.clone() };
         let memory = if frozen { &plain } else { &config.memory };
         let rates = match memory.learn_rates && memory.kind != MemoryKind::None {
@@ -123,12 +167,11 @@ impl TrainModel {
                 values: memory.rates.clone(),
             },
         };
-        let scratch = config.model.scratch.as_ref();
         let blueprint = Blueprint {
             config: c,
             memory,
             lora: Some(&config.lora).filter(|_| mode == Some(TrainMode::Lora)),
-            latent: scratch.and_then(|scratch| scratch.latent),
+            latent,
             rates: rates.clone(),
         };
         let embedding = builder.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size)?;
@@ -144,6 +187,7 @@ impl TrainModel {
         Ok(Self {
             frequencies: Frequencies::new(c.rope_theta, c.head_dim, &c.rope_scaling),
             device: device.clone(),
+            group: group.clone(),
             embedding,
             layers,
             norm,
@@ -165,6 +209,22 @@ impl TrainModel {
     /// The rates of the EMA as they are now.
     pub(super) fn rates(&self) -> Result<Vec<f32>> {
         Ok(self.rates.values()?.to_vec1()?)
+    }
+
+    /// Every tensor by name, whole, f32, on the processor, trained ones as the optimizer keeps them: every process of the
+    /// tensor group gives its parts, the first gets all, the others nothing.
+    pub(super) fn whole(&self) -> Result<BTreeMap<String, Tensor>> {
+        let masters: BTreeMap<&str, &Tensor> =
+            self.parameters.iter().map(|p| (p.name.as_str(), p.master())).collect();
+        let mut all = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            let part = masters.get(name.as_str()).copied().unwrap_or(tensor);
+            let whole = self.group.whole(name, part)?;
+            if self.group.index() == 0 {
+                all.insert(name.clone(), whole);
+            }
+        }
+        Ok(all)
     }
 
     fn pass(&self, batch: &Batch, view: View) -> Pass {
@@ -367,6 +427,20 @@ impl TrainModel {
         })?;
         self.collect(&mut store, gradients)?;
         Ok((losses, dhidden))
+    }
+
+    /// Adds up, over the tensor group, the gradients of which each process has the part that its own heads and columns
+    /// give: once, when all passes are added up.
+    pub(super) fn sum_shared(&self, gradients: &mut Gradients) -> Result<()> {
+        let is_shared = |i: &usize| Placement::of(&self.parameters[*i].name) == Placement::Shared;
+        let shared: Vec<usize> = (0..self.parameters.len())
+            .filter(|i| is_shared(i) && gradients.get(*i).is_some())
+            .collect();
+        if self.group.is_alone() || shared.is_empty() {
+            return Ok(());
+        }
+        let sum = self.group.sum(&gradients.joined(&shared)?)?;
+        gradients.replace_joined(&shared, &sum)
     }
 
     fn index_of(&self, tensor: &Tensor) -> Option<usize> {

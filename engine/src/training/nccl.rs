@@ -15,6 +15,8 @@ use std::sync::Arc;
 /// Equal inputs give equal bits where NCCL chooses the same algorithm: one machine, the same number of cards.
 pub struct NcclCollective {
     group: TcpCollective,
+    /// The card.
+    ordinal: usize,
     comm: Comm,
     /// The stream that the last tensor came from, and all that NCCL may still read.
     compute: Option<Arc<CudaStream>>,
@@ -52,7 +54,7 @@ impl NcclCollective {
         let id = Id::uninit(name.map(|byte| byte as u8 as _));
         let comm = Comm::from_rank(stream, group.rank(), group.world_size(), id)
             .map_err(|error| failed("join the group, one card a process", &error))?;
-        Ok(Self { group, comm, compute: None, held: Vec::new() })
+        Ok(Self { group, ordinal, comm, compute: None, held: Vec::new() })
     }
 }
 
@@ -104,6 +106,10 @@ impl Collective for NcclCollective {
         }
         self.held.clear();
         Ok(())
+    }
+
+    fn split(&mut self, group: usize) -> Result<Box<dyn Collective>> {
+        Ok(Box::new(Self::join(self.group.split(group)?, self.ordinal)?))
     }
 }
 

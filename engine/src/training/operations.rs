@@ -23,7 +23,7 @@ struct Computed {
 }
 
 /// Hangs `out`, a function of `inputs` computed without history, into the graph; costs one copy of it.
-fn with_gradient(
+pub(super) fn with_gradient(
     inputs: [&Tensor; 3],
     out: Tensor,
     backward: impl Fn(&Tensor) -> candle_core::Result<Gradients> + Send + Sync + 'static,

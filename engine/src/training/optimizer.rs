@@ -4,6 +4,8 @@
 use super::config::OptimizerSettings;
 use super::model::Gradients;
 use super::parameters::Parameter;
+use super::placement::Placement;
+use super::tensor_group::TensorGroup;
 use crate::error::Result;
 use candle_core::{DType, Tensor};
 
@@ -13,6 +15,8 @@ use candle_core::{DType, Tensor};
 /// an operation on each would cost its launch many times over.
 pub(super) struct AdamW {
     groups: Vec<Group>,
+    /// The processes that share the model: moments are of this one's parts.
+    sharing: TensorGroup,
 }
 
 /// Parameters that are updated alike.
@@ -58,7 +62,7 @@ impl Group {
 }
 
 impl AdamW {
-    pub(super) fn new(parameters: &[Parameter]) -> Result<Self> {
+    pub(super) fn new(parameters: &[Parameter], sharing: &TensorGroup) -> Result<Self> {
         let mut groups = Vec::new();
         for (decays, memory) in [(true, false), (false, false), (false, true)] {
             let members: Vec<_> = parameters
@@ -78,7 +82,7 @@ impl AdamW {
             let second = Tensor::zeros(len, DType::F32, device)?;
             groups.push(Group { members, decays, memory, first, second });
         }
-        Ok(Self { groups })
+        Ok(Self { groups, sharing: sharing.clone() })
     }
 
     /// First and second moment of every parameter, by its index.
@@ -130,7 +134,9 @@ impl AdamW {
                 None => Ok(Tensor::zeros(shape, DType::F32, device)?),
             })?);
         }
-        let squares = flat.iter().map(square_sum).sum::<Result<f64>>()?;
+        let squares = self.squares(parameters, gradients, |some| {
+            some.iter().map(|gradient| square_sum(&gradient.flatten_all()?)).sum()
+        })?;
         let (norm, rate) = (squares.sqrt(), learning_rate(settings, step, steps));
         if !norm.is_finite() {
             return Ok((norm, rate));
@@ -158,6 +164,28 @@ impl AdamW {
         Ok((norm, rate))
     }
 
+    /// Sum of the squares of the whole model's gradients, `of` giving that of some.
+    ///
+    /// What every process has counts once, the parts of what is divided all count.
+    fn squares(
+        &self,
+        parameters: &[Parameter],
+        gradients: &Gradients,
+        of: impl Fn(&[Tensor]) -> Result<f64>,
+    ) -> Result<f64> {
+        let (mut parts, mut whole) = (Vec::new(), Vec::new());
+        for (index, parameter) in parameters.iter().enumerate() {
+            let divided = Placement::of(&parameter.name).split().is_some();
+            let some = if divided && !self.sharing.is_alone() { &mut parts } else { &mut whole };
+            some.extend(gradients.get(index).cloned());
+        }
+        let mut mine = of(&parts)?;
+        if self.sharing.index() == 0 {
+            mine += of(&whole)?;
+        }
+        self.sharing.total(mine)
+    }
+
     /// [`AdamW::step`] as one launch a parameter, in place.
     #[cfg(feature = "cuda")]
     fn step_on_card(
@@ -167,9 +195,8 @@ impl AdamW {
         gradients: &Gradients,
         (step, steps): (u64, u64),
     ) -> Result<(f64, f64)> {
-        let all: Vec<Tensor> =
-            (0..parameters.len()).filter_map(|index| gradients.get(index)).cloned().collect();
-        let norm = mka_kernels::square_sum(&all)?.sqrt();
+        let norm =
+            self.squares(parameters, gradients, |some| Ok(mka_kernels::square_sum(some)?))?.sqrt();
         let rate = learning_rate(settings, step, steps);
         if !norm.is_finite() {
             return Ok((norm, rate));

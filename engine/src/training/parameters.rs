@@ -2,6 +2,7 @@
 //! Knows no layer; where a value comes from is a source's matter.
 
 use super::config::{Precision, TrainMode};
+use super::tensor_group::TensorGroup;
 use crate::error::{Error, Result};
 use crate::models::weights::Weights;
 use candle_core::{DType, Device, Tensor, Var};
@@ -81,6 +82,7 @@ pub(super) struct Builder<'a> {
     seed: u64,
     device: Device,
     dtype: DType,
+    group: TensorGroup,
     trained: Vec<Parameter>,
     all: BTreeMap<String, Tensor>,
 }
@@ -104,7 +106,18 @@ impl<'a> Builder<'a> {
             }
         };
         let (device, trained, all) = (device.clone(), Vec::new(), BTreeMap::new());
-        Ok(Self { source, mode, seed, device, dtype, trained, all })
+        let group = TensorGroup::alone();
+        Ok(Self { source, mode, seed, device, dtype, group, trained, all })
+    }
+
+    /// Makes this process's part of the tensors that the processes of `group` share.
+    pub(super) fn divided(self, group: &TensorGroup) -> Self {
+        Self { group: group.clone(), ..self }
+    }
+
+    /// The processes that share the model.
+    pub(super) fn group(&self) -> &TensorGroup {
+        &self.group
     }
 
     /// A matrix of the decoder (rows, cols), in the type of the products.
@@ -211,7 +224,8 @@ impl<'a> Builder<'a> {
         dtype: DType,
         trained: bool,
     ) -> Result<Tensor> {
-        let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?.to_device(&self.device)?;
+        let whole = Tensor::from_vec(values, shape, &Device::Cpu)?;
+        let tensor = self.group.part(name, &whole)?.to_device(&self.device)?;
         if !trained {
             let tensor = tensor.to_dtype(dtype)?;
             self.all.insert(name.to_owned(), tensor.clone());

@@ -66,18 +66,14 @@ impl Reducer {
     }
 
     /// Hands the gradients of `whole` to the thread, as one bucket.
-    pub(super) fn send(&mut self, gradients: &mut Gradients, whole: &[usize]) -> Result<()> {
+    pub(super) fn send(&mut self, gradients: &Gradients, whole: &[usize]) -> Result<()> {
         let Some(worker) = &self.worker else { return Ok(()) };
         if whole.is_empty() {
             return Ok(());
         }
-        let values: Vec<Tensor> = whole
-            .iter()
-            .filter_map(|index| gradients.get(*index))
-            .map(Tensor::flatten_all)
-            .collect::<candle_core::Result<_>>()?;
+        let values = gradients.joined(whole)?;
         self.pending.push(whole.to_vec());
-        worker.ask(Request::Sum(Tensor::cat(&values, 0)?));
+        worker.ask(Request::Sum(values));
         Ok(())
     }
 
@@ -92,14 +88,7 @@ impl Reducer {
         worker.ask(Request::Settle);
         worker.reply()?;
         for (indexes, sum) in sums {
-            let mut start = 0;
-            for index in indexes {
-                let Some(gradient) = gradients.get(index) else { continue };
-                let mine = sum.narrow(0, start, gradient.elem_count())?;
-                start += gradient.elem_count();
-                let mine = mine.reshape(gradient.shape())?;
-                gradients.replace(index, mine);
-            }
+            gradients.replace_joined(&indexes, &sum)?;
         }
         // In two parts, so that the sum keeps the precision of f64.
         let high = loss as f32;

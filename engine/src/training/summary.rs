@@ -6,6 +6,7 @@ use super::config::{MemoryKind, MemorySettings};
 use super::layers::Pass;
 use super::operations::{product, softmax};
 use super::parameters::{Builder, Init};
+use super::tensor_group::TensorGroup;
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use mka_kernels::tape::Value;
@@ -21,6 +22,7 @@ pub(super) struct Summary {
     down: (Tensor, Tensor),
     up: (Tensor, Tensor),
     pub(super) rates: Rates,
+    group: TensorGroup,
 }
 
 /// The rates of the EMA, shared by all layers.
@@ -71,16 +73,19 @@ impl Summary {
                 builder.memory(&at("router.up.bias"), &[levels], Init::Constant(0.0))?,
             ),
             rates: rates.clone(),
+            group: builder.group().clone(),
         })
     }
 
-    /// λ = softmax(MLP(q)): (n, h · d) -> (n, 1 + m), f32.
+    /// λ = softmax(MLP(q)): (n, h · d) of this process's heads -> (n, 1 + m), f32, of all of them.
     pub(super) fn weights(&self, q: &Tensor) -> Result<Tensor> {
         let q = q.to_dtype(DType::F32)?;
-        let inner = product(&q, &self.down.0)?.broadcast_add(&self.down.1)?;
+        let inner = self.group.summed_in_graph(&product(&q, &self.down.0)?)?;
+        let inner = inner.broadcast_add(&self.down.1)?;
         // x · σ(x), in candle's ops: the gradient of its silu is exact.
         let inner = inner.silu()?;
-        softmax(&product(&inner, &self.up.0)?.broadcast_add(&self.up.1)?)
+        let logits = product(&inner, &self.up.0)?.broadcast_add(&self.up.1)?;
+        softmax(&self.group.copied_in_graph(&logits)?)
     }
 
     /// Whether the kernels' one pass makes keys and values: on a card, for rates that are not learned. On the processor
@@ -113,9 +118,10 @@ impl Summary {
         let tf32 = q.tensor().dtype() != DType::F32;
         let product =
             |x: &Value, weight| ops::project_one(x, Projection { weight, adapter: None, tf32 });
-        let inner = product(&ops::cast(q, DType::F32)?, &self.down.0)?;
+        let inner = self.group.summed(&product(&ops::cast(q, DType::F32)?, &self.down.0)?)?;
         let inner = ops::silu_bias(&inner, &self.down.1)?;
         let logits = ops::add_bias(&product(&inner, &self.up.0)?, &self.up.1)?;
+        let logits = self.group.copied(&logits);
         let state = Tensor::zeros((b, m, two, g, d), DType::F32, kv.tensor().device())?;
         let rest = RouteRest { state: &state, gate: &self.gate, bias, norm };
         let params = RouteParams {

@@ -2,7 +2,7 @@
 //! Knows no terminal and no plot: it reports, and whoever runs it shows.
 
 use super::base::Base;
-use super::checkpoint::{self, Checkpoint, State};
+use super::checkpoint::{self, Checkpoint, Contents, State};
 use super::collective::{Alone, Collective};
 use super::config::{TrainMode, TrainingConfig};
 use super::corpus::Corpus;
@@ -13,10 +13,12 @@ use super::log::{self, StepReport};
 use super::model::{Batch, Gradients, TrainModel, View};
 use super::optimizer::AdamW;
 use super::reduce::Reducer;
+use super::tensor_group;
 use crate::Device;
 use crate::error::{Error, ErrorKind, Result};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// A training run.
 ///
@@ -64,10 +66,14 @@ impl Trainer {
 
     /// [`Trainer::open`] as one process of several: each trains on its share of every step, gradients are summed.
     ///
+    /// With `train.tensor_parallel` above 1 that many neighbours share one model, and every method that runs the model or
+    /// writes it is called by all of them; the first one writes.
+    ///
     /// # Errors
-    /// As [`Trainer::open`].
+    /// As [`Trainer::open`]; `InvalidArgument` for processes or a model that `train.tensor_parallel` does not divide.
     pub fn open_with(config: TrainingConfig, collective: Box<dyn Collective>) -> Result<Self> {
         config.check()?;
+        let (group, replicas) = tensor_group::divide(collective, config.train.tensor_parallel)?;
         let device = config.device()?;
         let opened = device.open()?;
         let base = Base::open(&config)?;
@@ -77,7 +83,8 @@ impl Trainer {
         let train = read("data.train", &config.data.train)?;
         let held_out = read("data.held_out", &config.data.held_out)?;
         let load = |frozen| {
-            TrainModel::load(base.decoder.clone(), base.weights.as_ref(), &config, &opened, frozen)
+            let (decoder, place) = (base.decoder.clone(), (&opened, &group));
+            TrainModel::load_part(decoder, base.weights.as_ref(), &config, place, frozen)
         };
         let model = load(false)?;
         if model.parameters.is_empty() {
@@ -95,7 +102,7 @@ impl Trainer {
                 "train.distill: a model from scratch, expected a pretrained one to learn from",
             ));
         }
-        let mut optimizer = AdamW::new(&model.parameters)?;
+        let mut optimizer = AdamW::new(&model.parameters, &group)?;
         let mut step = 0;
         if let Some(checkpoint) = Checkpoint::newest(&config.output)? {
             let expected = state(&config, &base, &train, checkpoint.state.step)?;
@@ -103,10 +110,15 @@ impl Trainer {
             checkpoint.restore(&model, Some(&mut optimizer))?;
             step = checkpoint.state.step;
         }
-        let reducer = Reducer::new(collective);
+        if !group.is_alone() {
+            let here = state(&config, &base, &train, step)?.identity();
+            let what = "what is trained, or the step that it goes on from,";
+            group.agree(&[(what, xxh3_64(here.as_bytes()))])?;
+        }
+        let reducer = Reducer::new(replicas);
         let trainer =
             Self { config, base, model, twin, train, held_out, optimizer, step, reducer, device };
-        if trainer.reducer.rank() == 0 {
+        if trainer.is_first() {
             log::cut(&trainer.config.output, step)?;
         }
         Ok(trainer)
@@ -117,6 +129,16 @@ impl Trainer {
         self.device
     }
 
+    /// Whether this is the process of all that writes.
+    fn is_first(&self) -> bool {
+        self.reducer.rank() == 0 && self.model.group.index() == 0
+    }
+
+    /// Whether this process and those that share its model have what is written.
+    fn is_kept(&self) -> bool {
+        self.reducer.rank() == 0
+    }
+
     /// Steps done.
     pub fn steps_done(&self) -> u64 {
         self.step
@@ -124,12 +146,17 @@ impl Trainer {
 
     /// Numbers that are trained.
     pub fn trained_parameters(&self) -> usize {
-        self.model.parameters.iter().map(|parameter| parameter.value.elem_count()).sum()
+        let parameters = self.model.parameters.iter();
+        parameters.map(|parameter| self.numbers(&parameter.name, &parameter.value)).sum()
     }
 
     /// Numbers of the whole model.
     pub fn parameters(&self) -> usize {
-        self.model.tensors.values().map(|tensor| tensor.elem_count()).sum()
+        self.model.tensors.iter().map(|(name, tensor)| self.numbers(name, tensor)).sum()
+    }
+
+    fn numbers(&self, name: &str, part: &candle_core::Tensor) -> usize {
+        self.model.group.whole_shape(name, part.dims()).iter().product()
     }
 
     /// Tokens of one step, over all processes.
@@ -158,13 +185,13 @@ impl Trainer {
         seconds: Option<f64>,
         on_step: &mut dyn FnMut(&StepReport),
     ) -> Result<()> {
-        if seconds.is_some() && self.reducer.world_size() > 1 {
+        if seconds.is_some() && self.reducer.world_size() * self.model.group.size() > 1 {
             return Err(Error::invalid(
                 "run: a time limit in one of several processes, expected none",
             ));
         }
         let started = Instant::now();
-        let first = self.reducer.rank() == 0;
+        let first = self.is_first();
         if first {
             let output = &self.config.output;
             std::fs::create_dir_all(output).map_err(|e| Error::io("make run folder", output, e))?;
@@ -183,16 +210,16 @@ impl Trainer {
             }
             if first {
                 log::append(&self.config.output, &report)?;
-                if due(self.config.train.save_every) {
-                    self.save()?;
-                }
+            }
+            if self.is_kept() && due(self.config.train.save_every) {
+                self.save()?;
             }
             on_step(&report);
             if last {
                 break;
             }
         }
-        if first {
+        if self.is_kept() {
             self.export(&self.config.output.join("model"))?;
         }
         Ok(())
@@ -210,13 +237,20 @@ impl Trainer {
         let mut loss = 0.0;
         let share = train.distill;
         let teacher = (share > 0.0).then(|| (self.twin.as_ref().unwrap_or(&self.model), share));
+        // Sums over a tensor group are part of the backward pass. Sums over the data beside them would be two groups on one
+        // card, which may wait for each other in another order on each process: these come after the pass.
+        let (alone, mut later) = (self.model.group.is_alone(), Vec::new());
         for pass in 0..train.accumulate {
             let batch = self.batch(pass);
             let last = pass + 1 == train.accumulate;
             let reducer = &mut self.reducer;
-            let mut finished = |gradients: &mut Gradients, whole: &[usize]| match last {
-                true => reducer.send(gradients, whole),
-                false => Ok(()),
+            let mut finished = |gradients: &mut Gradients, whole: &[usize]| {
+                match (last, alone) {
+                    (true, true) => reducer.send(gradients, whole)?,
+                    (true, false) => later.push(whole.to_vec()),
+                    (false, _) => {}
+                }
+                Ok(())
             };
             let recompute = train.checkpoint_activations;
             loss += self.model.backward(
@@ -228,7 +262,9 @@ impl Trainer {
                 &mut finished,
             )?;
         }
+        later.iter().try_for_each(|whole| self.reducer.send(&gradients, whole))?;
         loss = self.reducer.finish(&mut gradients, loss)? / total_tokens as f64;
+        self.model.sum_shared(&mut gradients)?;
         let step = self.step + 1;
         let not_finite = |what: &str, value: f64| {
             let last =
@@ -297,11 +333,11 @@ impl Trainer {
             return Err(Error::invalid("compare: a model from scratch, expected a pretrained one"));
         }
         let loaded = match &self.twin {
-            None if self.config.train.mode == TrainMode::Full => Some(TrainModel::load(
+            None if self.config.train.mode == TrainMode::Full => Some(TrainModel::load_part(
                 self.base.decoder.clone(),
                 self.base.weights.as_ref(),
                 &self.config,
-                self.model.device(),
+                (self.model.device(), &self.model.group),
                 true,
             )?),
             _ => None,
@@ -353,8 +389,11 @@ impl Trainer {
     /// `Storage`; the checkpoints before it are then untouched.
     pub fn save(&self) -> Result<PathBuf> {
         let state = state(&self.config, &self.base, &self.train, self.step)?;
-        let keep = self.config.train.keep;
-        checkpoint::write(&self.config.output, state, &self.model, &self.optimizer, keep)
+        let (output, keep) = (&self.config.output, self.config.train.keep);
+        match Contents::gather(&self.model, &self.optimizer)? {
+            Some(contents) => checkpoint::write(output, state, &contents, keep),
+            None => Ok(checkpoint::folder(output, self.step)),
+        }
     }
 
     /// Writes the model as a HuggingFace folder: adapters merged, `mka.safetensors` beside.
@@ -402,6 +441,7 @@ fn state(config: &TrainingConfig, base: &Base, train: &Corpus, step: u64) -> Res
     fixed.data.held_out.clear();
     let defaults = TrainingConfig::default().train;
     fixed.train.keep = defaults.keep;
+    fixed.train.tensor_parallel = defaults.tensor_parallel;
     fixed.train.save_every = defaults.save_every;
     fixed.train.evaluate_every = defaults.evaluate_every;
     fixed.train.evaluate_sequences = defaults.evaluate_sequences;

@@ -7,6 +7,7 @@
 mod base;
 mod cache;
 mod checkpoint;
+mod choice;
 mod collective;
 mod config;
 mod corpus;
@@ -26,7 +27,10 @@ mod nccl;
 mod operations;
 mod optimizer;
 mod parameters;
+mod parts;
+mod recall;
 mod reduce;
+mod seen;
 mod summary;
 mod trainer;
 

@@ -3,7 +3,7 @@
 
 use super::config::{MemoryKind, MemorySettings, TrainMode, TrainingConfig};
 use super::decode;
-use super::layers::{Blueprint, Layer, Pass};
+use super::layers::{Blueprint, Layer, Pass, PassRecall};
 use super::loss::{self, CHUNK};
 use super::operations::rms_norm;
 use super::parameters::{Builder, Parameter, RATES, Source};
@@ -27,6 +27,8 @@ pub(super) enum View {
     WithoutMemory,
     /// The untouched model behind the window and the sinks.
     Windowed,
+    /// The same with what is recalled.
+    Recalled,
     /// The untouched model with the whole sequence: the teacher.
     Dense,
 }
@@ -90,6 +92,7 @@ pub(super) struct TrainModel {
     pub(super) tensors: BTreeMap<String, Tensor>,
     window_tokens: usize,
     sink_tokens: usize,
+    recall: Option<PassRecall>,
     /// Of the last batch: every batch of a run has its shape.
     angles: Mutex<Option<(usize, usize, [RotaryAngles; 2])>>,
 }
@@ -104,6 +107,7 @@ impl TrainModel {
         frozen: bool,
     ) -> Result<Self> {
         let c = &decoder;
+        config.memory.check_layers(c.num_layers)?;
         let source = match weights {
             Some(weights) => Source::Pretrained(weights),
             None => Source::Scratch(config.seed),
@@ -141,8 +145,15 @@ impl TrainModel {
             false => builder.matrix("lm_head.weight", c.vocab_size, c.hidden_size)?,
         };
         let (parameters, tensors) = builder.finish()?;
+        let frequencies = Frequencies::new(c.rope_theta, c.head_dim, &c.rope_scaling);
+        let recall = (config.memory.recall_tokens > 0).then(|| PassRecall {
+            tokens: config.memory.recall_tokens,
+            first_layer: config.memory.recall_first_layer,
+            window_angles: frequencies.angles([config.memory.window_tokens as u64]),
+        });
         Ok(Self {
-            frequencies: Frequencies::new(c.rope_theta, c.head_dim, &c.rope_scaling),
+            frequencies,
+            recall,
             device: device.clone(),
             embedding,
             layers,
@@ -180,6 +191,7 @@ impl TrainModel {
             adapters: matches!(view, View::Trained | View::WithoutMemory),
             window_tokens: if view == View::Dense { 0 } else { self.window_tokens },
             sink_tokens: self.sink_tokens,
+            recall: self.recall.clone().filter(|_| view != View::Windowed),
         }
     }
 

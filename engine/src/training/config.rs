@@ -145,6 +145,8 @@ pub struct MemorySettings {
     pub router_rank: usize,
     /// Gate before training: 0 is the pretrained model, 1 the published FastMKA.
     pub initial_gate: f32,
+    /// Whether the mean of older chunks that a query recalls is one more level of the router.
+    pub recalled_vector: bool,
     /// Tokens that attention sees exactly; 0 sees the whole sequence.
     pub window_tokens: usize,
     /// First tokens of the sequence that stay visible beyond the window.
@@ -165,6 +167,7 @@ impl Default for MemorySettings {
             bias_correction: true,
             router_rank: 0,
             initial_gate: 0.0,
+            recalled_vector: false,
             window_tokens: 0,
             sink_tokens: 64,
             recall_tokens: 0,
@@ -397,6 +400,10 @@ impl TrainingConfig {
             expect(self.train.mode == TrainMode::Lora, "train.mode", &"gate", "a memory to train")?;
         }
         memory.check_recall()?;
+        let fits =
+            !memory.recalled_vector || memory.kind != MemoryKind::None && memory.window_tokens > 0;
+        let expected = "false without a memory (memory.kind) and a window (memory.window_tokens)";
+        expect(fits, "memory.recalled_vector", &memory.recalled_vector, expected)?;
         expect(
             memory.initial_gate.is_finite(),
             "memory.initial_gate",

@@ -45,7 +45,7 @@ impl GroupedAttention {
         };
         let width = k.dim(1)?;
         let kv = Tensor::cat(&[&k, &v], 1)?;
-        let levels = memory.levels(&kv, pass, cached.as_deref_mut())?;
+        let levels = memory.levels(&q, &kv, self.head_dim, pass, cached.as_deref_mut())?;
         let weights = memory.weights(&q)?;
         let attended = match memory.kind {
             MemoryKind::Mka => {

@@ -33,6 +33,7 @@ mod reduce;
 mod seen;
 mod summary;
 mod trainer;
+mod vector;
 
 #[cfg(test)]
 mod tests;

@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 mod recall;
+mod vector;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(name)
@@ -255,7 +256,7 @@ fn gradients_of_every_parameter_equal_finite_differences() {
         let decoder = scratch_decoder(&shape(latent), 32, 64);
         let model = TrainModel::load(decoder, None, &config, &Device::Cpu, false).unwrap();
         move_from_the_start(&model);
-        assert_finite_differences(case, &model, &batch(12, 32));
+        assert_finite_differences(case, &model, &batch(12, 32), 0.005);
     }
 }
 
@@ -272,7 +273,8 @@ fn move_from_the_start(model: &TrainModel) {
     }
 }
 
-fn assert_finite_differences(case: &str, model: &TrainModel, batch: &Batch) {
+/// `step` is the distance between the points of a difference.
+fn assert_finite_differences(case: &str, model: &TrainModel, batch: &Batch, step: f64) {
     let loss = || {
         let losses = model.losses(batch, View::Trained).unwrap();
         losses.iter().map(|x| f64::from(*x)).sum::<f64>() / losses.len() as f64
@@ -283,7 +285,6 @@ fn assert_finite_differences(case: &str, model: &TrainModel, batch: &Batch) {
     for parameter in &model.parameters {
         let gradient = &found[&parameter.name];
         let length = norm(gradient);
-        let step = 0.005;
         let start = parameter.master().copy().unwrap();
         let at = |way: f64| {
             parameter.set(&(&start + (gradient * (way / length)).unwrap()).unwrap()).unwrap();

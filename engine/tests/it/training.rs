@@ -132,6 +132,27 @@ fn training_recalls_behind_the_window_and_is_compared_with_recall_alone() {
 }
 
 #[test]
+fn a_model_trained_with_a_recalled_vector_is_refused_by_a_session_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    config.data.sequence_tokens = 100;
+    config.memory.recalled_vector = true;
+    config.train.steps = 20;
+    let mut trainer = Trainer::open(config.clone()).unwrap();
+    let before = trainer.compare().unwrap();
+    assert_eq!(before.trained.loss, before.windowed.loss);
+    trainer.run(&mut |_| ()).unwrap();
+    assert!(trainer.evaluate().unwrap().loss < before.trained.loss - 0.1);
+    let decoding = trainer.measure_decoding(8, 2).unwrap_err();
+    assert!(decoding.to_string().contains("memory.recalled_vector"), "{decoding}");
+    let error = Engine::builder(folder.path().join("store"))
+        .model(ModelSource::path(config.output.join("model")))
+        .open_blocking()
+        .unwrap_err();
+    assert!(error.to_string().contains("mka.recalled_vector"), "{error}");
+}
+
+#[test]
 fn every_kind_of_attention_learns_from_scratch() {
     let folder = tempfile::tempdir().unwrap();
     for (name, kind, kv_heads, latent) in [
@@ -340,7 +361,7 @@ fn a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint() {
 #[test]
 fn what_no_run_could_use_is_refused_by_name() {
     type Change = fn(&mut TrainingConfig);
-    let cases: [(Change, ErrorKind, &str); 19] = [
+    let cases: [(Change, ErrorKind, &str); 21] = [
         (
             |c| c.data.train = vec![c.output.with_file_name("short.txt")],
             ErrorKind::InvalidArgument,
@@ -359,6 +380,16 @@ fn what_no_run_could_use_is_refused_by_name() {
             |c| (c.memory.recall_tokens, c.memory.window_tokens) = (64, 0),
             ErrorKind::InvalidArgument,
             "memory.window_tokens: 0",
+        ),
+        (
+            |c| (c.memory.recalled_vector, c.memory.window_tokens) = (true, 0),
+            ErrorKind::InvalidArgument,
+            "memory.recalled_vector",
+        ),
+        (
+            |c| (c.memory.recalled_vector, c.memory.kind) = (true, MemoryKind::None),
+            ErrorKind::InvalidArgument,
+            "memory.recalled_vector",
         ),
         // The tiny model has two layers, and three are left out by default.
         (|c| c.memory.recall_tokens = 64, ErrorKind::InvalidArgument, "recall_first_layer: 3"),

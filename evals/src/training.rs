@@ -144,12 +144,14 @@ fn line(evaluation: &Evaluation) -> String {
 fn print(comparison: &Comparison) {
     println!("| held-out loss | inside the window | beyond it | gap closed % | tokens |");
     println!("|---|---|---|---|---|");
-    for (name, evaluation) in [
-        ("untouched, dense", &comparison.dense),
-        ("untouched, window and sinks", &comparison.windowed),
-        ("trained", &comparison.trained),
-        ("trained, gates shut", &comparison.without_memory),
-    ] {
+    let rows = [
+        ("untouched, dense", Some(&comparison.dense)),
+        ("untouched, window and sinks", Some(&comparison.windowed)),
+        ("untouched, window, sinks and recall", comparison.recalled.as_ref()),
+        ("trained", Some(&comparison.trained)),
+        ("trained, gates shut", Some(&comparison.without_memory)),
+    ];
+    for (name, evaluation) in rows.into_iter().filter_map(|(name, row)| Some((name, row?))) {
         let number =
             |x: Option<f64>, digits| x.map_or_else(|| "-".to_owned(), |x| format!("{x:.digits$}"));
         println!(

@@ -15,7 +15,7 @@
 //! | [`recall`] | landmarks, votes, re-rank and copy of stored tokens, one call each | q (t, h, d); pages (s, g, p, d) | `recall` |
 //! | [`rows`] | scores, softmax and the largest over rows of host memory | queries (r, d), rows (n, d) | `rows` |
 //! | [`key_codes`] | q · centre + factor · (q · signs), from one bit a number of a key | queries (r, d), codes of n keys | RaBitQ, arXiv 2405.12497 |
-//! | [`rotate`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
+//! | [`rotate`], [`rotate_back`] | rotary position embedding, half-split layout | x (t, h, d) | RoFormer, arXiv 2104.09864, eq. 34 |
 //! | [`ema_scan`], [`fuse_levels`] | multi-rate EMA and the FastMKA mix | x (.., t, c), state (.., m, c) | MKA, arXiv 2603.20586, alg. 2 |
 //! | [`route()`], [`route_into_pages`] | scan, router softmax, mix, bias, key norm, RoPE, page write in one pass | kv (b, t, 2, g, d), logits (b, t, 1 + m) | MKA, alg. 2, on projected keys and values |
 //! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
@@ -69,7 +69,7 @@ pub use pages::{PAGE_TOKENS, PagePool};
 pub use panels::{PanelForm, PanelLinear};
 pub use pool::on_pool;
 pub use product::{ProductOptions, product};
-pub use rope::{RotaryAngles, rotate};
+pub use rope::{RotaryAngles, rotate, rotate_back};
 pub use route::{
     MAX_RATES, RouteCarries, RouteGradients, RouteInputs, RouteOutputs, RouteParams, ema_advance,
     ema_scan, ema_scan_learned, fuse_levels, route, route_backward, route_forward,

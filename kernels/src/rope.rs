@@ -96,21 +96,32 @@ impl RotaryAngles {
 /// # Errors
 /// If the number of positions or `d` does not fit the angles.
 pub fn rotate(x: &Tensor, angles: &RotaryAngles) -> Result<Tensor> {
+    check("rotate", x, angles)?;
+    x.contiguous()?.apply_op1(Rotate { angles: angles.clone(), inverse: false })
+}
+
+/// Undoes [`rotate`], and is the gradient of its input from that of its result: x (t, h, d). No gradient flows.
+///
+/// Angles that are scaled (YaRN) scale once more: what comes back is scale² times what was rotated.
+///
+/// # Errors
+/// As [`rotate`].
+pub fn rotate_back(x: &Tensor, angles: &RotaryAngles) -> Result<Tensor> {
+    check("rotate_back", x, angles)?;
+    x.detach().contiguous()?.apply_op1_no_bwd(&Rotate { angles: angles.clone(), inverse: true })
+}
+
+fn check(op: &str, x: &Tensor, angles: &RotaryAngles) -> Result<()> {
     let (t, _, d) = x.dims3()?;
     if d != 2 * angles.half || t != angles.len() {
         candle_core::bail!(
-            "rotate: x {:?}, expected {} positions of head_dim {}",
+            "{op}: x {:?}, expected {} positions of head_dim {}",
             x.shape(),
             angles.len(),
             2 * angles.half
         );
     }
-    x.contiguous()?.apply_op1(Rotate { angles: angles.clone(), inverse: false })
-}
-
-/// Undoes [`rotate`]: the gradient of its input from that of its result. No gradient flows.
-pub(crate) fn rotate_back(x: &Tensor, angles: &RotaryAngles) -> Result<Tensor> {
-    x.detach().contiguous()?.apply_op1_no_bwd(&Rotate { angles: angles.clone(), inverse: true })
+    Ok(())
 }
 
 struct Rotate {

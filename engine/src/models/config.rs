@@ -417,6 +417,11 @@ fn mka_block(block: Option<&Value>) -> Result<MkaConfig> {
             "config.json: mka.kind {kind:?}, expected \"fastmka\": sessions do not run other kinds"
         )));
     }
+    if fields.opt_bool("recalled_vector")? == Some(true) {
+        return Err(Error::model(
+            "config.json: mka.recalled_vector true, expected false: sessions do not run it",
+        ));
+    }
     let mut config = MkaConfig::default();
     if let Some(rates) = fields.value("rates") {
         let parsed: Option<Vec<f32>> = rates

@@ -189,6 +189,7 @@ fn settings_that_are_not_understood_are_errors_that_name_them() {
         ("mka", serde_json::json!({"version": 2}), "version"),
         ("mka", serde_json::json!({"version": 1, "rates": [1.5]}), "rates"),
         ("mka", serde_json::json!({"version": 1, "kind": "mka"}), "kind"),
+        ("mka", serde_json::json!({"version": 1, "recalled_vector": true}), "recalled_vector"),
     ];
     for (key, value, named) in cases {
         let mut json = base.clone();

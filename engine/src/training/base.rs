@@ -182,15 +182,16 @@ impl Base {
             let memory = &config.memory;
             if memory.kind != MemoryKind::None {
                 let kind = if memory.kind == MemoryKind::Mka { "mka" } else { "fastmka" };
-                object.insert(
-                    "mka".into(),
-                    json!({
-                        "version": 1, "kind": kind, "rates": rates,
-                        "bias_correction": memory.bias_correction,
-                        "trained_window_tokens": memory.window_tokens,
-                        "trained_sink_tokens": memory.sink_tokens,
-                    }),
-                );
+                let mut block = json!({
+                    "version": 1, "kind": kind, "rates": rates,
+                    "bias_correction": memory.bias_correction,
+                    "trained_window_tokens": memory.window_tokens,
+                    "trained_sink_tokens": memory.sink_tokens,
+                });
+                if memory.recalled_vector {
+                    block["recalled_vector"] = json!(true);
+                }
+                object.insert("mka".into(), block);
             }
         }
         serde_json::to_string_pretty(&json)

@@ -2,6 +2,7 @@
 //! Knows no tensor; files are named here and opened elsewhere.
 
 use crate::error::{Error, Result};
+use mka_kernels::PAGE_TOKENS;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -144,10 +145,17 @@ pub struct MemorySettings {
     pub router_rank: usize,
     /// Gate before training: 0 is the pretrained model, 1 the published FastMKA.
     pub initial_gate: f32,
+    /// Whether the mean of older chunks that a query recalls is one more level of the router.
+    pub recalled_vector: bool,
     /// Tokens that attention sees exactly; 0 sees the whole sequence.
     pub window_tokens: usize,
     /// First tokens of the sequence that stay visible beyond the window.
     pub sink_tokens: usize,
+    /// Tokens that each key/value head recalls from everything older than its window, chosen as a session chooses them;
+    /// whole pages of 64, 0 recalls nothing.
+    pub recall_tokens: usize,
+    /// Layers below this one recall nothing but what fits whole, as in a session.
+    pub recall_first_layer: usize,
 }
 
 impl Default for MemorySettings {
@@ -159,9 +167,33 @@ impl Default for MemorySettings {
             bias_correction: true,
             router_rank: 0,
             initial_gate: 0.0,
+            recalled_vector: false,
             window_tokens: 0,
             sink_tokens: 64,
+            recall_tokens: 0,
+            recall_first_layer: 3,
         }
+    }
+}
+
+impl MemorySettings {
+    fn check_recall(&self) -> Result<()> {
+        let tokens = self.recall_tokens;
+        let whole = tokens.is_multiple_of(PAGE_TOKENS) && tokens < 1 << 28;
+        let pages = format!("whole pages of {PAGE_TOKENS} tokens, below 2^28");
+        expect(whole, "memory.recall_tokens", &tokens, &pages)?;
+        let windowed = tokens == 0 || self.window_tokens > 0;
+        expect(windowed, "memory.window_tokens", &0, "a window for memory.recall_tokens to add to")
+    }
+
+    /// Refuses what no model of `layers` layers could use.
+    ///
+    /// # Errors
+    /// The setting by name: what was expected, what was found.
+    pub(super) fn check_layers(&self, layers: usize) -> Result<()> {
+        let first = self.recall_first_layer;
+        let fits = self.recall_tokens == 0 || first < layers;
+        expect(fits, "memory.recall_first_layer", &first, &format!("below the {layers} layers"))
     }
 }
 
@@ -378,6 +410,11 @@ impl TrainingConfig {
         } else if self.train.mode != TrainMode::Full {
             expect(self.train.mode == TrainMode::Lora, "train.mode", &"gate", "a memory to train")?;
         }
+        memory.check_recall()?;
+        let fits =
+            !memory.recalled_vector || memory.kind != MemoryKind::None && memory.window_tokens > 0;
+        let expected = "false without a memory (memory.kind) and a window (memory.window_tokens)";
+        expect(fits, "memory.recalled_vector", &memory.recalled_vector, expected)?;
         expect(
             memory.initial_gate.is_finite(),
             "memory.initial_gate",

@@ -101,5 +101,6 @@ pub(super) fn pass(angles: mka_kernels::RotaryAngles, t: usize) -> Pass {
         adapters: true,
         window_tokens: 0,
         sink_tokens: 0,
+        recall: None,
     }
 }

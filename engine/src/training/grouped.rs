@@ -19,6 +19,8 @@ pub(super) struct GroupedAttention {
     pub(super) o: Linear,
     pub(super) qk_norm: Option<(Tensor, Tensor)>,
     pub(super) memory: Option<Summary>,
+    /// Its number.
+    pub(super) layer: usize,
     pub(super) sliding_window: Option<u64>,
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
@@ -44,7 +46,7 @@ impl GroupedAttention {
         };
         let width = k.dim(1)?;
         let kv = Tensor::cat(&[&k, &v], 1)?;
-        let levels = memory.levels(&kv, pass, cached.as_deref_mut())?;
+        let levels = memory.levels(&q, &kv, self.head_dim, pass, cached.as_deref_mut())?;
         let weights = memory.weights(&q)?;
         let attended = match memory.kind {
             MemoryKind::Mka => {
@@ -111,7 +113,7 @@ impl GroupedAttention {
             q = normed(q, weight)?.1;
         }
         let q = ops::reshape(&ops::rotated(&q, &pass.angles)?, (b, t, self.heads, d))?;
-        let out = attend_on_tape(&q, &k, &v, pass.reach(self.sliding_window)?)?;
+        let out = attend_on_tape(&q, &k, &v, &pass.reach(self.layer, self.sliding_window)?)?;
         let out = ops::reshape(&out, (b * t, self.heads * d))?;
         Ok(ops::project_one(&out, self.o.projection(adapters))?)
     }
@@ -153,7 +155,7 @@ impl GroupedAttention {
         let q = self.queries(q, pass)?;
         let mut k = rotate(&k, &pass.angles)?.reshape((b, t, self.kv_heads, d))?;
         let out = match cached {
-            None => attend(&q, &k, &v, pass.reach(self.sliding_window)?)?,
+            None => attend(&q, &k, &v, &pass.reach(self.layer, self.sliding_window)?)?,
             Some((Cached { cache, seen }, level)) => {
                 let (keys, values) = &cache.levels[level];
                 (k, v) = (keys.append(&k, *seen)?, values.append(&v, *seen)?);

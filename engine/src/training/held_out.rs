@@ -33,9 +33,11 @@ pub struct Comparison {
     pub dense: Evaluation,
     /// The untouched model behind the window and the sinks.
     pub windowed: Evaluation,
+    /// The same with what is recalled; none in a run that recalls nothing.
+    pub recalled: Option<Evaluation>,
     /// The trained model.
     pub trained: Evaluation,
-    /// The trained model with every gate shut: what the adapters do alone.
+    /// The trained model with every gate shut: what adapters, and recall where the run has it, do alone.
     pub without_memory: Evaluation,
 }
 

@@ -73,7 +73,7 @@ impl LatentAttention {
         // The kernels want values as wide as keys.
         let v = kv.narrow(2, d, d)?.pad_with_zeros(2, 0, rope_dim)?;
         let heads = |x: Tensor| x.reshape((b, t, h, d + rope_dim));
-        let out = attend(&heads(q)?, &heads(k)?, &heads(v)?, Reach::Causal)?;
+        let out = attend(&heads(q)?, &heads(k)?, &heads(v)?, &Reach::Causal)?;
         let out = out.narrow(3, 0, d)?.reshape((n, h * d))?;
         self.o.forward(&out, true)
     }

@@ -7,6 +7,7 @@ use super::grouped::GroupedAttention;
 use super::latent::LatentAttention;
 use super::operations::{Reach, product};
 use super::parameters::{Builder, Init};
+use super::recall::Recall;
 use super::summary::{Rates, Summary};
 use super::tensor_group::TensorGroup;
 use crate::error::{Error, Result};
@@ -31,18 +32,42 @@ pub(super) struct Pass {
     /// Tokens that a query sees; 0: all.
     pub(super) window_tokens: usize,
     pub(super) sink_tokens: usize,
+    /// What is recalled from behind the window, if anything.
+    pub(super) recall: Option<PassRecall>,
+}
+
+/// What a pass recalls, the same for all layers.
+#[derive(Clone)]
+pub(super) struct PassRecall {
+    /// By each key/value head; whole pages.
+    pub(super) tokens: usize,
+    /// Layers below this one choose nothing.
+    pub(super) first_layer: usize,
+    /// Of the position as far as the window is long.
+    pub(super) window_angles: RotaryAngles,
 }
 
 impl Pass {
-    /// What a layer with a window of its own sees.
-    pub(super) fn reach(&self, sliding_window: Option<u64>) -> Result<Reach> {
+    /// What layer `layer` sees, with a window of its own if it has one: it then recalls nothing.
+    pub(super) fn reach(&self, layer: usize, sliding_window: Option<u64>) -> Result<Reach> {
         let own = sliding_window.map(|window| window as usize);
         let window = Some(self.window_tokens).filter(|window| *window > 0);
         match (own, window) {
             (None, None) => Ok(Reach::Causal),
             (Some(own), None) => Ok(Reach::Window(own)),
             (None, Some(window)) => {
-                Ok(Reach::WindowAndSinks { window, sinks: self.sink_tokens.min(window) })
+                let sinks = self.sink_tokens.min(window);
+                let Some(recall) = &self.recall else {
+                    return Ok(Reach::WindowAndSinks { window, sinks });
+                };
+                Ok(Reach::Recall(Recall {
+                    window,
+                    sinks,
+                    tokens: recall.tokens,
+                    chooses: layer >= recall.first_layer,
+                    angles: self.angles.clone(),
+                    window_angles: recall.window_angles.clone(),
+                }))
             }
             (Some(own), Some(window)) if window >= own => Ok(Reach::Window(own)),
             (Some(own), Some(window)) => Err(Error::invalid(format!(
@@ -232,6 +257,7 @@ impl Blueprint<'_> {
                     o: linear(builder, "o", "self_attn.o_proj", hidden, q_size, c.output_bias)?,
                     qk_norm,
                     memory,
+                    layer: i,
                     sliding_window: c.sliding_window[i],
                     heads: c.num_heads / builder.group().size(),
                     kv_heads: c.num_kv_heads / builder.group().size(),

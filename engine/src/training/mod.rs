@@ -7,6 +7,7 @@
 mod base;
 mod cache;
 mod checkpoint;
+mod choice;
 mod collective;
 mod config;
 mod corpus;
@@ -26,11 +27,15 @@ mod nccl;
 mod operations;
 mod optimizer;
 mod parameters;
+mod parts;
 mod placement;
+mod recall;
 mod reduce;
+mod seen;
 mod summary;
 mod tensor_group;
 mod trainer;
+mod vector;
 
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,7 @@
 
 use super::config::{MemoryKind, MemorySettings, TrainMode, TrainingConfig};
 use super::decode;
-use super::layers::{Blueprint, Layer, Pass};
+use super::layers::{Blueprint, Layer, Pass, PassRecall};
 use super::loss::{self, CHUNK};
 use super::operations::rms_norm;
 use super::parameters::{Builder, Parameter, RATES, Source};
@@ -29,6 +29,8 @@ pub(super) enum View {
     WithoutMemory,
     /// The untouched model behind the window and the sinks.
     Windowed,
+    /// The same with what is recalled.
+    Recalled,
     /// The untouched model with the whole sequence: the teacher.
     Dense,
 }
@@ -116,6 +118,7 @@ pub(super) struct TrainModel {
     pub(super) tensors: BTreeMap<String, Tensor>,
     window_tokens: usize,
     sink_tokens: usize,
+    recall: Option<PassRecall>,
     /// Of the last batch: every batch of a run has its shape.
     angles: Mutex<Option<(usize, usize, [RotaryAngles; 2])>>,
 }
@@ -144,9 +147,16 @@ impl TrainModel {
         frozen: bool,
     ) -> Result<Self> {
         let c = &decoder;
+        config.memory.check_layers(c.num_layers)?;
         let scratch = config.model.scratch.as_ref();
         let latent = scratch.and_then(|scratch| scratch.latent);
-        group.check(c, latent.is_some())?;
+        let undivided = match (latent, config.memory.recalled_vector) {
+            (Some(_), _) => Some("latent attention"),
+            // Its weights are the mean over every head.
+            (None, true) => Some("memory.recalled_vector"),
+            (None, false) => None,
+        };
+        group.check(c, undivided)?;
         let source = match weights {
             Some(weights) => Source::Pretrained(weights),
             None => Source::Scratch(config.seed),
@@ -184,8 +194,15 @@ impl TrainModel {
             false => builder.matrix("lm_head.weight", c.vocab_size, c.hidden_size)?,
         };
         let (parameters, tensors) = builder.finish()?;
+        let frequencies = Frequencies::new(c.rope_theta, c.head_dim, &c.rope_scaling);
+        let recall = (config.memory.recall_tokens > 0).then(|| PassRecall {
+            tokens: config.memory.recall_tokens,
+            first_layer: config.memory.recall_first_layer,
+            window_angles: frequencies.angles([config.memory.window_tokens as u64]),
+        });
         Ok(Self {
-            frequencies: Frequencies::new(c.rope_theta, c.head_dim, &c.rope_scaling),
+            frequencies,
+            recall,
             device: device.clone(),
             group: group.clone(),
             embedding,
@@ -240,6 +257,7 @@ impl TrainModel {
             adapters: matches!(view, View::Trained | View::WithoutMemory),
             window_tokens: if view == View::Dense { 0 } else { self.window_tokens },
             sink_tokens: self.sink_tokens,
+            recall: self.recall.clone().filter(|_| view != View::Windowed),
         }
     }
 

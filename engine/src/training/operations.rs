@@ -1,25 +1,24 @@
-//! Operations with gradients that training needs beside candle's: norm, products with frozen weights, attention with
-//! sinks, the mix of levels.
+//! Operations with gradients that training needs beside candle's: norm, products with frozen weights, attention by what
+//! it reaches, the mix of levels.
 //! Knows no layer and no parameter by name.
 
+use super::parts::{Backward, SinkParts};
+use super::recall::{self, Recall};
 use crate::error::{Error, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp3, D, DType, Layout, Shape, Storage, Tensor,
 };
 use mka_kernels::tape::{Value, ops, record_one};
-use mka_kernels::{
-    DenseAttentionParams, attention_backward, attention_forward, rms_norm_backward,
-    rms_norm_forward,
-};
+use mka_kernels::{DenseAttentionParams, rms_norm_backward, rms_norm_forward};
 
 type Gradients = [Option<Tensor>; 3];
-type Backward = dyn Fn(&Tensor) -> candle_core::Result<Gradients> + Send + Sync;
+type Pull = dyn Fn(&Tensor) -> candle_core::Result<Gradients> + Send + Sync;
 
 /// A result that was computed outside the graph, and the gradients of its three inputs.
 struct Computed {
     out: Tensor,
-    backward: Box<Backward>,
+    backward: Box<Pull>,
 }
 
 /// Hangs `out`, a function of `inputs` computed without history, into the graph; costs one copy of it.
@@ -158,25 +157,27 @@ pub(super) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Which keys a query sees: all before it, or the last `window` and the first `sinks`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// Which keys a query sees.
+#[derive(Debug, Clone)]
 pub(super) enum Reach {
+    /// All before it.
     Causal,
     /// The last `window` tokens, itself included.
     Window(usize),
-    WindowAndSinks {
-        window: usize,
-        sinks: usize,
-    },
+    /// Those and the first `sinks`.
+    WindowAndSinks { window: usize, sinks: usize },
+    /// Those and recalled ones.
+    Recall(Recall),
 }
 
 impl Reach {
-    /// What one call of the kernels shows of `t` tokens; none where sinks need more than one.
-    fn params(self, t: usize, scale: f32) -> Option<DenseAttentionParams> {
+    /// What one call of the kernels shows of `t` tokens; none where it takes more than one.
+    fn params(&self, t: usize, scale: f32) -> Option<DenseAttentionParams> {
         let window = match self {
-            Self::WindowAndSinks { window, sinks } if window < t && sinks > 0 => return None,
-            Self::Window(window) | Self::WindowAndSinks { window, .. } if window < t => {
-                Some(window)
+            Self::WindowAndSinks { window, sinks } if *window < t && *sinks > 0 => return None,
+            Self::Recall(recall) if recall.first_choosing() < t => return None,
+            Self::Window(window) | Self::WindowAndSinks { window, .. } if *window < t => {
+                Some(*window)
             }
             _ => None,
         };
@@ -185,12 +186,12 @@ impl Reach {
 }
 
 /// Attention in one softmax over what `reach` shows: q (b, t, h, d), k and v (b, t, g, d) -> (b, t, h, d).
-pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, reach: Reach) -> Result<Tensor> {
-    let scale = 1.0 / (q.dim(3)? as f32).sqrt();
+pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, reach: &Reach) -> Result<Tensor> {
+    let scale = scale_of(q)?;
     if let Some(params) = reach.params(q.dim(1)?, scale) {
         return Ok(mka_kernels::attention(q, k, v, &params)?);
     }
-    let (out, backward) = attend_with_sinks([q, k, v], reach, scale)?;
+    let (out, backward) = attend_in_parts([q, k, v], reach, scale)?;
     with_gradient([q, k, v], out, move |grad| {
         let [dq, dk, dv] = backward(grad)?;
         Ok([Some(dq), Some(dk), Some(dv)])
@@ -198,12 +199,12 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, reach: Reach) -> Result
 }
 
 /// [`attend`] on the tape.
-pub(super) fn attend_on_tape(q: &Value, k: &Value, v: &Value, reach: Reach) -> Result<Value> {
-    let scale = 1.0 / (q.tensor().dim(3)? as f32).sqrt();
+pub(super) fn attend_on_tape(q: &Value, k: &Value, v: &Value, reach: &Reach) -> Result<Value> {
+    let scale = scale_of(q.tensor())?;
     if let Some(params) = reach.params(q.tensor().dim(1)?, scale) {
         return Ok(ops::attention(q, k, v, &params)?);
     }
-    let (out, backward) = attend_with_sinks([q, k, v].map(Value::tensor), reach, scale)?;
+    let (out, backward) = attend_in_parts([q, k, v].map(Value::tensor), reach, scale)?;
     let targets = [q, k, v].map(Value::target);
     Ok(record_one(&[q, k, v], out, move |grad, gradients| {
         let parts = targets.iter().zip(backward(&grad)?);
@@ -211,113 +212,27 @@ pub(super) fn attend_on_tape(q: &Value, k: &Value, v: &Value, reach: Reach) -> R
     }))
 }
 
-/// Attention over a window and sinks, and what gives the gradients of q, k and v.
-#[allow(clippy::type_complexity, reason = "a tensor and a function of its gradient")]
-fn attend_with_sinks(
-    inputs: [&Tensor; 3],
-    reach: Reach,
-    scale: f32,
-) -> Result<(Tensor, impl Fn(&Tensor) -> candle_core::Result<[Tensor; 3]> + Send + Sync + 'static)>
-{
-    let Reach::WindowAndSinks { window, sinks } = reach else {
-        return Err(Error::invalid("attend: no sinks, expected a window with sinks"));
-    };
+fn scale_of(q: &Tensor) -> Result<f32> {
+    Ok(1.0 / (q.dim(3)? as f32).sqrt())
+}
+
+/// Attention over a window with sinks, or with what is recalled too, and what gives the gradients of q, k and v.
+fn attend_in_parts(inputs: [&Tensor; 3], reach: &Reach, scale: f32) -> Result<(Tensor, Backward)> {
     let [q, k, v] = inputs.map(|x| x.detach().contiguous());
     let (q, k, v) = (q?, k?, v?);
+    let (window, sinks) = match reach {
+        Reach::Recall(recall) => return Ok(recall::attend([q, k, v], recall, scale)?),
+        Reach::WindowAndSinks { window, sinks } => (*window, *sinks),
+        _ => {
+            return Err(Error::invalid("attend: one part, expected a window with sinks or recall"));
+        }
+    };
     let parts = SinkParts::new(q.dim(1)?, window, sinks, scale);
     let (out, lse) = parts.forward(&q, &k, &v)?;
     let saved = out.clone();
-    let backward = move |grad: &Tensor| {
-        let (dq, dk, dv) = parts.backward([&q, &k, &v], &saved, &lse, &grad.contiguous()?)?;
-        Ok([dq, dk, dv])
-    };
-    Ok((out, backward))
-}
-
-/// The parts of attention over a window and sinks: rows of queries, the sinks that they see beyond their window.
-///
-/// The query at position i >= `window` sees the sinks j <= i - window besides its window: the first `sinks` such
-/// queries as a causal triangle, all later ones every sink.
-struct SinkParts {
-    window: DenseAttentionParams,
-    /// (first query, queries, sinks, parameters).
-    beyond: Vec<(usize, usize, usize, DenseAttentionParams)>,
-}
-
-impl SinkParts {
-    fn new(t: usize, window: usize, sinks: usize, scale: f32) -> Self {
-        let rows = t - window;
-        let triangle = rows.min(sinks);
-        let params = |causal| DenseAttentionParams { scale, causal, window: None };
-        let mut beyond = vec![(window, triangle, triangle, params(true))];
-        if rows > triangle {
-            beyond.push((window + triangle, rows - triangle, sinks, params(false)));
-        }
-        let window = DenseAttentionParams { scale, causal: true, window: Some(window) };
-        Self { window, beyond }
-    }
-
-    /// (out (b, t, h, d), lse (b, h, t)) of the one softmax over all parts.
-    fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-        let (out, lse) = attention_forward(q, k, v, &self.window)?;
-        let first = self.beyond[0].0;
-        let (mut outs, mut lses) = (vec![out.narrow(1, 0, first)?], vec![lse.narrow(2, 0, first)?]);
-        for (start, rows, sinks, params) in &self.beyond {
-            let part = |x: &Tensor, from, count| x.narrow(1, from, count)?.contiguous();
-            let (far, far_lse) = attention_forward(
-                &part(q, *start, *rows)?,
-                &part(k, 0, *sinks)?,
-                &part(v, 0, *sinks)?,
-                params,
-            )?;
-            let (near, near_lse) = (out.narrow(1, *start, *rows)?, lse.narrow(2, *start, *rows)?);
-            // Every query sees itself in its window and at least one sink: both are finite.
-            let max = near_lse.maximum(&far_lse)?;
-            let (near_weight, far_weight) = ((near_lse - &max)?.exp()?, (far_lse - &max)?.exp()?);
-            let sum = (&near_weight + &far_weight)?;
-            let share = |weight: Tensor| (weight / &sum)?.transpose(1, 2)?.unsqueeze(3);
-            let merged = (near.to_dtype(DType::F32)?.broadcast_mul(&share(near_weight)?)?
-                + far.to_dtype(DType::F32)?.broadcast_mul(&share(far_weight)?)?)?;
-            outs.push(merged.to_dtype(q.dtype())?);
-            lses.push((max + sum.log()?)?);
-        }
-        Ok((Tensor::cat(&outs, 1)?, Tensor::cat(&lses, 2)?.contiguous()?))
-    }
-
-    /// With the out and lse of the whole softmax each part's probabilities are its own, so that gradients add up.
-    fn backward(
-        &self,
-        [q, k, v]: [&Tensor; 3],
-        out: &Tensor,
-        lse: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Tensor, Tensor, Tensor)> {
-        let (dq, dk, dv) = attention_backward(q, k, v, out, lse, grad, None, &self.window)?;
-        let t = q.dim(1)?;
-        let (mut dqs, mut dk_sinks, mut dv_sinks) = (Vec::new(), Vec::new(), Vec::new());
-        for (start, rows, sinks, params) in &self.beyond {
-            let part = |x: &Tensor, from, count| x.narrow(1, from, count)?.contiguous();
-            let (dq_part, dk_part, dv_part) = attention_backward(
-                &part(q, *start, *rows)?,
-                &part(k, 0, *sinks)?,
-                &part(v, 0, *sinks)?,
-                &part(out, *start, *rows)?,
-                &lse.narrow(2, *start, *rows)?.contiguous()?,
-                &part(grad, *start, *rows)?,
-                None,
-                params,
-            )?;
-            dqs.push((dq.narrow(1, *start, *rows)? + dq_part)?);
-            let padded = |x: Tensor| x.pad_with_zeros(1, 0, t - sinks);
-            dk_sinks.push(padded(dk_part)?);
-            dv_sinks.push(padded(dv_part)?);
-        }
-        dqs.insert(0, dq.narrow(1, 0, self.beyond[0].0)?);
-        let total = |whole: Tensor, parts: Vec<Tensor>| {
-            parts.into_iter().try_fold(whole, |sum, part| sum + part)
-        };
-        Ok((Tensor::cat(&dqs, 1)?, total(dk, dk_sinks)?, total(dv, dv_sinks)?))
-    }
+    let backward =
+        move |grad: &Tensor| parts.backward([&q, &k, &v], &saved, &lse, &grad.contiguous()?);
+    Ok((out, Box::new(backward)))
 }
 
 /// x + gate · Σ_l λ_l (L_l - x) in f32, in x's type: x (n, c), levels (n, m, c), weights (n, 1 + m), gate (1).

@@ -7,6 +7,7 @@ use super::layers::Pass;
 use super::operations::{product, softmax};
 use super::parameters::{Builder, Init};
 use super::tensor_group::TensorGroup;
+use super::vector;
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use mka_kernels::tape::Value;
@@ -23,6 +24,8 @@ pub(super) struct Summary {
     up: (Tensor, Tensor),
     pub(super) rates: Rates,
     group: TensorGroup,
+    /// Tokens of the window behind which chunks are recalled into one more level; none without it.
+    pub(super) recalled: Option<usize>,
 }
 
 /// The rates of the EMA, shared by all layers.
@@ -57,7 +60,7 @@ impl Summary {
     ) -> Result<Self> {
         let at = |part: &str| format!("layers.{layer}.{part}");
         let rank = if settings.router_rank > 0 { settings.router_rank } else { q_size / 2 };
-        let levels = settings.rates.len() + 1;
+        let levels = settings.rates.len() + 1 + usize::from(settings.recalled_vector);
         // The levels start even, whatever the query: the last matrix is zero, so that the gate opens first.
         let spread = Init::Normal(1.0 / (q_size as f32).sqrt());
         Ok(Self {
@@ -74,10 +77,11 @@ impl Summary {
             ),
             rates: rates.clone(),
             group: builder.group().clone(),
+            recalled: settings.recalled_vector.then_some(settings.window_tokens),
         })
     }
 
-    /// λ = softmax(MLP(q)): (n, h · d) of this process's heads -> (n, 1 + m), f32, of all of them.
+    /// λ = softmax(MLP(q)): (n, h · d) of this process's heads -> (n, 1 + levels), f32, of all of them.
     pub(super) fn weights(&self, q: &Tensor) -> Result<Tensor> {
         let q = q.to_dtype(DType::F32)?;
         let inner = self.group.summed_in_graph(&product(&q, &self.down.0)?)?;
@@ -88,12 +92,13 @@ impl Summary {
         softmax(&self.group.copied_in_graph(&logits)?)
     }
 
-    /// Whether the kernels' one pass makes keys and values: on a card, for rates that are not learned. On the processor
-    /// plain operations do, which that pass is tested against.
+    /// Whether the kernels' one pass makes keys and values: on a card, for rates that are not learned and no recalled
+    /// vector. On the processor plain operations do, which that pass is tested against.
     pub(super) fn is_fused(&self, device: &Device, head_dim: usize) -> bool {
         let Rates::Fixed { values, .. } = &self.rates else { return false };
         let known = values.len() <= MAX_RATES && head_dim.is_multiple_of(8);
-        device.is_cuda() && known && self.kind == MemoryKind::Fastmka
+        let plain = self.kind == MemoryKind::Fastmka && self.recalled.is_none();
+        device.is_cuda() && known && plain
     }
 
     /// Fused keys and values as attention reads them, in the kernels' one pass, on the tape.
@@ -134,10 +139,32 @@ impl Summary {
         Ok(ops::route(kv, &ops::reshape(&logits, (b, t, 1 + m))?, rest, &params)?)
     }
 
-    /// The levels of projected keys and values: kv (n, c) -> (n, m, c), f32.
+    /// The levels of projected keys and values: q (n, h · d), kv (n, c) -> (n, levels, c), f32.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a recalled vector of a stream that goes on from a cache, which keeps no chunks.
+    pub(super) fn levels(
+        &self,
+        q: &Tensor,
+        kv: &Tensor,
+        head_dim: usize,
+        pass: &Pass,
+        cached: Option<&mut Cached<'_>>,
+    ) -> Result<Tensor> {
+        let Some(window) = self.recalled else { return self.averages(kv, pass, cached) };
+        if cached.is_some() {
+            return Err(Error::invalid(
+                "decode: memory.recalled_vector true, expected false: a stream keeps no chunks",
+            ));
+        }
+        let recalled = vector::recalled(q, kv, pass.b, window, head_dim)?;
+        Ok(Tensor::cat(&[&self.averages(kv, pass, None)?, &recalled], 1)?)
+    }
+
+    /// The EMA of projected keys and values at each rate: kv (n, c) -> (n, m, c), f32.
     ///
     /// A rate that is one number commutes with the projections, and the projections are narrower than the hidden state.
-    pub(super) fn levels(
+    fn averages(
         &self,
         kv: &Tensor,
         pass: &Pass,

@@ -82,9 +82,9 @@ impl TensorGroup {
     ///
     /// # Errors
     /// `InvalidArgument`: what the number of processes does not divide.
-    pub(super) fn check(&self, c: &DecoderConfig, latent: bool) -> Result<()> {
-        if latent && !self.is_alone() {
-            return Err(refused(self.size, "1 with latent attention"));
+    pub(super) fn check(&self, c: &DecoderConfig, undivided: Option<&str>) -> Result<()> {
+        if let Some(what) = undivided.filter(|_| !self.is_alone()) {
+            return Err(refused(self.size, &format!("1 with {what}")));
         }
         for (number, what) in [
             (c.num_kv_heads, "key/value heads"),

@@ -15,7 +15,9 @@ use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+mod recall;
 mod tensor_group;
+mod vector;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(name)
@@ -186,6 +188,8 @@ fn a_card_gives_the_losses_and_gradients_of_the_processor() {
         ("fused window", MemoryKind::Fastmka, 20, false),
         ("learned rates", MemoryKind::Fastmka, 20, false),
         ("mka", MemoryKind::Mka, 0, false),
+        ("recall", MemoryKind::None, 20, false),
+        ("fused recall", MemoryKind::Fastmka, 20, false),
         ("latent", MemoryKind::None, 0, true),
     ] {
         for (precision, bound) in [(Precision::F32, 1e-3), (Precision::Bf16, 0.1)] {
@@ -194,12 +198,16 @@ fn a_card_gives_the_losses_and_gradients_of_the_processor() {
             config.memory.learn_rates = matches!(case, "learned rates" | "mka");
             config.memory.initial_gate = 0.6;
             (config.memory.window_tokens, config.memory.sink_tokens) = (window, 4);
+            let recalls = case.ends_with("recall");
+            if recalls {
+                (config.memory.recall_tokens, config.memory.recall_first_layer) = (64, 1);
+            }
             config.model.scratch = Some(shape(latent));
-            let decoder = || scratch_decoder(&shape(latent), 64, 128);
+            let decoder = || scratch_decoder(&shape(latent), 64, 512);
             let host = TrainModel::load(decoder(), None, &config, &Device::Cpu, false).unwrap();
             config.precision = precision;
             let model = TrainModel::load(decoder(), None, &config, &card, false).unwrap();
-            let batch = batch(75, 64);
+            let batch = batch(if recalls { 201 } else { 75 }, 64);
             let (exact, expected) = gradients(&host, &batch, None, false);
             let (loss, found) = gradients(&model, &batch, None, true);
             assert!((loss - exact).abs() < bound * exact, "{case}: loss {loss}, expected {exact}");
@@ -248,44 +256,54 @@ fn gradients_of_every_parameter_equal_finite_differences() {
         config.model.scratch = Some(shape(latent));
         let decoder = scratch_decoder(&shape(latent), 32, 64);
         let model = TrainModel::load(decoder, None, &config, &Device::Cpu, false).unwrap();
-        // Far from the start, where gradients of a matrix above zeros vanish.
-        for (i, parameter) in model.parameters.iter().enumerate() {
-            let size = parameter.master().elem_count();
-            let noise: Vec<f32> =
-                (0..size).map(|j| 0.3 * ((i * 131 + j * 17) as f32 * 0.7).sin()).collect();
-            let noise = Tensor::from_vec(noise, parameter.master().shape(), &Device::Cpu).unwrap();
-            if !parameter.name.starts_with("rates") {
-                parameter.set(&(parameter.master() + noise).unwrap()).unwrap();
-            }
-        }
-        let batch = batch(12, 32);
-        let loss = || {
-            let losses = model.losses(&batch, View::Trained).unwrap();
-            losses.iter().map(|x| f64::from(*x)).sum::<f64>() / losses.len() as f64
-        };
-        let (direct, found) = gradients(&model, &batch, None, false);
-        assert!((direct - loss()).abs() < 1e-5, "{case}");
-        for parameter in &model.parameters {
-            let gradient = &found[&parameter.name];
-            let length = norm(gradient);
-            let step = 0.005;
-            let start = parameter.master().copy().unwrap();
-            let at = |way: f64| {
-                parameter.set(&(&start + (gradient * (way / length)).unwrap()).unwrap()).unwrap();
-                loss()
-            };
-            // Richardson's extrapolation of the central difference.
-            let rise = |step: f64| at(step) - at(-step);
-            let slope = (8.0 * rise(step) - rise(2.0 * step)) / (12.0 * step);
-            parameter.set(&start).unwrap();
-            let error = (slope - length).abs();
-            let name = &parameter.name;
-            assert!(
-                error < 0.02 * length + 2e-4,
-                "{case}: {name} rises by {slope}, its gradient says {length}"
-            );
+        move_from_the_start(&model);
+        assert_finite_differences(case, &model, &batch(12, 32), 0.005);
+    }
+}
+
+/// Adds noise to every parameter but the rates: gradients of a matrix above zeros vanish.
+fn move_from_the_start(model: &TrainModel) {
+    for (i, parameter) in model.parameters.iter().enumerate() {
+        let size = parameter.master().elem_count();
+        let noise: Vec<f32> =
+            (0..size).map(|j| 0.3 * ((i * 131 + j * 17) as f32 * 0.7).sin()).collect();
+        let noise = Tensor::from_vec(noise, parameter.master().shape(), &Device::Cpu).unwrap();
+        if !parameter.name.starts_with("rates") {
+            parameter.set(&(parameter.master() + noise).unwrap()).unwrap();
         }
     }
+}
+
+/// `step` is the distance between the points of a difference.
+fn assert_finite_differences(case: &str, model: &TrainModel, batch: &Batch, step: f64) {
+    let loss = || {
+        let losses = model.losses(batch, View::Trained).unwrap();
+        losses.iter().map(|x| f64::from(*x)).sum::<f64>() / losses.len() as f64
+    };
+    let (direct, found) = gradients(model, batch, None, false);
+    assert!((direct - loss()).abs() < 1e-5, "{case}");
+    let mut worst = 0f64;
+    for parameter in &model.parameters {
+        let gradient = &found[&parameter.name];
+        let length = norm(gradient);
+        let start = parameter.master().copy().unwrap();
+        let at = |way: f64| {
+            parameter.set(&(&start + (gradient * (way / length)).unwrap()).unwrap()).unwrap();
+            loss()
+        };
+        // Richardson's extrapolation of the central difference.
+        let rise = |step: f64| at(step) - at(-step);
+        let slope = (8.0 * rise(step) - rise(2.0 * step)) / (12.0 * step);
+        parameter.set(&start).unwrap();
+        let error = (slope - length).abs();
+        let name = &parameter.name;
+        worst = worst.max(error / (0.02 * length + 2e-4));
+        assert!(
+            error < 0.02 * length + 2e-4,
+            "{case}: {name} rises by {slope}, its gradient says {length}"
+        );
+    }
+    println!("{case}: errors of at most {worst:.3} of what is allowed");
 }
 
 #[test]
@@ -416,7 +434,7 @@ fn attention_over_window_and_sinks_is_one_softmax() {
     };
     let (q, k, v) = (values(1), values(2), values(3));
     for (window, sinks) in [(5, 3), (1, 1), (7, 7), (20, 4), (22, 9), (23, 4), (40, 4), (6, 0)] {
-        let out = attend(&q, &k, &v, Reach::WindowAndSinks { window, sinks }).unwrap();
+        let out = attend(&q, &k, &v, &Reach::WindowAndSinks { window, sinks }).unwrap();
         let floats = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let (q, k, v, out) = (floats(&q), floats(&k), floats(&v), floats(&out));
         let at = |row: usize, i: usize, head: usize| ((row * t + i) * h + head) * d;

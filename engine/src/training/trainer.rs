@@ -346,6 +346,9 @@ impl Trainer {
         Ok(Comparison {
             dense: self.evaluate_as(untouched, View::Dense)?,
             windowed: self.evaluate_as(untouched, View::Windowed)?,
+            recalled: (self.config.memory.recall_tokens > 0)
+                .then(|| self.evaluate_as(untouched, View::Recalled))
+                .transpose()?,
             trained: self.evaluate()?,
             without_memory: self.evaluate_as(&self.model, View::WithoutMemory)?,
         })

@@ -37,6 +37,14 @@ fn config(folder: &Path) -> TrainingConfig {
     config
 }
 
+/// [`config`] over sequences that are long enough for its last queries to choose what they recall.
+fn recalling(folder: &Path) -> TrainingConfig {
+    let mut config = config(folder);
+    config.data.sequence_tokens = 180;
+    (config.memory.recall_tokens, config.memory.recall_first_layer) = (64, 1);
+    config
+}
+
 fn run(config: TrainingConfig) -> mka::Result<Vec<StepReport>> {
     let mut reports = Vec::new();
     Trainer::open(config)?.run(&mut |report| reports.push(report.clone()))?;
@@ -60,6 +68,7 @@ fn training_lowers_the_loss_and_writes_a_model_that_the_engine_runs() {
     assert_eq!(before.without_memory.loss, before.windowed.loss);
     assert_ne!(before.dense.loss, before.windowed.loss);
     assert_eq!(before.gap_closed(&before.trained), Some(0.0));
+    assert_eq!(before.recalled.map(|recalled| recalled.loss), None);
     trainer.run(&mut |_| ()).unwrap();
     let after = trainer.compare().unwrap();
     assert_eq!((after.dense.loss, after.windowed.loss), (before.dense.loss, before.windowed.loss));
@@ -95,6 +104,53 @@ fn training_lowers_the_loss_and_writes_a_model_that_the_engine_runs() {
     again.model.source = Some(config.output.join("model").display().to_string());
     let again = Trainer::open(again).unwrap().evaluate().unwrap();
     assert!((again.loss - after.trained.loss).abs() < 1e-4, "{again:?}, {after:?}");
+}
+
+#[test]
+fn training_recalls_behind_the_window_and_is_compared_with_recall_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    for kind in [MemoryKind::None, MemoryKind::Fastmka] {
+        let mut config = recalling(folder.path());
+        config.output = folder.path().join(format!("{kind:?}"));
+        config.memory.kind = kind;
+        config.train.distill = 0.3;
+        let mut trainer = Trainer::open(config).unwrap();
+        let before = trainer.compare().unwrap();
+        let recalled = before.recalled.unwrap();
+        // Nothing is trained yet: what is recalled alone tells the trained model from the windowed one.
+        assert_eq!(before.trained.loss, recalled.loss);
+        assert_eq!(before.without_memory.loss, recalled.loss);
+        assert_ne!(before.windowed.loss, recalled.loss);
+        assert_ne!(before.dense.loss, recalled.loss);
+        assert_eq!(before.windowed.inside_window, recalled.inside_window);
+        trainer.run(&mut |_| ()).unwrap();
+        let after = trainer.compare().unwrap();
+        assert_eq!(after.recalled.map(|recalled| recalled.loss), Some(recalled.loss));
+        assert!(after.trained.loss < before.trained.loss - 0.1, "{after:?}");
+        let without = after.without_memory.loss;
+        assert_eq!(after.trained.loss == without, kind == MemoryKind::None, "{after:?}");
+    }
+}
+
+#[test]
+fn a_model_trained_with_a_recalled_vector_is_refused_by_a_session_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    config.data.sequence_tokens = 100;
+    config.memory.recalled_vector = true;
+    config.train.steps = 20;
+    let mut trainer = Trainer::open(config.clone()).unwrap();
+    let before = trainer.compare().unwrap();
+    assert_eq!(before.trained.loss, before.windowed.loss);
+    trainer.run(&mut |_| ()).unwrap();
+    assert!(trainer.evaluate().unwrap().loss < before.trained.loss - 0.1);
+    let decoding = trainer.measure_decoding(8, 2).unwrap_err();
+    assert!(decoding.to_string().contains("memory.recalled_vector"), "{decoding}");
+    let error = Engine::builder(folder.path().join("store"))
+        .model(ModelSource::path(config.output.join("model")))
+        .open_blocking()
+        .unwrap_err();
+    assert!(error.to_string().contains("mka.recalled_vector"), "{error}");
 }
 
 #[test]
@@ -136,7 +192,9 @@ const TENSOR: &str = "MKA_TRAINING_TEST_TENSOR";
 /// What a child process does: the run in the folder that a variable names, as the process that others say.
 fn child() -> bool {
     let Some(folder) = std::env::var_os(CHILD) else { return false };
-    let mut config = config(Path::new(&folder));
+    let recalls = std::env::var("MKA_TRAINING_TEST_RECALL").is_ok();
+    let folder = Path::new(&folder);
+    let mut config = if recalls { recalling(folder) } else { config(folder) };
     let slow = std::env::var("MKA_TRAINING_TEST_SLOW").is_ok();
     if slow {
         config.train.save_every = 1;
@@ -202,25 +260,33 @@ fn killed_and_run_again_a_run_has_the_same_curve() {
     if child() {
         return;
     }
-    let straight = tempfile::tempdir().unwrap();
-    run(config(straight.path())).unwrap();
-    let expected = read_log(&straight.path().join("run/log.jsonl")).unwrap();
-    assert_eq!(expected.len(), 8);
-    let folder = tempfile::tempdir().unwrap();
     let test = "training::killed_and_run_again_a_run_has_the_same_curve";
-    let slow = [("MKA_TRAINING_TEST_SLOW", String::from("1"))];
-    for pause in [200, 330, 170] {
-        let mut child = spawn(test, folder.path(), &slow);
-        std::thread::sleep(Duration::from_millis(pause));
-        child.kill().unwrap();
-        child.wait().unwrap();
+    let slow = ("MKA_TRAINING_TEST_SLOW", String::from("1"));
+    let recalls = ("MKA_TRAINING_TEST_RECALL", String::from("1"));
+    for recall in [false, true] {
+        let variables =
+            if recall { vec![slow.clone(), recalls.clone()] } else { vec![slow.clone()] };
+        let straight = tempfile::tempdir().unwrap();
+        let config = if recall { recalling } else { config };
+        run(config(straight.path())).unwrap();
+        let expected = read_log(&straight.path().join("run/log.jsonl")).unwrap();
+        assert_eq!(expected.len(), 8);
+        let folder = tempfile::tempdir().unwrap();
+        for pause in [200, 330, 170] {
+            let mut child = spawn(test, folder.path(), &variables);
+            std::thread::sleep(Duration::from_millis(pause));
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        assert!(spawn(test, folder.path(), &variables).wait().unwrap().success());
+        let log = read_log(&folder.path().join("run/log.jsonl")).unwrap();
+        assert_eq!(losses(&log), losses(&expected));
+        let held_out = |log: &[StepReport]| log.last().unwrap().held_out.map(|e| e.loss);
+        assert_eq!(held_out(&log), held_out(&expected));
+        let model =
+            |folder: &Path| std::fs::read(folder.join("run/model/mka.safetensors")).unwrap();
+        assert!(model(folder.path()) == model(straight.path()));
     }
-    assert!(spawn(test, folder.path(), &slow).wait().unwrap().success());
-    let log = read_log(&folder.path().join("run/log.jsonl")).unwrap();
-    assert_eq!(losses(&log), losses(&expected));
-    assert_eq!(log.last().unwrap().held_out.map(|e| e.loss), expected[7].held_out.map(|e| e.loss));
-    let model = |folder: &Path| std::fs::read(folder.join("run/model/mka.safetensors")).unwrap();
-    assert!(model(folder.path()) == model(straight.path()));
 }
 
 #[test]
@@ -348,7 +414,7 @@ fn a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint() {
 #[test]
 fn what_no_run_could_use_is_refused_by_name() {
     type Change = fn(&mut TrainingConfig);
-    let cases: [(Change, ErrorKind, &str); 16] = [
+    let cases: [(Change, ErrorKind, &str); 21] = [
         (
             |c| c.data.train = vec![c.output.with_file_name("short.txt")],
             ErrorKind::InvalidArgument,
@@ -362,6 +428,24 @@ fn what_no_run_could_use_is_refused_by_name() {
         (|c| c.train.distill = 1.5, ErrorKind::InvalidArgument, "train.distill"),
         (|c| c.memory.rates = vec![1.0], ErrorKind::InvalidArgument, "memory.rates"),
         (|c| c.memory.rates.clear(), ErrorKind::InvalidArgument, "memory.rates"),
+        (|c| c.memory.recall_tokens = 100, ErrorKind::InvalidArgument, "memory.recall_tokens: 100"),
+        (
+            |c| (c.memory.recall_tokens, c.memory.window_tokens) = (64, 0),
+            ErrorKind::InvalidArgument,
+            "memory.window_tokens: 0",
+        ),
+        (
+            |c| (c.memory.recalled_vector, c.memory.window_tokens) = (true, 0),
+            ErrorKind::InvalidArgument,
+            "memory.recalled_vector",
+        ),
+        (
+            |c| (c.memory.recalled_vector, c.memory.kind) = (true, MemoryKind::None),
+            ErrorKind::InvalidArgument,
+            "memory.recalled_vector",
+        ),
+        // The tiny model has two layers, and three are left out by default.
+        (|c| c.memory.recall_tokens = 64, ErrorKind::InvalidArgument, "recall_first_layer: 3"),
         (|c| c.lora.targets = vec!["head".into()], ErrorKind::InvalidArgument, "head"),
         (|c| c.optimizer.learning_rate = f64::NAN, ErrorKind::InvalidArgument, "learning_rate"),
         (|c| c.precision = Precision::Bf16, ErrorKind::InvalidArgument, "bf16"),

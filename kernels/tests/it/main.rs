@@ -10,6 +10,7 @@ mod packed;
 mod panels;
 mod projected;
 mod recall;
+mod rope;
 mod route;
 mod select;
 mod tape;

@@ -364,6 +364,14 @@ fn what_processes_cannot_share_is_refused_by_name() {
         ),
         (
             2,
+            &|config: &mut TrainingConfig| {
+                shape(config, 2, 2, 32);
+                config.memory.recalled_vector = true;
+            },
+            "train.tensor_parallel: 2, expected 1 with memory.recalled_vector",
+        ),
+        (
+            2,
             &|config: &mut TrainingConfig| config.train.tensor_parallel = 0,
             "train.tensor_parallel: 0, expected above 0",
         ),

@@ -1,0 +1,25 @@
+//! Rotation and its inverse.
+
+use candle_core::{Device, Tensor};
+use mka_kernels::{RotaryAngles, rotate, rotate_back};
+
+fn floats(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn rotating_back_undoes_a_rotation_but_for_the_square_of_its_scale() {
+    let values: Vec<f32> = (0..5 * 3 * 8).map(|i| (i as f32 * 0.37).sin()).collect();
+    let x = Tensor::from_vec(values, (5, 3, 8), &Device::Cpu).unwrap();
+    for scale in [1.0, 1.3] {
+        let angles = RotaryAngles::new([0, 7, 100, 8191, 12], &[1.0, 0.1, 0.01, 0.001], scale);
+        let back = rotate_back(&rotate(&x, &angles).unwrap(), &angles).unwrap();
+        for (found, exact) in floats(&back).iter().zip(floats(&x)) {
+            let exact = exact * (scale * scale) as f32;
+            assert!((found - exact).abs() < 3e-6, "{found}, expected {exact}");
+        }
+    }
+    let few = RotaryAngles::new([0, 1], &[1.0, 0.1, 0.01, 0.001], 1.0);
+    let error = rotate_back(&x, &few).unwrap_err().to_string();
+    assert!(error.contains("rotate_back") && error.contains("2 positions"), "{error}");
+}

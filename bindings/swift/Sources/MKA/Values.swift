@@ -72,7 +72,7 @@ public typealias PageConfig = MKABindings.PageConfig
 public typealias PagePrecision = MKABindings.PagePrecision
 /// How tokens are chosen for recall inside attention.
 public typealias PageRule = MKABindings.PageRule
-/// Which landmarks are scored on the processor for a choice.
+/// What is scored on the processor for a choice before keys are.
 public typealias LandmarkScan = MKABindings.LandmarkScan
 /// What a block of a prompt attends to.
 public typealias Prefill = MKABindings.Prefill

@@ -4560,7 +4560,7 @@ public struct PageConfig: Equatable, Hashable {
      */
     public var rule: PageRule?
     /**
-     * Which landmarks are scored for a choice.
+     * What is scored for a choice before keys are.
      */
     public var scan: LandmarkScan?
     /**
@@ -4603,7 +4603,7 @@ public struct PageConfig: Equatable, Hashable {
          * How tokens are chosen.
          */rule: PageRule? = nil,
         /**
-         * Which landmarks are scored for a choice.
+         * What is scored for a choice before keys are.
          */scan: LandmarkScan? = nil,
         /**
          * What a prompt's blocks attend to.
@@ -7180,17 +7180,17 @@ public func FfiConverterTypeForget_lower(_ value: Forget) -> RustBuffer {
 
 
 /**
- * Which landmarks are scored on the processor for a choice.
+ * What is scored on the processor for a choice before keys are.
  */
 
 public enum LandmarkScan: Equatable, Hashable {
 
     /**
-     * All of them up to 524,288 stored tokens, in two levels beyond.
+     * Every key by its code, where the processor chooses from the start.
      */
     case auto
     /**
-     * All of them.
+     * Every landmark, the mean of 8 keys.
      */
     case flat
     /**
@@ -7198,9 +7198,13 @@ public enum LandmarkScan: Equatable, Hashable {
      */
     case twoLevel
     /**
-     * Those whose sign codes are nearest to the query's.
+     * The landmarks whose sign codes are nearest to the query's.
      */
     case signHash
+    /**
+     * Every key, by a code of one bit a number.
+     */
+    case keyCodes
 
 
 
@@ -7230,6 +7234,8 @@ public struct FfiConverterTypeLandmarkScan: FfiConverterRustBuffer {
 
         case 4: return .signHash
 
+        case 5: return .keyCodes
+
         default: throw UniffiInternalError.unexpectedEnumCase
         }
     }
@@ -7252,6 +7258,10 @@ public struct FfiConverterTypeLandmarkScan: FfiConverterRustBuffer {
 
         case .signHash:
             writeInt(&buf, Int32(4))
+
+
+        case .keyCodes:
+            writeInt(&buf, Int32(5))
 
         }
     }

@@ -320,10 +320,12 @@ fn a_run_that_goes_on_in_the_same_processes_has_the_same_bits() {
 fn what_processes_cannot_share_is_refused_by_name() {
     let refused = |processes: usize, change: &(dyn Fn(&mut TrainingConfig) + Sync)| {
         let folder = tempfile::tempdir().unwrap();
+        // It writes the text, which no process may read meanwhile.
+        let mut config = run_config(folder.path());
+        config.train.tensor_parallel = 2;
+        change(&mut config);
         let errors = together(processes, |place| {
-            let mut config = run_config(folder.path());
-            config.train.tensor_parallel = 2;
-            change(&mut config);
+            let config = config.clone();
             Trainer::open_with(config, place).map(|_| ()).unwrap_err()
         });
         assert!(errors.iter().all(|error| error.kind() == ErrorKind::InvalidArgument));
@@ -388,9 +390,10 @@ fn what_processes_cannot_share_is_refused_by_name() {
 #[test]
 fn processes_of_other_runs_do_not_share_a_model() {
     let folder = tempfile::tempdir().unwrap();
+    let mut config = run_config(folder.path());
+    config.train.tensor_parallel = 2;
     let errors = together(2, |place| {
-        let mut config = run_config(folder.path());
-        config.train.tensor_parallel = 2;
+        let mut config = config.clone();
         config.optimizer.learning_rate += place.rank() as f64;
         Trainer::open_with(config, place).unwrap_err()
     });
@@ -404,11 +407,11 @@ fn processes_of_other_runs_do_not_share_a_model() {
 fn a_process_that_dies_ends_the_others_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let started = Instant::now();
+    let mut config = run_config(folder.path());
+    (config.train.tensor_parallel, config.train.batch) = (2, 2);
     let errors: Vec<Option<Error>> = together(4, |place| {
-        let mut config = run_config(folder.path());
-        (config.train.tensor_parallel, config.train.batch) = (2, 2);
         let dies = place.rank() == 3;
-        let mut trainer = Trainer::open_with(config, place).unwrap();
+        let mut trainer = Trainer::open_with(config.clone(), place).unwrap();
         trainer.step().unwrap();
         // Dropped, its connections close, as those of a process that was killed do.
         if dies { None } else { Some(trainer.step().unwrap_err()) }

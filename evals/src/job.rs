@@ -3,8 +3,8 @@
 
 use futures_util::StreamExt;
 use mka::{
-    Device, Engine, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, PageConfig,
-    PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions,
+    Device, Engine, Event, FeedEvent, FeedOptions, LandmarkScan, MemoryConfig, ModelSource,
+    PageConfig, PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions,
 };
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -69,6 +69,15 @@ pub(crate) enum Precision {
     Int4,
 }
 
+/// What is scored on the processor before keys are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub(crate) enum PageScan {
+    Flat,
+    TwoLevel,
+    SignHash,
+    KeyCodes,
+}
+
 /// Recall inside attention, where it is not as the engine has it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
 #[group(skip)]
@@ -91,6 +100,9 @@ pub(crate) struct PageOptions {
     /// How stored keys and values are held.
     #[arg(long)]
     pub(crate) page_precision: Option<Precision>,
+    /// What is scored on the processor before keys are.
+    #[arg(long)]
+    pub(crate) page_scan: Option<PageScan>,
 }
 
 impl PageOptions {
@@ -114,6 +126,14 @@ impl PageOptions {
                 Precision::Bf16 => PagePrecision::Bf16,
                 Precision::Int8 => PagePrecision::Int8,
                 Precision::Int4 => PagePrecision::Int4,
+            };
+        }
+        if let Some(scan) = self.page_scan {
+            config.scan = match scan {
+                PageScan::Flat => LandmarkScan::Flat,
+                PageScan::TwoLevel => LandmarkScan::TwoLevel,
+                PageScan::SignHash => LandmarkScan::SignHash,
+                PageScan::KeyCodes => LandmarkScan::KeyCodes,
             };
         }
     }

@@ -38,7 +38,7 @@ impl PageStore {
     ) -> Result<Selection> {
         let queries = self.queries(q)?;
         match self.config.rule {
-            PageRule::Mka => Ok(self.select_by_landmarks(layer, &queries, rows, budget)),
+            PageRule::Mka => Ok(self.select_by_marks(layer, &queries, rows, budget)),
             rule => {
                 self.bring(&(0..rows).collect::<Vec<_>>());
                 let heads = self.select_by_rival(rule, layer, &queries, rows, budget);
@@ -72,7 +72,7 @@ impl PageStore {
         Ok(Queries { heads, count: t.div_ceil(POOLED), group, d })
     }
 
-    fn select_by_landmarks(
+    fn select_by_marks(
         &mut self,
         layer: usize,
         queries: &Queries,
@@ -83,7 +83,7 @@ impl PageStore {
         let span = span_of(settled);
         let per_page = PAGE_TOKENS / span;
         let pinned = self.pinned(rows, span);
-        let taken = self.scan(layer, queries, (rows, budget), &pinned);
+        let taken = self.scan(layer, queries, settled, (rows, budget), &pinned);
         // The most wanted pages first, for a budget that cannot hold them all.
         let mut votes_by_row = vec![0f32; rows];
         for head in &taken {
@@ -109,7 +109,7 @@ impl PageStore {
             let reader = self.reader(layer, 0, scored.head);
             let marks = &candidates[scored.head][scored.first / span..][..scored.len / span];
             // Marks side by side in a page are one run of its rows: (bytes, first row, rows).
-            let is_next = |a: &u32, b: &u32| a + 1 == *b && *b as usize % per_page != 0;
+            let is_next = |a: &u32, b: &u32| a + 1 == *b && !(*b as usize).is_multiple_of(per_page);
             let runs = marks.chunk_by(is_next).map(|run| {
                 let first = run[0] as usize;
                 let bytes = there[first / per_page].unwrap_or_default();
@@ -164,16 +164,16 @@ impl PageStore {
         }
     }
 
-    /// The marks of most votes of each head for a choice of `budget` tokens among the first `rows` pages, by the scan that is
-    /// asked for.
+    /// The marks of most votes of each head for a choice of `budget` tokens among the first `rows` pages, by the scan
+    /// `settled` where it passes over some.
     fn scan(
         &mut self,
         layer: usize,
         queries: &Queries,
+        settled: LandmarkScan,
         (rows, budget): (usize, usize),
         pinned: &[u32],
     ) -> Vec<Taken> {
-        let settled = settled(self.config.scan, rows, self.rotation.is_some());
         let wanted = match settled {
             LandmarkScan::KeyCodes => OVER_FETCH_BY_CODES * budget,
             _ => OVER_FETCH * budget / SPAN,
@@ -182,7 +182,7 @@ impl PageStore {
         for head in &mut self.index[layer] {
             head.prepare(scan, &self.planes, queries.d);
         }
-        let (heads, rotation) = (&self.index[layer][..], self.rotation.as_deref());
+        let (heads, rotation) = (&self.index[layer][..], self.rotation.as_ref());
         let planes = &self.planes;
         Scan { heads, pages: rows, pinned, wanted, planes, rotation }.take(scan, queries)
     }

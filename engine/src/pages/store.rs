@@ -91,7 +91,7 @@ pub(crate) struct PageStore {
     /// Of the codes by which landmarks are scanned first; none where they are not.
     pub(super) planes: Planes,
     /// Of the codes of keys; None where there are none.
-    pub(super) rotation: Option<Arc<Rotation>>,
+    pub(super) rotation: Option<Rotation>,
     /// Queries (t, h, d) before RoPE with their layer, while a test asks for them.
     #[cfg(test)]
     pub(super) asked: Option<Vec<(usize, Tensor)>>,
@@ -126,7 +126,7 @@ impl PageStore {
                 LandmarkScan::SignHash => Planes::new(shape.head_dim),
                 _ => Planes::default(),
             },
-            rotation: has_codes(&config, device).then(|| Arc::new(Rotation::new(shape.head_dim))),
+            rotation: has_codes(&config, device).then(|| Rotation::new(shape.head_dim)),
             #[cfg(test)]
             asked: None,
             config,
@@ -138,7 +138,6 @@ impl PageStore {
     /// pages are uploaded once more. Pages that memory does not hold are read where this one reads them.
     pub(crate) fn fork(&self) -> Self {
         let mut fork = Self::new(self.shape, self.config.clone(), &self.device);
-        fork.rotation.clone_from(&self.rotation);
         fork.source.clone_from(&self.source);
         fork.pages.clone_from(&self.pages);
         fork.order.clone_from(&self.order);

@@ -26,6 +26,7 @@ pub use codec::PagePrecision;
 pub(crate) use disk::PageSource;
 pub(crate) use gather::{RecallScope, Together};
 pub(crate) use recalled::Recalled;
+pub(crate) use selection::{OVER_FETCH, POOLED};
 pub(crate) use store::{PageShape, PageStore};
 
 use crate::error::{Error, Result};

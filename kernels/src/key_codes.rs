@@ -170,10 +170,7 @@ impl SignTables {
             let parts = self.groups.iter().zip(at_centre.chunks(self.lanes));
             for ((table, at_centre), query) in parts.zip((0..).step_by(self.lanes)) {
                 let scores = &mut scores[query * stride + first..];
-                match self.lanes {
-                    FEW => score_few(table, at_centre, factors, signs, scores, stride),
-                    _ => score_many(table, at_centre, factors, signs, scores, stride),
-                }
+                score_group((table, self.lanes), at_centre, factors, signs, scores, stride);
             }
         }
     }
@@ -210,34 +207,22 @@ fn score_signs<const L: usize>(
     }
 }
 
+/// [`score_signs`] for as many queries side by side as the table is made for.
 #[inline(always)]
-fn score_few_body(
-    table: &[f32],
+fn score_group_body(
+    (table, lanes): (&[f32], usize),
     at_centre: &[f32],
     factors: &[u8],
     signs: &[u8],
     scores: &mut [f32],
     stride: usize,
 ) {
-    score_signs::<FEW>(table, at_centre, factors, signs, scores, stride);
+    match lanes {
+        FEW => score_signs::<FEW>(table, at_centre, factors, signs, scores, stride),
+        _ => score_signs::<MANY>(table, at_centre, factors, signs, scores, stride),
+    }
 }
 
 multiversion! {
-    fn score_few = score_few_body(table: &[f32], at_centre: &[f32], factors: &[u8], signs: &[u8], scores: &mut [f32], stride: usize)
-}
-
-#[inline(always)]
-fn score_many_body(
-    table: &[f32],
-    at_centre: &[f32],
-    factors: &[u8],
-    signs: &[u8],
-    scores: &mut [f32],
-    stride: usize,
-) {
-    score_signs::<MANY>(table, at_centre, factors, signs, scores, stride);
-}
-
-multiversion! {
-    fn score_many = score_many_body(table: &[f32], at_centre: &[f32], factors: &[u8], signs: &[u8], scores: &mut [f32], stride: usize)
+    fn score_group = score_group_body(table: (&[f32], usize), at_centre: &[f32], factors: &[u8], signs: &[u8], scores: &mut [f32], stride: usize)
 }

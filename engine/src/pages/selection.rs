@@ -19,13 +19,13 @@ pub(super) struct Selection {
 }
 
 /// Tokens of landmarks that are scored one by one, for each token that is chosen.
-pub(super) const OVER_FETCH: usize = 4;
+pub(crate) const OVER_FETCH: usize = 4;
 /// Tokens that are scored by their keys for each that is chosen, where their codes were scored before: what twice as many
 /// would add is in `docs/recall.md`.
 pub(super) const OVER_FETCH_BY_CODES: usize = 2;
 /// Queries of a block whose mean stands for them: neighbours look for much the same, and a block of 64 costs as much
 /// as eight queries.
-pub(super) const POOLED: usize = 8;
+pub(crate) const POOLED: usize = 8;
 
 impl PageStore {
     /// Chooses `budget` tokens among the first `rows` pages for queries `q` (t, h, d), before RoPE.

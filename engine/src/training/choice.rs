@@ -2,15 +2,11 @@
 //! Knows no attention, and no gradient flows through it.
 
 use super::recall::{PAGE, Recall, Run};
+use crate::pages::{OVER_FETCH, POOLED};
 use candle_core::{DType, Device, Result, Tensor};
+use mka_kernels::recall::SPAN;
 use mka_kernels::{rotate, rotate_back, top_k};
 
-/// Keys that share a landmark.
-pub(super) const SPAN: usize = 8;
-/// Neighbouring queries whose mean stands for them.
-pub(super) const POOLED: usize = 8;
-/// Tokens of landmarks that are scored one by one, for each token that is chosen.
-pub(super) const OVER_FETCH: usize = 4;
 /// On the score of what a query does not choose from: its e^score is 0 beside any other.
 const HIDDEN: f64 = -1e30;
 

@@ -69,7 +69,7 @@ pub(crate) enum Precision {
     Int4,
 }
 
-/// What is scored on the processor before keys are.
+/// What is scored to choose among stored tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 pub(crate) enum PageScan {
     Flat,
@@ -100,7 +100,8 @@ pub(crate) struct PageOptions {
     /// How stored keys and values are held.
     #[arg(long)]
     pub(crate) page_precision: Option<Precision>,
-    /// What is scored on the processor before keys are.
+    /// What is scored to choose among stored tokens; on a card that has them flat, two-level and sign-hash score every
+    /// landmark, key-codes every key.
     #[arg(long)]
     pub(crate) page_scan: Option<PageScan>,
 }

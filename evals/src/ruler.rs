@@ -107,8 +107,10 @@ const fn needle(
 /// Llama2-7B's mean score in percent at 4K: what a length must reach to count as effective.
 pub(crate) const EFFECTIVE_PERCENT: f64 = 85.6;
 
-/// Drawings of a sample whose units are too large to fill the length, of which the fullest is taken.
-const ATTEMPTS: usize = 64;
+/// Drawings of a sample whose units are too large to fill the length, of which the fullest is taken; from the second
+/// number on documents of the same article no longer come first, for a few of them may fill a short length in no order.
+const ATTEMPTS: usize = 128;
+const MIXED_ATTEMPTS: usize = 64;
 
 /// One sample whose haystack can still be of any size.
 struct Draft<'a> {
@@ -239,11 +241,13 @@ impl Ruler {
             Kind::Tracing => tracing::draft(seed, count_tokens),
             Kind::CommonWords => Ok(words::draft(&self.lexicon, length, seed)),
             Kind::CodedWords => coded::draft(length, task.max_new_tokens, seed),
-            Kind::Squad => {
-                Ok(self.squad.as_ref().and_then(|qa| qa.draft(index, seed)).ok_or_else(unread)?)
-            }
-            Kind::Hotpot => {
-                Ok(self.hotpot.as_ref().and_then(|qa| qa.draft(index, seed)).ok_or_else(unread)?)
+            Kind::Squad | Kind::Hotpot => {
+                let qa = match &task.kind {
+                    Kind::Squad => self.squad.as_ref(),
+                    _ => self.hotpot.as_ref(),
+                };
+                let mixed = attempt >= MIXED_ATTEMPTS;
+                Ok(qa.and_then(|qa| qa.draft(index, seed, mixed)).ok_or_else(unread)?)
             }
         }
     }

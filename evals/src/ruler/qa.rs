@@ -167,11 +167,15 @@ impl Qa {
         builder.qa
     }
 
-    /// Sample `index`; a unit is a document. None if there is no such question.
-    pub(super) fn draft(&self, index: usize, seed: Seed) -> Option<Draft<'_>> {
+    /// Sample `index`; a unit is a document. Documents of the question's article come before any other, or, `mixed`,
+    /// among all. None if there is no such question.
+    pub(super) fn draft(&self, index: usize, seed: Seed, mixed: bool) -> Option<Draft<'_>> {
         let question = self.questions.get(index)?;
         let rng = &mut seed.rng(Stream::Haystack);
-        let mut related = question.related.clone();
+        let mut related = match mixed {
+            true => Vec::new(),
+            false => question.related.clone(),
+        };
         related.shuffle(rng);
         let mut chosen = vec![false; self.documents.len()];
         let mut order = Vec::with_capacity(self.documents.len());
@@ -269,7 +273,7 @@ mod tests {
     #[test]
     fn the_text_is_the_template() {
         let qa = squad();
-        let draft = qa.draft(1, seed()).expect("two questions have answers");
+        let draft = qa.draft(1, seed(), false).expect("two questions have answers");
         assert_eq!(
             (draft.context)(1) + &draft.question + &draft.answer_prefix,
             "Answer the question based on the given documents. Only give me the answer and do not output any other \
@@ -283,7 +287,7 @@ mod tests {
     #[test]
     fn documents_of_the_article_come_before_others() {
         let qa = squad();
-        let draft = qa.draft(0, seed()).expect("two questions have answers");
+        let draft = qa.draft(0, seed(), false).expect("two questions have answers");
         assert_eq!(draft.references, ["Bees", "bees"]);
         let documents = |num| {
             let text = (draft.context)(num);
@@ -293,12 +297,26 @@ mod tests {
     }
 
     #[test]
+    fn mixed_documents_of_the_article_come_among_others() {
+        let qa = squad();
+        let second = |index: usize| {
+            let seed = Seed::new(42, "qa_1", 4_096, index, 64);
+            let draft = qa.draft(0, seed, true).expect("two questions have answers");
+            let text = (draft.context)(2);
+            assert!(text.contains(":\nBees "));
+            text.contains(":\nCats ")
+        };
+        let others = (0..40).filter(|index| second(*index)).count();
+        assert!((5..35).contains(&others), "{others}");
+    }
+
+    #[test]
     fn hotpot_documents_are_a_title_and_its_sentences() {
         let json = r#"[{"_id": "1", "question": "Who?", "answer": "Bees", "type": "bridge", "level": "hard",
             "supporting_facts": [["A", 0]], "context": [["A", ["One.", " Two."]], ["B", ["Three."]]]}]"#;
         let qa = Qa::from_hotpot(serde_json::from_str(json).expect("the format"));
         assert_eq!(qa.documents, ["A\nOne. Two.", "B\nThree."]);
-        let draft = qa.draft(0, seed()).expect("there is a question");
+        let draft = qa.draft(0, seed(), false).expect("there is a question");
         assert_eq!(draft.units, 2..=usize::MAX);
         assert_eq!(draft.references, ["Bees"]);
         let short = r#"[{"q": "Who?", "a": ["Bees"], "docs": ["A\nOne. Two.", "B\nThree."]}]"#;

@@ -80,7 +80,10 @@ pub enum PageRule {
     TokenSelect,
 }
 
-/// What [`PageRule::Mka`] scores on the processor before it reads keys; on a card it scores every landmark.
+/// What [`PageRule::Mka`] scores to choose among stored tokens.
+///
+/// A card that has the session's pages scores every key itself for `Auto`, up to 524,288 stored tokens, and for `KeyCodes`,
+/// and every landmark otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum LandmarkScan {

@@ -51,8 +51,9 @@ pub struct ChoiceParams<'a> {
     pub runs: &'a [ChoiceRun],
     /// Tokens chosen for each head; several runs choose as many, of at least as many stored ones.
     pub tokens: usize,
-    /// Landmarks whose tokens are compared one by one; all where there are no more, for all runs or for none.
-    pub landmarks: usize,
+    /// Landmarks whose tokens are compared one by one: all where there are no more, for all runs or for none. None: every
+    /// token is compared, and landmarks are not read.
+    pub landmarks: Option<usize>,
     /// Neighbouring queries whose mean stands for them.
     pub pooled: usize,
     /// Factor on q·k.
@@ -274,8 +275,8 @@ impl StoredPages {
     /// h / g at most 512.
     ///
     /// Each run chooses as if it were alone. Its queries are rotated to one distance, pooled and scaled; votes are, of the queries, the largest sum over a group's
-    /// heads of the softmax over all landmarks and the keys of outliers; the tokens of the landmarks of most votes are
-    /// compared in the same way, and those of most votes are chosen, ascending.
+    /// heads of the softmax over all landmarks and the keys of outliers; the tokens of the landmarks of most votes, or all
+    /// tokens, are compared in the same way, and those of most votes are chosen, ascending.
     ///
     /// Source: landmarks and outliers are ShadowKV's (arXiv 2410.21465), the vote is TokenSelect's (arXiv 2411.02886).
     ///
@@ -295,7 +296,7 @@ impl StoredPages {
         {
             bail!("choose: q {q:?}, expected (t, h, {d}), f32, with the {g} heads of the pages");
         }
-        let is_flat = |run: &ChoiceRun| run.pages * MARKS <= params.landmarks;
+        let is_flat = |run: &ChoiceRun| params.landmarks.is_none_or(|n| run.pages * MARKS <= n);
         let flat = params.runs.iter().filter(|run| is_flat(run)).count();
         if params.runs.len() > MAX_RUNS
             || params.runs.iter().map(|run| run.queries).sum::<usize>() != t
@@ -308,7 +309,7 @@ impl StoredPages {
                     || params.runs.iter().any(|run| run.pages * PAGE_TOKENS < params.tokens))
         {
             bail!(
-                "choose: {t} queries as {:?} for {} tokens of {} landmarks, expected at most {MAX_RUNS} runs of all of them among {} pages, with so many tokens if there are several",
+                "choose: {t} queries as {:?} for {} tokens of {:?} landmarks, expected at most {MAX_RUNS} runs of all of them among {} pages, with so many tokens if there are several",
                 params.runs,
                 params.tokens,
                 params.landmarks,

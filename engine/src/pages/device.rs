@@ -5,6 +5,7 @@
 use super::gather::RecallScope;
 use super::index::HeadIndex;
 use super::recalled::{Recalled, RecalledRuns, Recovered};
+use super::scan::reads_every_key;
 use super::selection::{OVER_FETCH, POOLED};
 use super::store::PageStore;
 use super::{PageConfig, PagePrecision, PageRule, codec};
@@ -306,7 +307,8 @@ impl PageStore {
                 &ChoiceParams {
                     runs,
                     tokens: budget,
-                    landmarks: OVER_FETCH * budget / SPAN,
+                    landmarks: (!reads_every_key(self.config.scan, rows))
+                        .then_some(OVER_FETCH * budget / SPAN),
                     pooled: POOLED,
                     scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
                     angles,

@@ -67,6 +67,15 @@ pub(super) fn settled(asked: LandmarkScan, pages: usize, has_codes: bool) -> Lan
     }
 }
 
+/// Whether a card reads every key of so many pages before it chooses; else it scores landmarks first.
+pub(super) fn reads_every_key(asked: LandmarkScan, pages: usize) -> bool {
+    match asked {
+        LandmarkScan::Auto => pages <= FLAT_PAGES,
+        LandmarkScan::KeyCodes => true,
+        LandmarkScan::Flat | LandmarkScan::TwoLevel | LandmarkScan::SignHash => false,
+    }
+}
+
 /// The scan by which `settled` chooses among so many pages, of which `wanted` landmarks are taken: flat where a coarser
 /// look would pass over none of them.
 pub(super) fn scan_for(settled: LandmarkScan, pages: usize, wanted: usize) -> LandmarkScan {
@@ -408,6 +417,8 @@ mod tests {
         }
         assert_eq!(settled(SignHash, 8193, true), SignHash);
         assert_eq!(scan_for(KeyCodes, 1, 1024), KeyCodes);
+        assert!(reads_every_key(Auto, 8192) && !reads_every_key(Auto, 8193));
+        assert!(reads_every_key(KeyCodes, 8193) && !reads_every_key(Flat, 1));
         // More landmarks would be left than there are.
         assert_eq!(scan_for(TwoLevel, 2048, 1024), Flat);
         assert_eq!(scan_for(TwoLevel, 2049, 1024), TwoLevel);

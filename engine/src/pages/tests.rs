@@ -596,7 +596,7 @@ const MIRRORED: &[(&str, usize, PagePrecision, u32)] = &[
 #[test]
 fn pages_on_the_models_device_are_chosen_as_in_host_memory() {
     for (name, tokens, precision, told) in MIRRORED.iter().copied() {
-        // What a card scores.
+        // What the processor and a card score alike.
         let scan = LandmarkScan::Flat;
         let config =
             PageConfig { tokens, precision, scan, reuse_steps: 2, lexical: true, ..config() };
@@ -702,7 +702,8 @@ mod cuda {
             }
         };
         for (name, tokens, precision, told) in MIRRORED.iter().copied() {
-            let config = PageConfig { tokens, precision, lexical: true, ..config() };
+            let scan = LandmarkScan::Flat;
+            let config = PageConfig { tokens, precision, scan, lexical: true, ..config() };
             assert_alike(name, with_and_without_mirror(&load_on(name, &device), &config, told));
         }
     }

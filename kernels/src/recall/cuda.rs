@@ -7,11 +7,13 @@ use crate::pages::PAGE_TOKENS;
 use crate::rope::RotaryAngles;
 use crate::select::top_k;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::{CudaDevice, DType, Result, Tensor};
+use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 
 /// Keys of one block of a score; as in `cuda/recall.cu`, like the number of threads.
 const BLOCK_KEYS: usize = 256;
 const THREADS: u32 = 256;
+/// Bytes of logits at once: runs whose logits would take more choose one after the other.
+const LOGIT_BYTES: usize = 256 << 20;
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -135,7 +137,8 @@ struct Voted {
     n: usize,
 }
 
-/// Queries of a choice.
+/// Queries of a choice, or some of its runs.
+#[derive(Clone)]
 struct Queries<'a> {
     /// (runs, rows / group, h, d).
     mean: Tensor,
@@ -166,7 +169,7 @@ pub(super) fn choose(
     q: &Tensor,
     params: &ChoiceParams<'_>,
 ) -> Result<Choice> {
-    let (t, h, d) = q.dims3()?;
+    let (_, h, d) = q.dims3()?;
     let g = pages.keys.dim(1)?;
     let num_runs = params.runs.len();
     let mut runs = [Run::default(); MAX_RUNS];
@@ -207,22 +210,76 @@ pub(super) fn choose(
     };
 
     let most_pages = params.runs.iter().map(|run| run.pages).max().unwrap_or(0);
-    let num_marks = most_pages * MARKS;
+    let scored = match params.landmarks {
+        Some(landmarks) if landmarks < most_pages * MARKS => most_pages * MARKS,
+        _ => most_pages * PAGE_TOKENS,
+    };
+    let run_bytes = h * num_means * scored * size_of::<f32>();
+    let together = (LOGIT_BYTES / run_bytes.max(1)).clamp(1, num_runs);
+    let parts: Vec<Choice> = (0..num_runs)
+        .step_by(together)
+        .map(|first| choose_part(device, pages, &queries.part(first, together)?, params))
+        .collect::<Result<_>>()?;
+    let mut parts = parts.into_iter();
+    match (parts.next(), parts.len()) {
+        (Some(all), 0) => Ok(all),
+        (Some(first), _) => joined(first, parts.as_slice()),
+        (None, _) => bail!("choose: no run, expected one"),
+    }
+}
+
+/// The choices of all runs, `first` and then `rest`.
+fn joined(first: Choice, rest: &[Choice]) -> Result<Choice> {
+    let cat = |of: fn(&Choice) -> Option<&Tensor>| -> Result<Option<Tensor>> {
+        let rows: Vec<&Tensor> = of(&first).into_iter().chain(rest.iter().filter_map(of)).collect();
+        (!rows.is_empty()).then(|| Tensor::cat(&rows, 0)).transpose()
+    };
+    Ok(Choice {
+        marks: cat(|part| part.marks.as_ref())?,
+        best: cat(|part| part.best.as_ref())?,
+        runs: first.runs + rest.iter().map(|part| part.runs).sum::<usize>(),
+        tokens: first.tokens,
+        recovered: None,
+    })
+}
+
+/// The choice of `queries`, some runs of all: landmarks are read where they pass over some of the most pages' tokens.
+fn choose_part(
+    device: &CudaDevice,
+    pages: &StoredPages,
+    queries: &Queries<'_>,
+    params: &ChoiceParams<'_>,
+) -> Result<Choice> {
+    let g = pages.keys.dim(1)?;
+    let most_pages = queries.runs[..queries.num_runs].iter().map(|run| run.pages).max();
+    let num_marks = most_pages.unwrap_or(0) as usize * MARKS;
+    let landmarks = params.landmarks.map_or(num_marks, |landmarks| landmarks.min(num_marks));
     let (mut marks, mut by_mark) = (None, None);
-    if params.landmarks < num_marks {
-        let voted = vote(device, pages, &queries, None, num_marks)?;
-        marks = Some(top_k(&voted.votes, params.landmarks)?);
+    if landmarks < num_marks {
+        let voted = vote(device, pages, queries, None, num_marks)?;
+        marks = Some(top_k(&voted.votes, landmarks)?);
         by_mark = Some(voted);
     }
-    let scored = params.landmarks.min(num_marks) * SPAN;
-    let voted = vote(device, pages, &queries, Some(marks.as_ref()), scored / SPAN)?;
-    let tokens = params.tokens.min(scored);
+    let voted = vote(device, pages, queries, Some(marks.as_ref()), landmarks)?;
+    let tokens = params.tokens.min(landmarks * SPAN);
     let best = top_k(&voted.votes, tokens)?;
-    let recovered = match t {
-        1 => Some(recovered(device, (g, group), by_mark.as_ref(), marks.as_ref(), &voted, &best)?),
-        _ => None,
-    };
-    Ok(Choice { marks, best: Some(best), runs: num_runs, tokens, recovered })
+    let group = queries.group;
+    let is_one = queries.num_runs == 1 && queries.runs[0].queries == 1;
+    let recovered = is_one
+        .then(|| recovered(device, (g, group), by_mark.as_ref(), marks.as_ref(), &voted, &best))
+        .transpose()?;
+    Ok(Choice { marks, best: Some(best), runs: queries.num_runs, tokens, recovered })
+}
+
+impl Queries<'_> {
+    /// `count` runs from `first` on, or as many as there are.
+    fn part(&self, first: usize, count: usize) -> Result<Self> {
+        let count = count.min(self.num_runs - first);
+        let mut runs = [Run::default(); MAX_RUNS];
+        runs[..count].copy_from_slice(&self.runs[first..first + count]);
+        let mean = self.mean.narrow(0, first, count)?.contiguous()?;
+        Ok(Self { mean, runs, num_runs: count, ..self.clone() })
+    }
 }
 
 /// The vote over the first `num_marks` landmarks, those of the run of most pages, or, with `tokens`, over the tokens of

@@ -49,7 +49,7 @@ fn choose_run(
         heads.flat_map(|query| &query[head * group * d..(head + 1) * group * d]).copied().collect()
     };
     let pins = params.pins.map(Tensor::to_vec1::<u32>).transpose()?.unwrap_or_default();
-    let wanted = params.landmarks.min(num_marks);
+    let wanted = params.landmarks.map_or(num_marks, |landmarks| landmarks.min(num_marks));
     let landmarks = numbers(&pages.landmarks.narrow(0, pages.first * MARKS, num_marks)?)?;
     let keys = numbers(&pages.keys.narrow(0, pages.first, run.pages)?)?;
     let outliers = match &pages.outliers {

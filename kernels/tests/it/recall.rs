@@ -19,9 +19,11 @@ pub(crate) struct Case {
     pub(crate) dtype: DType,
     pub(crate) pins: &'static [u32],
     pub(crate) outliers: &'static [u32],
+    /// Whether every token is compared, whatever its landmark is asked for.
+    pub(crate) every: bool,
 }
 
-const PLAIN: Case = Case {
+pub(crate) const PLAIN: Case = Case {
     pages: 3,
     t: 1,
     h: 2,
@@ -31,6 +33,7 @@ const PLAIN: Case = Case {
     dtype: DType::F32,
     pins: &[],
     outliers: &[],
+    every: false,
 };
 
 pub(crate) const CASES: &[Case] = &[
@@ -41,6 +44,10 @@ pub(crate) const CASES: &[Case] = &[
     Case { pages: 33, h: 4, g: 4, d: 96, tokens: 64, dtype: DType::BF16, pins: &[3, 77], ..PLAIN },
     Case { pages: 50, t: 3, h: 6, g: 2, d: 64, pins: &[0, 399], outliers: &[5, 210, 390], ..PLAIN },
     Case { pages: 50, h: 14, g: 2, d: 256, outliers: &[0, 1, 7, u32::MAX], ..PLAIN },
+    Case { pages: 40, t: 11, h: 9, g: 3, d: 64, dtype: DType::BF16, every: true, ..PLAIN },
+    Case { pages: 50, h: 6, g: 2, d: 64, pins: &[0, 399], outliers: &[5], every: true, ..PLAIN },
+    // Its votes are more than one block of a selection reads.
+    Case { pages: 300, h: 6, g: 2, d: 16, tokens: 2048, every: true, ..PLAIN },
     // Fewer tokens than are chosen.
     Case { pages: 2, h: 6, g: 2, d: 8, tokens: 256, ..PLAIN },
 ];
@@ -149,7 +156,7 @@ impl Case {
             &ChoiceParams {
                 runs,
                 tokens: self.tokens,
-                landmarks: 4 * self.tokens / SPAN,
+                landmarks: (!self.every).then_some(4 * self.tokens / SPAN),
                 pooled: POOLED,
                 scale: 0.25,
                 angles: &made.angles,
@@ -212,7 +219,8 @@ impl Case {
                 by_mark[*owner] = keys.iter().copied().fold(by_mark[*owner], f64::max);
             }
             self.pins.iter().for_each(|pin| by_mark[*pin as usize] = f64::INFINITY);
-            let marks = best(&by_mark, 4 * self.tokens / SPAN);
+            let wanted = if self.every { num_marks } else { 4 * self.tokens / SPAN };
+            let marks = best(&by_mark, wanted);
             let mut keys = Vec::new();
             for mark in &marks {
                 for token in *mark as usize * SPAN..(*mark as usize + 1) * SPAN {
@@ -305,7 +313,7 @@ fn a_choice_among_stored_pages_is_the_one_of_its_definition() -> Result<()> {
 }
 
 /// Runs of queries that see ever more pages, as a prompt's blocks do: more than landmarks are taken, and fewer.
-pub(crate) fn runs() -> [(Case, Vec<ChoiceRun>); 2] {
+pub(crate) fn runs() -> [(Case, Vec<ChoiceRun>); 3] {
     let run = |queries, pages| ChoiceRun { queries, pages };
     let case = Case { t: 110, h: 9, g: 3, d: 64, tokens: 128, dtype: DType::BF16, ..PLAIN };
     [
@@ -314,6 +322,10 @@ pub(crate) fn runs() -> [(Case, Vec<ChoiceRun>); 2] {
             vec![run(30, 34), run(64, 35), run(16, 40)],
         ),
         (Case { pages: 8, tokens: 192, ..case }, vec![run(40, 3), run(70, 8)]),
+        (
+            Case { pages: 300, d: 8, pins: &[3, 290], every: true, ..case },
+            vec![run(30, 280), run(64, 281), run(16, 300)],
+        ),
     ]
 }
 

@@ -1,10 +1,10 @@
 //! Stored pages on the device against the processor.
 
 use super::device;
-use crate::recall::{CASES, differing, flat, runs};
+use crate::recall::{CASES, Case, PLAIN, differing, flat, runs};
 use candle_core::{DType, Device, Result, Tensor};
 use mka_kernels::PAGE_TOKENS;
-use mka_kernels::recall::{Choice, Placement, note_share};
+use mka_kernels::recall::{Choice, ChoiceRun, Placement, note_share};
 
 #[test]
 fn a_choice_on_the_device_is_that_of_the_processor() -> Result<()> {
@@ -63,6 +63,25 @@ fn runs_on_the_device_choose_as_on_the_processor() -> Result<()> {
                 assert!((of(&keys)?, of(&values)?) == expected, "case {i}, run {run}: copies");
             }
         }
+    }
+    Ok(())
+}
+
+/// More logits than are held at once.
+#[test]
+fn many_runs_over_a_long_stream_choose_as_each_by_itself() -> Result<()> {
+    let Some(gpu) = device("choice of many runs") else { return Ok(()) };
+    let case =
+        Case { pages: 2048, t: 16 * 64, h: 9, g: 3, d: 8, tokens: 2048, every: true, ..PLAIN };
+    let made = case.make();
+    let store = case.store(&made, &gpu)?;
+    let runs: Vec<ChoiceRun> =
+        (0..16).map(|i| ChoiceRun { queries: 64, pages: case.pages - 15 + i }).collect();
+    let together = case.choose_runs(&made, &store, &gpu, 0, &runs)?.tokens(case.g)?;
+    assert_eq!(together.len(), 16 * case.g);
+    for (i, run) in runs.iter().enumerate() {
+        let alone = case.choose_runs(&made, &store, &gpu, i * 64, &[*run])?;
+        assert!(together[i * case.g..(i + 1) * case.g] == alone.tokens(case.g)?, "run {i}");
     }
     Ok(())
 }

@@ -70,7 +70,7 @@ fn votes_on_the_device_equal_their_definition() -> Result<()> {
 #[test]
 fn top_k_on_the_device_equals_a_full_sort() -> Result<()> {
     let Some(gpu) = device("top k") else { return Ok(()) };
-    for n in [1, 2, 31, 33, 1000, 5000, 131_072] {
+    for n in [1, 2, 31, 33, 1000, 5000, 16_384, 16_385, 131_072, 300_007] {
         let rows = vote_rows(n);
         let flat: Vec<f32> = rows.iter().flatten().copied().collect();
         let votes = Tensor::from_slice(&flat, (rows.len(), n), &gpu)?;

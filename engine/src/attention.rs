@@ -103,9 +103,10 @@ pub(crate) struct AttentionSeam<'a> {
 }
 
 impl<'a> AttentionSeam<'a> {
-    /// Reserves room for `count` tokens.
+    /// Reserves room for `count` tokens, and hands over what leaves the window before the last of them.
     pub(crate) fn open(config: SeamConfig<'a>, cache: &'a mut Cache, count: usize) -> Result<Self> {
         cache.reserve(count)?;
+        cache.absorb_ahead(count)?;
         let start = cache.position();
         let angles = config.frequencies.angles(start..start + count as u64);
         let compact = start >= config.trained_tokens;
@@ -161,7 +162,8 @@ impl<'a> AttentionSeam<'a> {
         let last_page = end.div_ceil(PAGE_TOKENS as u64);
         let first_page = self.cache.first_window_page(self.start);
         let last_first_page = self.cache.first_window_page(end.saturating_sub(1));
-        self.cache.absorb(layer, last_first_page)?;
+        // What `open` could not hand over: pages that this pass itself has written.
+        self.cache.absorb(layer..layer + 1, last_first_page)?;
         let rotated = rotate(q, &self.angles)?;
         if let Some(pages) = self.cache.pages_mut() {
             pages.note_queries(layer, self.start, q)?;

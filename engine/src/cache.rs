@@ -2,10 +2,13 @@
 //! Knows no attention rule and no file; a page leaves it as bytes.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::pages::{PageConfig, PageShape, PageStore};
+use crate::pages::{Number, PageConfig, PageShape, PageStore};
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use mka_kernels::{PAGE_TOKENS, PagePool, PageRef, RotaryAngles, rotate};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// What a cache must hold and how large it may grow: fixed at creation, whatever the length of the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +28,11 @@ pub(crate) struct CacheShape {
 pub(crate) const SINK_PAGES: u64 = 1;
 /// Pages kept beyond the window, so that the last answer can be taken back without reloading.
 const SPARE_PAGES: usize = 8;
+/// Bytes of keys and values, as f32, that are copied from a device at once: ten pages of the default model in one wait,
+/// and no more than the C library gives out again without asking the system for fresh memory.
+const DOWNLOAD_BYTES: usize = 32 << 20;
+/// The same where the processor is the device: what a cache of it holds, since nothing is waited for.
+const COPY_BYTES: usize = 2 << 20;
 
 /// Keys and values of the sinks and the window, and the EMA summary, of one stream.
 pub(crate) struct Cache {
@@ -122,27 +130,60 @@ impl Cache {
         self.pages.as_mut()
     }
 
-    /// Hands the pages of `layer` before page `end`, which no query from here on sees in its window, to the store.
-    pub(crate) fn absorb(&mut self, layer: usize, end: u64) -> Result<()> {
+    /// Hands the pages of `layers` before page `end`, which no query from here on sees in its window, to the store.
+    pub(crate) fn absorb(&mut self, layers: Range<usize>, end: u64) -> Result<()> {
         let Some(mut pages) = self.pages.take() else { return Ok(()) };
-        let own = pages.next_page(layer)..end;
-        let page_len = self.shape.num_kv_heads * PAGE_TOKENS * self.shape.head_dim;
-        let absorbed = own.clone().map(|page| self.slot(page)).collect::<Result<Vec<_>>>();
-        let absorbed = absorbed.and_then(|slots| Ok(self.pools[layer].download(&slots)?));
-        let absorbed = absorbed.map(|(keys, values)| {
-            let rows = keys.chunks_exact(page_len).zip(values.chunks_exact(page_len));
-            for (page, (keys, values)) in own.zip(rows) {
-                pages.absorb(layer, page, keys, values);
-            }
-        });
+        let absorbed = match pages.takes_bf16() {
+            true => self.hand_over::<bf16>(&mut pages, layers, end),
+            false => self.hand_over::<f32>(&mut pages, layers, end),
+        };
         self.pages = Some(pages);
         absorbed
     }
 
+    fn hand_over<T: Number>(
+        &self,
+        pages: &mut PageStore,
+        layers: Range<usize>,
+        end: u64,
+    ) -> Result<()> {
+        let mut rest = layers;
+        while let Some(first) = rest.next() {
+            // Layers that wait for the same pages go together.
+            let next = pages.next_page(first);
+            let own = next..end.max(next);
+            let slots = own.clone().map(|page| self.slot(page)).collect::<Result<Vec<_>>>()?;
+            let most = self.layers_at_once(slots.len());
+            let alike = rest.clone().take_while(|layer| pages.next_page(*layer) == next);
+            let layers = first..first + 1 + alike.take(most - 1).count();
+            rest.start = layers.end;
+            if slots.is_empty() {
+                continue;
+            }
+            let numbers = PagePool::download::<T>(&self.pools[layers.clone()], &slots)?;
+            pages.absorb(layers, own, &numbers);
+        }
+        Ok(())
+    }
+
+    /// Layers whose keys and values of `pages` pages are copied to the host at once.
+    fn layers_at_once(&self, pages: usize) -> usize {
+        let layer_bytes = pages * self.page_len_bytes(PAGE_TOKENS) / self.shape.num_layers.max(1);
+        let at_once = if self.device.is_cpu() { COPY_BYTES } else { DOWNLOAD_BYTES };
+        (at_once / layer_bytes.max(1)).max(1)
+    }
+
+    /// Hands over the pages of every layer that the next `count` tokens do not see in their window, as far as they are
+    /// written: one copy from the device and one wait for it, where each layer would have its own.
+    pub(crate) fn absorb_ahead(&mut self, count: usize) -> Result<()> {
+        let last = self.position + (count as u64).saturating_sub(1);
+        let written = self.position / PAGE_TOKENS as u64;
+        self.absorb(0..self.shape.num_layers, self.first_window_page(last).min(written))
+    }
+
     /// [`Cache::absorb`] of every layer, up to what the next token's window does not hold: before a snapshot.
     pub(crate) fn absorb_all(&mut self) -> Result<()> {
-        let end = self.first_window_page(self.position);
-        (0..self.shape.num_layers).try_for_each(|layer| self.absorb(layer, end))
+        self.absorb_ahead(1)
     }
 
     /// Tokens in the stream so far.
@@ -284,21 +325,32 @@ impl Cache {
         (0..SINK_PAGES.min(end)).chain(from..end).collect()
     }
 
-    /// One page of every layer as bytes: for each layer the raw keys, then the values, (num_kv_heads, len, head_dim)
-    /// each, f32 little-endian, `len` being the tokens written so far.
-    pub(crate) fn page_bytes(&self, page: u64) -> Result<Vec<u8>> {
-        let slot = self.slot(page)?;
-        let len = self.written(page);
-        let mut bytes = Vec::with_capacity(self.page_len_bytes(len));
-        for pool in &self.pools {
-            let (keys, values) = pool.read(slot, len)?;
-            for tensor in [keys, values] {
-                for x in tensor.flatten_all()?.to_vec1::<f32>()? {
-                    bytes.extend_from_slice(&x.to_le_bytes());
+    /// Pages of every layer as bytes: for each layer the raw keys, then the values, (num_kv_heads, len, head_dim) each,
+    /// f32 little-endian, `len` being the tokens of the page written so far.
+    pub(crate) fn page_bytes(&self, pages: &[u64]) -> Result<Vec<(u64, Vec<u8>)>> {
+        let slots = pages.iter().map(|page| self.slot(*page)).collect::<Result<Vec<_>>>()?;
+        let room = |page: &u64| (*page, vec![0; self.page_len_bytes(self.written(*page))]);
+        let mut out: Vec<(u64, Vec<u8>)> = pages.iter().map(room).collect();
+        let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
+        let most = self.layers_at_once(slots.len());
+        for (i, pools) in self.pools.chunks(most).enumerate() {
+            let numbers = PagePool::download::<f32>(pools, &slots)?;
+            out.par_iter_mut().enumerate().for_each(|(at, (page, bytes))| {
+                let row_len = self.written(*page) * d;
+                // Heads of the layers before, keys and values.
+                let (_, bytes) = bytes.split_at_mut(i * most * 2 * g * row_len * 4);
+                let halves = numbers.chunks_exact(slots.len() * g * PAGE_TOKENS * d);
+                let heads = halves.flat_map(|half| {
+                    half[at * g * PAGE_TOKENS * d..][..g * PAGE_TOKENS * d]
+                        .chunks_exact(PAGE_TOKENS * d)
+                });
+                for (out, head) in bytes.chunks_exact_mut((row_len * 4).max(1)).zip(heads) {
+                    let (out, _) = out.as_chunks_mut::<4>();
+                    out.iter_mut().zip(head).for_each(|(out, x)| *out = x.to_le_bytes());
                 }
-            }
+            });
         }
-        Ok(bytes)
+        Ok(out)
     }
 
     fn written(&self, page: u64) -> usize {
@@ -332,7 +384,7 @@ impl Cache {
         position: u64,
         ema: &[u8],
         pages: &[(u64, Vec<u8>)],
-        angles: impl Fn(std::ops::Range<u64>) -> RotaryAngles,
+        angles: impl Fn(Range<u64>) -> RotaryAngles,
     ) -> Result<Self> {
         let mut cache = Self::new(shape, device)?;
         cache.position = position;
@@ -361,7 +413,7 @@ impl Cache {
         &mut self,
         page: u64,
         bytes: &[u8],
-        angles: impl Fn(std::ops::Range<u64>) -> RotaryAngles,
+        angles: impl Fn(Range<u64>) -> RotaryAngles,
     ) -> Result<()> {
         let len = self.written(page);
         let expected = self.page_len_bytes(len);

@@ -1,7 +1,7 @@
 //! Taking in a document: cut into sections, remembered as text, and read by the model as far as asked.
 //! Knows no question; the document stays an open user message, which another document continues and a question closes.
 
-use crate::conversation::Conversation;
+use crate::conversation::{Conversation, Pending};
 use crate::engine::Model;
 use crate::error::{Error, Result};
 use crate::generation;
@@ -64,7 +64,8 @@ impl FeedOptions {
 
 /// Bytes of one section, a turn of the log: about 512 tokens of English, one forward pass.
 const SECTION_BYTES: usize = 2048;
-/// Tokens read between commits: a crash loses half a minute of reading at 300 tokens a second.
+/// Tokens read between commits: a crash loses half a minute of reading at 300 tokens a second, or a whole one while the
+/// commit before is still being written.
 const COMMIT_TOKENS: usize = 8192;
 /// Sections of text memory between commits: 512 KiB, so that syncing the disk costs little.
 const COMMIT_SECTIONS: usize = 256;
@@ -124,6 +125,7 @@ pub(crate) fn take_in(
         },
     };
     tracing::debug!(?mode, sections = sections.len(), first_read, "feed");
+    let (remembered, read) = sections.split_at(first_read);
     let mut feeding = Feeding {
         summary: FeedSummary {
             bytes: total_bytes,
@@ -134,49 +136,26 @@ pub(crate) fn take_in(
         taken: Taken { fed_bytes: 0, committed_bytes: 0, total_bytes },
         turns: Vec::new(),
         starts: Vec::new(),
+        pending: None,
+        text,
+        options,
+        time_ms,
         progress,
     };
-    let turn = |range: &Range<usize>| {
-        let mut turn = NewTurn::new(Role::Document, &text[range.clone()]);
-        turn.time_ms = time_ms;
-        turn.source = options.name.clone();
-        turn
-    };
-    for section in &sections[..first_read] {
-        feeding.turns.push(turn(section));
-        feeding.starts.push(None);
-        feeding.taken.fed_bytes = section.end as u64;
-        if feeding.turns.len() == COMMIT_SECTIONS {
-            feeding.commit(conversation)?;
-        }
-    }
-    let mut uncommitted = 0;
-    for section in &sections[first_read..] {
-        let model = shared.model("feed")?;
-        let mut tokens = match conversation.state.open {
-            OpenTurn::User => Vec::new(),
-            open if options.completion => generation::bare_opening(model, open),
-            open => generation::opening(model, open, None, true)?,
-        };
-        tokens.extend(model.tokenizer.encode(&text[section.clone()], false)?);
-        let start = conversation.position();
-        let (progress, taken) = (&mut feeding.progress, &feeding.taken);
-        conversation.prefill(&tokens, &mut || progress(taken))?;
-        conversation.state.open = OpenTurn::User;
-        uncommitted += tokens.len();
-        feeding.summary.model_tokens += tokens.len() as u64;
-        let mut turn = turn(section);
-        turn.tokens = tokens;
-        feeding.turns.push(turn);
-        feeding.starts.push(Some(start));
-        feeding.taken.fed_bytes = section.end as u64;
-        if uncommitted >= COMMIT_TOKENS || conversation.pages_wait() {
-            feeding.commit(conversation)?;
-            uncommitted = 0;
-        }
-    }
-    feeding.commit(conversation)?;
+    let taken = feeding.remember(conversation, remembered);
+    let taken = taken.and_then(|()| feeding.read(conversation, read));
+    let taken = taken.and_then(|()| feeding.commit(conversation, Await::Now));
+    // The caller takes the conversation back after an error: nothing may be under way by then.
+    let ended = feeding.end_commit(conversation);
+    taken.and(ended)?;
     Ok(feeding.summary)
+}
+
+/// Whether a commit is waited for at once, or when the next one is due.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Await {
+    Now,
+    Later,
 }
 
 /// A document on its way in.
@@ -185,23 +164,95 @@ struct Feeding<'a> {
     taken: Taken,
     turns: Vec<NewTurn>,
     starts: Vec<Option<u64>>,
+    /// A commit under way, and the bytes of the document that are on disk after it.
+    pending: Option<(Pending, u64)>,
+    text: &'a str,
+    options: &'a FeedOptions,
+    time_ms: i64,
     progress: &'a mut dyn FnMut(&Taken) -> bool,
 }
 
 impl Feeding<'_> {
-    fn commit(&mut self, conversation: &mut Conversation) -> Result<()> {
+    /// Takes in `sections` as text memory.
+    fn remember(
+        &mut self,
+        conversation: &mut Conversation,
+        sections: &[Range<usize>],
+    ) -> Result<()> {
+        for section in sections {
+            self.push(section, Vec::new(), None);
+            if self.turns.len() == COMMIT_SECTIONS {
+                self.commit(conversation, Await::Now)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs `sections` through the model.
+    fn read(&mut self, conversation: &mut Conversation, sections: &[Range<usize>]) -> Result<()> {
+        let shared = conversation.shared.clone();
+        let mut uncommitted = 0;
+        for section in sections {
+            let model = shared.model("feed")?;
+            let mut tokens = match conversation.state.open {
+                OpenTurn::User => Vec::new(),
+                open if self.options.completion => generation::bare_opening(model, open),
+                open => generation::opening(model, open, None, true)?,
+            };
+            tokens.extend(model.tokenizer.encode(&self.text[section.clone()], false)?);
+            let start = conversation.position();
+            let (progress, taken) = (&mut self.progress, &self.taken);
+            conversation.prefill(&tokens, &mut || progress(taken))?;
+            conversation.state.open = OpenTurn::User;
+            uncommitted += tokens.len();
+            self.summary.model_tokens += tokens.len() as u64;
+            self.push(section, tokens, Some(start));
+            // Where the budget of host memory is short, pages must be on disk before the next ones come.
+            let is_short = conversation.pages_wait();
+            if uncommitted >= COMMIT_TOKENS || is_short {
+                self.commit(conversation, if is_short { Await::Now } else { Await::Later })?;
+                uncommitted = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a section to what the next commit stores.
+    fn push(&mut self, section: &Range<usize>, tokens: Vec<u32>, start: Option<u64>) {
+        let mut turn = NewTurn::new(Role::Document, &self.text[section.clone()]);
+        turn.time_ms = self.time_ms;
+        turn.source = self.options.name.clone();
+        turn.tokens = tokens;
+        self.turns.push(turn);
+        self.starts.push(start);
+        self.taken.fed_bytes = section.end as u64;
+    }
+
+    fn commit(&mut self, conversation: &mut Conversation, wait: Await) -> Result<()> {
+        self.end_commit(conversation)?;
         if !self.turns.is_empty() {
             let turns = std::mem::take(&mut self.turns);
             let starts = std::mem::take(&mut self.starts);
-            let committed = conversation.commit(turns, &starts, None)?;
-            self.summary.chunks_added += committed.chunks_added;
-            self.summary.chunks_deduplicated += committed.chunks_deduplicated;
-            self.taken.committed_bytes = self.taken.fed_bytes;
+            let pending = conversation.begin_commit(turns, &starts)?;
+            self.pending = Some((pending, self.taken.fed_bytes));
+            if wait == Await::Now {
+                self.end_commit(conversation)?;
+            }
         }
         match (self.progress)(&self.taken) {
             true => Ok(()),
             false => Err(Error::cancelled("feed")),
         }
+    }
+
+    /// Waits for the commit under way, if there is one.
+    fn end_commit(&mut self, conversation: &mut Conversation) -> Result<()> {
+        let Some((pending, bytes)) = self.pending.take() else { return Ok(()) };
+        let committed = conversation.end_commit(pending)?;
+        self.summary.chunks_added += committed.chunks_added;
+        self.summary.chunks_deduplicated += committed.chunks_deduplicated;
+        self.taken.committed_bytes = bytes;
+        Ok(())
     }
 }
 

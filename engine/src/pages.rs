@@ -22,8 +22,9 @@ mod store;
 mod tests;
 mod vote;
 
+pub(crate) use codec::Number;
 pub use codec::PagePrecision;
-pub(crate) use disk::PageSource;
+pub(crate) use disk::{FreshPage, PageSource};
 pub(crate) use gather::{RecallScope, Together};
 pub(crate) use recalled::Recalled;
 pub(crate) use selection::{OVER_FETCH, POOLED};

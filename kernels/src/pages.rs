@@ -2,7 +2,7 @@
 //! Knows no session and no eviction: which slot holds which page is its caller's table.
 
 use crate::rope::{RotaryAngles, rotate};
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 
 /// Tokens of one page: the unit of eviction, transfer and storage.
 pub const PAGE_TOKENS: usize = 64;
@@ -150,21 +150,22 @@ impl PagePool {
         }
     }
 
-    /// Whole pages in host memory, in one copy from the device: raw keys, then values, each (slots, num_kv_heads,
-    /// PAGE_TOKENS, head_dim).
+    /// Whole pages in host memory, in one copy from the device: for each of `pools` the raw keys, then the values, (slots,
+    /// num_kv_heads, PAGE_TOKENS, head_dim) each; rounded on the device, ties to even, where `T` is bf16.
     ///
     /// # Errors
     /// If a slot is not there, or the device fails.
-    pub fn download(&self, slots: &[usize]) -> Result<(Vec<f32>, Vec<f32>)> {
-        if slots.is_empty() {
-            return Ok((Vec::new(), Vec::new()));
+    pub fn download<T: WithDType>(pools: &[Self], slots: &[usize]) -> Result<Vec<T>> {
+        if slots.is_empty() || pools.is_empty() {
+            return Ok(Vec::new());
         }
-        let pools = [&self.raw_keys, &self.values].into_iter();
-        let pages = pools.flat_map(|pool| slots.iter().map(|slot| pool.narrow(0, *slot, 1)));
-        let mut keys =
-            Tensor::cat(&pages.collect::<Result<Vec<_>>>()?, 0)?.flatten_all()?.to_vec1()?;
-        let values = keys.split_off(keys.len() / 2);
-        Ok((keys, values))
+        // Slots that lie side by side are copied as one.
+        let runs: Vec<&[usize]> = slots.chunk_by(|a, b| a + 1 == *b).collect();
+        let tensors = pools.iter().flat_map(|pool| [&pool.raw_keys, &pool.values]);
+        let parts =
+            tensors.flat_map(|pool| runs.iter().map(|run| pool.narrow(0, run[0], run.len())));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&parts, 0)?.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1()
     }
 
     /// The first `len` tokens of `slot`: (raw keys, values), each (num_kv_heads, len, head_dim), copied.

@@ -148,6 +148,16 @@ pub fn widen_bf16(bytes: &[u8], out: &mut [f32]) {
     widen(numbers, out);
 }
 
+/// Numbers rounded to the nearest bf16, ties to even, as little-endian bytes; what is no number stays none.
+///
+/// # Panics
+/// If `out` has room for another number of them than `numbers`.
+pub fn narrow_bf16(numbers: &[f32], out: &mut [u8]) {
+    let (out, rest) = out.as_chunks_mut::<2>();
+    assert!(rest.is_empty() && numbers.len() == out.len(), "two bytes for each number");
+    narrow(numbers, out);
+}
+
 /// Rotates one row in the half-split layout: `cos`, `sin` (d/2), as [`crate::rotate`] does.
 ///
 /// # Panics
@@ -242,6 +252,22 @@ multiversion! {
 }
 
 #[inline(always)]
+fn narrow_body(numbers: &[f32], out: &mut [[u8; 2]]) {
+    for (number, out) in numbers.iter().zip(out) {
+        let bits = number.to_bits();
+        let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        // Rounding could carry a number that is none over to infinity.
+        let none = bits >> 16 | 0x40;
+        let is_none = bits & 0x7fff_ffff > 0x7f80_0000;
+        *out = (if is_none { none } else { nearest } as u16).to_le_bytes();
+    }
+}
+
+multiversion! {
+    fn narrow = narrow_body(numbers: &[f32], out: &mut [[u8; 2]])
+}
+
+#[inline(always)]
 fn score_each_code_body(
     codes: &[u128],
     lengths: &[f32],
@@ -291,6 +317,23 @@ mod tests {
                     assert!((f64::from(scores[i * stride + j]) - exact).abs() < 1e-4);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn narrowed_numbers_are_the_nearest_with_ties_to_even() {
+        let edges =
+            [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN_POSITIVE, 1e-42];
+        let ties = [0x3f80_8000, 0x3f81_8000, 0x7f7f_8000, 0x7f80_0001, 0xffc0_1234, 0x7fff_ffff];
+        let mut all: Vec<f32> = numbers(9, 1000);
+        all.extend(edges.into_iter().chain(ties.map(f32::from_bits)));
+        let mut bytes = vec![0; 2 * all.len()];
+        narrow_bf16(&all, &mut bytes);
+        for (x, bytes) in all.iter().zip(bytes.as_chunks::<2>().0) {
+            assert_eq!(
+                half::bf16::from_le_bytes(*bytes).to_bits(),
+                half::bf16::from_f32(*x).to_bits()
+            );
         }
     }
 

@@ -310,7 +310,7 @@ fn chunked_prefill_equals_token_by_token_far_past_the_window_with_the_gate_open(
         assert!(pages.len() <= 1 + 3 + 1 && pages[0] == 0);
         for page in pages {
             let floats = |cache: &Cache| -> Vec<f32> {
-                let bytes = cache.page_bytes(page).unwrap();
+                let (_, bytes) = cache.page_bytes(&[page]).unwrap().remove(0);
                 bytes.as_chunks::<4>().0.iter().map(|x| f32::from_le_bytes(*x)).collect()
             };
             let (a, b) = (floats(&one), floats(&many));
@@ -339,11 +339,7 @@ fn a_restored_cache_continues_bit_for_bit() {
         for stop in [1usize, 63, 64, 65, 200, 333] {
             let mut cache = Cache::new(decoder.cache_shape(128, 64), &Device::Cpu).unwrap();
             run(&decoder, &mut cache, &tokens[..stop], &[64]);
-            let pages: Vec<_> = cache
-                .window_pages(stop as u64)
-                .into_iter()
-                .map(|page| (page, cache.page_bytes(page).unwrap()))
-                .collect();
+            let pages = cache.page_bytes(&cache.window_pages(stop as u64)).unwrap();
             let f = &decoder.frequencies;
             let mut restored = Cache::restore(
                 decoder.cache_shape(128, 64),

@@ -1,6 +1,8 @@
 //! How the keys and values of a stored page are held: f32, bf16, or whole numbers of 8 or 4 bits.
 //! Knows rows alone: one token's key or value of one head.
 
+use candle_core::WithDType;
+use half::bf16;
 use mka_kernels::rows;
 
 /// How stored keys and values are held; bytes are in `docs/recall.md`.
@@ -40,10 +42,7 @@ impl PagePrecision {
                 let (out, _) = out.as_chunks_mut::<4>();
                 out.iter_mut().zip(row).for_each(|(out, x)| *out = x.to_le_bytes());
             }
-            Self::Bf16 => {
-                let (out, _) = out.as_chunks_mut::<2>();
-                out.iter_mut().zip(row).for_each(|(out, x)| *out = to_bf16(*x).to_le_bytes());
-            }
+            Self::Bf16 => rows::narrow_bf16(row, out),
             Self::Int8 => {
                 let largest = row.iter().fold(0f32, |max, x| max.max(x.abs()));
                 let scale = largest / 127.0;
@@ -105,6 +104,40 @@ impl PagePrecision {
                 }
             }
         }
+    }
+
+    /// [`PagePrecision::decode`] of rows of `d` numbers that lie side by side, as many as `out` has room for.
+    pub(super) fn decode_rows(self, bytes: &[u8], d: usize, out: &mut [f32]) {
+        if self == Self::Bf16 {
+            // Rows of bf16 lie side by side as one run.
+            return self.decode(&bytes[..2 * out.len()], out);
+        }
+        let rows = bytes.chunks_exact(self.row_bytes(d)).zip(out.chunks_exact_mut(d));
+        rows.for_each(|(bytes, out)| self.decode(bytes, out));
+    }
+}
+
+/// A number as the device gives it to the host.
+pub(crate) trait Number: WithDType {
+    /// Writes rows of `d` numbers side by side into `out`, in `precision`, which is bf16 where the numbers are.
+    fn encode_rows(precision: PagePrecision, rows: &[Self], d: usize, out: &mut [u8]);
+}
+
+impl Number for f32 {
+    fn encode_rows(precision: PagePrecision, rows: &[Self], d: usize, out: &mut [u8]) {
+        if precision == PagePrecision::Bf16 {
+            // Rows of bf16 lie side by side as one run.
+            return precision.encode(rows, out);
+        }
+        let out = out.chunks_exact_mut(precision.row_bytes(d));
+        rows.chunks_exact(d).zip(out).for_each(|(row, out)| precision.encode(row, out));
+    }
+}
+
+impl Number for bf16 {
+    fn encode_rows(_: PagePrecision, rows: &[Self], _: usize, out: &mut [u8]) {
+        let (out, _) = out.as_chunks_mut::<2>();
+        out.iter_mut().zip(rows).for_each(|(out, x)| *out = x.to_le_bytes());
     }
 }
 

@@ -152,7 +152,10 @@ impl PageStore {
         if rows.end > mirror.limit {
             return Ok(false);
         }
-        let (mut keys, mut values, mut landmarks) = (Vec::new(), Vec::new(), Vec::new());
+        let row_bytes = g * d * mirror.dtype.size_in_bytes();
+        let room = |bytes: usize| Vec::with_capacity(rows.len() * bytes);
+        let (mut keys, mut values) = (room(PAGE_TOKENS * row_bytes), room(PAGE_TOKENS * row_bytes));
+        let mut landmarks = room(MARKS * g * d * 2);
         for row in rows {
             for (kind, out) in [&mut keys, &mut values].into_iter().enumerate() {
                 if !self.read_bytes(self.order[row], (layer, kind), mirror.dtype, out) {

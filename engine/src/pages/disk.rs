@@ -17,11 +17,27 @@ const READ_PAGES: usize = 256;
 
 /// Where pages lie that host memory has no room for.
 pub(crate) trait PageSource: Send + Sync {
-    /// The bytes of a page as [`PageStore::fresh_pages`] gave them, or as the window wrote them; None if it is gone.
+    /// The bytes of a page as [`FreshPage::to_bytes`] gave them, or as the window wrote them; None if it is gone.
     fn page(&self, page: u64) -> Result<Option<Vec<u8>>>;
 
     /// The bytes of a page's landmarks as [`PageStore::fresh_landmarks`] gave them; None if there are none.
     fn landmarks(&self, page: u64) -> Result<Option<Vec<u8>>>;
+}
+
+/// A page that the disk is to get.
+pub(crate) struct FreshPage {
+    bytes: Arc<Vec<u8>>,
+    tokens: Box<[u32; PAGE_TOKENS]>,
+}
+
+impl FreshPage {
+    /// Keys and values, then token ids.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.bytes.len() + PAGE_TOKENS * 4);
+        bytes.extend_from_slice(&self.bytes);
+        bytes.extend(self.tokens.iter().flat_map(|id| id.to_le_bytes()));
+        bytes
+    }
 }
 
 /// Keys and values of a page in the store's precision, and its token ids.
@@ -115,14 +131,13 @@ impl PageStore {
         Some((out, tokens))
     }
 
-    /// Pages that the disk was not given yet, as bytes: keys and values, then token ids.
-    pub(crate) fn fresh_pages(&self) -> Vec<(u64, Vec<u8>)> {
+    /// Pages that the disk was not given yet; their bytes are shared, not copied.
+    pub(crate) fn fresh_pages(&self) -> Vec<(u64, FreshPage)> {
         let fresh = self.pages.iter().filter(|(_, stored)| !stored.given);
         fresh
             .filter_map(|(page, stored)| {
-                let mut bytes = stored.bytes.as_ref()?.to_vec();
-                bytes.extend(stored.tokens.iter().flat_map(|id| id.to_le_bytes()));
-                Some((*page, bytes))
+                let bytes = stored.bytes.clone()?;
+                Some((*page, FreshPage { bytes, tokens: stored.tokens.clone() }))
             })
             .collect()
     }
@@ -183,16 +198,35 @@ impl PageStore {
         self.order[row] * MARKS as u64 + mark as u64
     }
 
-    /// Says that every page was given to the disk, which has those of `durable` (ascending) and no other, and the landmarks
-    /// of those of `marked` (ascending).
-    pub(crate) fn set_durable(&mut self, durable: &[u64], marked: &[u64]) {
+    /// Says that every page and all landmarks are given to the disk; what it has of them, [`PageStore::set_durable`] says.
+    /// The pages that it was not given before.
+    pub(crate) fn hand_over(&mut self) -> Vec<u64> {
         if self.unmarked().next().is_some() {
             self.index.iter_mut().flatten().for_each(|head| head.set_saved(|_| true));
         }
-        for (page, stored) in &mut self.pages {
+        let fresh = self.pages.iter_mut().filter(|(_, stored)| !stored.given);
+        let give = |(page, stored): (&u64, &mut Stored)| {
+            stored.given = true;
+            *page
+        };
+        fresh.map(give).collect()
+    }
+
+    /// Says that the disk did not get `pages`, as [`PageStore::hand_over`] gave them.
+    pub(crate) fn not_handed_over(&mut self, pages: &[u64]) {
+        for page in pages {
+            if let Some(stored) = self.pages.get_mut(page) {
+                stored.given = false;
+            }
+        }
+    }
+
+    /// Says that of the pages that it was given the disk has those of `durable` (ascending) and no other, and the landmarks
+    /// of those of `marked` (ascending).
+    pub(crate) fn set_durable(&mut self, durable: &[u64], marked: &[u64]) {
+        for (page, stored) in self.pages.iter_mut().filter(|(_, stored)| stored.given) {
             stored.durable = durable.binary_search(page).is_ok();
             stored.marked = marked.binary_search(page).is_ok();
-            stored.given = true;
         }
     }
 

@@ -2,6 +2,8 @@
 //! `MKA_SCAN_FOLDER`.
 //! Knows the index and its scans, no store's budget.
 
+mod intake;
+
 use super::index::{HeadIndex, SPAN};
 use super::scan::{Scan, Taken, span_of};
 use super::selection::{OVER_FETCH, OVER_FETCH_BY_CODES};

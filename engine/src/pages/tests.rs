@@ -1,7 +1,8 @@
 //! Recall inside attention against dense attention, against itself however the stream is cut, and within its budget.
 
 use super::{
-    LandmarkScan, PageConfig, PagePrecision, PageRule, PageSource, Prefill, RecallScope, Together,
+    LandmarkScan, PageConfig, PagePrecision, PageRule, PageShape, PageSource, PageStore, Prefill,
+    RecallScope, Together,
 };
 use crate::attention::AttentionSeam;
 use crate::cache::Cache;
@@ -9,7 +10,7 @@ use crate::models::config::DecoderConfig;
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
 use candle_core::{Device, Tensor};
-use mka_kernels::{PAGE_TOKENS, PageRef};
+use mka_kernels::{PAGE_TOKENS, PagePool, PageRef};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::path::Path;
@@ -369,6 +370,48 @@ impl PageSource for Elsewhere {
     }
 }
 
+/// Two ways of the same pages into a store: all layers at once, rounded on the device, and layer by layer, rounded on the
+/// host.
+#[test]
+fn pages_taken_in_together_are_those_taken_in_layer_by_layer() {
+    let shape = PageShape { num_layers: 3, num_kv_heads: 2, head_dim: 8, window_tokens: 64 };
+    let numbers = |seed: usize| -> Tensor {
+        let number = |i: usize| ((i * 7919 + seed * 131) % 8191) as f32 / 1024.0 - 4.0;
+        let numbers = (0..2 * PAGE_TOKENS * 8).map(number).collect();
+        Tensor::from_vec(numbers, (2, PAGE_TOKENS, 8), &Device::Cpu).unwrap()
+    };
+    let pools: Vec<PagePool> = (0..3)
+        .map(|layer| {
+            let pool = PagePool::new(90, 2, 8, &Device::Cpu).unwrap();
+            for slot in 0..90 {
+                let [keys, raw, values] = [0, 1, 2].map(|i| numbers(3 * (90 * layer + slot) + i));
+                pool.write(slot, 0, &keys, &raw, &values).unwrap();
+            }
+            pool
+        })
+        .collect();
+    let config = PageConfig { first_layer: 1, estimate: true, ..PageConfig::default() };
+    let [mut together, mut apart] =
+        [0, 1].map(|_| PageStore::new(shape, config.clone(), &Device::Cpu));
+    // 84 pages: enough for outliers to be named, and named anew.
+    for (first, slots) in [(1, vec![5, 6, 8, 2]), (5, (3..83).collect())] {
+        let pages = first..first + slots.len() as u64;
+        let numbers = PagePool::download::<half::bf16>(&pools, &slots).unwrap();
+        together.absorb(0..3, pages.clone(), &numbers);
+        for layer in 0..3 {
+            let numbers = PagePool::download::<f32>(&pools[layer..layer + 1], &slots).unwrap();
+            apart.absorb(layer..layer + 1, pages.clone(), &numbers);
+        }
+    }
+    assert!(together.heads(1).iter().all(|head| !head.all_outliers().is_empty()));
+    assert_eq!(together.fresh_landmarks(), apart.fresh_landmarks());
+    let bytes = |store: &PageStore| -> Vec<(u64, Vec<u8>)> {
+        store.fresh_pages().iter().map(|(page, fresh)| (*page, fresh.to_bytes())).collect()
+    };
+    assert_eq!(bytes(&together).len(), 84);
+    assert!(bytes(&together) == bytes(&apart));
+}
+
 /// Hands fresh pages to `elsewhere`, as a commit does.
 fn commit(cache: &mut Cache, elsewhere: &Elsewhere) {
     cache.absorb_all().unwrap();
@@ -381,7 +424,8 @@ fn commit(cache: &mut Cache, elsewhere: &Elsewhere) {
     let mut landmarks = elsewhere.landmarks.lock().unwrap();
     landmarks.extend(pages.fresh_landmarks());
     let mut held = elsewhere.pages.lock().unwrap();
-    held.extend(pages.fresh_pages());
+    held.extend(pages.fresh_pages().into_iter().map(|(page, fresh)| (page, fresh.to_bytes())));
+    pages.hand_over();
     pages.set_durable(&sorted(&held), &sorted(&landmarks));
     assert!(pages.fresh_landmarks().is_empty());
     pages.forget_choices();
@@ -397,11 +441,7 @@ fn reopened(
     let position = straight.position();
     let window = straight.first_window_page(position);
     let noted = straight.pages().unwrap().noted_tokens(window, position);
-    let pages: Vec<(u64, Vec<u8>)> = straight
-        .window_pages(position)
-        .into_iter()
-        .map(|page| (page, straight.page_bytes(page).unwrap()))
-        .collect();
+    let pages = straight.page_bytes(&straight.window_pages(position)).unwrap();
     let mut restored = Cache::restore(
         decoder.cache_shape(64, 512),
         &Device::Cpu,

@@ -1,19 +1,21 @@
 //! The live state of one session: its cache, its place in the chat template, what of the log the model still sees.
 //! Knows no stream of events and no wire format; it changes only through whole operations that can be taken back.
 
+mod commit;
+
+pub(crate) use commit::Pending;
+
 use crate::attention::AttentionSeam;
 use crate::cache::{Cache, Checkpoint};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
-use crate::pages::{FreshPage, PageSource, PageStore, PageUsage, RecallPolicy};
+use crate::pages::{PageSource, PageStore, PageUsage, RecallPolicy};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, on_pool};
-use mka_memory::{Commit, Committed, NewSnapshot, NewTurn, Role, Scope, Turn, TurnId};
-use rayon::prelude::*;
+use mka_memory::{Role, Scope, Turn, TurnId};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 
 /// Tokens that the repetition penalty looks back on.
 const RECENT_TOKENS: usize = 256;
@@ -440,143 +442,6 @@ impl Conversation {
         true
     }
 
-    /// Makes `turns` and, with a model, the whole cache durable. `starts[i]` is where turn i begins in the stream, for
-    /// turns that lie in it as a whole.
-    pub(crate) fn commit(
-        &mut self,
-        turns: Vec<NewTurn>,
-        starts: &[Option<u64>],
-        retract: Option<TurnId>,
-    ) -> Result<Committed> {
-        let (prepared, undo) = self.prepare(turns, starts, retract)?;
-        let done = prepared.store();
-        self.committed(done, undo)
-    }
-
-    /// [`Conversation::commit`] on a thread of its own, while the model goes on: the disk is written where it would
-    /// otherwise be waited for. It is to be ended before the next one begins, and before the conversation is taken back.
-    pub(crate) fn begin_commit(
-        &mut self,
-        turns: Vec<NewTurn>,
-        starts: &[Option<u64>],
-    ) -> Result<Pending> {
-        let (prepared, undo) = self.prepare(turns, starts, None)?;
-        let thread = std::thread::Builder::new().name("mka-commit".into());
-        match thread.spawn(move || prepared.store()) {
-            Ok(work) => Ok(Pending { work, undo }),
-            Err(source) => {
-                let what = format!("commit: start a thread: {source}");
-                let error = Error::new(ErrorKind::OutOfMemory, what).with_source(source);
-                Err(self.committed(Err(error), undo).err().unwrap_or(Error::cancelled("commit")))
-            }
-        }
-    }
-
-    /// Waits for a commit that was begun.
-    pub(crate) fn end_commit(&mut self, pending: Pending) -> Result<Committed> {
-        let done = pending.work.join().unwrap_or_else(|_| Err(Error::cancelled("commit")));
-        self.committed(done, pending.undo)
-    }
-
-    /// What a commit stores, and what is undone if it fails. What is recalled next depends on no choice before it, so that
-    /// a session that is opened again recalls the same.
-    fn prepare(
-        &mut self,
-        turns: Vec<NewTurn>,
-        starts: &[Option<u64>],
-        retract: Option<TurnId>,
-    ) -> Result<(Prepared, Undo)> {
-        let next = self.shared.store.num_turns(&self.scope)?;
-        let before = self.state.clone();
-        if let Some(from) = retract {
-            self.state.turn_starts.retain(|(turn, _)| *turn < from);
-        }
-        for (i, start) in starts.iter().enumerate() {
-            if let Some(start) = start {
-                self.state.turn_starts.push((next + i as u64, *start));
-            }
-        }
-        let (snapshot, fresh) = match self.new_snapshot() {
-            Ok(snapshot) => snapshot,
-            Err(error) => {
-                self.state = before;
-                return Err(error);
-            }
-        };
-        let mut undo = Undo { state: before, dirty_from: self.dirty_from, handed_over: Vec::new() };
-        self.dirty_from = self.position() / PAGE_TOKENS as u64;
-        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
-            pages.forget_choices();
-            if self.shared.config.evicted_page_bytes > 0 {
-                undo.handed_over = pages.hand_over();
-            }
-        }
-        let commit = Commit { turns, snapshot, retract };
-        let (shared, scope) = (self.shared.clone(), self.scope.clone());
-        Ok((Prepared { shared, scope, commit, fresh }, undo))
-    }
-
-    /// Notes what the store holds of the stream's pages after a commit, or that it got nothing.
-    fn committed(&mut self, done: Result<Committed>, undo: Undo) -> Result<Committed> {
-        let stream = self.state.stream;
-        let is_kept = self.shared.config.evicted_page_bytes > 0;
-        let pages = self.cache.as_mut().and_then(Cache::pages_mut).filter(|_| is_kept);
-        match done {
-            Ok(committed) => {
-                if let Some(pages) = pages {
-                    let keys = self.shared.store.pages(&self.scope)?;
-                    let of = |page: fn(u64, u32) -> Option<u64>| -> Vec<u64> {
-                        keys.iter().filter_map(|key| page(*key, stream)).collect()
-                    };
-                    pages.set_durable(&of(page_of), &of(landmarks_of));
-                }
-                Ok(committed)
-            }
-            Err(error) => {
-                if let Some(pages) = pages {
-                    pages.not_handed_over(&undo.handed_over);
-                }
-                (self.state, self.dirty_from) = (undo.state, undo.dirty_from);
-                Err(error)
-            }
-        }
-    }
-
-    /// The snapshot, and the pages that it lacks: those that left the window since the last.
-    fn new_snapshot(&mut self) -> Result<(Option<NewSnapshot>, Vec<(u64, FreshPage)>)> {
-        let Some(cache) = &mut self.cache else { return Ok((None, Vec::new())) };
-        let model = self.shared.model("commit")?;
-        let stream = self.state.stream;
-        cache.absorb_all()?;
-        let position = cache.position();
-        let window = cache.window_pages(position);
-        let first_page = cache.first_window_page(position);
-        let window_start = first_page * PAGE_TOKENS as u64;
-        self.state.turn_starts.retain(|(_, start)| *start >= window_start);
-        let dirty = window.iter().copied().filter(|page| *page >= self.dirty_from);
-        let mut pages = cache.page_bytes(&dirty.collect::<Vec<_>>())?;
-        pages.iter_mut().for_each(|(page, _)| *page = key_of(*page, stream));
-        let mut evicted = Vec::new();
-        if let Some(kept) = cache.pages() {
-            self.state.window_ids = kept.noted_tokens(first_page, position);
-            if self.shared.config.evicted_page_bytes > 0 {
-                evicted = kept.fresh_pages();
-                evicted.iter_mut().for_each(|(page, _)| *page = key_of(*page, stream));
-                let fresh = kept.fresh_landmarks().into_iter();
-                pages.extend(fresh.map(|(page, bytes)| (landmarks_key(page, stream), bytes)));
-            }
-        }
-        let window = window.into_iter().map(|page| key_of(page, stream)).collect();
-        let snapshot = NewSnapshot {
-            fingerprint: model.decoder.fingerprint,
-            position,
-            state: self.state.to_bytes(&cache.ema_bytes()?)?,
-            pages,
-            window,
-        };
-        Ok((Some(snapshot), evicted))
-    }
-
     /// The first turn that lies in the window as a whole once `coming` more tokens are in it: text from there on need
     /// not be recalled.
     pub(crate) fn first_turn_in_window(&self, coming: usize) -> Option<TurnId> {
@@ -585,40 +450,6 @@ impl Conversation {
         let start = cache.first_window_page(position) * PAGE_TOKENS as u64;
         self.state.turn_starts.iter().find(|(_, at)| *at >= start).map(|(turn, _)| *turn)
     }
-}
-
-/// A commit that needs nothing of its conversation any more.
-struct Prepared {
-    shared: Arc<Shared>,
-    scope: Scope,
-    commit: Commit,
-    /// Pages of the snapshot whose bytes are the conversation's still, by the store's index.
-    fresh: Vec<(u64, FreshPage)>,
-}
-
-impl Prepared {
-    fn store(mut self) -> Result<Committed> {
-        if let Some(snapshot) = &mut self.commit.snapshot {
-            snapshot
-                .pages
-                .par_extend(self.fresh.par_iter().map(|(key, page)| (*key, page.to_bytes())));
-        }
-        Ok(self.shared.store.commit(&self.scope, self.commit)?)
-    }
-}
-
-/// What a commit that fails leaves as it was.
-struct Undo {
-    state: SessionState,
-    dirty_from: u64,
-    /// Pages that the store was given for the first time.
-    handed_over: Vec<u64>,
-}
-
-/// A commit under way: [`Conversation::end_commit`] waits for it.
-pub(crate) struct Pending {
-    work: JoinHandle<Result<Committed>>,
-    undo: Undo,
 }
 
 /// Whether a turn stands in the template: a model read it, or said nothing.

@@ -7,6 +7,7 @@ mod disk;
 mod estimate;
 mod gather;
 mod index;
+mod intake;
 mod landmarks;
 mod lexical;
 #[cfg(test)]

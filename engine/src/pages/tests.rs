@@ -410,6 +410,11 @@ fn pages_taken_in_together_are_those_taken_in_layer_by_layer() {
     };
     assert_eq!(bytes(&together).len(), 84);
     assert!(bytes(&together) == bytes(&apart));
+    // A commit that failed gave the disk nothing.
+    let given = together.hand_over();
+    assert!(together.fresh_pages().is_empty() && together.fresh_bytes() == 0);
+    together.not_handed_over(&given);
+    assert!(bytes(&together) == bytes(&apart));
 }
 
 /// Hands fresh pages to `elsewhere`, as a commit does.

@@ -2,8 +2,8 @@
 
 use crate::{finish, tiny_model, trip, wait};
 use mka::{
-    Engine, ErrorKind, FeedOptions, Forget, MemoryConfig, ModelSource, PagePrecision, RecallPolicy,
-    SendOptions, Session,
+    Engine, ErrorKind, FeedEvent, FeedOptions, Forget, MemoryConfig, ModelSource, PagePrecision,
+    RecallPolicy, SendOptions, Session,
 };
 use std::path::{Path, PathBuf};
 
@@ -35,6 +35,37 @@ fn feed(chat: &mut Session) {
         let text: String = items.map(|i| format!("item {} is {}. ", i, i * i % 97)).collect();
         wait(chat.feed_with(text, FeedOptions::through_model()).finish()).unwrap();
     }
+}
+
+#[test]
+fn a_long_document_is_committed_beside_the_model_and_whole_at_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let text: String = (0..2600).map(|i| format!("item {i} is {}. ", i * i % 97)).collect();
+    let before = {
+        let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        let mut feed = chat.feed_with(text.as_str(), FeedOptions::through_model());
+        let (mut commits, mut summary) = (Vec::new(), None);
+        while let Some(event) = feed.next_blocking() {
+            match event.unwrap() {
+                FeedEvent::Progress { committed_bytes, fed_bytes, .. } => {
+                    assert!(committed_bytes <= fed_bytes);
+                    commits.push(committed_bytes);
+                }
+                FeedEvent::Done(done) => summary = Some(done),
+                _ => {}
+            }
+        }
+        assert!(summary.unwrap().model_tokens > 2 * 8192, "{summary:?}");
+        assert!(commits.is_sorted());
+        assert_eq!(commits.last(), Some(&(text.len() as u64)));
+        commits.dedup();
+        assert!(commits.len() > 3, "none, two while the model read, and the last: {commits:?}");
+        wait(chat.peek_logits("the next")).unwrap()
+    };
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    assert_eq!(wait(chat.peek_logits("the next")).unwrap(), before);
 }
 
 #[test]

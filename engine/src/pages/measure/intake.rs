@@ -1,5 +1,5 @@
 //! Measures what a card's session does on the host with the pages that leave its window, part by part and without a model;
-//! opt-in, by `MKA_INTAKE_PAGES`, the number of pages.
+//! opt-in, by `MKA_INTAKE_PAGES`, the number of pages, and on a card with `MKA_INTAKE_DEVICE=cuda`.
 //! Knows the cache, its store of pages and the memory store; keys and values are made up.
 
 use crate::cache::{Cache, CacheShape};
@@ -56,14 +56,14 @@ impl Parts {
 
 /// Keys and values of a block in turn, (tokens, num_kv_heads, head_dim): a part in common, as a model's keys have it, and
 /// noise.
-fn blocks() -> Vec<Tensor> {
+fn blocks(device: &Device) -> Vec<Tensor> {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let shape = (SHAPE.block_tokens, SHAPE.num_kv_heads, SHAPE.head_dim);
     let count = shape.0 * shape.1 * shape.2;
     let block = |_| {
         let numbers: Vec<f32> =
             (0..count).map(|i| (i % 64) as f32 / 32.0 + rng.random_range(-1f32..1.0)).collect();
-        Tensor::from_vec(numbers, shape, &Device::Cpu).unwrap()
+        Tensor::from_vec(numbers, shape, device).unwrap()
     };
     (0..61).map(block).collect()
 }
@@ -78,12 +78,16 @@ fn feed(pages: usize, first_layer: usize, mirrored: bool, store: Option<&Store>)
         ..PageConfig::default()
     };
     let frequencies = Frequencies::new(1e5, SHAPE.head_dim, &RopeScaling::None);
-    let mut cache = Cache::new(SHAPE, &Device::Cpu).unwrap();
+    let device = match std::env::var("MKA_INTAKE_DEVICE").as_deref() {
+        Ok("cuda") => Device::new_cuda(0).unwrap(),
+        _ => Device::Cpu,
+    };
+    let mut cache = Cache::new(SHAPE, &device).unwrap();
     cache.keep_pages(config);
-    if mirrored {
+    if mirrored && device.is_cpu() {
         cache.pages_mut().unwrap().mirror_on_device();
     }
-    let blocks = blocks();
+    let blocks = blocks(&device);
     let mut parts = Parts::default();
     let (mut uncommitted, mut dirty_from) = (0, 0);
     for block in 0..(pages * PAGE_TOKENS + SHAPE.window_tokens) / SHAPE.block_tokens {

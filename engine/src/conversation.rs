@@ -234,6 +234,12 @@ impl Conversation {
             && self.pages().is_some_and(|pages| pages.fresh_bytes() > config.pages.bytes / 4)
     }
 
+    /// Whether the model may go on while a commit is written: no page would be let go before the disk has it.
+    pub(crate) fn may_go_on(&self) -> bool {
+        self.shared.config.evicted_page_bytes == 0
+            || self.pages().is_none_or(PageStore::holds_a_commit)
+    }
+
     /// Fills the cache anew from the log's tokens before turn `end`: the first page of the stream and its last window.
     ///
     /// With `hold_last` the last token is left out and returned, for an answer to begin from it.

@@ -207,10 +207,10 @@ impl Feeding<'_> {
             uncommitted += tokens.len();
             self.summary.model_tokens += tokens.len() as u64;
             self.push(section, tokens, Some(start));
-            // Where the budget of host memory is short, pages must be on disk before the next ones come.
-            let is_short = conversation.pages_wait();
-            if uncommitted >= COMMIT_TOKENS || is_short {
-                self.commit(conversation, if is_short { Await::Now } else { Await::Later })?;
+            let is_full = conversation.pages_wait();
+            if uncommitted >= COMMIT_TOKENS || is_full {
+                let waits = is_full || !conversation.may_go_on();
+                self.commit(conversation, if waits { Await::Now } else { Await::Later })?;
                 uncommitted = 0;
             }
         }

@@ -236,6 +236,12 @@ impl PageStore {
         fresh.filter_map(|stored| stored.bytes.as_ref()).map(|bytes| bytes.len() as u64).sum()
     }
 
+    /// Whether the budget holds the index and three times what the disk was not given yet: a commit of it under way, as much
+    /// again that comes meanwhile, and the index over that.
+    pub(crate) fn holds_a_commit(&self) -> bool {
+        self.index_bytes(self.pages.len()) + 3 * self.fresh_bytes() <= self.config.bytes
+    }
+
     /// Fills an empty store from the disk with pages `stored` (ascending) below `end`, where the window begins; `noted`
     /// are the ids of the window's tokens.
     ///

@@ -32,14 +32,14 @@ impl PageStore {
         }
         self.fill_pages(layers.clone(), pages.clone(), numbers);
         let there: Vec<u64> = self.pages.range(pages).map(|(page, _)| *page).collect();
-        for layer in layers {
-            for page in there.iter().copied() {
-                self.follow(layer, page);
-                if HeadIndex::names_at(page) {
-                    let rows = self.order.partition_point(|own| *own <= page);
-                    self.name_outliers(layer, rows);
-                }
-            }
+        let naming = there.iter().filter(|page| HeadIndex::names_at(**page));
+        let rows: Vec<usize> =
+            naming.map(|page| self.order.partition_point(|own| own <= page)).collect();
+        let named = |layer| rows.iter().map(|rows| self.least_agreeing(layer, *rows)).collect();
+        let named: Vec<Vec<_>> = layers.clone().into_par_iter().map(named).collect();
+        for (layer, named) in layers.zip(named) {
+            there.iter().for_each(|page| self.follow(layer, *page));
+            named.iter().for_each(|named| self.set_outliers(layer, named));
             // A choice would upload them, and wait for what the device does by then.
             let least = if self.active { 1 } else { super::device::BATCH_PAGES };
             self.mirror_layer(layer, least);

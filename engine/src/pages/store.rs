@@ -175,7 +175,7 @@ impl PageStore {
     }
 
     /// Bytes of the index over `pages` pages: landmarks of every layer that chooses, and token ids.
-    fn index_bytes(&self, pages: usize) -> u64 {
+    pub(super) fn index_bytes(&self, pages: usize) -> u64 {
         let scan = settled(self.config.scan, pages, self.rotation.is_some());
         let layers = self.index.iter().filter(|heads| !heads.is_empty()).count();
         let head = HeadIndex::page_bytes(self.shape.head_dim, self.config.estimate, scan);
@@ -218,9 +218,18 @@ impl PageStore {
             .collect()
     }
 
-    /// Names the outliers of `layer` among the first `rows` pages anew; pages that their keys lie in are read back.
+    /// Names the outliers of `layer` among the first `rows` pages anew.
     pub(super) fn name_outliers(&mut self, layer: usize, rows: usize) {
-        let named: Vec<_> = self.index[layer].iter().map(|own| own.least_agreeing(rows)).collect();
+        self.set_outliers(layer, &self.least_agreeing(layer, rows));
+    }
+
+    /// For each head of `layer` the outliers among the first `rows` pages.
+    pub(super) fn least_agreeing(&self, layer: usize, rows: usize) -> Vec<Vec<u32>> {
+        self.index[layer].iter().map(|own| own.least_agreeing(rows)).collect()
+    }
+
+    /// Makes `named` the outliers of the heads of `layer`; pages that their keys lie in are read back.
+    pub(super) fn set_outliers(&mut self, layer: usize, named: &[Vec<u32>]) {
         let fresh = named.iter().zip(&self.index[layer]).flat_map(|(outliers, own)| {
             let known = own.all_outliers();
             outliers.iter().filter(|outlier| known.binary_search(outlier).is_err())
@@ -228,7 +237,7 @@ impl PageStore {
         let wanted: Vec<usize> = fresh.map(|outlier| *outlier as usize / MARKS).collect();
         self.bring(&wanted);
         let mut index = std::mem::take(&mut self.index[layer]);
-        for (head, (own, outliers)) in index.iter_mut().zip(&named).enumerate() {
+        for (head, (own, outliers)) in index.iter_mut().zip(named).enumerate() {
             own.name_outliers(outliers, self.shape.head_dim, self.keys_of(layer, head));
         }
         self.index[layer] = index;

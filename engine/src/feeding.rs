@@ -147,11 +147,12 @@ pub(crate) fn take_in(
     let taken = taken.and_then(|()| feeding.commit(conversation, Await::Now));
     // The caller takes the conversation back after an error: nothing may be under way by then.
     let ended = feeding.end_commit(conversation);
-    taken.and(ended)?;
+    // A disk that failed is what the caller must hear of, whatever else ended the feed.
+    ended.and(taken)?;
     Ok(feeding.summary)
 }
 
-/// Whether a commit is waited for at once, or when the next one is due.
+/// Whether a commit is waited for at once, or taken note of once it is done, at the latest when the next one is due.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Await {
     Now,
@@ -207,6 +208,9 @@ impl Feeding<'_> {
             uncommitted += tokens.len();
             self.summary.model_tokens += tokens.len() as u64;
             self.push(section, tokens, Some(start));
+            if self.pending.as_ref().is_some_and(|(pending, _)| pending.is_done()) {
+                self.end_commit(conversation)?;
+            }
             let is_full = conversation.pages_wait();
             if uncommitted >= COMMIT_TOKENS || is_full {
                 let waits = is_full || !conversation.may_go_on();

@@ -355,10 +355,11 @@ impl Session {
             let tokens = live.shared.model("peek_logits")?.tokenizer.encode(&text, false)?;
             conversation.set_policy(live.shared.config.recall)?;
             let saved = conversation.save();
-            let logits = match conversation.prefill(&tokens, &mut || true)? {
+            let hidden = conversation.prefill(&tokens, &mut || true);
+            let logits = hidden.and_then(|hidden| match hidden {
                 Some(hidden) => conversation.logits(&hidden),
                 None => Err(Error::invalid("peek_logits: text is empty, expected a token")),
-            };
+            });
             conversation.take_back(&saved)?;
             logits
         })

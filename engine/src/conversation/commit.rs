@@ -37,7 +37,7 @@ impl Conversation {
         let (prepared, undo) = self.prepare(turns, starts, None)?;
         let thread = std::thread::Builder::new().name("mka-commit".into());
         match thread.spawn(move || prepared.store()) {
-            Ok(work) => Ok(Pending { work, undo }),
+            Ok(work) => Ok(Pending { work: Work(Some(work)), undo }),
             Err(source) => {
                 let what = format!("commit: start a thread: {source}");
                 let error = Error::new(ErrorKind::OutOfMemory, what).with_source(source);
@@ -48,8 +48,7 @@ impl Conversation {
 
     /// Waits for a commit that was begun.
     pub(crate) fn end_commit(&mut self, pending: Pending) -> Result<Committed> {
-        let done = pending.work.join().unwrap_or_else(|_| Err(Error::cancelled("commit")));
-        self.committed(done, pending.undo)
+        self.committed(pending.work.join(), pending.undo)
     }
 
     /// What a commit stores, and what is undone if it fails. What is recalled next depends on no choice before it, so that
@@ -185,6 +184,37 @@ struct Undo {
 
 /// A commit under way: [`Conversation::end_commit`] waits for it.
 pub(crate) struct Pending {
-    work: JoinHandle<Result<Committed>>,
+    work: Work,
     undo: Undo,
+}
+
+impl Pending {
+    /// Whether there is nothing to wait for.
+    pub(crate) fn is_done(&self) -> bool {
+        self.work.0.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+/// The thread of a commit, which is never left behind: what it writes late would follow what the session did since.
+struct Work(Option<JoinHandle<Result<Committed>>>);
+
+impl Work {
+    fn join(mut self) -> Result<Committed> {
+        let Some(thread) = self.0.take() else { return Err(Error::cancelled("commit")) };
+        thread.join().unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            let text = text.unwrap_or_else(|| "no message".into());
+            Err(Error::new(ErrorKind::Storage, format!("commit: interrupted by a panic: {text}")))
+        })
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            // Whatever comes of it, nobody is left to hear.
+            let _ = thread.join();
+        }
+    }
 }

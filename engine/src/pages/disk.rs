@@ -212,8 +212,10 @@ impl PageStore {
         fresh.map(give).collect()
     }
 
-    /// Says that the disk did not get `pages`, as [`PageStore::hand_over`] gave them.
+    /// Says that the disk did not get `pages`, as [`PageStore::hand_over`] gave them, nor any landmarks. Keys of outliers
+    /// that it had before are written twice.
     pub(crate) fn not_handed_over(&mut self, pages: &[u64]) {
+        self.index.iter_mut().flatten().for_each(|head| head.forget_saved());
         for page in pages {
             if let Some(stored) = self.pages.get_mut(page) {
                 stored.given = false;

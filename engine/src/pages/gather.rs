@@ -3,6 +3,7 @@
 
 use super::device::Request;
 use super::recalled::{Recalled, RecalledRuns, Recovered};
+use super::scan::reads_every_key;
 use super::selection::{OVER_FETCH, POOLED, RowReader, Selection};
 use super::store::{Held, MadeUnder, PageStore};
 use super::{PagePrecision, PageRule, Prefill};
@@ -47,7 +48,12 @@ impl PageStore {
         if self.mirror.is_none() {
             return 1;
         }
-        let votes = self.stored_tokens() / SPAN * num_heads * (PAGE_TOKENS / POOLED);
+        let tokens = self.stored_tokens();
+        let span = match reads_every_key(self.config.scan, tokens / PAGE_TOKENS) {
+            true => 1,
+            false => SPAN,
+        };
+        let votes = tokens / span * num_heads * (PAGE_TOKENS / POOLED);
         ((1 << 28) / votes.max(1)).clamp(1, MAX_RUNS)
     }
 

@@ -202,6 +202,11 @@ impl HeadIndex {
         outliers.for_each(|(outlier, saved)| *saved |= is_saved(*outlier));
     }
 
+    /// Says that the disk may have no outlier's keys.
+    pub(super) fn forget_saved(&mut self) {
+        self.saved.fill(false);
+    }
+
     /// Keeps the first `pages` pages.
     pub(super) fn truncate(&mut self, pages: usize, d: usize) {
         let marks = (self.let_go + pages.min(self.len())) * MARKS;

@@ -415,6 +415,7 @@ fn pages_taken_in_together_are_those_taken_in_layer_by_layer() {
     assert!(together.fresh_pages().is_empty() && together.fresh_bytes() == 0);
     together.not_handed_over(&given);
     assert!(bytes(&together) == bytes(&apart));
+    assert_eq!(together.fresh_landmarks(), apart.fresh_landmarks());
 }
 
 /// Hands fresh pages to `elsewhere`, as a commit does.

@@ -13,7 +13,7 @@ use std::ops::Range;
 pub enum Quote {
     /// The sentences that share the message's words; all of a passage that shares none.
     ///
-    /// A small model answers more often: `evals/docs/results.md`.
+    /// A small model answers more often: `evals/docs/earlier.md`.
     #[default]
     Sentences,
     /// The whole passage.

@@ -109,7 +109,7 @@ pub(crate) const EFFECTIVE_PERCENT: f64 = 85.6;
 
 /// Drawings of a sample whose units are too large to fill the length, of which the fullest is taken; from the second
 /// number on documents of the same article no longer come first, for a few of them may fill a short length in no order.
-const ATTEMPTS: usize = 128;
+const ATTEMPTS: usize = 1024;
 const MIXED_ATTEMPTS: usize = 64;
 
 /// One sample whose haystack can still be of any size.

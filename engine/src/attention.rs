@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::models::decoder::Linear;
 use crate::models::frequencies::Frequencies;
 use crate::models::weights::Weights;
-use crate::pages::{RecallScope, Recalled, Together};
+use crate::pages::{PageStore, RecallScope, Recalled, Together};
 use candle_core::{D, Device, Tensor};
 use mka_kernels::{
     AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, RotaryAngles, ema_advance,
@@ -177,8 +177,8 @@ impl<'a> AttentionSeam<'a> {
         let recent = self.attend_stream(layer, &rotated, window_pages, window, sliding_window)?;
         let mut far = Vec::new();
         let mut recalled = None;
-        let (runs, num_heads) = (self.runs(), q.dim(1)?);
-        let at_once = self.cache.pages().map_or(1, |pages| pages.runs_at_once(num_heads));
+        let runs = self.runs();
+        let at_once = self.cache.pages().map_or(1, PageStore::runs_at_once);
         for runs in runs.chunks(at_once) {
             if let Some(state) = self.attend_runs(layer, sliding_window, runs, q, &rotated)? {
                 far.push(state);

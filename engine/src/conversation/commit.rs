@@ -40,8 +40,8 @@ impl Conversation {
             Ok(work) => Ok(Pending { work: Work(Some(work)), undo }),
             Err(source) => {
                 let what = format!("commit: start a thread: {source}");
-                let error = Error::new(ErrorKind::OutOfMemory, what).with_source(source);
-                Err(self.committed(Err(error), undo).err().unwrap_or(Error::cancelled("commit")))
+                self.undo(undo);
+                Err(Error::new(ErrorKind::OutOfMemory, what).with_source(source))
             }
         }
     }
@@ -91,28 +91,32 @@ impl Conversation {
 
     /// Notes what the store holds of the stream's pages after a commit, or that it got nothing.
     fn committed(&mut self, done: Result<Committed>, undo: Undo) -> Result<Committed> {
+        let committed = match done {
+            Ok(committed) => committed,
+            Err(error) => {
+                self.undo(undo);
+                return Err(error);
+            }
+        };
         let stream = self.state.stream;
         let is_kept = self.shared.config.evicted_page_bytes > 0;
         let pages = self.cache.as_mut().and_then(Cache::pages_mut).filter(|_| is_kept);
-        match done {
-            Ok(committed) => {
-                if let Some(pages) = pages {
-                    let keys = self.shared.store.pages(&self.scope)?;
-                    let of = |page: fn(u64, u32) -> Option<u64>| -> Vec<u64> {
-                        keys.iter().filter_map(|key| page(*key, stream)).collect()
-                    };
-                    pages.set_durable(&of(page_of), &of(landmarks_of));
-                }
-                Ok(committed)
-            }
-            Err(error) => {
-                if let Some(pages) = pages {
-                    pages.not_handed_over(&undo.handed_over);
-                }
-                (self.state, self.dirty_from) = (undo.state, undo.dirty_from);
-                Err(error)
-            }
+        if let Some(pages) = pages {
+            let keys = self.shared.store.pages(&self.scope)?;
+            let of = |page: fn(u64, u32) -> Option<u64>| -> Vec<u64> {
+                keys.iter().filter_map(|key| page(*key, stream)).collect()
+            };
+            pages.set_durable(&of(page_of), &of(landmarks_of));
         }
+        Ok(committed)
+    }
+
+    /// Takes back what [`Conversation::prepare`] noted of a commit that the store did not get.
+    fn undo(&mut self, undo: Undo) {
+        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
+            pages.not_handed_over(&undo.handed_over);
+        }
+        (self.state, self.dirty_from) = (undo.state, undo.dirty_from);
     }
 
     /// The snapshot, and the pages that it lacks: those that left the window since the last.

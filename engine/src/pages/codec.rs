@@ -143,11 +143,7 @@ impl Number for bf16 {
 
 /// The nearest bf16, ties to even.
 pub(super) fn to_bf16(x: f32) -> u16 {
-    let bits = x.to_bits();
-    if x.is_nan() {
-        return (bits >> 16) as u16 | 0x40;
-    }
-    ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+    bf16::from_f32(x).to_bits()
 }
 
 pub(super) fn from_bf16(x: u16) -> f32 {

@@ -3,14 +3,13 @@
 
 use super::device::Request;
 use super::recalled::{Recalled, RecalledRuns, Recovered};
-use super::scan::reads_every_key;
-use super::selection::{OVER_FETCH, POOLED, RowReader, Selection};
+use super::selection::{OVER_FETCH, RowReader, Selection};
 use super::store::{Held, MadeUnder, PageStore};
 use super::{PagePrecision, PageRule, Prefill};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::Tensor;
-use mka_kernels::recall::{ChoiceRun, MAX_RUNS, SPAN};
+use mka_kernels::recall::{ChoiceRun, MAX_RUNS};
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -43,18 +42,10 @@ enum Extent {
 }
 
 impl PageStore {
-    /// Runs whose votes fit a GiB of the device beside each other; one where the device has no pages.
-    pub(crate) fn runs_at_once(&self, num_heads: usize) -> usize {
-        if self.mirror.is_none() {
-            return 1;
-        }
-        let tokens = self.stored_tokens();
-        let span = match reads_every_key(self.config.scan, tokens / PAGE_TOKENS) {
-            true => 1,
-            false => SPAN,
-        };
-        let votes = tokens / span * num_heads * (PAGE_TOKENS / POOLED);
-        ((1 << 28) / votes.max(1)).clamp(1, MAX_RUNS)
+    /// Runs that recall side by side; one where the device has no pages. How many of them vote at once is the device's
+    /// matter.
+    pub(crate) fn runs_at_once(&self) -> usize {
+        if self.mirror.is_some() { MAX_RUNS } else { 1 }
     }
 
     /// [`PageStore::recall`] for neighbouring runs of queries at once, where the device has the pages: each run's number

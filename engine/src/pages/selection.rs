@@ -232,13 +232,9 @@ impl RowReader {
     /// Rows from `first` on as f32: out (n, d); zeros where the page is not there.
     pub(super) fn read(&self, bytes: &[u8], first: usize, out: &mut [f32]) {
         let bytes = self.bytes(bytes, first, out.len() / self.d);
-        let Some(bytes) = bytes else { return out.fill(0.0) };
-        if self.precision == PagePrecision::Bf16 {
-            self.precision.decode(bytes, out);
-            return;
-        }
-        for (bytes, out) in bytes.chunks_exact(self.row_bytes).zip(out.chunks_exact_mut(self.d)) {
-            self.precision.decode(bytes, out);
+        match bytes {
+            Some(bytes) => self.precision.decode_rows(bytes, self.d, out),
+            None => out.fill(0.0),
         }
     }
 }

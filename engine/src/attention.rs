@@ -3,11 +3,10 @@
 
 use crate::cache::{Cache, SINK_PAGES};
 use crate::error::Result;
-use crate::models::decoder::Linear;
+use crate::models::decoder::{Linear, Loader, SummedLinear};
 use crate::models::frequencies::Frequencies;
-use crate::models::weights::Weights;
 use crate::pages::{PageStore, RecallScope, Recalled, Together};
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, Tensor};
 use mka_kernels::{
     AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, RotaryAngles, ema_advance,
     ema_scan, fuse_levels, merge_states, paged_attention, paged_attention_runs, rotate,
@@ -20,7 +19,8 @@ pub(crate) enum Route {
     Closed,
     Open {
         gate: f64,
-        down: Linear,
+        /// Reads the queries of all heads: where processes share the model, each has the columns of its own.
+        down: SummedLinear,
         up: Linear,
     },
 }
@@ -31,9 +31,9 @@ impl Route {
         layer: usize,
         q_size: usize,
         num_rates: usize,
-        weights: &Weights,
-        device: &Device,
+        loader: &Loader<'_>,
     ) -> Result<Self> {
+        let weights = loader.weights;
         let name = |part: &str| format!("layers.{layer}.{part}");
         if !weights.contains(&name("gate")) {
             return Ok(Self::Closed);
@@ -42,17 +42,13 @@ impl Route {
         // Half of the queries' width, or a low rank: the file says.
         let inner = weights.rows(&name("router.down.weight")).unwrap_or(q_size / 2);
         let levels = num_rates + 1;
-        let linear = |part: &str, rows: usize, cols: usize| -> Result<Linear> {
-            let weight = weights.matrix(&name(&format!("router.{part}.weight")), rows, cols)?;
-            let bias = weights.vector(&name(&format!("router.{part}.bias")), rows)?;
-            Linear::new(weight, Some(bias)).to_device(device)
-        };
-        let (down, up) = (linear("down", inner, q_size)?, linear("up", levels, inner)?);
+        let down = loader.summed(&name("router.down"), inner, q_size, true)?;
+        let up = loader.linear(&name("router.up"), levels, inner, true)?;
         Ok(if gate == 0.0 { Self::Closed } else { Self::Open { gate, down, up } })
     }
 
     /// λ = softmax(MLP(q)) over {x, e¹, ..}: q (t, q_size) -> (t, 1 + rates).
-    fn weights(down: &Linear, up: &Linear, q: &Tensor) -> Result<Tensor> {
+    fn weights(down: &SummedLinear, up: &Linear, q: &Tensor) -> Result<Tensor> {
         let inner = candle_nn::ops::silu(&down.forward(q)?)?;
         Ok(candle_nn::ops::softmax(&up.forward(&inner)?, D::Minus1)?)
     }

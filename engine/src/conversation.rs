@@ -16,6 +16,7 @@ use mka_kernels::{PAGE_TOKENS, on_pool};
 use mka_memory::{Role, Scope, Turn, TurnId};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use xxhash_rust::xxh3::Xxh3;
 
 /// Tokens that the repetition penalty looks back on.
 const RECENT_TOKENS: usize = 256;
@@ -101,6 +102,15 @@ impl Conversation {
             )?;
             Ok((cache, state))
         });
+        if !model.decoder.group.is_alone() {
+            let there = restored.as_ref().and_then(|restored| restored.as_ref().ok());
+            let position = there.map_or(u64::MAX, |(cache, _)| cache.position());
+            if let Some(end) = conversation.differs(position)? {
+                conversation.refill(end, false)?;
+                conversation.commit(Vec::new(), &[], Some(end))?;
+                return Ok(conversation);
+            }
+        }
         match restored {
             Some(Ok((cache, state))) => {
                 conversation.dirty_from = cache.position() / PAGE_TOKENS as u64;
@@ -122,6 +132,34 @@ impl Conversation {
             }
         }
         Ok(conversation)
+    }
+
+    /// Where processes share the model and do not hold the same of this session, the turn before which all of them do:
+    /// one may have ended before the last commit, or have lost its snapshot, which `position` (of the snapshot, or
+    /// u64::MAX for none) tells.
+    ///
+    /// # Errors
+    /// `Incompatible` if the turns that they hold are not the same.
+    fn differs(&self, position: u64) -> Result<Option<TurnId>> {
+        let group = &self.shared.model("session")?.decoder.group;
+        let num_turns = self.shared.store.num_turns(&self.scope)?;
+        let turns = self.shared.store.turns(&self.scope, 0..num_turns)?;
+        let live: Vec<&Turn> = turns.iter().filter(|turn| !turn.retracted).collect();
+        let common = group.least(live.len() as u64)? as usize;
+        let mut hash = Xxh3::new();
+        for turn in &live[..common] {
+            hash.update(turn.text.as_bytes());
+            turn.tokens.iter().for_each(|token| hash.update(&token.to_le_bytes()));
+        }
+        group.agree(&[("the session's log", hash.digest())])?;
+        let here = live.len() == common && (position != u64::MAX || common == 0);
+        // A snapshot at another place is another stream, even where the log is the same.
+        let least = group.least(position)?;
+        let most = u64::MAX - group.least(u64::MAX - position)?;
+        if group.all(here && least == most, common as u64)? {
+            return Ok(None);
+        }
+        Ok(Some(live.get(common).map_or(num_turns, |turn| turn.id)))
     }
 
     /// The same conversation as the session `scope`, which is made: what it holds now in memory and on the disk, and
@@ -390,12 +428,12 @@ impl Conversation {
         let mut last = None;
         let mut rest = tokens;
         while !rest.is_empty() {
-            if !go_on() {
-                return Err(Error::cancelled("prefill"));
-            }
             let count = config.block_limit(cache.position(), cache.block_tokens()).min(rest.len());
             let (block, after) = rest.split_at(count);
             let position = cache.position();
+            if !model.decoder.group.all(go_on(), place(position, block))? {
+                return Err(Error::cancelled("prefill"));
+            }
             if let Some(pages) = cache.pages_mut() {
                 pages.note_tokens(position, block);
             }
@@ -410,6 +448,14 @@ impl Conversation {
         let excess = recent.len().saturating_sub(RECENT_TOKENS);
         recent.drain(..excess);
         Ok(last)
+    }
+
+    /// Whether the caller has cancelled, or that of another process which shares the model.
+    pub(crate) fn is_cancelled(&self, here: bool) -> Result<bool> {
+        match &self.shared.model {
+            Some(model) => Ok(!model.decoder.group.all(!here, self.position())?),
+            None => Ok(here),
+        }
     }
 
     /// Logits (vocab) of a hidden state that [`Conversation::prefill`] gave.
@@ -456,6 +502,14 @@ impl Conversation {
         let start = cache.first_window_page(position) * PAGE_TOKENS as u64;
         self.state.turn_starts.iter().find(|(_, at)| *at >= start).map(|(turn, _)| *turn)
     }
+}
+
+/// A hash of `tokens` and where they stand in the stream.
+fn place(position: u64, tokens: &[u32]) -> u64 {
+    let mut hash = Xxh3::new();
+    hash.update(&position.to_le_bytes());
+    tokens.iter().for_each(|token| hash.update(&token.to_le_bytes()));
+    hash.digest()
 }
 
 /// Whether a turn stands in the template: a model read it, or said nothing.

@@ -10,10 +10,11 @@ use crate::models::config::{DecoderConfig, token_ids};
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
 use crate::offload::offload;
-use crate::pages::{PageConfig, RecallPolicy};
+use crate::pages::{PageConfig, PageRule, RecallPolicy};
+use crate::parallel::{self, Collective, TensorGroup};
 use crate::prompt::Scaffold;
 use crate::quote::Quote;
-use crate::session::Session;
+use crate::session::{Session, now_ms};
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use mka_memory::{Backend, EncryptionKey, Hygiene, Scope, Store, StoreOptions};
@@ -170,14 +171,18 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    fn load(files: &ModelFiles, device: &candle_core::Device) -> Result<Self> {
+    fn load(files: &ModelFiles, device: &candle_core::Device, group: &TensorGroup) -> Result<Self> {
         match files {
-            ModelFiles::Folder(folder) => Self::load_folder(folder, device),
-            ModelFiles::Gguf(path) => Self::load_gguf(path, device),
+            ModelFiles::Folder(folder) => Self::load_folder(folder, device, group),
+            ModelFiles::Gguf(path) => Self::load_gguf(path, device, group),
         }
     }
 
-    fn load_folder(folder: &Path, device: &candle_core::Device) -> Result<Self> {
+    fn load_folder(
+        folder: &Path,
+        device: &candle_core::Device,
+        group: &TensorGroup,
+    ) -> Result<Self> {
         let read = |name: &str| {
             let path = folder.join(name);
             std::fs::read_to_string(&path).map_err(|e| Error::io("read model file", &path, e))
@@ -193,11 +198,12 @@ impl Model {
             Some(template) => Scaffold::new(&template)?,
             None => Scaffold::plain(),
         };
-        let decoder = Decoder::load(config, &Weights::open_folder(folder)?, device)?;
+        let weights = Weights::open_folder(folder)?;
+        let decoder = Decoder::load_part(config, &weights, device, group)?;
         Self::new(folder, decoder, tokenizer, scaffold)
     }
 
-    fn load_gguf(path: &Path, device: &candle_core::Device) -> Result<Self> {
+    fn load_gguf(path: &Path, device: &candle_core::Device, group: &TensorGroup) -> Result<Self> {
         let (weights, gguf) = Weights::open_gguf(path)?;
         let mut config = DecoderConfig::from_gguf(&gguf)?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
@@ -207,7 +213,7 @@ impl Model {
             Some(template) => Scaffold::new(&template)?,
             None => Scaffold::plain(),
         };
-        let decoder = Decoder::load(config, &weights, device)?;
+        let decoder = Decoder::load_part(config, &weights, device, group)?;
         Self::new(path, decoder, tokenizer, scaffold)
     }
 
@@ -333,6 +339,14 @@ impl Shared {
         self.released.notify_all();
     }
 
+    /// Milliseconds since 1970; where processes share the model, those of the first, so that all recall the same.
+    pub(crate) fn now_ms(&self) -> Result<i64> {
+        match &self.model {
+            Some(model) => Ok(model.decoder.group.first(now_ms() as u64)? as i64),
+            None => Ok(now_ms()),
+        }
+    }
+
     /// Tokens of `text`: by the model's tokenizer, or without a model an upper estimate of one for two bytes.
     pub(crate) fn count_tokens(&self, text: &str) -> Result<usize> {
         match &self.model {
@@ -342,17 +356,27 @@ impl Shared {
     }
 }
 
+/// Who shares the model.
+enum Processes {
+    Alone,
+    Given(Box<dyn Collective>),
+    /// Those that the environment names.
+    Named,
+}
+
 /// How an engine is opened.
 #[must_use]
 pub struct EngineBuilder {
     path: PathBuf,
     model: Option<ModelSource>,
-    device: Device,
+    /// None: the process's own where the environment names a group, else the fastest.
+    device: Option<Device>,
     embedder: EmbedderSource,
     embedder_precision: EmbedderPrecision,
     memory: MemoryConfig,
     store: StoreOptions,
     reembed_share: Option<f32>,
+    processes: Processes,
     quiet: bool,
 }
 
@@ -367,7 +391,7 @@ impl EngineBuilder {
 
     /// Where the model runs; [`Device::auto`] by default.
     pub fn device(mut self, device: Device) -> Self {
-        self.device = device;
+        self.device = Some(device);
         self
     }
 
@@ -415,6 +439,23 @@ impl EngineBuilder {
         self
     }
 
+    /// Shares one model with the other processes of `processes`, each of which has its heads and its part of the MLP's
+    /// inner width, on a device of its own ([`parallel`](crate::parallel) says what that asks of a program).
+    ///
+    /// Process 0 keeps its memory at the path that was given, process `n` beside it, at the path with `.n` behind it.
+    pub fn tensor_parallel(mut self, processes: Box<dyn Collective>) -> Self {
+        self.processes = Processes::Given(processes);
+        self
+    }
+
+    /// [`EngineBuilder::tensor_parallel`] with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as
+    /// torchrun sets them; alone where they name none. Opening waits for the others. Unless [`EngineBuilder::device`] says
+    /// otherwise, the model runs on the card of LOCAL_RANK.
+    pub fn tensor_parallel_from_env(mut self) -> Self {
+        self.processes = Processes::Named;
+        self
+    }
+
     /// Shows no progress bar while files are fetched.
     pub fn quiet(mut self, quiet: bool) -> Self {
         self.quiet = quiet;
@@ -425,7 +466,8 @@ impl EngineBuilder {
     ///
     /// # Errors
     /// `Locked` with the holder's process id if the store is open elsewhere; `Incompatible` if it was made with
-    /// another embedder; `Corrupted`; `NotFound` naming every place where the model was looked for; `Model`.
+    /// another embedder; `Corrupted`; `NotFound` naming every place where the model was looked for; `Model`; where
+    /// processes share the model, `InvalidArgument` for what they cannot share.
     pub async fn open(self) -> Result<Engine> {
         offload("open", move || self.open_blocking()).await
     }
@@ -441,12 +483,27 @@ impl EngineBuilder {
                 "open: expected a share of more than 0 and at most 1 to embed again, got {share}"
             )));
         }
-        let mut progress = crate::hub::terminal_progress(self.quiet);
+        let device = match (self.device, &self.processes) {
+            (Some(device), _) => device,
+            (None, Processes::Named) => parallel::local_device()?,
+            (None, _) => Device::auto(),
+        };
+        let processes = match self.processes {
+            Processes::Given(processes) => Some(processes),
+            Processes::Named => parallel::group_from_env(device)?,
+            Processes::Alone => None,
+        };
+        let group = processes.map_or_else(TensorGroup::alone, TensorGroup::new);
+        if !group.is_alone() {
+            let shared = self.model.is_some();
+            check_shared(&self.memory, shared, self.reembed_share.is_some())?;
+        }
+        let mut progress = crate::hub::terminal_progress(self.quiet || group.index() > 0);
         let model = match &self.model {
             Some(source) => {
-                let device = self.device.open()?;
-                tracing::info!(device = %self.device, "open model");
-                Some(Model::load(&crate::hub::resolve(source, &mut progress)?, &device)?)
+                let opened = device.open()?;
+                tracing::info!(%device, "open model");
+                Some(Model::load(&crate::hub::resolve(source, &mut progress)?, &opened, &group)?)
             }
             None => None,
         };
@@ -468,11 +525,14 @@ impl EngineBuilder {
             reembed: self.reembed_share.is_some(),
             ..self.store
         };
-        let store = Store::open(&self.path, embedder, options)?;
+        let mut path = self.path.into_os_string();
+        if group.index() > 0 {
+            path.push(format!(".{}", group.index()));
+        }
+        let store = Store::open(Path::new(&path), embedder, options)?;
         let config = self.memory;
         let open = Mutex::new(HashMap::new());
         let released = Condvar::new();
-        let device = self.device;
         let closed = Closed(Latch::default());
         let forgets = AtomicU64::new(0);
         let shared =
@@ -484,6 +544,22 @@ impl EngineBuilder {
         }
         Ok(Engine { shared })
     }
+}
+
+/// Refuses what processes that share a model cannot do alike.
+fn check_shared(memory: &MemoryConfig, has_model: bool, reembeds: bool) -> Result<()> {
+    let rule = memory.pages.rule;
+    let one_choice =
+        memory.recall.has_pages() && matches!(rule, PageRule::InfLlm | PageRule::TokenSelect);
+    let refused = match () {
+        () if !has_model => "an engine with a model".to_owned(),
+        () if reembeds => "no embedding in the background beside it".into(),
+        () if one_choice => format!(
+            "a rule by which each key/value head chooses for itself, got {rule:?}, which chooses for all heads at once"
+        ),
+        () => return Ok(()),
+    };
+    Err(Error::invalid(format!("open: tensor_parallel: expected {refused}")))
 }
 
 /// An open memory folder with its model: cheap to clone, shared by every session.
@@ -504,12 +580,13 @@ impl Engine {
         EngineBuilder {
             path: path.into(),
             model: None,
-            device: Device::auto(),
+            device: None,
             embedder: EmbedderSource::default(),
             embedder_precision: EmbedderPrecision::default(),
             memory: MemoryConfig::default(),
             store: StoreOptions::default(),
             reembed_share: None,
+            processes: Processes::Alone,
             quiet: false,
         }
     }

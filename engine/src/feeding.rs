@@ -144,7 +144,7 @@ pub(crate) fn take_in(
     };
     let taken = feeding.remember(conversation, remembered);
     let taken = taken.and_then(|()| feeding.read(conversation, read));
-    let taken = taken.and_then(|()| feeding.commit(conversation, Await::Now));
+    let taken = taken.and_then(|()| feeding.commit_and_ask(conversation));
     // The caller takes the conversation back after an error: nothing may be under way by then.
     let ended = feeding.end_commit(conversation);
     // A disk that failed is what the caller must hear of, whatever else ended the feed.
@@ -183,7 +183,7 @@ impl Feeding<'_> {
         for section in sections {
             self.push(section, Vec::new(), None);
             if self.turns.len() == COMMIT_SECTIONS {
-                self.commit(conversation, Await::Now)?;
+                self.commit_and_ask(conversation)?;
             }
         }
         Ok(())
@@ -214,6 +214,7 @@ impl Feeding<'_> {
             let is_full = conversation.pages_wait();
             if uncommitted >= COMMIT_TOKENS || is_full {
                 let waits = is_full || !conversation.may_go_on();
+                // When it is due depends on the disk: whether to go on is asked before the next block.
                 self.commit(conversation, if waits { Await::Now } else { Await::Later })?;
                 uncommitted = 0;
             }
@@ -232,7 +233,17 @@ impl Feeding<'_> {
         self.taken.fed_bytes = section.end as u64;
     }
 
-    fn commit(&mut self, conversation: &mut Conversation, wait: Await) -> Result<()> {
+    /// Commits what is taken in, and is `Cancelled` if the caller wants no more.
+    fn commit_and_ask(&mut self, conversation: &mut Conversation) -> Result<()> {
+        let go_on = self.commit(conversation, Await::Now)?;
+        match conversation.is_cancelled(!go_on)? {
+            true => Err(Error::cancelled("feed")),
+            false => Ok(()),
+        }
+    }
+
+    /// Commits what is taken in; whether the caller wants to go on.
+    fn commit(&mut self, conversation: &mut Conversation, wait: Await) -> Result<bool> {
         self.end_commit(conversation)?;
         if !self.turns.is_empty() {
             let turns = std::mem::take(&mut self.turns);
@@ -243,10 +254,7 @@ impl Feeding<'_> {
                 self.end_commit(conversation)?;
             }
         }
-        match (self.progress)(&self.taken) {
-            true => Ok(()),
-            false => Err(Error::cancelled("feed")),
-        }
+        Ok((self.progress)(&self.taken))
     }
 
     /// Waits for the commit under way, if there is one.

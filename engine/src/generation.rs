@@ -131,7 +131,7 @@ pub(crate) fn generate(
         if tokens.len() == limit {
             break Stop::MaxTokens;
         }
-        if sink.is_cancelled() {
+        if conversation.is_cancelled(sink.is_cancelled())? {
             break Stop::Cancelled;
         }
         let mut logits = conversation.logits(&hidden)?;
@@ -145,10 +145,9 @@ pub(crate) fn generate(
         next = token;
         let piece = decoder.push(token).unwrap_or_default();
         let (piece, stopped) = text.push(&piece);
-        if !piece.is_empty() && !sink.send(Event::Token(Token { text: piece })) {
-            // The token is sampled: it belongs to the stream, so that log and cache agree.
-            conversation.prefill(&[next], &mut || true)?;
-            break Stop::Cancelled;
+        if !piece.is_empty() {
+            // A caller who is gone is noticed once the token is in the stream, so that log and cache agree.
+            sink.send(Event::Token(Token { text: piece }));
         }
         if stopped {
             conversation.prefill(&[next], &mut || true)?;

@@ -45,6 +45,7 @@ mod memory;
 mod models;
 mod offload;
 mod pages;
+pub mod parallel;
 mod prompt;
 mod quote;
 mod sampling;

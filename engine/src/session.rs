@@ -300,7 +300,8 @@ impl Session {
         let (live, text) = (self.live.clone(), text.into());
         let feed = Feed::spawn(move |sink| {
             let mut conversation = live.lock()?;
-            let summary = feeding::feed(&mut conversation, &text, &options, now_ms(), sink);
+            let now_ms = live.shared.now_ms()?;
+            let summary = feeding::feed(&mut conversation, &text, &options, now_ms, sink);
             match summary {
                 Ok(summary) => Ok(Some(FeedEvent::Done(summary))),
                 Err(error) => {
@@ -378,6 +379,7 @@ fn recall(
     message: &str,
     options: &SendOptions,
     coming_tokens: usize,
+    now_ms: i64,
 ) -> Result<(String, Vec<Hit>)> {
     let shared = &conversation.shared;
     let k = options.recall_k.unwrap_or(shared.config.recall_k);
@@ -391,7 +393,7 @@ fn recall(
         k,
         across_sessions: options.across_sessions,
         before_turn: conversation.first_turn_in_window(coming_tokens + budget),
-        now_ms: Some(now_ms()),
+        now_ms: Some(now_ms),
         ..Recall::default()
     };
     let mut hits = shared.store.recall(&conversation.scope, message, &query)?;
@@ -414,7 +416,8 @@ fn send(
     options.sampling.check()?;
     let shared = conversation.shared.clone();
     let model = shared.model("send")?;
-    let time_ms = options.time_ms.unwrap_or_else(now_ms);
+    let now_ms = shared.now_ms()?;
+    let time_ms = options.time_ms.unwrap_or(now_ms);
 
     conversation.set_policy(options.recall.unwrap_or(shared.config.recall))?;
     let longest = shared.config.window_tokens / 2;
@@ -425,9 +428,10 @@ fn send(
     }
 
     let message_tokens = model.tokenizer.count(message)?;
-    let (recalled, hits) = recall(conversation, message, options, message_tokens)?;
-    if !hits.is_empty() && !sink.send(Event::Recalled(hits)) {
-        return Err(Error::cancelled("send"));
+    let (recalled, hits) = recall(conversation, message, options, message_tokens, now_ms)?;
+    if !hits.is_empty() {
+        // A caller who is gone is noticed before the first block.
+        sink.send(Event::Recalled(hits));
     }
 
     // The prompt: scaffold, quoted memories, message, scaffold. Contents are encoded so that no text in them can
@@ -533,6 +537,7 @@ fn regenerate(
     options.sampling.check()?;
     let shared = conversation.shared.clone();
     shared.model("regenerate")?;
+    let time_ms = options.time_ms.map_or_else(|| shared.now_ms(), Ok)?;
     conversation.set_policy(options.recall.unwrap_or(shared.config.recall))?;
     let nothing =
         || Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn");
@@ -560,12 +565,7 @@ fn regenerate(
     let options = SendOptions { answer_prefix: last.answer_prefix.clone(), ..options.clone() };
     let answer = generation::generate(conversation, last.last_token, &options, sink)?;
     let text = format!("{}{}", options.answer_prefix, answer.text);
-    let turns = vec![turn(
-        Role::Assistant,
-        text,
-        options.time_ms.unwrap_or_else(now_ms),
-        answer.tokens.clone(),
-    )];
+    let turns = vec![turn(Role::Assistant, text, time_ms, answer.tokens.clone())];
     let usage = finish(
         conversation,
         (turns, vec![Some(start)], Some(answer_turn)),

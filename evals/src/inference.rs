@@ -30,6 +30,10 @@ pub(crate) struct Args {
     /// Where the model runs: auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
+    /// Share the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, each on its own card or
+    /// threads; the first prints, memory and K/V are of it alone.
+    #[arg(long)]
+    tensor_parallel: bool,
 }
 
 /// Peak memory after each phase of one stream; every phase is a process that repeats those before it.
@@ -42,15 +46,21 @@ struct Phases {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let text = std::fs::read_to_string(&args.text)
         .map_err(|e| format!("text {}: {e}", args.text.display()))?;
-    println!("revision {}, model {}", job::revision(), args.model);
-    println!(
-        "| memory | window | prompt tokens | prefill tokens/s | first token s | decode tokens/s | recalled tokens | peak MiB: opened | prefilled | decoded | K/V MiB of the window | device |"
+    let is_silent = args.tensor_parallel && std::env::var("RANK").is_ok_and(|rank| rank != "0");
+    let say = |line: &str| {
+        if !is_silent {
+            println!("{line}");
+        }
+    };
+    say(&format!("revision {}, model {}", job::revision(), args.model));
+    say(
+        "| memory | window | prompt tokens | prefill tokens/s | first token s | decode tokens/s | recalled tokens | peak MiB: opened | prefilled | decoded | K/V MiB of the window | device |",
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    say("|---|---|---|---|---|---|---|---|---|---|---|---|");
     for &bytes in &args.bytes {
         for memory in [false, true] {
             let phases = measure(args, &text, bytes, memory)?;
-            println!("{}", row(args, memory, &phases));
+            say(&row(args, memory, &phases));
         }
     }
     Ok(())
@@ -67,6 +77,7 @@ fn measure(args: &Args, text: &str, bytes: usize, memory: bool) -> Result<Phases
             model: args.model.clone(),
             window,
             device: Some(args.device.clone()),
+            tensor_parallel: args.tensor_parallel,
             recall_k: if memory { args.recall_k } else { 0 },
             feed: fed.then_some(path),
             through_model: true,

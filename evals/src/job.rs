@@ -3,8 +3,8 @@
 
 use futures_util::StreamExt;
 use mka::{
-    Device, Engine, Event, FeedEvent, FeedOptions, LandmarkScan, MemoryConfig, ModelSource,
-    PageConfig, PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions,
+    Engine, Event, FeedEvent, FeedOptions, LandmarkScan, MemoryConfig, ModelSource, PageConfig,
+    PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions,
 };
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -148,6 +148,9 @@ pub(crate) struct Job {
     pub(crate) window: usize,
     /// Where the model runs, as the command line says it; none: the fastest device.
     pub(crate) device: Option<String>,
+    /// Whether the processes that the environment names share the model.
+    #[serde(default)]
+    pub(crate) tensor_parallel: bool,
     pub(crate) memory: Memory,
     /// Memories looked up for the question, where text is recalled.
     pub(crate) recall_k: usize,
@@ -244,13 +247,17 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     }
     job.page_options.configure(&mut config.pages);
     let started = Instant::now();
-    let engine = Engine::builder(&job.store)
+    let mut builder = Engine::builder(&job.store)
         .model(job.model.parse::<ModelSource>()?)
-        .device(job.device.as_deref().unwrap_or("auto").parse::<Device>()?)
         .memory(config)
-        .quiet(true)
-        .open()
-        .await?;
+        .quiet(true);
+    if let Some(device) = job.device.as_deref().filter(|device| *device != "auto") {
+        builder = builder.device(device.parse()?);
+    }
+    if job.tensor_parallel {
+        builder = builder.tensor_parallel_from_env();
+    }
+    let engine = builder.open().await?;
     let mut session = engine.session(Scope::user("evals").session("sample")).await?;
     outcome.open_s = started.elapsed().as_secs_f64();
     outcome.device = engine.device().to_string();

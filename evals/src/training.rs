@@ -54,14 +54,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let output = config.output.clone();
     let steps = config.train.steps;
-    // torchrun and its like start a process a card and leave the choice to LOCAL_RANK.
-    if let Ok(local) = std::env::var("LOCAL_RANK")
-        && matches!(config.device.as_str(), "auto" | "cuda")
-        && mka::Device::available().len() > 1
-    {
-        config.device = format!("cuda:{local}");
+    let is_open = matches!(config.device.as_str(), "auto" | "cuda");
+    if is_open && mka::Device::available().len() > 1 {
+        config.device = mka::parallel::local_device()?.to_string();
     }
-    let group = mka::training::group_from_env(config.device()?)?;
+    let group = mka::parallel::group_from_env(config.device()?)?;
     let first = group.as_ref().is_none_or(|group| group.rank() == 0);
     let mut trainer = match group {
         Some(group) => Trainer::open_with(config, group)?,

@@ -369,6 +369,51 @@ impl PackedMatrix {
         Self::new(self.ty, order.len(), self.cols, Arc::new(bytes), range)
     }
 
+    /// The rows `rows`, over the same bytes.
+    ///
+    /// # Errors
+    /// InvalidArgument if a row does not exist.
+    pub fn select_rows(&self, rows: Range<usize>) -> Result<Self> {
+        self.check_rows(&rows)?;
+        let at = |row: usize| self.range.start + row * self.row_bytes();
+        let range = at(rows.start)..at(rows.end);
+        Self::new(self.ty, rows.len(), self.cols, self.bytes.clone(), range)
+    }
+
+    /// The columns `columns` of every row, copied: as they are stored where the range is of whole blocks, else as f32.
+    ///
+    /// # Errors
+    /// InvalidArgument if a column does not exist.
+    pub fn select_columns(&self, columns: Range<usize>) -> Result<Self> {
+        if columns.start > columns.end || columns.end > self.cols {
+            return Err(Error::invalid(format!(
+                "packed matrix: expected columns inside 0..{}, got {columns:?}",
+                self.cols
+            )));
+        }
+        let (data, block) = (self.data()?, self.ty.block_len());
+        let is_whole = [columns.start, columns.end].iter().all(|at| at.is_multiple_of(block));
+        let (ty, bytes): (_, Vec<u8>) = match is_whole {
+            true => {
+                let at = |column: usize| column / block * self.ty.block_bytes();
+                let part = at(columns.start)..at(columns.end);
+                let rows = data.chunks_exact(self.row_bytes().max(1)).take(self.rows);
+                (self.ty, rows.flat_map(|row| &row[part.clone()]).copied().collect())
+            }
+            false => {
+                let mut values = vec![0f32; self.cols];
+                let mut bytes = Vec::with_capacity(self.rows * columns.len() * 4);
+                for row in 0..self.rows {
+                    self.dequantize_rows(row..row + 1, &mut values)?;
+                    bytes.extend(values[columns.clone()].iter().flat_map(|x| x.to_le_bytes()));
+                }
+                (PackedType::F32, bytes)
+            }
+        };
+        let range = 0..bytes.len();
+        Self::new(ty, self.rows, columns.len(), Arc::new(bytes), range)
+    }
+
     fn check_rows(&self, rows: &Range<usize>) -> Result<()> {
         if rows.start > rows.end || rows.end > self.rows {
             return Err(Error::invalid(format!(

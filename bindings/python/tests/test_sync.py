@@ -9,6 +9,8 @@ import os
 import pickle
 import random
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -650,3 +652,29 @@ def test_recall_inside_attention_is_chosen_and_reported(store: Path, tiny_model:
             assert usage.pages is None
         with pytest.raises(mka.InvalidArgumentError, match="rule 'best'"):
             mka.open_sync(store, pages={"rule": "best"})  # type: ignore[typeddict-item]
+
+
+SHARED = """
+import sys, mka
+with mka.open_sync(sys.argv[1], model=sys.argv[2], tensor_parallel=True, window_tokens=64, quiet=True) as engine:
+    chat = engine.session(user="ada", session="trip")
+    list(chat.feed("The hotel in Kyoto is near the river. " * 8, mode="model"))
+    for message in ["where is the hotel", "and the river"]:
+        print(repr("".join(e.text for e in chat.send(message, max_new_tokens=4) if isinstance(e, mka.Token))))
+"""
+
+
+def test_processes_that_share_a_model_have_one_answer(tiny_model: Path, store: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", SHARED, str(store), str(tiny_model)]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [
+        subprocess.Popen(command, env={**os.environ, **group, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    said = [child.communicate(timeout=120)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert said[0] == said[1] and said[0].count("\n") == 2
+    assert store.exists() and store.with_name(f"{store.name}.1").exists()

@@ -10,6 +10,7 @@ use super::weights::Weights;
 use crate::attention::{AttentionSeam, Route, SeamConfig};
 use crate::cache::CacheShape;
 use crate::error::{Error, Result};
+use crate::parallel::TensorGroup;
 use candle_core::{Device, Tensor};
 use mka_kernels::{PackedMatrix, linear, silu_mul};
 
@@ -39,6 +40,77 @@ impl Linear {
     }
 }
 
+/// y = Σ x Wᵀ + b, summed over the processes that share the model, each with its columns of W and of x.
+pub(crate) struct SummedLinear {
+    part: Linear,
+    group: TensorGroup,
+}
+
+impl SummedLinear {
+    /// x (t, its columns) -> (t, out), the same on every process.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.group.sum(&self.part.forward(x)?)
+    }
+}
+
+/// Loads projections as far as this process has them, to `device`.
+pub(crate) struct Loader<'a> {
+    pub(crate) weights: &'a Weights,
+    pub(crate) group: &'a TensorGroup,
+    pub(crate) device: &'a Device,
+}
+
+impl Loader<'_> {
+    /// The projection `name` (rows, cols), of which this process may have some rows.
+    pub(crate) fn linear(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        bias: bool,
+    ) -> Result<Linear> {
+        let matrix = self.weights.matrix(&format!("{name}.weight"), rows, cols)?;
+        let bias = bias.then(|| self.weights.vector(&format!("{name}.bias"), rows)).transpose()?;
+        self.part(name, matrix, bias)
+    }
+
+    /// The query or key projection `name`, rows in HuggingFace order.
+    fn heads(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        head_dim: usize,
+        bias: bool,
+    ) -> Result<Linear> {
+        let weight = format!("{name}.weight");
+        let matrix = self.weights.head_matrix(&weight, rows, cols, head_dim)?;
+        let bias = bias
+            .then(|| self.weights.head_vector(&format!("{name}.bias"), rows, head_dim))
+            .transpose()?;
+        self.part(name, matrix, bias)
+    }
+
+    /// The projection `name`, of which this process may have some columns.
+    pub(crate) fn summed(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        bias: bool,
+    ) -> Result<SummedLinear> {
+        // The first process adds the bias: once is enough.
+        let part = self.linear(name, rows, cols, bias && self.group.index() == 0)?;
+        Ok(SummedLinear { part, group: self.group.clone() })
+    }
+
+    fn part(&self, name: &str, matrix: PackedMatrix, bias: Option<Tensor>) -> Result<Linear> {
+        let weight = self.group.part_of_matrix(&format!("{name}.weight"), matrix)?;
+        let bias = bias.map(|bias| self.group.part(&format!("{name}.bias"), &bias)).transpose()?;
+        Linear::new(weight, bias).to_device(self.device)
+    }
+}
+
 struct Norm {
     weight: Tensor,
     eps: f32,
@@ -55,18 +127,24 @@ struct Layer {
     q: Linear,
     k: Linear,
     v: Linear,
-    o: Linear,
+    o: SummedLinear,
     qk_norm: Option<(Norm, Norm)>,
     route: Route,
     mlp_norm: Norm,
     gate: Linear,
     up: Linear,
-    down: Linear,
+    down: SummedLinear,
 }
 
 /// A loaded model: weights in their stored type, everything computed in f32.
+///
+/// Where processes share it, this one has its heads and its part of the MLP's inner width (Megatron-LM, arXiv 1909.08053,
+/// section 3): a layer sums over them after o and after down.
 pub(crate) struct Decoder {
+    /// Heads and inner width are those of this process.
     pub(crate) config: DecoderConfig,
+    /// The processes that share the model.
+    pub(crate) group: TensorGroup,
     pub(crate) frequencies: Frequencies,
     pub(crate) fingerprint: [u8; 16],
     device: Device,
@@ -78,12 +156,32 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
-    /// Binds every weight that `config` implies.
+    /// The whole model, of one process.
     ///
     /// # Errors
-    /// Names the first tensor that is missing or has another shape: what was expected, what was found.
+    /// As [`Decoder::load_part`].
+    #[cfg(test)]
     pub(crate) fn load(config: DecoderConfig, weights: &Weights, device: &Device) -> Result<Self> {
+        Self::load_part(config, weights, device, &TensorGroup::alone())
+    }
+
+    /// Binds every weight that `config` implies, as far as it is this process's of `group`.
+    ///
+    /// # Errors
+    /// Names the first tensor that is missing or has another shape: what was expected, what was found; `InvalidArgument`
+    /// if the processes do not divide heads and inner width, `Incompatible` if they load different models.
+    pub(crate) fn load_part(
+        mut config: DecoderConfig,
+        weights: &Weights,
+        device: &Device,
+        group: &TensorGroup,
+    ) -> Result<Self> {
         let c = &config;
+        group.check(c, None)?;
+        let whole = weights.fingerprint(c);
+        let (low, high) = whole.split_at(8);
+        let half = |bytes: &[u8]| bytes.iter().fold(0, |half, byte| half << 8 | u64::from(*byte));
+        group.agree(&[("the model", half(low)), ("the model", half(high))])?;
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (q_size, kv_size) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let norm = |name: &str, len: usize| -> Result<Norm> {
@@ -92,20 +190,9 @@ impl Decoder {
                 eps: c.rms_norm_eps as f32,
             })
         };
-        let plain = |name: String, rows: usize, cols: usize, bias: bool| -> Result<Linear> {
-            let weight = weights.matrix(&format!("{name}.weight"), rows, cols)?;
-            let bias = bias.then(|| weights.vector(&format!("{name}.bias"), rows)).transpose()?;
-            Linear::new(weight, bias).to_device(device)
-        };
-        let heads = |name: String, rows: usize| -> Result<Linear> {
-            let weight =
-                weights.head_matrix(&format!("{name}.weight"), rows, hidden, c.head_dim)?;
-            let bias = c
-                .qkv_bias
-                .then(|| weights.head_vector(&format!("{name}.bias"), rows, c.head_dim))
-                .transpose()?;
-            Linear::new(weight, bias).to_device(device)
-        };
+        let loader = Loader { weights, group, device };
+        let heads =
+            |name: String, rows: usize| loader.heads(&name, rows, hidden, c.head_dim, c.qkv_bias);
         let mut layers = Vec::with_capacity(c.num_layers);
         for i in 0..c.num_layers {
             let at = |part: &str| format!("model.layers.{i}.{part}");
@@ -120,14 +207,14 @@ impl Decoder {
                 attention_norm: norm(&at("input_layernorm"), hidden)?,
                 q: heads(at("self_attn.q_proj"), q_size)?,
                 k: heads(at("self_attn.k_proj"), kv_size)?,
-                v: plain(at("self_attn.v_proj"), kv_size, hidden, c.qkv_bias)?,
-                o: plain(at("self_attn.o_proj"), hidden, q_size, c.output_bias)?,
+                v: loader.linear(&at("self_attn.v_proj"), kv_size, hidden, c.qkv_bias)?,
+                o: loader.summed(&at("self_attn.o_proj"), hidden, q_size, c.output_bias)?,
                 qk_norm,
-                route: Route::load(i, q_size, c.mka.rates.len(), weights, device)?,
+                route: Route::load(i, q_size, c.mka.rates.len(), &loader)?,
                 mlp_norm: norm(&at("post_attention_layernorm"), hidden)?,
-                gate: plain(at("mlp.gate_proj"), inner, hidden, c.mlp_bias)?,
-                up: plain(at("mlp.up_proj"), inner, hidden, c.mlp_bias)?,
-                down: plain(at("mlp.down_proj"), hidden, inner, c.mlp_bias)?,
+                gate: loader.linear(&at("mlp.gate_proj"), inner, hidden, c.mlp_bias)?,
+                up: loader.linear(&at("mlp.up_proj"), inner, hidden, c.mlp_bias)?,
+                down: loader.summed(&at("mlp.down_proj"), hidden, inner, c.mlp_bias)?,
             });
         }
         let embedding = weights.matrix("model.embed_tokens.weight", c.vocab_size, hidden)?;
@@ -144,13 +231,18 @@ impl Decoder {
                 *freq /= f64::from(divisor);
             }
         }
+        let (hidden_norm, fingerprint) = (norm("model.norm", hidden)?, group.part_of_id(whole));
+        config.num_heads /= group.size();
+        config.num_kv_heads /= group.size();
+        config.intermediate_size /= group.size();
         Ok(Self {
-            fingerprint: weights.fingerprint(&config),
+            fingerprint,
+            group: group.clone(),
             frequencies,
             device: device.clone(),
             embedding,
             layers,
-            norm: norm("model.norm", hidden)?,
+            norm: hidden_norm,
             head,
             config,
         })

@@ -6,6 +6,7 @@ use super::weights::Weights;
 use crate::attention::AttentionSeam;
 use crate::cache::Cache;
 use crate::error::ErrorKind;
+use crate::parallel::{TcpCollective, TensorGroup};
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -48,6 +49,27 @@ fn devices() -> Vec<Device> {
         }
     }
     devices
+}
+
+/// What each of `processes` threads that share a model gets from its part: `load` gives it, a cache of its own begins anew.
+fn shared(
+    processes: usize,
+    load: impl Fn(&TensorGroup) -> crate::Result<Decoder> + Sync,
+    tokens: &[u32],
+    blocks: &[usize],
+) -> Vec<crate::Result<Vec<Vec<f32>>>> {
+    let places = TcpCollective::of_threads(processes).unwrap();
+    std::thread::scope(|scope| {
+        let load = &load;
+        let run = move |place| {
+            let decoder = load(&TensorGroup::new(Box::new(place)))?;
+            let mut cache = Cache::new(decoder.cache_shape(128, 512), decoder.device()).unwrap();
+            Ok(run(&decoder, &mut cache, tokens, blocks))
+        };
+        let threads: Vec<_> =
+            places.into_iter().map(|place| scope.spawn(move || run(place))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
 }
 
 fn load(name: &str) -> Decoder {
@@ -112,6 +134,65 @@ fn logits_equal_transformers_on_every_family_however_the_prompt_is_cut() {
             let case = format!("{name} on {device:?} in blocks of {blocks:?}");
             assert!(difference <= 1e-4, "{case}: off by {difference}");
         }
+    }
+}
+
+#[test]
+fn processes_that_share_a_model_have_the_logits_of_transformers_on_every_family() {
+    for (name, device) in
+        FOLDERS.iter().flat_map(|name| devices().into_iter().map(move |d| (name, d)))
+    {
+        let folder = golden(name);
+        let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
+        let config = DecoderConfig::from_json(&text).unwrap();
+        let processes = if config.num_kv_heads == 1 { 1 } else { 2 };
+        let golden = tensors(folder.join("golden.safetensors"));
+        let tokens = ids(&golden["ids"]);
+        let load = |group: &TensorGroup| {
+            let weights = Weights::open_folder(&folder)?;
+            let decoder = Decoder::load_part(config.clone(), &weights, &device, group)?;
+            assert_eq!(decoder.config.num_kv_heads * processes, config.num_kv_heads);
+            Ok(decoder)
+        };
+        let results: Vec<_> =
+            shared(processes, load, &tokens, &[9, 1, 40]).into_iter().map(Result::unwrap).collect();
+        let difference = max_difference(&results[0], &expected(&golden));
+        assert!(difference <= 1e-4, "{name} on {device:?}: off by {difference}");
+        assert!(results.iter().all(|other| *other == results[0]), "{name} on {device:?}");
+    }
+}
+
+#[test]
+fn packed_weights_are_shared_too_and_what_cannot_be_is_refused() {
+    let load = |group: &TensorGroup| {
+        let (weights, gguf) = Weights::open_gguf(&golden("gguf/model.gguf"))?;
+        Decoder::load_part(DecoderConfig::from_gguf(&gguf)?, &weights, &Device::Cpu, group)
+    };
+    let tokens: Vec<u32> = (0..150).map(|i| i * 7 % 200).collect();
+    // Blocks long enough that inputs are not rounded to 8 bits, which no two ways of adding up would round alike.
+    let whole = shared(1, load, &tokens, &[50]).pop().unwrap().unwrap();
+    for result in shared(2, load, &tokens, &[50]) {
+        let difference = max_difference(&result.unwrap(), &whole);
+        assert!(difference <= 1e-4, "off by {difference}");
+    }
+    for refused in shared(4, load, &tokens, &[50]) {
+        let error = refused.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        let text = error.to_string();
+        assert!(text.contains("4, expected a divisor of the 2 key/value heads"), "{text}");
+    }
+    // Processes that would share two models are told so.
+    let other = |group: &TensorGroup| match group.index() {
+        0 => load(group),
+        _ => {
+            let (weights, gguf) = Weights::open_gguf(&golden("gguf/model.gguf"))?;
+            let mut config = DecoderConfig::from_gguf(&gguf)?;
+            config.rms_norm_eps *= 2.0;
+            Decoder::load_part(config, &weights, &Device::Cpu, group)
+        }
+    };
+    for refused in shared(2, other, &tokens, &[50]) {
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::Incompatible);
     }
 }
 
@@ -401,6 +482,22 @@ fn the_default_model_equals_transformers() {
     for expected in &greedy[..8] {
         assert_eq!(next, *expected);
         next = best(&run(&decoder, &mut cache, &[next], &[1]).pop().unwrap()).unwrap() as u32;
+    }
+}
+
+/// The default model in three processes, one of its three key/value heads each: packed rows and columns of whole blocks.
+#[test]
+fn the_default_model_is_shared_by_three_processes() {
+    let Some(path) = crate::testing::smollm2_gguf() else { return };
+    let load = |group: &TensorGroup| {
+        let (weights, gguf) = Weights::open_gguf(&path)?;
+        Decoder::load_part(DecoderConfig::from_gguf(&gguf)?, &weights, &Device::Cpu, group)
+    };
+    let tokens: Vec<u32> = (0..60).map(|i| i * 911 % 40_000).collect();
+    let whole = shared(1, load, &tokens, &[60]).pop().unwrap().unwrap();
+    for result in shared(3, load, &tokens, &[60]) {
+        let difference = max_difference(&result.unwrap(), &whole);
+        assert!(difference <= 2e-3, "off by {difference}");
     }
 }
 

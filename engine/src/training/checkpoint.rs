@@ -4,9 +4,8 @@
 use super::model::TrainModel;
 use super::optimizer::AdamW;
 use super::parameters::Parameter;
-use super::placement::Placement;
-use super::tensor_group::TensorGroup;
 use crate::error::{Error, ErrorKind, Result};
+use crate::parallel::{Placement, TensorGroup};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;

@@ -4,8 +4,9 @@
 use super::base::Base;
 use super::config::TrainingConfig;
 use super::model::TrainModel;
-use super::parameters::{RATES, is_adapter};
+use super::parameters::is_adapter;
 use crate::error::{Error, ErrorKind, Result};
+use crate::parallel::RATES;
 use candle_core::Tensor;
 use std::collections::HashMap;
 use std::path::Path;

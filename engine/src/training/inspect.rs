@@ -87,7 +87,7 @@ fn run(folder: &Path) -> Result<Inspection> {
     while let Some(gate) = values(&format!("layers.{}.gate", gates.len()))? {
         gates.extend(gate);
     }
-    let logits = values(super::parameters::RATES)?.unwrap_or_default();
+    let logits = values(crate::parallel::RATES)?.unwrap_or_default();
     let router = trained.get("layers.0.router.down.weight");
     Ok(Inspection {
         model: None,

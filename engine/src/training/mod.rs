@@ -8,7 +8,6 @@ mod base;
 mod cache;
 mod checkpoint;
 mod choice;
-mod collective;
 mod config;
 mod corpus;
 mod decode;
@@ -22,13 +21,10 @@ mod layers;
 mod log;
 mod loss;
 mod model;
-#[cfg(feature = "nccl")]
-mod nccl;
 mod operations;
 mod optimizer;
 mod parameters;
 mod parts;
-mod placement;
 mod recall;
 mod reduce;
 mod seen;
@@ -40,7 +36,6 @@ mod vector;
 #[cfg(test)]
 mod tests;
 
-pub use collective::{Collective, TcpCollective, group_from_env};
 pub use config::{
     DataSettings, LatentSettings, LoraSettings, MemoryKind, MemorySettings, ModelSettings,
     OptimizerSettings, Precision, ScratchSettings, TrainMode, TrainSettings, TrainingConfig,
@@ -50,6 +45,4 @@ pub use device::peak_device_bytes;
 pub use held_out::{Comparison, Evaluation};
 pub use inspect::{Inspection, inspect};
 pub use log::{StepReport, read_log};
-#[cfg(feature = "nccl")]
-pub use nccl::NcclCollective;
 pub use trainer::{Trainer, merge};

@@ -4,9 +4,8 @@
 use super::config::OptimizerSettings;
 use super::model::Gradients;
 use super::parameters::Parameter;
-use super::placement::Placement;
-use super::tensor_group::TensorGroup;
 use crate::error::Result;
+use crate::parallel::{Placement, TensorGroup};
 use candle_core::{DType, Tensor};
 
 /// First and second moments of every parameter, f32.

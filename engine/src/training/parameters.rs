@@ -2,9 +2,9 @@
 //! Knows no layer; where a value comes from is a source's matter.
 
 use super::config::{Precision, TrainMode};
-use super::tensor_group::TensorGroup;
 use crate::error::{Error, Result};
 use crate::models::weights::Weights;
+use crate::parallel::{RATES, TensorGroup};
 use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -56,9 +56,6 @@ fn is_memory(name: &str) -> bool {
 pub(super) fn is_adapter(name: &str) -> bool {
     name.contains(".lora.")
 }
-
-/// Name of the learned rates, as logits of a sigmoid.
-pub(super) const RATES: &str = "rates.logit";
 
 /// How a new tensor starts.
 #[derive(Debug, Clone, Copy)]

@@ -1,9 +1,9 @@
 //! Sums of gradients over processes, while the backward pass goes on with the next layer.
 //! Knows no model; what is sent comes back in the same order.
 
-use super::collective::Collective;
 use super::model::Gradients;
 use crate::error::{Error, Result};
+use crate::parallel::Collective;
 use candle_core::{Device, Tensor};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;

@@ -3,7 +3,6 @@
 
 use super::base::Base;
 use super::checkpoint::{self, Checkpoint, Contents, State};
-use super::collective::{Alone, Collective};
 use super::config::{TrainMode, TrainingConfig};
 use super::corpus::Corpus;
 use super::decode::{self, DecodeReport};
@@ -16,6 +15,7 @@ use super::reduce::Reducer;
 use super::tensor_group;
 use crate::Device;
 use crate::error::{Error, ErrorKind, Result};
+use crate::parallel::{Alone, Collective};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;

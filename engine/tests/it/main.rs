@@ -8,6 +8,7 @@ mod fork;
 mod kill;
 mod memory;
 mod pages;
+mod parallel;
 mod session;
 mod training;
 

@@ -1,9 +1,10 @@
 //! Training runs through the public API: goes on after a kill, in several processes, and refuses what does not fit.
 
 use crate::tiny_model;
+use mka::parallel::{Collective, TcpCollective};
 use mka::training::{
-    Collective, LatentSettings, MemoryKind, Precision, ScratchSettings, StepReport, TcpCollective,
-    TrainMode, Trainer, TrainingConfig, inspect, merge, read_log,
+    LatentSettings, MemoryKind, Precision, ScratchSettings, StepReport, TrainMode, Trainer,
+    TrainingConfig, inspect, merge, read_log,
 };
 use mka::{Engine, ErrorKind, MemoryConfig, ModelSource};
 use std::io::{BufRead, BufReader};
@@ -12,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// A run over the tiny model, adapters and gates trained behind a window.
-fn config(folder: &Path) -> TrainingConfig {
+pub(crate) fn config(folder: &Path) -> TrainingConfig {
     let text = |seed: usize| -> String {
         let words = ["the end", " is near", " and the", " king", " of", " sand", ".\n"];
         (0..1500).map(|i| words[(i * i * 7 + i * seed) % 97 % words.len()]).collect()

@@ -257,6 +257,38 @@ fn permuted_rows_come_in_the_order_asked() {
 }
 
 #[test]
+fn selected_rows_and_columns_decode_to_those_of_the_whole() {
+    let mut rng = ChaCha8Rng::seed_from_u64(SEED + 9);
+    let (rows, cols) = (5, 768);
+    for ty in PackedType::ALL {
+        let (w, _) = weight(ty, rows, cols, &mut rng);
+        let mut whole = vec![0f32; rows * cols];
+        w.dequantize_rows(0..rows, &mut whole).unwrap();
+        let some = w.select_rows(1..4).unwrap();
+        let mut decoded = vec![0f32; 3 * cols];
+        some.dequantize_rows(0..3, &mut decoded).unwrap();
+        assert_eq!(decoded, whole[cols..4 * cols], "{ty:?}");
+        // Of whole blocks of every type, of whole blocks of some, and of none.
+        for columns in [256..768, 0..256, 32..480, 1..66, 700..768, 5..5] {
+            let part = w.select_columns(columns.clone()).unwrap();
+            let is_whole = columns.start.is_multiple_of(ty.block_len())
+                && columns.end.is_multiple_of(ty.block_len());
+            assert_eq!(part.ty(), if is_whole { ty } else { PackedType::F32 });
+            let mut decoded = vec![0f32; rows * columns.len()];
+            part.dequantize_rows(0..rows, &mut decoded).unwrap();
+            let expected: Vec<f32> =
+                whole.chunks(cols).flat_map(|row| row[columns.clone()].to_vec()).collect();
+            assert_eq!(decoded, expected, "{ty:?} {columns:?}");
+        }
+        // A part of a part, whose bytes begin inside the whole's.
+        let row = some.select_rows(2..3).unwrap();
+        assert_eq!(row.row(0).unwrap(), w.row(3).unwrap());
+        assert!(w.select_rows(4..6).is_err());
+        assert!(w.select_columns(700..769).is_err());
+    }
+}
+
+#[test]
 fn linear_takes_any_leading_dimensions_and_strides() {
     let mut rng = ChaCha8Rng::seed_from_u64(SEED + 6);
     let (w, _) = weight(PackedType::Q8_0, 5, 64, &mut rng);

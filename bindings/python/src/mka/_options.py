@@ -104,6 +104,12 @@ class EngineOptions(TypedDict, total=False):
     """What memory does not store twice, and what not at all."""
     reembed: float
     """Takes another embedder over than the store's, working this share of the time, above 0 and at most 1."""
+    tensor_parallel: bool
+    """Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as torchrun sets them.
+
+    All of them make the same calls in the same order, each on its own device (`LOCAL_RANK`'s card, if `device` is left
+    out) and with a memory folder of its own: process `n` puts `.n` behind the path.
+    """
     quiet: bool
     """Shows no progress bar while files are fetched."""
 

@@ -3613,6 +3613,11 @@ public struct EngineConfig: Equatable, Hashable {
      */
     public var reembed: Float?
     /**
+     * Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as torchrun sets them:
+     * all of them make the same calls in the same order.
+     */
+    public var tensorParallel: Bool
+    /**
      * Shows no progress bar while files are fetched.
      */
     public var quiet: Bool
@@ -3669,6 +3674,10 @@ public struct EngineConfig: Equatable, Hashable {
          * Takes another embedder over than the one that the store was made with, working this share of the time.
          */reembed: Float? = nil,
         /**
+         * Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as torchrun sets them:
+         * all of them make the same calls in the same order.
+         */tensorParallel: Bool = false,
+        /**
          * Shows no progress bar while files are fetched.
          */quiet: Bool = false) {
         self.model = model
@@ -3687,6 +3696,7 @@ public struct EngineConfig: Equatable, Hashable {
         self.encryptionKey = encryptionKey
         self.hygiene = hygiene
         self.reembed = reembed
+        self.tensorParallel = tensorParallel
         self.quiet = quiet
     }
 
@@ -3722,6 +3732,7 @@ public struct FfiConverterTypeEngineConfig: FfiConverterRustBuffer {
                 encryptionKey: FfiConverterOptionData.read(from: &buf),
                 hygiene: FfiConverterOptionTypeHygiene.read(from: &buf),
                 reembed: FfiConverterOptionFloat.read(from: &buf),
+                tensorParallel: FfiConverterBool.read(from: &buf),
                 quiet: FfiConverterBool.read(from: &buf)
         )
     }
@@ -3743,6 +3754,7 @@ public struct FfiConverterTypeEngineConfig: FfiConverterRustBuffer {
         FfiConverterOptionData.write(value.encryptionKey, into: &buf)
         FfiConverterOptionTypeHygiene.write(value.hygiene, into: &buf)
         FfiConverterOptionFloat.write(value.reembed, into: &buf)
+        FfiConverterBool.write(value.tensorParallel, into: &buf)
         FfiConverterBool.write(value.quiet, into: &buf)
     }
 }

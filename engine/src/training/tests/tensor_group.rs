@@ -1,9 +1,8 @@
 //! Tensor parallelism: threads that share one model behind the collective of processes.
 
 use super::*;
-use crate::training::collective::{Collective, TcpCollective};
-use crate::training::placement::Placement;
-use crate::training::tensor_group::{TensorGroup, divide};
+use crate::parallel::{Collective, Placement, TcpCollective, TensorGroup};
+use crate::training::tensor_group::divide;
 use crate::training::{StepReport, Trainer, merge, read_log};
 use crate::{Error, ErrorKind};
 use std::time::{Duration, Instant};
@@ -346,12 +345,12 @@ fn what_processes_cannot_share_is_refused_by_name() {
         (
             2,
             &|config: &mut TrainingConfig| shape(config, 3, 3, 32),
-            "train.tensor_parallel: 2, expected a divisor of the 3 key/value heads",
+            "tensor_parallel: 2, expected a divisor of the 3 key/value heads",
         ),
         (
             2,
             &|config: &mut TrainingConfig| shape(config, 2, 2, 33),
-            "train.tensor_parallel: 2, expected a divisor of the 33 columns inside the MLP",
+            "tensor_parallel: 2, expected a divisor of the 33 columns inside the MLP",
         ),
         (
             2,
@@ -362,7 +361,7 @@ fn what_processes_cannot_share_is_refused_by_name() {
                 config.memory.kind = MemoryKind::None;
                 config.memory.window_tokens = 0;
             },
-            "train.tensor_parallel: 2, expected 1 with latent attention",
+            "tensor_parallel: 2, expected 1 with latent attention",
         ),
         (
             2,
@@ -370,7 +369,7 @@ fn what_processes_cannot_share_is_refused_by_name() {
                 shape(config, 2, 2, 32);
                 config.memory.recalled_vector = true;
             },
-            "train.tensor_parallel: 2, expected 1 with memory.recalled_vector",
+            "tensor_parallel: 2, expected 1 with memory.recalled_vector",
         ),
         (
             2,

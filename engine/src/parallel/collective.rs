@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-/// Processes that train one model on different data.
+/// Processes that train one model on different data, or share one model.
 ///
 /// Every process calls the same operations in the same order; results are the same bits on each.
 pub trait Collective: Send {
@@ -71,8 +71,20 @@ pub fn group_from_env(device: Device) -> Result<Option<Box<dyn Collective>>> {
     Ok(Some(Box::new(group)))
 }
 
+/// Where this process's model runs: the card of LOCAL_RANK, as torchrun and its like number the processes of a machine;
+/// without it, or on a machine without cards, [`Device::auto`].
+///
+/// # Errors
+/// If LOCAL_RANK is no number.
+pub fn local_device() -> Result<Device> {
+    match std::env::var("LOCAL_RANK") {
+        Ok(local) if Device::available().len() > 1 => format!("cuda:{local}").parse(),
+        _ => Ok(Device::auto()),
+    }
+}
+
 /// One process alone.
-pub(super) struct Alone;
+pub(crate) struct Alone;
 
 impl Collective for Alone {
     fn rank(&self) -> usize {
@@ -203,7 +215,7 @@ impl TcpCollective {
 #[cfg(test)]
 impl TcpCollective {
     /// `world_size` of them for the threads of one process, on a port that nobody else has.
-    pub(super) fn of_threads(world_size: usize) -> Result<Vec<Self>> {
+    pub(crate) fn of_threads(world_size: usize) -> Result<Vec<Self>> {
         let listener = listen("127.0.0.1", 0)?;
         let at = listener.local_addr().map_err(|source| failed("local address".into(), source))?;
         let others: Vec<Self> = (1..world_size)

@@ -1,11 +1,12 @@
 //! Which part of a tensor a process holds where several share one model: a table by name.
 //! Knows no process and no value.
 
-use super::parameters::RATES;
+/// The name of the learned rates.
+pub(crate) const RATES: &str = "rates.logit";
 
 /// Where a tensor lies, and what its gradient on one process is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Placement {
+pub(crate) enum Placement {
     /// On every process, with the whole gradient on each.
     Whole,
     /// On every process, each with the part of the gradient that its own heads or columns give.
@@ -19,7 +20,7 @@ impl Placement {
     ///
     /// Query, key and value heads and the columns of the MLP's inner width are split: rows of what makes them, columns of
     /// what reads them. An adapter's matrix on the narrow side is shared: each process sees it through its own part.
-    pub(super) fn of(name: &str) -> Self {
+    pub(crate) fn of(name: &str) -> Self {
         if name == RATES {
             return Self::Shared;
         }
@@ -44,7 +45,7 @@ impl Placement {
     }
 
     /// The dimension that is split; none for what every process holds.
-    pub(super) fn split(self) -> Option<usize> {
+    pub(crate) fn split(self) -> Option<usize> {
         match self {
             Self::Split(dim) => Some(dim),
             Self::Whole | Self::Shared => None,

@@ -1,0 +1,304 @@
+//! Processes that share one model: the answers of one process, and what becomes of a group whose processes part.
+
+use crate::{finish, pages, tiny_model, training, trip, wait};
+use mka::parallel::{Collective, TcpCollective};
+use mka::training::Trainer;
+use mka::{
+    Engine, ErrorKind, Event, FeedOptions, MemoryConfig, ModelSource, PageRule, RecallPolicy,
+    SendOptions, Session,
+};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Where a child works, and what it does.
+const FOLDER: &str = "MKA_PARALLEL_TEST_FOLDER";
+const SCRIPT: &str = "MKA_PARALLEL_TEST_SCRIPT";
+const PROCESSES: usize = 2;
+
+fn config() -> MemoryConfig {
+    let mut config = pages::config(RecallPolicy::Both);
+    config.recall_k = 2;
+    config
+}
+
+/// A folder with a model in f32 whose gates are open: what a run from the tiny model writes.
+fn folder() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = training::config(folder.path());
+    config.memory.initial_gate = 0.5;
+    config.train.steps = 2;
+    Trainer::open(config).unwrap().run(&mut |_| ()).unwrap();
+    folder
+}
+
+/// An engine over `folder`, alone or with the processes that the environment names.
+fn open(folder: &Path) -> Engine {
+    let builder = Engine::builder(folder.join("store"))
+        .model(ModelSource::path(folder.join("run/model")))
+        .memory(config());
+    let builder = match TcpCollective::from_env().unwrap() {
+        Some(group) => builder.tensor_parallel(Box::new(group)),
+        None => builder,
+    };
+    builder.open_blocking().unwrap()
+}
+
+fn ask(chat: &mut Session, message: &str) {
+    let options = SendOptions::default().max_new_tokens(6);
+    match finish(chat.send_with(message, options)) {
+        Ok((text, usage)) => println!("said: answer {text:?} {}", usage.stream_tokens),
+        Err(error) => println!("said: error {:?}", error.kind()),
+    }
+}
+
+fn peek(chat: &mut Session) {
+    let logits = wait(chat.peek_logits("and")).unwrap();
+    let logits: Vec<String> = logits.iter().map(f32::to_string).collect();
+    println!("said: logits {}", logits.join(" "));
+}
+
+fn feed(chat: &mut Session) {
+    for part in 0..3 {
+        let items = part * 40..(part + 1) * 40;
+        let text: String = items.map(|i| format!("item {i} is {}. ", i * i % 97)).collect();
+        let summary = wait(chat.feed_with(text, FeedOptions::through_model()).finish()).unwrap();
+        println!("said: fed {}", summary.model_tokens);
+    }
+}
+
+/// What each script does in a session of its own process.
+fn run(script: &str, folder: &Path) {
+    let engine = open(folder);
+    let rank = std::env::var("RANK").map_or(0, |rank| rank.parse().unwrap());
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    match script {
+        "talk" => {
+            feed(&mut chat);
+            peek(&mut chat);
+            ask(&mut chat, "what is item 3");
+            ask(&mut chat, "and item 77");
+            peek(&mut chat);
+        }
+        // Opens the session again and goes on.
+        "again" => {
+            peek(&mut chat);
+            ask(&mut chat, "and item 100");
+        }
+        // The second process's caller leaves after the first token.
+        "leave" => {
+            let options = SendOptions::default().max_new_tokens(200);
+            let mut events = chat.send_with("tell me all", options);
+            let mut is_done = false;
+            while let Some(event) = events.next_blocking() {
+                match event.unwrap() {
+                    Event::Token(_) if rank == 1 => break,
+                    Event::Done(_) => is_done = true,
+                    _ => {}
+                }
+            }
+            drop(events);
+            println!("said: done {is_done}");
+            ask(&mut chat, "and item 5");
+            peek(&mut chat);
+        }
+        // The processes ask for different things, and then for the same.
+        "part" => {
+            ask(&mut chat, ["what is item 3", "what is item 4"][rank]);
+            ask(&mut chat, "what is item 5");
+        }
+        // The second process ends in the middle of an answer.
+        "die" => {
+            let options = SendOptions::default().max_new_tokens(200);
+            let mut events = chat.send_with("tell me all", options);
+            while let Some(event) = events.next_blocking() {
+                match event {
+                    Ok(Event::Token(_)) if rank == 1 => std::process::exit(0),
+                    Err(error) => println!("said: error {:?}", error.kind()),
+                    _ => {}
+                }
+            }
+        }
+        other => panic!("script {other}"),
+    }
+}
+
+fn child() -> bool {
+    let Some(folder) = std::env::var_os(FOLDER) else { return false };
+    run(&std::env::var(SCRIPT).unwrap(), Path::new(&folder));
+    true
+}
+
+/// What `processes` of them print.
+fn together(test: &str, folder: &Path, script: &str, processes: usize) -> Vec<Vec<String>> {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let start = |rank: usize| -> Child {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "--nocapture", test])
+            .env(FOLDER, folder)
+            .env(SCRIPT, script)
+            .env("RANK", rank.to_string())
+            .env("WORLD_SIZE", processes.to_string())
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", port.to_string())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap()
+    };
+    let children: Vec<Child> = (0..processes).map(start).collect();
+    let said = children.into_iter().map(|child| {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{script}: {}", output.status);
+        let text = String::from_utf8(output.stdout).unwrap();
+        // The runner's own words may stand before the first.
+        let line = |line: &str| Some(line.split_once("said: ")?.1.to_owned());
+        text.lines().filter_map(line).collect()
+    });
+    said.collect()
+}
+
+/// Lines of logits are near each other, all others are the same.
+fn assert_alike(one: &[String], other: &[String]) {
+    assert_eq!(one.len(), other.len(), "{one:?} {other:?}");
+    for (a, b) in one.iter().zip(other) {
+        let numbers = |line: &str| -> Option<Vec<f32>> {
+            let rest = line.strip_prefix("logits ")?;
+            Some(rest.split(' ').map(|x| x.parse().unwrap()).collect())
+        };
+        match (numbers(a), numbers(b)) {
+            (Some(a), Some(b)) => {
+                let off = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+                println!("logits off by {off}");
+                assert!(a.len() == b.len() && off <= 1e-3, "logits off by {off}");
+            }
+            _ => assert_eq!(a, b),
+        }
+    }
+}
+
+#[test]
+fn processes_that_share_a_model_answer_as_one_does_and_go_on_after_a_restart() {
+    let name =
+        "parallel::processes_that_share_a_model_answer_as_one_does_and_go_on_after_a_restart";
+    if child() {
+        return;
+    }
+    let folders = [folder(), folder()];
+    for script in ["talk", "again", "again"] {
+        let alone = together(name, folders[0].path(), script, 1);
+        let shared = together(name, folders[1].path(), script, PROCESSES);
+        assert!(alone[0].len() >= 2, "{alone:?}");
+        assert_alike(&alone[0], &shared[0]);
+        // Among themselves they have the same bits.
+        assert_eq!(shared[0], shared[1]);
+    }
+}
+
+#[test]
+fn a_turn_that_one_process_did_not_commit_is_taken_back_in_all() {
+    let name = "parallel::a_turn_that_one_process_did_not_commit_is_taken_back_in_all";
+    if child() {
+        return;
+    }
+    let folder = folder();
+    let copy = |from: &str, to: &str| {
+        let (from, to) = (folder.path().join(from), folder.path().join(to));
+        let _ = std::fs::remove_dir_all(&to);
+        let copied = Command::new("cp").arg("-r").args([&from, &to]).status().unwrap();
+        assert!(copied.success());
+    };
+    let before = together(name, folder.path(), "talk", PROCESSES);
+    // The second process ends between the first one's commit and its own.
+    copy("store.1", "kept");
+    together(name, folder.path(), "again", PROCESSES);
+    copy("kept", "store.1");
+    let after = together(name, folder.path(), "again", PROCESSES);
+    assert_eq!(after[0], after[1]);
+    assert_eq!((before[0].len(), after[0].len()), (7, 2));
+    assert!(after[0][1].starts_with("answer "), "{after:?}");
+    // And stays so: nothing is taken back twice.
+    let again = together(name, folder.path(), "again", PROCESSES);
+    assert_eq!(again[0], again[1]);
+    assert!(again[0][1].starts_with("answer "), "{again:?}");
+}
+
+#[test]
+fn a_caller_who_leaves_one_process_ends_the_turn_in_all() {
+    let name = "parallel::a_caller_who_leaves_one_process_ends_the_turn_in_all";
+    if child() {
+        return;
+    }
+    let folder = folder();
+    let said = together(name, folder.path(), "leave", PROCESSES);
+    assert_eq!(said[0], said[1]);
+    assert_eq!(said[0].len(), 3, "{said:?}");
+    assert_eq!(said[0][0], "done false");
+    assert!(said[0][1].starts_with("answer "), "{said:?}");
+}
+
+#[test]
+fn processes_that_part_are_told_so_and_can_go_on() {
+    let name = "parallel::processes_that_part_are_told_so_and_can_go_on";
+    if child() {
+        return;
+    }
+    let folder = folder();
+    let said = together(name, folder.path(), "part", PROCESSES);
+    assert_eq!(said[0], said[1]);
+    assert_eq!(said[0][0], "error Incompatible");
+    assert!(said[0][1].starts_with("answer "), "{said:?}");
+}
+
+#[test]
+fn a_process_that_dies_ends_the_turn_of_the_others_with_an_error() {
+    let name = "parallel::a_process_that_dies_ends_the_turn_of_the_others_with_an_error";
+    if child() {
+        return;
+    }
+    let folder = folder();
+    let start = Instant::now();
+    let said = together(name, folder.path(), "die", PROCESSES);
+    assert_eq!(said, [vec!["error Device".to_owned()], Vec::new()]);
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+}
+
+/// A group that nothing is asked of.
+struct Pair;
+
+impl Collective for Pair {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world_size(&self) -> usize {
+        2
+    }
+
+    fn all_reduce_sum(&mut self, _: &mut [f32]) -> mka::Result<()> {
+        panic!("expected a refusal before the first sum")
+    }
+}
+
+#[test]
+fn what_processes_cannot_do_alike_is_refused_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    let builder = || Engine::builder(&path).tensor_parallel(Box::new(Pair));
+    let model = || ModelSource::path(tiny_model());
+    let mut one_choice = config();
+    one_choice.pages.rule = PageRule::InfLlm;
+    for (builder, expected) in [
+        (builder(), "expected an engine with a model"),
+        (builder().model(model()).reembed(0.5), "no embedding in the background"),
+        (builder().model(model()).memory(one_choice), "got InfLlm"),
+    ] {
+        let error = builder.open_blocking().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.to_string().contains(expected), "{error}");
+        assert!(!path.exists());
+    }
+}

@@ -306,8 +306,8 @@ pub struct EngineConfig {
     /// Takes another embedder over than the one that the store was made with, working this share of the time.
     #[uniffi(default)]
     pub reembed: Option<f32>,
-    /// Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as torchrun sets them:
-    /// all of them make the same calls in the same order.
+    /// Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name: all
+    /// of them make the same calls in the same order.
     #[uniffi(default)]
     pub tensor_parallel: bool,
     /// Shows no progress bar while files are fetched.

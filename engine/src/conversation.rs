@@ -18,6 +18,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use xxhash_rust::xxh3::Xxh3;
 
+/// Turns that processes which share a model take back at most to hold the same: more than two commits of a feed.
+const MOST_TAKEN_BACK: u64 = 1024;
+/// Turns of the log that are read at once.
+const TURNS_AT_ONCE: usize = 256;
 /// Tokens that the repetition penalty looks back on.
 const RECENT_TOKENS: usize = 256;
 
@@ -105,7 +109,7 @@ impl Conversation {
         if !model.decoder.group.is_alone() {
             let there = restored.as_ref().and_then(|restored| restored.as_ref().ok());
             let position = there.map_or(u64::MAX, |(cache, _)| cache.position());
-            if let Some(end) = conversation.differs(position)? {
+            if let Some(end) = conversation.common_end(position)? {
                 conversation.refill(end, false)?;
                 conversation.commit(Vec::new(), &[], Some(end))?;
                 return Ok(conversation);
@@ -139,27 +143,62 @@ impl Conversation {
     /// u64::MAX for none) tells.
     ///
     /// # Errors
-    /// `Incompatible` if the turns that they hold are not the same.
-    fn differs(&self, position: u64) -> Result<Option<TurnId>> {
+    /// `Incompatible` if they differ by more than a commit that not all of them made, or one cannot read its log.
+    fn common_end(&self, position: u64) -> Result<Option<TurnId>> {
         let group = &self.shared.model("session")?.decoder.group;
-        let num_turns = self.shared.store.num_turns(&self.scope)?;
-        let turns = self.shared.store.turns(&self.scope, 0..num_turns)?;
-        let live: Vec<&Turn> = turns.iter().filter(|turn| !turn.retracted).collect();
-        let common = group.least(live.len() as u64)? as usize;
-        let mut hash = Xxh3::new();
-        for turn in &live[..common] {
-            hash.update(turn.text.as_bytes());
-            turn.tokens.iter().for_each(|token| hash.update(&token.to_le_bytes()));
+        let read = self.beginnings();
+        if !group.all(read.is_ok(), || 0)? {
+            let elsewhere = || {
+                let what = format!("session {}: another process cannot read its log", self.scope);
+                Error::new(ErrorKind::Incompatible, what)
+            };
+            return Err(read.err().unwrap_or_else(elsewhere));
         }
-        group.agree(&[("the session's log", hash.digest())])?;
-        let here = live.len() == common && (position != u64::MAX || common == 0);
+        let beginnings = read?;
+        let (least, most) = group.range(beginnings.len() as u64)?;
+        // The longest beginning that all of them hold, by halves.
+        let (mut common, mut differs) = (0, least + 1);
+        while common + 1 < differs {
+            let middle = (common + differs) / 2;
+            match group.same(beginnings[middle as usize - 1].1)? {
+                true => common = middle,
+                false => differs = middle,
+            }
+        }
+        if most - common > MOST_TAKEN_BACK || common == 0 && most > 0 {
+            return Err(Error::new(
+                ErrorKind::Incompatible,
+                format!(
+                    "session {}: the processes hold the same {common} turns of {least} to {most}, expected the same log in the folder of each",
+                    self.scope
+                ),
+            ));
+        }
         // A snapshot at another place is another stream, even where the log is the same.
-        let least = group.least(position)?;
-        let most = u64::MAX - group.least(u64::MAX - position)?;
-        if group.all(here && least == most, common as u64)? {
+        let has_snapshot = position != u64::MAX || common == 0;
+        let same = group.same(position)? && has_snapshot && beginnings.len() as u64 == common;
+        if group.all(same, || common)? {
             return Ok(None);
         }
-        Ok(Some(live.get(common).map_or(num_turns, |turn| turn.id)))
+        let after = beginnings.get(common as usize).map(|(turn, _)| *turn);
+        Ok(Some(after.map_or_else(|| self.shared.store.num_turns(&self.scope), Ok)?))
+    }
+
+    /// The turns that were not taken back, each with a hash of all up to it.
+    fn beginnings(&self) -> Result<Vec<(TurnId, u64)>> {
+        let num_turns = self.shared.store.num_turns(&self.scope)?;
+        let (mut hash, mut beginnings) = (Xxh3::new(), Vec::new());
+        for from in (0..num_turns).step_by(TURNS_AT_ONCE) {
+            let to = num_turns.min(from + TURNS_AT_ONCE as u64);
+            let turns = self.shared.store.turns(&self.scope, from..to)?;
+            for turn in turns.iter().filter(|turn| !turn.retracted) {
+                hash.update(turn.text.as_bytes());
+                turn.tokens.iter().for_each(|token| hash.update(&token.to_le_bytes()));
+                hash.update(&(turn.text.len() as u64).to_le_bytes());
+                beginnings.push((turn.id, hash.digest()));
+            }
+        }
+        Ok(beginnings)
     }
 
     /// The same conversation as the session `scope`, which is made: what it holds now in memory and on the disk, and
@@ -394,7 +433,8 @@ impl Conversation {
 
     /// Goes back to what the store holds.
     pub(crate) fn reopen(&mut self) -> Result<()> {
-        *self = Self::open(self.shared.clone(), self.scope.clone())?;
+        let opened = Self::open(self.shared.clone(), self.scope.clone());
+        *self = opened.map_err(|error| self.shared.failed(error))?;
         Ok(())
     }
 
@@ -431,7 +471,7 @@ impl Conversation {
             let count = config.block_limit(cache.position(), cache.block_tokens()).min(rest.len());
             let (block, after) = rest.split_at(count);
             let position = cache.position();
-            if !model.decoder.group.all(go_on(), place(position, block))? {
+            if !model.decoder.group.all(go_on(), || place(position, block))? {
                 return Err(Error::cancelled("prefill"));
             }
             if let Some(pages) = cache.pages_mut() {
@@ -450,10 +490,10 @@ impl Conversation {
         Ok(last)
     }
 
-    /// Whether the caller has cancelled, or that of another process which shares the model.
-    pub(crate) fn is_cancelled(&self, here: bool) -> Result<bool> {
+    /// Whether the caller has cancelled, `here` or in another process that shares the model.
+    pub(crate) fn is_cancelled_anywhere(&self, here: bool) -> Result<bool> {
         match &self.shared.model {
-            Some(model) => Ok(!model.decoder.group.all(!here, self.position())?),
+            Some(model) => Ok(!model.decoder.group.all(!here, || self.position())?),
             None => Ok(here),
         }
     }

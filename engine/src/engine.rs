@@ -22,6 +22,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -347,6 +348,18 @@ impl Shared {
         }
     }
 
+    /// `error`, after which processes that share the model share it no more where they may not all have met it: none is
+    /// then waited for.
+    pub(crate) fn failed(&self, error: Error) -> Error {
+        use ErrorKind::{Cancelled, Incompatible, InvalidArgument, Locked, NotFound};
+        let is_everywhere =
+            matches!(error.kind(), Cancelled | Incompatible | InvalidArgument | Locked | NotFound);
+        if let Some(model) = self.model.as_ref().filter(|_| !is_everywhere) {
+            model.decoder.group.end();
+        }
+        error
+    }
+
     /// Tokens of `text`: by the model's tokenizer, or without a model an upper estimate of one for two bytes.
     pub(crate) fn count_tokens(&self, text: &str) -> Result<usize> {
         match &self.model {
@@ -389,7 +402,7 @@ impl EngineBuilder {
         self
     }
 
-    /// Where the model runs; [`Device::auto`] by default.
+    /// Where the model runs; [`Device::auto`] by default, or [`parallel::local_device`] where processes share the model.
     pub fn device(mut self, device: Device) -> Self {
         self.device = Some(device);
         self
@@ -448,9 +461,8 @@ impl EngineBuilder {
         self
     }
 
-    /// [`EngineBuilder::tensor_parallel`] with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as
-    /// torchrun sets them; alone where they name none. Opening waits for the others. Unless [`EngineBuilder::device`] says
-    /// otherwise, the model runs on the card of LOCAL_RANK.
+    /// [`EngineBuilder::tensor_parallel`] with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name;
+    /// alone where they name none. Opening waits for the others.
     pub fn tensor_parallel_from_env(mut self) -> Self {
         self.processes = Processes::Named;
         self
@@ -485,18 +497,17 @@ impl EngineBuilder {
         }
         let device = match (self.device, &self.processes) {
             (Some(device), _) => device,
-            (None, Processes::Named) => parallel::local_device()?,
-            (None, _) => Device::auto(),
+            (None, Processes::Alone) => Device::auto(),
+            (None, _) => parallel::local_device()?,
         };
         let processes = match self.processes {
             Processes::Given(processes) => Some(processes),
             Processes::Named => parallel::group_from_env(device)?,
             Processes::Alone => None,
         };
-        let group = processes.map_or_else(TensorGroup::alone, TensorGroup::new);
+        let group = processes.map_or_else(|| Ok(TensorGroup::alone()), TensorGroup::new)?;
         if !group.is_alone() {
-            let shared = self.model.is_some();
-            check_shared(&self.memory, shared, self.reembed_share.is_some())?;
+            check_shared(&self.memory, self.model.is_some(), self.reembed_share.is_some())?;
         }
         let mut progress = crate::hub::terminal_progress(self.quiet || group.index() > 0);
         let model = match &self.model {
@@ -529,7 +540,17 @@ impl EngineBuilder {
         if group.index() > 0 {
             path.push(format!(".{}", group.index()));
         }
+        group.agree(&[
+            ("the version", xxh3_64(env!("CARGO_PKG_VERSION").as_bytes())),
+            ("MemoryConfig", xxh3_64(format!("{:?}", self.memory).as_bytes())),
+            ("the embedder", xxh3_64(embedder.identity().as_bytes())),
+        ])?;
         let store = Store::open(Path::new(&path), embedder, options)?;
+        if !group.is_alone() && store.stats().turns_to_embed > 0 {
+            return Err(Error::invalid(
+                "open: tensor_parallel: a store that is not embedded to its end, expected it opened alone until it is",
+            ));
+        }
         let config = self.memory;
         let open = Mutex::new(HashMap::new());
         let released = Condvar::new();

@@ -236,7 +236,7 @@ impl Feeding<'_> {
     /// Commits what is taken in, and is `Cancelled` if the caller wants no more.
     fn commit_and_ask(&mut self, conversation: &mut Conversation) -> Result<()> {
         let go_on = self.commit(conversation, Await::Now)?;
-        match conversation.is_cancelled(!go_on)? {
+        match conversation.is_cancelled_anywhere(!go_on)? {
             true => Err(Error::cancelled("feed")),
             false => Ok(()),
         }

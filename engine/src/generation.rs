@@ -131,7 +131,7 @@ pub(crate) fn generate(
         if tokens.len() == limit {
             break Stop::MaxTokens;
         }
-        if conversation.is_cancelled(sink.is_cancelled())? {
+        if conversation.is_cancelled_anywhere(sink.is_cancelled())? {
             break Stop::Cancelled;
         }
         let mut logits = conversation.logits(&hidden)?;

@@ -116,7 +116,8 @@ impl MemoryHandle {
     pub async fn forget(&self, scope: &Scope, selector: Forget) -> Result<Receipt> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         offload("forget", move || {
-            let receipt = shared.store.forget(&scope, &selector)?;
+            let receipt = shared.store.forget(&scope, &selector);
+            let receipt = receipt.map_err(|error| shared.failed(error.into()))?;
             shared.forgets.fetch_add(1, Ordering::Release);
             Ok(receipt)
         })

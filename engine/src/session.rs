@@ -203,7 +203,7 @@ impl Session {
             }
             Err(error) => {
                 shared.release(&scope);
-                Err(error)
+                Err(shared.failed(error))
             }
         }
     }
@@ -228,6 +228,7 @@ impl Session {
             let mut conversation = live.lock()?;
             let saved = conversation.save();
             let result = send(&mut conversation, &message, &options, sink);
+            let result = result.map_err(|error| live.shared.failed(error));
             if result.is_err() {
                 conversation.take_back(&saved)?;
             }
@@ -244,6 +245,7 @@ impl Session {
             let mut conversation = live.lock()?;
             let saved = conversation.save();
             let result = regenerate(&mut conversation, &options, sink);
+            let result = result.map_err(|error| live.shared.failed(error));
             if result.is_err() {
                 conversation.take_back(&saved)?;
             }
@@ -263,7 +265,10 @@ impl Session {
     /// `NotFound` if the log does not reach to `turn`; `Storage`, `Corrupted`. The session then stands where it stood.
     pub fn rewind(&mut self, turn: TurnId) -> impl Future<Output = Result<()>> + Send + use<> {
         let live = self.live.clone();
-        offload("rewind", move || live.lock()?.rewind(turn))
+        offload("rewind", move || {
+            let result = live.lock()?.rewind(turn);
+            result.map_err(|error| live.shared.failed(error))
+        })
     }
 
     /// Begins the session `name` of the same user and agent as this one stands now: it knows every turn, goes on with the
@@ -309,6 +314,7 @@ impl Session {
                     if !is_cancelled(&error) {
                         tracing::warn!(%error, "feed stopped");
                     }
+                    let error = live.shared.failed(error);
                     conversation.reopen()?;
                     Err(error)
                 }
@@ -361,6 +367,7 @@ impl Session {
                 Some(hidden) => conversation.logits(&hidden),
                 None => Err(Error::invalid("peek_logits: text is empty, expected a token")),
             });
+            let logits = logits.map_err(|error| live.shared.failed(error));
             conversation.take_back(&saved)?;
             logits
         })
@@ -401,6 +408,8 @@ fn recall(
     hits.retain(|hit| hit.score >= floor);
     let quotations = Quotation::of(&hits, message, shared.config.quote);
     let (text, chosen) = quote::assemble(&quotations, budget, |text| shared.count_tokens(text))?;
+    // An index that is built in the background may find other hits in another process: the prompt is one.
+    let text = shared.model("recall")?.decoder.group.first_text(text)?;
     Ok((text, chosen.into_iter().map(|i| hits[i].clone()).collect()))
 }
 

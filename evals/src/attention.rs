@@ -1,16 +1,23 @@
 //! The attention benchmark: one decoder from scratch with each kind of attention, on the same text, tokens and steps.
-//! Knows no tensor; each kind and seed runs in a process of its own, so that peak memory is its own.
+//! Knows no tensor; each kind and seed runs in a process of its own, so that peak memory is its own, and is logged as it
+//! ends.
 
 use crate::curve::{self, Line};
 use crate::job::{self, Result};
+use crate::run::header;
+use crate::run::log::Log;
 use crate::training::Speed;
 use mka::training::{
     DecodeReport, Evaluation, LatentSettings, MemoryKind, Precision, ScratchSettings, StepReport,
     TrainMode, Trainer, TrainingConfig,
 };
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+
+/// The log of finished rows, in the folder.
+const FILE: &str = "rows.jsonl";
 
 /// A kind of attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
@@ -127,11 +134,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("{}", serde_json::to_string(&train(args, kind, seed.parse()?)?)?);
         return Ok(());
     }
-    std::fs::create_dir_all(&args.out)?;
+    std::fs::create_dir_all(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?;
+    let (log, done) = Log::open::<Row>(&args.out, FILE)?;
+    header::enter(&args.out, "attention", &header_of(args)?, header::start(None, 1))?;
     let mut rows: Vec<Row> = Vec::new();
     for seed in &args.seeds {
         for kind in &args.attention {
+            if let Some(row) = done.iter().find(|row| row.kind == *kind && row.seed == *seed) {
+                rows.push(row.clone());
+                continue;
+            }
             let row = spawn(&kind.name(), *seed)?;
+            log.append(&row)?;
             eprintln!(
                 "{} seed {seed}: perplexity {:.3}, {:.0} tokens/s",
                 kind.name(),
@@ -160,6 +174,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         ("step", "nats a token"),
         &lines,
     )
+}
+
+/// What the rows of a folder have in common: everything but which of them are asked for.
+fn header_of(args: &Args) -> Result<Value> {
+    let mut header = serde_json::to_value(args)?;
+    if let Some(header) = header.as_object_mut() {
+        header.retain(|key, _| !["attention", "seeds", "out"].contains(&key.as_str()));
+    }
+    Ok(header)
 }
 
 /// Runs this program again for one kind and seed, with the same arguments.
@@ -330,6 +353,21 @@ mod tests {
             assert!(row.losses.len() == 4 && row.train_loss.is_finite(), "{row:?}");
             assert!(row.decoding.decode_tokens_per_s > 0.0 && row.peak_bytes > 0, "{row:?}");
         }
+        // A second start takes what the first one finished.
+        std::fs::create_dir_all(&args.out).unwrap();
+        let (log, _) = Log::open::<Row>(&args.out, FILE).unwrap();
+        rows.iter().for_each(|row| log.append(row).unwrap());
+        drop(log);
+        run(&args).unwrap();
+        let json = std::fs::read_to_string(args.out.join("attention.json")).unwrap();
+        let written: Value = serde_json::from_str(&json).unwrap();
+        let kinds: Vec<&Value> =
+            written["rows"].as_array().unwrap().iter().map(|row| &row["kind"]).collect();
+        assert_eq!(kinds, ["mha", "mqa", "gqa", "mla", "mka", "fastmka"]);
+        // With other settings it is another run.
+        let other = Args { steps: 5, ..args.clone() };
+        let error = run(&other).unwrap_err().to_string();
+        assert!(error.contains("header.steps: 4 in the folder, 5 now"), "{error}");
         let table = table(&args, &rows);
         assert_eq!(table.lines().filter(|line| line.starts_with("| ")).count(), 7, "{table}");
     }

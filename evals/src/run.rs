@@ -17,7 +17,7 @@
 //! The header holds everything that changes a score or a time, and nothing else: a folder goes on only under an equal
 //! one.
 
-mod header;
+pub(crate) mod header;
 pub(crate) mod log;
 mod plot;
 pub(crate) mod summary;
@@ -67,7 +67,7 @@ pub(crate) fn run(
 ) -> Result<()> {
     let out = &options.out;
     std::fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
-    let (log, done) = Log::open(out)?;
+    let (log, done) = Log::open::<Record>(out, log::FILE)?;
     if !done.is_empty() && !header::exists(out) {
         return Err(format!("{}: samples without run.json, expected both", out.display()).into());
     }

@@ -139,7 +139,7 @@ struct Layer {
 /// A loaded model: weights in their stored type, everything computed in f32.
 ///
 /// Where processes share it, this one has its heads and its part of the MLP's inner width (Megatron-LM, arXiv 1909.08053,
-/// section 3): a layer sums over them after o and after down.
+/// section 3): a layer sums over them after o and after down, and in the router where a gate is open.
 pub(crate) struct Decoder {
     /// Heads and inner width are those of this process.
     pub(crate) config: DecoderConfig,

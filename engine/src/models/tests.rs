@@ -62,7 +62,7 @@ fn shared(
     std::thread::scope(|scope| {
         let load = &load;
         let run = move |place| {
-            let decoder = load(&TensorGroup::new(Box::new(place)))?;
+            let decoder = load(&TensorGroup::new(Box::new(place))?)?;
             let mut cache = Cache::new(decoder.cache_shape(128, 512), decoder.device()).unwrap();
             Ok(run(&decoder, &mut cache, tokens, blocks))
         };

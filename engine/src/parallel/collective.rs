@@ -124,7 +124,7 @@ const GREETING: Duration = Duration::from_secs(2);
 
 impl TcpCollective {
     /// Joins the group that RANK, WORLD_SIZE, MASTER_ADDR (127.0.0.1) and MASTER_PORT (29500) name; none without
-    /// WORLD_SIZE or where it is 1.
+    /// WORLD_SIZE or where it is 1. Under torchrun, whose store listens on MASTER_PORT, the port behind it is used.
     ///
     /// # Errors
     /// If a variable is no number or the others do not come within two minutes.
@@ -143,7 +143,9 @@ impl TcpCollective {
             Error::invalid(format!("environment: WORLD_SIZE {world_size} without RANK"))
         })?;
         let address = std::env::var("MASTER_ADDR").unwrap_or_else(|_| "127.0.0.1".into());
-        let port = number("MASTER_PORT")?.unwrap_or(29500);
+        // torchrun's own store listens on the port that it names: the next one is taken.
+        let is_taken = std::env::var("TORCHELASTIC_USE_AGENT_STORE").is_ok_and(|it| it == "True");
+        let port = number("MASTER_PORT")?.unwrap_or(29500) + usize::from(is_taken);
         Self::join(&address, port, rank, world_size).map(Some)
     }
 

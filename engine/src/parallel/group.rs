@@ -23,6 +23,21 @@ pub(crate) struct TensorGroup {
     collective: Arc<Mutex<Option<Box<dyn Collective>>>>,
 }
 
+/// What processes ask each other.
+#[derive(Clone, Copy)]
+enum Question {
+    GoOn,
+    Range,
+    First,
+}
+
+fn parted() -> Error {
+    Error::new(
+        ErrorKind::Incompatible,
+        "tensor group: the processes are not at the same place, expected the same calls in the same order on each",
+    )
+}
+
 /// 16 bits are one number in f32; the lowest first.
 fn words(value: u64) -> [f32; 4] {
     std::array::from_fn(|i| f32::from((value >> (16 * i)) as u16))
@@ -39,9 +54,17 @@ fn refused(size: usize, expected: &str) -> Error {
 
 impl TensorGroup {
     /// The processes of `collective`.
-    pub(crate) fn new(collective: Box<dyn Collective>) -> Self {
+    ///
+    /// # Errors
+    /// `InvalidArgument` if this process is none of them.
+    pub(crate) fn new(collective: Box<dyn Collective>) -> Result<Self> {
         let (index, size) = (collective.rank(), collective.world_size());
-        Self { index, size, collective: Arc::new(Mutex::new(Some(collective))) }
+        if index >= size {
+            return Err(Error::invalid(format!(
+                "tensor group: rank {index}, expected below the {size} processes"
+            )));
+        }
+        Ok(Self { index, size, collective: Arc::new(Mutex::new(Some(collective))) })
     }
 
     /// One process with the whole model.
@@ -132,28 +155,63 @@ impl TensorGroup {
         Ok(all)
     }
 
-    /// What each process says, in their order.
-    fn numbers(&self, mine: u64) -> Result<Vec<u64>> {
-        Ok(self.gather(&words(mine))?.as_chunks::<4>().0.iter().map(number).collect())
+    /// Ends the group for this process and so for the others, which see at once that its connections close.
+    pub(crate) fn end(&self) {
+        *self.collective.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// What each process says to `question`, in their order.
+    ///
+    /// # Errors
+    /// `Incompatible` if one is at another question: the group has then ended. As [`TensorGroup::sum`].
+    fn answers(&self, question: Question, mine: u64) -> Result<Vec<u64>> {
+        let mut said = vec![question as u8 as f32];
+        said.extend(words(mine));
+        let all = self.gather(&said)?;
+        let answers = all.as_chunks::<5>().0;
+        if answers.iter().any(|answer| answer[0] != said[0]) {
+            self.end();
+            return Err(parted());
+        }
+        Ok(answers.iter().map(|[_, words @ ..]| number(words)).collect())
     }
 
     /// Whether every process says yes, and is about to do the same: `what` is a hash of it.
     ///
     /// # Errors
-    /// `Incompatible` if one is about to do something else; as [`TensorGroup::sum`].
-    pub(crate) fn all(&self, yes: bool, what: u64) -> Result<bool> {
+    /// `Incompatible` in all if one is about to do something else; as [`TensorGroup::sum`].
+    pub(crate) fn all(&self, yes: bool, what: impl FnOnce() -> u64) -> Result<bool> {
         if self.is_alone() {
             return Ok(yes);
         }
         // The hash's last bit gives way to the answer, so that one exchange does for both.
-        let said = self.numbers(what >> 1 << 1 | u64::from(yes))?;
-        if said.iter().any(|other| other >> 1 != what >> 1) {
-            return Err(Error::new(
-                ErrorKind::Incompatible,
-                "tensor group: the processes do not run the same tokens at the same place, expected the same calls in the same order on each",
-            ));
+        let what = what() >> 1;
+        let said = self.answers(Question::GoOn, what << 1 | u64::from(yes))?;
+        if said.iter().any(|other| other >> 1 != what) {
+            return Err(parted());
         }
         Ok(said.iter().all(|said| said & 1 == 1))
+    }
+
+    /// Whether every process has the same `value`.
+    ///
+    /// # Errors
+    /// As [`TensorGroup::sum`].
+    pub(crate) fn same(&self, value: u64) -> Result<bool> {
+        let (least, most) = self.range(value)?;
+        Ok(least == most)
+    }
+
+    /// The least and the greatest `value` of any process.
+    ///
+    /// # Errors
+    /// As [`TensorGroup::sum`].
+    pub(crate) fn range(&self, value: u64) -> Result<(u64, u64)> {
+        if self.is_alone() {
+            return Ok((value, value));
+        }
+        let all = self.answers(Question::Range, value)?;
+        Ok(all.into_iter().fold((value, value), |(least, most), x| (least.min(x), most.max(x))))
     }
 
     /// The first process's `value`.
@@ -164,18 +222,26 @@ impl TensorGroup {
         if self.is_alone() {
             return Ok(value);
         }
-        Ok(self.numbers(value)?[0])
+        Ok(self.answers(Question::First, value)?[0])
     }
 
-    /// The least `value` of any process.
+    /// The first process's `text`.
     ///
     /// # Errors
     /// As [`TensorGroup::sum`].
-    pub(crate) fn least(&self, value: u64) -> Result<u64> {
+    pub(crate) fn first_text(&self, text: String) -> Result<String> {
         if self.is_alone() {
-            return Ok(value);
+            return Ok(text);
         }
-        Ok(self.numbers(value)?.into_iter().fold(value, u64::min))
+        let len = self.first(text.len() as u64)?;
+        let len = usize::try_from(len).map_err(|_| parted())?;
+        let mut bytes = vec![0.0; len];
+        if self.index == 0 {
+            bytes.iter_mut().zip(text.bytes()).for_each(|(byte, own)| *byte = f32::from(own));
+        }
+        self.call(|collective| collective.all_reduce_sum(&mut bytes))?;
+        let bytes = bytes.into_iter().map(|byte| byte as u8).collect();
+        String::from_utf8(bytes).map_err(|_| parted())
     }
 
     /// The sum of `value` over the processes, to the precision of two f32.

@@ -8,7 +8,7 @@
 //! ```no_run
 //! use mka::{Engine, ModelSource, Scope};
 //!
-//! // torchrun --no-python --nproc-per-node 2 ./chat
+//! // for rank in 0 1; do RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=2 MASTER_PORT=29500 ./chat & done; wait
 //! # async fn run() -> mka::Result<()> {
 //! let engine = Engine::builder("agent.mka") // the second process writes agent.mka.1
 //!     .model(ModelSource::path("model"))
@@ -21,13 +21,23 @@
 //! # }
 //! ```
 //!
-//! Every process makes the same calls in the same order, one stream at a time; each has its own memory folder, in which it
-//! remembers the same. Before each block of tokens they hold against each other what they are about to run: where they
-//! differ, the call ends with `Incompatible` in all. A stream that is cancelled or dropped in one process is cancelled in
-//! all. A process that fails or is gone ends the call of the others with an error, at once where its connections close and
-//! after two minutes else; the engine must then be opened again, in all. A turn that not every process committed is taken
-//! back when the session is opened. Times that [`SendOptions`](crate::SendOptions) leaves open are the first process's; what
-//! is remembered apart from sessions should be given its time.
+//! What that asks of a program:
+//!
+//! - Every process makes the same calls in the same order, one at a time: a stream is read to its end, or its session used
+//!   again, before anything else is called. Before each block of tokens the processes hold against each other what they are
+//!   about to run: where they differ, the call ends with `Incompatible` in all.
+//! - A process waits two minutes for the others, also for a caller that reads its stream more slowly than the others do.
+//! - A stream that is cancelled or dropped in one process is cancelled in all.
+//! - A failure that is one process's own (its disk, its device), and a process that is gone, end the group: calls of the
+//!   others end with an error, and the engine must be opened again in all. A card that waits in a sum of NCCL waits on: a
+//!   launcher that ends the processes of a job together has to end that.
+//! - Each process remembers the same in its own folder, with the same [`MemoryConfig`](crate::MemoryConfig) and embedder. A
+//!   turn that not every process committed is taken back when the session is opened: the window is then read again, pages
+//!   begin anew, and turns may have other numbers in each process. A folder that lacks the session is refused: for more
+//!   processes than before, copy the first one's folder.
+//! - Memories that a message recalls, and times that [`SendOptions`](crate::SendOptions) leaves open, are the first
+//!   process's; what is remembered apart from sessions should be given its time.
+//! - Prompts pass between the processes unencrypted: keep the port to the loopback or a private network.
 
 mod collective;
 mod group;

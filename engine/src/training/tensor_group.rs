@@ -28,11 +28,11 @@ pub(super) fn divide(
         return Ok((TensorGroup::alone(), world));
     }
     if size == processes {
-        return Ok((TensorGroup::new(world), Box::new(Alone)));
+        return Ok((TensorGroup::new(world)?, Box::new(Alone)));
     }
     let tensor = world.split(rank / size)?;
     let data = world.split(rank % size)?;
-    Ok((TensorGroup::new(tensor), data))
+    Ok((TensorGroup::new(tensor)?, data))
 }
 
 impl TensorGroup {

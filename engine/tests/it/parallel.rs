@@ -53,6 +53,12 @@ fn ask(chat: &mut Session, message: &str) {
     }
 }
 
+fn regenerate(chat: &mut Session) {
+    let options = SendOptions::default().max_new_tokens(8);
+    let (text, usage) = finish(chat.regenerate(options)).unwrap();
+    println!("said: again {text:?} {}", usage.stream_tokens);
+}
+
 fn peek(chat: &mut Session) {
     let logits = wait(chat.peek_logits("and")).unwrap();
     let logits: Vec<String> = logits.iter().map(f32::to_string).collect();
@@ -72,13 +78,35 @@ fn feed(chat: &mut Session) {
 fn run(script: &str, folder: &Path) {
     let engine = open(folder);
     let rank = std::env::var("RANK").map_or(0, |rank| rank.parse().unwrap());
-    let mut chat = engine.session_blocking(trip()).unwrap();
+    let mut chat = match engine.session_blocking(trip()) {
+        Ok(chat) => chat,
+        Err(error) => return println!("said: error {:?} {error}", error.kind()),
+    };
     match script {
         "talk" => {
             feed(&mut chat);
             peek(&mut chat);
             ask(&mut chat, "what is item 3");
             ask(&mut chat, "and item 77");
+            peek(&mut chat);
+            regenerate(&mut chat);
+            // Back to the documents.
+            wait(chat.rewind(3)).unwrap();
+            ask(&mut chat, "what is item 61");
+        }
+        "regenerate" => regenerate(&mut chat),
+        // The second process's caller wants no more of a document.
+        "cancel" => {
+            let text = "item 7 is 49. ".repeat(3000);
+            let mut feed = chat.feed_with(text, FeedOptions::through_model());
+            while let Some(event) = feed.next_blocking() {
+                match event {
+                    Ok(_) if rank == 1 => feed.canceller().cancel(),
+                    Ok(_) => {}
+                    Err(error) => println!("said: error {:?}", error.kind()),
+                }
+            }
+            ask(&mut chat, "and item 5");
             peek(&mut chat);
         }
         // Opens the session again and goes on.
@@ -198,32 +226,71 @@ fn processes_that_share_a_model_answer_as_one_does_and_go_on_after_a_restart() {
     }
 }
 
+/// Puts a copy of `from` in the place of `to`.
+fn copy(folder: &Path, from: &str, to: &str) {
+    let (from, to) = (folder.join(from), folder.join(to));
+    let _ = std::fs::remove_dir_all(&to);
+    let copied = Command::new("cp").arg("-r").args([&from, &to]).status().unwrap();
+    assert!(copied.success());
+}
+
 #[test]
 fn a_turn_that_one_process_did_not_commit_is_taken_back_in_all() {
     let name = "parallel::a_turn_that_one_process_did_not_commit_is_taken_back_in_all";
     if child() {
         return;
     }
+    for script in ["again", "regenerate"] {
+        let folder = folder();
+        together(name, folder.path(), "talk", PROCESSES);
+        // The second process ends between the first one's commit and its own.
+        copy(folder.path(), "store.1", "kept");
+        together(name, folder.path(), script, PROCESSES);
+        copy(folder.path(), "kept", "store.1");
+        // And stays so: nothing is taken back twice.
+        for _ in 0..2 {
+            let after = together(name, folder.path(), "again", PROCESSES);
+            assert_eq!(after[0], after[1], "{script}");
+            assert!(after[0].len() == 2 && after[0][1].starts_with("answer "), "{after:?}");
+        }
+    }
+}
+
+#[test]
+fn a_folder_that_lacks_the_session_is_refused_and_nothing_is_taken_back() {
+    let name = "parallel::a_folder_that_lacks_the_session_is_refused_and_nothing_is_taken_back";
+    if child() {
+        return;
+    }
     let folder = folder();
-    let copy = |from: &str, to: &str| {
-        let (from, to) = (folder.path().join(from), folder.path().join(to));
-        let _ = std::fs::remove_dir_all(&to);
-        let copied = Command::new("cp").arg("-r").args([&from, &to]).status().unwrap();
-        assert!(copied.success());
-    };
-    let before = together(name, folder.path(), "talk", PROCESSES);
-    // The second process ends between the first one's commit and its own.
-    copy("store.1", "kept");
-    together(name, folder.path(), "again", PROCESSES);
-    copy("kept", "store.1");
-    let after = together(name, folder.path(), "again", PROCESSES);
-    assert_eq!(after[0], after[1]);
-    assert_eq!((before[0].len(), after[0].len()), (7, 2));
-    assert!(after[0][1].starts_with("answer "), "{after:?}");
-    // And stays so: nothing is taken back twice.
-    let again = together(name, folder.path(), "again", PROCESSES);
-    assert_eq!(again[0], again[1]);
-    assert!(again[0][1].starts_with("answer "), "{again:?}");
+    together(name, folder.path(), "talk", 1);
+    copy(folder.path(), "store", "kept");
+    let refused = together(name, folder.path(), "again", PROCESSES);
+    for said in &refused {
+        assert!(said.len() == 1 && said[0].starts_with("error Incompatible"), "{refused:?}");
+        assert!(said[0].contains("the same 0 turns of 0 to"), "{refused:?}");
+    }
+    let after = together(name, folder.path(), "again", 1);
+    copy(folder.path(), "kept", "store");
+    assert_eq!(after, together(name, folder.path(), "again", 1));
+    // With a copy of the folder the log goes on in two.
+    copy(folder.path(), "store", "store.1");
+    let shared = together(name, folder.path(), "again", PROCESSES);
+    assert_eq!(shared[0], shared[1]);
+    assert!(shared[0][1].starts_with("answer "), "{shared:?}");
+}
+
+#[test]
+fn a_document_that_one_caller_cancels_is_cancelled_in_all() {
+    let name = "parallel::a_document_that_one_caller_cancels_is_cancelled_in_all";
+    if child() {
+        return;
+    }
+    let folder = folder();
+    let said = together(name, folder.path(), "cancel", PROCESSES);
+    assert_eq!(said[0], said[1]);
+    assert_eq!(said[0][0], "error Cancelled");
+    assert!(said[0][1].starts_with("answer "), "{said:?}");
 }
 
 #[test]

@@ -1,8 +1,9 @@
-//! The lines of a run: one JSON object a finished sample, appended as it ends.
+//! The lines of a run: one JSON object a finished sample, or whatever a run is made of, appended as it ends.
 //! Knows no benchmark and no table.
 
 use crate::job::Result;
 use crate::subject::Answer;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -67,12 +68,12 @@ impl Drop for Log {
 }
 
 impl Log {
-    /// Opens or creates the log in `folder`, cuts off the half line that a killed run left, and reads the rest.
+    /// Opens or creates the log `file` in `folder`, cuts off the half line that a killed run left, and reads the rest.
     ///
     /// # Errors
     /// If another run has it open, or a line within is damaged.
-    pub(crate) fn open(folder: &Path) -> Result<(Self, Vec<Record>)> {
-        let path = folder.join(FILE);
+    pub(crate) fn open<R: DeserializeOwned>(folder: &Path, file: &str) -> Result<(Self, Vec<R>)> {
+        let path = folder.join(file);
         let named = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
         let file = OpenOptions::new()
             .read(true)
@@ -109,7 +110,7 @@ pub(crate) fn read(folder: &Path) -> Result<Vec<Record>> {
     let path = folder.join(FILE);
     let named = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
     let text = std::fs::read(&path).map_err(|e| named(&e))?;
-    let mut records = parse(whole_lines(&text)).map_err(|e| named(&e))?;
+    let mut records: Vec<Record> = parse(whole_lines(&text)).map_err(|e| named(&e))?;
     records.sort_by(|a, b| a.key.cmp(&b.key));
     Ok(records)
 }
@@ -120,8 +121,8 @@ fn whole_lines(text: &[u8]) -> &[u8] {
     &text[..end]
 }
 
-/// The finished samples among the lines of `text`.
-fn parse(text: &[u8]) -> Result<Vec<Record>> {
+/// What is finished among the lines of `text`.
+fn parse<R: DeserializeOwned>(text: &[u8]) -> Result<Vec<R>> {
     let mut records = Vec::new();
     for (i, line) in text.split(|byte| *byte == b'\n').enumerate() {
         if line.is_empty() {

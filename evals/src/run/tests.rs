@@ -254,7 +254,7 @@ fn another_config_or_a_second_process_is_refused() {
     };
     assert!(again().contains("header.seed: 42 in the folder, 7 now"), "{}", again());
     assert_eq!(log, read(out.path(), log::FILE));
-    let held = Log::open(out.path()).unwrap();
+    let held = Log::open::<Record>(out.path(), log::FILE).unwrap();
     assert!(again().contains("another run has it open"), "{}", again());
     drop(held);
     std::fs::remove_file(out.path().join("run.json")).unwrap();

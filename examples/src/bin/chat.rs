@@ -28,8 +28,11 @@ struct Args {
     #[arg(long, default_value = "chat")]
     session: String,
     /// Where the model runs: auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    device: Device,
+    #[arg(long)]
+    device: Option<Device>,
+    /// With `--prompt`: share the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name.
+    #[arg(long, requires = "prompt")]
+    tensor_parallel: bool,
     /// Tokens attended exactly.
     #[arg(long, default_value_t = 2048)]
     window: usize,
@@ -47,12 +50,16 @@ struct Args {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
-    let engine = Engine::builder(&args.store)
+    let mut builder = Engine::builder(&args.store)
         .model(mka_examples::model(&args.model)?)
-        .device(args.device)
-        .memory(MemoryConfig::with_window(args.window))
-        .open()
-        .await?;
+        .memory(MemoryConfig::with_window(args.window));
+    if let Some(device) = args.device {
+        builder = builder.device(device);
+    }
+    if args.tensor_parallel {
+        builder = builder.tensor_parallel_from_env();
+    }
+    let engine = builder.open().await?;
     if args.usage {
         eprintln!("model {} on {}", engine.model_name().unwrap_or("none"), engine.device());
     }
@@ -97,6 +104,11 @@ fn options(args: &Args) -> SendOptions {
     SendOptions::default().sampling(sampling).max_new_tokens(args.max_new_tokens)
 }
 
+/// Whether another process is the first.
+fn is_another() -> bool {
+    std::env::var("RANK").is_ok_and(|rank| rank != "0")
+}
+
 /// A turn that failed is told; the conversation goes on.
 fn report(result: Result<(), Box<dyn std::error::Error>>) {
     if let Err(error) = result {
@@ -107,6 +119,8 @@ fn report(result: Result<(), Box<dyn std::error::Error>>) {
 async fn print(mut events: Events, args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     while let Some(event) = events.next().await {
         match event? {
+            // Every process that shares the model has the whole answer.
+            _ if args.tensor_parallel && is_another() => {}
             Event::Token(token) => {
                 print!("{}", token.text);
                 std::io::stdout().flush()?;

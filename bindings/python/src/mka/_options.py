@@ -105,7 +105,7 @@ class EngineOptions(TypedDict, total=False):
     reembed: float
     """Takes another embedder over than the store's, working this share of the time, above 0 and at most 1."""
     tensor_parallel: bool
-    """Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as torchrun sets them.
+    """Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name.
 
     All of them make the same calls in the same order, each on its own device (`LOCAL_RANK`'s card, if `device` is left
     out) and with a memory folder of its own: process `n` puts `.n` behind the path.

@@ -162,7 +162,7 @@ fn parts_of_a_tensor_make_the_whole() {
     ] {
         assert_eq!(Placement::of(name), placement, "{name}");
         together(2, |place| {
-            let group = TensorGroup::new(place);
+            let group = TensorGroup::new(place).unwrap();
             let part = group.part(name, &whole).unwrap();
             assert_eq!(group.whole_shape(name, part.dims()), [8, 6]);
             let bits = |x: &Tensor| -> Vec<u32> {
@@ -178,7 +178,7 @@ fn parts_of_a_tensor_make_the_whole() {
 fn what_differs_between_processes_is_named() {
     let errors = together(3, |place| {
         let hash = u64::from(place.rank() == 2) << 40;
-        TensorGroup::new(place).agree(&[("the same", 7), ("the gate", hash)]).unwrap_err()
+        TensorGroup::new(place).unwrap().agree(&[("the same", 7), ("the gate", hash)]).unwrap_err()
     });
     for error in errors {
         assert_eq!(error.kind(), ErrorKind::Incompatible);

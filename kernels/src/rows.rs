@@ -93,27 +93,47 @@ pub fn largest(values: &[f32], k: usize) -> Vec<u32> {
     if k == 0 {
         return Vec::new();
     }
-    let floor = sampled_floor(values, k);
-    let from = |floor: u32| -> Vec<u32> {
-        values.iter().map(|value| ordered(*value)).filter(|key| *key >= floor).collect()
-    };
-    let mut keys = from(floor);
-    if keys.len() < k {
-        keys = from(0);
+    let mut found = Vec::new();
+    reaching(values, sampled_floor(values, k), &mut found);
+    if found.len() < k {
+        found.clear();
+        reaching(values, 0, &mut found);
     }
+    let mut keys: Vec<u32> = found.iter().map(|(key, _)| *key).collect();
     let (larger, threshold, _) = keys.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
     let threshold = *threshold;
     let mut ties = k - larger.iter().filter(|key| **key > threshold).count();
     let mut indices = Vec::with_capacity(k);
-    for (i, value) in values.iter().enumerate() {
-        let key = ordered(*value);
+    for (key, index) in found {
         let tie = key == threshold && ties > 0;
         ties -= usize::from(tie);
         if tie || key > threshold {
-            indices.push(i as u32);
+            indices.push(index);
         }
     }
     indices
+}
+
+/// out[j] = Σ factors[i] · rows[i, j], added row by row: `rows` (factors, out).
+///
+/// # Panics
+/// If the lengths do not fit.
+pub fn sum_scaled(rows: &[f32], factors: &[f32], out: &mut [f32]) {
+    assert!(rows.len() == factors.len() * out.len(), "a row for each factor");
+    scaled_sum(rows, factors, out);
+}
+
+/// Asks for bytes that will be read soon, so that reading many places waits for memory once and not for each.
+#[inline]
+pub fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every x86-64 has the instruction, which reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }
 
 /// Values for each that is looked at to guess how large the largest are.
@@ -136,6 +156,40 @@ fn ordered(value: f32) -> u32 {
     let bits = value.to_bits();
     // All bits of a negative number turn round, and the sign of a positive one.
     bits ^ (((bits as i32) >> 31) as u32 | 1 << 31)
+}
+
+#[inline(always)]
+fn reaching_body(values: &[f32], floor: u32, found: &mut Vec<(u32, u32)>) {
+    for (values, first) in values.chunks(simd::LANES).zip((0u32..).step_by(simd::LANES)) {
+        let largest = values.iter().map(|value| ordered(*value)).fold(0, u32::max);
+        if largest < floor {
+            continue;
+        }
+        // Written whether it reaches or not, and counted where it does: no branch to guess.
+        let (mut own, mut count) = ([(0, 0); simd::LANES], 0);
+        for (value, index) in values.iter().zip(first..) {
+            own[count] = (ordered(*value), index);
+            count += usize::from(ordered(*value) >= floor);
+        }
+        found.extend_from_slice(&own[..count]);
+    }
+}
+
+multiversion! {
+    /// Of the values that reach `floor`, each as [`ordered`] has it and its index.
+    fn reaching = reaching_body(values: &[f32], floor: u32, found: &mut Vec<(u32, u32)>)
+}
+
+#[inline(always)]
+fn scaled_sum_body(rows: &[f32], factors: &[f32], out: &mut [f32]) {
+    out.fill(0.0);
+    for (row, factor) in rows.chunks_exact(out.len().max(1)).zip(factors) {
+        out.iter_mut().zip(row).for_each(|(out, x)| *out += x * factor);
+    }
+}
+
+multiversion! {
+    fn scaled_sum = scaled_sum_body(rows: &[f32], factors: &[f32], out: &mut [f32])
 }
 
 /// Numbers of type bf16, little-endian, as f32.
@@ -220,24 +274,34 @@ multiversion! {
 }
 
 #[inline(always)]
-fn exponentiate_below_body(scores: &mut [f32], max: f32, sum: &mut f32) {
+fn exponentiate_below_by<const FUSED: bool>(scores: &mut [f32], max: f32, sum: &mut f32) {
     let mut sums = [0f32; simd::LANES];
     let (chunks, rest) = scores.as_chunks_mut::<{ simd::LANES }>();
     for chunk in chunks {
         for lane in 0..simd::LANES {
-            chunk[lane] = simd::exp(chunk[lane] - max);
+            chunk[lane] = simd::exp_by::<FUSED>(chunk[lane] - max);
             sums[lane] += chunk[lane];
         }
     }
     for score in rest {
-        *score = simd::exp(*score - max);
+        *score = simd::exp_by::<FUSED>(*score - max);
         *sum += *score;
     }
     *sum += sums.iter().sum::<f32>();
 }
 
+#[inline(always)]
+fn exponentiate_below_body(scores: &mut [f32], max: f32, sum: &mut f32) {
+    exponentiate_below_by::<false>(scores, max, sum);
+}
+
+#[inline(always)]
+fn exponentiate_below_fused(scores: &mut [f32], max: f32, sum: &mut f32) {
+    exponentiate_below_by::<true>(scores, max, sum);
+}
+
 multiversion! {
-    fn exponentiate_below = exponentiate_below_body(scores: &mut [f32], max: f32, sum: &mut f32)
+    fn exponentiate_below = exponentiate_below_body | exponentiate_below_fused(scores: &mut [f32], max: f32, sum: &mut f32)
 }
 
 #[inline(always)]
@@ -360,6 +424,19 @@ mod tests {
         assert_eq!(exponentiate(&mut [], 0.0), 0.0);
         let mut unseen = [f32::NEG_INFINITY; 3];
         assert_eq!((exponentiate(&mut unseen, 0.0), unseen), (0.0, [0.0; 3]));
+    }
+
+    #[test]
+    fn a_scaled_sum_adds_row_by_row() {
+        for (n, len) in [(3, 100), (1, 7), (0, 5), (2, 0)] {
+            let (rows, factors) = (numbers(7, n * len), numbers(8, n));
+            let mut out = vec![7f32; len];
+            sum_scaled(&rows, &factors, &mut out);
+            for (j, sum) in out.iter().enumerate() {
+                let plain = (0..n).fold(0f32, |sum, i| sum + rows[i * len + j] * factors[i]);
+                assert_eq!(*sum, plain);
+            }
+        }
     }
 
     #[test]

@@ -29,17 +29,21 @@ pub(crate) fn level() -> Level {
     Level::Portable
 }
 
-/// Compiles one `#[inline(always)]` body for every level and calls the one that this processor has.
+/// Compiles one `#[inline(always)]` body for every level and calls the one that this processor has; given two, the second
+/// where multiplying and adding is one instruction.
 macro_rules! multiversion {
     ($(#[$meta:meta])* fn $name:ident = $body:ident($($arg:ident : $ty:ty),* $(,)?)) => {
+        $crate::simd::multiversion! { $(#[$meta])* fn $name = $body | $body($($arg : $ty),*) }
+    };
+    ($(#[$meta:meta])* fn $name:ident = $body:ident | $fused:ident($($arg:ident : $ty:ty),* $(,)?)) => {
         $(#[$meta])*
         pub(crate) fn $name($($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,popcnt")]
-            fn avx2($($arg: $ty),*) { $body($($arg),*) }
+            fn avx2($($arg: $ty),*) { $fused($($arg),*) }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx2,fma,popcnt")]
-            fn avx512($($arg: $ty),*) { $body($($arg),*) }
+            fn avx512($($arg: $ty),*) { $fused($($arg),*) }
             match $crate::simd::level() {
                 $crate::simd::Level::Portable => $body($($arg),*),
                 // SAFETY: `level` returns this variant only where the processor has the features.
@@ -88,19 +92,24 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// Written without branches and calls so that the loop around it becomes vector code.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
+    exp_by::<false>(x)
+}
+
+/// [`exp`], with `FUSED` by products and sums in one instruction, which the processor must have: without it each is a call.
+#[inline(always)]
+pub(crate) fn exp_by<const FUSED: bool>(x: f32) -> f32 {
+    let mul_add = |a: f32, b: f32, c: f32| if FUSED { a.mul_add(b, c) } else { a * b + c };
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer.
     let keep = if x < -87.0 { 0.0 } else { 1.0 };
     let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let shifted = mul_add(x, std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let r = mul_add(n, 2.121_944_4e-4, mul_add(n, -0.693_359_4, x));
     let mut poly = 1.987_569_1e-4;
-    poly = poly * r + 1.398_199_9e-3;
-    poly = poly * r + 8.333_452e-3;
-    poly = poly * r + 4.166_579_6e-2;
-    poly = poly * r + 1.666_666_5e-1;
-    poly = poly * r + 5e-1;
-    let value = poly * r * r + r + 1.0;
+    for term in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {
+        poly = mul_add(poly, r, term);
+    }
+    let value = mul_add(poly * r, r, r) + 1.0;
     // The low bits of `shifted` are n; a conversion and a checked sum would keep the loop from becoming vector code.
     let exponent = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     value * exponent * keep
@@ -115,7 +124,9 @@ mod tests {
         let mut x = -86.9f32;
         while x <= 0.0 {
             let exact = f64::from(x).exp();
-            assert!(((f64::from(exp(x)) - exact) / exact).abs() < 2.5e-7, "x = {x}");
+            for own in [exp(x), exp_by::<true>(x)] {
+                assert!(((f64::from(own) - exact) / exact).abs() < 2.5e-7, "x = {x}");
+            }
             x += 0.013;
         }
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);

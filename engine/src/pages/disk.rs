@@ -49,6 +49,20 @@ impl PageStore {
         self.source = Some(source);
     }
 
+    /// Notes that the wanted pages of the first `rows` are read now, in one walk; false where one of them must be brought
+    /// from the disk first.
+    pub(super) fn touch(&mut self, is_wanted: impl Fn(usize) -> bool, rows: usize) -> bool {
+        let used = self.tick();
+        let mut are_there = true;
+        // Rows and pages are in the same order, and every page has a row once its layers are in.
+        let pages = self.pages.values_mut().take(rows).enumerate();
+        for (_, stored) in pages.filter(|(row, _)| is_wanted(*row)) {
+            stored.used = used;
+            are_there &= stored.bytes.is_some() || !stored.durable;
+        }
+        are_there
+    }
+
     /// Reads the pages of index rows `wanted` (most wanted first) back into memory, as many as the budget has room for
     /// beside each other, and marks them as used.
     pub(super) fn bring(&mut self, wanted: &[usize]) {

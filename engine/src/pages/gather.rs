@@ -245,6 +245,15 @@ impl PageStore {
                 let (first, head) = (at / g * PAGE_TOKENS, at % g);
                 let [key_reader, value_reader] = [0, 1].map(|kind| self.reader(layer, kind, head));
                 let chosen = &selection.heads[head][first..num_tokens.min(first + PAGE_TOKENS)];
+                // Each token lies elsewhere in memory.
+                for token in chosen {
+                    let (row, offset) =
+                        (*token as usize / PAGE_TOKENS, *token as usize % PAGE_TOKENS);
+                    for reader in [&key_reader, &value_reader] {
+                        let bytes = reader.bytes(there[row].unwrap_or_default(), offset, 1);
+                        rows::prefetch(bytes.unwrap_or_default());
+                    }
+                }
                 let rows = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
                 for (i, (token, (key, value))) in chosen.iter().zip(rows).enumerate() {
                     let (row, offset) =

@@ -2,6 +2,7 @@
 //! `MKA_SCAN_FOLDER`.
 //! Knows the index and its scans, no store's budget.
 
+mod choice;
 mod intake;
 
 use super::index::{HeadIndex, SPAN};
@@ -9,7 +10,7 @@ use super::scan::{Scan, Taken, span_of};
 use super::selection::{OVER_FETCH, OVER_FETCH_BY_CODES};
 use super::signs::Planes;
 use super::tests::{cache, run_blocks};
-use super::vote::Queries;
+use super::vote::{Ballot, Queries};
 use super::{LandmarkScan, PageConfig};
 use crate::models::config::DecoderConfig;
 use crate::models::decoder::Decoder;
@@ -188,7 +189,11 @@ fn take(heads: &[HeadIndex], budget: usize, scan: LandmarkScan, queries: &Querie
     let (planes, rotation) = (Planes::new(D), Rotation::new(D));
     let (pages, rotation) = (heads[0].len(), Some(&rotation));
     let wanted = wanted(scan, budget);
-    Scan { heads, pages, pinned: &[], wanted, planes: &planes, rotation }.take(scan, queries)
+    Scan { heads, pages, pinned: &[], wanted, planes: &planes, rotation }.take(
+        scan,
+        queries,
+        &mut Ballot::default(),
+    )
 }
 
 /// Each query head's attention to every token, (GROUP, tokens).
@@ -296,6 +301,7 @@ fn time(keys: &Keys, asked: &Path, tokens: usize) {
     let queries = queries(asked, 2);
     let (planes, rotation) = (Planes::new(D), Rotation::new(D));
     let mut shortest = [Duration::MAX; SCANS.len()];
+    let mut ballot = Ballot::default();
     for turn in 0..6 {
         for (scan, shortest) in SCANS.iter().zip(&mut shortest) {
             let (pages, wanted) = (heads[0].len(), wanted(*scan, 2048));
@@ -303,7 +309,7 @@ fn time(keys: &Keys, asked: &Path, tokens: usize) {
             let scanned = Scan { heads: &heads, pages, pinned: &[], wanted, planes, rotation };
             let started = Instant::now();
             queries[turn..turn + 4].iter().for_each(|query| {
-                std::hint::black_box(scanned.take(*scan, query));
+                std::hint::black_box(scanned.take(*scan, query, &mut ballot));
             });
             *shortest = (*shortest).min(started.elapsed() / 4);
         }

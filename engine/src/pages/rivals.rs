@@ -6,7 +6,7 @@
 
 use super::PageRule;
 use super::store::{PageShape, PageStore};
-use super::vote::{Queries, soft_vote};
+use super::vote::{Ballot, Queries, soft_vote};
 use crate::error::Result;
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, rows};
@@ -229,16 +229,18 @@ impl PageStore {
         };
         let heads = queries.heads.iter().map(mean).collect();
         let mean = Queries { heads, count: 1, ..*queries };
-        let votes = soft_vote(&mean, &vec![rows * PAGE_TOKENS; g], |head, first, out| {
-            let reader = self.reader(layer, 0, head);
-            let pages = there[first / PAGE_TOKENS..].iter();
-            for (bytes, out) in pages.zip(out.chunks_mut(PAGE_TOKENS * d)) {
-                reader.read(bytes.unwrap_or_default(), 0, out);
-            }
-        });
+        let mut ballot = Ballot::default();
+        let votes =
+            soft_vote(&mean, &vec![rows * PAGE_TOKENS; g], &mut ballot, |head, first, out| {
+                let reader = self.reader(layer, 0, head);
+                let pages = there[first / PAGE_TOKENS..].iter();
+                for (bytes, out) in pages.zip(out.chunks_mut(PAGE_TOKENS * d)) {
+                    reader.read(bytes.unwrap_or_default(), 0, out);
+                }
+            });
         let mut sums = vec![0f32; rows * PAGE_TOKENS];
         for head in &votes {
-            sums.iter_mut().zip(&head.rows).for_each(|(sum, vote)| *sum += vote);
+            sums.iter_mut().zip(head.rows).for_each(|(sum, vote)| *sum += vote);
         }
         vec![rows::largest(&sums, budget); g]
     }

@@ -5,8 +5,8 @@
 use super::LandmarkScan;
 use super::index::{HeadIndex, MARKS, SPAN};
 use super::signs::{self, CENTRE_PAGES, Code, Planes};
-use super::vote::{Queries, Scored, Votes, vote_by_scores};
-use mka_kernels::key_codes::{Rotation, SignTables};
+use super::vote::{Ballot, Queries, Scored, Votes, vote_by_scores};
+use mka_kernels::key_codes::{CodeScorer, Rotation};
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -92,7 +92,12 @@ pub(super) fn scan_for(settled: LandmarkScan, pages: usize, wanted: usize) -> La
 
 impl Scan<'_> {
     /// The marks of most votes of each head by `scan`, whose coarser look or codes the index must have.
-    pub(super) fn take(&self, scan: LandmarkScan, queries: &Queries) -> Vec<Taken> {
+    pub(super) fn take(
+        &self,
+        scan: LandmarkScan,
+        queries: &Queries,
+        ballot: &mut Ballot,
+    ) -> Vec<Taken> {
         let num_marks = self.pages * PAGE_TOKENS / span_of(scan);
         if self.wanted >= num_marks {
             let marks: Vec<(u32, f32)> = (0..num_marks as u32).map(|mark| (mark, 1.0)).collect();
@@ -101,29 +106,34 @@ impl Scan<'_> {
         }
         let looked = match (scan, self.rotation) {
             (LandmarkScan::KeyCodes, Some(rotation)) => {
-                return self.by_key_codes(queries, rotation);
+                return self.by_key_codes(queries, rotation, ballot);
             }
-            (LandmarkScan::TwoLevel, _) => self.by_page_means(queries),
-            (LandmarkScan::SignHash, _) => self.by_signs(queries),
+            (LandmarkScan::TwoLevel, _) => self.by_page_means(queries, ballot),
+            (LandmarkScan::SignHash, _) => self.by_signs(queries, ballot),
             _ => self.all(),
         };
-        self.best(queries, &looked)
+        self.best(queries, &looked, ballot)
     }
 
     /// The keys of most votes where a score is what their codes tell of it.
-    fn by_key_codes(&self, queries: &Queries, rotation: &Rotation) -> Vec<Taken> {
+    fn by_key_codes(
+        &self,
+        queries: &Queries,
+        rotation: &Rotation,
+        ballot: &mut Ballot,
+    ) -> Vec<Taken> {
         let d = queries.d;
-        let table = |rows: &Vec<f32>| SignTables::new(&rotation.turned(rows), d);
-        let tables: Vec<SignTables> = queries.heads.par_iter().map(table).collect();
+        let scorer = |rows: &Vec<f32>| CodeScorer::new(&rotation.turned(rows), d);
+        let scorers: Vec<CodeScorer> = queries.heads.par_iter().map(scorer).collect();
         let num_rows = vec![self.pages * PAGE_TOKENS; self.heads.len()];
         // Blocks of rows are whole pages.
-        let votes = vote_by_scores(queries, &num_rows, |scored: Scored<'_>, _| {
+        let votes = vote_by_scores(queries, &num_rows, ballot, |scored: Scored<'_>, _| {
             let (first, count) = (scored.first / PAGE_TOKENS, scored.len / PAGE_TOKENS);
             let codes = self.heads[scored.head].key_codes(first, count, d);
-            tables[scored.head].score(scored.queries, codes, scored.scores, scored.len);
+            scorers[scored.head].score(scored.queries, codes, scored.scores, scored.len);
         });
         let taken = votes.into_par_iter().map(|votes| {
-            let mut by_key = Cow::Borrowed(&votes.rows);
+            let mut by_key = Cow::Borrowed(votes.rows);
             self.pinned.iter().for_each(|key| by_key.to_mut()[*key as usize] = f32::INFINITY);
             self.largest(&votes, &by_key, queries, |key| key)
         });
@@ -137,15 +147,15 @@ impl Scan<'_> {
     }
 
     /// The landmarks of the pages whose mean has most votes.
-    fn by_page_means(&self, queries: &Queries) -> Vec<Looked> {
+    fn by_page_means(&self, queries: &Queries, ballot: &mut Ballot) -> Vec<Looked> {
         let d = queries.d;
         let num_rows = vec![self.pages; self.heads.len()];
-        let votes = vote_by_scores(queries, &num_rows, |mut scored: Scored<'_>, keys| {
+        let votes = vote_by_scores(queries, &num_rows, ballot, |mut scored: Scored<'_>, keys| {
             let means = self.heads[scored.head].page_means_bytes(scored.first, scored.len, d);
             scored.score_pieces(&[means], queries, keys);
         });
         let looked = votes.par_iter().zip(self.heads).map(|(votes, index)| {
-            let open = rows::largest(&votes.rows, LEFT_BY_MEANS * self.wanted / MARKS);
+            let open = rows::largest(votes.rows, LEFT_BY_MEANS * self.wanted / MARKS);
             let marks = open.iter().flat_map(|page| {
                 let first = page * MARKS as u32;
                 first..first + MARKS as u32
@@ -160,12 +170,12 @@ impl Scan<'_> {
     }
 
     /// The landmarks of most votes where a score is what lengths and codes tell of it.
-    fn by_signs(&self, queries: &Queries) -> Vec<Looked> {
+    fn by_signs(&self, queries: &Queries, ballot: &mut Ballot) -> Vec<Looked> {
         let cosines = signs::cosines();
         let coded = |own: &Vec<f32>| self.planes.coded(own, queries.d).collect();
         let asked: Vec<Vec<(Code, f32)>> = queries.heads.iter().map(coded).collect();
         let num_rows = vec![self.pages * MARKS; self.heads.len()];
-        let votes = vote_by_scores(queries, &num_rows, |scored: Scored<'_>, _| {
+        let votes = vote_by_scores(queries, &num_rows, ballot, |scored: Scored<'_>, _| {
             let (codes, lengths) = self.heads[scored.head].codes(self.pages);
             let own = scored.first..scored.first + scored.len;
             let (codes, lengths) = (&codes[own.clone()], &lengths[own]);
@@ -176,7 +186,7 @@ impl Scan<'_> {
             }
         });
         let looked = votes.par_iter().zip(self.heads).map(|(votes, index)| {
-            let marks = rows::largest(&votes.rows, LEFT_BY_CODES * self.wanted);
+            let marks = rows::largest(votes.rows, LEFT_BY_CODES * self.wanted);
             Looked { marks: self.with_named(index, marks), means: None }
         });
         looked.collect()
@@ -193,7 +203,7 @@ impl Scan<'_> {
 
     /// Of the landmarks that are `looked` at, those of most votes: the landmarks, behind them the keys of outliers, and
     /// behind these the means of pages for all that they stand for, in one vote.
-    fn best(&self, queries: &Queries, looked: &[Looked]) -> Vec<Taken> {
+    fn best(&self, queries: &Queries, looked: &[Looked], ballot: &mut Ballot) -> Vec<Taken> {
         let d = queries.d;
         let num_keys: Vec<usize> =
             self.heads.iter().map(|head| head.outliers(self.pages).len() * SPAN).collect();
@@ -201,7 +211,7 @@ impl Scan<'_> {
         let num_rows: Vec<usize> = (0..self.heads.len())
             .map(|head| looked[head].marks.len() + num_keys[head] + means(head).len())
             .collect();
-        let votes = vote_by_scores(queries, &num_rows, |mut scored: Scored<'_>, keys| {
+        let votes = vote_by_scores(queries, &num_rows, ballot, |mut scored: Scored<'_>, keys| {
             let (head, end) = (scored.head, scored.first + scored.len);
             let own = &self.heads[head];
             let (first_key, first_mean) =
@@ -229,7 +239,13 @@ impl Scan<'_> {
         taken.map(|((votes, index), looked)| self.taken(&votes, index, looked, queries)).collect()
     }
 
-    fn taken(&self, votes: &Votes, index: &HeadIndex, looked: &Looked, queries: &Queries) -> Taken {
+    fn taken(
+        &self,
+        votes: &Votes<'_>,
+        index: &HeadIndex,
+        looked: &Looked,
+        queries: &Queries,
+    ) -> Taken {
         let marks = &looked.marks;
         let mut by_mark = votes.rows[..marks.len()].to_vec();
         let keys = votes.rows[marks.len()..].chunks_exact(SPAN);
@@ -250,7 +266,7 @@ impl Scan<'_> {
     /// Those that `votes_for` has most for, each by its name, and what the rest of the votes' sum is.
     fn largest(
         &self,
-        votes: &Votes,
+        votes: &Votes<'_>,
         votes_for: &[f32],
         queries: &Queries,
         name: impl Fn(u32) -> u32,
@@ -317,7 +333,11 @@ mod tests {
         let (planes, rotation) = (Planes::new(D), Rotation::new(D));
         heads.iter_mut().for_each(|head| head.prepare(scan, &planes, D));
         let rotation = Some(&rotation);
-        Scan { heads, pages, pinned, wanted, planes: &planes, rotation }.take(scan, queries)
+        Scan { heads, pages, pinned, wanted, planes: &planes, rotation }.take(
+            scan,
+            queries,
+            &mut Ballot::default(),
+        )
     }
 
     #[test]

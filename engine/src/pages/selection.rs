@@ -4,12 +4,13 @@
 use super::index::{MARKS, SPAN};
 use super::scan::{Scan, Taken, scan_for, settled, span_of};
 use super::store::PageStore;
-use super::vote::{Queries, Scored, Votes, vote_by_scores};
+use super::vote::{Ballot, Queries, Scored, Votes, vote_by_scores};
 use super::{LandmarkScan, PagePrecision, PageRule};
 use crate::error::Result;
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 /// Tokens chosen for each key/value head, as index row · PAGE_TOKENS + offset, ascending, equally many for each.
 pub(super) struct Selection {
@@ -49,7 +50,7 @@ impl PageStore {
 
     /// Queries as if they stood a window behind the keys, pooled and scaled: q̃ = RoPE(q, window), keys unrotated
     /// (TokenSelect and InfLLM). Distances beyond the window would be ones that the model never saw.
-    fn queries(&self, q: &Tensor) -> Result<Queries> {
+    pub(super) fn queries(&self, q: &Tensor) -> Result<Queries> {
         let (t, h, d) = q.dims3()?;
         let group = h / self.shape.num_kv_heads;
         let scale = 1.0 / (d as f32).sqrt();
@@ -81,23 +82,48 @@ impl PageStore {
     ) -> Selection {
         let settled = settled(self.config.scan, rows, self.rotation.is_some());
         let span = span_of(settled);
-        let per_page = PAGE_TOKENS / span;
         let pinned = self.pinned(rows, span);
-        let taken = self.scan(layer, queries, settled, (rows, budget), &pinned);
-        // The most wanted pages first, for a budget that cannot hold them all.
+        let mut ballot = std::mem::take(&mut self.ballot);
+        let taken = self.scan(layer, queries, settled, (rows, budget), &pinned, &mut ballot);
+        self.bring_of(&taken, rows, PAGE_TOKENS / span);
+        let marks = Marks { taken: &taken, pinned: &pinned, span };
+        let selection = self.re_rank(layer, queries, (rows, budget), &marks, &mut ballot);
+        ballot.shrink();
+        self.ballot = ballot;
+        selection
+    }
+
+    /// Brings the pages of `taken` marks, the most wanted first for a budget that cannot hold them all.
+    fn bring_of(&mut self, taken: &[Taken], rows: usize, marks_per_page: usize) {
         let mut votes_by_row = vec![0f32; rows];
-        for head in &taken {
+        for head in taken {
             for (mark, vote) in &head.marks {
-                let row = &mut votes_by_row[*mark as usize / per_page];
+                let row = &mut votes_by_row[*mark as usize / marks_per_page];
                 *row = row.max(*vote);
             }
+        }
+        if self.touch(|row| votes_by_row[row] > 0.0, rows) {
+            return;
         }
         let mut wanted: Vec<usize> = (0..rows).filter(|row| votes_by_row[*row] > 0.0).collect();
         wanted.sort_by(|a, b| votes_by_row[*b].total_cmp(&votes_by_row[*a]).then(a.cmp(b)));
         self.bring(&wanted);
+    }
 
+    /// Of the tokens of the marks that were taken, the `budget` of most votes by their exact scores.
+    fn re_rank(
+        &self,
+        layer: usize,
+        queries: &Queries,
+        (rows, budget): (usize, usize),
+        marks: &Marks<'_>,
+        ballot: &mut Ballot,
+    ) -> Selection {
+        let span = marks.span;
+        let per_page = PAGE_TOKENS / span;
         let there = self.bytes_by_row(rows);
-        let candidates: Vec<Vec<u32>> = taken
+        let candidates: Vec<Vec<u32>> = marks
+            .taken
             .iter()
             .map(|head| {
                 let marks = head.marks.iter().map(|(mark, _)| *mark);
@@ -105,7 +131,7 @@ impl PageStore {
             })
             .collect();
         let num_rows: Vec<usize> = candidates.iter().map(|marks| marks.len() * span).collect();
-        let votes = vote_by_scores(queries, &num_rows, |mut scored: Scored<'_>, keys| {
+        let votes = vote_by_scores(queries, &num_rows, ballot, |mut scored: Scored<'_>, keys| {
             let reader = self.reader(layer, 0, scored.head);
             let marks = &candidates[scored.head][scored.first / span..][..scored.len / span];
             // Marks side by side in a page are one run of its rows: (bytes, first row, rows).
@@ -115,14 +141,14 @@ impl PageStore {
                 let bytes = there[first / per_page].unwrap_or_default();
                 (bytes, first % per_page * span, run.len() * span)
             });
-            // Few queries score keys where they lie.
+            // Each run lies elsewhere in memory.
+            let of_run = |(bytes, first, count)| reader.bytes(bytes, first, count).unwrap_or(&[]);
+            runs.clone().for_each(|run| rows::prefetch(of_run(run)));
+            // Few queries score keys as they are stored.
             if queries.count == 1 && self.config.precision == PagePrecision::Bf16 {
-                let mut at = 0;
-                for (bytes, first, count) in runs {
-                    let run = reader.bytes(bytes, first, count).unwrap_or(&[]);
-                    scored.score_bf16(at, run, queries.d);
-                    at += count;
-                }
+                let mut own = Vec::with_capacity(scored.len * 2 * queries.d);
+                runs.for_each(|run| own.extend_from_slice(of_run(run)));
+                scored.score_bf16(0, &own, queries.d);
                 return;
             }
             keys.resize(scored.len * queries.d, 0.0);
@@ -138,21 +164,22 @@ impl PageStore {
         let heads = candidates
             .par_iter()
             .zip(&votes)
-            .map(|(marks, votes)| {
-                let mut token_votes = votes.rows.clone();
-                for mark in &pinned {
-                    if let Ok(at) = marks.binary_search(mark) {
-                        token_votes[at * span..(at + 1) * span].fill(f32::INFINITY);
+            .map(|(candidates, votes)| {
+                let mut token_votes = Cow::Borrowed(votes.rows);
+                for mark in marks.pinned {
+                    if let Ok(at) = candidates.binary_search(mark) {
+                        token_votes.to_mut()[at * span..(at + 1) * span].fill(f32::INFINITY);
                     }
                 }
                 let best = rows::largest(&token_votes, budget);
-                let token = |i: &u32| marks[*i as usize / span] * span as u32 + i % span as u32;
+                let token =
+                    |i: &u32| candidates[*i as usize / span] * span as u32 + i % span as u32;
                 let held: f32 = best.iter().map(|i| votes.rows[*i as usize]).sum();
                 (best.iter().map(token).collect::<Vec<u32>>(), held)
             })
             .collect::<Vec<_>>();
         if queries.count == 1 {
-            for ((_, held), (votes, taken)) in heads.iter().zip(votes.iter().zip(&taken)) {
+            for ((_, held), (votes, taken)) in heads.iter().zip(votes.iter().zip(marks.taken)) {
                 let share = |missed: &Vec<_>| recovered_share(*held, votes, missed, span);
                 recovered.extend(taken.missed.as_ref().map(share));
             }
@@ -173,6 +200,7 @@ impl PageStore {
         settled: LandmarkScan,
         (rows, budget): (usize, usize),
         pinned: &[u32],
+        ballot: &mut Ballot,
     ) -> Vec<Taken> {
         let wanted = match settled {
             LandmarkScan::KeyCodes => OVER_FETCH_BY_CODES * budget,
@@ -184,7 +212,7 @@ impl PageStore {
         }
         let (heads, rotation) = (&self.index[layer][..], self.rotation.as_ref());
         let planes = &self.planes;
-        Scan { heads, pages: rows, pinned, wanted, planes, rotation }.take(scan, queries)
+        Scan { heads, pages: rows, pinned, wanted, planes, rotation }.take(scan, queries, ballot)
     }
 
     /// Pinned marks of `span` keys among the first `rows` pages, as the index row's first mark and the mark in the page,
@@ -207,6 +235,13 @@ impl PageStore {
     }
 }
 
+/// What a scan left to be re-ranked, each mark `span` keys.
+struct Marks<'a> {
+    taken: &'a [Taken],
+    pinned: &'a [u32],
+    span: usize,
+}
+
 /// Reads keys or values of one layer and head out of a page's bytes.
 pub(super) struct RowReader {
     precision: PagePrecision,
@@ -217,7 +252,12 @@ pub(super) struct RowReader {
 
 impl RowReader {
     /// `count` rows from `first` on as they are stored; None where the page is not there.
-    fn bytes<'a>(&self, bytes: &'a [u8], first: usize, count: usize) -> Option<&'a [u8]> {
+    pub(super) fn bytes<'a>(
+        &self,
+        bytes: &'a [u8],
+        first: usize,
+        count: usize,
+    ) -> Option<&'a [u8]> {
         let at = self.at + first * self.row_bytes;
         bytes.get(at..at + count * self.row_bytes)
     }
@@ -251,7 +291,7 @@ fn evened(mut heads: Vec<Vec<u32>>) -> Vec<Vec<u32>> {
 
 /// Of the attention of one head's group to all stored tokens, the share that the chosen ones hold: their votes by the
 /// exact scores, less what stands behind the marks that were not taken, each for `span` tokens.
-fn recovered_share(held: f32, votes: &Votes, missed: &[(f32, f32)], span: usize) -> f32 {
+fn recovered_share(held: f32, votes: &Votes<'_>, missed: &[(f32, f32)], span: usize) -> f32 {
     let group = votes.last.len();
     let held = (held / group as f32).min(1.0);
     if missed.is_empty() {

@@ -9,6 +9,7 @@ use super::rivals::Following;
 use super::scan::settled;
 use super::shares::Tally;
 use super::signs::Planes;
+use super::vote::Ballot;
 use super::{LandmarkScan, PageConfig, PageRule};
 use crate::cache::SINK_PAGES;
 use candle_core::{Device, Tensor};
@@ -93,6 +94,8 @@ pub(crate) struct PageStore {
     pub(super) planes: Planes,
     /// Of the codes of keys; None where there are none.
     pub(super) rotation: Option<Rotation>,
+    /// Memory that one vote leaves to the next.
+    pub(super) ballot: Ballot,
     /// Queries (t, h, d) before RoPE with their layer, while a test asks for them.
     #[cfg(test)]
     pub(super) asked: Option<Vec<(usize, Tensor)>>,
@@ -128,6 +131,7 @@ impl PageStore {
                 _ => Planes::default(),
             },
             rotation: has_codes(&config, device).then(|| Rotation::new(shape.head_dim)),
+            ballot: Ballot::default(),
             #[cfg(test)]
             asked: None,
             config,

@@ -20,33 +20,85 @@ pub(super) struct Queries {
 }
 
 /// What the vote of one key/value head gave.
-pub(super) struct Votes {
+pub(super) struct Votes<'a> {
     /// One for each row: of the queries, the largest sum over the group's heads of their softmax.
-    pub(super) rows: Vec<f32>,
+    pub(super) rows: &'a [f32],
     /// Of the last query, for each head of the group: the largest score, and Σ e^(score - largest).
     pub(super) last: Vec<(f32, f32)>,
 }
 
+/// Memory of a vote, kept from one to the next: at 131,072 rows of three heads 6 MB, which would be asked of the system and
+/// filled with zeros for each layer's choice.
+#[derive(Default)]
+pub(super) struct Ballot {
+    weights: Vec<f32>,
+    votes: Vec<f32>,
+}
+
+/// Numbers that a ballot keeps: one query's of nine heads over 1,048,576 rows.
+const KEPT: usize = 9 << 20;
+
+impl Ballot {
+    /// Lets memory go that only the queries of a prompt's block need.
+    pub(super) fn shrink(&mut self) {
+        if self.weights.len() > KEPT {
+            *self = Self::default();
+        }
+    }
+}
+
+/// The first `count` numbers of `vector`, which grows where it must.
+fn room(vector: &mut Vec<f32>, count: usize) -> &mut [f32] {
+    if vector.len() < count {
+        *vector = vec![0.0; count];
+    }
+    &mut vector[..count]
+}
+
 /// Scores of one block of rows of one head, as e^(score - max) with the block's own maximum.
-struct Block {
+struct Block<'a> {
     head: usize,
     first: usize,
-    len: usize,
     /// (count · group, len).
-    weights: Vec<f32>,
+    weights: &'a mut [f32],
+    /// (len).
+    votes: &'a mut [f32],
     /// (count · group): maximum and sum.
     stats: Vec<(f32, f32)>,
 }
 
+/// The blocks of `num_rows[head]` rows of each head, scored by `per_row` queries.
+fn blocks_of<'a>(
+    num_rows: &[usize],
+    per_row: usize,
+    mut weights: &'a mut [f32],
+    mut votes: &'a mut [f32],
+) -> Vec<Block<'a>> {
+    let mut blocks = Vec::new();
+    for (head, rows) in num_rows.iter().enumerate() {
+        for first in (0..*rows).step_by(BLOCK_ROWS) {
+            let len = BLOCK_ROWS.min(rows - first);
+            let (own_weights, behind) = weights.split_at_mut(per_row * len);
+            weights = behind;
+            let (own_votes, behind) = votes.split_at_mut(len);
+            votes = behind;
+            let stats = vec![(0.0, 0.0); per_row];
+            blocks.push(Block { head, first, weights: own_weights, votes: own_votes, stats });
+        }
+    }
+    blocks
+}
+
 /// Votes over `num_rows[head]` rows of each head; `fill(head, first, out)` writes rows from `first` on as f32 (n, d), every
 /// number of `out`.
-pub(super) fn soft_vote(
+pub(super) fn soft_vote<'a>(
     queries: &Queries,
     num_rows: &[usize],
+    ballot: &'a mut Ballot,
     fill: impl Fn(usize, usize, &mut [f32]) + Sync,
-) -> Vec<Votes> {
+) -> Vec<Votes<'a>> {
     let d = queries.d;
-    vote_by_scores(queries, num_rows, |scored, keys| {
+    vote_by_scores(queries, num_rows, ballot, |scored, keys| {
         keys.resize(scored.len * d, 0.0);
         fill(scored.head, scored.first, keys);
         rows::score_rows(scored.queries, keys, d, scored.scores, scored.len);
@@ -100,73 +152,73 @@ impl Scored<'_> {
 }
 
 /// [`soft_vote`] by scores instead of rows; `score` gets the same vector again and again, for rows that it must widen.
-pub(super) fn vote_by_scores(
+pub(super) fn vote_by_scores<'a>(
     queries: &Queries,
     num_rows: &[usize],
+    ballot: &'a mut Ballot,
     score: impl Fn(Scored<'_>, &mut Vec<f32>) + Sync,
-) -> Vec<Votes> {
-    let tasks: Vec<(usize, usize, usize)> = num_rows
-        .iter()
-        .enumerate()
-        .flat_map(|(head, rows)| {
-            (0..*rows)
-                .step_by(BLOCK_ROWS)
-                .map(move |first| (head, first, BLOCK_ROWS.min(rows - first)))
-        })
-        .collect();
-    let blocks: Vec<Block> = tasks
+) -> Vec<Votes<'a>> {
+    let per_row = queries.count * queries.group;
+    let all: usize = num_rows.iter().sum();
+    let weights = room(&mut ballot.weights, all * per_row);
+    let votes = room(&mut ballot.votes, all);
+    let mut blocks = blocks_of(num_rows, per_row, weights, votes);
+    blocks.par_iter_mut().for_each_init(Vec::new, |keys: &mut Vec<f32>, block| {
+        let (head, first, len) = (block.head, block.first, block.votes.len());
+        let (queries, scores) = (&*queries.heads[head], &mut *block.weights);
+        score(Scored { head, first, len, queries, scores }, keys);
+        for (scores, stats) in block.weights.chunks_exact_mut(len).zip(&mut block.stats) {
+            let max = rows::maximum(scores);
+            *stats = (max, rows::exponentiate(scores, max));
+        }
+    });
+    let heads = 0..num_rows.len();
+    let totals: Vec<Vec<(f32, f32)>> = heads
         .into_par_iter()
-        .map_init(Vec::new, |keys: &mut Vec<f32>, (head, first, len)| {
-            let mut weights = vec![0f32; queries.count * queries.group * len];
-            let (queries, scores) = (&*queries.heads[head], &mut *weights);
-            score(Scored { head, first, len, queries, scores }, keys);
-            let stats = weights
-                .chunks_exact_mut(len)
-                .map(|scores| {
-                    let max = rows::maximum(scores);
-                    (max, rows::exponentiate(scores, max))
-                })
-                .collect();
-            Block { head, first, len, weights, stats }
+        .map(|head| {
+            let from = blocks.partition_point(|block| block.head < head);
+            let to = blocks.partition_point(|block| block.head <= head);
+            (0..per_row).map(|row| total(&blocks[from..to], row)).collect()
         })
         .collect();
-    let mut blocks = blocks.as_slice();
+    blocks.par_iter_mut().for_each_init(Vec::new, |sum: &mut Vec<f32>, block| {
+        count(queries, block, &totals[block.head], sum);
+    });
+    drop(blocks);
+    let mut rest = &ballot.votes[..all];
     let mut votes = Vec::with_capacity(num_rows.len());
-    for (head, num_rows) in num_rows.iter().enumerate() {
-        let (own, rest) = blocks.split_at(blocks.partition_point(|block| block.head <= head));
-        blocks = rest;
-        votes.push(count(queries, own, *num_rows));
+    for (num_rows, totals) in num_rows.iter().zip(totals) {
+        let (rows, behind) = rest.split_at(*num_rows);
+        rest = behind;
+        let last = totals[totals.len().saturating_sub(queries.group)..].to_vec();
+        votes.push(Votes { rows, last });
     }
     votes
 }
 
-/// Brings the blocks of one head to one maximum and counts.
-fn count(queries: &Queries, blocks: &[Block], num_rows: usize) -> Votes {
-    let group = queries.group;
-    let totals: Vec<(f32, f32)> = (0..queries.count * group)
-        .map(|row| {
-            let max = blocks.iter().fold(f32::NEG_INFINITY, |max, b| max.max(b.stats[row].0));
-            let parts = blocks.iter().map(|b| b.stats[row].1 * (b.stats[row].0 - max).exp());
-            (max, parts.sum())
-        })
-        .collect();
-    let mut votes = vec![0f32; num_rows];
-    let mut sum = [0f32; BLOCK_ROWS];
-    for block in blocks {
-        let counted = &mut votes[block.first..block.first + block.len];
-        for query in 0..queries.count {
-            let sum = &mut sum[..block.len];
-            sum.fill(0.0);
-            for row in query * group..(query + 1) * group {
-                let factor = (block.stats[row].0 - totals[row].0).exp() / totals[row].1;
-                let weights = &block.weights[row * block.len..(row + 1) * block.len];
-                sum.iter_mut().zip(weights).for_each(|(sum, weight)| *sum += weight * factor);
-            }
-            counted.iter_mut().zip(sum).for_each(|(vote, sum)| *vote = vote.max(*sum));
-        }
+/// The largest score of one query head over `blocks`, and the sum that its softmax divides by.
+fn total(blocks: &[Block<'_>], row: usize) -> (f32, f32) {
+    let max = blocks.iter().fold(f32::NEG_INFINITY, |max, b| max.max(b.stats[row].0));
+    let parts = blocks.iter().map(|b| b.stats[row].1 * (b.stats[row].0 - max).exp());
+    (max, parts.sum())
+}
+
+/// Brings a block's weights to the `totals` of its head and counts.
+fn count(queries: &Queries, block: &mut Block<'_>, totals: &[(f32, f32)], sum: &mut Vec<f32>) {
+    let (group, len) = (queries.group.max(1), block.votes.len());
+    let factor = |((max, _), (top, total)): (&(f32, f32), &(f32, f32))| (max - top).exp() / total;
+    let factors: Vec<f32> = block.stats.iter().zip(totals).map(factor).collect();
+    let mut queries = block.weights.chunks_exact(group * len).zip(factors.chunks_exact(group));
+    if let Some((weights, factors)) = queries.next() {
+        rows::sum_scaled(weights, factors, block.votes);
+    } else {
+        block.votes.fill(0.0);
     }
-    let last = totals[totals.len().saturating_sub(group)..].to_vec();
-    Votes { rows: votes, last }
+    sum.resize(len, 0.0);
+    for (weights, factors) in queries {
+        rows::sum_scaled(weights, factors, sum);
+        block.votes.iter_mut().zip(&*sum).for_each(|(vote, sum)| *vote = vote.max(*sum));
+    }
 }
 
 #[cfg(test)]
@@ -180,7 +232,8 @@ mod tests {
         let queries: Vec<f32> = (0..count * group * d).map(number).collect();
         let keys: Vec<f32> = (0..n * d).map(|i| number(i + 7)).collect();
         let given = Queries { heads: vec![queries.clone(), queries.clone()], count, group, d };
-        let votes = soft_vote(&given, &[n, 0], |_, first, out| {
+        let mut ballot = Ballot::default();
+        let votes = soft_vote(&given, &[n, 0], &mut ballot, |_, first, out| {
             out.copy_from_slice(&keys[first * d..first * d + out.len()]);
         });
         assert!(votes[1].rows.is_empty());
@@ -198,8 +251,18 @@ mod tests {
             }
             expected.iter_mut().zip(sum).for_each(|(e, s)| *e = e.max(s));
         }
-        for (vote, expected) in votes[0].rows.iter().zip(expected) {
+        for (vote, expected) in votes[0].rows.iter().zip(&expected) {
             assert!((f64::from(*vote) - expected).abs() < 1e-5);
         }
+        // What a vote before left in the ballot is not in the next one.
+        let few = soft_vote(&given, &[5, 700], &mut ballot, |_, first, out| {
+            out.copy_from_slice(&keys[first * d..first * d + out.len()]);
+        });
+        let few: Vec<Vec<f32>> = few.iter().map(|votes| votes.rows.to_vec()).collect();
+        let mut fresh = Ballot::default();
+        let again = soft_vote(&given, &[5, 700], &mut fresh, |_, first, out| {
+            out.copy_from_slice(&keys[first * d..first * d + out.len()]);
+        });
+        assert!(again.iter().zip(few).all(|(again, few)| again.rows == few));
     }
 }

@@ -5,8 +5,10 @@
 //! of that scan. Shapes: `d` the length of a row, `r` queries, `n` rows.
 
 mod few;
+mod largest;
 
 pub(crate) use few::{add_bf16_rows, add_rows, dot_rows, widen as widen_halves};
+pub use largest::largest;
 
 use crate::attention::matmul;
 use crate::simd::{self, multiversion};
@@ -82,38 +84,6 @@ pub fn maximum(values: &[f32]) -> f32 {
     max
 }
 
-/// Indices of the `k` largest of `values`, ascending by index; of equal values those of lower index.
-///
-/// Numbers are ordered as by [`f32::total_cmp`]. Cost: of a few among many, two passes and a selection among those that a
-/// sample tells to be large; else a selection among all.
-pub fn largest(values: &[f32], k: usize) -> Vec<u32> {
-    if k >= values.len() {
-        return (0..values.len() as u32).collect();
-    }
-    if k == 0 {
-        return Vec::new();
-    }
-    let mut found = Vec::new();
-    reaching(values, sampled_floor(values, k), &mut found);
-    if found.len() < k {
-        found.clear();
-        reaching(values, 0, &mut found);
-    }
-    let mut keys: Vec<u32> = found.iter().map(|(key, _)| *key).collect();
-    let (larger, threshold, _) = keys.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
-    let threshold = *threshold;
-    let mut ties = k - larger.iter().filter(|key| **key > threshold).count();
-    let mut indices = Vec::with_capacity(k);
-    for (key, index) in found {
-        let tie = key == threshold && ties > 0;
-        ties -= usize::from(tie);
-        if tie || key > threshold {
-            indices.push(index);
-        }
-    }
-    indices
-}
-
 /// out[j] = Σ factors[i] · rows[i, j], added row by row: `rows` (factors, out).
 ///
 /// # Panics
@@ -134,50 +104,6 @@ pub fn prefetch(bytes: &[u8]) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = bytes;
-}
-
-/// Values for each that is looked at to guess how large the largest are.
-const SAMPLED: usize = 16;
-
-/// What somewhat more than `k` of `values` are likely to reach, as [`ordered`] has it; 0 where a sample tells too little.
-fn sampled_floor(values: &[f32], k: usize) -> u32 {
-    // A third more than are wanted: of 64 in the sample eight are one deviation, of more it is less.
-    let rank = k * 4 / (3 * SAMPLED) + 16;
-    if rank * SAMPLED * 4 > values.len() {
-        return 0;
-    }
-    let mut sample: Vec<u32> = values.iter().step_by(SAMPLED).map(|x| ordered(*x)).collect();
-    *sample.select_nth_unstable_by(rank, |a, b| b.cmp(a)).1
-}
-
-/// The number as an integer that is ordered alike.
-#[inline(always)]
-fn ordered(value: f32) -> u32 {
-    let bits = value.to_bits();
-    // All bits of a negative number turn round, and the sign of a positive one.
-    bits ^ (((bits as i32) >> 31) as u32 | 1 << 31)
-}
-
-#[inline(always)]
-fn reaching_body(values: &[f32], floor: u32, found: &mut Vec<(u32, u32)>) {
-    for (values, first) in values.chunks(simd::LANES).zip((0u32..).step_by(simd::LANES)) {
-        let largest = values.iter().map(|value| ordered(*value)).fold(0, u32::max);
-        if largest < floor {
-            continue;
-        }
-        // Written whether it reaches or not, and counted where it does: no branch to guess.
-        let (mut own, mut count) = ([(0, 0); simd::LANES], 0);
-        for (value, index) in values.iter().zip(first..) {
-            own[count] = (ordered(*value), index);
-            count += usize::from(ordered(*value) >= floor);
-        }
-        found.extend_from_slice(&own[..count]);
-    }
-}
-
-multiversion! {
-    /// Of the values that reach `floor`, each as [`ordered`] has it and its index.
-    fn reaching = reaching_body(values: &[f32], floor: u32, found: &mut Vec<(u32, u32)>)
 }
 
 #[inline(always)]
@@ -357,7 +283,6 @@ multiversion! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reference;
     use candle_core::{Device, Tensor};
     use proptest::prelude::*;
 
@@ -476,45 +401,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn the_largest_are_those_of_a_full_sort(values in prop::collection::vec(-3i8..3, 0..60), k in 0usize..70) {
-            let values: Vec<f32> = values.into_iter().map(f32::from).collect();
-            prop_assert_eq!(largest(&values, k), reference::top_k(&values, k));
-        }
-
-        /// Few of many, as a sample tells them: in any order, equal ones among them, and in an order that deceives it.
-        #[test]
-        fn a_few_of_many_are_those_of_a_full_sort(
-            seed: u32,
-            n in 2_000u32..5_000,
-            kinds in 1u32..3_000,
-            k in 0usize..300,
-            is_periodic: bool,
-        ) {
-            let value = |i: u32| match is_periodic {
-                true => (i % SAMPLED as u32) as f32,
-                false => (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 7) as f32 % kinds as f32,
-            };
-            let values: Vec<f32> = (0..n).map(value).collect();
-            prop_assert_eq!(largest(&values, k), reference::top_k(&values, k));
-        }
-
-        /// Any bits: numbers far apart and side by side, infinities, both zeros and no numbers.
-        #[test]
-        fn the_largest_of_any_numbers_are_those_of_a_full_sort(
-            values in prop::collection::vec(any::<u32>(), 0..60),
-            near in prop::collection::vec(0u32..9, 0..60),
-            k in 0usize..130,
-        ) {
-            let near = near.into_iter().map(|by| 0x3f80_0000 - 4 + by);
-            let values: Vec<f32> = values.into_iter().chain(near).map(f32::from_bits).collect();
-            let mut expected: Vec<u32> = (0..values.len() as u32).collect();
-            expected.sort_by(|a, b| values[*b as usize].total_cmp(&values[*a as usize]).then(a.cmp(b)));
-            expected.truncate(k);
-            expected.sort_unstable();
-            prop_assert_eq!(largest(&values, k), expected);
-        }
-
         #[test]
         fn the_maximum_is_that_of_a_fold(values in prop::collection::vec(any::<f32>(), 0..60)) {
             let expected = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -95,10 +95,11 @@ impl PageStore {
 
     /// Brings the pages of `taken` marks, the most wanted first for a budget that cannot hold them all.
     fn bring_of(&mut self, taken: &[Taken], rows: usize, marks_per_page: usize) {
+        let (row_of, _) = places(marks_per_page);
         let mut votes_by_row = vec![0f32; rows];
         for head in taken {
             for (mark, vote) in &head.marks {
-                let row = &mut votes_by_row[*mark as usize / marks_per_page];
+                let row = &mut votes_by_row[row_of(*mark)];
                 *row = row.max(*vote);
             }
         }
@@ -121,13 +122,15 @@ impl PageStore {
     ) -> Selection {
         let span = marks.span;
         let per_page = PAGE_TOKENS / span;
+        // A page has 64 marks or 8, so that the mark's page and its place there are some of its bits.
+        let (row_of, place_of) = places(per_page);
         let there = self.bytes_by_row(rows);
         let candidates: Vec<Vec<u32>> = marks
             .taken
             .iter()
             .map(|head| {
                 let marks = head.marks.iter().map(|(mark, _)| *mark);
-                marks.filter(|mark| there[*mark as usize / per_page].is_some()).collect()
+                marks.filter(|mark| there[row_of(*mark)].is_some()).collect()
             })
             .collect();
         let num_rows: Vec<usize> = candidates.iter().map(|marks| marks.len() * span).collect();
@@ -135,19 +138,19 @@ impl PageStore {
             let reader = self.reader(layer, 0, scored.head);
             let marks = &candidates[scored.head][scored.first / span..][..scored.len / span];
             // Marks side by side in a page are one run of its rows: (bytes, first row, rows).
-            let is_next = |a: &u32, b: &u32| a + 1 == *b && !(*b as usize).is_multiple_of(per_page);
-            let runs = marks.chunk_by(is_next).map(|run| {
-                let first = run[0] as usize;
-                let bytes = there[first / per_page].unwrap_or_default();
-                (bytes, first % per_page * span, run.len() * span)
-            });
+            let is_next = |a: &u32, b: &u32| a + 1 == *b && place_of(*b) > 0;
+            let of_run = |run: &[u32]| {
+                let bytes = there[row_of(run[0])].unwrap_or_default();
+                (bytes, place_of(run[0]) * span, run.len() * span)
+            };
+            let runs: Vec<_> = marks.chunk_by(is_next).map(of_run).collect();
             // Each run lies elsewhere in memory.
-            let of_run = |(bytes, first, count)| reader.bytes(bytes, first, count).unwrap_or(&[]);
-            runs.clone().for_each(|run| rows::prefetch(of_run(run)));
+            let bytes_of = |(bytes, first, count)| reader.bytes(bytes, first, count).unwrap_or(&[]);
+            runs.iter().for_each(|run| rows::prefetch(bytes_of(*run)));
             // Few queries score keys as they are stored.
             if queries.count == 1 && self.config.precision == PagePrecision::Bf16 {
                 let mut own = Vec::with_capacity(scored.len * 2 * queries.d);
-                runs.for_each(|run| own.extend_from_slice(of_run(run)));
+                runs.iter().for_each(|run| own.extend_from_slice(bytes_of(*run)));
                 scored.score_bf16(0, &own, queries.d);
                 return;
             }
@@ -277,6 +280,13 @@ impl RowReader {
             None => out.fill(0.0),
         }
     }
+}
+
+/// What tells the page of a mark, and its place there, where each page has `per_page` of them, a power of two: a division
+/// for each of thousands would take longer than their scores.
+fn places(per_page: usize) -> (impl Fn(u32) -> usize + Copy, impl Fn(u32) -> usize + Copy) {
+    let (bits, last) = (per_page.trailing_zeros(), per_page as u32 - 1);
+    (move |mark| (mark >> bits) as usize, move |mark| (mark & last) as usize)
 }
 
 /// Heads share positions and page lengths, so each takes as many tokens as the poorest has.

@@ -61,7 +61,7 @@ impl LevelTables {
         Self { levels, scales, d }
     }
 
-    /// As [`super::SignTables::score`].
+    /// As [`super::SignTables::score`], where [`LevelTables::fits`].
     pub(super) fn score(&self, queries: &[f32], codes: &[u8], scores: &mut [f32], stride: usize) {
         let (d, bytes) = (self.d, coded_bytes(self.d));
         let n = codes.len() / bytes * super::CENTRE_KEYS;

@@ -148,11 +148,15 @@ impl Conversation {
         let group = &self.shared.model("session")?.decoder.group;
         let read = self.beginnings();
         if !group.all(read.is_ok(), || 0)? {
-            let elsewhere = || {
-                let what = format!("session {}: another process cannot read its log", self.scope);
-                Error::new(ErrorKind::Incompatible, what)
-            };
-            return Err(read.err().unwrap_or_else(elsewhere));
+            // Every process hears of it, and the group goes on with its other sessions.
+            let what = |who| format!("session {}: {who} cannot read its log", self.scope);
+            return Err(match read.err() {
+                Some(error) => {
+                    let what = format!("{}: {error}", what("this process"));
+                    Error::new(ErrorKind::Incompatible, what).with_source(error)
+                }
+                None => Error::new(ErrorKind::Incompatible, what("another process")),
+            });
         }
         let beginnings = read?;
         let (least, most) = group.range(beginnings.len() as u64)?;
@@ -165,7 +169,9 @@ impl Conversation {
                 false => differs = middle,
             }
         }
-        if most - common > MOST_TAKEN_BACK || common == 0 && most > 0 {
+        // A missed commit leaves out an end of the log, or the last answer's successor.
+        let is_missed = least - common <= 1 && most - common <= MOST_TAKEN_BACK;
+        if !is_missed || common == 0 && most > 0 {
             return Err(Error::new(
                 ErrorKind::Incompatible,
                 format!(
@@ -406,6 +412,7 @@ impl Conversation {
     /// `NotFound` if the log does not reach to `turn`. After an error the session stands where it stood.
     pub(crate) fn rewind(&mut self, turn: TurnId) -> Result<()> {
         let num_turns = self.shared.store.num_turns(&self.scope)?;
+        self.check_place(turn, num_turns)?;
         if turn > num_turns {
             return Err(Error::new(
                 ErrorKind::NotFound,
@@ -420,10 +427,31 @@ impl Conversation {
             None => Ok(()),
         };
         let done = filled.and_then(|()| self.commit(Vec::new(), &[], Some(turn)).map(drop));
-        if done.is_err() {
-            self.reopen()?;
+        done.map_err(|error| {
+            let error = self.shared.failed(error);
+            let undone = self.reopen();
+            self.shared.cause(error, undone)
+        })
+    }
+
+    /// Refuses a `turn` that is another place in the log of another process: after an alignment they may count apart.
+    fn check_place(&self, turn: TurnId, num_turns: TurnId) -> Result<()> {
+        let Some(model) = self.shared.model.as_ref().filter(|m| !m.decoder.group.is_alone()) else {
+            return Ok(());
+        };
+        let before = match turn > num_turns {
+            true => u64::MAX,
+            false => self.beginnings()?.iter().filter(|(id, _)| *id < turn).count() as u64,
+        };
+        match model.decoder.group.same(before)? {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::Incompatible,
+                format!(
+                    "rewind: turn {turn} is not the same turn in each process, expected one that is"
+                ),
+            )),
         }
-        done
     }
 
     /// Whether anything of the store was forgotten since it was read.

@@ -348,6 +348,16 @@ impl Shared {
         }
     }
 
+    /// What to tell of `error`, after which everything was taken back, or was not.
+    pub(crate) fn cause(&self, error: Error, undone: Result<()>) -> Error {
+        let Err(undone) = undone else { return error };
+        match &self.model {
+            // A group that has ended says so at the next call; what ended it is the news.
+            Some(model) if !model.decoder.group.is_alone() => error,
+            _ => undone,
+        }
+    }
+
     /// `error`, after which processes that share the model share it no more where they may not all have met it: none is
     /// then waited for.
     pub(crate) fn failed(&self, error: Error) -> Error {

@@ -121,7 +121,8 @@ pub enum Prefill {
 pub struct PageConfig {
     /// Tokens that each key/value head recalls, rounded up to whole pages of 64.
     pub tokens: usize,
-    /// Bytes of host memory for the stored pages of one session and their index; beyond it the least used pages stay
+    /// Bytes of host memory for the stored pages of one session and their index, beside 4 for each query head and stored token
+    /// where the processor chooses; beyond it the least used pages stay
     /// on disk alone (as far as `MemoryConfig::evicted_page_bytes` allows), or the oldest are let go.
     pub bytes: u64,
     /// Bytes of the model's own device, where that is not the processor, for the stored pages of one session: as long as

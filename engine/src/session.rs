@@ -228,11 +228,11 @@ impl Session {
             let mut conversation = live.lock()?;
             let saved = conversation.save();
             let result = send(&mut conversation, &message, &options, sink);
-            let result = result.map_err(|error| live.shared.failed(error));
-            if result.is_err() {
-                conversation.take_back(&saved)?;
-            }
-            Ok(result?.map(Event::Done))
+            let done = result.map_err(|error| {
+                let error = live.shared.failed(error);
+                live.shared.cause(error, conversation.take_back(&saved))
+            });
+            Ok(done?.map(Event::Done))
         });
         self.live.begun(events.canceller());
         events
@@ -245,11 +245,11 @@ impl Session {
             let mut conversation = live.lock()?;
             let saved = conversation.save();
             let result = regenerate(&mut conversation, &options, sink);
-            let result = result.map_err(|error| live.shared.failed(error));
-            if result.is_err() {
-                conversation.take_back(&saved)?;
-            }
-            Ok(result?.map(Event::Done))
+            let done = result.map_err(|error| {
+                let error = live.shared.failed(error);
+                live.shared.cause(error, conversation.take_back(&saved))
+            });
+            Ok(done?.map(Event::Done))
         });
         self.live.begun(events.canceller());
         events
@@ -315,8 +315,7 @@ impl Session {
                         tracing::warn!(%error, "feed stopped");
                     }
                     let error = live.shared.failed(error);
-                    conversation.reopen()?;
-                    Err(error)
+                    Err(live.shared.cause(error, conversation.reopen()))
                 }
             }
         });

@@ -136,7 +136,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     std::fs::create_dir_all(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?;
     let (log, done) = Log::open::<Row>(&args.out, FILE)?;
-    header::enter(&args.out, "attention", &header_of(args)?, header::start(None, 1))?;
+    if !done.is_empty() && !header::exists(&args.out) {
+        return Err(format!("{}: rows without run.json, expected both", args.out.display()).into());
+    }
+    let start = header::start(None, 1);
+    let revisions = header::enter(&args.out, "attention", &header_of(args)?, start)?.join(", ");
     let mut rows: Vec<Row> = Vec::new();
     for seed in &args.seeds {
         for kind in &args.attention {
@@ -155,9 +159,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             rows.push(row);
         }
     }
-    let header = serde_json::json!({"revision": job::revision(), "settings": args, "rows": rows});
+    let header = serde_json::json!({"revision": revisions, "settings": args, "rows": rows});
     std::fs::write(args.out.join("attention.json"), serde_json::to_string_pretty(&header)?)?;
-    let table = table(args, &rows);
+    let table = table(args, &revisions, &rows);
     std::fs::write(args.out.join("attention.md"), &table)?;
     print!("{table}");
     let lines: Vec<Line> = rows
@@ -277,10 +281,9 @@ fn train(args: &Args, kind: Kind, seed: u64) -> Result<Row> {
     })
 }
 
-fn table(args: &Args, rows: &[Row]) -> String {
+fn table(args: &Args, revisions: &str, rows: &[Row]) -> String {
     let mut text = format!(
-        "revision {}, {}, hidden {}, {} layers, {} heads, sequences of {}, {} steps of {} tokens, seeds {:?}\n\n",
-        job::revision(),
+        "revision {revisions}, {}, hidden {}, {} layers, {} heads, sequences of {}, {} steps of {} tokens, seeds {:?}\n\n",
         rows.first().map_or("-", |row| &row.device),
         args.hidden,
         args.layers,
@@ -354,7 +357,8 @@ mod tests {
             assert!(row.decoding.decode_tokens_per_s > 0.0 && row.peak_bytes > 0, "{row:?}");
         }
         // A second start takes what the first one finished.
-        std::fs::create_dir_all(&args.out).unwrap();
+        let start = header::start(None, 1);
+        header::enter(&args.out, "attention", &header_of(&args).unwrap(), start).unwrap();
         let (log, _) = Log::open::<Row>(&args.out, FILE).unwrap();
         rows.iter().for_each(|row| log.append(row).unwrap());
         drop(log);
@@ -368,7 +372,7 @@ mod tests {
         let other = Args { steps: 5, ..args.clone() };
         let error = run(&other).unwrap_err().to_string();
         assert!(error.contains("header.steps: 4 in the folder, 5 now"), "{error}");
-        let table = table(&args, &rows);
+        let table = table(&args, "here", &rows);
         assert_eq!(table.lines().filter(|line| line.starts_with("| ")).count(), 7, "{table}");
     }
 }

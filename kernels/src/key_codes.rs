@@ -199,9 +199,7 @@ impl SignTables {
             codes.len().is_multiple_of(bytes) && queries.len() == self.queries * d,
             "whole codes"
         );
-        assert!(
-            stride >= n && (self.queries == 0 || scores.len() >= (self.queries - 1) * stride + n)
-        );
+        assert!(crate::rows::has_room(scores, self.queries, n, stride), "room for scores");
         let mut centre = vec![0f32; d];
         let mut at_centre = vec![0f32; self.queries];
         for (codes, first) in codes.chunks_exact(bytes).zip((0..).step_by(CENTRE_KEYS)) {

@@ -7,7 +7,7 @@
 mod few;
 mod largest;
 
-pub(crate) use few::{add_bf16_rows, add_rows, dot_rows, widen as widen_halves};
+pub(crate) use few::{add_bf16_rows, add_rows, dot_rows, has_room, widen as widen_halves};
 pub use largest::largest;
 
 use crate::attention::matmul;

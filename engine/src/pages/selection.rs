@@ -88,7 +88,7 @@ impl PageStore {
         self.bring_of(&taken, rows, PAGE_TOKENS / span);
         let marks = Marks { taken: &taken, pinned: &pinned, span };
         let selection = self.re_rank(layer, queries, (rows, budget), &marks, &mut ballot);
-        ballot.shrink();
+        ballot.shrink(rows * PAGE_TOKENS, queries.heads.len() * queries.group);
         self.ballot = ballot;
         selection
     }

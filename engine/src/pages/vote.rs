@@ -35,14 +35,15 @@ pub(super) struct Ballot {
     votes: Vec<f32>,
 }
 
-/// Numbers that a ballot keeps: one query's of nine heads over 1,048,576 rows.
-const KEPT: usize = 9 << 20;
-
 impl Ballot {
-    /// Lets memory go that only the queries of a prompt's block need.
-    pub(super) fn shrink(&mut self) {
-        if self.weights.len() > KEPT {
-            *self = Self::default();
+    /// Keeps what the vote of one query over `rows` rows of each of `heads` query heads needs: a prompt's block needs as much
+    /// for each of its queries.
+    pub(super) fn shrink(&mut self, rows: usize, heads: usize) {
+        for numbers in [&mut self.weights, &mut self.votes] {
+            if numbers.len() > rows * heads {
+                numbers.truncate(rows * heads);
+                numbers.shrink_to_fit();
+            }
         }
     }
 }
@@ -211,6 +212,8 @@ fn count(queries: &Queries, block: &mut Block<'_>, totals: &[(f32, f32)], sum: &
     let mut queries = block.weights.chunks_exact(group * len).zip(factors.chunks_exact(group));
     if let Some((weights, factors)) = queries.next() {
         rows::sum_scaled(weights, factors, block.votes);
+        // A score that is no number has no vote.
+        block.votes.iter_mut().for_each(|vote| *vote = vote.max(0.0));
     } else {
         block.votes.fill(0.0);
     }

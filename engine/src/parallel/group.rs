@@ -271,7 +271,7 @@ impl TensorGroup {
             Some(i) => Err(Error::new(
                 ErrorKind::Incompatible,
                 format!(
-                    "tensor group: {} differs between processes, expected the same on each: one build, file and kind of device",
+                    "tensor group: {} differs between processes, expected the same on each: one build, files, settings and kind of device",
                     what[i].0
                 ),
             )),

@@ -35,8 +35,9 @@
 //!   turn that not every process committed is taken back when the session is opened: the window is then read again, pages
 //!   begin anew, and turns may have other numbers in each process. A folder that lacks the session is refused: for more
 //!   processes than before, copy the first one's folder.
-//! - Memories that a message recalls, and times that [`SendOptions`](crate::SendOptions) leaves open, are the first
-//!   process's; what is remembered apart from sessions should be given its time.
+//!   A session whose first commit not all of them made is refused too.
+//! - The recalled text of a prompt, and times that [`SendOptions`](crate::SendOptions) leaves open, are the first process's;
+//!   what is remembered apart from sessions should be given its time, and forgotten by anything but a turn's number.
 //! - Prompts pass between the processes unencrypted: keep the port to the loopback or a private network.
 
 mod collective;

@@ -248,11 +248,15 @@ fn a_turn_that_one_process_did_not_commit_is_taken_back_in_all() {
         together(name, folder.path(), script, PROCESSES);
         copy(folder.path(), "kept", "store.1");
         // And stays so: nothing is taken back twice.
+        let mut lengths = Vec::new();
         for _ in 0..2 {
             let after = together(name, folder.path(), "again", PROCESSES);
             assert_eq!(after[0], after[1], "{script}");
             assert!(after[0].len() == 2 && after[0][1].starts_with("answer "), "{after:?}");
+            let (_, length) = after[0][1].rsplit_once(' ').unwrap();
+            lengths.push(length.parse::<u64>().unwrap());
         }
+        assert!(lengths[1] > lengths[0], "{script}: {lengths:?}");
     }
 }
 

@@ -13,6 +13,7 @@
 mod x86;
 
 use super::coded_bytes;
+use crate::rows::has_room;
 
 /// Numbers that pick a level together, and the steps of the widest: two levels add up to a byte.
 const FOUR: usize = 4;
@@ -38,7 +39,7 @@ impl LevelTables {
         #[cfg(target_arch = "x86_64")]
         return is_whole && x86::path().is_some();
         #[cfg(not(target_arch = "x86_64"))]
-        return is_whole && cfg!(target_arch = "x86_64");
+        return false;
     }
 
     /// Of `queries` (r, d) that the rotation turned, d a multiple of [`WORD`].
@@ -67,7 +68,10 @@ impl LevelTables {
         let n = codes.len() / bytes * super::CENTRE_KEYS;
         let r = self.scales.len();
         assert!(codes.len().is_multiple_of(bytes) && queries.len() == r * d, "whole codes");
-        assert!(stride >= n && (r == 0 || scores.len() >= (r - 1) * stride + n), "room for scores");
+        assert!(has_room(scores, r, n, stride), "room for scores");
+        if r == 0 {
+            return;
+        }
         #[cfg(target_arch = "x86_64")]
         match x86::path() {
             // SAFETY: `path` says that the processor has the features; the asserts bound what is read and written.
@@ -88,7 +92,7 @@ fn levels_of(numbers: &[f32], inverse: f32) -> [u8; 16] {
     std::array::from_fn(|signs| {
         let agrees = |(bit, x): &(usize, &f32)| (signs >> bit & 1 == 1) == (**x > 0.0);
         let agreeing: f32 = numbers.iter().enumerate().filter(agrees).map(|(_, x)| x.abs()).sum();
-        (2.0 * agreeing * inverse).round() as u8
+        (2.0 * agreeing * inverse).round().min(LEVELS) as u8
     })
 }
 

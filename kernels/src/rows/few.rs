@@ -99,9 +99,15 @@ multiversion! {
     fn widen_halves = widen_halves_body(numbers: &[half::bf16], out: &mut [f32])
 }
 
+/// Whether `scores` has room for `r` rows of `n`, `stride` apart.
+pub(crate) fn has_room(scores: &[f32], r: usize, n: usize, stride: usize) -> bool {
+    let needed = |rows: usize| rows.checked_mul(stride)?.checked_add(n);
+    stride >= n && (r == 0 || needed(r - 1).is_some_and(|needed| scores.len() >= needed))
+}
+
 #[cfg(target_arch = "x86_64")]
 fn check_scores(r: usize, n: usize, scores: &[f32], stride: usize) {
-    assert!(stride >= n && (r == 0 || scores.len() >= (r - 1) * stride + n), "room for all scores");
+    assert!(has_room(scores, r, n, stride), "room for all scores");
 }
 
 #[inline(always)]

@@ -1,6 +1,8 @@
 //! Codes of keys against their formula in f64, and what they tell of scores.
 
-use mka_kernels::key_codes::{CENTRE_KEYS, Rotation, SignTables, coded_bytes, sign_bytes};
+use mka_kernels::key_codes::{
+    CENTRE_KEYS, CodeScorer, Rotation, SignTables, coded_bytes, sign_bytes,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -70,6 +72,41 @@ fn scores_equal_their_formula_whatever_the_number_of_queries() {
             }
         }
     }
+}
+
+#[test]
+fn the_fast_scores_are_those_of_the_tables_to_half_a_level_of_each_four_signs() {
+    let mut largest = 0f64;
+    for (d, n) in [(8, 1), (40, 2), (64, 3), (96, 2), (160, 1), (256, 2), (64, 0)] {
+        let rotation = Rotation::new(d);
+        let keys = random(d as u64, n * CENTRE_KEYS * d);
+        let mut codes = Vec::new();
+        keys.chunks_exact(CENTRE_KEYS * d).for_each(|keys| rotation.code(keys, &mut codes));
+        for count in [0, 1, 3, 9] {
+            let queries = random(9, count * d);
+            let turned = rotation.turned(&queries);
+            let stride = n * CENTRE_KEYS + 3;
+            let (mut fast, mut exact) = (vec![7f32; count * stride], vec![7f32; count * stride]);
+            CodeScorer::new(&turned, d).score(&queries, &codes, &mut fast, stride);
+            SignTables::new(&turned, d).score(&queries, &codes, &mut exact, stride);
+            for query in 0..count {
+                let four = |x: &[f32]| x.iter().map(|x| f64::from(x.abs())).sum::<f64>();
+                let widest = turned[query * d..(query + 1) * d].chunks(4).map(four);
+                let level = 2.0 * widest.fold(0.0, f64::max) / 127.0;
+                for key in 0..n * CENTRE_KEYS {
+                    let own = &codes[key / CENTRE_KEYS * coded_bytes(d)..];
+                    let factor = bf16(&own[2 * d + 2 * (key % CENTRE_KEYS)..]);
+                    let at = query * stride + key;
+                    let off = (f64::from(fast[at]) - f64::from(exact[at])).abs();
+                    let bound = factor * level * (d as f64 / 4.0) / 2.0 + 1e-4;
+                    assert!(off <= bound, "{d} {count}: off by {off}, expected {bound} at most");
+                    largest = largest.max(off / bound);
+                }
+                assert!(fast[query * stride..][n * CENTRE_KEYS..stride].iter().all(|x| *x == 7.0));
+            }
+        }
+    }
+    println!("the largest error is {largest} of what it may be");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! For four numbers x of a turned query and the signs of a key, what the signs make of them is -Σ|x| + 2 Σ|x| over those whose
 //! signs agree. The second sum is held in [`LEVELS`] steps, each the same for all fours of a query, so that the levels of a
 //! key are added as whole numbers: their sum is exact, whatever the registers, and what is lost is a rounding of half a step
-//! for every four numbers. Over random queries of 64 numbers that is a hundredth of what one bit a number loses.
+//! for every four numbers.
 //!
 //! Source: tables in registers as in "FAISS fast scan" (André et al., arXiv 1704.07355, section 4), over codes in the order of
 //! their keys.

@@ -3613,8 +3613,8 @@ public struct EngineConfig: Equatable, Hashable {
      */
     public var reembed: Float?
     /**
-     * Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as torchrun sets them:
-     * all of them make the same calls in the same order.
+     * Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name: all
+     * of them make the same calls in the same order.
      */
     public var tensorParallel: Bool
     /**
@@ -3674,8 +3674,8 @@ public struct EngineConfig: Equatable, Hashable {
          * Takes another embedder over than the one that the store was made with, working this share of the time.
          */reembed: Float? = nil,
         /**
-         * Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, as torchrun sets them:
-         * all of them make the same calls in the same order.
+         * Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name: all
+         * of them make the same calls in the same order.
          */tensorParallel: Bool = false,
         /**
          * Shows no progress bar while files are fetched.

@@ -1,0 +1,192 @@
+//! Pages on the model's device: chosen, restored and rewound as those in host memory are.
+
+use super::*;
+use crate::pages::PageUsage;
+
+/// Logits by token, and the shares of the answer's attention.
+type Answered = (Vec<Vec<f32>>, PageUsage);
+
+/// Runs a message and an answer behind a long stream, with the pages on the model's device and without. The stream is
+/// read without, so that both begin alike.
+fn with_and_without_mirror(decoder: &Decoder, config: &PageConfig, told: u32) -> [Answered; 2] {
+    [true, false].map(|is_mirrored| {
+        let mut cache = cache(decoder, 64, Some(config.clone()));
+        cache.pages_mut().unwrap().mirror = None;
+        run(decoder, &mut cache, &tokens(told), &[100, 37]);
+        let pages = cache.pages_mut().unwrap();
+        if is_mirrored {
+            pages.mirror_on_device();
+            assert!(pages.mirror.is_some());
+        }
+        pages.begin_turn();
+        pages.pin_words(&[5, 5, 9]);
+        let mut logits = run(decoder, &mut cache, &tokens(90), &[20, 1]);
+        let usage = cache.pages().unwrap().usage().unwrap();
+        // Blocks of several runs, which the mirror serves at once.
+        logits.extend(run(decoder, &mut cache, &tokens(230), &[200, 30]));
+        assert_eq!(cache.pages().unwrap().mirror.is_some(), is_mirrored);
+        (logits, usage)
+    })
+}
+
+fn assert_alike(name: &str, [(mirrored, shares), (plain, expected)]: [Answered; 2]) {
+    // Tokens whose votes are a rounding apart may change places at a threshold, and what follows with them.
+    let is_off = |(x, y): &(&Vec<f32>, &Vec<f32>)| {
+        difference(std::slice::from_ref(*x), std::slice::from_ref(*y)) > 2e-3
+    };
+    let off = mirrored.iter().zip(&plain).filter(is_off).count();
+    assert!(off * 10 <= plain.len(), "{name}: {off} of {} tokens differ", plain.len());
+    assert_eq!(shares.recalled_tokens, expected.recalled_tokens, "{name}");
+    assert!(expected.share.iter().all(|share| *share > 0.0), "{name}: {expected:?}");
+    let pairs = shares.share.iter().zip(&expected.share);
+    for (own, expected) in pairs.chain(shares.recovered.iter().zip(&expected.recovered)) {
+        assert!((own - expected).abs() < 5e-3, "{name}: {own}, expected {expected}");
+    }
+}
+
+/// What the choice on a device is tested with: positions exact and compact, every token recalled and some, outliers.
+const MIRRORED: &[(&str, usize, PagePrecision, u32)] = &[
+    ("llama3", 64, PagePrecision::F32, 170),
+    ("llama3", 1 << 12, PagePrecision::F32, 700),
+    ("qwen3", 128, PagePrecision::Bf16, 3000),
+    ("smollm2", 64, PagePrecision::Bf16, 400),
+];
+
+#[test]
+fn pages_on_the_models_device_are_chosen_as_in_host_memory() {
+    for (name, tokens, precision, told) in MIRRORED.iter().copied() {
+        // What the processor and a card score alike.
+        let scan = LandmarkScan::Flat;
+        let config =
+            PageConfig { tokens, precision, scan, reuse_steps: 2, lexical: true, ..config() };
+        assert_alike(name, with_and_without_mirror(&load(name), &config, told));
+    }
+}
+
+#[test]
+fn runs_of_a_prompt_recall_together_what_each_recalls_alone() {
+    // Some tokens of more pages than landmarks choose among, of fewer, and every token.
+    for (tokens_recalled, told, prefill) in [
+        (64, 3000, Prefill::Selected),
+        (128, 700, Prefill::Selected),
+        (64, 700, Prefill::Dense),
+        (1 << 12, 700, Prefill::Selected),
+    ] {
+        let decoder = load("llama3");
+        let config = PageConfig { tokens: tokens_recalled, prefill, ..config() };
+        let mut cache = cache(&decoder, 64, Some(config));
+        cache.pages_mut().unwrap().mirror_on_device();
+        run(&decoder, &mut cache, &tokens(told), &[100]);
+        let next = cache.position() / PAGE_TOKENS as u64;
+        let pages = cache.pages_mut().unwrap();
+        let shape = pages.shape;
+        let (layer, heads) = (shape.num_layers - 1, 2 * shape.num_kv_heads);
+        // The stream of 3,000 tokens is longer than the model was trained for.
+        let compact = told > 1024;
+        let scope = |before_page| RecallScope { before_page, compact, sliding: false };
+        let runs = [(30, scope(next - 5)), (64, scope(next - 4)), (17, scope(next - 2))];
+        let count: usize = runs.iter().map(|(count, _)| count).sum();
+        let q =
+            Tensor::arange(0f32, (count * heads * shape.head_dim) as f32, &Device::Cpu).unwrap();
+        let q = (q * 0.7).unwrap().sin().unwrap();
+        let q = q.reshape((count, heads, shape.head_dim)).unwrap();
+        let Together::Recalled(together) = pages.recall_runs(layer, &q, &runs).unwrap() else {
+            panic!("{tokens_recalled} of {told}: apart");
+        };
+        let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mut first = 0;
+        for ((run, recalled), (count, scope)) in together.runs.iter().zip(runs) {
+            let q = q.narrow(0, first, count).unwrap();
+            first += count;
+            let alone = pages.recall(layer, &q, scope).unwrap().unwrap();
+            assert_eq!((run.queries, *recalled), (count, alone.tokens));
+            let own = &together.pages[run.pages.clone()];
+            let starts = |pages: &[PageRef]| -> Vec<(u64, usize)> {
+                pages.iter().map(|page| (page.start, page.len)).collect()
+            };
+            assert_eq!(starts(own), starts(&alone.page_refs()));
+            for (all, alone) in [(&together.keys, &alone.keys), (&together.values, &alone.values)] {
+                for (page, mine) in own.iter().zip(0..) {
+                    let all = all.narrow(0, page.slot, 1).unwrap();
+                    let alone = alone.narrow(0, mine, 1).unwrap();
+                    assert_eq!(flat(&all), flat(&alone), "{tokens_recalled} of {told}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_device_without_room_leaves_the_choice_to_the_processor() {
+    let decoder = load("llama3");
+    let page_bytes = cache(&decoder, 64, Some(config())).pages().unwrap().page_bytes() as u64;
+    // Landmarks take a sixteenth beside keys and values of f32, so there is room for 37 pages, and none for 62.
+    for (pages, told, has_mirror) in [(40, 2000, true), (40, 4000, false), (10, 200, false)] {
+        let device_bytes = pages * page_bytes;
+        let mut cache =
+            cache(&decoder, 64, Some(PageConfig { tokens: 64, device_bytes, ..config() }));
+        cache.pages_mut().unwrap().mirror_on_device();
+        let logits = run(&decoder, &mut cache, &tokens(told), &[100, 1]);
+        assert_eq!(cache.pages().unwrap().mirror.is_some(), has_mirror, "{told} tokens");
+        assert!(logits.iter().flatten().all(|x| x.is_finite()));
+    }
+}
+
+#[test]
+fn a_rewound_mirror_recalls_as_if_nothing_had_followed() {
+    let decoder = load("fastmka");
+    let mut cache = cache(&decoder, 128, Some(PageConfig { tokens: 128, ..config() }));
+    cache.pages_mut().unwrap().mirror_on_device();
+    run(&decoder, &mut cache, &tokens(2900), &[64]);
+    cache.pages_mut().unwrap().forget_choices();
+    let checkpoint = cache.checkpoint();
+    let next = tokens(130);
+    let first = run(&decoder, &mut cache, &next, &[40, 1]);
+    assert!(cache.rewind(&checkpoint));
+    assert_eq!(run(&decoder, &mut cache, &next, &[40, 1]), first);
+    assert!(cache.pages().unwrap().mirror.is_some());
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::*;
+
+    #[test]
+    fn pages_on_a_cuda_device_are_chosen_as_in_host_memory() {
+        let device = match mka_kernels::cuda::open(0) {
+            Ok(device) => device,
+            Err(error) => {
+                println!("recall on the device: skipped: no CUDA device: {error}");
+                return;
+            }
+        };
+        for (name, tokens, precision, told) in MIRRORED.iter().copied() {
+            let scan = LandmarkScan::Flat;
+            let config = PageConfig { tokens, precision, scan, lexical: true, ..config() };
+            assert_alike(name, with_and_without_mirror(&load_on(name, &device), &config, told));
+        }
+    }
+}
+
+#[test]
+fn a_restored_mirror_is_filled_from_pages_that_are_read_in_their_turn() {
+    let decoder = load("qwen3");
+    let config = PageConfig { tokens: 128, precision: PagePrecision::Bf16, ..config() };
+    let elsewhere = Arc::new(Elsewhere::default());
+    let mut straight = cache(&decoder, 64, Some(config.clone()));
+    straight.pages_mut().unwrap().mirror_on_device();
+    for part in tokens(3000).chunks(500) {
+        run(&decoder, &mut straight, part, &[64]);
+        commit(&mut straight, &elsewhere);
+    }
+    let mut restored = reopened(&decoder, &straight, &config, &elsewhere);
+    let store = restored.pages_mut().unwrap();
+    store.mirror_on_device();
+    store.fill_mirror();
+    assert!(store.mirror.is_some());
+    assert_eq!(elsewhere.num_read.load(Ordering::Relaxed), store.order.len());
+    let asked = tokens(90);
+    let went_on = run(&decoder, &mut straight, &asked, &[50, 1]);
+    assert_eq!(run(&decoder, &mut restored, &asked, &[50, 1]), went_on);
+    assert!(restored.pages().unwrap().mirror.is_some());
+}

@@ -342,19 +342,24 @@ impl Shared {
 
     /// Milliseconds since 1970; where processes share the model, those of the first, so that all recall the same.
     pub(crate) fn now_ms(&self) -> Result<i64> {
-        match &self.model {
-            Some(model) => Ok(model.decoder.group.first(now_ms() as u64)? as i64),
+        match self.group() {
+            Some(group) => Ok(group.first(now_ms() as u64)? as i64),
             None => Ok(now_ms()),
         }
     }
 
-    /// What to tell of `error`, after which everything was taken back, or was not.
-    pub(crate) fn cause(&self, error: Error, undone: Result<()>) -> Error {
-        let Err(undone) = undone else { return error };
-        match &self.model {
+    /// The processes that share the model; None where there is one, or no model.
+    pub(crate) fn group(&self) -> Option<&TensorGroup> {
+        self.model.as_ref().map(|model| &model.decoder.group).filter(|group| !group.is_alone())
+    }
+
+    /// [`Shared::failed`], and then `undo`: what to tell of both.
+    pub(crate) fn undone(&self, error: Error, undo: impl FnOnce() -> Result<()>) -> Error {
+        let error = self.failed(error);
+        match undo() {
             // A group that has ended says so at the next call; what ended it is the news.
-            Some(model) if !model.decoder.group.is_alone() => error,
-            _ => undone,
+            Err(undone) if self.group().is_none() => undone,
+            _ => error,
         }
     }
 
@@ -364,8 +369,8 @@ impl Shared {
         use ErrorKind::{Cancelled, Incompatible, InvalidArgument, Locked, NotFound};
         let is_everywhere =
             matches!(error.kind(), Cancelled | Incompatible | InvalidArgument | Locked | NotFound);
-        if let Some(model) = self.model.as_ref().filter(|_| !is_everywhere) {
-            model.decoder.group.end();
+        if let Some(group) = self.group().filter(|_| !is_everywhere) {
+            group.end();
         }
         error
     }
@@ -392,7 +397,7 @@ enum Processes {
 pub struct EngineBuilder {
     path: PathBuf,
     model: Option<ModelSource>,
-    /// None: the process's own where the environment names a group, else the fastest.
+    /// None: the process's own where several share the model, else the fastest.
     device: Option<Device>,
     embedder: EmbedderSource,
     embedder_precision: EmbedderPrecision,

@@ -223,33 +223,27 @@ impl Session {
     /// A message longer than half the window is taken in as a document first, of which its last half window is read
     /// as the message. Errors are the stream's last item; after one the session stands where it stood before.
     pub fn send_with(&mut self, message: impl Into<String>, options: SendOptions) -> Events {
-        let (live, message) = (self.live.clone(), message.into());
-        let events = Events::spawn(move |sink| {
-            let mut conversation = live.lock()?;
-            let saved = conversation.save();
-            let result = send(&mut conversation, &message, &options, sink);
-            let done = result.map_err(|error| {
-                let error = live.shared.failed(error);
-                live.shared.cause(error, conversation.take_back(&saved))
-            });
-            Ok(done?.map(Event::Done))
-        });
-        self.live.begun(events.canceller());
-        events
+        let message = message.into();
+        self.answer(move |conversation, sink| send(conversation, &message, &options, sink))
     }
 
     /// Answers the last message again, in place of its answer, which stays in the log as retracted.
     pub fn regenerate(&mut self, options: SendOptions) -> Events {
+        self.answer(move |conversation, sink| regenerate(conversation, &options, sink))
+    }
+
+    /// The events of a turn, which is taken back if it fails.
+    fn answer<T>(&self, turn: T) -> Events
+    where
+        T: FnOnce(&mut Conversation, &Sink<Event>) -> Result<Option<Usage>> + Send + 'static,
+    {
         let live = self.live.clone();
         let events = Events::spawn(move |sink| {
             let mut conversation = live.lock()?;
             let saved = conversation.save();
-            let result = regenerate(&mut conversation, &options, sink);
-            let done = result.map_err(|error| {
-                let error = live.shared.failed(error);
-                live.shared.cause(error, conversation.take_back(&saved))
-            });
-            Ok(done?.map(Event::Done))
+            let usage = turn(&mut conversation, sink)
+                .map_err(|error| live.shared.undone(error, || conversation.take_back(&saved)));
+            Ok(usage?.map(Event::Done))
         });
         self.live.begun(events.canceller());
         events
@@ -314,8 +308,7 @@ impl Session {
                     if !is_cancelled(&error) {
                         tracing::warn!(%error, "feed stopped");
                     }
-                    let error = live.shared.failed(error);
-                    Err(live.shared.cause(error, conversation.reopen()))
+                    Err(live.shared.undone(error, || conversation.reopen()))
                 }
             }
         });

@@ -4,8 +4,7 @@
 
 use crate::curve::{self, Line};
 use crate::job::{self, Result};
-use crate::run::header;
-use crate::run::log::Log;
+use crate::run;
 use crate::training::Speed;
 use mka::training::{
     DecodeReport, Evaluation, LatentSettings, MemoryKind, Precision, ScratchSettings, StepReport,
@@ -134,13 +133,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("{}", serde_json::to_string(&train(args, kind, seed.parse()?)?)?);
         return Ok(());
     }
-    std::fs::create_dir_all(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?;
-    let (log, done) = Log::open::<Row>(&args.out, FILE)?;
-    if !done.is_empty() && !header::exists(&args.out) {
-        return Err(format!("{}: rows without run.json, expected both", args.out.display()).into());
-    }
-    let start = header::start(None, 1);
-    let revisions = header::enter(&args.out, "attention", &header_of(args)?, start)?.join(", ");
+    let header = header_of(args)?;
+    let (log, done, revisions) =
+        run::begin::<Row>(&args.out, FILE, ("attention", &header), (None, 1))?;
+    let revisions = revisions.join(", ");
     let mut rows: Vec<Row> = Vec::new();
     for seed in &args.seeds {
         for kind in &args.attention {
@@ -357,9 +353,9 @@ mod tests {
             assert!(row.decoding.decode_tokens_per_s > 0.0 && row.peak_bytes > 0, "{row:?}");
         }
         // A second start takes what the first one finished.
-        let start = header::start(None, 1);
-        header::enter(&args.out, "attention", &header_of(&args).unwrap(), start).unwrap();
-        let (log, _) = Log::open::<Row>(&args.out, FILE).unwrap();
+        let header = header_of(&args).unwrap();
+        let (log, _, _) =
+            run::begin::<Row>(&args.out, FILE, ("attention", &header), (None, 1)).unwrap();
         rows.iter().for_each(|row| log.append(row).unwrap());
         drop(log);
         run(&args).unwrap();

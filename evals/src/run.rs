@@ -17,7 +17,7 @@
 //! The header holds everything that changes a score or a time, and nothing else: a folder goes on only under an equal
 //! one.
 
-pub(crate) mod header;
+mod header;
 pub(crate) mod log;
 mod plot;
 pub(crate) mod summary;
@@ -27,8 +27,9 @@ use crate::sample::{Benchmark, Cell, Metric, Sample};
 use crate::subject::Subject;
 use indicatif::{ProgressBar, ProgressStyle};
 use log::{Failure, Key, Log, Record};
+use serde::de::DeserializeOwned;
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use summary::Summary;
@@ -54,6 +55,27 @@ pub(crate) struct Options {
 /// A sample with the subjects that are to answer it, so that it is made once.
 type Work<'a> = (Cell, Vec<&'a dyn Subject>);
 
+/// Begins or goes on with the run in `out`, of a benchmark and its header: the log `file`, what it holds already, and the
+/// revisions of all starts, of which this one is asked for samples up to a limit by so many jobs.
+///
+/// # Errors
+/// If the folder holds another run, or cannot be written.
+pub(crate) fn begin<R: DeserializeOwned>(
+    out: &Path,
+    file: &str,
+    (benchmark, header): (&str, &serde_json::Value),
+    (limit, jobs): (Option<usize>, usize),
+) -> Result<(Log, Vec<R>, Vec<String>)> {
+    std::fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
+    let (log, done) = Log::open(out, file)?;
+    if !done.is_empty() && !header::exists(out) {
+        let what = file.trim_end_matches(".jsonl");
+        return Err(format!("{}: {what} without run.json, expected both", out.display()).into());
+    }
+    let revisions = header::enter(out, benchmark, header, header::start(limit, jobs))?;
+    Ok((log, done, revisions))
+}
+
 /// Runs what `options.out` does not hold yet, then writes tables and plots of all that it holds.
 ///
 /// # Errors
@@ -66,13 +88,9 @@ pub(crate) fn run(
     header: serde_json::Value,
 ) -> Result<()> {
     let out = &options.out;
-    std::fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
-    let (log, done) = Log::open::<Record>(out, log::FILE)?;
-    if !done.is_empty() && !header::exists(out) {
-        return Err(format!("{}: samples without run.json, expected both", out.display()).into());
-    }
-    let start = header::start(options.limit, options.jobs);
-    let revisions = header::enter(out, benchmark.name(), &header, start)?;
+    let asked = (options.limit, options.jobs);
+    let (log, done, revisions) =
+        begin::<Record>(out, log::FILE, (benchmark.name(), &header), asked)?;
 
     let done: HashSet<Key> = done.into_iter().map(|record| record.key).collect();
     let work = work(benchmark.cells(), subjects, options.limit, &done);

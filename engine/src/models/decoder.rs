@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::parallel::TensorGroup;
 use candle_core::{Device, Tensor};
 use mka_kernels::{PackedMatrix, linear, silu_mul};
+use xxhash_rust::xxh3::xxh3_64;
 
 /// y = x Wᵀ + b.
 pub(crate) struct Linear {
@@ -179,9 +180,7 @@ impl Decoder {
         let c = &config;
         group.check(c, None)?;
         let whole = weights.fingerprint(c);
-        let (low, high) = whole.split_at(8);
-        let half = |bytes: &[u8]| bytes.iter().fold(0, |half, byte| half << 8 | u64::from(*byte));
-        group.agree(&[("the model", half(low)), ("the model", half(high))])?;
+        group.agree(&[("the model", xxh3_64(&whole))])?;
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (q_size, kv_size) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let norm = |name: &str, len: usize| -> Result<Norm> {

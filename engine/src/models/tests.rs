@@ -77,8 +77,12 @@ fn load(name: &str) -> Decoder {
 }
 
 fn load_gguf(path: &Path) -> crate::Result<Decoder> {
+    load_gguf_part(path, &TensorGroup::alone())
+}
+
+fn load_gguf_part(path: &Path, group: &TensorGroup) -> crate::Result<Decoder> {
     let (weights, gguf) = Weights::open_gguf(path)?;
-    Decoder::load(DecoderConfig::from_gguf(&gguf)?, &weights, &Device::Cpu)
+    Decoder::load_part(DecoderConfig::from_gguf(&gguf)?, &weights, &Device::Cpu, group)
 }
 
 fn tensors(path: PathBuf) -> HashMap<String, Tensor> {
@@ -164,10 +168,7 @@ fn processes_that_share_a_model_have_the_logits_of_transformers_on_every_family(
 
 #[test]
 fn packed_weights_are_shared_too_and_what_cannot_be_is_refused() {
-    let load = |group: &TensorGroup| {
-        let (weights, gguf) = Weights::open_gguf(&golden("gguf/model.gguf"))?;
-        Decoder::load_part(DecoderConfig::from_gguf(&gguf)?, &weights, &Device::Cpu, group)
-    };
+    let load = |group: &TensorGroup| load_gguf_part(&golden("gguf/model.gguf"), group);
     let tokens: Vec<u32> = (0..150).map(|i| i * 7 % 200).collect();
     // Blocks long enough that inputs are not rounded to 8 bits, which no two ways of adding up would round alike.
     let whole = shared(1, load, &tokens, &[50]).pop().unwrap().unwrap();
@@ -489,10 +490,7 @@ fn the_default_model_equals_transformers() {
 #[test]
 fn the_default_model_is_shared_by_three_processes() {
     let Some(path) = crate::testing::smollm2_gguf() else { return };
-    let load = |group: &TensorGroup| {
-        let (weights, gguf) = Weights::open_gguf(&path)?;
-        Decoder::load_part(DecoderConfig::from_gguf(&gguf)?, &weights, &Device::Cpu, group)
-    };
+    let load = |group: &TensorGroup| load_gguf_part(&path, group);
     let tokens: Vec<u32> = (0..60).map(|i| i * 911 % 40_000).collect();
     let whole = shared(1, load, &tokens, &[60]).pop().unwrap().unwrap();
     for result in shared(3, load, &tokens, &[60]) {

@@ -189,6 +189,13 @@ fn together(test: &str, folder: &Path, script: &str, processes: usize) -> Vec<Ve
     said.collect()
 }
 
+/// What each of two processes prints, which is the same for both.
+fn shared(test: &str, folder: &Path, script: &str) -> Vec<String> {
+    let mut said = together(test, folder, script, PROCESSES);
+    assert_eq!(said[0], said[1], "{script}");
+    said.swap_remove(0)
+}
+
 /// Lines of logits are near each other, all others are the same.
 fn assert_alike(one: &[String], other: &[String]) {
     assert_eq!(one.len(), other.len(), "{one:?} {other:?}");
@@ -218,11 +225,9 @@ fn processes_that_share_a_model_answer_as_one_does_and_go_on_after_a_restart() {
     let folders = [folder(), folder()];
     for script in ["talk", "again", "again"] {
         let alone = together(name, folders[0].path(), script, 1);
-        let shared = together(name, folders[1].path(), script, PROCESSES);
         assert!(alone[0].len() >= 2, "{alone:?}");
-        assert_alike(&alone[0], &shared[0]);
         // Among themselves they have the same bits.
-        assert_eq!(shared[0], shared[1]);
+        assert_alike(&alone[0], &shared(name, folders[1].path(), script));
     }
 }
 
@@ -250,10 +255,9 @@ fn a_turn_that_one_process_did_not_commit_is_taken_back_in_all() {
         // And stays so: nothing is taken back twice.
         let mut lengths = Vec::new();
         for _ in 0..2 {
-            let after = together(name, folder.path(), "again", PROCESSES);
-            assert_eq!(after[0], after[1], "{script}");
-            assert!(after[0].len() == 2 && after[0][1].starts_with("answer "), "{after:?}");
-            let (_, length) = after[0][1].rsplit_once(' ').unwrap();
+            let after = shared(name, folder.path(), "again");
+            assert!(after.len() == 2 && after[1].starts_with("answer "), "{script}: {after:?}");
+            let (_, length) = after[1].rsplit_once(' ').unwrap();
             lengths.push(length.parse::<u64>().unwrap());
         }
         assert!(lengths[1] > lengths[0], "{script}: {lengths:?}");
@@ -279,9 +283,8 @@ fn a_folder_that_lacks_the_session_is_refused_and_nothing_is_taken_back() {
     assert_eq!(after, together(name, folder.path(), "again", 1));
     // With a copy of the folder the log goes on in two.
     copy(folder.path(), "store", "store.1");
-    let shared = together(name, folder.path(), "again", PROCESSES);
-    assert_eq!(shared[0], shared[1]);
-    assert!(shared[0][1].starts_with("answer "), "{shared:?}");
+    let said = shared(name, folder.path(), "again");
+    assert!(said[1].starts_with("answer "), "{said:?}");
 }
 
 #[test]
@@ -291,10 +294,9 @@ fn a_document_that_one_caller_cancels_is_cancelled_in_all() {
         return;
     }
     let folder = folder();
-    let said = together(name, folder.path(), "cancel", PROCESSES);
-    assert_eq!(said[0], said[1]);
-    assert_eq!(said[0][0], "error Cancelled");
-    assert!(said[0][1].starts_with("answer "), "{said:?}");
+    let said = shared(name, folder.path(), "cancel");
+    assert_eq!(said[0], "error Cancelled");
+    assert!(said[1].starts_with("answer "), "{said:?}");
 }
 
 #[test]
@@ -304,11 +306,10 @@ fn a_caller_who_leaves_one_process_ends_the_turn_in_all() {
         return;
     }
     let folder = folder();
-    let said = together(name, folder.path(), "leave", PROCESSES);
-    assert_eq!(said[0], said[1]);
-    assert_eq!(said[0].len(), 3, "{said:?}");
-    assert_eq!(said[0][0], "done false");
-    assert!(said[0][1].starts_with("answer "), "{said:?}");
+    let said = shared(name, folder.path(), "leave");
+    assert_eq!(said.len(), 3, "{said:?}");
+    assert_eq!(said[0], "done false");
+    assert!(said[1].starts_with("answer "), "{said:?}");
 }
 
 #[test]
@@ -318,10 +319,9 @@ fn processes_that_part_are_told_so_and_can_go_on() {
         return;
     }
     let folder = folder();
-    let said = together(name, folder.path(), "part", PROCESSES);
-    assert_eq!(said[0], said[1]);
-    assert_eq!(said[0][0], "error Incompatible");
-    assert!(said[0][1].starts_with("answer "), "{said:?}");
+    let said = shared(name, folder.path(), "part");
+    assert_eq!(said[0], "error Incompatible");
+    assert!(said[1].starts_with("answer "), "{said:?}");
 }
 
 #[test]

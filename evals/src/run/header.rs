@@ -12,7 +12,7 @@ const FILE: &str = "run.json";
 ///
 /// # Errors
 /// If the folder holds a run that measures something else: the error shows what differs.
-pub(crate) fn enter(
+pub(super) fn enter(
     folder: &Path,
     benchmark: &str,
     header: &Value,
@@ -54,12 +54,12 @@ pub(crate) fn enter(
 }
 
 /// Whether `folder` holds a run.
-pub(crate) fn exists(folder: &Path) -> bool {
+pub(super) fn exists(folder: &Path) -> bool {
     folder.join(FILE).exists()
 }
 
 /// What is written down of a start.
-pub(crate) fn start(limit: Option<usize>, jobs: usize) -> Value {
+pub(super) fn start(limit: Option<usize>, jobs: usize) -> Value {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     json!({
         "revision": job::revision(),

@@ -35,11 +35,11 @@ pub(super) struct LevelTables {
 impl LevelTables {
     /// Whether this processor has the instructions, and keys of `d` numbers fill words.
     pub(super) fn fits(d: usize) -> bool {
-        let is_whole = d > 0 && d.is_multiple_of(WORD) && d <= MAX_WORDS * WORD;
         #[cfg(target_arch = "x86_64")]
-        return is_whole && x86::path().is_some();
+        let has_path = x86::path().is_some();
         #[cfg(not(target_arch = "x86_64"))]
-        return false;
+        let has_path = false;
+        has_path && d > 0 && d.is_multiple_of(WORD) && d <= MAX_WORDS * WORD
     }
 
     /// Of `queries` (r, d) that the rotation turned, d a multiple of [`WORD`].

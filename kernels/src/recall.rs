@@ -64,6 +64,9 @@ pub struct ChoiceParams<'a> {
     pub distance: usize,
     /// Landmarks that are chosen whatever they are asked for: (n), u32, ascending.
     pub pins: Option<&'a Tensor>,
+    /// All heads of a run choose the same tokens, those whose votes, summed over the heads, are most; only where every
+    /// token is compared.
+    pub together: bool,
 }
 
 /// Tokens chosen for each head of each run.
@@ -84,6 +87,19 @@ impl Choice {
     /// The first `tokens` stored tokens, for one run.
     pub fn all(tokens: usize) -> Self {
         Self { marks: None, best: None, runs: 1, tokens, recovered: None }
+    }
+
+    /// The stored tokens `tokens` (g, n), u32, ascending for each head, for one run of queries.
+    ///
+    /// # Errors
+    /// If the type or the shape is another.
+    pub fn named(tokens: Tensor) -> Result<Self> {
+        let (_, count) = tokens.dims2()?;
+        if tokens.dtype() != DType::U32 {
+            bail!("choice: tokens {tokens:?}, expected (g, n), u32");
+        }
+        let best = Some(tokens.contiguous()?);
+        Ok(Self { marks: None, best, runs: 1, tokens: count, recovered: None })
     }
 
     /// Tokens of each head.
@@ -160,6 +176,14 @@ impl StoredPages {
     /// Whether none is stored.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Keys before RoPE of the stored pages, in their order: a view (n, g, PAGE_TOKENS, d), f32 or bf16.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn keys(&self) -> Result<Tensor> {
+        self.keys.narrow(0, self.first, self.len)
     }
 
     /// Pages that there is room for without growing.
@@ -276,7 +300,8 @@ impl StoredPages {
     ///
     /// Each run chooses as if it were alone. Its queries are rotated to one distance, pooled and scaled; votes are, of the queries, the largest sum over a group's
     /// heads of the softmax over all landmarks and the keys of outliers; the tokens of the landmarks of most votes, or all
-    /// tokens, are compared in the same way, and those of most votes are chosen, ascending.
+    /// tokens, are compared in the same way, and those of most votes are chosen, ascending. Heads that choose together sum
+    /// their votes of tokens first.
     ///
     /// Source: landmarks and outliers are ShadowKV's (arXiv 2410.21465), the vote is TokenSelect's (arXiv 2411.02886).
     ///
@@ -315,6 +340,9 @@ impl StoredPages {
                 params.landmarks,
                 self.len
             );
+        }
+        if params.together && params.landmarks.is_some() {
+            bail!("choose: heads together among landmarks, expected every token compared");
         }
         if params.pooled == 0
             || params.distance >= params.angles.len()

@@ -5,15 +5,16 @@
 use super::gather::RecallScope;
 use super::index::HeadIndex;
 use super::recalled::{Recalled, RecalledRuns, Recovered};
+use super::rivals::device::{Stored, Table, pooled_queries};
 use super::scan::reads_every_key;
-use super::selection::{OVER_FETCH, POOLED};
+use super::selection::OVER_FETCH;
 use super::store::PageStore;
 use super::{PageConfig, PagePrecision, PageRule, codec};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
 use mka_kernels::recall::{Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, StoredPages};
-use mka_kernels::{AttentionRun, PAGE_TOKENS, PageRef};
+use mka_kernels::{AttentionRun, PAGE_TOKENS, PageRef, RotaryAngles};
 
 /// Pages that wait at most before they are uploaded together.
 pub(super) const BATCH_PAGES: usize = 16;
@@ -34,6 +35,8 @@ struct Layer {
     pages: StoredPages,
     /// What the index had named as outliers when they were uploaded.
     named: u64,
+    /// What another system's rule keeps of them.
+    table: Table,
 }
 
 /// What a copy of recalled tokens on the device holds, for each run of queries.
@@ -57,29 +60,31 @@ pub(super) struct Request {
 }
 
 impl Mirror {
-    /// None where nothing is chosen by landmarks alone, the kernels do not take the shape, or there is no room.
+    /// None where nothing is chosen or what is not recalled is attended to, the kernels do not take the shape, or there is
+    /// no room.
     pub(super) fn new(
         config: &PageConfig,
         (num_layers, num_kv_heads, head_dim): (usize, usize, usize),
         device: &Device,
     ) -> Option<Self> {
         let choosing = num_layers.saturating_sub(config.first_layer);
-        if config.rule != PageRule::Mka || config.estimate || choosing == 0 {
+        if config.rule == PageRule::Streaming || config.estimate || choosing == 0 {
             return None;
         }
         let dtype = match config.precision {
             PagePrecision::F32 => DType::F32,
             _ => DType::BF16,
         };
-        let page_bytes = choosing * StoredPages::bytes(1, num_kv_heads, head_dim, dtype);
+        let page_bytes = choosing
+            * (StoredPages::bytes(1, num_kv_heads, head_dim, dtype)
+                + Table::page_bytes(config.rule, num_kv_heads, head_dim));
         let limit = usize::try_from(config.device_bytes).unwrap_or(usize::MAX) / page_bytes.max(1);
         let layer = |layer: usize| {
             let chooses = layer >= config.first_layer;
             let pages = || StoredPages::new(num_kv_heads, head_dim, dtype, device).ok();
             // None for a layer that should choose is no mirror.
-            chooses
-                .then(pages)
-                .map_or(Some(None), |pages| Some(Some(Layer { pages: pages?, named: 0 })))
+            let of = |pages| Layer { pages, named: 0, table: Table::default() };
+            chooses.then(pages).map_or(Some(None), |pages| pages.map(of).map(Some))
         };
         if limit < BATCH_PAGES {
             return None;
@@ -88,9 +93,18 @@ impl Mirror {
         Some(Self { device: device.clone(), dtype, limit, layers, pins: (Vec::new(), None, None) })
     }
 
+    /// Rows of the last layer's table.
+    #[cfg(test)]
+    pub(super) fn table_len(&self) -> usize {
+        self.layers.iter().flatten().last().map_or(0, |layer| layer.table.len())
+    }
+
     /// Keeps the first `rows` pages.
     pub(super) fn truncate(&mut self, rows: usize) {
-        self.layers.iter_mut().flatten().for_each(|layer| layer.pages.truncate(rows));
+        for layer in self.layers.iter_mut().flatten() {
+            layer.pages.truncate(rows);
+            layer.table.clear();
+        }
     }
 
     /// Lets the first page go.
@@ -288,9 +302,10 @@ impl PageStore {
         let Some(mut mirror) = self.mirror.take() else { return Ok(None) };
         let pins = match all {
             true => Ok(None),
-            false => self.uploaded_pins(&mut mirror),
+            false => self.prepare(&mut mirror, layer),
         };
-        let mirror = &*self.mirror.insert(mirror);
+        self.mirror = Some(mirror);
+        let Some(mirror) = &self.mirror else { return Ok(None) };
         let (Some(own), Some(angles)) = (&mirror.layers[layer], &self.angles) else {
             return Ok(None);
         };
@@ -303,29 +318,91 @@ impl PageStore {
             return Ok(None);
         }
         let pins = pins?;
-        let choice = match all {
-            true => Choice::all(rows * PAGE_TOKENS),
-            false => own.pages.choose(
-                q,
-                &ChoiceParams {
-                    runs,
-                    tokens: budget,
-                    landmarks: (!reads_every_key(self.config.scan, rows))
-                        .then_some(OVER_FETCH * budget / SPAN),
-                    pooled: POOLED,
-                    scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
-                    angles,
-                    distance: self.shape.window_tokens,
-                    pins: pins.as_ref(),
-                },
-            )?,
+        let choice = match (all, self.config.rule) {
+            (true, _) => Some(Choice::all(rows * PAGE_TOKENS)),
+            (false, PageRule::InfLlm | PageRule::Quest) => {
+                self.choose_by_table(q, own, rows, budget)?
+            }
+            (false, _) => {
+                let params = self.vote_params(angles, budget, runs, pins.as_ref());
+                Some(own.pages.choose(q, &params)?)
+            }
         };
+        let Some(choice) = choice else { return Ok(None) };
         let placement = match scope.compact {
             true => Placement::Compact(SINK_PAGES * PAGE_TOKENS as u64),
             false => Placement::Stream(first * PAGE_TOKENS as u64),
         };
         let (keys, values) = own.pages.gather(&choice, angles, placement)?;
-        Ok(Some(Copied { keys, values, tokens: choice.num_tokens(), recovered: choice.recovered }))
+        // Other systems' rules give no estimate, here and in host memory.
+        let recovered = choice.recovered.clone().filter(|_| self.config.rule == PageRule::Mka);
+        Ok(Some(Copied { keys, values, tokens: choice.num_tokens(), recovered }))
+    }
+
+    /// What a choice of `layer` needs beside its pages: what another system's rule keeps of them, and the pinned landmarks.
+    fn prepare(&self, mirror: &mut Mirror, layer: usize) -> Result<Option<Tensor>> {
+        if let (Some(own), Some(first)) = (&mut mirror.layers[layer], self.order.first()) {
+            let rows = own.pages.len();
+            let stored = Stored { pages: &own.pages, first: *first, rows };
+            match (self.config.rule, &self.following) {
+                (PageRule::Quest, _) => own.table.bound(stored)?,
+                (PageRule::InfLlm, Some(following)) => {
+                    own.table.represent(
+                        following,
+                        layer,
+                        (*first, first + rows as u64),
+                        &mirror.device,
+                    )?;
+                }
+                _ => {}
+            }
+        }
+        self.uploaded_pins(mirror)
+    }
+
+    /// How the runs vote: by the library's own rule or by TokenSelect's.
+    fn vote_params<'a>(
+        &self,
+        angles: &'a RotaryAngles,
+        budget: usize,
+        runs: &'a [ChoiceRun],
+        pins: Option<&'a Tensor>,
+    ) -> ChoiceParams<'a> {
+        let longest = runs.iter().map(|run| run.queries).max().unwrap_or(0);
+        let rows = runs.iter().map(|run| run.pages).max().unwrap_or(0);
+        let together = self.config.rule == PageRule::TokenSelect;
+        let every = together || reads_every_key(self.config.scan, rows);
+        ChoiceParams {
+            runs,
+            tokens: budget,
+            landmarks: (!every).then_some(OVER_FETCH * budget / SPAN),
+            pooled: self.config.rule.pooled(longest),
+            scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
+            angles,
+            distance: self.shape.window_tokens,
+            pins,
+            together,
+        }
+    }
+
+    /// The choice of one run among the first `rows` pages by InfLLM's or Quest's rule; None where the processor must
+    /// choose.
+    fn choose_by_table(
+        &self,
+        q: &Tensor,
+        own: &Layer,
+        rows: usize,
+        budget: usize,
+    ) -> Result<Option<Choice>> {
+        let Some(angles) = self.angles_at(self.shape.window_tokens as u64) else {
+            return Ok(None);
+        };
+        let queries = pooled_queries(q, angles, self.config.rule.pooled(q.dim(0)?))?;
+        let stored = Stored { pages: &own.pages, first: self.order[0], rows };
+        match self.config.rule {
+            PageRule::Quest => own.table.by_bounds(&queries, stored, budget),
+            _ => own.table.by_blocks(&queries, stored, self.shape.num_kv_heads, budget),
+        }
     }
 
     /// The pinned landmarks on the mirror's device; None for none.

@@ -1,7 +1,6 @@
 //! The way of stored pages to the disk and back: what a commit takes along, what an opening finds.
 //! Knows no file and no attention rule; pages that the budget sends away are read back through [`PageSource`].
 
-use super::PageRule;
 use super::index::{MARKS, SPAN};
 use super::landmarks::{LandmarkShape, Landmarks, NewLandmarks, OutlierAt};
 use super::store::{PageStore, Stored};
@@ -156,17 +155,18 @@ impl PageStore {
             .collect()
     }
 
-    /// What landmarks are made under; None where an opening must read the pages themselves.
-    fn landmark_shape(&self) -> Option<LandmarkShape> {
-        (self.config.rule != PageRule::InfLlm).then_some(LandmarkShape {
+    /// What landmarks are made under.
+    fn landmark_shape(&self) -> LandmarkShape {
+        LandmarkShape {
             precision: self.config.precision,
             has_means: self.config.estimate,
             has_codes: self.rotation.is_some(),
+            has_representatives: self.following.is_some(),
             first_layer: self.config.first_layer.min(self.shape.num_layers),
             num_layers: self.shape.num_layers,
             num_kv_heads: self.shape.num_kv_heads,
             head_dim: self.shape.head_dim,
-        })
+        }
     }
 
     /// Index rows and numbers of the pages whose landmarks the disk is to get.
@@ -181,13 +181,17 @@ impl PageStore {
     /// Landmarks that the disk was not given yet, as bytes by page; the last of them has the keys of the outliers that it
     /// was not given.
     pub(crate) fn fresh_landmarks(&self) -> Vec<(u64, Vec<u8>)> {
-        let Some(shape) = self.landmark_shape() else { return Vec::new() };
+        let shape = self.landmark_shape();
         let d = self.shape.head_dim;
         let mut records = Vec::new();
         for (row, page) in self.unmarked() {
             let mut rows = Vec::new();
             self.index.iter().flatten().for_each(|head| head.write_row(row, d, &mut rows));
-            records.push((page, NewLandmarks::new(&shape, &self.pages[&page].tokens, &rows)));
+            let following = self.following.as_ref();
+            let means = following.map(|own| own.means_of(page, shape.first_layer));
+            let tokens = &self.pages[&page].tokens;
+            records
+                .push((page, NewLandmarks::new(&shape, tokens, &rows, &means.unwrap_or_default())));
         }
         let mut outliers: Vec<(OutlierAt, &[u8])> = Vec::new();
         for (layer, heads) in self.index.iter().enumerate() {
@@ -274,8 +278,8 @@ impl PageStore {
                 pages.par_iter().map(|page| read_landmarks(&*source, *page)).collect();
             for (page, landmarks) in pages.iter().zip(landmarks) {
                 let shape = self.landmark_shape();
-                let read = shape.zip(landmarks.as_deref());
-                let has_room = match read.and_then(|(shape, it)| Landmarks::read(it, &shape)) {
+                let read = landmarks.as_deref().and_then(|it| Landmarks::read(it, &shape));
+                let has_room = match read {
                     Some(landmarks) => self.take_in(*page, &landmarks, &mut known),
                     None => self.remake(*page),
                 };
@@ -305,6 +309,9 @@ impl PageStore {
         let heads = self.index.iter_mut().flatten();
         let (d, asked) = (self.shape.head_dim, (self.config.estimate, self.rotation.is_some()));
         heads.zip(landmarks.rows()).for_each(|(head, row)| head.push_row(row, d, asked));
+        if let Some(following) = &mut self.following {
+            following.restore(page, &landmarks.representatives());
+        }
         landmarks.outliers(known);
         true
     }

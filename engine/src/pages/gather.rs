@@ -42,10 +42,11 @@ enum Extent {
 }
 
 impl PageStore {
-    /// Runs that recall side by side; one where the device has no pages. How many of them vote at once is the device's
-    /// matter.
+    /// Runs that recall side by side; one where the device has no pages, or another system's rule looks at something else
+    /// than keys. How many of them vote at once is the device's matter.
     pub(crate) fn runs_at_once(&self) -> usize {
-        if self.mirror.is_some() { MAX_RUNS } else { 1 }
+        let votes = matches!(self.config.rule, PageRule::Mka | PageRule::TokenSelect);
+        if self.mirror.is_some() && votes { MAX_RUNS } else { 1 }
     }
 
     /// [`PageStore::recall`] for neighbouring runs of queries at once, where the device has the pages: each run's number

@@ -2,11 +2,12 @@
 //! Knows rows of the index and no file; a record that was made under other settings is none.
 //!
 //! ```text
-//! version u8 | precision u8 | has_means u8 | has_codes u8 | first_layer u32 | num_layers u32 | num_kv_heads u32 | head_dim u32
+//! version u8 | precision u8 | extras u8 | has_codes u8 | first_layer u32 | num_layers u32 | num_kv_heads u32 | head_dim u32
 //! | token id u32 x 64
 //! | for each layer from first_layer on, for each head: landmark bf16 x 8·head_dim | agreement f32 x 8
-//!   | mean key, mean value bf16 x 2·head_dim, if has_means
+//!   | mean key, mean value bf16 x 2·head_dim, if extras & 1
 //!   | codes of the page's keys (`mka_kernels::key_codes`), if has_codes
+//! | for each layer from first_layer on, for each head: mean representative of the page's block f32 x head_dim, if extras & 2
 //! | num_outliers u32 | outlier x num_outliers
 //! outlier | layer u32 | head u32 | place u64 | key bf16 x 8·head_dim
 //! ```
@@ -32,6 +33,8 @@ pub(super) struct LandmarkShape {
     pub(super) precision: PagePrecision,
     pub(super) has_means: bool,
     pub(super) has_codes: bool,
+    /// InfLLM's: the queries that they were chosen by are gone once a session is closed.
+    pub(super) has_representatives: bool,
     pub(super) first_layer: usize,
     pub(super) num_layers: usize,
     pub(super) num_kv_heads: usize,
@@ -48,7 +51,7 @@ impl LandmarkShape {
             PagePrecision::Int8 => 2,
             PagePrecision::Int4 => 3,
         };
-        out[2] = u8::from(self.has_means);
+        out[2] = u8::from(self.has_means) | u8::from(self.has_representatives) << 1;
         out[3] = u8::from(self.has_codes);
         let numbers = [self.first_layer, self.num_layers, self.num_kv_heads, self.head_dim];
         for (out, number) in out[4..].chunks_exact_mut(4).zip(numbers) {
@@ -64,6 +67,14 @@ impl LandmarkShape {
     fn num_rows(&self) -> usize {
         self.num_layers.saturating_sub(self.first_layer) * self.num_kv_heads
     }
+
+    fn representative_bytes(&self) -> usize {
+        if self.has_representatives {
+            self.num_rows() * self.head_dim * size_of::<f32>()
+        } else {
+            0
+        }
+    }
 }
 
 /// An outlier's layer, head and place.
@@ -73,11 +84,18 @@ pub(super) type OutlierAt = (usize, usize, u64);
 pub(super) struct NewLandmarks(Vec<u8>);
 
 impl NewLandmarks {
-    /// `rows`: of each layer that chooses and each head, as [`HeadIndex::write_row`] gives them, side by side.
-    pub(super) fn new(shape: &LandmarkShape, tokens: &[u32; PAGE_TOKENS], rows: &[u8]) -> Self {
+    /// `rows`: of each layer that chooses and each head, as [`HeadIndex::write_row`] gives them, side by side;
+    /// `representatives`: of the same layers and heads (head_dim), where there are any.
+    pub(super) fn new(
+        shape: &LandmarkShape,
+        tokens: &[u32; PAGE_TOKENS],
+        rows: &[u8],
+        representatives: &[f32],
+    ) -> Self {
         let mut bytes = shape.head().to_vec();
         bytes.extend(tokens.iter().flat_map(|id| id.to_le_bytes()));
         bytes.extend_from_slice(rows);
+        bytes.extend(representatives.iter().flat_map(|x| x.to_le_bytes()));
         Self(bytes)
     }
 
@@ -100,6 +118,7 @@ pub(super) struct Landmarks<'a> {
     pub(super) tokens: Box<[u32; PAGE_TOKENS]>,
     rows: &'a [u8],
     row_bytes: usize,
+    representatives: &'a [u8],
     outliers: &'a [u8],
     outlier_bytes: usize,
 }
@@ -119,6 +138,7 @@ impl<'a> Landmarks<'a> {
         tokens.iter_mut().zip(ids).for_each(|(token, id)| *token = u32::from_le_bytes(*id));
         let row_bytes = shape.row_bytes();
         let (rows, rest) = rest.split_at_checked(shape.num_rows().checked_mul(row_bytes)?)?;
+        let (representatives, rest) = rest.split_at_checked(shape.representative_bytes())?;
         let (count, outliers) = rest.split_first_chunk::<4>()?;
         let outlier_bytes = OUTLIER_HEAD_BYTES + SPAN * 2 * shape.head_dim;
         let expected = (u32::from_le_bytes(*count) as usize).checked_mul(outlier_bytes)?;
@@ -126,6 +146,7 @@ impl<'a> Landmarks<'a> {
             tokens,
             rows,
             row_bytes,
+            representatives,
             outliers,
             outlier_bytes,
         })
@@ -134,6 +155,12 @@ impl<'a> Landmarks<'a> {
     /// Of each layer that chooses and each head, what [`HeadIndex::push_row`] takes.
     pub(super) fn rows(&self) -> impl Iterator<Item = &'a [u8]> {
         self.rows.chunks_exact(self.row_bytes)
+    }
+
+    /// Mean representatives of each layer that chooses, all heads side by side; none where they were not asked for.
+    pub(super) fn representatives(&self) -> Vec<f32> {
+        let (numbers, _) = self.representatives.as_chunks::<4>();
+        numbers.iter().map(|x| f32::from_le_bytes(*x)).collect()
     }
 
     /// Adds its outliers to `known`.
@@ -159,6 +186,7 @@ mod tests {
         precision: PagePrecision::Bf16,
         has_means: true,
         has_codes: true,
+        has_representatives: true,
         first_layer: 1,
         num_layers: 3,
         num_kv_heads: 2,
@@ -171,7 +199,8 @@ mod tests {
         let keys: Vec<u8> = (0..SPAN * 12).map(|i| i as u8).collect();
         let outliers: Vec<(OutlierAt, &[u8])> =
             (0..outliers).map(|i| ((1 + i % 2, i % 2, i as u64 | 7 << 40), &keys[..])).collect();
-        (NewLandmarks::new(&SHAPE, &tokens, &rows).into_bytes(&outliers), rows)
+        let means: Vec<f32> = (0..24).map(|i| i as f32).collect();
+        (NewLandmarks::new(&SHAPE, &tokens, &rows, &means).into_bytes(&outliers), rows)
     }
 
     #[test]
@@ -181,6 +210,7 @@ mod tests {
             let read = Landmarks::read(&bytes, &SHAPE).unwrap();
             assert_eq!(read.tokens[63], 63_000);
             assert_eq!(read.rows().flatten().copied().collect::<Vec<u8>>(), rows);
+            assert_eq!((read.representatives().len(), read.representatives()[23]), (24, 23.0));
             let mut known = HashMap::new();
             read.outliers(&mut known);
             assert_eq!(known.len(), count);
@@ -196,6 +226,7 @@ mod tests {
         for shape in [
             LandmarkShape { precision: PagePrecision::Int8, ..SHAPE },
             LandmarkShape { has_means: false, ..SHAPE },
+            LandmarkShape { has_representatives: false, ..SHAPE },
             LandmarkShape { first_layer: 0, ..SHAPE },
             LandmarkShape { num_layers: 4, ..SHAPE },
             LandmarkShape { num_kv_heads: 1, ..SHAPE },
@@ -234,6 +265,7 @@ mod tests {
             }
             if let Some(read) = Landmarks::read(&bytes, &SHAPE) {
                 prop_assert_eq!(read.rows().map(<[u8]>::len).sum::<usize>(), rows.len());
+                prop_assert_eq!(read.representatives().len(), 24);
                 read.outliers(&mut HashMap::new());
             }
         }

@@ -4,7 +4,10 @@
 //! What differs from the systems themselves is the cache that they run over, which is ours: window, sinks, positions
 //! and the layers that choose nothing are the same for every rule, and queries are compared at the window's distance.
 
+pub(super) mod device;
+
 use super::PageRule;
+use super::selection::POOLED;
 use super::store::{PageShape, PageStore};
 use super::vote::{Ballot, Queries, soft_vote};
 use crate::error::Result;
@@ -73,9 +76,50 @@ impl Following {
         self.sums[layer] = self.sums[layer].split_off(&first);
     }
 
+    /// Numbers of a block's mean representative.
+    pub(super) fn width(&self) -> usize {
+        self.shape.num_kv_heads * self.shape.head_dim
+    }
+
+    /// The mean representative of the block that begins with page `first`, (g · d).
+    pub(super) fn mean(&self, layer: usize, first: u64) -> Option<&[f32]> {
+        self.means[layer].get(&first).map(Vec::as_slice)
+    }
+
+    /// Of each layer from `first_layer` on the mean representative of the block of `page`, side by side: what the disk
+    /// keeps with it.
+    pub(super) fn means_of(&self, page: u64, first_layer: usize) -> Vec<f32> {
+        let first = page / BLOCK_PAGES as u64 * BLOCK_PAGES as u64;
+        let none = vec![0f32; self.width()];
+        let layers = self.means.iter().skip(first_layer);
+        layers.flat_map(|blocks| blocks.get(&first).unwrap_or(&none)).copied().collect()
+    }
+
+    /// Takes what [`Following::means_of`] gave for `page`.
+    pub(super) fn restore(&mut self, page: u64, means: &[f32]) {
+        let first = page / BLOCK_PAGES as u64 * BLOCK_PAGES as u64;
+        let width = self.width();
+        // The last layers are those that choose.
+        let layers = self.means.iter_mut().rev();
+        for (blocks, mean) in layers.zip(means.chunks_exact(width).rev()) {
+            blocks.insert(first, mean.to_vec());
+        }
+    }
+
     pub(super) fn truncate(&mut self, end: u64) {
         for means in &mut self.means {
             means.split_off(&(end / BLOCK_PAGES as u64 * BLOCK_PAGES as u64));
+        }
+    }
+}
+
+impl PageRule {
+    /// Queries of a run of `count` whose mean stands for them: of a block its mean query in InfLLM and TokenSelect
+    /// (arXiv 2411.02886, section 3.3).
+    pub(super) fn pooled(self, count: usize) -> usize {
+        match self {
+            Self::InfLlm | Self::TokenSelect => count.max(1),
+            Self::Mka | Self::Streaming | Self::Quest => POOLED,
         }
     }
 }
@@ -218,20 +262,9 @@ impl PageStore {
     ) -> Vec<Vec<u32>> {
         let (g, d) = (self.shape.num_kv_heads, queries.d);
         let there = self.bytes_by_row(rows);
-        // The mean query of a block stands for it (section 3.3 of its paper).
-        let mean = |head: &Vec<f32>| -> Vec<f32> {
-            let mut mean = vec![0f32; queries.group * d];
-            for rows in head.chunks_exact(queries.group * d) {
-                let count = queries.count as f32;
-                mean.iter_mut().zip(rows).for_each(|(m, x)| *m += x / count);
-            }
-            mean
-        };
-        let heads = queries.heads.iter().map(mean).collect();
-        let mean = Queries { heads, count: 1, ..*queries };
         let mut ballot = Ballot::default();
         let votes =
-            soft_vote(&mean, &vec![rows * PAGE_TOKENS; g], &mut ballot, |head, first, out| {
+            soft_vote(queries, &vec![rows * PAGE_TOKENS; g], &mut ballot, |head, first, out| {
                 let reader = self.reader(layer, 0, head);
                 let pages = there[first / PAGE_TOKENS..].iter();
                 for (bytes, out) in pages.zip(out.chunks_mut(PAGE_TOKENS * d)) {

@@ -37,7 +37,7 @@ impl PageStore {
         rows: usize,
         budget: usize,
     ) -> Result<Selection> {
-        let queries = self.queries(q)?;
+        let queries = self.queries(q, self.config.rule.pooled(q.dim(0)?))?;
         match self.config.rule {
             PageRule::Mka => Ok(self.select_by_marks(layer, &queries, rows, budget)),
             rule => {
@@ -48,9 +48,9 @@ impl PageStore {
         }
     }
 
-    /// Queries as if they stood a window behind the keys, pooled and scaled: q̃ = RoPE(q, window), keys unrotated
+    /// Queries as if they stood a window behind the keys, each `pooled` as their mean, and scaled: q̃ = RoPE(q, window), keys unrotated
     /// (TokenSelect and InfLLM). Distances beyond the window would be ones that the model never saw.
-    pub(super) fn queries(&self, q: &Tensor) -> Result<Queries> {
+    pub(super) fn queries(&self, q: &Tensor, pooled: usize) -> Result<Queries> {
         let (t, h, d) = q.dims3()?;
         let group = h / self.shape.num_kv_heads;
         let scale = 1.0 / (d as f32).sqrt();
@@ -60,7 +60,7 @@ impl PageStore {
         }
         let mut heads = vec![Vec::new(); self.shape.num_kv_heads];
         let mut mean = vec![0f32; h * d];
-        for tokens in values.chunks(POOLED * h * d) {
+        for tokens in values.chunks(pooled * h * d) {
             mean.fill(0.0);
             let factor = scale / (tokens.len() / (h * d)) as f32;
             for token in tokens.chunks_exact(h * d) {
@@ -70,7 +70,7 @@ impl PageStore {
                 heads[head].extend_from_slice(own);
             }
         }
-        Ok(Queries { heads, count: t.div_ceil(POOLED), group, d })
+        Ok(Queries { heads, count: t.div_ceil(pooled), group, d })
     }
 
     fn select_by_marks(

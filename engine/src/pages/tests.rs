@@ -293,6 +293,31 @@ fn a_stream_scanned_in_any_way_is_opened_and_forked_bit_for_bit() {
 }
 
 #[test]
+fn representatives_are_opened_as_the_queries_that_are_gone_chose_them() {
+    let decoder = load("llama3");
+    let rule = PageRule::InfLlm;
+    let config = PageConfig { tokens: 128, rule, first_layer: 1, ..config() };
+    let elsewhere = Arc::new(Elsewhere::default());
+    let mut straight = cache(&decoder, 64, Some(config.clone()));
+    for part in [900, 330] {
+        run(&decoder, &mut straight, &tokens(part), &[64]);
+        commit(&mut straight, &elsewhere);
+    }
+    let restored = reopened(&decoder, &straight, &config, &elsewhere);
+    assert_eq!(elsewhere.num_read.load(Ordering::Relaxed), 0);
+    let mut count = 0;
+    for layer in 1..decoder.config.num_layers {
+        for first in (0..straight.first_window_page(straight.position())).step_by(2) {
+            let [was, is] = [&straight, &restored]
+                .map(|cache| cache.pages().unwrap().following.as_ref().unwrap().mean(layer, first));
+            assert_eq!(was, is, "layer {layer}, block of page {first}");
+            count += usize::from(was.is_some_and(|mean| mean.iter().any(|x| *x != 0.0)));
+        }
+    }
+    assert!(count > 8, "{count}");
+}
+
+#[test]
 fn codes_that_were_not_written_are_made_from_the_pages_and_unneeded_ones_are_passed_over() {
     let decoder = load("llama3");
     let with = |scan| PageConfig { tokens: 64, precision: PagePrecision::Bf16, scan, ..config() };

@@ -262,13 +262,22 @@ fn choose_part(
     }
     let voted = vote(device, pages, queries, Some(marks.as_ref()), landmarks)?;
     let tokens = params.tokens.min(landmarks * SPAN);
-    let best = top_k(&voted.votes, tokens)?;
+    let best = match params.together {
+        true => top_of_all_heads(&voted.votes, (queries.num_runs, g), tokens)?,
+        false => top_k(&voted.votes, tokens)?,
+    };
     let group = queries.group;
     let is_one = queries.num_runs == 1 && queries.runs[0].queries == 1;
     let recovered = is_one
         .then(|| recovered(device, (g, group), by_mark.as_ref(), marks.as_ref(), &voted, &best))
         .transpose()?;
     Ok(Choice { marks, best: Some(best), runs: queries.num_runs, tokens, recovered })
+}
+
+/// Of `votes` (runs · g, n) the `count` largest of each run, summed over its heads, for every head: (runs · g, count).
+fn top_of_all_heads(votes: &Tensor, (runs, g): (usize, usize), count: usize) -> Result<Tensor> {
+    let best = top_k(&votes.reshape((runs, g, ()))?.sum(1)?, count)?;
+    best.unsqueeze(1)?.broadcast_as((runs, g, count))?.contiguous()?.reshape((runs * g, count))
 }
 
 impl Queries<'_> {

@@ -17,6 +17,17 @@ struct Votes {
     norms: Vec<f32>,
 }
 
+/// The tokens of one head that were compared.
+struct Compared {
+    /// Their landmarks.
+    marks: Vec<u32>,
+    votes: Votes,
+    /// Votes by which the best are taken.
+    by_token: Vec<f32>,
+    /// What the landmarks that were not taken hold of all landmarks' votes, and the norms of these; None if all were.
+    missed: Option<(f32, Vec<f32>)>,
+}
+
 /// [`StoredPages::choose`]; shapes are checked.
 pub(super) fn choose(pages: &StoredPages, q: &Tensor, params: &ChoiceParams<'_>) -> Result<Choice> {
     let (mut first, mut parts) = (0, Vec::new());
@@ -56,7 +67,7 @@ fn choose_run(
         Some((marks, keys)) => Some((marks.to_vec2::<u32>()?, numbers(keys)?)),
         None => None,
     };
-    let (mut all_marks, mut all_best, mut recovered) = (Vec::new(), Vec::new(), 0f32);
+    let mut heads = Vec::with_capacity(g);
     for head in 0..g {
         let queries = of_head(head);
         let mut missed = None;
@@ -104,6 +115,17 @@ fn choose_run(
                 votes.fill(f32::INFINITY);
             }
         }
+        heads.push(Compared { marks, votes, by_token, missed });
+    }
+    if params.together {
+        let mut sums = vec![0f32; heads.first().map_or(0, |head| head.by_token.len())];
+        for head in &heads {
+            sums.iter_mut().zip(&head.by_token).for_each(|(sum, vote)| *sum += vote);
+        }
+        heads.iter_mut().for_each(|head| head.by_token.clone_from(&sums));
+    }
+    let (mut all_marks, mut all_best, mut recovered) = (Vec::new(), Vec::new(), 0f32);
+    for Compared { marks, votes, by_token, missed } in heads {
         let best = rows::largest(&by_token, params.tokens);
         let held =
             best.iter().map(|i| votes.last.iter().map(|shares| shares[*i as usize]).sum::<f32>());

@@ -21,6 +21,8 @@ pub(crate) struct Case {
     pub(crate) outliers: &'static [u32],
     /// Whether every token is compared, whatever its landmark is asked for.
     pub(crate) every: bool,
+    /// Whether all heads choose the same tokens.
+    pub(crate) together: bool,
 }
 
 pub(crate) const PLAIN: Case = Case {
@@ -34,6 +36,7 @@ pub(crate) const PLAIN: Case = Case {
     pins: &[],
     outliers: &[],
     every: false,
+    together: false,
 };
 
 pub(crate) const CASES: &[Case] = &[
@@ -48,6 +51,8 @@ pub(crate) const CASES: &[Case] = &[
     Case { pages: 50, h: 6, g: 2, d: 64, pins: &[0, 399], outliers: &[5], every: true, ..PLAIN },
     // Its votes are more than one block of a selection reads.
     Case { pages: 300, h: 6, g: 2, d: 16, tokens: 2048, every: true, ..PLAIN },
+    Case { pages: 40, t: 11, h: 9, g: 3, d: 64, every: true, together: true, ..PLAIN },
+    Case { pages: 50, h: 4, g: 4, d: 96, pins: &[9], every: true, together: true, ..PLAIN },
     // Fewer tokens than are chosen.
     Case { pages: 2, h: 6, g: 2, d: 8, tokens: 256, ..PLAIN },
 ];
@@ -162,6 +167,7 @@ impl Case {
                 angles: &made.angles,
                 distance: DISTANCE,
                 pins: pins.as_ref(),
+                together: self.together,
             },
         )
     }
@@ -234,10 +240,19 @@ impl Case {
                     votes.fill(f64::INFINITY);
                 }
             }
-            let token = |i: u32| marks[i as usize / SPAN] * SPAN as u32 + i % SPAN as u32;
-            best(&votes, self.tokens).into_iter().map(token).collect()
+            (marks, votes)
         };
-        (0..g).map(of_head).collect()
+        let mut heads: Vec<(Vec<u32>, Vec<f64>)> = (0..g).map(of_head).collect();
+        if self.together {
+            let sum = |i: usize| heads.iter().map(|(_, votes)| votes[i]).sum::<f64>();
+            let sums: Vec<f64> = (0..pages * PAGE_TOKENS).map(sum).collect();
+            heads.iter_mut().for_each(|(_, votes)| votes.clone_from(&sums));
+        }
+        let of_head = |(marks, votes): &(Vec<u32>, Vec<f64>)| {
+            let token = |i: u32| marks[i as usize / SPAN] * SPAN as u32 + i % SPAN as u32;
+            best(votes, self.tokens).into_iter().map(token).collect()
+        };
+        heads.iter().map(of_head).collect()
     }
 
     /// What `gather` gives for `tokens`: keys and values.
@@ -313,7 +328,7 @@ fn a_choice_among_stored_pages_is_the_one_of_its_definition() -> Result<()> {
 }
 
 /// Runs of queries that see ever more pages, as a prompt's blocks do: more than landmarks are taken, and fewer.
-pub(crate) fn runs() -> [(Case, Vec<ChoiceRun>); 3] {
+pub(crate) fn runs() -> [(Case, Vec<ChoiceRun>); 4] {
     let run = |queries, pages| ChoiceRun { queries, pages };
     let case = Case { t: 110, h: 9, g: 3, d: 64, tokens: 128, dtype: DType::BF16, ..PLAIN };
     [
@@ -324,6 +339,10 @@ pub(crate) fn runs() -> [(Case, Vec<ChoiceRun>); 3] {
         (Case { pages: 8, tokens: 192, ..case }, vec![run(40, 3), run(70, 8)]),
         (
             Case { pages: 300, d: 8, pins: &[3, 290], every: true, ..case },
+            vec![run(30, 280), run(64, 281), run(16, 300)],
+        ),
+        (
+            Case { pages: 300, d: 8, every: true, together: true, ..case },
             vec![run(30, 280), run(64, 281), run(16, 300)],
         ),
     ]

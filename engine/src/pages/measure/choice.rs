@@ -5,7 +5,7 @@
 use crate::models::frequencies::{Frequencies, RopeScaling};
 use crate::pages::gather::RecallScope;
 use crate::pages::scan::Scan;
-use crate::pages::selection::OVER_FETCH_BY_CODES;
+use crate::pages::selection::{OVER_FETCH_BY_CODES, POOLED};
 use crate::pages::store::{PageShape, PageStore};
 use crate::pages::vote::{Ballot, vote_by_scores};
 use crate::pages::{LandmarkScan, PageConfig};
@@ -68,7 +68,7 @@ fn a_choice_by_codes_part_by_part() {
             Tensor::from_vec(q, (1, SHAPE.num_kv_heads * GROUP, d), &Device::Cpu).unwrap()
         })
         .collect();
-    let queries: Vec<_> = asked.iter().map(|q| store.queries(q).unwrap()).collect();
+    let queries: Vec<_> = asked.iter().map(|q| store.queries(q, POOLED).unwrap()).collect();
     let budget = store.config.tokens;
     let scope = RecallScope { before_page: u64::MAX, compact: true, sliding: false };
     let mut parts = Vec::new();

@@ -24,7 +24,14 @@ fn with_and_without_mirror(decoder: &Decoder, config: &PageConfig, told: u32) ->
         let usage = cache.pages().unwrap().usage().unwrap();
         // Blocks of several runs, which the mirror serves at once.
         logits.extend(run(decoder, &mut cache, &tokens(230), &[200, 30]));
-        assert_eq!(cache.pages().unwrap().mirror.is_some(), is_mirrored);
+        let pages = cache.pages().unwrap();
+        assert_eq!(pages.mirror.is_some(), is_mirrored);
+        if let Some(mirror) = &pages.mirror {
+            // What the device would not choose by, it would leave to the processor.
+            let has_table = matches!(config.rule, PageRule::InfLlm | PageRule::Quest);
+            let chose = pages.stored_tokens() > config.tokens;
+            assert_eq!(mirror.table_len() > 0, has_table && chose);
+        }
         (logits, usage)
     })
 }
@@ -60,6 +67,60 @@ fn pages_on_the_models_device_are_chosen_as_in_host_memory() {
         let config =
             PageConfig { tokens, precision, scan, reuse_steps: 2, lexical: true, ..config() };
         assert_alike(name, with_and_without_mirror(&load(name), &config, told));
+    }
+}
+
+/// The rules that choose, beside the library's own.
+const RIVALS: [PageRule; 3] = [PageRule::InfLlm, PageRule::Quest, PageRule::TokenSelect];
+
+fn of_rule(rule: PageRule, recalled: usize, precision: PagePrecision) -> PageConfig {
+    PageConfig { rule, tokens: recalled, precision, reuse_steps: 2, ..config() }
+}
+
+#[test]
+fn other_systems_rules_choose_on_the_models_device_as_in_host_memory() {
+    for (name, recalled, precision, told) in MIRRORED.iter().copied() {
+        for rule in RIVALS {
+            let config = of_rule(rule, recalled.max(2 * PAGE_TOKENS), precision);
+            let alike = with_and_without_mirror(&load(name), &config, told);
+            assert_alike(&format!("{name} by {rule:?}"), alike);
+        }
+    }
+}
+
+#[test]
+fn what_a_rule_keeps_on_the_device_follows_pages_that_go_and_streams_taken_back() {
+    let decoder = load("llama3");
+    for rule in RIVALS {
+        let config = of_rule(rule, 128, PagePrecision::F32);
+        // Room for the pages of 1,500 tokens, so that the oldest go.
+        let page = cache(&decoder, 64, Some(config.clone())).pages().unwrap().page_bytes() as u64;
+        let config = PageConfig { bytes: 26 * page, ..config };
+        let mut caches = [true, false].map(|is_mirrored| {
+            let mut cache = cache(&decoder, 64, Some(config.clone()));
+            cache.pages_mut().unwrap().mirror = None;
+            if is_mirrored {
+                cache.pages_mut().unwrap().mirror_on_device();
+            }
+            cache
+        });
+        let mut last = Vec::new();
+        for told in [900, 700, 1000, 130] {
+            let answers = caches.each_mut().map(|cache| {
+                cache.pages_mut().unwrap().forget_choices();
+                let checkpoint = cache.checkpoint();
+                let answer = run(&decoder, cache, &tokens(told), &[100, 37]);
+                if told == 1000 {
+                    assert!(cache.rewind(&checkpoint));
+                }
+                answer
+            });
+            last = answers.to_vec();
+        }
+        let store = caches[0].pages().unwrap();
+        assert!(store.mirror.is_some() && store.order[0] > 1, "{rule:?}: {}", store.order[0]);
+        let off = difference(&last[0], &last[1]);
+        assert!(off <= 2e-3, "{rule:?}: {off}");
     }
 }
 
@@ -164,6 +225,11 @@ mod cuda {
             let scan = LandmarkScan::Flat;
             let config = PageConfig { tokens, precision, scan, lexical: true, ..config() };
             assert_alike(name, with_and_without_mirror(&load_on(name, &device), &config, told));
+            for rule in RIVALS {
+                let config = of_rule(rule, tokens.max(2 * PAGE_TOKENS), precision);
+                let alike = with_and_without_mirror(&load_on(name, &device), &config, told);
+                assert_alike(&format!("{name} by {rule:?}"), alike);
+            }
         }
     }
 }

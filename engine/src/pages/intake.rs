@@ -111,6 +111,10 @@ impl PageStore {
     fn follow(&mut self, layer: usize, page: u64) {
         let Some(mut following) = self.following.take() else { return };
         if !self.index[layer].is_empty() {
+            let angles = self.angles_at(self.shape.window_tokens as u64);
+            if let Err(error) = following.sum_waiting(layer, angles) {
+                tracing::warn!(%error, layer, "queries that follow a block cannot be fetched");
+            }
             following.choose(layer, page, &|page, head, keys: &mut [f32]| {
                 self.read_rows(page, layer, 0, head, 0, keys)
             });

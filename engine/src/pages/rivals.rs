@@ -28,6 +28,9 @@ pub(super) struct Following {
     shape: PageShape,
     /// By layer and page: sums over the page's tokens of the queries of each key/value head's group, (g · d).
     sums: Vec<BTreeMap<u64, Vec<f32>>>,
+    /// By layer, queries (t, h, d) before RoPE that are not summed yet, and the position of the first: on a device they
+    /// are fetched once a page leaves, so that no token waits for them.
+    waiting: Vec<Vec<(u64, Tensor)>>,
     /// By layer and block's first page: the mean of the representative keys, (g · d).
     means: Vec<BTreeMap<u64, Vec<f32>>>,
 }
@@ -35,7 +38,36 @@ pub(super) struct Following {
 impl Following {
     pub(super) fn new(shape: PageShape) -> Self {
         let layers = || (0..shape.num_layers).map(|_| BTreeMap::new()).collect();
-        Self { shape, sums: layers(), means: layers() }
+        Self { shape, sums: layers(), waiting: vec![Vec::new(); shape.num_layers], means: layers() }
+    }
+
+    /// Sums the waiting queries of `layer` as they stand at the position of `angles` (cosines and sines).
+    pub(super) fn sum_waiting(
+        &mut self,
+        layer: usize,
+        angles: Option<(&[f32], &[f32])>,
+    ) -> Result<()> {
+        let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
+        let waiting = std::mem::take(&mut self.waiting[layer]);
+        let Some((_, first)) = waiting.first() else { return Ok(()) };
+        let h = first.dim(1)?;
+        let all: Vec<&Tensor> = waiting.iter().map(|(_, q)| q).collect();
+        let mut values = Tensor::cat(&all, 0)?.flatten_all()?.to_vec1::<f32>()?;
+        if let Some((cos, sin)) = angles {
+            values.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
+        }
+        let counts = waiting.iter().map(|(first, q)| Ok((*first, q.dim(0)? as u64)));
+        let counts: Vec<(u64, u64)> = counts.collect::<Result<_>>()?;
+        let positions = counts.into_iter().flat_map(|(first, count)| first..first + count);
+        for (position, token) in positions.zip(values.chunks_exact(h * d)) {
+            let page = position / PAGE_TOKENS as u64;
+            let sums = self.sums[layer].entry(page).or_insert_with(|| vec![0f32; g * d]);
+            for (head, query) in token.chunks_exact(d).enumerate() {
+                let at = head / (h / g) * d;
+                sums[at..at + d].iter_mut().zip(query).for_each(|(sum, x)| *sum += x);
+            }
+        }
+        Ok(())
     }
 
     /// Chooses the representatives of the block that ends with `page`, once the page has left the window.
@@ -134,20 +166,8 @@ impl PageStore {
         if self.following.is_none() || layer < self.config.first_layer {
             return Ok(());
         }
-        let (_, h, d) = q.dims3()?;
-        let g = self.shape.num_kv_heads;
-        let mut values = q.flatten_all()?.to_vec1::<f32>()?;
-        if let Some((cos, sin)) = self.angles_at(self.shape.window_tokens as u64) {
-            values.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
-        }
-        let Some(following) = &mut self.following else { return Ok(()) };
-        for (position, token) in (position..).zip(values.chunks_exact(h * d)) {
-            let page = position / PAGE_TOKENS as u64;
-            let sums = following.sums[layer].entry(page).or_insert_with(|| vec![0f32; g * d]);
-            for (head, query) in token.chunks_exact(d).enumerate() {
-                let at = head / (h / g) * d;
-                sums[at..at + d].iter_mut().zip(query).for_each(|(sum, x)| *sum += x);
-            }
+        if let Some(following) = &mut self.following {
+            following.waiting[layer].push((position, q.clone()));
         }
         Ok(())
     }

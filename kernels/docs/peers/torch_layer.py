@@ -1,9 +1,10 @@
 """The table of `bench_cuda layer` for PyTorch: a GQA layer with cuDNN attention, and FastMKA as it is published.
 
-python torch_layer.py [--lengths 2048,4096,8192,16384,32768] [--no-loop]
+python torch_layer.py [--lengths 2048,4096,8192,16384,32768] [--tokens 32768] [--no-loop]
 The same shapes, tokens, flush of L2 and rounds; bf16, RMS norms in f32, RoPE from tables. "loop" is FastMKA on the hidden
 states with the EMA as a loop over tokens, state in bf16, which is how the published implementation runs it: two levels
-beside the token's own, router of half the query width. It is timed once a row, up to 8,192 tokens of one stream.
+beside the token's own, router of half the query width. It is timed once a row, up to 8,192 tokens of one stream (a step
+of more than 8,192 tokens in all up to 4,096).
 """
 
 import argparse
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-TOKENS, ROUNDS, LOOP_TOKENS = 32_768, 7, 8_192
+ROUNDS, LOOP_TOKENS = 7, 8_192
 RATE = 0.9
 SHAPES = {"1B": (2048, 8192, 32, 8, 64), "7B": (3584, 18_944, 28, 4, 128)}
 FLUSH = torch.empty(32 << 20, dtype=torch.float32, device="cuda")
@@ -94,13 +95,16 @@ def once_ms(work):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--lengths", default="2048,4096,8192,16384,32768", help="tokens of a stream")
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of a row: batch times length")
     parser.add_argument("--no-loop", action="store_true", help="leave out the published loop")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.get_device_name()}; ms")
     print("| layer | b x t | pass | GQA, cuDNN | published loop |\n|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         for t in map(int, args.lengths.split(",")):
-            b = TOKENS // t
+            b = args.tokens // t
+            if b == 0:
+                continue
             layer = Layer(*shape, t)
             x = torch.randn(b, t, shape[0], device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
@@ -115,7 +119,7 @@ def main():
             print(f"| {name} | {b} x {t} | forward | {forward:.2f} | {loop} |")
             loop = "-"
             full = median_ms(step)
-            if t <= 4096 and not args.no_loop:
+            if (t <= 4096 or b * t <= LOOP_TOKENS) and not args.no_loop:
                 loop = f"{once_ms(lambda: step(True)):.1f}"
             print(f"| {name} | {b} x {t} | step | {full:.2f} | {loop} |", flush=True)
             del layer, x

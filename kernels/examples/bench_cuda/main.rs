@@ -1,7 +1,8 @@
 //! Every CUDA op against the ceilings of the same run: device copy and matrix product.
 //!
-//! `bench_cuda [--rows TEXT] [OP ..]` prints one Markdown table per op; without arguments, all of them. With `--rows` a
-//! layer's table has the rows alone whose layer, size and pass contain the text.
+//! `bench_cuda [--rows TEXT] [--tokens N] [OP ..]` prints one Markdown table per op; without arguments, all of them. With
+//! `--rows` a layer's table has the rows alone whose layer, size and pass contain the text, with `--tokens` rows of so many
+//! tokens in the place of 32,768.
 
 mod attention;
 mod layer;
@@ -35,11 +36,14 @@ fn main() -> Result<()> {
         }
     };
     let mut asked: Vec<String> = std::env::args().skip(1).collect();
-    let mut rows = String::new();
-    if let Some(i) = asked.iter().position(|argument| argument == "--rows") {
-        rows = asked.drain(i..asked.len().min(i + 2)).nth(1).unwrap_or_default();
-    }
-    let bench = Bench::new(device, rows)?;
+    let mut option = |name: &str| -> Option<String> {
+        let i = asked.iter().position(|argument| argument == name)?;
+        asked.drain(i..asked.len().min(i + 2)).nth(1)
+    };
+    let (rows, tokens) = (option("--rows").unwrap_or_default(), option("--tokens"));
+    let tokens = tokens.map_or(Ok(32_768), |tokens| tokens.parse());
+    let tokens = tokens.map_err(|e| candle_core::Error::Msg(format!("--tokens: {e}")))?;
+    let bench = Bench::new(device, rows, tokens)?;
     for (name, table) in TABLES {
         if asked.is_empty() || asked.iter().any(|a| a == name) {
             println!("\n## {name}\n");

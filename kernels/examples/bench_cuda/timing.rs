@@ -16,13 +16,16 @@ pub(crate) struct Bench {
     matmul_flops: f64,
     /// What the name of a row must contain to be measured.
     rows: String,
+    /// Tokens of a layer's row: batch times length.
+    tokens: usize,
 }
 
 impl Bench {
     /// Measures both ceilings and prints them.
-    pub(crate) fn new(device: Device, rows: String) -> Result<Self> {
+    pub(crate) fn new(device: Device, rows: String, tokens: usize) -> Result<Self> {
         let flush = Tensor::zeros(FLUSH_FLOATS, DType::F32, &device)?;
-        let mut bench = Self { device, flush, copy_bytes_per_s: 1.0, matmul_flops: 1.0, rows };
+        let mut bench =
+            Self { device, flush, copy_bytes_per_s: 1.0, matmul_flops: 1.0, rows, tokens };
         let stream = bench.device.as_cuda_device()?.cuda_stream();
         let source = stream.alloc_zeros::<u8>(256 << 20).map_err(candle_core::Error::wrap)?;
         let mut to = stream.alloc_zeros::<u8>(256 << 20).map_err(candle_core::Error::wrap)?;
@@ -44,6 +47,10 @@ impl Bench {
 
     pub(crate) fn wants(&self, row: &str) -> bool {
         row.contains(&self.rows)
+    }
+
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
     }
 
     pub(crate) fn device(&self) -> &Device {

@@ -13,6 +13,9 @@ const CACHE_BYTES: usize = 40 << 20;
 /// Fewer blocks of keys than this are about one wave of a large card, whose time is that of its longest block.
 const FEW_BLOCKS: usize = 528;
 
+/// Rows of a block of {lse, delta}: 8 threads each, of 256.
+const ROWS_A_BLOCK: usize = 32;
+
 /// In place of a bound that is not there.
 const UNBOUNDED: i32 = 1 << 29;
 
@@ -286,7 +289,7 @@ pub(super) fn backward(
             _ => cuda::launch(device, source, &kernel, launch, &split_params),
         }
     };
-    let per_row = Tile { rows: 8, warps: 8, shared_bytes: 0 };
+    let per_row = Tile { rows: ROWS_A_BLOCK, warps: 8, shared_bytes: 0 };
     run(&format!("rows_{suffix}"), per_row.launch(op, batch * h * tq, 1)?)?;
 
     let kv_kernels: &[&str] = match (dtype, d) {

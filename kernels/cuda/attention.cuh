@@ -27,6 +27,15 @@ struct AttentionShape {
     return min(query_tokens, min(end_key, key_tokens) + left - offset());
   }
 
+  // The first and the last key that a query sees, and the reverse; where there is none, the first comes after the last.
+  __device__ __forceinline__ int2 keys_of(int row) const {
+    const int position = row + offset();
+    return make_int2(position - left, min(position + right, key_tokens - 1));
+  }
+  __device__ __forceinline__ int2 rows_of(int key) const {
+    return make_int2(key < key_tokens ? key - right - offset() : INT32_MAX, key + left - offset());
+  }
+
   // Whether some pair of a tile is masked, or its keys run past the end. Rows past the end need no mask: they are
   // loaded as zeros and never stored.
   __device__ __forceinline__ bool is_edge(int row, int rows, int key, int keys) const {

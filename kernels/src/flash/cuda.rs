@@ -123,23 +123,25 @@ impl Tile {
         }
     }
 
-    /// The kernel of dk and dv in 16 bits: k and v, twice q, dout and {lse, delta}.
+    /// The kernel of dk and dv in 16 bits: k and v, twice q, dout and {lse, delta}, and where two warps share the keys,
+    /// P and dS of 128 keys and 64 rows between them.
     fn backward_kv(d: usize) -> Self {
         let walked = Self::walked(d);
-        let shared_bytes = 2 * 128 * d * 2 + 4 * walked * d * 2 + 2 * walked * 8;
+        let between_warps = if matches!(d, 96 | 128) { 2 * 128 * 64 * 2 } else { 0 };
+        let shared_bytes = 2 * 128 * d * 2 + 4 * walked * d * 2 + 2 * walked * 8 + between_warps;
         Self { rows: 128, warps: Self::backward_warps(d), shared_bytes }
     }
 
     /// The kernel of dq in 16 bits: q and dout, and twice k and v.
     fn backward_q(d: usize) -> Self {
         let (warps, walked) = match d {
-            128 => (4, 32),
+            96 | 128 => (4, 32),
             _ => (Self::backward_warps(d), Self::walked(d)),
         };
         Self { rows: 128, warps, shared_bytes: 2 * 128 * d * 2 + 4 * walked * d * 2 }
     }
 
-    /// Rows of the tiles that a backward block walks, but for those of dq at head_dim 128.
+    /// Rows of the tiles that a backward block walks, but for those of dq at head_dim 96 and 128.
     fn walked(d: usize) -> usize {
         if d == 256 { 16 } else { 64 }
     }

@@ -1,6 +1,6 @@
 // Dense attention, backward, f32, without atomics. With P = e^(scores - lse), dP = dout vᵀ and dS = P ∘ (dP - delta):
 //   dv = Pᵀ dout, dk = scale · dSᵀ q, dq = scale · dS k, delta = rowsum(dout ∘ out) - dlse.
-// attention_backward_rows: per query row {lse · log2 e, delta}, a warp a row.
+// attention_backward_rows: per query row {lse · log2 e, delta}, eight lanes a row.
 // attention_backward_kv: a block takes 32 keys, a warp 4 of them, and walks the queries of all heads of the group.
 // attention_backward_q: a block takes 32 queries, a warp 4 of them, and walks their keys.
 // Tiles of 32 rows, one a lane, as in the forward kernel. Plain FMA; bound by shared memory.

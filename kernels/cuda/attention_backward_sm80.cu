@@ -8,6 +8,10 @@
 // attention_backward_rows: per query row {lse · log2 e, delta}; bound by memory.
 // attention_backward_kv: a block owns KEYS keys, a warp 16·MT of them, and walks the queries that see them in tiles of
 //   ROWS, in turn of SUB rows: four products.
+//   Where two warps are partners they own the same 32 keys. Each computes P and dS of its half of a walked tile's rows,
+//   hands them to the other as fragments, and sums half of the columns of dk and dv. What bounds the products are the
+//   fragments read from shared memory (512 bytes, 4 clocks each): of these a warp then moves 112 for the 256 products of
+//   a tile at d = 128, where 16 keys and all columns a warp take 160. On an H200 that is 12.2 ms for 15.5 (4 x 8192).
 // attention_backward_q: a block owns rows of queries, a warp 16·MT of them, and walks their keys: three products.
 // Seven products instead of five, but no atomics: equal inputs give equal bits, and on an H100 this was 1.03 to 1.17
 // times as fast as adding dq to an f32 buffer from the kv kernel (kernels/docs/attention.md).
@@ -16,11 +20,11 @@
 // | kernel | d | stationary x walked (at once) | warps | shared memory | accumulators a thread |
 // |---|---|---|---|---|---|
 // | kv | 64 | 128 keys x 64 rows (32) | 4 | k v 32 + q dout 2·16 = 64 KiB | 64 + 64 + 32 + 32 |
-// | kv | 96 | 128 x 64 (32) | 8 | 48 + 2·24 = 96 KiB | 48 + 48 + 16 + 16 |
-// | kv | 128 | 128 x 64 (32) | 8 | 64 + 2·32 = 128 KiB | 64 + 64 + 16 + 16 |
+// | kv, partners | 96 | 128 x 64 (32 a warp) | 8 | 48 + 2·24 + P dS 32 = 128 KiB | 48 + 48 + 32 + 32 |
+// | kv, partners | 128 | 128 x 64 (32 a warp) | 8 | 64 + 2·32 + 32 = 160 KiB | 64 + 64 + 32 + 32 |
 // | kv, dk and dv apart | 256 | 128 x 16 (16) | 8 | 128 + 2·16 = 160 KiB | 128 + 8 + 8 |
 // | q | 64 | 128 rows x 64 keys (32) | 4 | q dout 32 + k v 2·16 = 64 KiB | 64 + 32 + 32 |
-// | q | 96 | 128 x 64 (32) | 8 | 48 + 2·24 = 96 KiB | 48 + 16 + 16 |
+// | q | 96 | 128 x 32 (32) | 4, two blocks | 48 + 2·12 = 72 KiB | 96 + 32 + 32 |
 // | q | 128 | 128 x 32 (32) | 4, two blocks | 64 + 2·16 = 96 KiB | 128 + 32 + 32 |
 // | q | 256 | 128 x 16 (16) | 8 | 128 + 2·16 = 160 KiB | 128 + 8 + 8 |
 // The kv kernels take 16 bytes a walked row more for {lse, delta}. At d = 256 both gradients of 16 keys would be
@@ -38,9 +42,28 @@ struct AttentionBackwardSplitParams {
   int32_t by_tile;
 
   // The tile and the head that a block works on, of `heads` in all.
-  __device__ __forceinline__ int2 place(int num_tiles, int heads) const {
-    const int block = int(blockIdx.x);
+  __device__ __forceinline__ int2 place(int block, int num_tiles, int heads) const {
     return by_tile ? make_int2(block / heads, block % heads) : make_int2(block % num_tiles, block / num_tiles);
+  }
+};
+
+// The keys of a block of the kernel of dk and dv. The first come first: under a causal mask the most queries see them.
+struct KeysPlace {
+  int key0, split, kv_head, batch;
+
+  __device__ __forceinline__ KeysPlace(const AttentionBackwardSplitParams &all, int block, int keys) {
+    const AttentionShape &shape = all.p.shape;
+    const int num_tiles = (shape.key_tokens + keys - 1) / keys;
+    const int2 place = all.place(block, num_tiles, shape.batch * shape.kv_heads * all.splits);
+    key0 = place.x * keys;
+    split = place.y % all.splits;
+    kv_head = place.y / all.splits % shape.kv_heads;
+    batch = place.y / all.splits / shape.kv_heads;
+  }
+
+  // Element of k or v where its head's first key lies.
+  __device__ __forceinline__ int64_t start(const AttentionShape &shape, int d) const {
+    return (int64_t(batch) * shape.key_tokens * shape.kv_heads + kv_head) * d;
   }
 };
 
@@ -57,8 +80,9 @@ template <int ROWS> __device__ __forceinline__ void load_rows(uint32_t to, const
 }
 
 // Accumulators as they are, to the rows of a split: 32 bytes of a row at once.
-template <int D, int MT>
-__device__ __forceinline__ void store_part(const float (&x)[MT][D / 8][4], float *to, int stride, int first, int limit) {
+template <int D, int MT, int PARTNERS>
+__device__ __forceinline__ void store_part(const float (&x)[MT][D / 8 / PARTNERS][4], float *to, int stride, int first,
+                                           int limit, int part) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < MT; ++m)
@@ -67,8 +91,8 @@ __device__ __forceinline__ void store_part(const float (&x)[MT][D / 8][4], float
       const int row = first + 16 * m + 8 * half + lane / 4;
       if (row >= limit) continue;
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-        *reinterpret_cast<float2 *>(to + int64_t(row) * stride + 8 * n + lane % 4 * 2) =
+      for (int n = 0; n < D / 8 / PARTNERS; ++n)
+        *reinterpret_cast<float2 *>(to + int64_t(row) * stride + column_of<PARTNERS>(n, part) + lane % 4 * 2) =
             make_float2(x[m][n][2 * half], x[m][n][2 * half + 1]);
     }
 }
@@ -91,42 +115,53 @@ template <typename T> __device__ void attention_backward_sum(const AttentionBack
   store_floats(static_cast<T *>(blockIdx.y == 0 ? p.dk : p.dv) + at, sum);
 }
 
-template <typename T, int D, int WARPS, int MT, int ROWS, int SUB, Gradients WHICH>
+// In place, P of transposed scores, and dS of dP; `stats` are {lse · log2 e, delta} of the columns.
+template <bool WITH_DS, int MT, int NT, int DS_MT>
+__device__ __forceinline__ void weigh(float (&scores)[MT][NT][4], float (&ds)[DS_MT][NT][4], const uint8_t *stats,
+                                      float to_exp2) {
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    // Columns 2·(lane%4) and the next of each 8: the numbers of both in one load.
+    const float4 pair = reinterpret_cast<const float4 *>(stats)[4 * n + threadIdx.x % 4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        scores[m][n][e] = exp2_fast(fmaf(scores[m][n][e], to_exp2, -(e % 2 == 0 ? pair.x : pair.z)));
+        if constexpr (WITH_DS) ds[m][n][e] = scores[m][n][e] * (ds[m][n][e] - (e % 2 == 0 ? pair.y : pair.w));
+      }
+  }
+}
+
+template <typename T, int D, int WARPS, int PARTNERS, int MT, int ROWS, int SUB, Gradients WHICH>
 __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardSplitParams &all) {
   const AttentionBackwardParams &p = all.p;
   constexpr bool WITH_KEYS = WHICH != VALUES_ONLY, WITH_VALUES = WHICH != KEYS_ONLY;
-  constexpr int THREADS = 32 * WARPS, KEYS = 16 * MT * WARPS, NT = SUB / 8;
+  constexpr int THREADS = 32 * WARPS, KEYS = 16 * MT * WARPS / PARTNERS, NT = SUB / 8;
   static_assert(ROWS <= THREADS && ROWS % SUB == 0 && SUB % 16 == 0, "a walked tile is whole sub-tiles");
+  static_assert(PARTNERS == 1 || (PARTNERS == 2 && ROWS == 2 * SUB && WHICH == KEYS_AND_VALUES),
+                "a half of a walked tile each; the rooms are written once a step");
   // In bytes: keys, values, then q, dout and {lse, delta} twice.
   constexpr int K = 0, V = K + TILE_BYTES<KEYS, D>, Q = V + TILE_BYTES<KEYS, D>;
   constexpr int DOUT = Q + 2 * TILE_BYTES<ROWS, D>, STATS = DOUT + 2 * TILE_BYTES<ROWS, D>;
+  // Rooms of each two partners: P of the rows of one and of the other, then dS.
+  constexpr int ROOM = STATS + 2 * 8 * ROWS, HALF_ROOM = 16 * MT * SUB * 2;
   extern __shared__ __align__(128) uint8_t memory[];
   const uint32_t shared = shared_address(memory);
   const AttentionShape &shape = p.shape;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp * 16 * MT;
+  const int warp = threadIdx.x / 32;
+  const int pair = warp / PARTNERS, part = warp % PARTNERS, warp_row = pair * 16 * MT;
+  const uint32_t room = shared + ROOM + pair * 4 * HALF_ROOM;
 
-  // The first keys first: under a causal mask the most queries see them.
-  const int num_tiles = (shape.key_tokens + KEYS - 1) / KEYS;
-  const int2 place = all.place(num_tiles, shape.batch * shape.kv_heads * all.splits);
-  const int key0 = place.x * KEYS;
-  const int split = place.y % all.splits;
-  const int kv_head = place.y / all.splits % shape.kv_heads;
-  const int batch = place.y / all.splits / shape.kv_heads;
-  const int group = shape.query_heads / shape.kv_heads / all.splits; // query heads of this block
-  const int first_head = (kv_head * all.splits + split) * group;
+  const KeysPlace place(all, blockIdx.x, KEYS);
+  const int key0 = place.key0, batch = place.batch;
   const int q_stride = shape.query_heads * D, kv_stride = shape.kv_heads * D;
   const int64_t q_start = int64_t(batch) * shape.query_tokens * q_stride;
-  const int64_t kv_start = int64_t(batch) * shape.key_tokens * kv_stride + int64_t(kv_head) * D;
-
-  const int first_row = shape.first_row(key0), end_row = shape.end_row(key0 + KEYS);
-  const int first_tile = first_row / ROWS;
-  const int tiles_a_head = end_row > first_row ? (end_row + ROWS - 1) / ROWS - first_tile : 0;
+  const int group = shape.query_heads / shape.kv_heads / all.splits; // query heads of this block
+  const int end_row = shape.end_row(key0 + KEYS), first_row = shape.first_row(key0) / ROWS * ROWS;
   const float to_exp2 = shape.scale * LOG2_E;
 
-  // Walked tile `step` is rows of query head first_head + step / tiles_a_head.
-  const auto load_step = [&](int step) {
-    const int head = first_head + step / tiles_a_head;
-    const int row0 = (first_tile + step % tiles_a_head) * ROWS, buffer = step % 2;
+  const auto load_rows_of = [&](int head, int row0, int buffer) {
     const int64_t start = q_start + int64_t(head) * D;
     load_tile<T, D, ROWS, THREADS>(shared + Q + buffer * TILE_BYTES<ROWS, D>, static_cast<const T *>(p.q) + start,
                                    q_stride, row0, shape.query_tokens);
@@ -137,118 +172,103 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardSpl
                     shape.query_tokens);
   };
 
-  float dk[WITH_KEYS ? MT : 1][D / 8][4], dv[WITH_VALUES ? MT : 1][D / 8][4];
+  float dk[WITH_KEYS ? MT : 1][D / 8 / PARTNERS][4], dv[WITH_VALUES ? MT : 1][D / 8 / PARTNERS][4];
   if constexpr (WITH_KEYS) clear(dk);
   if constexpr (WITH_VALUES) clear(dv);
 
-  const int num_steps = group * tiles_a_head;
-  if (num_steps > 0) {
+  // The tiles of one query head after those of another; none where no row sees these keys.
+  int head = (place.kv_head * all.splits + place.split) * group, row0 = first_row, buffer = 0;
+  const int end_head = first_row < end_row ? head + group : head;
+  if (head < end_head) {
+    const int64_t kv_start = place.start(shape, D);
     load_tile<T, D, KEYS, THREADS>(shared + K, static_cast<const T *>(p.k) + kv_start, kv_stride, key0,
                                    shape.key_tokens);
     if constexpr (WITH_KEYS)
       load_tile<T, D, KEYS, THREADS>(shared + V, static_cast<const T *>(p.v) + kv_start, kv_stride, key0,
                                      shape.key_tokens);
-    load_step(0);
+    load_rows_of(head, row0, 0);
     copy_commit();
   }
-  for (int step = 0; step < num_steps; ++step) {
+  while (head < end_head) {
     copy_wait<0>();
     __syncthreads(); // This step's tiles are there, and no warp reads those of the step before any more.
-    if (step + 1 < num_steps) {
-      load_step(step + 1);
+    const bool last_of_head = row0 + ROWS >= end_row;
+    const int next_row0 = last_of_head ? first_row : row0 + ROWS;
+    head += last_of_head;
+    if (head < end_head) {
+      load_rows_of(head, next_row0, buffer ^ 1);
       copy_commit();
     }
-    const int row0 = (first_tile + step % tiles_a_head) * ROWS, buffer = step % 2;
     const uint32_t q_tile = shared + Q + buffer * TILE_BYTES<ROWS, D>;
     const uint32_t dout_tile = shared + DOUT + buffer * TILE_BYTES<ROWS, D>;
     const bool edge = shape.is_edge(row0, ROWS, key0, KEYS);
 
     // Not unrolled: the sub-tiles of a step would share registers that there are none of.
 #pragma unroll 1
-    for (int sub = 0; sub < ROWS; sub += SUB) {
-      float probabilities[MT][NT][4]; // transposed: rows are keys, columns are queries
-      clear(probabilities);
-      multiply_rows<T, D, MT, NT>(probabilities, shared + K, warp_row, q_tile, sub);
-
-      // Columns 2·(lane%4) and the next of each 8: {lse, delta} of both in one load.
-      const float4 *stats = reinterpret_cast<const float4 *>(memory + STATS + (buffer * ROWS + sub) * 8) + lane % 4;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const float4 pair = stats[4 * n];
-#pragma unroll
-        for (int m = 0; m < MT; ++m)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            probabilities[m][n][e] =
-                exp2_fast(fmaf(probabilities[m][n][e], to_exp2, -(e % 2 == 0 ? pair.x : pair.z)));
-      }
-      if (edge) {
-#pragma unroll
-        for (int m = 0; m < MT; ++m)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int key = key0 + warp_row + 16 * m + 8 * half + lane / 4;
-            // No row sees a key past the end.
-            const int low = key < shape.key_tokens ? key - shape.right - shape.offset() : INT32_MAX;
-            const int high = key + shape.left - shape.offset();
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const int row = row0 + sub + 8 * n + lane % 4 * 2 + e;
-                if (row < low || row > high) probabilities[m][n][2 * half + e] = 0.f;
-              }
-          }
-      }
-
-      uint32_t left[MT][NT / 2][4];
-      if constexpr (WITH_VALUES) {
-        as_left<T>(left, probabilities);
-        multiply_columns<T, D, MT, NT / 2>(dv, left, dout_tile, sub);
-      }
+    for (int sub = 0; sub < ROWS; sub += SUB * PARTNERS) {
+      const int own = sub + SUB * part;
+      float scores[MT][NT][4]; // transposed: rows are keys, columns are queries
+      clear(scores);
+      multiply_rows<T, D, MT, NT>(scores, shared + K, warp_row, q_tile, own);
+      if (edge) hide(scores, key0 + warp_row, row0 + own, [&](int key) { return shape.rows_of(key); });
+      float ds[WITH_KEYS ? MT : 1][NT][4];
       if constexpr (WITH_KEYS) {
-        float ds[MT][NT][4];
         clear(ds);
-        multiply_rows<T, D, MT, NT>(ds, shared + V, warp_row, dout_tile, sub);
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          const float4 pair = stats[4 * n];
-#pragma unroll
-          for (int m = 0; m < MT; ++m)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-              ds[m][n][e] = probabilities[m][n][e] * (ds[m][n][e] - (e % 2 == 0 ? pair.y : pair.w));
-        }
-        as_left<T>(left, ds);
-        multiply_columns<T, D, MT, NT / 2>(dk, left, q_tile, sub);
+        multiply_rows<T, D, MT, NT>(ds, shared + V, warp_row, dout_tile, own);
+      }
+
+      weigh<WITH_KEYS>(scores, ds, memory + STATS + (buffer * ROWS + own) * 8, to_exp2);
+
+
+      // Left operands of dv and dk: the columns of this warp's rows, then those of its partner's.
+      uint32_t left[MT][NT / 2][4], left_ds[MT][NT / 2][4];
+      if constexpr (WITH_VALUES) as_left<T>(left, scores);
+      if constexpr (WITH_KEYS) as_left<T>(left_ds, ds);
+      if constexpr (PARTNERS == 2) {
+        give_left(left, room + part * HALF_ROOM);
+        give_left(left_ds, room + (2 + part) * HALF_ROOM);
+      }
+      if constexpr (WITH_VALUES) multiply_columns<T, D, MT, NT / 2, PARTNERS>(dv, left, dout_tile, own, part);
+      if constexpr (WITH_KEYS) multiply_columns<T, D, MT, NT / 2, PARTNERS>(dk, left_ds, q_tile, own, part);
+      if constexpr (PARTNERS == 2) {
+        meet<64>(1 + pair);
+        const int others = SUB - own;
+        take_left(left, room + (1 - part) * HALF_ROOM);
+        multiply_columns<T, D, MT, NT / 2, PARTNERS>(dv, left, dout_tile, others, part);
+        take_left(left, room + (3 - part) * HALF_ROOM);
+        multiply_columns<T, D, MT, NT / 2, PARTNERS>(dk, left, q_tile, others, part);
       }
     }
+    row0 = next_row0, buffer ^= 1;
   }
 
   if constexpr (WITH_KEYS) {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n)
+      for (int n = 0; n < D / 8 / PARTNERS; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) dk[m][n][e] *= shape.scale;
   }
+  // The place is computed again: over the loop it would take registers that there are none of.
+  const KeysPlace to(all, fresh(blockIdx.x), KEYS);
+  const int64_t kv_start = to.start(shape, D);
   if (all.splits > 1) {
-    const int64_t part = int64_t(shape.batch) * shape.key_tokens * kv_stride;
-    float *to = all.parts + split * part + kv_start;
-    if constexpr (WITH_KEYS) store_part<D, MT>(dk, to, kv_stride, key0 + warp_row, shape.key_tokens);
+    const int64_t size = int64_t(shape.batch) * shape.key_tokens * kv_stride;
+    float *sums = all.parts + to.split * size + kv_start;
+    if constexpr (WITH_KEYS)
+      store_part<D, MT, PARTNERS>(dk, sums, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
     if constexpr (WITH_VALUES)
-      store_part<D, MT>(dv, to + all.splits * part, kv_stride, key0 + warp_row, shape.key_tokens);
+      store_part<D, MT, PARTNERS>(dv, sums + all.splits * size, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
     return;
   }
   __syncthreads(); // No warp reads the keys any more: they are the room through which the gradients leave.
   if constexpr (WITH_VALUES)
-    store_rows<T, D, MT>(dv, memory + V, warp_row, static_cast<T *>(p.dv) + kv_start, kv_stride, key0,
-                         shape.key_tokens);
-  if constexpr (WITH_KEYS) {
-    store_rows<T, D, MT>(dk, memory + K, warp_row, static_cast<T *>(p.dk) + kv_start, kv_stride, key0,
-                         shape.key_tokens);
-  }
+    store_rows<T, D, MT, PARTNERS>(dv, memory + V, warp_row, static_cast<T *>(p.dv) + kv_start, kv_stride, to.key0,
+                                   shape.key_tokens, part);
+  if constexpr (WITH_KEYS)
+    store_rows<T, D, MT, PARTNERS>(dk, memory + K, warp_row, static_cast<T *>(p.dk) + kv_start, kv_stride, to.key0,
+                                   shape.key_tokens, part);
 }
 
 template <typename T, int D, int WARPS, int MT, int KEYS, int SUB>
@@ -264,7 +284,7 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardSpli
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * MT;
 
   const int num_tiles = (shape.query_tokens + ROWS - 1) / ROWS;
-  const int2 place = all.place(num_tiles, shape.batch * shape.query_heads);
+  const int2 place = all.place(blockIdx.x, num_tiles, shape.batch * shape.query_heads);
   const int row0 = (num_tiles - 1 - place.x) * ROWS;
   const int head = place.y % shape.query_heads, batch = place.y / shape.query_heads;
   const int kv_head = head / (shape.query_heads / shape.kv_heads);
@@ -318,28 +338,21 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardSpli
 
 #pragma unroll
     for (int sub = 0; sub < KEYS; sub += SUB) {
-      float probabilities[MT][NT][4], ds[MT][NT][4];
-      clear(probabilities);
+      float scores[MT][NT][4], ds[MT][NT][4];
+      clear(scores);
+      multiply_rows<T, D, MT, NT>(scores, shared + Q, warp_row, k_tile, sub);
+      if (edge) hide(scores, row0 + warp_row, key0 + sub, [&](int row) { return shape.keys_of(row); });
       clear(ds);
-      multiply_rows<T, D, MT, NT>(probabilities, shared + Q, warp_row, k_tile, sub);
       multiply_rows<T, D, MT, NT>(ds, shared + DOUT, warp_row, v_tile, sub);
 #pragma unroll
       for (int m = 0; m < MT; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int position = row0 + warp_row + 16 * m + 8 * half + lane / 4 + shape.offset();
-          const int low = position - shape.left, high = min(position + shape.right, shape.key_tokens - 1);
+        for (int n = 0; n < NT; ++n)
 #pragma unroll
-          for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int at = 2 * half + e, key = key0 + sub + 8 * n + lane % 4 * 2 + e;
-              const bool hidden = edge && (key < low || key > high);
-              const float probability =
-                  hidden ? 0.f : exp2_fast(fmaf(probabilities[m][n][at], to_exp2, -lse[m][half]));
-              ds[m][n][at] = probability * (ds[m][n][at] - delta[m][half]);
-            }
-        }
+          for (int e = 0; e < 4; ++e) {
+            const float probability = exp2_fast(fmaf(scores[m][n][e], to_exp2, -lse[m][e / 2]));
+            ds[m][n][e] = probability * (ds[m][n][e] - delta[m][e / 2]);
+          }
       uint32_t left[MT][NT / 2][4];
       as_left<T>(left, ds);
       multiply_columns<T, D, MT, NT / 2>(dq, left, k_tile, sub);
@@ -357,10 +370,10 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardSpli
                        shape.query_tokens);
 }
 
-#define ATTENTION_BACKWARD_KV(NAME, T, D, SUFFIX, WHICH, WARPS, MT, ROWS, SUB, BLOCKS)                                 \
+#define ATTENTION_BACKWARD_KV(NAME, T, D, SUFFIX, WHICH, WARPS, PARTNERS, MT, ROWS, SUB, BLOCKS)                       \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                     \
       attention_backward_kv##SUFFIX##_##NAME##_##D(const __grid_constant__ AttentionBackwardSplitParams p) {           \
-    attention_backward_kv<T, D, WARPS, MT, ROWS, SUB, WHICH>(p);                                                       \
+    attention_backward_kv<T, D, WARPS, PARTNERS, MT, ROWS, SUB, WHICH>(p);                                             \
   }
 
 #define ATTENTION_BACKWARD_Q(NAME, T, D, WARPS, MT, KEYS, SUB, BLOCKS)                                                 \
@@ -376,13 +389,13 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardSpli
   extern "C" __global__ void attention_backward_sum_##NAME(const __grid_constant__ AttentionBackwardSplitParams p) {   \
     attention_backward_sum<T>(p);                                                                                      \
   }                                                                                                                    \
-  ATTENTION_BACKWARD_KV(NAME, T, 64, , KEYS_AND_VALUES, 4, 2, 64, 32, 2)                                               \
-  ATTENTION_BACKWARD_KV(NAME, T, 96, , KEYS_AND_VALUES, 8, 1, 64, 32, 1)                                               \
-  ATTENTION_BACKWARD_KV(NAME, T, 128, , KEYS_AND_VALUES, 8, 1, 64, 32, 1)                                              \
-  ATTENTION_BACKWARD_KV(NAME, T, 256, _dk, KEYS_ONLY, 8, 1, 16, 16, 1)                                                 \
-  ATTENTION_BACKWARD_KV(NAME, T, 256, _dv, VALUES_ONLY, 8, 1, 16, 16, 1)                                               \
+  ATTENTION_BACKWARD_KV(NAME, T, 64, , KEYS_AND_VALUES, 4, 1, 2, 64, 32, 2)                                            \
+  ATTENTION_BACKWARD_KV(NAME, T, 96, , KEYS_AND_VALUES, 8, 2, 2, 64, 32, 1)                                            \
+  ATTENTION_BACKWARD_KV(NAME, T, 128, , KEYS_AND_VALUES, 8, 2, 2, 64, 32, 1)                                           \
+  ATTENTION_BACKWARD_KV(NAME, T, 256, _dk, KEYS_ONLY, 8, 1, 1, 16, 16, 1)                                              \
+  ATTENTION_BACKWARD_KV(NAME, T, 256, _dv, VALUES_ONLY, 8, 1, 1, 16, 16, 1)                                            \
   ATTENTION_BACKWARD_Q(NAME, T, 64, 4, 2, 64, 32, 2)                                                                   \
-  ATTENTION_BACKWARD_Q(NAME, T, 96, 8, 1, 64, 32, 1)                                                                   \
+  ATTENTION_BACKWARD_Q(NAME, T, 96, 4, 2, 32, 32, 2)                                                                   \
   ATTENTION_BACKWARD_Q(NAME, T, 128, 4, 2, 32, 32, 2)                                                                  \
   ATTENTION_BACKWARD_Q(NAME, T, 256, 8, 1, 16, 16, 1)
 

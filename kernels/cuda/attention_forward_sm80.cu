@@ -73,22 +73,8 @@ __device__ __forceinline__ void attention_forward(const AttentionForwardParams &
       copy_commit();
     }
 
-    if (shape.is_edge(row0, ROWS, key0, KEYS)) {
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int position = row0 + warp_row + 16 * m + 8 * half + lane / 4 + shape.offset();
-          const int low = position - shape.left, high = min(position + shape.right, shape.key_tokens - 1);
-#pragma unroll
-          for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int key = key0 + 8 * n + lane % 4 * 2 + e;
-              if (key < low || key > high) scores[m][n][2 * half + e] = -INFINITY;
-            }
-        }
-    }
+    if (shape.is_edge(row0, ROWS, key0, KEYS))
+      hide(scores, row0 + warp_row, key0, [&](int row) { return shape.keys_of(row); });
 
 #pragma unroll
     for (int m = 0; m < MT; ++m)

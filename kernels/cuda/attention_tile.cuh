@@ -14,8 +14,8 @@ template <int D> __device__ __forceinline__ uint32_t tile_at(uint32_t row, uint3
   return row * (2 * D) + ((chunk ^ turn) << 4);
 }
 
-// The address `chunks` (even) further in the row, from an address whose chunk was 0 or 1 before its turn. Tiles start at
-// multiples of 128 bytes, so that the turned bits of the address are those of the chunk alone.
+// The address `chunks` (2 or 4 or a multiple) further in the row, from an address whose chunk was less than that before
+// its turn. Tiles start at multiples of 128 bytes, so that the turned bits of the address are those of the chunk alone.
 template <int D> __device__ __forceinline__ uint32_t tile_step(uint32_t at, int chunks) {
   constexpr int TURNED = D % 64 == 0 ? 7 : 3;
   return (at ^ (chunks & TURNED) << 4) + ((chunks & ~TURNED) << 4);
@@ -75,19 +75,25 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
   }
 }
 
-// acc (16·MT x D) += A (16·MT x 16·KT, in registers) · B (16·KT rows from b_row, D columns).
-template <typename T, int D, int MT, int KT>
-__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const uint32_t (&a)[MT][KT][4], uint32_t b,
-                                                 int b_row) {
+// Of D columns that PARTNERS warps divide, tiles of 16 in turn, the first of the n-th 8 that warp `part` holds.
+template <int PARTNERS> __device__ __forceinline__ int column_of(int n, int part) {
+  return 16 * (n / 2 * PARTNERS + part) + n % 2 * 8;
+}
+
+// acc (16·MT x D / PARTNERS) += A (16·MT x 16·KT, in registers) · B (16·KT rows from b_row, columns of warp `part`).
+template <typename T, int D, int MT, int KT, int PARTNERS = 1>
+__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8 / PARTNERS][4], const uint32_t (&a)[MT][KT][4],
+                                                 uint32_t b, int b_row, int part = 0) {
+  static_assert(D / 16 % PARTNERS == 0 && PARTNERS <= 2, "whole tiles of columns, stepped over as tile_step can");
   const int lane = threadIdx.x % 32;
   // Matrices as stored: (k 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15); each is transposed on the way.
-  const uint32_t right_at = fresh(b + tile_at<D>(b_row + lane % 16, lane / 16));
+  const uint32_t right_at = fresh(b + tile_at<D>(b_row + lane % 16, 2 * part + lane / 16));
 #pragma unroll
   for (int k = 0; k < KT; ++k) {
 #pragma unroll
-    for (int n = 0; n < D / 16; ++n) {
+    for (int n = 0; n < D / 16 / PARTNERS; ++n) {
       uint32_t right[4];
-      load_matrix_x4_transposed(right, tile_step<D>(right_at, 2 * n) + 32 * D * k);
+      load_matrix_x4_transposed(right, tile_step<D>(right_at, 2 * PARTNERS * n) + 32 * D * k);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         multiply<T>(acc[m][2 * n], a[m][k], right[0], right[1]);
@@ -112,6 +118,40 @@ __device__ __forceinline__ void as_left(uint32_t (&a)[MT][NT / 2][4], const floa
     }
 }
 
+// A left operand from one warp to another through `room`, 512 bytes a fragment: a lane gets what the same lane gave.
+template <int MT, int KT> __device__ __forceinline__ void give_left(const uint32_t (&a)[MT][KT][4], uint32_t room) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int k = 0; k < KT; ++k) store_shared_16(room + (m * KT + k) * 512 + threadIdx.x % 32 * 16, a[m][k]);
+}
+template <int MT, int KT> __device__ __forceinline__ void take_left(uint32_t (&a)[MT][KT][4], uint32_t room) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int k = 0; k < KT; ++k) load_shared_16(a[m][k], room + (m * KT + k) * 512 + threadIdx.x % 32 * 16);
+}
+
+// -inf for the scores of a row, from first_row on, outside of the columns {first, last} that range(row) gives; the
+// scores' columns are numbered from first_column.
+template <int MT, int NT, typename Range>
+__device__ __forceinline__ void hide(float (&scores)[MT][NT][4], int first_row, int first_column, Range range) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int2 seen = range(first_row + 16 * m + 8 * half + lane / 4);
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = first_column + 8 * n + lane % 4 * 2 + e;
+          if (column < seen.x || column > seen.y) scores[m][n][2 * half + e] = -INFINITY;
+        }
+    }
+}
+
 template <int A, int B> __device__ __forceinline__ void clear(float (&x)[A][B][4]) {
 #pragma unroll
   for (int i = 0; i < A; ++i)
@@ -121,30 +161,31 @@ template <int A, int B> __device__ __forceinline__ void clear(float (&x)[A][B][4
       for (int e = 0; e < 4; ++e) x[i][j][e] = 0.f;
 }
 
-// Writes a warp's accumulators (16·MT x D) to the rows [first + tile_row, ..) of a matrix, through its own rows of
-// `tile`, in 16-byte stores; rows from `limit` on are left out. No other warp may still read those rows of the tile.
-template <typename T, int D, int MT>
-__device__ __forceinline__ void store_rows(const float (&acc)[MT][D / 8][4], uint8_t *tile, int tile_row, T *to,
-                                           int stride, int first, int limit) {
-  constexpr int CHUNKS = D / 8;
+// Writes a warp's accumulators (16·MT rows, its D / PARTNERS columns) to the rows [first + tile_row, ..) of a matrix,
+// through the same place of `tile`, in 16-byte stores; rows from `limit` on are left out. No other warp may still read
+// that place.
+template <typename T, int D, int MT, int PARTNERS = 1>
+__device__ __forceinline__ void store_rows(const float (&acc)[MT][D / 8 / PARTNERS][4], uint8_t *tile, int tile_row,
+                                           T *to, int stride, int first, int limit, int part = 0) {
+  constexpr int CHUNKS = D / 8 / PARTNERS;
   const int lane = threadIdx.x % 32;
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n)
+    for (int n = 0; n < CHUNKS; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = tile_row + 16 * m + 8 * half + lane / 4;
-        *reinterpret_cast<uint32_t *>(tile + tile_at<D>(row, n) + lane % 4 * 4) =
+        *reinterpret_cast<uint32_t *>(tile + tile_at<D>(row, column_of<PARTNERS>(n, part) / 8) + lane % 4 * 4) =
             pack<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
       }
   __syncwarp();
 #pragma unroll 4
   for (int i = lane; i < 16 * MT * CHUNKS; i += 32) {
-    const int row = tile_row + i / CHUNKS, chunk = i % CHUNKS;
+    const int row = tile_row + i / CHUNKS, column = column_of<PARTNERS>(i % CHUNKS, part);
     if (first + row < limit)
-      *reinterpret_cast<uint4 *>(to + int64_t(first + row) * stride + chunk * 8) =
-          *reinterpret_cast<const uint4 *>(tile + tile_at<D>(row, chunk));
+      *reinterpret_cast<uint4 *>(to + int64_t(first + row) * stride + column) =
+          *reinterpret_cast<const uint4 *>(tile + tile_at<D>(row, column / 8));
   }
 }

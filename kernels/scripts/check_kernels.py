@@ -464,23 +464,92 @@ def decode(checks):
     return good
 
 
-def backward(_):
-    """Times of the two large kernels of the dense backward at head_dim 128, on gradients of no forward pass."""
-    module = Module("attention_backward_sm80")
-    h, g, d = 32, 8, 128
-    for b, t in [(8, 4096), (2, 16384)]:
-        random = lambda heads: torch.randn(b, t, heads, d, device=CUDA, dtype=torch.bfloat16)
-        q, k, v, dout = random(h), random(g), random(g), random(h)
-        rows = torch.full((b, h, t, 2), 9.0, device=CUDA)
-        outs = [torch.empty_like(x) for x in (q, k, v)]
-        pointers = [q, k, v, 0, dout, 0, 0, rows, *outs]
+class Backward:
+    """One backward of dense attention in 16 bits, as `kernels/src/flash/cuda.rs` launches it, without splits."""
+
+    def __init__(self, module, b, tq, tk, h, g, d, left, right, dtype):
+        self.module, self.d, self.left, self.right, self.name = module, d, left, right, SUFFIX[dtype]
+        random = lambda t, heads: torch.randn(b, t, heads, d, device=CUDA, dtype=dtype)
+        self.inputs, self.dout = (random(tq, h), random(tk, g), random(tk, g)), random(tq, h)
+        self.gradients, self.rows = [poisoned(*x.shape, dtype=dtype) for x in self.inputs], poisoned(b, h, tq, 2)
+        self.sizes = b, tq, tk, h, g
+
+    def launches(self, out, lse):
+        """The kernels of {lse, delta}, of dk and dv, and of dq."""
+        (b, tq, tk, h, g), d, walked = self.sizes, self.d, 16 if self.d == 256 else 64
+        self.saved = out, lse
+        pointers = (*self.inputs, out, self.dout, lse, 0, self.rows, *self.gradients)
         params = b"".join(struct.pack("<Q", address(x)) for x in pointers)
-        params += struct.pack("<7if", b, t, t, h, g, 1 << 29, 0, d**-0.5) + struct.pack("<ixxxxQ2i", d, 0, 1, 0)
-        kv_shared, q_shared = 4 * 128 * d + 8 * 64 * d + 16 * 64, 4 * 128 * d + 8 * 32 * d
-        kv = lambda: module.launch("attention_backward_kv_bf16_128", (b * g * t // 128, 1, 1), 256, params, kv_shared)
-        dq = lambda: module.launch("attention_backward_q_bf16_128", (b * h * t // 128, 1, 1), 128, params, q_shared)
-        print(f"backward {b} x {t}: dk and dv {median_us(kv, 7):.0f} µs, dq {median_us(dq, 7):.0f} µs", flush=True)
-    return True
+        params += struct.pack("<7if", b, tq, tk, h, g, self.left, self.right, d**-0.5)
+        params += struct.pack("<ixxxxQ2i", d, 0, 1, 0)
+        warps, between = 4 if d == 64 else 8, 4 * 128 * 64 if d in (96, 128) else 0
+        kv = (b * g * cdiv(tk, 128), 1, 1), 32 * warps, params, 4 * 128 * d + 8 * walked * d + 16 * walked + between
+        if d in (96, 128):
+            warps, walked = 4, 32
+        q = (b * h * cdiv(tq, 128), 1, 1), 32 * warps, params, 4 * 128 * d + 8 * walked * d
+        run = lambda name, launch: self.module.launch(f"attention_backward_{name}_{self.name}", *launch)
+        names = ("kv_dk", "kv_dv") if d == 256 else ("kv",)
+        return (
+            lambda: run("rows", ((cdiv(b * h * tq, 32), 1, 1), 256, params)),
+            lambda: [self.module.launch(f"attention_backward_{name}_{self.name}_{d}", *kv) for name in names],
+            lambda: self.module.launch(f"attention_backward_q_{self.name}_{d}", *q),
+        )
+
+    def plain(self, dtype):
+        """Output, lse and gradients of attention without tiles in `dtype`."""
+        (b, tq, tk, h, g), inputs = self.sizes, [x.to(dtype).requires_grad_(True) for x in self.inputs]
+        q, k, v = inputs[0], *(x.repeat_interleave(h // g, 2) for x in inputs[1:])
+        apart = torch.arange(tk, device=CUDA) - torch.arange(tq, device=CUDA)[:, None] - (tk - tq)
+        hidden = (apart < -self.left) | (apart > self.right)
+        scores = (torch.einsum("bihd,bjhd->bhij", q, k) * self.d**-0.5).masked_fill(hidden, -math.inf)
+        # A row that sees no key has zeros for probabilities, and for gradients.
+        empty = hidden.all(1)[:, None]
+        weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+        out = torch.einsum("bhij,bjhd->bihd", weights, v)
+        lse = torch.logsumexp(scores, -1).float().detach().contiguous()
+        return out.detach().contiguous(), lse, torch.autograd.grad(out, inputs, self.dout.to(dtype))
+
+    def check(self):
+        out, lse, expected = self.plain(torch.float64)
+        bounds = [2 * error(x, y) + 1e-5 for x, y in zip(self.plain(self.dout.dtype)[2], expected)]
+        kernels, first = self.launches(out.to(self.dout.dtype), lse), None
+        for _ in range(2):
+            for kernel in kernels:
+                kernel()
+            torch.cuda.synchronize()
+            same = first is None or all(map(torch.equal, first, self.gradients))
+            first = [x.clone() for x in self.gradients]
+        errors = [error(got, x) for got, x in zip(self.gradients, expected)]
+        name = f"backward {self.sizes} {self.d} {self.left} {self.right} {self.name}"
+        return report(name, errors + [0.0 if same else 1.0], bounds + [0.0])
+
+
+def backward(checks):
+    """The 16-bit kernels of the dense backward, against f64; their times beside those of PyTorch's flash backend."""
+    module, good, unbounded = Module("attention_backward_sm80"), True, 1 << 29
+    shapes = [(2, 200, 200, 4, 2, unbounded, 0), (1, 333, 500, 8, 2, 99, 0), (1, 300, 140, 4, 4, unbounded, 0),
+              (1, 257, 257, 6, 2, unbounded, unbounded), (2, 1, 70, 2, 1, unbounded, 0), (1, 130, 64, 3, 1, 31, 0)]
+    for d in (64, 96, 128, 256):
+        for *sizes, left, right in shapes:
+            for dtype in (torch.bfloat16, torch.float16):
+                good &= Backward(module, *sizes, d, left, right, dtype).check()
+    if checks:
+        return good
+    print("| head_dim | batch x tokens | window | rows µs | dk and dv µs | dq µs | all µs | FA2 µs | FA2 / ours |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for d, b, t, window in [(64, 8, 4096, 0), (64, 4, 8192, 0), (64, 1, 32768, 0), (128, 8, 4096, 0), (128, 4, 8192, 0),
+                            (128, 1, 32768, 0), (128, 2, 16384, 1024), (128, 2, 16384, 4096), (96, 4, 8192, 0)]:
+        case = Backward(module, b, t, t, 32, 8, d, window - 1 if window else unbounded, 0, torch.bfloat16)
+        sides = dict(scale=d**-0.5) | (dict(window_size_left=window - 1, window_size_right=0) if window else {})
+        flash, settings = torch.ops.aten, (None, None, t, t, 0.0, True)
+        out, lse, seed, offset, _ = flash._flash_attention_forward(*case.inputs, *settings, False, **sides)
+        kernels = case.launches(out.contiguous(), lse.contiguous())
+        ours = [median_us(kernel, 9) for kernel in kernels] + [median_us(lambda: [run() for run in kernels], 9)]
+        saved = case.dout, *case.inputs, out, lse
+        theirs = median_us(lambda: flash._flash_attention_backward(*saved, *settings, seed, offset, **sides), 9)
+        cells = " | ".join(f"{us:.0f}" for us in (*ours, theirs))
+        print(f"| {d} | {b} x {t} | {window or '-'} | {cells} | {theirs / ours[-1]:.2f} |", flush=True)
+    return good
 
 
 def main():

@@ -13,6 +13,9 @@ const CACHE_BYTES: usize = 40 << 20;
 /// Fewer blocks of keys than this are about one wave of a large card, whose time is that of its longest block.
 const FEW_BLOCKS: usize = 528;
 
+/// Rows of a block of {lse, delta}: 8 threads each, of 256.
+const ROWS_A_BLOCK: usize = 32;
+
 /// In place of a bound that is not there.
 const UNBOUNDED: i32 = 1 << 29;
 
@@ -120,23 +123,25 @@ impl Tile {
         }
     }
 
-    /// The kernel of dk and dv in 16 bits: k and v, twice q, dout and {lse, delta}.
+    /// The kernel of dk and dv in 16 bits: k and v, twice q, dout and {lse, delta}, and where two warps share the keys,
+    /// P and dS of 128 keys and 64 rows between them.
     fn backward_kv(d: usize) -> Self {
         let walked = Self::walked(d);
-        let shared_bytes = 2 * 128 * d * 2 + 4 * walked * d * 2 + 2 * walked * 8;
+        let between_warps = if matches!(d, 96 | 128) { 2 * 128 * 64 * 2 } else { 0 };
+        let shared_bytes = 2 * 128 * d * 2 + 4 * walked * d * 2 + 2 * walked * 8 + between_warps;
         Self { rows: 128, warps: Self::backward_warps(d), shared_bytes }
     }
 
     /// The kernel of dq in 16 bits: q and dout, and twice k and v.
     fn backward_q(d: usize) -> Self {
         let (warps, walked) = match d {
-            128 => (4, 32),
+            96 | 128 => (4, 32),
             _ => (Self::backward_warps(d), Self::walked(d)),
         };
         Self { rows: 128, warps, shared_bytes: 2 * 128 * d * 2 + 4 * walked * d * 2 }
     }
 
-    /// Rows of the tiles that a backward block walks, but for those of dq at head_dim 128.
+    /// Rows of the tiles that a backward block walks, but for those of dq at head_dim 96 and 128.
     fn walked(d: usize) -> usize {
         if d == 256 { 16 } else { 64 }
     }
@@ -286,7 +291,7 @@ pub(super) fn backward(
             _ => cuda::launch(device, source, &kernel, launch, &split_params),
         }
     };
-    let per_row = Tile { rows: 8, warps: 8, shared_bytes: 0 };
+    let per_row = Tile { rows: ROWS_A_BLOCK, warps: 8, shared_bytes: 0 };
     run(&format!("rows_{suffix}"), per_row.launch(op, batch * h * tq, 1)?)?;
 
     let kv_kernels: &[&str] = match (dtype, d) {

@@ -112,6 +112,9 @@ pub struct FeedOptions {
     /// When the document was given, milliseconds since 1970; now if left out.
     #[uniffi(default)]
     pub time_ms: Option<i64>,
+    /// By what the tokens that the model reads recall older ones; as the engine was opened if left out.
+    #[uniffi(default)]
+    pub recall: Option<RecallPolicy>,
 }
 
 impl From<FeedOptions> for mka::FeedOptions {
@@ -121,6 +124,7 @@ impl From<FeedOptions> for mka::FeedOptions {
         options.name = from.name;
         options.completion = from.completion;
         options.time_ms = from.time_ms;
+        options.recall = from.recall.map(Into::into);
         options
     }
 }

@@ -181,14 +181,14 @@ impl Conversation {
         Ok(())
     }
 
-    /// Says by what the next queries recall.
+    /// Says by what the next queries of `operation` recall.
     ///
     /// # Errors
     /// `InvalidArgument` if `policy` asks for pages and the engine keeps none.
-    pub(crate) fn set_policy(&mut self, policy: RecallPolicy) -> Result<()> {
+    pub(crate) fn set_policy(&mut self, operation: &str, policy: RecallPolicy) -> Result<()> {
         if policy.has_pages() && !self.shared.config.recall.has_pages() {
             return Err(Error::invalid(format!(
-                "send: recall {policy:?}, expected an engine opened with MemoryConfig::recall Pages or Both"
+                "{operation}: recall {policy:?}, expected an engine opened with MemoryConfig::recall Pages or Both"
             )));
         }
         self.recalls_pages = policy.has_pages();

@@ -5,6 +5,7 @@ use crate::conversation::{Conversation, Pending};
 use crate::engine::Model;
 use crate::error::{Error, Result};
 use crate::generation;
+use crate::pages::RecallPolicy;
 use crate::snapshot::OpenTurn;
 use crate::stream::{FeedEvent, FeedSummary, Sink};
 use mka_memory::{NewTurn, Role};
@@ -36,6 +37,10 @@ pub struct FeedOptions {
     pub completion: bool,
     /// When the document was given, milliseconds since 1970; None: now.
     pub time_ms: Option<i64>,
+    /// By what the tokens that the model reads recall older ones; None: as the engine was opened. `Off` and `Text` read a
+    /// document at the window's speed: what it leaves behind can be recalled all the same, but was written with the window
+    /// alone in sight.
+    pub recall: Option<RecallPolicy>,
 }
 
 impl FeedOptions {
@@ -52,6 +57,12 @@ impl FeedOptions {
     /// Takes in the text without the chat template.
     pub fn completion(mut self, completion: bool) -> Self {
         self.completion = completion;
+        self
+    }
+
+    /// Says by what the tokens that are read recall older ones.
+    pub fn recall(mut self, recall: RecallPolicy) -> Self {
+        self.recall = Some(recall);
         self
     }
 
@@ -86,7 +97,7 @@ pub(crate) fn feed(
     sink: &Sink<FeedEvent>,
 ) -> Result<FeedSummary> {
     let time_ms = options.time_ms.unwrap_or(now_ms);
-    conversation.set_policy(conversation.shared.config.recall)?;
+    conversation.set_policy("feed", options.recall.unwrap_or(conversation.shared.config.recall))?;
     take_in(conversation, text, options, time_ms, &mut |taken| {
         sink.send(FeedEvent::Progress {
             fed_bytes: taken.fed_bytes,

@@ -352,7 +352,7 @@ impl Session {
         offload("peek_logits", move || {
             let mut conversation = live.lock()?;
             let tokens = live.shared.model("peek_logits")?.tokenizer.encode(&text, false)?;
-            conversation.set_policy(live.shared.config.recall)?;
+            conversation.set_policy("peek_logits", live.shared.config.recall)?;
             let saved = conversation.save();
             let hidden = conversation.prefill(&tokens, &mut || true);
             let logits = hidden.and_then(|hidden| match hidden {
@@ -420,7 +420,7 @@ fn send(
     let now_ms = shared.now_ms()?;
     let time_ms = options.time_ms.unwrap_or(now_ms);
 
-    conversation.set_policy(options.recall.unwrap_or(shared.config.recall))?;
+    conversation.set_policy("send", options.recall.unwrap_or(shared.config.recall))?;
     let longest = shared.config.window_tokens / 2;
     let (document, message) = feeding::split_long(model, message, longest)?;
     if !document.is_empty() {
@@ -539,7 +539,7 @@ fn regenerate(
     let shared = conversation.shared.clone();
     shared.model("regenerate")?;
     let time_ms = options.time_ms.map_or_else(|| shared.now_ms(), Ok)?;
-    conversation.set_policy(options.recall.unwrap_or(shared.config.recall))?;
+    conversation.set_policy("regenerate", options.recall.unwrap_or(shared.config.recall))?;
     let nothing =
         || Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn");
     let last = conversation.last_turn()?.filter(|turn| turn.role == Role::Assistant);

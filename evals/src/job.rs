@@ -91,6 +91,10 @@ pub(crate) struct PageOptions {
     /// A prompt's blocks attend to every stored token up to the model's trained length.
     #[arg(long)]
     pub(crate) page_dense: bool,
+    /// What is fed is read with sinks and window alone; the question recalls.
+    #[arg(long)]
+    #[serde(default)]
+    pub(crate) page_windowed_feed: bool,
     /// Tokens that are not recalled enter the softmax through the means of their pages.
     #[arg(long)]
     pub(crate) page_estimate: bool,
@@ -269,6 +273,10 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
             false => FeedOptions::text(),
         }
         .completion(job.completion);
+        let options = match job.page_options.page_windowed_feed {
+            true => options.recall(RecallPolicy::Off),
+            false => options,
+        };
         let started = Instant::now();
         let mut feed = session.feed_with(text, options);
         while let Some(event) = feed.next().await {

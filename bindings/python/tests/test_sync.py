@@ -650,6 +650,10 @@ def test_recall_inside_attention_is_chosen_and_reported(store: Path, tiny_model:
             assert all(0 <= share <= 1 for share in usage.pages.share)
             _, usage = chat.send("and then?", max_new_tokens=2, recall="off").text()
             assert usage.pages is None
+            # Read with the window alone, recalled all the same.
+            chat.feed("The sheep came down again. " * 20, mode="model", recall="off").finish()
+            _, usage = chat.send("and then?", max_new_tokens=4).text()
+            assert usage.pages is not None and usage.pages.stored_tokens > 128
         with pytest.raises(mka.InvalidArgumentError, match="rule 'best'"):
             mka.open_sync(store, pages={"rule": "best"})  # type: ignore[typeddict-item]
 

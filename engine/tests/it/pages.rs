@@ -111,6 +111,35 @@ fn a_session_whose_pages_the_budget_sent_away_recalls_them_from_disk() {
 }
 
 #[test]
+fn a_document_read_with_the_window_alone_is_recalled_all_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let text: String = (0..160).map(|i| format!("item {i} is {}. ", i * i % 97)).collect();
+    let fed = |name: &str, kept: RecallPolicy, options: FeedOptions| {
+        let engine = open(&folder.path().join(name), config(kept)).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        wait(chat.feed_with(text.as_str(), options).finish()).unwrap();
+        let peek = wait(chat.peek_logits("the next")).unwrap();
+        let asked = finish(chat.send_with("what is item 7", short())).unwrap();
+        (peek, asked.1.pages)
+    };
+    let options = FeedOptions::through_model;
+    let (windowed, pages) = fed("off", RecallPolicy::Pages, options().recall(RecallPolicy::Off));
+    let pages = pages.unwrap();
+    assert!(pages.stored_tokens > 1000 && pages.recalled_tokens == 64, "{pages:?}");
+    assert!(pages.share.iter().any(|share| *share > 0.0), "{pages:?}");
+    let (recalling, _) = fed("pages", RecallPolicy::Pages, options());
+    let (none, _) = fed("none", RecallPolicy::Off, options());
+    assert_ne!(windowed, recalling, "what was read was read with another attention");
+    assert_ne!(windowed, none, "what comes after it recalls");
+    let engine = open(&folder.path().join("none"), config(RecallPolicy::Off)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let refused = chat.feed_with("a b", options().recall(RecallPolicy::Pages));
+    let error = wait(refused.finish()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert!(error.to_string().contains("feed: recall Pages"), "{error}");
+}
+
+#[test]
 fn a_turn_may_recall_less_than_the_engine_keeps_and_not_more() {
     let folder = tempfile::tempdir().unwrap();
     let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();

@@ -162,6 +162,8 @@ class FeedOptions(TypedDict, total=False):
     """Whether the text stands outside the chat template."""
     time: Time
     """When the document was given; now if left out."""
+    recall: RecallPolicy
+    """By what the tokens that the model reads recall older ones; as the engine was opened if left out."""
 
 
 class RecallOptions(TypedDict, total=False):
@@ -298,6 +300,7 @@ def feed_options(options: FeedOptions) -> Any:
     """The native record of `options`."""
     given = _take("feed", dict(options), FeedOptions.__annotations__)
     _choose(given, "mode", _MODES)
+    _choose(given, "recall", _RECALLS)
     if "time" in given:
         given["time_ms"] = to_ms(given.pop("time"))
     return _native.FeedOptions(**given)

@@ -3874,6 +3874,10 @@ public struct FeedOptions: Equatable, Hashable {
      * When the document was given, milliseconds since 1970; now if left out.
      */
     public var timeMs: Int64?
+    /**
+     * By what the tokens that the model reads recall older ones; as the engine was opened if left out.
+     */
+    public var recall: RecallPolicy?
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -3889,11 +3893,15 @@ public struct FeedOptions: Equatable, Hashable {
          */completion: Bool = false,
         /**
          * When the document was given, milliseconds since 1970; now if left out.
-         */timeMs: Int64? = nil) {
+         */timeMs: Int64? = nil,
+        /**
+         * By what the tokens that the model reads recall older ones; as the engine was opened if left out.
+         */recall: RecallPolicy? = nil) {
         self.mode = mode
         self.name = name
         self.completion = completion
         self.timeMs = timeMs
+        self.recall = recall
     }
 
 
@@ -3915,7 +3923,8 @@ public struct FfiConverterTypeFeedOptions: FfiConverterRustBuffer {
                 mode: FfiConverterOptionTypeFeedMode.read(from: &buf),
                 name: FfiConverterOptionString.read(from: &buf),
                 completion: FfiConverterBool.read(from: &buf),
-                timeMs: FfiConverterOptionInt64.read(from: &buf)
+                timeMs: FfiConverterOptionInt64.read(from: &buf),
+                recall: FfiConverterOptionTypeRecallPolicy.read(from: &buf)
         )
     }
 
@@ -3924,6 +3933,7 @@ public struct FfiConverterTypeFeedOptions: FfiConverterRustBuffer {
         FfiConverterOptionString.write(value.name, into: &buf)
         FfiConverterBool.write(value.completion, into: &buf)
         FfiConverterOptionInt64.write(value.timeMs, into: &buf)
+        FfiConverterOptionTypeRecallPolicy.write(value.recall, into: &buf)
     }
 }
 

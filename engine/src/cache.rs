@@ -313,7 +313,7 @@ impl Cache {
         self.ema.clone_from(&checkpoint.ema);
         let window = self.first_window_page(checkpoint.position);
         if let Some(pages) = &mut self.pages {
-            pages.truncate(window);
+            pages.truncate(window, checkpoint.position);
         }
         true
     }

@@ -66,7 +66,7 @@ pub struct ChoiceParams<'a> {
     pub pins: Option<&'a Tensor>,
     /// All heads of a run choose the same tokens, those whose votes, summed over the heads, are most; only where every
     /// token is compared.
-    pub together: bool,
+    pub heads_together: bool,
 }
 
 /// Tokens chosen for each head of each run.
@@ -87,19 +87,6 @@ impl Choice {
     /// The first `tokens` stored tokens, for one run.
     pub fn all(tokens: usize) -> Self {
         Self { marks: None, best: None, runs: 1, tokens, recovered: None }
-    }
-
-    /// The stored tokens `tokens` (g, n), u32, ascending for each head, for one run of queries.
-    ///
-    /// # Errors
-    /// If the type or the shape is another.
-    pub fn named(tokens: Tensor) -> Result<Self> {
-        let (_, count) = tokens.dims2()?;
-        if tokens.dtype() != DType::U32 {
-            bail!("choice: tokens {tokens:?}, expected (g, n), u32");
-        }
-        let best = Some(tokens.contiguous()?);
-        Ok(Self { marks: None, best, runs: 1, tokens: count, recovered: None })
     }
 
     /// Tokens of each head.
@@ -341,7 +328,7 @@ impl StoredPages {
                 self.len
             );
         }
-        if params.together && params.landmarks.is_some() {
+        if params.heads_together && params.landmarks.is_some() {
             bail!("choose: heads together among landmarks, expected every token compared");
         }
         if params.pooled == 0
@@ -361,6 +348,26 @@ impl StoredPages {
             return cuda::choose(device, self, &q, params);
         }
         portable::choose(self, &q, params)
+    }
+
+    /// The choice of `tokens` (g, n), u32, ascending for each head, for one run of queries; a token behind the last stored
+    /// one stands for that one.
+    ///
+    /// # Errors
+    /// If type, shape or device is another, or nothing is stored.
+    pub fn choice_of(&self, tokens: &Tensor) -> Result<Choice> {
+        let (heads, count) = tokens.dims2()?;
+        let g = self.keys.dim(1)?;
+        if heads != g
+            || tokens.dtype() != DType::U32
+            || self.len == 0
+            || !tokens.device().same_device(self.keys.device())
+        {
+            bail!("choice: tokens {tokens:?} of {} pages, expected ({g}, n), u32", self.len);
+        }
+        let last = Tensor::new((self.len * PAGE_TOKENS - 1) as u32, tokens.device())?;
+        let best = Some(tokens.broadcast_minimum(&last)?.contiguous()?);
+        Ok(Choice { marks: None, best, runs: 1, tokens: count, recovered: None })
     }
 
     /// The tokens of `choice`, keys rotated: two tensors (runs · ⌈tokens / PAGE_TOKENS⌉, g, PAGE_TOKENS, d), f32, 0

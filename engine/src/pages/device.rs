@@ -2,19 +2,16 @@
 //! makes no layer wait for its queries.
 //! Knows the store's rows; host memory and disk have every page too, and choose where the device does not.
 
-use super::gather::RecallScope;
+pub(super) mod choice;
+
 use super::index::HeadIndex;
-use super::recalled::{Recalled, RecalledRuns, Recovered};
-use super::rivals::device::{Stored, Table, pooled_queries};
-use super::scan::reads_every_key;
-use super::selection::OVER_FETCH;
+use super::rivals::device::Table;
 use super::store::PageStore;
 use super::{PageConfig, PagePrecision, PageRule, codec};
-use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
-use mka_kernels::recall::{Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, StoredPages};
-use mka_kernels::{AttentionRun, PAGE_TOKENS, PageRef, RotaryAngles};
+use mka_kernels::PAGE_TOKENS;
+use mka_kernels::recall::{MARKS, SPAN, StoredPages};
 
 /// Pages that wait at most before they are uploaded together.
 pub(super) const BATCH_PAGES: usize = 16;
@@ -23,6 +20,7 @@ pub(super) const BATCH_PAGES: usize = 16;
 pub(super) struct Mirror {
     device: Device,
     dtype: DType,
+    rule: PageRule,
     /// Most pages that the budget has room for.
     limit: usize,
     /// None for layers that choose nothing.
@@ -37,26 +35,6 @@ struct Layer {
     named: u64,
     /// What another system's rule keeps of them.
     table: Table,
-}
-
-/// What a copy of recalled tokens on the device holds, for each run of queries.
-struct Copied {
-    /// (runs · pages, g, PAGE_TOKENS, d), rotated.
-    keys: Tensor,
-    values: Tensor,
-    /// Of each run.
-    tokens: usize,
-    recovered: Option<Tensor>,
-}
-
-/// A run of queries and what it may recall; of several runs, the one of most rows.
-#[derive(Clone, Copy)]
-pub(super) struct Request {
-    pub(super) layer: usize,
-    pub(super) rows: usize,
-    pub(super) budget: usize,
-    pub(super) all: bool,
-    pub(super) scope: RecallScope,
 }
 
 impl Mirror {
@@ -90,20 +68,21 @@ impl Mirror {
             return None;
         }
         let layers = (0..num_layers).map(layer).collect::<Option<_>>()?;
-        Some(Self { device: device.clone(), dtype, limit, layers, pins: (Vec::new(), None, None) })
+        let (device, rule, pins) = (device.clone(), config.rule, (Vec::new(), None, None));
+        Some(Self { device, dtype, rule, limit, layers, pins })
     }
 
-    /// Rows of the last layer's table.
+    /// Rows that the last layer's table has room for.
     #[cfg(test)]
-    pub(super) fn table_len(&self) -> usize {
-        self.layers.iter().flatten().last().map_or(0, |layer| layer.table.len())
+    pub(super) fn table_capacity(&self) -> usize {
+        self.layers.iter().flatten().last().map_or(0, |layer| layer.table.capacity())
     }
 
-    /// Keeps the first `rows` pages.
-    pub(super) fn truncate(&mut self, rows: usize) {
+    /// Keeps the first `rows` pages, those before page `end`.
+    pub(super) fn truncate(&mut self, rows: usize, end: u64) {
         for layer in self.layers.iter_mut().flatten() {
             layer.pages.truncate(rows);
-            layer.table.clear();
+            layer.table.truncate(self.rule, end);
         }
     }
 
@@ -227,196 +206,5 @@ impl PageStore {
             }
         }
         true
-    }
-
-    /// What queries `q` (t, h, d), before RoPE, recall, chosen and copied on the device; None where the device has not
-    /// every page.
-    pub(super) fn recall_on_device(
-        &mut self,
-        q: &Tensor,
-        request: Request,
-    ) -> Result<Option<Recalled>> {
-        let Request { rows, all, .. } = request;
-        let run = ChoiceRun { queries: q.dim(0)?, pages: rows };
-        let Some(copied) = self.copy_on_device(q, request, &[run])? else { return Ok(None) };
-        Ok(Some(Recalled {
-            keys: copied.keys,
-            values: copied.values,
-            tokens: copied.tokens,
-            starts: all.then(|| self.starts(rows)),
-            recovered: match all {
-                true => Recovered::Share(1.0),
-                false => copied.recovered.map_or(Recovered::Unknown, Recovered::OnDevice),
-            },
-            left: None,
-        }))
-    }
-
-    /// [`PageStore::recall_on_device`] for several runs of the queries at once.
-    pub(super) fn recall_runs_on_device(
-        &mut self,
-        q: &Tensor,
-        request: Request,
-        runs: &[ChoiceRun],
-    ) -> Result<Option<RecalledRuns>> {
-        let Some(copied) = self.copy_on_device(q, request, runs)? else { return Ok(None) };
-        let page = |slot, start, len| PageRef { slot, start, len, bias: 0.0 };
-        // Every stored page lies there once, and a run sees the first ones; or each run has chosen its own.
-        let (pages, runs) = if request.all {
-            let starts = self.starts(request.rows).into_iter().enumerate();
-            let pages = starts.map(|(slot, start)| page(slot, start, PAGE_TOKENS)).collect();
-            let of = |run: &ChoiceRun| {
-                let tokens = run.pages * PAGE_TOKENS;
-                (AttentionRun { queries: run.queries, pages: 0..run.pages }, tokens)
-            };
-            (pages, runs.iter().map(of).collect())
-        } else {
-            let each = copied.tokens.div_ceil(PAGE_TOKENS);
-            let own = |slot: usize| {
-                let start = slot % each * PAGE_TOKENS;
-                page(slot, start as u64, PAGE_TOKENS.min(copied.tokens - start))
-            };
-            let of = |(i, run): (usize, &ChoiceRun)| {
-                let pages = i * each..(i + 1) * each;
-                (AttentionRun { queries: run.queries, pages }, copied.tokens)
-            };
-            let pages = (0..runs.len() * each).map(own).collect();
-            (pages, runs.iter().enumerate().map(of).collect())
-        };
-        Ok(Some(RecalledRuns { keys: copied.keys, values: copied.values, pages, runs }))
-    }
-
-    /// Stream positions of the first tokens of the first `rows` pages.
-    fn starts(&self, rows: usize) -> Vec<u64> {
-        self.order[..rows].iter().map(|page| page * PAGE_TOKENS as u64).collect()
-    }
-
-    fn copy_on_device(
-        &mut self,
-        q: &Tensor,
-        request: Request,
-        runs: &[ChoiceRun],
-    ) -> Result<Option<Copied>> {
-        let Request { layer, rows, budget, all, scope } = request;
-        self.mirror_layer(layer, 1);
-        let Some(mut mirror) = self.mirror.take() else { return Ok(None) };
-        let pins = match all {
-            true => Ok(None),
-            false => self.prepare(&mut mirror, layer),
-        };
-        self.mirror = Some(mirror);
-        let Some(mirror) = &self.mirror else { return Ok(None) };
-        let (Some(own), Some(angles)) = (&mirror.layers[layer], &self.angles) else {
-            return Ok(None);
-        };
-        let (first, last) = (self.order[0], self.order[rows - 1]);
-        // Places in the stream are counted from the first page: a page that is missing would shift them.
-        if last - first != rows as u64 - 1
-            || own.pages.len() < rows
-            || self.shape.window_tokens >= angles.len()
-        {
-            return Ok(None);
-        }
-        let pins = pins?;
-        let choice = match (all, self.config.rule) {
-            (true, _) => Some(Choice::all(rows * PAGE_TOKENS)),
-            (false, PageRule::InfLlm | PageRule::Quest) => {
-                self.choose_by_table(q, own, rows, budget)?
-            }
-            (false, _) => {
-                let params = self.vote_params(angles, budget, runs, pins.as_ref());
-                Some(own.pages.choose(q, &params)?)
-            }
-        };
-        let Some(choice) = choice else { return Ok(None) };
-        let placement = match scope.compact {
-            true => Placement::Compact(SINK_PAGES * PAGE_TOKENS as u64),
-            false => Placement::Stream(first * PAGE_TOKENS as u64),
-        };
-        let (keys, values) = own.pages.gather(&choice, angles, placement)?;
-        // Other systems' rules give no estimate, here and in host memory.
-        let recovered = choice.recovered.clone().filter(|_| self.config.rule == PageRule::Mka);
-        Ok(Some(Copied { keys, values, tokens: choice.num_tokens(), recovered }))
-    }
-
-    /// What a choice of `layer` needs beside its pages: what another system's rule keeps of them, and the pinned landmarks.
-    fn prepare(&self, mirror: &mut Mirror, layer: usize) -> Result<Option<Tensor>> {
-        if let (Some(own), Some(first)) = (&mut mirror.layers[layer], self.order.first()) {
-            let rows = own.pages.len();
-            let stored = Stored { pages: &own.pages, first: *first, rows };
-            match (self.config.rule, &self.following) {
-                (PageRule::Quest, _) => own.table.bound(stored)?,
-                (PageRule::InfLlm, Some(following)) => {
-                    own.table.represent(
-                        following,
-                        layer,
-                        (*first, first + rows as u64),
-                        &mirror.device,
-                    )?;
-                }
-                _ => {}
-            }
-        }
-        self.uploaded_pins(mirror)
-    }
-
-    /// How the runs vote: by the library's own rule or by TokenSelect's.
-    fn vote_params<'a>(
-        &self,
-        angles: &'a RotaryAngles,
-        budget: usize,
-        runs: &'a [ChoiceRun],
-        pins: Option<&'a Tensor>,
-    ) -> ChoiceParams<'a> {
-        let longest = runs.iter().map(|run| run.queries).max().unwrap_or(0);
-        let rows = runs.iter().map(|run| run.pages).max().unwrap_or(0);
-        let together = self.config.rule == PageRule::TokenSelect;
-        let every = together || reads_every_key(self.config.scan, rows);
-        ChoiceParams {
-            runs,
-            tokens: budget,
-            landmarks: (!every).then_some(OVER_FETCH * budget / SPAN),
-            pooled: self.config.rule.pooled(longest),
-            scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
-            angles,
-            distance: self.shape.window_tokens,
-            pins,
-            together,
-        }
-    }
-
-    /// The choice of one run among the first `rows` pages by InfLLM's or Quest's rule; None where the processor must
-    /// choose.
-    fn choose_by_table(
-        &self,
-        q: &Tensor,
-        own: &Layer,
-        rows: usize,
-        budget: usize,
-    ) -> Result<Option<Choice>> {
-        let Some(angles) = self.angles_at(self.shape.window_tokens as u64) else {
-            return Ok(None);
-        };
-        let queries = pooled_queries(q, angles, self.config.rule.pooled(q.dim(0)?))?;
-        let stored = Stored { pages: &own.pages, first: self.order[0], rows };
-        match self.config.rule {
-            PageRule::Quest => own.table.by_bounds(&queries, stored, budget),
-            _ => own.table.by_blocks(&queries, stored, self.shape.num_kv_heads, budget),
-        }
-    }
-
-    /// The pinned landmarks on the mirror's device; None for none.
-    fn uploaded_pins(&self, mirror: &mut Mirror) -> Result<Option<Tensor>> {
-        let (pins, first, uploaded) = &mirror.pins;
-        if *pins == self.pins && *first == self.order.first().copied() {
-            return Ok(uploaded.clone());
-        }
-        let marks = self.pinned(self.order.len(), SPAN);
-        let uploaded = match marks.len() {
-            0 => None,
-            count => Some(Tensor::from_vec(marks, count, &mirror.device)?),
-        };
-        mirror.pins = (self.pins.clone(), self.order.first().copied(), uploaded.clone());
-        Ok(uploaded)
     }
 }

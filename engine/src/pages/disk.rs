@@ -270,7 +270,7 @@ impl PageStore {
         self.note_tokens(end * PAGE_TOKENS as u64, noted);
         self.next.fill(end.max(SINK_PAGES));
         let Some(source) = self.source.clone() else { return };
-        let mut known = HashMap::new();
+        let (mut known, mut remade) = (HashMap::new(), 0);
         let is_outside = |page: &u64| (SINK_PAGES..end).contains(page);
         let pages: Vec<u64> = stored.iter().copied().filter(is_outside).collect();
         'pages: for pages in pages.chunks(READ_PAGES) {
@@ -281,12 +281,21 @@ impl PageStore {
                 let read = landmarks.as_deref().and_then(|it| Landmarks::read(it, &shape));
                 let has_room = match read {
                     Some(landmarks) => self.take_in(*page, &landmarks, &mut known),
-                    None => self.remake(*page),
+                    None => {
+                        remade += 1;
+                        self.remake(*page)
+                    }
                 };
                 if !has_room {
                     break 'pages;
                 }
             }
+        }
+        if self.following.is_some() && remade > 0 {
+            tracing::warn!(
+                pages = remade,
+                "stored without InfLLM's representatives: all keys of a block stand for it"
+            );
         }
         self.name_restored(&known);
         self.fill_mirror();

@@ -1,7 +1,7 @@
 //! From a choice of tokens to pages that attention reads: copied, rotated to their positions, laid side by side.
 //! Knows which tokens were chosen, not why.
 
-use super::device::Request;
+use super::device::choice::Request;
 use super::recalled::{Recalled, RecalledRuns, Recovered};
 use super::selection::{OVER_FETCH, RowReader, Selection};
 use super::store::{Held, MadeUnder, PageStore};
@@ -165,7 +165,11 @@ impl PageStore {
     }
 
     /// What queries `q` recall, chosen and copied by the processor; None for nothing.
-    fn recall_on_host(&mut self, q: &Tensor, request: Request) -> Result<Option<Recalled>> {
+    pub(super) fn recall_on_host(
+        &mut self,
+        q: &Tensor,
+        request: Request,
+    ) -> Result<Option<Recalled>> {
         let Request { layer, rows, budget, all, scope } = request;
         let selection = match all {
             true => {

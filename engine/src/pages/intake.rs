@@ -2,6 +2,7 @@
 //! Knows no pool and no disk; keys and values come as the device gives them.
 
 use super::index::HeadIndex;
+use super::rivals::first_of_block;
 use super::store::{PageStore, Stored};
 use super::{Number, PageConfig, PagePrecision};
 use mka_kernels::PAGE_TOKENS;
@@ -109,16 +110,22 @@ impl PageStore {
 
     /// Tells InfLLM's rule that a page has left the window.
     fn follow(&mut self, layer: usize, page: u64) {
-        let Some(mut following) = self.following.take() else { return };
-        if !self.index[layer].is_empty() {
-            let angles = self.angles_at(self.shape.window_tokens as u64);
-            if let Err(error) = following.sum_waiting(layer, angles) {
-                tracing::warn!(%error, layer, "queries that follow a block cannot be fetched");
-            }
-            following.choose(layer, page, &|page, head, keys: &mut [f32]| {
-                self.read_rows(page, layer, 0, head, 0, keys)
-            });
+        if self.following.is_none() || self.index[layer].is_empty() {
+            return;
         }
+        // Of a session that was opened again the block's first page may be on disk alone.
+        let first = first_of_block(page);
+        if let Some(row) = (first < page).then(|| self.order.binary_search(&first).ok()).flatten() {
+            self.bring(&[row]);
+        }
+        let Some(mut following) = self.following.take() else { return };
+        let angles = self.angles_at(self.shape.window_tokens as u64);
+        if let Err(error) = following.sum_waiting(layer, angles) {
+            tracing::warn!(%error, layer, "queries that follow a block cannot be fetched");
+        }
+        following.choose(layer, page, &|page, head, keys: &mut [f32]| {
+            self.read_rows(page, layer, 0, head, 0, keys)
+        });
         self.following = Some(following);
     }
 }

@@ -127,8 +127,12 @@ impl<'a> Landmarks<'a> {
     /// None where the bytes are no record of `shape`.
     pub(super) fn read(bytes: &'a [u8], shape: &LandmarkShape) -> Option<Self> {
         let (head, rest) = bytes.split_first_chunk::<HEAD_BYTES>()?;
-        // Codes that are not needed are passed over.
-        let shape = &LandmarkShape { has_codes: shape.has_codes || head[3] == 1, ..*shape };
+        // Codes and representatives that are not needed are passed over.
+        let shape = &LandmarkShape {
+            has_codes: shape.has_codes || head[3] == 1,
+            has_representatives: shape.has_representatives || head[2] & 2 != 0,
+            ..*shape
+        };
         if *head != shape.head() {
             return None;
         }
@@ -226,7 +230,6 @@ mod tests {
         for shape in [
             LandmarkShape { precision: PagePrecision::Int8, ..SHAPE },
             LandmarkShape { has_means: false, ..SHAPE },
-            LandmarkShape { has_representatives: false, ..SHAPE },
             LandmarkShape { first_layer: 0, ..SHAPE },
             LandmarkShape { num_layers: 4, ..SHAPE },
             LandmarkShape { num_kv_heads: 1, ..SHAPE },
@@ -237,7 +240,12 @@ mod tests {
         // One with codes serves where none are asked for, and not the other way round.
         let plain = LandmarkShape { has_codes: false, ..SHAPE };
         assert!(Landmarks::read(&bytes, &plain).is_some());
+        let plain = LandmarkShape { has_representatives: false, ..SHAPE };
+        assert!(Landmarks::read(&bytes, &plain).is_some());
         let mut later = bytes;
+        later[2] = 1;
+        assert!(Landmarks::read(&later, &SHAPE).is_none());
+        later[2] = 3;
         later[3] = 0;
         assert!(Landmarks::read(&later, &SHAPE).is_none());
         later[3] = 1;

@@ -1,8 +1,9 @@
 //! Other systems' rules over the same stored pages: InfLLM, Quest, TokenSelect. For comparison, not for speed.
-//! Knows the store's rows; each rule reads the keys it needs where its own system would keep an index.
+//! Knows the store's rows; in host memory each rule reads the keys that it needs for every choice.
 //!
-//! What differs from the systems themselves is the cache that they run over, which is ours: window, sinks, positions
-//! and the layers that choose nothing are the same for every rule, and queries are compared at the window's distance.
+//! What differs from the systems themselves is the cache that they run over, which is ours: window, sinks, positions,
+//! the layers that choose nothing and the decoded tokens that a choice serves are the same for every rule, and queries
+//! are compared at the window's distance.
 
 pub(super) mod device;
 
@@ -10,6 +11,7 @@ use super::PageRule;
 use super::selection::POOLED;
 use super::store::{PageShape, PageStore};
 use super::vote::{Ballot, Queries, soft_vote};
+use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, rows};
@@ -21,6 +23,15 @@ const BLOCK_PAGES: usize = 2;
 const REPRESENTATIVES: usize = 4;
 /// Tokens of a Quest page (arXiv 2406.10774, section 4.1).
 const QUEST_TOKENS: usize = 16;
+
+/// Queries that wait at most for a page to leave: at 4,096 numbers a token 16 MB a layer.
+const WAITING_TOKENS: usize = 1024;
+
+/// The first page of the block of `page`: blocks begin behind the sinks.
+pub(super) fn first_of_block(page: u64) -> u64 {
+    let pages = BLOCK_PAGES as u64;
+    SINK_PAGES + page.saturating_sub(SINK_PAGES) / pages * pages
+}
 
 /// What InfLLM keeps beside the keys: the queries that followed them, and the keys that these asked for most.
 #[derive(Clone)]
@@ -39,6 +50,22 @@ impl Following {
     pub(super) fn new(shape: PageShape) -> Self {
         let layers = || (0..shape.num_layers).map(|_| BTreeMap::new()).collect();
         Self { shape, sums: layers(), waiting: vec![Vec::new(); shape.num_layers], means: layers() }
+    }
+
+    /// Has queries (t, h, d) that begin at `position` wait.
+    fn note(
+        &mut self,
+        layer: usize,
+        position: u64,
+        q: &Tensor,
+        angles: Option<(&[f32], &[f32])>,
+    ) -> Result<()> {
+        self.waiting[layer].push((position, q.clone()));
+        let counts = self.waiting[layer].iter().map(|(_, q)| q.dim(0));
+        match counts.sum::<candle_core::Result<usize>>()? > WAITING_TOKENS {
+            true => self.sum_waiting(layer, angles),
+            false => Ok(()),
+        }
     }
 
     /// Sums the waiting queries of `layer` as they stand at the position of `angles` (cosines and sines).
@@ -77,7 +104,7 @@ impl Following {
         page: u64,
         keys_of: &dyn Fn(u64, usize, &mut [f32]) -> bool,
     ) {
-        let first = page / BLOCK_PAGES as u64 * BLOCK_PAGES as u64;
+        let first = first_of_block(page);
         let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
         let mut followed = vec![0f32; g * d];
         for sums in self.sums[layer].range(first..).map(|(_, sums)| sums) {
@@ -95,7 +122,9 @@ impl Following {
             let mut scores = vec![0f32; keys.len() / d];
             let num_keys = scores.len();
             rows::score_rows(followed, &keys, d, &mut scores, num_keys);
-            let best = rows::largest(&scores, REPRESENTATIVES);
+            // Where the queries are gone, all keys stand for the block.
+            let is_known = followed.iter().any(|x| *x != 0.0);
+            let best = rows::largest(&scores, if is_known { REPRESENTATIVES } else { num_keys });
             let mut mean = vec![0f32; d];
             for key in &best {
                 let key = &keys[*key as usize * d..][..d];
@@ -121,7 +150,7 @@ impl Following {
     /// Of each layer from `first_layer` on the mean representative of the block of `page`, side by side: what the disk
     /// keeps with it.
     pub(super) fn means_of(&self, page: u64, first_layer: usize) -> Vec<f32> {
-        let first = page / BLOCK_PAGES as u64 * BLOCK_PAGES as u64;
+        let first = first_of_block(page);
         let none = vec![0f32; self.width()];
         let layers = self.means.iter().skip(first_layer);
         layers.flat_map(|blocks| blocks.get(&first).unwrap_or(&none)).copied().collect()
@@ -129,7 +158,7 @@ impl Following {
 
     /// Takes what [`Following::means_of`] gave for `page`.
     pub(super) fn restore(&mut self, page: u64, means: &[f32]) {
-        let first = page / BLOCK_PAGES as u64 * BLOCK_PAGES as u64;
+        let first = first_of_block(page);
         let width = self.width();
         // The last layers are those that choose.
         let layers = self.means.iter_mut().rev();
@@ -138,10 +167,15 @@ impl Following {
         }
     }
 
-    pub(super) fn truncate(&mut self, end: u64) {
+    /// Forgets the blocks from page `end` on, and the queries from `position` on.
+    pub(super) fn truncate(&mut self, end: u64, position: u64) {
         for means in &mut self.means {
-            means.split_off(&(end / BLOCK_PAGES as u64 * BLOCK_PAGES as u64));
+            means.split_off(&first_of_block(end));
         }
+        self.sums.iter_mut().for_each(|sums| {
+            sums.split_off(&position.div_ceil(PAGE_TOKENS as u64));
+        });
+        self.waiting.iter_mut().for_each(|waiting| waiting.retain(|(first, _)| *first < position));
     }
 }
 
@@ -154,6 +188,14 @@ impl PageRule {
             Self::Mka | Self::Streaming | Self::Quest => POOLED,
         }
     }
+
+    /// Factor on q · k: TokenSelect's votes are a softmax of the products themselves, as its authors' code has them.
+    pub(super) fn scale(self, head_dim: usize) -> f32 {
+        match self {
+            Self::TokenSelect => 1.0,
+            _ => 1.0 / (head_dim as f32).sqrt(),
+        }
+    }
 }
 
 impl PageStore {
@@ -163,13 +205,14 @@ impl PageStore {
         if let Some(asked) = &mut self.asked {
             asked.push((layer, q.clone()));
         }
-        if self.following.is_none() || layer < self.config.first_layer {
-            return Ok(());
+        let Some(mut following) = self.following.take() else { return Ok(()) };
+        let mut summed = Ok(());
+        if layer >= self.config.first_layer {
+            let angles = self.angles_at(self.shape.window_tokens as u64);
+            summed = following.note(layer, position, q, angles);
         }
-        if let Some(following) = &mut self.following {
-            following.waiting[layer].push((position, q.clone()));
-        }
-        Ok(())
+        self.following = Some(following);
+        summed
     }
 
     /// Tokens for each key/value head by `rule`, as index row · PAGE_TOKENS + offset, ascending.

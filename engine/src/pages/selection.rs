@@ -48,12 +48,12 @@ impl PageStore {
         }
     }
 
-    /// Queries as if they stood a window behind the keys, each `pooled` as their mean, and scaled: q̃ = RoPE(q, window), keys unrotated
-    /// (TokenSelect and InfLLM). Distances beyond the window would be ones that the model never saw.
+    /// Queries as if they stood a window behind the keys, each `pooled` as their mean, and scaled: q̃ = RoPE(q, window),
+    /// keys unrotated (TokenSelect and InfLLM). Distances beyond the window would be ones that the model never saw.
     pub(super) fn queries(&self, q: &Tensor, pooled: usize) -> Result<Queries> {
         let (t, h, d) = q.dims3()?;
         let group = h / self.shape.num_kv_heads;
-        let scale = 1.0 / (d as f32).sqrt();
+        let scale = self.config.rule.scale(d);
         let mut values = q.flatten_all()?.to_vec1::<f32>()?;
         if let Some((cos, sin)) = self.angles_at(self.shape.window_tokens as u64) {
             values.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));

@@ -359,8 +359,8 @@ impl PageStore {
         self.pages.iter().take(rows).map(|(page, stored)| (*page, &*stored.tokens))
     }
 
-    /// Takes back every page from `end` on: the window holds them again.
-    pub(crate) fn truncate(&mut self, end: u64) {
+    /// Takes back every page from `end` on, which the window holds again, for a stream that ends at `position`.
+    pub(crate) fn truncate(&mut self, end: u64, position: u64) {
         for next in &mut self.next {
             *next = (*next).min(end.max(SINK_PAGES));
         }
@@ -371,7 +371,7 @@ impl PageStore {
         let rows = self.order.partition_point(|page| *page < end);
         self.order.truncate(rows);
         if let Some(mirror) = &mut self.mirror {
-            mirror.truncate(rows);
+            mirror.truncate(rows, end);
         }
         for head in self.index.iter_mut().flatten() {
             head.truncate(rows, self.shape.head_dim);
@@ -380,7 +380,7 @@ impl PageStore {
         let named = self.named_rows();
         (0..self.shape.num_layers).for_each(|layer| self.name_outliers(layer, named));
         if let Some(following) = &mut self.following {
-            following.truncate(end);
+            following.truncate(end, position);
         }
         self.forget_choices();
     }

@@ -262,7 +262,7 @@ fn choose_part(
     }
     let voted = vote(device, pages, queries, Some(marks.as_ref()), landmarks)?;
     let tokens = params.tokens.min(landmarks * SPAN);
-    let best = match params.together {
+    let best = match params.heads_together {
         true => top_of_all_heads(&voted.votes, (queries.num_runs, g), tokens)?,
         false => top_k(&voted.votes, tokens)?,
     };

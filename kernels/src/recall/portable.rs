@@ -117,7 +117,7 @@ fn choose_run(
         }
         heads.push(Compared { marks, votes, by_token, missed });
     }
-    if params.together {
+    if params.heads_together {
         let mut sums = vec![0f32; heads.first().map_or(0, |head| head.by_token.len())];
         for head in &heads {
             sums.iter_mut().zip(&head.by_token).for_each(|(sum, vote)| *sum += vote);

@@ -167,7 +167,7 @@ impl Case {
                 angles: &made.angles,
                 distance: DISTANCE,
                 pins: pins.as_ref(),
-                together: self.together,
+                heads_together: self.together,
             },
         )
     }
@@ -412,6 +412,23 @@ fn pages_that_went_leave_the_others_as_they_were() -> Result<()> {
     assert_eq!(differing(&choice.tokens(2)?, &rest.expected(&expected)), 0);
     assert!(store.push(&keys[..4], &keys[..4], &[], 90).is_err());
     assert!(store.push(&keys, &keys, &vec![0; 20 * page / SPAN * 2], 27).is_err());
+    Ok(())
+}
+
+#[test]
+fn named_tokens_are_copied_and_none_is_read_beyond_the_last() -> Result<()> {
+    let case = Case { pages: 3, h: 4, g: 2, d: 16, ..PLAIN };
+    let made = case.make();
+    let store = case.store(&made, &Device::Cpu)?;
+    let named = Tensor::new(&[[0u32, 70, 191, 4_000_000_000], [3, 4, 5, 6]], &Device::Cpu)?;
+    let choice = store.choice_of(&named)?;
+    let tokens = choice.tokens(case.g)?;
+    assert_eq!(tokens, [[0, 70, 191, 191], [3, 4, 5, 6]]);
+    let (keys, values) = store.gather(&choice, &made.angles, Placement::Compact(64))?;
+    let expected = case.gathered(&made, &tokens, Placement::Compact(64));
+    assert!((flat(&keys)?, flat(&values)?) == expected);
+    assert!(store.choice_of(&named.narrow(0, 0, 1)?).is_err());
+    assert!(store.choice_of(&named.to_dtype(DType::F32)?).is_err());
     Ok(())
 }
 

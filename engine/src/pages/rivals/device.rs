@@ -2,16 +2,21 @@
 //! Knows what each rule keeps beside the keys; TokenSelect's is a vote that the kernels know.
 
 use super::{BLOCK_PAGES, Following, QUEST_TOKENS};
+use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use crate::pages::PageRule;
 use candle_core::{DType, Device, IndexOp, Tensor};
 use mka_kernels::recall::{Choice, StoredPages};
 use mka_kernels::{PAGE_TOKENS, top_k};
+use std::ops::Range;
 
 /// Runs of a page that Quest bounds.
 const RUNS: usize = PAGE_TOKENS / QUEST_TOKENS;
 /// Rows that a table has room for at first.
 const FIRST_ROWS: usize = 64;
+
+/// Pages whose keys are widened at once.
+const WIDENED_PAGES: usize = 256;
 
 /// What a rule compares queries with, in stream order, made from pages and means once they are asked for.
 #[derive(Debug, Default)]
@@ -22,11 +27,13 @@ pub(in crate::pages) struct Table {
     /// The page, or block, of the stream that it begins with, and how many it has.
     first: u64,
     len: usize,
+    /// The first page or block that was asked for last: those before it are gone.
+    live: u64,
 }
 
-/// A layer's pages on the device, and the first of them that can be chosen from.
+/// A layer's pages on the device, and the first of them that can be chosen from; no page between them is missing.
 #[derive(Clone, Copy)]
-pub(in crate::pages) struct Stored<'a> {
+pub(in crate::pages) struct Choosable<'a> {
     pub(in crate::pages) pages: &'a StoredPages,
     /// Number in the stream of the first one.
     pub(in crate::pages) first: u64,
@@ -44,9 +51,10 @@ impl Table {
         }
     }
 
+    /// Rows that there is room for.
     #[cfg(test)]
-    pub(in crate::pages) fn len(&self) -> usize {
-        self.len
+    pub(in crate::pages) fn capacity(&self) -> usize {
+        self.rows.as_ref().map_or(0, |rows| rows.dim(1).unwrap())
     }
 
     /// Forgets every row: they are made anew.
@@ -54,31 +62,40 @@ impl Table {
         *self = Self::default();
     }
 
-    /// Quest's rows of every page of `stored` that has none.
-    pub(in crate::pages) fn bound(&mut self, stored: Stored<'_>) -> Result<()> {
-        let Some(fresh) = self.fresh(stored.first, stored.pages.len()) else { return Ok(()) };
-        let keys = stored.pages.keys()?.narrow(0, stored.pages.len() - fresh, fresh)?;
-        let (_, g, _, d) = keys.dims4()?;
-        let keys = keys.to_dtype(DType::F32)?.reshape((fresh, g, RUNS, QUEST_TOKENS, d))?;
-        let bounds = Tensor::cat(&[keys.max(3)?, keys.min(3)?], 3)?;
-        let rows = bounds.transpose(0, 1)?.contiguous()?.reshape((g, fresh * RUNS, 2 * d))?;
-        self.push(&rows, fresh)
+    /// Forgets what was made of page `end` and of those behind it.
+    pub(in crate::pages) fn truncate(&mut self, rule: PageRule, end: u64) {
+        let end = if rule == PageRule::InfLlm { blocks_before(end) } else { end };
+        self.len = self.len.min(end.saturating_sub(self.first) as usize);
     }
 
-    /// InfLLM's rows of every block of `layer` that ends before page `end`.
+    /// Quest's rows of every page of `stored` that has none.
+    pub(in crate::pages) fn bound(&mut self, stored: Choosable<'_>) -> Result<()> {
+        let count = stored.pages.len();
+        let Some(fresh) = self.fresh(stored.first, count) else { return Ok(()) };
+        for first in (count - fresh..count).step_by(WIDENED_PAGES) {
+            let pages = WIDENED_PAGES.min(count - first);
+            let keys = stored.pages.keys()?.narrow(0, first, pages)?.to_dtype(DType::F32)?;
+            let (_, g, _, d) = keys.dims4()?;
+            let keys = keys.reshape((pages, g, RUNS, QUEST_TOKENS, d))?;
+            let bounds = Tensor::cat(&[keys.max(3)?, keys.min(3)?], 3)?.transpose(0, 1)?;
+            self.push(&bounds.contiguous()?.reshape((g, pages * RUNS, 2 * d))?, pages)?;
+        }
+        Ok(())
+    }
+
+    /// InfLLM's rows of every block of `layer` whose pages lie in `pages`.
     pub(in crate::pages) fn represent(
         &mut self,
         following: &Following,
         layer: usize,
-        (first, end): (u64, u64),
+        pages: Range<u64>,
         device: &Device,
     ) -> Result<()> {
-        let pages = BLOCK_PAGES as u64;
-        let blocks = first.div_ceil(pages)..end / pages;
+        let blocks = blocks_from(pages.start)..blocks_before(pages.end);
         let Some(count) = blocks.end.checked_sub(blocks.start) else { return Ok(()) };
         let Some(fresh) = self.fresh(blocks.start, count as usize) else { return Ok(()) };
         let means: Vec<f32> = (blocks.end - fresh as u64..blocks.end)
-            .map_while(|block| following.mean(layer, block * pages))
+            .map_while(|block| following.mean(layer, SINK_PAGES + block * BLOCK_PAGES as u64))
             .flatten()
             .copied()
             .collect();
@@ -97,27 +114,32 @@ impl Table {
         let (end, have) = (first + count as u64, self.first + self.len as u64);
         if self.len == 0 || first < self.first || have < first {
             self.clear();
-            self.first = first;
+            (self.first, self.live) = (first, first);
             return (count > 0).then_some(count);
         }
+        self.live = first;
         usize::try_from(end.checked_sub(have)?).ok().filter(|fresh| *fresh > 0)
     }
 
     /// Adds the rows (g, n, width) of `count` pages or blocks.
     fn push(&mut self, rows: &Tensor, count: usize) -> Result<()> {
         let (g, n, width) = rows.dims3()?;
-        let used = self.len * (n / count);
+        let each = n / count;
         let capacity = self.rows.as_ref().map_or(Ok(0), |rows| rows.dim(1))?;
-        if used + n > capacity {
-            let capacity = (used + n).next_power_of_two().max(FIRST_ROWS);
+        if self.len * each + n > capacity {
+            let gone = ((self.live - self.first) as usize).min(self.len);
+            let kept = self.len - gone;
+            let capacity = (kept * each + n).next_power_of_two().max(FIRST_ROWS);
             let room = Tensor::zeros((g, capacity, width), DType::F32, rows.device())?;
-            if let Some(before) = &self.rows {
-                room.slice_set(&before.narrow(1, 0, used)?.contiguous()?, 1, 0)?;
+            if let Some(before) = self.rows.as_ref().filter(|_| kept > 0) {
+                let before = before.narrow(1, gone * each, kept * each)?;
+                room.slice_set(&before.contiguous()?, 1, 0)?;
             }
-            self.rows = Some(room);
+            (self.rows, self.len) = (Some(room), kept);
+            self.first += gone as u64;
         }
         if let Some(all) = &self.rows {
-            all.slice_set(rows, 1, used)?;
+            all.slice_set(rows, 1, self.len * each)?;
         }
         self.len += count;
         Ok(())
@@ -138,7 +160,7 @@ impl Table {
     pub(in crate::pages) fn by_bounds(
         &self,
         queries: &Tensor,
-        stored: Stored<'_>,
+        stored: Choosable<'_>,
         budget: usize,
     ) -> Result<Option<Choice>> {
         let Some(bounds) = self.rows(stored.first, stored.rows, RUNS)? else { return Ok(None) };
@@ -150,7 +172,7 @@ impl Table {
         let both = both.reshape((m, g, h / g, 2 * d))?.transpose(0, 1)?.contiguous()?;
         let scores = both.reshape((g, m * (h / g), 2 * d))?.matmul(&bounds.transpose(1, 2)?)?;
         let runs = top_k(&scores.max(1)?, budget / QUEST_TOKENS)?;
-        Ok(Some(Choice::named(tokens_of(&runs, QUEST_TOKENS, 0)?)?))
+        Ok(Some(stored.pages.choice_of(&tokens_of(&runs, QUEST_TOKENS, 0)?)?))
     }
 
     /// InfLLM: the blocks whose mean representative has the largest product with the sum of the queries, all heads side by
@@ -158,26 +180,36 @@ impl Table {
     pub(in crate::pages) fn by_blocks(
         &self,
         queries: &Tensor,
-        stored: Stored<'_>,
+        stored: Choosable<'_>,
         g: usize,
         budget: usize,
     ) -> Result<Option<Choice>> {
-        let (pages, rows) = (BLOCK_PAGES as u64, stored.rows as u64);
-        let first = stored.first.div_ceil(pages);
-        let count = ((stored.first + rows) / pages).saturating_sub(first) as usize;
-        if count == 0 {
+        let first = blocks_from(stored.first);
+        let end = blocks_before(stored.first + stored.rows as u64);
+        let count = end.saturating_sub(first) as usize;
+        let taken = count.min(budget / (BLOCK_PAGES * PAGE_TOKENS));
+        if taken == 0 {
             return Ok(None);
         }
         let Some(means) = self.rows(first, count, 1)? else { return Ok(None) };
         let (_, h, d) = queries.dims3()?;
         let query = queries.sum(0)?.reshape((g, h / g, d))?.sum(1)?.reshape((1, g * d))?;
-        let scores = query.matmul(&means.i(0)?.t()?)?;
-        let blocks = top_k(&scores, count.min(budget / (BLOCK_PAGES * PAGE_TOKENS)))?;
-        let before = (first * pages - stored.first) as usize * PAGE_TOKENS;
-        let tokens = tokens_of(&blocks, BLOCK_PAGES * PAGE_TOKENS, before)?;
+        let blocks = top_k(&query.matmul(&means.i(0)?.t()?)?, taken)?;
+        let before = (SINK_PAGES + first * BLOCK_PAGES as u64 - stored.first) as usize;
+        let tokens = tokens_of(&blocks, BLOCK_PAGES * PAGE_TOKENS, before * PAGE_TOKENS)?;
         let count = tokens.dim(1)?;
-        Ok(Some(Choice::named(tokens.broadcast_as((g, count))?.contiguous()?)?))
+        Ok(Some(stored.pages.choice_of(&tokens.broadcast_as((g, count))?)?))
     }
+}
+
+/// The first block of which no page stands before `page`.
+fn blocks_from(page: u64) -> u64 {
+    page.saturating_sub(SINK_PAGES).div_ceil(BLOCK_PAGES as u64)
+}
+
+/// Blocks of which every page stands before `page`.
+fn blocks_before(page: u64) -> u64 {
+    page.saturating_sub(SINK_PAGES) / BLOCK_PAGES as u64
 }
 
 /// The tokens of runs (g, n), u32, of `each` tokens, the first of which begins at token `before`: (g, n · each).

@@ -67,6 +67,21 @@ fn runs_on_the_device_choose_as_on_the_processor() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn named_tokens_are_copied_on_the_device_and_none_is_read_beyond_the_last() -> Result<()> {
+    let Some(gpu) = device("named tokens") else { return Ok(()) };
+    let case = Case { pages: 3, h: 4, g: 2, d: 16, ..PLAIN };
+    let made = case.make();
+    let store = case.store(&made, &gpu)?;
+    let choice = store.choice_of(&Tensor::new(&[[0u32, 70, 4_000_000_000], [3, 4, 5]], &gpu)?)?;
+    let tokens = choice.tokens(case.g)?;
+    assert_eq!(tokens, [[0, 70, 191], [3, 4, 5]]);
+    let (keys, values) = store.gather(&choice, &made.angles, Placement::Compact(64))?;
+    let expected = case.gathered(&made, &tokens, Placement::Compact(64));
+    assert!((flat(&keys)?, flat(&values)?) == expected);
+    Ok(())
+}
+
 /// More logits than are held at once.
 #[test]
 fn many_runs_over_a_long_stream_choose_as_each_by_itself() -> Result<()> {

@@ -142,6 +142,34 @@ __device__ __forceinline__ void weigh(float (&scores)[MT][NT][4], float (&ds)[DS
   }
 }
 
+// The gradients of a block's keys: dk and dv through the room of the keys and values, or their sums of this split.
+template <typename T, int D, int PARTNERS, int MT, Gradients WHICH, int DK_MT, int DV_MT>
+__device__ __forceinline__ void store_gradients(const AttentionBackwardSplitParams &all, const KeysPlace &to,
+                                                int kv_stride, const float (&dk)[DK_MT][D / 8 / PARTNERS][4],
+                                                const float (&dv)[DV_MT][D / 8 / PARTNERS][4], uint8_t *keys,
+                                                uint8_t *values, int warp_row, int part) {
+  constexpr bool WITH_KEYS = WHICH != VALUES_ONLY, WITH_VALUES = WHICH != KEYS_ONLY;
+  const AttentionBackwardParams &p = all.p;
+  const AttentionShape &shape = p.shape;
+  const int64_t kv_start = to.start(shape, D);
+  if (all.splits > 1) {
+    const int64_t size = int64_t(shape.batch) * shape.key_tokens * kv_stride;
+    float *sums = all.parts + to.split * size + kv_start;
+    if constexpr (WITH_KEYS)
+      store_part<D, MT, PARTNERS>(dk, sums, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
+    if constexpr (WITH_VALUES)
+      store_part<D, MT, PARTNERS>(dv, sums + all.splits * size, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
+    return;
+  }
+  __syncthreads(); // No warp reads the keys any more: they are the room through which the gradients leave.
+  if constexpr (WITH_VALUES)
+    store_rows<T, D, MT, PARTNERS>(dv, values, warp_row, static_cast<T *>(p.dv) + kv_start, kv_stride, to.key0,
+                                   shape.key_tokens, part);
+  if constexpr (WITH_KEYS)
+    store_rows<T, D, MT, PARTNERS>(dk, keys, warp_row, static_cast<T *>(p.dk) + kv_start, kv_stride, to.key0,
+                                   shape.key_tokens, part);
+}
+
 template <typename T, int D, int WARPS, int PARTNERS, int MT, int ROWS, int SUB, Gradients WHICH, int LAUNCHED_BYTES>
 __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardSplitParams &all) {
   const AttentionBackwardParams &p = all.p;
@@ -253,33 +281,10 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardSpl
     row0 = next_row0, buffer ^= 1;
   }
 
-  if constexpr (WITH_KEYS) {
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int n = 0; n < D / 8 / PARTNERS; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) dk[m][n][e] *= shape.scale;
-  }
+  if constexpr (WITH_KEYS) scale_by(dk, shape.scale);
   // The place is computed again: over the loop it would take registers that there are none of.
   const KeysPlace to(all, fresh(blockIdx.x), KEYS);
-  const int64_t kv_start = to.start(shape, D);
-  if (all.splits > 1) {
-    const int64_t size = int64_t(shape.batch) * shape.key_tokens * kv_stride;
-    float *sums = all.parts + to.split * size + kv_start;
-    if constexpr (WITH_KEYS)
-      store_part<D, MT, PARTNERS>(dk, sums, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
-    if constexpr (WITH_VALUES)
-      store_part<D, MT, PARTNERS>(dv, sums + all.splits * size, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
-    return;
-  }
-  __syncthreads(); // No warp reads the keys any more: they are the room through which the gradients leave.
-  if constexpr (WITH_VALUES)
-    store_rows<T, D, MT, PARTNERS>(dv, memory + V, warp_row, static_cast<T *>(p.dv) + kv_start, kv_stride, to.key0,
-                                   shape.key_tokens, part);
-  if constexpr (WITH_KEYS)
-    store_rows<T, D, MT, PARTNERS>(dk, memory + K, warp_row, static_cast<T *>(p.dk) + kv_start, kv_stride, to.key0,
-                                   shape.key_tokens, part);
+  store_gradients<T, D, PARTNERS, MT, WHICH>(all, to, kv_stride, dk, dv, memory + K, memory + V, warp_row, part);
 }
 
 template <typename T, int D, int WARPS, int MT, int KEYS, int SUB, int LAUNCHED_BYTES>
@@ -371,12 +376,7 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardSpli
     }
   }
 
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) dq[m][n][e] *= shape.scale;
+  scale_by(dq, shape.scale);
   // Only this warp ever read its rows of the query tile.
   store_rows<T, D, MT>(dq, memory + Q, warp_row, static_cast<T *>(p.dq) + q_start, q_stride, row0,
                        shape.query_tokens);

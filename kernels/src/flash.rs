@@ -463,3 +463,6 @@ mod cpu {
 
 #[cfg(feature = "cuda")]
 mod cuda;
+
+#[cfg(any(feature = "cuda", test))]
+mod tile;

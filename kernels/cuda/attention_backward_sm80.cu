@@ -1,34 +1,40 @@
 // Dense attention, backward, bf16 and f16. With P = e^(scores - lse), dP = dout vᵀ and dS = P ∘ (dP - delta):
 //   dv = Pᵀ dout, dk = scale · dSᵀ q, dq = scale · dS k, delta = rowsum(dout ∘ out) - dlse.
 // FlashAttention-2 (arXiv 2307.08691), algorithm 2, with two differences: the transposed scores are what is computed,
-// so that Pᵀ and dSᵀ are left operands where they stand, in registers; and a block walks all query heads of its
-// key/value head, so that dk and dv are summed in registers and written once. Where that leaves fewer blocks than keep a
-// card busy, the query heads are split among blocks, whose sums a last kernel adds up in their order.
+// so that Pᵀ and dSᵀ are left operands in the layout in which a warp has them; and a block walks several query heads
+// of its key/value head, so that it sums dk and dv in registers and writes them once. Where blocks that walk all of
+// them are fewer than keep a card busy, the heads are split among blocks, whose sums a last kernel adds in their order.
 //
 // attention_backward_rows: per query row {lse · log2 e, delta}; bound by memory.
 // attention_backward_kv: a block owns KEYS keys, a warp 16·MT of them, and walks the queries that see them in tiles of
 //   ROWS, in turn of SUB rows: four products.
 //   Where two warps are partners they own the same 32 keys. Each computes P and dS of its half of a walked tile's rows,
-//   hands them to the other as fragments, and sums half of the columns of dk and dv. What bounds the products are the
-//   fragments read from shared memory (512 bytes, 4 clocks each): of these a warp then moves 112 for the 256 products of
-//   a tile at d = 128, where 16 keys and all columns a warp take 160. On an H200 that is 12.2 ms for 15.5 (4 x 8192).
+//   hands them to the other through shared memory, and sums half of the columns of dk and dv. What bounds the products
+//   are the fragments that pass through shared memory (512 bytes, 4 clocks each): a warp reads 104 and writes 8 for the
+//   256 products of a tile at d = 128, where 16 keys and all columns a warp read 160. On an H200 that is 12.2 ms for
+//   15.5 (4 x 8192).
+//   "_alone" is without partners and takes less shared memory: it is for cards whose blocks get 99 KiB (sm_86, sm_89,
+//   sm_120), and has not been timed on one.
 // attention_backward_q: a block owns rows of queries, a warp 16·MT of them, and walks their keys: three products.
-// Seven products instead of five, but no atomics: equal inputs give equal bits, and on an H100 this was 1.03 to 1.17
-// times as fast as adding dq to an f32 buffer from the kv kernel (kernels/docs/attention.md).
-// Tiles are double-buffered through cp.async, one barrier a tile. Bound by arithmetic.
+// Seven products instead of five, but no atomics: equal inputs give equal bits, and on an H100, before partners, this
+// was 1.03 to 1.17 times as fast as adding dq to an f32 buffer from the kv kernel (kernels/docs/attention.md).
+// Tiles are double-buffered through cp.async, one barrier of the block a tile; partners meet once more.
 //
 // | kernel | d | stationary x walked (at once) | warps | shared memory | accumulators a thread |
 // |---|---|---|---|---|---|
 // | kv | 64 | 128 keys x 64 rows (32) | 4 | k v 32 + q dout 2·16 = 64 KiB | 64 + 64 + 32 + 32 |
 // | kv, partners | 96 | 128 x 64 (32 a warp) | 8 | 48 + 2·24 + P dS 32 = 128 KiB | 48 + 48 + 32 + 32 |
 // | kv, partners | 128 | 128 x 64 (32 a warp) | 8 | 64 + 2·32 + 32 = 160 KiB | 64 + 64 + 32 + 32 |
+// | kv, alone | 96 | 128 x 64 (32) | 8 | 48 + 2·24 = 96 KiB | 48 + 48 + 16 + 16 |
+// | kv, alone | 128 | 128 x 32 (32) | 8 | 64 + 2·16 = 96 KiB | 64 + 64 + 16 + 16 |
 // | kv, dk and dv apart | 256 | 128 x 16 (16) | 8 | 128 + 2·16 = 160 KiB | 128 + 8 + 8 |
 // | q | 64 | 128 rows x 64 keys (32) | 4 | q dout 32 + k v 2·16 = 64 KiB | 64 + 32 + 32 |
-// | q | 96 | 128 x 32 (32) | 4, two blocks | 48 + 2·12 = 72 KiB | 96 + 32 + 32 |
-// | q | 128 | 128 x 32 (32) | 4, two blocks | 64 + 2·16 = 96 KiB | 128 + 32 + 32 |
+// | q | 96 | 128 x 32 (32) | 4 | 48 + 2·12 = 72 KiB | 96 + 32 + 32 |
+// | q | 128 | 128 x 32 (32) | 4 | 64 + 2·16 = 96 KiB | 128 + 32 + 32 |
 // | q | 256 | 128 x 16 (16) | 8 | 128 + 2·16 = 160 KiB | 128 + 8 + 8 |
-// The kv kernels take 16 bytes a walked row more for {lse, delta}. At d = 256 both gradients of 16 keys would be
-// 256 registers: dk and dv are two launches there, five products for four.
+// The kv kernels take 16 bytes a walked row more for {lse, delta}. Two blocks of 4 warps run on a multiprocessor of
+// Hopper; on one of an A100 (164 KiB in all) two at d = 64 and 96, one at 128. At d = 256 both gradients of 16 keys
+// would be 256 registers: dk and dv are two launches there, five products for four.
 #include "attention_tile.cuh"
 
 struct AttentionBackwardSplitParams {
@@ -68,6 +74,9 @@ struct KeysPlace {
 };
 
 enum Gradients { KEYS_AND_VALUES, KEYS_ONLY, VALUES_ONLY };
+
+// Shared memory that a block of an A100 may have: the least of the cards with machine code of their own.
+constexpr int MAX_BYTES = 163 * 1024;
 
 // Starts the copy of {lse · log2 e, delta} of ROWS query rows. Zeros stand for rows past the end: their q and dout are
 // zeros too, so that P = 1 and dS = 1 · (0 - 0) meet zeros in every product.
@@ -133,7 +142,35 @@ __device__ __forceinline__ void weigh(float (&scores)[MT][NT][4], float (&ds)[DS
   }
 }
 
-template <typename T, int D, int WARPS, int PARTNERS, int MT, int ROWS, int SUB, Gradients WHICH>
+// The gradients of a block's keys: dk and dv through the room of the keys and values, or their sums of this split.
+template <typename T, int D, int PARTNERS, int MT, Gradients WHICH, int DK_MT, int DV_MT>
+__device__ __forceinline__ void store_gradients(const AttentionBackwardSplitParams &all, const KeysPlace &to,
+                                                int kv_stride, const float (&dk)[DK_MT][D / 8 / PARTNERS][4],
+                                                const float (&dv)[DV_MT][D / 8 / PARTNERS][4], uint8_t *keys,
+                                                uint8_t *values, int warp_row, int part) {
+  constexpr bool WITH_KEYS = WHICH != VALUES_ONLY, WITH_VALUES = WHICH != KEYS_ONLY;
+  const AttentionBackwardParams &p = all.p;
+  const AttentionShape &shape = p.shape;
+  const int64_t kv_start = to.start(shape, D);
+  if (all.splits > 1) {
+    const int64_t size = int64_t(shape.batch) * shape.key_tokens * kv_stride;
+    float *sums = all.parts + to.split * size + kv_start;
+    if constexpr (WITH_KEYS)
+      store_part<D, MT, PARTNERS>(dk, sums, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
+    if constexpr (WITH_VALUES)
+      store_part<D, MT, PARTNERS>(dv, sums + all.splits * size, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
+    return;
+  }
+  __syncthreads(); // No warp reads the keys any more: they are the room through which the gradients leave.
+  if constexpr (WITH_VALUES)
+    store_rows<T, D, MT, PARTNERS>(dv, values, warp_row, static_cast<T *>(p.dv) + kv_start, kv_stride, to.key0,
+                                   shape.key_tokens, part);
+  if constexpr (WITH_KEYS)
+    store_rows<T, D, MT, PARTNERS>(dk, keys, warp_row, static_cast<T *>(p.dk) + kv_start, kv_stride, to.key0,
+                                   shape.key_tokens, part);
+}
+
+template <typename T, int D, int WARPS, int PARTNERS, int MT, int ROWS, int SUB, Gradients WHICH, int LAUNCHED_BYTES>
 __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardSplitParams &all) {
   const AttentionBackwardParams &p = all.p;
   constexpr bool WITH_KEYS = WHICH != VALUES_ONLY, WITH_VALUES = WHICH != KEYS_ONLY;
@@ -146,6 +183,9 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardSpl
   constexpr int DOUT = Q + 2 * TILE_BYTES<ROWS, D>, STATS = DOUT + 2 * TILE_BYTES<ROWS, D>;
   // Rooms of each two partners: P of the rows of one and of the other, then dS.
   constexpr int ROOM = STATS + 2 * 8 * ROWS, HALF_ROOM = 16 * MT * SUB * 2;
+  constexpr int BYTES = ROOM + (PARTNERS == 2 ? WARPS / PARTNERS * 4 * HALF_ROOM : 0);
+  static_assert(BYTES == LAUNCHED_BYTES && BYTES <= MAX_BYTES, "what a launch asks for, of what the card has");
+  static_assert(PARTNERS == 1 || WARPS / PARTNERS < 16, "a named barrier for each two partners, beside the block's");
   extern __shared__ __align__(128) uint8_t memory[];
   const uint32_t shared = shared_address(memory);
   const AttentionShape &shape = p.shape;
@@ -219,7 +259,6 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardSpl
 
       weigh<WITH_KEYS>(scores, ds, memory + STATS + (buffer * ROWS + own) * 8, to_exp2);
 
-
       // Left operands of dv and dk: the columns of this warp's rows, then those of its partner's.
       uint32_t left[MT][NT / 2][4], left_ds[MT][NT / 2][4];
       if constexpr (WITH_VALUES) as_left<T>(left, scores);
@@ -242,42 +281,20 @@ __device__ __forceinline__ void attention_backward_kv(const AttentionBackwardSpl
     row0 = next_row0, buffer ^= 1;
   }
 
-  if constexpr (WITH_KEYS) {
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int n = 0; n < D / 8 / PARTNERS; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) dk[m][n][e] *= shape.scale;
-  }
+  if constexpr (WITH_KEYS) scale_by(dk, shape.scale);
   // The place is computed again: over the loop it would take registers that there are none of.
   const KeysPlace to(all, fresh(blockIdx.x), KEYS);
-  const int64_t kv_start = to.start(shape, D);
-  if (all.splits > 1) {
-    const int64_t size = int64_t(shape.batch) * shape.key_tokens * kv_stride;
-    float *sums = all.parts + to.split * size + kv_start;
-    if constexpr (WITH_KEYS)
-      store_part<D, MT, PARTNERS>(dk, sums, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
-    if constexpr (WITH_VALUES)
-      store_part<D, MT, PARTNERS>(dv, sums + all.splits * size, kv_stride, to.key0 + warp_row, shape.key_tokens, part);
-    return;
-  }
-  __syncthreads(); // No warp reads the keys any more: they are the room through which the gradients leave.
-  if constexpr (WITH_VALUES)
-    store_rows<T, D, MT, PARTNERS>(dv, memory + V, warp_row, static_cast<T *>(p.dv) + kv_start, kv_stride, to.key0,
-                                   shape.key_tokens, part);
-  if constexpr (WITH_KEYS)
-    store_rows<T, D, MT, PARTNERS>(dk, memory + K, warp_row, static_cast<T *>(p.dk) + kv_start, kv_stride, to.key0,
-                                   shape.key_tokens, part);
+  store_gradients<T, D, PARTNERS, MT, WHICH>(all, to, kv_stride, dk, dv, memory + K, memory + V, warp_row, part);
 }
 
-template <typename T, int D, int WARPS, int MT, int KEYS, int SUB>
+template <typename T, int D, int WARPS, int MT, int KEYS, int SUB, int LAUNCHED_BYTES>
 __device__ __forceinline__ void attention_backward_q(const AttentionBackwardSplitParams &all) {
   const AttentionBackwardParams &p = all.p;
   constexpr int THREADS = 32 * WARPS, ROWS = 16 * MT * WARPS, NT = SUB / 8;
   static_assert(KEYS % SUB == 0 && SUB % 16 == 0, "a walked tile is whole sub-tiles");
   constexpr int Q = 0, DOUT = Q + TILE_BYTES<ROWS, D>, K = DOUT + TILE_BYTES<ROWS, D>;
-  constexpr int V = K + 2 * TILE_BYTES<KEYS, D>;
+  constexpr int V = K + 2 * TILE_BYTES<KEYS, D>, BYTES = V + 2 * TILE_BYTES<KEYS, D>;
+  static_assert(BYTES == LAUNCHED_BYTES && BYTES <= MAX_BYTES, "what a launch asks for, of what the card has");
   extern __shared__ __align__(128) uint8_t memory[];
   const uint32_t shared = shared_address(memory);
   const AttentionShape &shape = p.shape;
@@ -359,29 +376,26 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardSpli
     }
   }
 
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) dq[m][n][e] *= shape.scale;
+  scale_by(dq, shape.scale);
   // Only this warp ever read its rows of the query tile.
   store_rows<T, D, MT>(dq, memory + Q, warp_row, static_cast<T *>(p.dq) + q_start, q_stride, row0,
                        shape.query_tokens);
 }
 
-#define ATTENTION_BACKWARD_KV(NAME, T, D, SUFFIX, WHICH, WARPS, PARTNERS, MT, ROWS, SUB, BLOCKS)                       \
+#define ATTENTION_BACKWARD_KV(NAME, T, D, SUFFIX, WHICH, WARPS, PARTNERS, MT, ROWS, SUB, BLOCKS, BYTES)                \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                     \
       attention_backward_kv##SUFFIX##_##NAME##_##D(const __grid_constant__ AttentionBackwardSplitParams p) {           \
-    attention_backward_kv<T, D, WARPS, PARTNERS, MT, ROWS, SUB, WHICH>(p);                                             \
+    attention_backward_kv<T, D, WARPS, PARTNERS, MT, ROWS, SUB, WHICH, BYTES>(p);                                      \
   }
 
-#define ATTENTION_BACKWARD_Q(NAME, T, D, WARPS, MT, KEYS, SUB, BLOCKS)                                                 \
+#define ATTENTION_BACKWARD_Q(NAME, T, D, WARPS, MT, KEYS, SUB, BLOCKS, BYTES)                                          \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                     \
       attention_backward_q_##NAME##_##D(const __grid_constant__ AttentionBackwardSplitParams p) {                      \
-    attention_backward_q<T, D, WARPS, MT, KEYS, SUB>(p);                                                               \
+    attention_backward_q<T, D, WARPS, MT, KEYS, SUB, BYTES>(p);                                                        \
   }
 
+// The last number of a line is the shared memory of a launch. kernels/src/flash/tile.rs has the same keys or rows,
+// warps and bytes a block; its test, and check_kernels.py, read them here.
 #define ATTENTION_BACKWARD_TYPE(NAME, T)                                                                               \
   extern "C" __global__ void attention_backward_rows_##NAME(const __grid_constant__ AttentionBackwardSplitParams p) {  \
     attention_backward_rows<T>(p.p);                                                                                   \
@@ -389,15 +403,17 @@ __device__ __forceinline__ void attention_backward_q(const AttentionBackwardSpli
   extern "C" __global__ void attention_backward_sum_##NAME(const __grid_constant__ AttentionBackwardSplitParams p) {   \
     attention_backward_sum<T>(p);                                                                                      \
   }                                                                                                                    \
-  ATTENTION_BACKWARD_KV(NAME, T, 64, , KEYS_AND_VALUES, 4, 1, 2, 64, 32, 2)                                            \
-  ATTENTION_BACKWARD_KV(NAME, T, 96, , KEYS_AND_VALUES, 8, 2, 2, 64, 32, 1)                                            \
-  ATTENTION_BACKWARD_KV(NAME, T, 128, , KEYS_AND_VALUES, 8, 2, 2, 64, 32, 1)                                           \
-  ATTENTION_BACKWARD_KV(NAME, T, 256, _dk, KEYS_ONLY, 8, 1, 1, 16, 16, 1)                                              \
-  ATTENTION_BACKWARD_KV(NAME, T, 256, _dv, VALUES_ONLY, 8, 1, 1, 16, 16, 1)                                            \
-  ATTENTION_BACKWARD_Q(NAME, T, 64, 4, 2, 64, 32, 2)                                                                   \
-  ATTENTION_BACKWARD_Q(NAME, T, 96, 4, 2, 32, 32, 2)                                                                   \
-  ATTENTION_BACKWARD_Q(NAME, T, 128, 4, 2, 32, 32, 2)                                                                  \
-  ATTENTION_BACKWARD_Q(NAME, T, 256, 8, 1, 16, 16, 1)
+  ATTENTION_BACKWARD_KV(NAME, T, 64, , KEYS_AND_VALUES, 4, 1, 2, 64, 32, 2, 66560)                                     \
+  ATTENTION_BACKWARD_KV(NAME, T, 96, , KEYS_AND_VALUES, 8, 2, 2, 64, 32, 1, 132096)                                    \
+  ATTENTION_BACKWARD_KV(NAME, T, 96, _alone, KEYS_AND_VALUES, 8, 1, 1, 64, 32, 1, 99328)                               \
+  ATTENTION_BACKWARD_KV(NAME, T, 128, , KEYS_AND_VALUES, 8, 2, 2, 64, 32, 1, 164864)                                   \
+  ATTENTION_BACKWARD_KV(NAME, T, 128, _alone, KEYS_AND_VALUES, 8, 1, 1, 32, 32, 1, 98816)                              \
+  ATTENTION_BACKWARD_KV(NAME, T, 256, _dk, KEYS_ONLY, 8, 1, 1, 16, 16, 1, 164096)                                      \
+  ATTENTION_BACKWARD_KV(NAME, T, 256, _dv, VALUES_ONLY, 8, 1, 1, 16, 16, 1, 164096)                                    \
+  ATTENTION_BACKWARD_Q(NAME, T, 64, 4, 2, 64, 32, 2, 65536)                                                            \
+  ATTENTION_BACKWARD_Q(NAME, T, 96, 4, 2, 32, 32, 2, 73728)                                                            \
+  ATTENTION_BACKWARD_Q(NAME, T, 128, 4, 2, 32, 32, 2, 98304)                                                           \
+  ATTENTION_BACKWARD_Q(NAME, T, 256, 8, 1, 16, 16, 1, 163840)
 
 ATTENTION_BACKWARD_TYPE(bf16, __nv_bfloat16)
 ATTENTION_BACKWARD_TYPE(f16, __half)

@@ -161,6 +161,15 @@ template <int A, int B> __device__ __forceinline__ void clear(float (&x)[A][B][4
       for (int e = 0; e < 4; ++e) x[i][j][e] = 0.f;
 }
 
+template <int A, int B> __device__ __forceinline__ void scale_by(float (&x)[A][B][4], float factor) {
+#pragma unroll
+  for (int i = 0; i < A; ++i)
+#pragma unroll
+    for (int j = 0; j < B; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[i][j][e] *= factor;
+}
+
 // Writes a warp's accumulators (16·MT rows, its D / PARTNERS columns) to the rows [first + tile_row, ..) of a matrix,
 // through the same place of `tile`, in 16-byte stores; rows from `limit` on are left out. No other warp may still read
 // that place.

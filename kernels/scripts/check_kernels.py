@@ -10,6 +10,7 @@ a struct that changes there changes here.
 import ctypes
 import math
 import os
+import re
 import statistics
 import struct
 import subprocess
@@ -464,35 +465,56 @@ def decode(checks):
     return good
 
 
-class Backward:
-    """One backward of dense attention in 16 bits, as `kernels/src/flash/cuda.rs` launches it, without splits."""
+def backward_tiles(d):
+    """(rows, threads, bytes) of a block of each kernel of the backward for a head_dim, by name, from its file."""
+    source, tiles = open(os.path.join(SOURCES, "attention_backward_sm80.cu")).read(), {}
+    for kernel, arguments in re.findall(r"^  ATTENTION_BACKWARD_(KV|Q)\(NAME, T, (.*)\)", source, re.M):
+        size, *rest = arguments.split(", ")
+        suffix, _, *rest = rest if kernel == "KV" else ("", "", rest[0], 1, *rest[1:])
+        warps, partners, row_tiles, *_, shared = map(int, rest)
+        if int(size) == d:
+            tiles[kernel.lower() + suffix.strip()] = 16 * row_tiles * warps // partners, 32 * warps, shared
+    return tiles
 
-    def __init__(self, module, b, tq, tk, h, g, d, left, right, dtype):
+
+class Backward:
+    """One backward of dense attention in 16 bits, as `kernels/src/flash/cuda.rs` launches it: the query heads of a
+    key/value head in `splits` parts, blocks `by_tile` or by head, warps `alone` as on cards of 99 KiB."""
+
+    def __init__(self, module, b, tq, tk, h, g, d, left, right, dtype, splits=1, by_tile=0, dlse=False, alone=False):
         self.module, self.d, self.left, self.right, self.name = module, d, left, right, SUFFIX[dtype]
+        self.splits, self.by_tile, self.alone = splits, by_tile, alone
         random = lambda t, heads: torch.randn(b, t, heads, d, device=CUDA, dtype=dtype)
         self.inputs, self.dout = (random(tq, h), random(tk, g), random(tk, g)), random(tq, h)
         self.gradients, self.rows = [poisoned(*x.shape, dtype=dtype) for x in self.inputs], poisoned(b, h, tq, 2)
+        self.dlse = torch.randn(b, h, tq, device=CUDA) if dlse else None
+        self.parts = poisoned(2, splits, b, tk, g, d) if splits > 1 else None
         self.sizes = b, tq, tk, h, g
 
     def launches(self, out, lse):
-        """The kernels of {lse, delta}, of dk and dv, and of dq."""
-        (b, tq, tk, h, g), d, walked = self.sizes, self.d, 16 if self.d == 256 else 64
+        """The kernels of {lse, delta}, of dk and dv with the sum of their parts, and of dq."""
+        (b, tq, tk, h, g), d, tiles = self.sizes, self.d, backward_tiles(self.d)
         self.saved = out, lse
-        pointers = (*self.inputs, out, self.dout, lse, 0, self.rows, *self.gradients)
+        pointers = (*self.inputs, out, self.dout, lse, self.dlse, self.rows, *self.gradients)
         params = b"".join(struct.pack("<Q", address(x)) for x in pointers)
         params += struct.pack("<7if", b, tq, tk, h, g, self.left, self.right, d**-0.5)
-        params += struct.pack("<ixxxxQ2i", d, 0, 1, 0)
-        warps, between = 4 if d == 64 else 8, 4 * 128 * 64 if d in (96, 128) else 0
-        kv = (b * g * cdiv(tk, 128), 1, 1), 32 * warps, params, 4 * 128 * d + 8 * walked * d + 16 * walked + between
-        if d in (96, 128):
-            warps, walked = 4, 32
-        q = (b * h * cdiv(tq, 128), 1, 1), 32 * warps, params, 4 * 128 * d + 8 * walked * d
-        run = lambda name, launch: self.module.launch(f"attention_backward_{name}_{self.name}", *launch)
-        names = ("kv_dk", "kv_dv") if d == 256 else ("kv",)
+        params += struct.pack("<ixxxxQ2i", d, address(self.parts), self.splits, self.by_tile)
+        run = lambda name, *launch: self.module.launch(f"attention_backward_{name}", *launch)
+
+        def tiled(kernel, tokens, heads):
+            rows, threads, shared = tiles[kernel]
+            run(f"{kernel}_{self.name}_{d}", (b * heads * cdiv(tokens, rows), 1, 1), threads, params, shared)
+
+        def keys_and_values():
+            for kernel in ("kv_dk", "kv_dv") if d == 256 else ("kv_alone" if self.alone else "kv",):
+                tiled(kernel, tk, g * self.splits)
+            if self.splits > 1:
+                run(f"sum_{self.name}", (cdiv(b * tk * g * d, 4 * 256), 2, 1), 256, params)
+
         return (
-            lambda: run("rows", ((cdiv(b * h * tq, 32), 1, 1), 256, params)),
-            lambda: [self.module.launch(f"attention_backward_{name}_{self.name}_{d}", *kv) for name in names],
-            lambda: self.module.launch(f"attention_backward_q_{self.name}_{d}", *q),
+            lambda: run(f"rows_{self.name}", (cdiv(b * h * tq, 32), 1, 1), 256, params),
+            keys_and_values,
+            lambda: tiled("q", tq, h),
         )
 
     def plain(self, dtype):
@@ -506,8 +528,14 @@ class Backward:
         empty = hidden.all(1)[:, None]
         weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
         out = torch.einsum("bhij,bjhd->bihd", weights, v)
-        lse = torch.logsumexp(scores, -1).float().detach().contiguous()
-        return out.detach().contiguous(), lse, torch.autograd.grad(out, inputs, self.dout.to(dtype))
+        # A row that sees no key has -inf for lse, whose gradient is nothing.
+        lse = torch.logsumexp(scores.masked_fill(empty, 0.0), -1)
+        outputs, gradients = [out], [self.dout.to(dtype)]
+        if self.dlse is not None:
+            outputs, gradients = [out, lse], gradients + [self.dlse.to(dtype).masked_fill(empty[..., 0], 0.0)]
+        gradients = torch.autograd.grad(outputs, inputs, gradients)
+        lse = lse.detach().masked_fill(empty[..., 0], -math.inf).float().contiguous()
+        return out.detach().contiguous(), lse, gradients
 
     def check(self):
         out, lse, expected = self.plain(torch.float64)
@@ -520,7 +548,8 @@ class Backward:
             same = first is None or all(map(torch.equal, first, self.gradients))
             first = [x.clone() for x in self.gradients]
         errors = [error(got, x) for got, x in zip(self.gradients, expected)]
-        name = f"backward {self.sizes} {self.d} {self.left} {self.right} {self.name}"
+        how = f"splits {self.splits} by_tile {self.by_tile} dlse {self.dlse is not None} alone {self.alone}"
+        name = f"backward {self.sizes} {self.d} {self.left} {self.right} {self.name} {how}"
         return report(name, errors + [0.0 if same else 1.0], bounds + [0.0])
 
 
@@ -530,9 +559,14 @@ def backward(checks):
     shapes = [(2, 200, 200, 4, 2, unbounded, 0), (1, 333, 500, 8, 2, 99, 0), (1, 300, 140, 4, 4, unbounded, 0),
               (1, 257, 257, 6, 2, unbounded, unbounded), (2, 1, 70, 2, 1, unbounded, 0), (1, 130, 64, 3, 1, 31, 0)]
     for d in (64, 96, 128, 256):
-        for *sizes, left, right in shapes:
+        for b, tq, tk, h, g, left, right in shapes:
             for dtype in (torch.bfloat16, torch.float16):
-                good &= Backward(module, *sizes, d, left, right, dtype).check()
+                for splits in sorted({1, h // g}):
+                    for by_tile in (0, 1):
+                        for alone in (False, True) if "kv_alone" in backward_tiles(d) else (False,):
+                            # With and without dlse, in turn.
+                            how = splits, by_tile, by_tile == (splits == 1), alone
+                            good &= Backward(module, b, tq, tk, h, g, d, left, right, dtype, *how).check()
     if checks:
         return good
     print("| head_dim | batch x tokens | window | rows µs | dk and dv µs | dq µs | all µs | FA2 µs | FA2 / ours |")
@@ -554,7 +588,9 @@ def backward(checks):
 
 def main():
     torch.zeros(1, device=CUDA)  # makes the context that the driver's calls use
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+    seed = 1
+    torch.manual_seed(seed)
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, seed {seed}")
     parts = dict(route=route, ema=ema, decode=decode, backward=backward)
     names = [name for name in sys.argv[1:] if name in parts] or list(parts)
     results = [parts[name]("--checks" in sys.argv) for name in names]

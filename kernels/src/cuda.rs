@@ -82,7 +82,8 @@ pub(crate) struct Launch {
 /// A grid with an empty dimension launches nothing.
 ///
 /// # Errors
-/// If the kernel does not exist or the driver refuses the launch.
+/// If the kernel does not exist, the card has less shared memory a block than it asks for, or the driver refuses the
+/// launch.
 pub(crate) fn launch<P: DeviceRepr>(
     device: &CudaDevice,
     source: &'static str,
@@ -110,6 +111,19 @@ pub(crate) fn launch<P: DeviceRepr>(
     unsafe { builder.launch(config) }.map_err(|e| failed(&e))?;
     LAUNCHES.fetch_add(1, Ordering::Relaxed);
     Ok(())
+}
+
+/// Shared memory that one block of a kernel may have on the card, in bytes: 99 KiB on sm_86, sm_89 and sm_120, 163 on
+/// sm_80, 227 on sm_90.
+///
+/// # Errors
+/// If the driver does not say.
+pub(crate) fn max_shared_bytes(device: &CudaDevice) -> Result<usize> {
+    let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let bytes = device.cuda_stream().context().attribute(limit).map_err(|e| {
+        candle_core::Error::Msg(format!("cuda: read the card's shared memory a block: {e}"))
+    })?;
+    Ok(bytes as usize)
 }
 
 /// A loaded file and what was asked of it so far.
@@ -156,6 +170,12 @@ fn function(
         None => (file.module.load_function(kernel).map_err(|e| failed(&e))?, PLAIN_SHARED_BYTES),
     };
     if shared_bytes > allowed {
+        let card_bytes = max_shared_bytes(device)?;
+        if shared_bytes as usize > card_bytes {
+            bail!(
+                "cuda: {source}/{kernel}: {shared_bytes} bytes of shared memory a block, expected at most this card's {card_bytes}"
+            );
+        }
         let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(limit, shared_bytes as i32).map_err(|e| failed(&e))?;
     }

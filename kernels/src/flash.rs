@@ -148,7 +148,8 @@ impl AttentionShape {
 /// Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 ///
 /// # Errors
-/// If shapes, types or devices disagree, the scale is not positive, or no kernel has the head_dim.
+/// If shapes, types or devices disagree, the scale is not positive, no kernel has the head_dim, or it asks for more shared
+/// memory than the card has (`kernels/docs/cuda.md`).
 pub fn attention_forward(
     q: &Tensor,
     k: &Tensor,
@@ -463,3 +464,6 @@ mod cpu {
 
 #[cfg(feature = "cuda")]
 mod cuda;
+
+#[cfg(any(feature = "cuda", test))]
+mod tile;

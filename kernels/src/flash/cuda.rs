@@ -1,6 +1,7 @@
-//! Launches of the dense attention kernels: tiles by head_dim, grids, buffers.
+//! Launches of the dense attention kernels: grids and buffers.
 //! Knows the kernels' names and tiles; the shapes it gets are checked.
 
+use super::tile::{BackwardTiles, ROW_LANES, Tile};
 use super::{AttentionShape, DenseAttentionParams};
 use crate::cuda::{self, Launch};
 use crate::storage::zeros;
@@ -12,9 +13,6 @@ const CACHE_BYTES: usize = 40 << 20;
 
 /// Fewer blocks of keys than this are about one wave of a large card, whose time is that of its longest block.
 const FEW_BLOCKS: usize = 528;
-
-/// Rows of a block of {lse, delta}: 8 threads each, of 256.
-const ROWS_A_BLOCK: usize = 32;
 
 /// In place of a bound that is not there.
 const UNBOUNDED: i32 = 1 << 29;
@@ -105,14 +103,6 @@ impl ShapeParams {
     }
 }
 
-/// How a block of one kernel works, as the kernel's file has it.
-struct Tile {
-    /// Rows (queries or keys) that a block owns.
-    rows: usize,
-    warps: u32,
-    shared_bytes: usize,
-}
-
 impl Tile {
     /// The forward kernel in 16 bits: q, k and v tiles.
     fn forward(d: usize) -> Self {
@@ -121,33 +111,6 @@ impl Tile {
             warps: if d == 256 { 8 } else { 4 },
             shared_bytes: (128 + 2 * 64) * d * 2,
         }
-    }
-
-    /// The kernel of dk and dv in 16 bits: k and v, twice q, dout and {lse, delta}, and where two warps share the keys,
-    /// P and dS of 128 keys and 64 rows between them.
-    fn backward_kv(d: usize) -> Self {
-        let walked = Self::walked(d);
-        let between_warps = if matches!(d, 96 | 128) { 2 * 128 * 64 * 2 } else { 0 };
-        let shared_bytes = 2 * 128 * d * 2 + 4 * walked * d * 2 + 2 * walked * 8 + between_warps;
-        Self { rows: 128, warps: Self::backward_warps(d), shared_bytes }
-    }
-
-    /// The kernel of dq in 16 bits: q and dout, and twice k and v.
-    fn backward_q(d: usize) -> Self {
-        let (warps, walked) = match d {
-            96 | 128 => (4, 32),
-            _ => (Self::backward_warps(d), Self::walked(d)),
-        };
-        Self { rows: 128, warps, shared_bytes: 2 * 128 * d * 2 + 4 * walked * d * 2 }
-    }
-
-    /// Rows of the tiles that a backward block walks, but for those of dq at head_dim 96 and 128.
-    fn walked(d: usize) -> usize {
-        if d == 256 { 16 } else { 64 }
-    }
-
-    fn backward_warps(d: usize) -> u32 {
-        if d == 64 { 4 } else { 8 }
     }
 
     /// Any f32 kernel, with `tiles` padded tiles of 32 rows.
@@ -244,11 +207,13 @@ pub(super) fn backward(
     let dv = cuda::output_tensor(device, dtype, shape.keys())?;
     let (batch, h, tq) = shape.lse();
     let rows = cuda::output_tensor(device, DType::F32, (batch, h, tq, 2))?;
-    let (kv_tile, q_tile) = match dtype {
-        DType::F32 => (Tile::f32(d, 4), Tile::f32(d, 4)),
-        _ => (Tile::backward_kv(d), Tile::backward_q(d)),
+    let tiles = match dtype {
+        DType::F32 => {
+            BackwardTiles { kv_kernels: &["kv"], kv: Tile::f32(d, 4), q: Tile::f32(d, 4) }
+        }
+        _ => BackwardTiles::new(d, cuda::max_shared_bytes(device)?),
     };
-    let kv_blocks = shape.key_tokens.div_ceil(kv_tile.rows) * batch * shape.kv_heads;
+    let kv_blocks = shape.key_tokens.div_ceil(tiles.kv.rows) * batch * shape.kv_heads;
     let splits = match dtype {
         DType::F32 => 1,
         _ if kv_blocks < FEW_BLOCKS => shape.group(),
@@ -291,16 +256,10 @@ pub(super) fn backward(
             _ => cuda::launch(device, source, &kernel, launch, &split_params),
         }
     };
-    let per_row = Tile { rows: ROWS_A_BLOCK, warps: 8, shared_bytes: 0 };
+    let per_row = Tile { rows: 256 / ROW_LANES, warps: 8, shared_bytes: 0 };
     run(&format!("rows_{suffix}"), per_row.launch(op, batch * h * tq, 1)?)?;
-
-    let kv_kernels: &[&str] = match (dtype, d) {
-        (DType::F32, _) => &["kv"],
-        (_, 256) => &["kv_dk", "kv_dv"],
-        _ => &["kv"],
-    };
-    for kernel in kv_kernels {
-        let launch = kv_tile.launch(op, shape.key_tokens, batch * shape.kv_heads * splits)?;
+    for kernel in tiles.kv_kernels {
+        let launch = tiles.kv.launch(op, shape.key_tokens, batch * shape.kv_heads * splits)?;
         run(&format!("{kernel}_{suffix}{size}"), launch)?;
     }
     if splits > 1 {
@@ -309,6 +268,6 @@ pub(super) fn backward(
         let launch = Launch { grid: (blocks as u32, 2, 1), block: 256, shared_bytes: 0 };
         run(&format!("sum_{suffix}"), launch)?;
     }
-    run(&format!("q_{suffix}{size}"), q_tile.launch(op, tq, batch * h)?)?;
+    run(&format!("q_{suffix}{size}"), tiles.q.launch(op, tq, batch * h)?)?;
     Ok((dq, dk, dv))
 }

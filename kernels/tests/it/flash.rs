@@ -27,6 +27,7 @@ pub(crate) const CASES: &[Case] = &[
     causal([2, 33, 130, 4, 4, 96]),
     full([1, 33, 130, 3, 3, 256]),
     causal([1, 260, 260, 2, 1, 256]),
+    causal([1, 100, 140, 2, 2, 128]),
     // Queries before the first key: their rows see nothing.
     causal([1, 130, 33, 2, 2, 64]),
     causal([1, 70, 33, 2, 1, 256]),

@@ -62,7 +62,8 @@ impl RecallPolicy {
 }
 
 /// The rule by which recalled tokens are chosen; all but the first are other systems' rules over the same pages, for
-/// comparison. Every rule chooses `PageConfig::tokens` tokens, and none in the layers below `PageConfig::first_layer`.
+/// comparison. Every rule chooses `PageConfig::tokens` tokens (InfLLM as many whole blocks as that holds), and none in
+/// the layers below `PageConfig::first_layer`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum PageRule {
@@ -73,7 +74,8 @@ pub enum PageRule {
     /// Nothing: sinks and window (StreamingLLM, arXiv 2309.17453).
     Streaming,
     /// Blocks of 128 tokens by the mean of their four representative keys, one choice for all heads
-    /// (InfLLM, arXiv 2402.04617). Representatives are ranked by the queries of the window that follows them.
+    /// (InfLLM, arXiv 2402.04617). Representatives are ranked by the queries of the window that follows them. As many
+    /// blocks as there are tokens for, and beside them a last page that waits for the other half of its block.
     InfLlm,
     /// Runs of 16 tokens by the upper bound that their least and largest key entries give (Quest, arXiv 2406.10774).
     Quest,

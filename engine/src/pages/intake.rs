@@ -119,8 +119,7 @@ impl PageStore {
             self.bring(&[row]);
         }
         let Some(mut following) = self.following.take() else { return };
-        let angles = self.angles_at(self.shape.window_tokens as u64);
-        if let Err(error) = following.sum_waiting(layer, angles) {
+        if let Err(error) = following.sum_waiting(layer) {
             tracing::warn!(%error, layer, "queries that follow a block cannot be fetched");
         }
         following.choose(layer, page, &|page, head, keys: &mut [f32]| {

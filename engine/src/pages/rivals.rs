@@ -42,6 +42,8 @@ pub(super) struct Following {
     /// By layer, queries (t, h, d) before RoPE that are not summed yet, and the position of the first: on a device they
     /// are fetched once a page leaves, so that no token waits for them.
     waiting: Vec<Vec<(u64, Tensor)>>,
+    /// Cosines and sines of the position that the queries are rotated to, once there were some.
+    angles: Option<(Vec<f32>, Vec<f32>)>,
     /// By layer and block's first page: the mean of the representative keys, (g · d).
     means: Vec<BTreeMap<u64, Vec<f32>>>,
 }
@@ -49,10 +51,11 @@ pub(super) struct Following {
 impl Following {
     pub(super) fn new(shape: PageShape) -> Self {
         let layers = || (0..shape.num_layers).map(|_| BTreeMap::new()).collect();
-        Self { shape, sums: layers(), waiting: vec![Vec::new(); shape.num_layers], means: layers() }
+        let waiting = vec![Vec::new(); shape.num_layers];
+        Self { shape, sums: layers(), waiting, angles: None, means: layers() }
     }
 
-    /// Has queries (t, h, d) that begin at `position` wait.
+    /// Has queries (t, h, d) that begin at `position` wait; `angles` are those that all queries are rotated by.
     fn note(
         &mut self,
         layer: usize,
@@ -60,27 +63,26 @@ impl Following {
         q: &Tensor,
         angles: Option<(&[f32], &[f32])>,
     ) -> Result<()> {
+        if self.angles.is_none() {
+            self.angles = angles.map(|(cos, sin)| (cos.to_vec(), sin.to_vec()));
+        }
         self.waiting[layer].push((position, q.clone()));
         let counts = self.waiting[layer].iter().map(|(_, q)| q.dim(0));
         match counts.sum::<candle_core::Result<usize>>()? > WAITING_TOKENS {
-            true => self.sum_waiting(layer, angles),
+            true => self.sum_waiting(layer),
             false => Ok(()),
         }
     }
 
-    /// Sums the waiting queries of `layer` as they stand at the position of `angles` (cosines and sines).
-    pub(super) fn sum_waiting(
-        &mut self,
-        layer: usize,
-        angles: Option<(&[f32], &[f32])>,
-    ) -> Result<()> {
+    /// Sums the waiting queries of `layer`, rotated.
+    pub(super) fn sum_waiting(&mut self, layer: usize) -> Result<()> {
         let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
         let waiting = std::mem::take(&mut self.waiting[layer]);
         let Some((_, first)) = waiting.first() else { return Ok(()) };
         let h = first.dim(1)?;
         let all: Vec<&Tensor> = waiting.iter().map(|(_, q)| q).collect();
         let mut values = Tensor::cat(&all, 0)?.flatten_all()?.to_vec1::<f32>()?;
-        if let Some((cos, sin)) = angles {
+        if let Some((cos, sin)) = &self.angles {
             values.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
         }
         let counts = waiting.iter().map(|(first, q)| Ok((*first, q.dim(0)? as u64)));
@@ -232,7 +234,8 @@ impl PageStore {
         }
     }
 
-    /// InfLLM: the mean query of the block against one vector a block of tokens, all heads side by side.
+    /// InfLLM: the mean query of the block against one vector a block of tokens, all heads side by side; a last page that
+    /// waits for the other half of its block comes beside them.
     fn by_blocks(
         &self,
         layer: usize,
@@ -260,13 +263,16 @@ impl PageStore {
         let dot = |mean: &[f32]| query.iter().zip(mean).map(|(x, y)| x * y).sum::<f32>();
         let scores: Vec<f32> = blocks.iter().map(|(_, mean)| dot(mean)).collect();
         let count = budget / (BLOCK_PAGES * PAGE_TOKENS);
-        let tokens: Vec<u32> = rows::largest(&scores, count)
+        let mut tokens: Vec<u32> = rows::largest(&scores, count)
             .into_iter()
             .flat_map(|block| {
                 let first = (blocks[block as usize].0 * PAGE_TOKENS) as u32;
                 first..first + (BLOCK_PAGES * PAGE_TOKENS) as u32
             })
             .collect();
+        if order.last().is_some_and(|last| first_of_block(*last) == *last) {
+            tokens.extend(((rows - 1) * PAGE_TOKENS) as u32..(rows * PAGE_TOKENS) as u32);
+        }
         vec![tokens; g]
     }
 

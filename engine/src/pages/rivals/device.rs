@@ -1,7 +1,7 @@
 //! Other systems' rules over the pages on the model's device: the same choices as in host memory, without a word to it.
 //! Knows what each rule keeps beside the keys; TokenSelect's is a vote that the kernels know.
 
-use super::{BLOCK_PAGES, Following, QUEST_TOKENS};
+use super::{BLOCK_PAGES, Following, QUEST_TOKENS, first_of_block};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use crate::pages::PageRule;
@@ -176,7 +176,8 @@ impl Table {
     }
 
     /// InfLLM: the blocks whose mean representative has the largest product with the sum of the queries, all heads side by
-    /// side; `queries` (m, h, d), pooled. None where rows are missing or no block is whole.
+    /// side, and a last page that waits for the other half of its block; `queries` (m, h, d), pooled. None where rows are
+    /// missing or there is nothing to choose.
     pub(in crate::pages) fn by_blocks(
         &self,
         queries: &Tensor,
@@ -184,19 +185,27 @@ impl Table {
         g: usize,
         budget: usize,
     ) -> Result<Option<Choice>> {
-        let first = blocks_from(stored.first);
-        let end = blocks_before(stored.first + stored.rows as u64);
-        let count = end.saturating_sub(first) as usize;
+        let (first, stop) = (blocks_from(stored.first), stored.first + stored.rows as u64);
+        let count = blocks_before(stop).saturating_sub(first) as usize;
         let taken = count.min(budget / (BLOCK_PAGES * PAGE_TOKENS));
-        if taken == 0 {
+        let mut parts = Vec::new();
+        if taken > 0 {
+            let Some(means) = self.rows(first, count, 1)? else { return Ok(None) };
+            let (_, h, d) = queries.dims3()?;
+            let query = queries.sum(0)?.reshape((g, h / g, d))?.sum(1)?.reshape((1, g * d))?;
+            let blocks = top_k(&query.matmul(&means.i(0)?.t()?)?, taken)?;
+            let before = (SINK_PAGES + first * BLOCK_PAGES as u64 - stored.first) as usize;
+            parts.push(tokens_of(&blocks, BLOCK_PAGES * PAGE_TOKENS, before * PAGE_TOKENS)?);
+        }
+        if first_of_block(stop - 1) == stop - 1 {
+            let tokens = ((stored.rows - 1) * PAGE_TOKENS) as u32;
+            let end = tokens + PAGE_TOKENS as u32;
+            parts.push(Tensor::arange(tokens, end, queries.device())?.unsqueeze(0)?);
+        }
+        if parts.is_empty() {
             return Ok(None);
         }
-        let Some(means) = self.rows(first, count, 1)? else { return Ok(None) };
-        let (_, h, d) = queries.dims3()?;
-        let query = queries.sum(0)?.reshape((g, h / g, d))?.sum(1)?.reshape((1, g * d))?;
-        let blocks = top_k(&query.matmul(&means.i(0)?.t()?)?, taken)?;
-        let before = (SINK_PAGES + first * BLOCK_PAGES as u64 - stored.first) as usize;
-        let tokens = tokens_of(&blocks, BLOCK_PAGES * PAGE_TOKENS, before * PAGE_TOKENS)?;
+        let tokens = Tensor::cat(&parts, 1)?;
         let count = tokens.dim(1)?;
         Ok(Some(stored.pages.choice_of(&tokens.broadcast_as((g, count))?)?))
     }

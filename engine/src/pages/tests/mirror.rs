@@ -161,7 +161,7 @@ fn tables_of_a_stream_that_lets_pages_go_stay_as_small_as_it() {
 }
 
 #[test]
-fn a_choice_of_less_than_a_block_recalls_nothing_by_blocks() {
+fn fewer_tokens_than_a_block_recall_no_block() {
     let decoder = load("llama3");
     let config = PageConfig { tokens: 64, ..of_rule(PageRule::InfLlm, 64, PagePrecision::F32) };
     let mut cache = cache(&decoder, 64, Some(config));

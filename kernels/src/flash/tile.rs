@@ -26,8 +26,8 @@ pub(super) struct BackwardTiles {
 }
 
 impl BackwardTiles {
-    /// Those of 16 bits for head_dim 64, 96, 128 or 256, on a card that gives a block up to `card_bytes` of shared memory: where that is
-    /// too little for warps that share their keys, a kernel of warps alone takes their place.
+    /// Those of 16 bits for head_dim 64, 96, 128 or 256, on a card that gives a block up to `card_bytes` of shared memory:
+    /// where that is too little for warps that share their keys, a kernel of warps alone takes their place.
     pub(super) fn new(head_dim: usize, card_bytes: usize) -> Self {
         let tile = |warps, shared_bytes| Tile { rows: 128, warps, shared_bytes };
         let (kv, alone, q) = match head_dim {

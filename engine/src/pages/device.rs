@@ -20,7 +20,6 @@ pub(super) const BATCH_PAGES: usize = 16;
 pub(super) struct Mirror {
     device: Device,
     dtype: DType,
-    rule: PageRule,
     /// Most pages that the budget has room for.
     limit: usize,
     /// None for layers that choose nothing.
@@ -68,8 +67,7 @@ impl Mirror {
             return None;
         }
         let layers = (0..num_layers).map(layer).collect::<Option<_>>()?;
-        let (device, rule, pins) = (device.clone(), config.rule, (Vec::new(), None, None));
-        Some(Self { device, dtype, rule, limit, layers, pins })
+        Some(Self { device: device.clone(), dtype, limit, layers, pins: (Vec::new(), None, None) })
     }
 
     /// Rows that the last layer's table has room for.
@@ -78,11 +76,11 @@ impl Mirror {
         self.layers.iter().flatten().last().map_or(0, |layer| layer.table.capacity())
     }
 
-    /// Keeps the first `rows` pages, those before page `end`.
-    pub(super) fn truncate(&mut self, rows: usize, end: u64) {
+    /// Keeps the first `rows` pages, those before page `end`, and what `rule` keeps of them.
+    pub(super) fn truncate(&mut self, rows: usize, end: u64, rule: PageRule) {
         for layer in self.layers.iter_mut().flatten() {
             layer.pages.truncate(rows);
-            layer.table.truncate(self.rule, end);
+            layer.table.truncate(rule, end);
         }
     }
 

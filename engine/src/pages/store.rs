@@ -371,7 +371,7 @@ impl PageStore {
         let rows = self.order.partition_point(|page| *page < end);
         self.order.truncate(rows);
         if let Some(mirror) = &mut self.mirror {
-            mirror.truncate(rows, end);
+            mirror.truncate(rows, end, self.config.rule);
         }
         for head in self.index.iter_mut().flatten() {
             head.truncate(rows, self.shape.head_dim);

@@ -91,7 +91,7 @@ pub(crate) struct PageOptions {
     /// A prompt's blocks attend to every stored token up to the model's trained length.
     #[arg(long)]
     pub(crate) page_dense: bool,
-    /// What is fed is read with sinks and window alone; the question recalls.
+    /// What is fed is read with sinks and window alone, once for all rules of choosing and streaming; the question recalls.
     #[arg(long)]
     #[serde(default)]
     pub(crate) page_windowed_feed: bool,
@@ -148,6 +148,12 @@ impl PageOptions {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) store: PathBuf,
+    /// The session of the store; none: the one that most jobs have.
+    #[serde(default)]
+    pub(crate) session: Option<String>,
+    /// Sessions that begin as forks of it once it was fed.
+    #[serde(default)]
+    pub(crate) forks: Vec<String>,
     pub(crate) model: String,
     pub(crate) window: usize,
     /// Where the model runs, as the command line says it; none: the fastest device.
@@ -262,7 +268,8 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
         builder = builder.tensor_parallel_from_env();
     }
     let engine = builder.open().await?;
-    let mut session = engine.session(Scope::user("evals").session("sample")).await?;
+    let name = job.session.as_deref().unwrap_or("sample");
+    let mut session = engine.session(Scope::user("evals").session(name)).await?;
     outcome.open_s = started.elapsed().as_secs_f64();
     outcome.device = engine.device().to_string();
     outcome.kv_bytes_per_token = engine.kv_bytes_per_token().unwrap_or(0);
@@ -286,6 +293,9 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
             }
         }
         outcome.feed_s = started.elapsed().as_secs_f64();
+    }
+    for name in &job.forks {
+        session.fork(name).await?;
     }
     if let Some(ask) = &job.ask {
         let started = Instant::now();

@@ -24,7 +24,7 @@ pub(crate) mod summary;
 
 use crate::job::Result;
 use crate::sample::{Benchmark, Cell, Metric, Sample};
-use crate::subject::Subject;
+use crate::subject::{Fed, Subject};
 use indicatif::{ProgressBar, ProgressStyle};
 use log::{Failure, Key, Log, Record};
 use serde::de::DeserializeOwned;
@@ -101,11 +101,12 @@ pub(crate) fn run(
     let one = |(cell, subjects): &Work| -> Result<()> {
         // A sample that cannot be made is a failure of each that would have answered it.
         let sample = benchmark.sample(cell, count_tokens).map_err(|e| e.to_string());
+        let mut fed = None;
         for subject in subjects {
             let key = key(*subject, cell);
             bar.set_message(format!("{} {} {}", key.subject, key.task, key.group));
             let answered = match &sample {
-                Ok(sample) => answer(benchmark, *subject, sample),
+                Ok(sample) => answer(benchmark, *subject, sample, &mut fed),
                 Err(error) => Err(error.clone().into()),
             };
             match answered {
@@ -198,15 +199,16 @@ fn answer(
     benchmark: &dyn Benchmark,
     subject: &dyn Subject,
     sample: &Sample,
+    fed: &mut Option<Fed>,
 ) -> Result<Option<Record>> {
     if !subject.fits(sample) {
         return Ok(None);
     }
-    let first = subject.answer(sample)?;
+    let first = subject.answer(sample, fed)?;
     let next = benchmark.follow_up(&sample.cell, &first.output)?;
     let (reasoning, sample, answer) = match &next {
         None => (String::new(), sample, first),
-        Some(next) => (first.output, next, subject.answer(next)?),
+        Some(next) => (first.output, next, subject.answer(next, fed)?),
     };
     let scored = |metric: &Metric| -> Result<f64> {
         let score = (metric.score)(&answer.output, &sample.references, &sample.classes);

@@ -6,7 +6,7 @@ mod local;
 
 pub(crate) use local::{Model, SCAFFOLD_TOKENS};
 
-use crate::job::{PageOptions, Result};
+use crate::job::{Outcome, PageOptions, Result, Scratch};
 use crate::sample::Sample;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -21,8 +21,17 @@ pub(crate) trait Subject: Sync {
     /// Whether the sample is within what the subject can be asked; the others are no part of its results.
     fn fits(&self, sample: &Sample) -> bool;
 
-    /// Answers, with nothing kept from samples before.
-    fn answer(&self, sample: &Sample) -> Result<Answer>;
+    /// Answers, with nothing kept from samples before; `fed` is what subjects before this one left of the same sample.
+    fn answer(&self, sample: &Sample, fed: &mut Option<Fed>) -> Result<Answer>;
+}
+
+/// A context that was fed once for several subjects, each of which has a session of its own name to go on with.
+pub(crate) struct Fed {
+    /// The context that was fed.
+    context: String,
+    /// Where the sessions are, until the last subject has answered.
+    scratch: Scratch,
+    outcome: Outcome,
 }
 
 /// What a subject said and what it took; 0 where it does not say.

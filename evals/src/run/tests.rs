@@ -85,7 +85,7 @@ impl Subject for Parrot {
         self.name != "short" || sample.cell.group != "131072"
     }
 
-    fn answer(&self, sample: &Sample) -> Result<Answer> {
+    fn answer(&self, sample: &Sample, _: &mut Option<Fed>) -> Result<Answer> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         if self.fails.load(Ordering::Relaxed) && sample.cell.index == 1 {
             return Err("the parrot is tired".into());
@@ -236,8 +236,8 @@ impl Subject for &'static Parrot {
         (**self).fits(sample)
     }
 
-    fn answer(&self, sample: &Sample) -> Result<Answer> {
-        (**self).answer(sample)
+    fn answer(&self, sample: &Sample, fed: &mut Option<Fed>) -> Result<Answer> {
+        (**self).answer(sample, fed)
     }
 }
 

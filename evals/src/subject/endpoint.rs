@@ -4,7 +4,7 @@
 //! Source: OpenAI's API reference, `chat/completions` and `completions` with `stream`, as llama.cpp, vLLM and Ollama
 //! serve them.
 
-use super::{Answer, Subject, prompt_hash};
+use super::{Answer, Fed, Subject, prompt_hash};
 use crate::job::Result;
 use crate::sample::Sample;
 use serde::Deserialize;
@@ -208,7 +208,7 @@ impl Subject for Endpoint {
         true
     }
 
-    fn answer(&self, sample: &Sample) -> Result<Answer> {
+    fn answer(&self, sample: &Sample, _: &mut Option<Fed>) -> Result<Answer> {
         self.ask(sample).map_err(|e| format!("endpoint {} ({}): {e}", self.name, self.url).into())
     }
 }

@@ -1,9 +1,9 @@
 //! Subjects that run a model of this machine through the public API of mka, each sample in processes of its own.
 //! Knows no benchmark: what a subject is given of a sample is a row of a table.
 
-use super::{Answer, Options, Subject, prompt_hash};
+use super::{Answer, Fed, Options, Subject, prompt_hash};
 use crate::cut;
-use crate::job::{self, Ask, Job, Memory, Outcome, Result, Scratch};
+use crate::job::{self, Ask, Job, Memory, Outcome, PageOptions, Result, Scratch};
 use crate::sample::Sample;
 use mka::{Device, Engine, ModelSource};
 use std::path::PathBuf;
@@ -70,6 +70,19 @@ struct Way {
     memory: Memory,
 }
 
+impl Way {
+    fn find(name: &str) -> Option<&'static Self> {
+        WAYS.iter().find(|way| way.name == name)
+    }
+
+    /// Whether the context leaves the same in a session for each such subject, if it is read with the window alone. One
+    /// that looks text up feeds by itself: a user's text memory is one, so it would find what another was asked.
+    fn shares_feed(&self) -> bool {
+        let looks_up_text = matches!(self.memory, Memory::Text | Memory::Both);
+        self.given == Given::Before(Feeding::Model) && !looks_up_text
+    }
+}
+
 const WAYS: [Way; 9] = [
     Way { name: "full", given: Given::Whole, memory: Memory::Off },
     Way { name: "truncate", given: Given::Cut, memory: Memory::Off },
@@ -99,9 +112,7 @@ impl Local {
     /// # Errors
     /// If no local subject has the name.
     pub(crate) fn new(name: &str, options: &Options, model: Arc<Model>) -> Result<Self> {
-        let way = WAYS
-            .iter()
-            .find(|way| way.name == name)
+        let way = Way::find(name)
             .ok_or_else(|| format!("subjects: {name:?}, expected one of {}", names().join(", ")))?;
         Ok(Self { way, options: options.clone(), model })
     }
@@ -153,6 +164,52 @@ impl Local {
         Ok(Answer { feed_s: fed.feed_s, peak_rss_bytes, ..answer(sample, outcome) })
     }
 
+    /// [`Local::ask_later`] of what one process fed for all subjects that share it.
+    fn ask_shared(&self, sample: &Sample, slot: &mut Option<Fed>) -> Result<Answer> {
+        let fed = match slot.take().filter(|fed| fed.context == sample.context) {
+            Some(fed) => fed,
+            None => self.feed_shared(sample)?,
+        };
+        let Fed { scratch, outcome: Outcome { feed_s, peak_rss_bytes: peak, .. }, .. } =
+            slot.insert(fed);
+        let job = Job {
+            session: Some(self.way.name.to_owned()),
+            ask: Some(ask(sample, sample.question.clone())),
+            ..self.job(scratch, sample)
+        };
+        let outcome = job::spawn(&job, self.options.threads)?;
+        let peak_rss_bytes = outcome.peak_rss_bytes.max(*peak);
+        Ok(Answer { feed_s: *feed_s, peak_rss_bytes, ..answer(sample, outcome) })
+    }
+
+    /// Feeds the sample's context once, into a session for each subject that shares it.
+    fn feed_shared(&self, sample: &Sample) -> Result<Fed> {
+        let scratch = scratch()?;
+        let sharing = || {
+            let ways = self.options.subjects.iter().filter_map(|name| Way::find(name));
+            ways.filter(|way| way.shares_feed())
+        };
+        let memory = match sharing().any(|way| way.memory == Memory::InfLlm) {
+            // It keeps what no other rule does, which they pass over.
+            true => Memory::InfLlm,
+            false => Memory::Pages,
+        };
+        let job = Job {
+            memory,
+            feed: feed_file(&scratch, &sample.context)?,
+            through_model: true,
+            forks: sharing().map(|way| way.name.to_owned()).collect(),
+            // Nothing is recalled here, so nothing is wanted on a card.
+            page_options: PageOptions {
+                page_device_mib: Some(0),
+                ..self.options.page_options.clone()
+            },
+            ..self.job(&scratch, sample)
+        };
+        let outcome = job::spawn(&job, self.options.threads)?;
+        Ok(Fed { context: sample.context.clone(), scratch, outcome })
+    }
+
     /// What all processes of a sample have in common, its device among it.
     fn job(&self, scratch: &Scratch, sample: &Sample) -> Job {
         static TURN: AtomicUsize = AtomicUsize::new(0);
@@ -194,8 +251,12 @@ impl Subject for Local {
         !tokens.is_ok_and(|tokens| tokens > self.model.trained_tokens)
     }
 
-    fn answer(&self, sample: &Sample) -> Result<Answer> {
+    fn answer(&self, sample: &Sample, fed: &mut Option<Fed>) -> Result<Answer> {
+        let is_shared = self.way.shares_feed()
+            && self.options.page_options.page_windowed_feed
+            && !sample.context.is_empty();
         match self.way.given {
+            _ if is_shared => self.ask_shared(sample, fed),
             Given::Whole | Given::Cut => self.ask_at_once(sample),
             Given::Before(feeding) => self.ask_later(sample, feeding),
         }
@@ -285,6 +346,13 @@ mod tests {
 
     fn chars(text: &str) -> Result<usize> {
         Ok(text.chars().count())
+    }
+
+    #[test]
+    fn a_context_is_fed_once_for_those_that_choose_and_look_up_no_text() {
+        let sharing: Vec<_> = WAYS.iter().filter(|way| way.shares_feed()).collect();
+        let names: Vec<_> = sharing.iter().map(|way| way.name).collect();
+        assert_eq!(names, ["streaming", "pages", "infllm", "quest", "tokenselect"]);
     }
 
     #[test]

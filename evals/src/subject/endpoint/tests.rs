@@ -71,7 +71,7 @@ fn a_chat_is_streamed_and_counted() {
         "data: [DONE]\n\n",
     );
     let (url, served) = serve(response);
-    let answer = endpoint(&url, false).answer(&sample(true)).unwrap();
+    let answer = endpoint(&url, false).answer(&sample(true), &mut None).unwrap();
     assert_eq!(answer.output, "dark blue");
     assert_eq!((answer.prompt_tokens, answer.generated_tokens, answer.reused_tokens), (21, 3, 5));
     assert_eq!(answer.prompt_hash, prompt_hash(&sample(true)));
@@ -99,7 +99,7 @@ fn a_completion_is_the_bare_text_with_its_prefix_and_stops() {
         "data: {\"choices\":[{\"text\":\"ue\",\"finish_reason\":\"length\"}]}\n\n",
     );
     let (url, served) = serve(response);
-    let answer = endpoint(&url, false).answer(&sample(false)).unwrap();
+    let answer = endpoint(&url, false).answer(&sample(false), &mut None).unwrap();
     assert_eq!((answer.output.as_str(), answer.generated_tokens), (" blue", 2));
     let (first, body) = served.join().unwrap();
     assert_eq!(first, "POST /v1/completions HTTP/1.1\r\n");
@@ -132,7 +132,7 @@ fn refusals_and_broken_streams_are_errors() {
     ];
     for (response, expected) in cases {
         let (url, served) = serve(response.leak());
-        let error = endpoint(&url, false).answer(&sample(true)).unwrap_err().to_string();
+        let error = endpoint(&url, false).answer(&sample(true), &mut None).unwrap_err().to_string();
         assert!(error.contains(expected) && error.starts_with("endpoint peer ("), "{error}");
         served.join().unwrap();
     }

@@ -1,5 +1,9 @@
-//! One piece of work in a process of its own: feed a text, ask a question, measure.
+//! One piece of work, mostly in a process apart: feed a text, ask a question, measure.
 //! Knows no task; a process apart makes "restarted in between" true and peak memory a process's own.
+
+mod process;
+
+pub(crate) use process::{serve, spawn, spawn_kept};
 
 use futures_util::StreamExt;
 use mka::{
@@ -7,9 +11,8 @@ use mka::{
     PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions,
 };
 use serde::{Deserialize, Serialize};
-use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 pub(crate) type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -179,6 +182,13 @@ pub(crate) struct Job {
     pub(crate) peek: Option<String>,
 }
 
+impl Job {
+    /// The device, where it is not left to the engine.
+    fn named_device(&self) -> Option<&str> {
+        self.device.as_deref().filter(|device| *device != "auto")
+    }
+}
+
 /// A question, answered greedily.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Ask {
@@ -215,37 +225,6 @@ pub(crate) struct Outcome {
     pub(crate) device: String,
 }
 
-/// Runs `job` in a new process of this program with `threads` threads (0: all cores).
-pub(crate) fn spawn(job: &Job, threads: usize) -> Result<Outcome> {
-    let input = serde_json::to_vec(job)?;
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg("job").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    if threads > 0 {
-        command.env("RAYON_NUM_THREADS", threads.to_string());
-    }
-    let mut child = command.spawn()?;
-    let sent = child.stdin.take().map(|mut stdin| stdin.write_all(&input));
-    let output = child.wait_with_output()?;
-    // A process that ends early breaks the pipe too: what it says itself is the cause.
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("job: {}: {}", output.status, said.trim()).into());
-    }
-    sent.ok_or("job: no standard input")??;
-    Ok(serde_json::from_slice(&output.stdout)?)
-}
-
-/// The other side of [`spawn`].
-pub(crate) fn serve() -> Result<()> {
-    let mut input = String::new();
-    std::io::stdin().read_to_string(&mut input)?;
-    let job: Job = serde_json::from_str(&input)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build()?;
-    let outcome = runtime.block_on(run(&job))?;
-    println!("{}", serde_json::to_string(&outcome)?);
-    Ok(())
-}
-
 /// Runs `job` in this process.
 pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     let mut outcome = Outcome::default();
@@ -261,7 +240,7 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
         .model(job.model.parse::<ModelSource>()?)
         .memory(config)
         .quiet(true);
-    if let Some(device) = job.device.as_deref().filter(|device| *device != "auto") {
+    if let Some(device) = job.named_device() {
         builder = builder.device(device.parse()?);
     }
     if job.tensor_parallel {
@@ -358,6 +337,12 @@ pub(crate) fn peak_rss_bytes() -> u64 {
     let kib =
         status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
     kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Counts [`peak_rss_bytes`] from now on, where the system can.
+fn forget_peak_rss() {
+    // proc(5): 5 sets the peak to what is resident now.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
 /// A folder that is removed when it is dropped.

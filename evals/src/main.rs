@@ -50,9 +50,13 @@ enum Command {
     Inference(inference::Args),
     /// Differences of two runs, sample by sample, with their uncertainty.
     Compare(compare::Args),
-    /// Runs one job read as JSON from standard input: what the other commands start as a process of its own.
+    /// Does jobs read as lines of JSON from standard input: what the other commands start as processes apart.
     #[command(hide = true)]
-    Job,
+    Job {
+        /// More than one job comes.
+        #[arg(long)]
+        stay: bool,
+    },
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -71,6 +75,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Command::Attention(args) => attention::run(&args),
         Command::Inference(args) => inference::run(&args),
         Command::Compare(args) => compare::run(&args),
-        Command::Job => job::serve(),
+        Command::Job { stay } => job::serve(stay),
     }
 }

@@ -84,6 +84,10 @@ pub(crate) struct Options {
     /// Threads of each local sample; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     pub(crate) threads: usize,
+    /// One process does all samples of a job, each with the engine and its store opened again, in the place of processes
+    /// for each: what a CUDA device takes to start is taken once.
+    #[arg(long)]
+    pub(crate) keep_processes: bool,
     /// A server of this machine with OpenAI's interface: name=http://127.0.0.1:8000/v1,model.
     #[arg(long, value_name = "NAME=URL,MODEL")]
     pub(crate) endpoint: Vec<String>,

@@ -141,7 +141,7 @@ impl Local {
             ask: Some(Ask { joined: true, ..ask(sample, question) }),
             ..self.job(&scratch, sample)
         };
-        let outcome = job::spawn(&job, self.options.threads)?;
+        let outcome = self.run(&job)?;
         // The context came with the question, so that reading it is part of the wait for the answer.
         let first_token_s = outcome.feed_s + outcome.first_token_s;
         Ok(Answer { first_token_s, feed_s: 0.0, reused_tokens: 0, ..answer(sample, outcome) })
@@ -155,11 +155,11 @@ impl Local {
             None => Outcome::default(),
             feed => {
                 let through_model = feeding == Feeding::Model || self.options.through_model;
-                job::spawn(&Job { feed, through_model, ..job.clone() }, self.options.threads)?
+                self.run(&Job { feed, through_model, ..job.clone() })?
             }
         };
         let ask = Some(ask(sample, sample.question.clone()));
-        let outcome = job::spawn(&Job { ask, ..job }, self.options.threads)?;
+        let outcome = self.run(&Job { ask, ..job })?;
         let peak_rss_bytes = fed.peak_rss_bytes.max(outcome.peak_rss_bytes);
         Ok(Answer { feed_s: fed.feed_s, peak_rss_bytes, ..answer(sample, outcome) })
     }
@@ -177,7 +177,7 @@ impl Local {
             ask: Some(ask(sample, sample.question.clone())),
             ..self.job(scratch, sample)
         };
-        let outcome = job::spawn(&job, self.options.threads)?;
+        let outcome = self.run(&job)?;
         let peak_rss_bytes = outcome.peak_rss_bytes.max(*peak);
         Ok(Answer { feed_s: *feed_s, peak_rss_bytes, ..answer(sample, outcome) })
     }
@@ -206,15 +206,26 @@ impl Local {
             },
             ..self.job(&scratch, sample)
         };
-        let outcome = job::spawn(&job, self.options.threads)?;
+        let outcome = self.run(&job)?;
         Ok(Fed { context: sample.context.clone(), scratch, outcome })
     }
 
-    /// What all processes of a sample have in common, its device among it.
+    /// Does a job in a process apart.
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        match self.options.keep_processes {
+            true => job::spawn_kept(job, self.options.threads),
+            false => job::spawn(job, self.options.threads),
+        }
+    }
+
+    /// What all processes of a sample have in common, its device among it: each thread that asks has one.
     fn job(&self, scratch: &Scratch, sample: &Sample) -> Job {
-        static TURN: AtomicUsize = AtomicUsize::new(0);
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        thread_local! {
+            static TURN: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+        }
         let devices = &self.options.device;
-        let turn = TURN.fetch_add(1, Ordering::Relaxed) % devices.len().max(1);
+        let turn = TURN.with(|turn| turn % devices.len().max(1));
         Job {
             store: scratch.path().join("store"),
             model: self.options.model.clone(),

@@ -1,6 +1,8 @@
 //! Append-only segment files: checksummed records that the database refers to.
 //! Knows nothing of what a record means.
 
+mod walk;
+
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -128,38 +130,6 @@ impl Segment {
             .read_exact_at(&mut bytes, start)
             .map_err(|source| Error::io("read", &self.path, source))?;
         Ok(bytes)
-    }
-
-    /// Calls `each` with every intact record from `start` on, referred to or not, and skips damaged bytes.
-    /// It gets where the record lies, and the payload.
-    pub(crate) fn walk(&self, start: u64, mut each: impl FnMut(BlobRef, &[u8])) -> Result<()> {
-        let start = start.max(SEGMENT_HEADER_BYTES);
-        let bytes = self.read_raw(start, self.len()?.saturating_sub(start) as usize)?;
-        let mut at = 0;
-        while let Some(header) = bytes.get(at..at + RECORD_HEADER_BYTES as usize) {
-            let payload_at = at + RECORD_HEADER_BYTES as usize;
-            let record = parse_record_header(header).ok().and_then(|(kind, len, hash)| {
-                let payload = bytes.get(payload_at..payload_at + len as usize)?;
-                let offset = start + at as u64;
-                let blob = BlobRef { segment: self.number, offset, len, hash, kind };
-                (payload_hash(kind, payload) == hash).then_some((blob, payload))
-            });
-            at = match record {
-                Some((blob, payload)) => {
-                    match &self.cipher {
-                        None => each(blob, payload),
-                        Some(cipher) => {
-                            if let Ok(payload) = cipher.open(&[blob.kind.code()], payload) {
-                                each(blob, &payload);
-                            }
-                        }
-                    }
-                    payload_at + payload.len()
-                }
-                None => at + 1,
-            };
-        }
-        Ok(())
     }
 }
 

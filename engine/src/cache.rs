@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pages::{Number, PageConfig, PageShape, PageStore};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use mka_kernels::{PAGE_TOKENS, PagePool, PageRef, RotaryAngles, rotate};
+use mka_kernels::{PAGE_TOKENS, PagePool, PageRef, RotaryAngles};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -399,50 +399,66 @@ impl Cache {
             let values: Vec<f32> = bytes.iter().map(|x| f32::from_le_bytes(*x)).collect();
             *layer = Tensor::from_vec(values, layer.shape(), device)?;
         }
+        let mut found = Vec::new();
         for page in cache.window_pages(position) {
-            let bytes = pages
-                .iter()
-                .find_map(|(index, bytes)| (*index == page).then_some(bytes))
-                .ok_or_else(|| damaged(format!("page {page}, found none")))?;
-            cache.restore_page(page, bytes, &angles)?;
+            let bytes = pages.iter().find_map(|(index, bytes)| (*index == page).then_some(bytes));
+            let bytes = bytes.ok_or_else(|| damaged(format!("page {page}, found none")))?;
+            let expected = cache.page_len_bytes(cache.written(page));
+            if bytes.len() != expected {
+                let got = bytes.len();
+                return Err(damaged(format!("page {page} of {got} bytes, expected {expected}")));
+            }
+            let slot = cache.free.pop().ok_or_else(|| Error::model("restore: no free page"))?;
+            cache.slots.insert(page, slot);
+            found.push((page, bytes.as_slice()));
+        }
+        for run in found.chunk_by(|(left, _), (right, _)| left + 1 == *right) {
+            cache.restore_run(run, &angles)?;
         }
         Ok(cache)
     }
 
-    fn restore_page(
-        &mut self,
-        page: u64,
-        bytes: &[u8],
+    /// Writes pages that follow each other, each with its bytes, into their slots: all tokens of a layer at once.
+    fn restore_run(
+        &self,
+        run: &[(u64, &[u8])],
         angles: impl Fn(Range<u64>) -> RotaryAngles,
     ) -> Result<()> {
-        let len = self.written(page);
-        let expected = self.page_len_bytes(len);
-        if bytes.len() != expected {
-            return Err(Error::new(
-                ErrorKind::Corrupted,
-                format!("restore: page {page} of {} bytes, expected {expected}", bytes.len()),
-            ));
-        }
-        let slot = self.free.pop().ok_or_else(|| Error::model("restore: no free page"))?;
-        self.slots.insert(page, slot);
-        let start = page * PAGE_TOKENS as u64;
-        let angles = angles(start..start + len as u64);
-        let shape = (self.shape.num_kv_heads, len, self.shape.head_dim);
-        let tensor_bytes = shape.0 * shape.1 * shape.2 * 4;
-        if tensor_bytes == 0 {
+        let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
+        // The last page may have no token yet.
+        let written = run.iter().filter(|(page, _)| self.written(*page) > 0);
+        let slots: Vec<usize> = written.map(|(page, _)| self.slot(*page)).collect::<Result<_>>()?;
+        if slots.is_empty() {
             return Ok(());
         }
-        let tensor = |bytes: &[u8]| {
-            let (values, _) = bytes.as_chunks::<4>();
-            let values = values.iter().map(|x| f32::from_le_bytes(*x)).collect();
-            Tensor::from_vec(values, shape, &self.device)
+        let tokens: usize = run.iter().map(|(page, _)| self.written(*page)).sum();
+        let start = run.first().map_or(0, |(page, _)| page * PAGE_TOKENS as u64);
+        let angles = angles(start..start + tokens as u64);
+        // (tokens, heads, head_dim) of one layer's keys or values.
+        let numbers = |layer: usize, kind: usize| -> Vec<f32> {
+            let mut out = vec![0f32; tokens * g * d];
+            for ((page, bytes), out) in run.iter().zip(out.chunks_mut(PAGE_TOKENS * g * d)) {
+                let len = self.written(*page);
+                let rows = bytes.chunks_exact(d * 4).skip((2 * layer + kind) * g * len);
+                for (at, row) in rows.take(g * len).enumerate() {
+                    let (head, token) = (at / len, at % len);
+                    let (row, _) = row.as_chunks::<4>();
+                    let out = &mut out[(token * g + head) * d..][..d];
+                    out.iter_mut().zip(row).for_each(|(out, x)| *out = f32::from_le_bytes(*x));
+                }
+            }
+            out
         };
-        for (pool, bytes) in self.pools.iter().zip(bytes.chunks_exact(2 * tensor_bytes)) {
-            let raw = tensor(&bytes[..tensor_bytes])?;
-            let values = tensor(&bytes[tensor_bytes..])?;
-            let by_token = raw.transpose(0, 1)?.contiguous()?;
-            let rotated = rotate(&by_token, &angles)?.transpose(0, 1)?;
-            pool.write(slot, 0, &rotated, &raw, &values)?;
+        let layers: Vec<usize> = (0..self.shape.num_layers).collect();
+        // As many layers at once as there are threads to lay them out.
+        for layers in layers.chunks(rayon::current_num_threads().max(1)) {
+            let laid_out = layers.par_iter().map(|layer| (numbers(*layer, 0), numbers(*layer, 1)));
+            let laid_out: Vec<(Vec<f32>, Vec<f32>)> = laid_out.collect();
+            for (layer, (keys, values)) in layers.iter().zip(laid_out) {
+                let tensor = |numbers| Tensor::from_vec(numbers, (tokens, g, d), &self.device);
+                let (keys, values) = (tensor(keys)?, tensor(values)?);
+                self.pools[*layer].append(&slots, 0, &keys, &values, &angles)?;
+            }
         }
         Ok(())
     }

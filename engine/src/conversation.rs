@@ -512,6 +512,10 @@ impl PageSource for StoredPages {
         Ok(self.shared.store.page(&self.scope, key_of(page, self.stream))?)
     }
 
+    fn page_into(&self, page: u64, out: &mut Vec<u8>) -> Result<bool> {
+        Ok(self.shared.store.page_into(&self.scope, key_of(page, self.stream), out)?)
+    }
+
     fn landmarks(&self, page: u64) -> Result<Option<Vec<u8>>> {
         Ok(self.shared.store.page(&self.scope, landmarks_key(page, self.stream))?)
     }

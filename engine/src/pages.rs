@@ -5,6 +5,7 @@ mod codec;
 mod device;
 mod disk;
 mod estimate;
+mod filling;
 mod gather;
 mod index;
 mod intake;

@@ -50,6 +50,7 @@ mod route;
 pub mod rows;
 mod select;
 mod simd;
+mod staging;
 mod storage;
 pub mod tape;
 
@@ -76,3 +77,4 @@ pub use route::{
     route_into_pages,
 };
 pub use select::{gather_pages, gather_pages_backward, landmarks, score_landmarks, top_k};
+pub use staging::{Staged, Staging};

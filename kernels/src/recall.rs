@@ -211,16 +211,59 @@ impl StoredPages {
         if n == 0 {
             return Ok(());
         }
-        self.make_room(n, limit)?;
-        let at = self.first + self.len;
         let (device, dtype) = (self.keys.device(), self.keys.dtype());
         let shape = (n, g, PAGE_TOKENS, d);
-        self.keys.slice_set(&uploaded(keys, dtype, shape, device)?, 0, at)?;
-        self.values.slice_set(&uploaded(values, dtype, shape, device)?, 0, at)?;
+        let keys = uploaded(keys, dtype, shape, device)?;
+        let values = uploaded(values, dtype, shape, device)?;
         let landmarks = uploaded(landmarks, DType::BF16, (n * MARKS, g, d), device)?;
-        self.landmarks.slice_set(&landmarks, 0, at * MARKS)?;
+        self.append(&keys, &values, &landmarks, limit)
+    }
+
+    /// [`StoredPages::push`] of pages that are on the device, such as parts of one upload for many layers.
+    ///
+    /// Shapes: `keys`, `values` (n, g, PAGE_TOKENS, d) in the type of the pages, `landmarks` (n · MARKS, g, d), bf16, all
+    /// contiguous.
+    ///
+    /// # Errors
+    /// If shapes, types or devices disagree, or the device has no room: the pages are then as they were.
+    pub fn append(
+        &mut self,
+        keys: &Tensor,
+        values: &Tensor,
+        landmarks: &Tensor,
+        limit: usize,
+    ) -> Result<()> {
+        let (_, g, _, d) = self.keys.dims4()?;
+        let n = keys.dims()[0];
+        if keys.dims() != [n, g, PAGE_TOKENS, d]
+            || values.dims() != keys.dims()
+            || landmarks.dims() != [n * MARKS, g, d]
+            || self.len + n > limit
+        {
+            bail!(
+                "stored pages: keys {:?}, values {:?}, landmarks {:?} beside {} pages, expected pages of {g} heads of {d} and at most {limit}",
+                keys.shape(),
+                values.shape(),
+                landmarks.shape(),
+                self.len
+            );
+        }
+        self.make_room(n, limit)?;
+        let at = self.first + self.len;
+        self.keys.slice_set(keys, 0, at)?;
+        self.values.slice_set(values, 0, at)?;
+        self.landmarks.slice_set(landmarks, 0, at * MARKS)?;
         self.len += n;
         Ok(())
+    }
+
+    /// Makes room for `pages` pages in all, of which there are never more than `limit`: as much as pushing them one by one
+    /// would make, without the copies.
+    ///
+    /// # Errors
+    /// If the device has no room: the pages are then as they were.
+    pub fn reserve(&mut self, pages: usize, limit: usize) -> Result<()> {
+        self.make_room(pages.saturating_sub(self.len), limit)
     }
 
     /// Names the landmarks whose keys are landmarks of their own: `marks` (g, m), counted from the first page, a number

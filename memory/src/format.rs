@@ -82,6 +82,11 @@ const KINDS: [(Kind, u8); 10] = [
 ];
 
 impl Kind {
+    /// Whether it is a turn, of any version.
+    pub(crate) fn is_body(self) -> bool {
+        matches!(self, Kind::Body | Kind::BodyV1)
+    }
+
     /// The code in the header of a record.
     pub(crate) fn code(self) -> u8 {
         KINDS.iter().find(|(kind, _)| *kind == self).map_or(0, |(_, code)| *code)

@@ -36,6 +36,35 @@ struct Layer {
     table: Table,
 }
 
+impl Layer {
+    /// Uploads the outliers of the layer's `index`, where others were named since they were uploaded.
+    fn name(&mut self, index: &[HeadIndex], d: usize) -> Result<()> {
+        let (named, g) = (named(index), index.len());
+        if self.named == named {
+            return Ok(());
+        }
+        self.named = named;
+        let most = index.iter().map(|head| head.all_outliers().len()).max().unwrap_or(0);
+        let mut marks = vec![u32::MAX; g * most];
+        let mut keys = vec![0u8; most * SPAN * g * d * 2];
+        for (head, index) in index.iter().enumerate() {
+            for (i, mark) in index.all_outliers().iter().enumerate() {
+                marks[head * most + i] = *mark;
+                for key in i * SPAN..(i + 1) * SPAN {
+                    let to = (key * g + head) * d * 2;
+                    keys[to..to + d * 2].copy_from_slice(index.outlier_keys_bytes(key, 1, d));
+                }
+            }
+        }
+        Ok(self.pages.set_outliers(&marks, &keys)?)
+    }
+}
+
+/// A number that changes with the outliers of a layer and is never 0.
+fn named(index: &[HeadIndex]) -> u64 {
+    index.iter().map(HeadIndex::named).sum::<u64>() + 1
+}
+
 impl Mirror {
     /// None where nothing is chosen or what is not recalled is attended to, the kernels do not take the shape, or there is
     /// no room.
@@ -70,6 +99,37 @@ impl Mirror {
         Some(Self { device: device.clone(), dtype, limit, layers, pins: (Vec::new(), None, None) })
     }
 
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Of keys and values.
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Makes room for `pages` pages in every layer; false where the budget has none.
+    pub(super) fn reserve(&mut self, pages: usize) -> Result<bool> {
+        if pages > self.limit {
+            return Ok(false);
+        }
+        for layer in self.layers.iter_mut().flatten() {
+            layer.pages.reserve(pages, self.limit)?;
+        }
+        Ok(true)
+    }
+
+    /// Calls `each` with every layer that chooses, counted from the first of them, and the most pages that it may have.
+    pub(super) fn append(
+        &mut self,
+        each: impl Fn(usize, &mut StoredPages, usize) -> candle_core::Result<()>,
+    ) -> Result<()> {
+        for (at, layer) in self.layers.iter_mut().flatten().enumerate() {
+            each(at, &mut layer.pages, self.limit)?;
+        }
+        Ok(())
+    }
+
     /// Rows that the last layer's table has room for.
     #[cfg(test)]
     pub(super) fn table_capacity(&self) -> usize {
@@ -91,33 +151,17 @@ impl Mirror {
 }
 
 impl PageStore {
-    /// Uploads every page that is not there, reading those back that are not in memory; the mirror goes for good where
-    /// there is no room for all of them.
-    pub(super) fn fill_mirror(&mut self) {
-        let rows = self.order.len();
-        let Some(layers) = self.mirror.as_ref().map(|mirror| mirror.layers.len()) else { return };
-        // Where there is no room for all of them, none needs to be read.
-        let fits = self.mirror.as_ref().is_some_and(|mirror| rows <= mirror.limit);
-        let step = if fits { BATCH_PAGES } else { rows.max(1) };
-        for first in (0..rows).step_by(step) {
-            let end = rows.min(first + step);
-            if fits {
-                self.bring(&(first..end).collect::<Vec<_>>());
-            }
-            (0..layers).for_each(|layer| self.mirror_rows(layer, end, 1));
-        }
-    }
-
     /// Uploads what `layer` took in, once `least` pages wait; the mirror goes for good where there is no room for them
     /// or a page was sent away before.
     pub(super) fn mirror_layer(&mut self, layer: usize, least: usize) {
-        self.mirror_rows(layer, usize::MAX, least);
+        let Some(mut mirror) = self.mirror.take() else { return };
+        let uploaded = self.upload(&mut mirror, layer, least.max(1));
+        self.keep_mirror(mirror, uploaded);
     }
 
-    /// [`PageStore::mirror_layer`] of the first `end` pages.
-    fn mirror_rows(&mut self, layer: usize, end: usize, least: usize) {
-        let Some(mut mirror) = self.mirror.take() else { return };
-        match self.upload(&mut mirror, layer, end, least.max(1)) {
+    /// Keeps the mirror if everything was `uploaded`, or says why it goes.
+    pub(super) fn keep_mirror(&mut self, mirror: Mirror, uploaded: Result<bool>) {
+        match uploaded {
             Ok(true) => self.mirror = Some(mirror),
             Ok(false) => tracing::info!(
                 pages = self.order.len(),
@@ -130,12 +174,12 @@ impl PageStore {
         }
     }
 
-    fn upload(&self, mirror: &mut Mirror, layer: usize, end: usize, least: usize) -> Result<bool> {
+    fn upload(&self, mirror: &mut Mirror, layer: usize, least: usize) -> Result<bool> {
         let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
         let Some(own) = &mut mirror.layers[layer] else { return Ok(true) };
         let index = self.heads(layer);
-        let rows = own.pages.len()..index.first().map_or(0, HeadIndex::len).min(end);
-        let named = index.iter().map(HeadIndex::named).sum::<u64>() + 1;
+        let rows = own.pages.len()..index.first().map_or(0, HeadIndex::len);
+        let named = named(index);
         // Before a choice everything must be here, a batch of pages with it or none.
         if rows.len() < least && (least > 1 || own.named == named) {
             return Ok(true);
@@ -160,23 +204,17 @@ impl PageStore {
             }
         }
         own.pages.push(&keys, &values, &landmarks, mirror.limit)?;
-        if own.named != named {
-            own.named = named;
-            let most = index.iter().map(|head| head.all_outliers().len()).max().unwrap_or(0);
-            let mut marks = vec![u32::MAX; g * most];
-            let mut keys = vec![0u8; most * SPAN * g * d * 2];
-            for (head, index) in index.iter().enumerate() {
-                for (i, mark) in index.all_outliers().iter().enumerate() {
-                    marks[head * most + i] = *mark;
-                    for key in i * SPAN..(i + 1) * SPAN {
-                        let to = (key * g + head) * d * 2;
-                        keys[to..to + d * 2].copy_from_slice(index.outlier_keys_bytes(key, 1, d));
-                    }
-                }
-            }
-            own.pages.set_outliers(&marks, &keys)?;
-        }
+        own.name(index, d)?;
         Ok(true)
+    }
+
+    /// Uploads the outliers of every layer that were named since they were uploaded.
+    pub(super) fn upload_outliers(&self, mirror: &mut Mirror) -> Result<()> {
+        let layers = mirror.layers.iter_mut().zip(&self.index);
+        for (own, index) in layers.filter_map(|(own, index)| Some((own.as_mut()?, index))) {
+            own.name(index, self.shape.head_dim)?;
+        }
+        Ok(())
     }
 
     /// All heads' keys or values of a page in the type of the mirror, as bytes behind `out`; false where they are not in

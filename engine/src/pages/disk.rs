@@ -1,7 +1,7 @@
 //! The way of stored pages to the disk and back: what a commit takes along, what an opening finds.
 //! Knows no file and no attention rule; pages that the budget sends away are read back through [`PageSource`].
 
-use super::index::{MARKS, SPAN};
+use super::index::{HeadIndex, MARKS, SPAN};
 use super::landmarks::{LandmarkShape, Landmarks, NewLandmarks, OutlierAt};
 use super::store::{PageStore, Stored};
 use crate::cache::SINK_PAGES;
@@ -18,6 +18,12 @@ const READ_PAGES: usize = 256;
 pub(crate) trait PageSource: Send + Sync {
     /// The bytes of a page as [`FreshPage::to_bytes`] gave them, or as the window wrote them; None if it is gone.
     fn page(&self, page: u64) -> Result<Option<Vec<u8>>>;
+
+    /// [`PageSource::page`] in the memory of `out`; false if it is gone.
+    fn page_into(&self, page: u64, out: &mut Vec<u8>) -> Result<bool> {
+        let read = self.page(page)?;
+        Ok(read.map(|bytes| *out = bytes).is_some())
+    }
 
     /// The bytes of a page's landmarks as [`PageStore::fresh_landmarks`] gave them; None if there are none.
     fn landmarks(&self, page: u64) -> Result<Option<Vec<u8>>>;
@@ -108,10 +114,39 @@ impl PageStore {
         match self.source.as_ref()?.page(page) {
             Ok(bytes) => self.encoded(bytes?),
             Err(error) => {
-                tracing::warn!(page, %error, "a stored page cannot be read: it is recalled no more");
+                not_read(page, &error);
                 None
             }
         }
+    }
+
+    /// Reads the numbers of a page from the disk into `out`, in this store's precision; false, with a warning, where it
+    /// cannot be read.
+    pub(super) fn read_page_into(&self, page: u64, out: &mut Vec<u8>) -> bool {
+        let Some(source) = &self.source else { return false };
+        match source.page_into(page, out) {
+            Ok(false) => false,
+            Ok(true)
+                if out.len() == self.page_bytes() + PAGE_TOKENS * 4 && !self.is_window(out) =>
+            {
+                out.truncate(self.page_bytes());
+                true
+            }
+            Ok(true) => {
+                let encoded = self.encoded(std::mem::take(out));
+                encoded.map(|(bytes, _)| *out = bytes).is_some()
+            }
+            Err(error) => {
+                not_read(page, &error);
+                false
+            }
+        }
+    }
+
+    /// Whether a page's bytes are those that the window wrote: f32 without ids.
+    fn is_window(&self, bytes: &[u8]) -> bool {
+        let num_rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
+        bytes.len() == num_rows * super::PagePrecision::F32.row_bytes(self.shape.head_dim)
     }
 
     /// A page from the disk in this store's precision, with its token ids; None if it is of another shape.
@@ -121,8 +156,7 @@ impl PageStore {
         let num_rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
         let mut tokens = Box::new([u32::MAX; PAGE_TOKENS]);
         let ids_bytes = PAGE_TOKENS * 4;
-        // The window writes f32 without ids.
-        if bytes.len() != num_rows * F32.row_bytes(d) {
+        if !self.is_window(&bytes) {
             let ids = bytes.split_off(bytes.len().checked_sub(ids_bytes)?);
             let (ids, _) = ids.as_chunks::<4>();
             tokens.iter_mut().zip(ids).for_each(|(token, id)| *token = u32::from_le_bytes(*id));
@@ -273,12 +307,21 @@ impl PageStore {
         let (mut known, mut remade) = (HashMap::new(), 0);
         let is_outside = |page: &u64| (SINK_PAGES..end).contains(page);
         let pages: Vec<u64> = stored.iter().copied().filter(is_outside).collect();
+        if self.bytes_with(0, pages.len()) <= self.config.bytes {
+            let (d, asked) = (self.shape.head_dim, self.asked_of_rows());
+            self.index.iter_mut().flatten().for_each(|head| head.reserve(pages.len(), d, asked));
+        }
         'pages: for pages in pages.chunks(READ_PAGES) {
             let landmarks: Vec<_> =
                 pages.par_iter().map(|page| read_landmarks(&*source, *page)).collect();
-            for (page, landmarks) in pages.iter().zip(landmarks) {
-                let shape = self.landmark_shape();
-                let read = landmarks.as_deref().and_then(|it| Landmarks::read(it, &shape));
+            let shape = self.landmark_shape();
+            let read = landmarks.iter().map(|it| Landmarks::read(it.as_deref()?, &shape));
+            let read: Vec<Option<Landmarks<'_>>> = read.collect();
+            if let Some(all) = self.whole(&read) {
+                self.take_in_together(pages, &all, &mut known);
+                continue;
+            }
+            for (page, read) in pages.iter().zip(read) {
                 let has_room = match read {
                     Some(landmarks) => self.take_in(*page, &landmarks, &mut known),
                     None => {
@@ -301,6 +344,12 @@ impl PageStore {
         self.fill_mirror();
     }
 
+    /// The landmarks of a run of pages if each has some and there is room for all of them.
+    fn whole<'a, 'b>(&self, read: &'a [Option<Landmarks<'b>>]) -> Option<Vec<&'a Landmarks<'b>>> {
+        let has_room = self.bytes_with(0, read.len()) <= self.config.bytes;
+        read.iter().map(Option::as_ref).collect::<Option<_>>().filter(|_| has_room)
+    }
+
     /// Takes in a page by its landmarks; false where there is no room. Outliers are added to `known`.
     fn take_in(
         &mut self,
@@ -311,18 +360,37 @@ impl PageStore {
         if !self.make_room(0, 1, &[], true) {
             return false;
         }
-        let (tokens, used) = (landmarks.tokens.clone(), self.tick());
-        let (durable, given, marked) = (true, true, true);
-        self.pages.insert(page, Stored { bytes: None, tokens, durable, given, marked, used });
-        self.order.push(page);
-        let heads = self.index.iter_mut().flatten();
-        let (d, asked) = (self.shape.head_dim, (self.config.estimate, self.rotation.is_some()));
-        heads.zip(landmarks.rows()).for_each(|(head, row)| head.push_row(row, d, asked));
-        if let Some(following) = &mut self.following {
-            following.restore(page, &landmarks.representatives());
-        }
-        landmarks.outliers(known);
+        self.take_in_together(&[page], &[landmarks], known);
         true
+    }
+
+    /// Takes in pages that there is room for by their landmarks, heads side by side.
+    fn take_in_together(
+        &mut self,
+        pages: &[u64],
+        landmarks: &[&Landmarks<'_>],
+        known: &mut HashMap<OutlierAt, Box<[u8]>>,
+    ) {
+        for (page, landmarks) in pages.iter().zip(landmarks) {
+            let (tokens, used) = (landmarks.tokens.clone(), self.tick());
+            let (durable, given, marked) = (true, true, true);
+            self.pages.insert(*page, Stored { bytes: None, tokens, durable, given, marked, used });
+            self.order.push(*page);
+            if let Some(following) = &mut self.following {
+                following.restore(*page, &landmarks.representatives());
+            }
+            landmarks.outliers(known);
+        }
+        let (d, asked) = (self.shape.head_dim, self.asked_of_rows());
+        let heads: Vec<_> = self.index.iter_mut().flatten().enumerate().collect();
+        heads.into_par_iter().for_each(|(at, head)| {
+            landmarks.iter().for_each(|landmarks| head.push_row(landmarks.row(at), d, asked));
+        });
+    }
+
+    /// Whether rows have means, and whether codes are taken in with them.
+    fn asked_of_rows(&self) -> (bool, bool) {
+        (self.config.estimate, self.rotation.is_some())
     }
 
     /// Takes in a page whose landmarks are to be made from it; false where there is no room. A page that cannot be read is
@@ -343,24 +411,35 @@ impl PageStore {
 
     /// Names the outliers as they were named last, with their keys from `known` or else from their pages.
     fn name_restored(&mut self, known: &HashMap<OutlierAt, Box<[u8]>>) {
-        let (d, named) = (self.shape.head_dim, self.named_rows());
-        for layer in 0..self.shape.num_layers {
-            let mut index = std::mem::take(&mut self.index[layer]);
-            for (head, own) in index.iter_mut().enumerate() {
+        let (d, pages) = (self.shape.head_dim, self.named_rows());
+        let mut index = std::mem::take(&mut self.index);
+        let name = |(layer, heads): (usize, &mut Vec<_>)| -> Vec<Vec<u32>> {
+            let heads = heads.iter_mut().enumerate();
+            let name = |(head, own): (usize, &mut HeadIndex)| {
                 let keys_of = |mark: usize| {
                     let keys = known.get(&(layer, head, self.place(mark as u32)))?;
                     let mut out = vec![0f32; SPAN * d];
                     rows::widen_bf16(keys, &mut out);
                     Some(out)
                 };
-                own.name_outliers(&own.least_agreeing(named), d, keys_of);
+                let named = own.least_agreeing(pages);
+                own.name_outliers(&named, d, keys_of);
                 own.set_saved(|_| true);
-            }
-            self.index[layer] = index;
-            // Those that no record had.
-            self.name_outliers(layer, named);
+                named
+            };
+            heads.map(name).collect()
+        };
+        let named: Vec<_> = index.par_iter_mut().enumerate().map(name).collect();
+        self.index = index;
+        // Those that no record had.
+        for (layer, named) in named.iter().enumerate() {
+            self.set_outliers(layer, named);
         }
     }
+}
+
+fn not_read(page: u64, error: &crate::error::Error) {
+    tracing::warn!(page, %error, "a stored page cannot be read: it is recalled no more");
 }
 
 /// A page's landmarks as the disk has them; None, with a warning where they are damaged, if they must be made anew.

@@ -82,6 +82,14 @@ impl HeadIndex {
         }
     }
 
+    /// Makes room for `pages` pages more, which [`HeadIndex::push_row`] takes in.
+    pub(super) fn reserve(&mut self, pages: usize, d: usize, (has_means, has_codes): (bool, bool)) {
+        self.landmarks.reserve_exact(pages * MARKS * 2 * d);
+        self.agreement.reserve_exact(pages * MARKS);
+        self.means.reserve_exact(if has_means { pages * 4 * d } else { 0 });
+        self.key_codes.reserve_exact(if has_codes { pages * coded_bytes(d) } else { 0 });
+    }
+
     /// Pages in it.
     pub(super) fn len(&self) -> usize {
         self.agreement.len() / MARKS - self.let_go

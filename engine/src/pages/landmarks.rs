@@ -156,9 +156,9 @@ impl<'a> Landmarks<'a> {
         })
     }
 
-    /// Of each layer that chooses and each head, what [`HeadIndex::push_row`] takes.
-    pub(super) fn rows(&self) -> impl Iterator<Item = &'a [u8]> {
-        self.rows.chunks_exact(self.row_bytes)
+    /// Of the head `at`, counted over the layers that choose, what [`HeadIndex::push_row`] takes.
+    pub(super) fn row(&self, at: usize) -> &'a [u8] {
+        &self.rows[at * self.row_bytes..(at + 1) * self.row_bytes]
     }
 
     /// Mean representatives of each layer that chooses, all heads side by side; none where they were not asked for.
@@ -213,7 +213,7 @@ mod tests {
             let (bytes, rows) = sample(count);
             let read = Landmarks::read(&bytes, &SHAPE).unwrap();
             assert_eq!(read.tokens[63], 63_000);
-            assert_eq!(read.rows().flatten().copied().collect::<Vec<u8>>(), rows);
+            assert_eq!((0..4).flat_map(|at| read.row(at)).copied().collect::<Vec<u8>>(), rows);
             assert_eq!((read.representatives().len(), read.representatives()[23]), (24, 23.0));
             let mut known = HashMap::new();
             read.outliers(&mut known);
@@ -272,7 +272,7 @@ mod tests {
                 bytes.extend(tail);
             }
             if let Some(read) = Landmarks::read(&bytes, &SHAPE) {
-                prop_assert_eq!(read.rows().map(<[u8]>::len).sum::<usize>(), rows.len());
+                prop_assert_eq!((0..4).map(|at| read.row(at).len()).sum::<usize>(), rows.len());
                 prop_assert_eq!(read.representatives().len(), 24);
                 read.outliers(&mut HashMap::new());
             }

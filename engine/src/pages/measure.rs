@@ -4,6 +4,7 @@
 
 mod choice;
 mod intake;
+mod opening;
 
 use super::index::{HeadIndex, SPAN};
 use super::scan::{Scan, Taken, span_of};

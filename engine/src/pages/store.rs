@@ -331,9 +331,14 @@ impl PageStore {
     /// not in memory.
     pub(super) fn stored_rows(&self, page: u64, layer: usize, kind: usize) -> Option<&[u8]> {
         let bytes = self.pages.get(&page)?.bytes.as_ref()?;
+        Some(self.rows_in(bytes, layer, kind))
+    }
+
+    /// All heads' keys or values of one layer in the bytes of a page.
+    pub(super) fn rows_in<'a>(&self, bytes: &'a [u8], layer: usize, kind: usize) -> &'a [u8] {
         let row_bytes = self.config.precision.row_bytes(self.shape.head_dim);
         let half = self.shape.num_kv_heads * PAGE_TOKENS * row_bytes;
-        bytes.get((2 * layer + kind) * half..(2 * layer + kind + 1) * half)
+        &bytes[(2 * layer + kind) * half..(2 * layer + kind + 1) * half]
     }
 
     /// Bytes of stored pages by index row, for loops that read many: None where a page is not in memory.

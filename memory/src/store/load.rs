@@ -15,7 +15,7 @@ use super::segment::Segment;
 use super::state::{PartitionKey, State, partition_key};
 use super::vectors::head;
 use crate::format::image::Image;
-use crate::format::{Body, ChunkSpan, Key, Record, StoreRecord, TurnRecord, decode_names};
+use crate::format::{Body, ChunkSpan, Key, Kind, Record, StoreRecord, TurnRecord, decode_names};
 use crate::partition::{Partition, Place};
 use crate::summary::Summary;
 use crate::{Embedder, Error, Result, Scope};
@@ -225,7 +225,8 @@ impl Loader<'_> {
         let mut commits = BTreeSet::new();
         for segment in state.segments.values() {
             let end = live_ends.get(&segment.number()).copied().unwrap_or(0);
-            segment.walk(end, |blob, payload| {
+            // Pages of windows that were written since lie there by the hundred megabytes.
+            segment.walk_of(end, Kind::is_body, |blob, payload| {
                 let Ok(body) = Body::decode(blob.kind, payload) else { return };
                 let is_unknown = match state.sessions.get(&body.head.session) {
                     Some(session) => body.head.turn >= session.num_turns,

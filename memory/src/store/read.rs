@@ -13,6 +13,9 @@ use crate::format::{BlobRef, Body, Key, Record, SEGMENT_HEADER_BYTES, TurnRecord
 use crate::partition::{Chunk, Place};
 use crate::{ChunkId, Error, ErrorKind, Metadata, Result, Scope, Snapshot, Source, Turn, TurnId};
 
+/// Threads that read a snapshot at most: beyond them memory is the limit.
+const MAX_READERS: usize = 8;
+
 /// A remembered piece of text, for a list of what memory holds.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -188,12 +191,8 @@ impl Store {
                 pages.len()
             )));
         }
-        let mut snapshot =
-            Snapshot { position: record.position, state: read(state_blob)?, pages: Vec::new() };
-        for (page, blob) in pages {
-            snapshot.pages.push((page, read(blob)?));
-        }
-        Ok(Some(snapshot))
+        let (position, state) = (record.position, read(state_blob)?);
+        Ok(Some(Snapshot { position, state, pages: read_side_by_side(pages)? }))
     }
 
     /// One stored page of the scope's session, in its window or evicted and kept; none if it is not stored.
@@ -201,13 +200,25 @@ impl Store {
     /// # Errors
     /// `Corrupted` if it is damaged.
     pub fn page(&self, scope: &Scope, page: u64) -> Result<Option<Vec<u8>>> {
+        let mut out = Vec::new();
+        Ok(self.page_into(scope, page, &mut out)?.then_some(out))
+    }
+
+    /// [`Store::page`] in the memory of `out`, which many pages one after the other need not ask the system for; false if
+    /// the page is not stored.
+    ///
+    /// # Errors
+    /// `Corrupted` if it is damaged; what is in `out` then is unknown.
+    pub fn page_into(&self, scope: &Scope, page: u64, out: &mut Vec<u8>) -> Result<bool> {
         scope.check_session("page")?;
         let blob = {
             let state = self.read();
             let record = state.session(scope).and_then(|(_, session)| session.pages.get(&page));
             record.map(|record| open(&state, record.blob)).transpose()?
         };
-        blob.map(read).transpose()
+        let Some((segment, blob)) = blob else { return Ok(false) };
+        segment.read_into(&blob, out)?;
+        Ok(true)
     }
 
     /// Indexes of the stored pages of the scope's session, ascending, evicted and kept ones included.
@@ -321,6 +332,27 @@ pub(super) fn open(state: &State, blob: BlobRef) -> Result<OpenBlob> {
 
 fn read((segment, blob): OpenBlob) -> Result<Vec<u8>> {
     segment.read(&blob)
+}
+
+/// Reads a window's pages, hundred megabytes of a model's, on a few threads at once.
+fn read_side_by_side(pages: Vec<(u64, OpenBlob)>) -> Result<Vec<(u64, Vec<u8>)>> {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_READERS));
+    let mut rest = pages.into_iter();
+    let each = rest.len().div_ceil(threads);
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = (0..threads)
+            .map(|_| {
+                let part: Vec<_> = rest.by_ref().take(each).collect();
+                let part = part.into_iter().map(|(page, blob)| Ok((page, read(blob)?)));
+                scope.spawn(move || part.collect::<Result<Vec<_>>>())
+            })
+            .collect();
+        let mut all = Vec::new();
+        for part in parts {
+            all.extend(part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(all)
+    })
 }
 
 /// A turn's body; an error names the turn.

@@ -1,6 +1,8 @@
 //! Append-only segment files: checksummed records that the database refers to.
 //! Knows nothing of what a record means.
 
+mod walk;
+
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -77,6 +79,13 @@ impl Segment {
 
     /// The payload that `blob` names, checked against its header and hash.
     pub(crate) fn read(&self, blob: &BlobRef) -> Result<Vec<u8>> {
+        let mut payload = Vec::new();
+        self.read_into(blob, &mut payload)?;
+        Ok(payload)
+    }
+
+    /// [`Segment::read`] in the memory of `payload`, whose bytes are unknown after an error.
+    pub(crate) fn read_into(&self, blob: &BlobRef, payload: &mut Vec<u8>) -> Result<()> {
         let lost = |why: String| {
             Error::corrupted(format!("read {} at {}: {why}", self.path.display(), blob.offset))
         };
@@ -90,24 +99,28 @@ impl Segment {
         }
         // Apart, so that a payload of megabytes is not copied once more.
         let mut header = [0; RECORD_HEADER_BYTES as usize];
-        let mut payload = vec![0; blob.len as usize];
+        let len = blob.len as usize;
+        match payload.capacity() < len {
+            // The system's zeros need not be written.
+            true => *payload = vec![0; len],
+            false => payload.resize(len, 0),
+        }
         self.file
             .read_exact_at(&mut header, blob.offset)
-            .and_then(|()| self.file.read_exact_at(&mut payload, blob.offset + RECORD_HEADER_BYTES))
+            .and_then(|()| self.file.read_exact_at(payload, blob.offset + RECORD_HEADER_BYTES))
             .map_err(|source| Error::io("read", &self.path, source))?;
         let header = parse_record_header(&header)?;
         if header != (blob.kind, blob.len, blob.hash) {
             return Err(lost("the record is another than the one referred to".into()));
         }
-        if payload_hash(blob.kind, &payload) != blob.hash {
+        if payload_hash(blob.kind, payload) != blob.hash {
             return Err(lost("checksum does not match".into()));
         }
-        match &self.cipher {
-            None => Ok(payload),
-            Some(cipher) => {
-                cipher.open(&[blob.kind.code()], &payload).map_err(|error| lost(error.to_string()))
-            }
+        if let Some(cipher) = &self.cipher {
+            let opened = cipher.open(&[blob.kind.code()], payload);
+            *payload = opened.map_err(|error| lost(error.to_string()))?;
         }
+        Ok(())
     }
 
     /// The payload's bytes as they are, damaged or not; zeros where the file ends early.
@@ -128,38 +141,6 @@ impl Segment {
             .read_exact_at(&mut bytes, start)
             .map_err(|source| Error::io("read", &self.path, source))?;
         Ok(bytes)
-    }
-
-    /// Calls `each` with every intact record from `start` on, referred to or not, and skips damaged bytes.
-    /// It gets where the record lies, and the payload.
-    pub(crate) fn walk(&self, start: u64, mut each: impl FnMut(BlobRef, &[u8])) -> Result<()> {
-        let start = start.max(SEGMENT_HEADER_BYTES);
-        let bytes = self.read_raw(start, self.len()?.saturating_sub(start) as usize)?;
-        let mut at = 0;
-        while let Some(header) = bytes.get(at..at + RECORD_HEADER_BYTES as usize) {
-            let payload_at = at + RECORD_HEADER_BYTES as usize;
-            let record = parse_record_header(header).ok().and_then(|(kind, len, hash)| {
-                let payload = bytes.get(payload_at..payload_at + len as usize)?;
-                let offset = start + at as u64;
-                let blob = BlobRef { segment: self.number, offset, len, hash, kind };
-                (payload_hash(kind, payload) == hash).then_some((blob, payload))
-            });
-            at = match record {
-                Some((blob, payload)) => {
-                    match &self.cipher {
-                        None => each(blob, payload),
-                        Some(cipher) => {
-                            if let Ok(payload) = cipher.open(&[blob.kind.code()], payload) {
-                                each(blob, &payload);
-                            }
-                        }
-                    }
-                    payload_at + payload.len()
-                }
-                None => at + 1,
-            };
-        }
-        Ok(())
     }
 }
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The default model's.
-const SHAPE: CacheShape = CacheShape {
+pub(super) const SHAPE: CacheShape = CacheShape {
     num_layers: 30,
     num_kv_heads: 3,
     head_dim: 64,
@@ -24,15 +24,17 @@ const SHAPE: CacheShape = CacheShape {
     window_tokens: 2048,
     block_tokens: 512,
 };
+/// Set in the number of a page's landmarks.
+pub(super) const LANDMARKS: u64 = 1 << 39;
 /// As `feeding.rs` has them.
 const COMMIT_TOKENS: usize = 8192;
 
 /// How long each part took.
 #[derive(Default)]
-struct Parts(Vec<(&'static str, Duration)>);
+pub(super) struct Parts(Vec<(&'static str, Duration)>);
 
 impl Parts {
-    fn time<T>(&mut self, part: &'static str, work: impl FnOnce() -> T) -> T {
+    pub(super) fn time<T>(&mut self, part: &'static str, work: impl FnOnce() -> T) -> T {
         let started = Instant::now();
         let out = work();
         let took = started.elapsed();
@@ -43,7 +45,7 @@ impl Parts {
         out
     }
 
-    fn print(&self, name: &str, pages: usize) {
+    pub(super) fn print(&self, name: &str, pages: usize) {
         let all: Duration = self.0.iter().map(|(_, took)| *took).sum();
         for (part, took) in self.0.iter().chain([&("all", all)]) {
             println!(
@@ -51,6 +53,14 @@ impl Parts {
                 took.as_secs_f64() * 1e3 / pages as f64
             );
         }
+    }
+}
+
+/// The processor, or the card that is asked for.
+pub(super) fn device() -> Device {
+    match std::env::var("MKA_INTAKE_DEVICE").as_deref() {
+        Ok("cuda") => Device::new_cuda(0).unwrap(),
+        _ => Device::Cpu,
     }
 }
 
@@ -69,7 +79,12 @@ fn blocks(device: &Device) -> Vec<Tensor> {
 }
 
 /// Feeds `pages` pages; with `first_layer` and a mirror as given, and commits to `store`.
-fn feed(pages: usize, first_layer: usize, mirrored: bool, store: Option<&Store>) -> Parts {
+pub(super) fn feed(
+    pages: usize,
+    first_layer: usize,
+    mirrored: bool,
+    store: Option<&Store>,
+) -> Parts {
     let config = PageConfig {
         first_layer,
         bytes: 32 << 30,
@@ -78,10 +93,7 @@ fn feed(pages: usize, first_layer: usize, mirrored: bool, store: Option<&Store>)
         ..PageConfig::default()
     };
     let frequencies = Frequencies::new(1e5, SHAPE.head_dim, &RopeScaling::None);
-    let device = match std::env::var("MKA_INTAKE_DEVICE").as_deref() {
-        Ok("cuda") => Device::new_cuda(0).unwrap(),
-        _ => Device::Cpu,
-    };
+    let device = device();
     let mut cache = Cache::new(SHAPE, &device).unwrap();
     cache.keep_pages(config);
     if mirrored && device.is_cpu() {
@@ -113,9 +125,13 @@ fn feed(pages: usize, first_layer: usize, mirrored: bool, store: Option<&Store>)
     parts
 }
 
+/// The session that pages are committed to.
+pub(super) fn scope() -> Scope {
+    Scope::user("ada").session("long")
+}
+
 /// What `Conversation::commit` does with pages.
 fn commit(cache: &mut Cache, store: &Store, dirty_from: u64, parts: &mut Parts) {
-    const LANDMARKS: u64 = 1 << 39;
     parts.time("taken in", || cache.absorb_all().unwrap());
     let window = cache.window_pages(cache.position());
     let dirty: Vec<u64> = window.iter().copied().filter(|page| *page >= dirty_from).collect();
@@ -134,7 +150,7 @@ fn commit(cache: &mut Cache, store: &Store, dirty_from: u64, parts: &mut Parts) 
         pages,
         window,
     };
-    let scope = Scope::user("ada").session("long");
+    let scope = scope();
     let commit = Commit { snapshot: Some(snapshot), ..Commit::default() };
     parts.time("committed, beside the model", || store.commit(&scope, commit).unwrap());
     parts.time("marked as stored", || {

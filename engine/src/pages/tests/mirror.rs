@@ -280,10 +280,10 @@ mod cuda {
     }
 }
 
-#[test]
-fn a_restored_mirror_is_filled_from_pages_that_are_read_in_their_turn() {
+/// A session behind 3,000 tokens, committed, and the same one as it is opened again, its pages on the device.
+fn opened_with_mirror(precision: PagePrecision, lost: Option<u64>) -> (Decoder, [Cache; 2], usize) {
     let decoder = load("qwen3");
-    let config = PageConfig { tokens: 128, precision: PagePrecision::Bf16, ..config() };
+    let config = PageConfig { tokens: 128, precision, ..config() };
     let elsewhere = Arc::new(Elsewhere::default());
     let mut straight = cache(&decoder, 64, Some(config.clone()));
     straight.pages_mut().unwrap().mirror_on_device();
@@ -292,13 +292,37 @@ fn a_restored_mirror_is_filled_from_pages_that_are_read_in_their_turn() {
         commit(&mut straight, &elsewhere);
     }
     let mut restored = reopened(&decoder, &straight, &config, &elsewhere);
+    if let Some(page) = lost {
+        elsewhere.pages.lock().unwrap().remove(&page);
+    }
     let store = restored.pages_mut().unwrap();
     store.mirror_on_device();
     store.fill_mirror();
-    assert!(store.mirror.is_some());
-    assert_eq!(elsewhere.num_read.load(Ordering::Relaxed), store.order.len());
-    let asked = tokens(90);
-    let went_on = run(&decoder, &mut straight, &asked, &[50, 1]);
-    assert_eq!(run(&decoder, &mut restored, &asked, &[50, 1]), went_on);
-    assert!(restored.pages().unwrap().mirror.is_some());
+    let num_read = elsewhere.num_read.load(Ordering::Relaxed);
+    (decoder, [straight, restored], num_read)
+}
+
+#[test]
+fn a_restored_mirror_is_filled_from_pages_that_memory_need_not_hold() {
+    for precision in [PagePrecision::F32, PagePrecision::Bf16, PagePrecision::Int8] {
+        let (decoder, [mut straight, mut restored], num_read) = opened_with_mirror(precision, None);
+        let store = restored.pages().unwrap();
+        assert!(store.mirror.is_some());
+        assert!(store.order.len() > crate::pages::filling::FILL_PAGES);
+        assert_eq!(num_read, store.order.len());
+        assert!(store.pages.values().all(|stored| stored.bytes.is_none()), "{precision:?}");
+        let asked = tokens(90);
+        let went_on = run(&decoder, &mut straight, &asked, &[50, 1]);
+        assert_eq!(run(&decoder, &mut restored, &asked, &[50, 1]), went_on, "{precision:?}");
+        assert!(restored.pages().unwrap().mirror.is_some());
+    }
+}
+
+#[test]
+fn a_page_that_cannot_be_read_leaves_the_choice_to_the_processor() {
+    let (decoder, [_, mut restored], _) = opened_with_mirror(PagePrecision::Bf16, Some(20));
+    assert!(restored.pages().unwrap().mirror.is_none());
+    assert!(!restored.pages().unwrap().pages[&20].durable);
+    let logits = run(&decoder, &mut restored, &tokens(90), &[50, 1]);
+    assert!(logits.iter().flatten().all(|x| x.is_finite()));
 }

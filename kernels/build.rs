@@ -15,6 +15,9 @@ const TARGETS: &[&str] = &[
     "-gencode=arch=compute_80,code=compute_80",
 ];
 
+/// Of files whose name ends in `_sm90`: machine code for compute capability 9.0 alone.
+const TARGETS_SM90: &[&str] = &["-gencode=arch=compute_90a,code=sm_90a"];
+
 const FLAGS: &[&str] = &["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--compress-mode=size"];
 
 fn main() {
@@ -53,7 +56,7 @@ fn compile() -> Result<(), String> {
     sources.sort();
     headers.sort();
     let mut shared = DefaultHasher::new();
-    (&version, FLAGS, TARGETS).hash(&mut shared);
+    (&version, FLAGS, TARGETS, TARGETS_SM90).hash(&mut shared);
     for header in &headers {
         read(header)?.hash(&mut shared);
     }
@@ -88,7 +91,7 @@ fn compile_all(nvcc: &Path, jobs: &[(PathBuf, PathBuf)]) -> Result<(), String> {
             // Written under another name first: a build that is killed leaves no half file behind.
             let partial = fatbin.with_extension("partial");
             let mut command = Command::new(nvcc);
-            command.args(FLAGS).args(TARGETS).arg("-o").arg(&partial).arg(source);
+            command.args(FLAGS).args(targets(source)).arg("-o").arg(&partial).arg(source);
             run(&mut command)?;
             fs::rename(&partial, fatbin).map_err(|e| format!("{}: {e}", fatbin.display()))?;
         }
@@ -100,6 +103,11 @@ fn compile_all(nvcc: &Path, jobs: &[(PathBuf, PathBuf)]) -> Result<(), String> {
             worker.join().unwrap_or_else(|_| Err("a compiling thread panicked".into()))
         })
     })
+}
+
+fn targets(source: &Path) -> &'static [&'static str] {
+    let stem = source.file_stem().and_then(|stem| stem.to_str());
+    if stem.is_some_and(|stem| stem.ends_with("_sm90")) { TARGETS_SM90 } else { TARGETS }
 }
 
 fn find_nvcc() -> Result<PathBuf, String> {

@@ -36,15 +36,14 @@ struct PagedParams {
 };
 static_assert(sizeof(PagedParams) <= 4096, "parameters of a launch");
 
+// Entry of a list in device memory.
+__device__ __forceinline__ Page page_of(const Page *table, uint32_t i) {
+  const uint4 x = __ldg(reinterpret_cast<const uint4 *>(table) + i);
+  return Page{x.x, int32_t(x.y), x.z, __uint_as_float(x.w)};
+}
+
 __device__ __forceinline__ Page page_at(const PagedParams &p, uint32_t i) {
-  if (p.table == nullptr) return p.pages[i];
-  const uint4 x = __ldg(reinterpret_cast<const uint4 *>(p.table) + i);
-  Page page;
-  page.slot = x.x;
-  page.start = int32_t(x.y);
-  page.len = x.z;
-  page.bias = __uint_as_float(x.w);
-  return page;
+  return p.table == nullptr ? p.pages[i] : page_of(p.table, i);
 }
 
 // First position, relative to the first query's, that query token `i` sees; the host keeps distances below 2^30.
@@ -102,8 +101,8 @@ __device__ __forceinline__ float rescale_from(float old_max, float new_max) {
 // Stores this block's part of a tile (in `acc`, 8 rows of `stride` floats, `max`, `sum`: shared memory) and, in the
 // last block of the tile to arrive, adds all parts in the order of the splits: one launch, one order of additions.
 // `weights`: 8 · MAX_SPLITS floats of shared memory, not overlapping the others. All threads of the block call it.
-template <typename T, int D, int THREADS>
-__device__ void finish_split(const PagedParams &p, uint32_t head, uint32_t tile, uint32_t split, const float *acc,
+template <typename T, int D, int THREADS, class Params>
+__device__ void finish_split(const Params &p, uint32_t head, uint32_t tile, uint32_t split, const float *acc,
                              int stride, const float *max, const float *sum, float *weights) {
   __shared__ bool is_last;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;

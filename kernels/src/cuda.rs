@@ -119,11 +119,36 @@ pub(crate) fn launch<P: DeviceRepr>(
 /// # Errors
 /// If the driver does not say.
 pub(crate) fn max_shared_bytes(device: &CudaDevice) -> Result<usize> {
-    let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-    let bytes = device.cuda_stream().context().attribute(limit).map_err(|e| {
-        candle_core::Error::Msg(format!("cuda: read the card's shared memory a block: {e}"))
+    attribute(
+        device,
+        sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+    )
+}
+
+/// Multiprocessors of the card.
+///
+/// # Errors
+/// If the driver does not say.
+pub(crate) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
+    attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+}
+
+/// Whether the card runs the code of sm_90a, and so the files that [`launch`] knows by the ending `_sm90`: those of
+/// compute capability 9.0.
+///
+/// # Errors
+/// If the driver does not say.
+pub(crate) fn is_sm90(device: &CudaDevice) -> Result<bool> {
+    let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    let minor = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+    Ok(attribute(device, major)? == 9 && attribute(device, minor)? == 0)
+}
+
+fn attribute(device: &CudaDevice, attribute: sys::CUdevice_attribute) -> Result<usize> {
+    let value = device.cuda_stream().context().attribute(attribute).map_err(|e| {
+        candle_core::Error::Msg(format!("cuda: ask the card for {attribute:?}: {e}"))
     })?;
-    Ok(bytes as usize)
+    Ok(value as usize)
 }
 
 /// A loaded file and what was asked of it so far.

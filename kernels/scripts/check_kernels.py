@@ -1,112 +1,24 @@
 """Checks and times kernels of `kernels/cuda` where there is a card, nvcc and PyTorch but no Rust.
 
-python3 check_kernels.py [--checks] [route] [ema] [decode] [backward]
+python3 check_kernels.py [--checks] [--cubins DIR] [route] [ema] [decode] [backward]
 
 Compiles each file for the card with nvcc, launches it through the driver on PyTorch's memory, compares with f64 and
-prints a table; --checks leaves the tables out (for compute-sanitizer). Knows the parameter structs of the .cu files:
+prints a table; --checks leaves the tables out (for compute-sanitizer). Of files that lie compiled in DIR, as
+`nvcc -cubin` leaves them, it takes those. Knows the parameter structs of the .cu files:
 a struct that changes there changes here.
 """
 
-import ctypes
 import math
 import os
 import re
-import statistics
 import struct
-import subprocess
 import sys
-import tempfile
 
 import torch
+from card import CUDA, SOURCES, SUFFIX, Module, address, cdiv, compiled_modules, error, median_us, poisoned
+from check_decode import decode
 
-SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "cuda")
-DRIVER = ctypes.CDLL("libcuda.so.1")
-SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 RATES = [0.9, 0.99, 0.999, 0.0]
-MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-CUDA = "cuda"
-
-
-def cdiv(a, b):
-    return -(-a // b)
-
-
-def poisoned(*shape, dtype=torch.float32):
-    return torch.full(shape, float("nan"), device=CUDA, dtype=dtype)
-
-
-def address(x):
-    return x.data_ptr() if torch.is_tensor(x) else x or 0
-
-
-def call(result, what):
-    if result:
-        raise RuntimeError(f"{what}: CUDA error {result}")
-
-
-class Module:
-    """One .cu file, compiled and loaded."""
-
-    def __init__(self, stem):
-        source, out = os.path.join(SOURCES, stem + ".cu"), os.path.join(tempfile.mkdtemp(), stem + ".cubin")
-        arch = "sm_%d%d" % torch.cuda.get_device_capability()
-        arch += "a" if arch == "sm_90" else ""
-        command = ["nvcc", "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas", "-v", "-o", out, source]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        kernel = ""
-        for line in report.splitlines():
-            if "Compiling entry" in line:
-                kernel = line.split("'")[1]
-            elif "spill" in line and " 0 bytes spill stores" not in line:
-                print(f"{kernel}: {line.strip()}")
-        self.module, self.functions = ctypes.c_void_p(), {}
-        call(DRIVER.cuModuleLoadData(ctypes.byref(self.module), open(out, "rb").read()), "load " + stem)
-
-    def launch(self, name, grid, block, params, shared=0):
-        if name not in self.functions:
-            function = ctypes.c_void_p()
-            call(DRIVER.cuModuleGetFunction(ctypes.byref(function), self.module, name.encode()), name)
-            if shared > 48 * 1024:
-                call(DRIVER.cuFuncSetAttribute(function, MAX_SHARED, shared), name)
-            self.functions[name] = function
-        params += b"\0" * (-len(params) % 8)
-        buffer = ctypes.create_string_buffer(params, len(params))
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        call(DRIVER.cuLaunchKernel(self.functions[name], *grid, block, 1, 1, shared, stream, arguments, None), name)
-
-
-def median_us(work, rounds=15):
-    """Median of the device's times, L2 flushed before each: written twice, then read."""
-    flush = torch.empty(32 << 20, dtype=torch.float32, device=CUDA)
-    times = []
-    for i in range(rounds + 3):
-        flush.zero_()
-        flush.zero_()
-        flush.sum()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
-
-
-def copy_rate():
-    x = torch.empty(256 << 20, dtype=torch.uint8, device=CUDA).random_()
-    y = torch.empty_like(x)
-    rate = 2 * x.numel() / median_us(lambda: y.copy_(x)) * 1e6
-    print(f"copy {rate / 1e9:.0f} GB/s (256 MiB, read and written)")
-    return rate
-
-
-def error(got, expected):
-    """Largest difference over the largest value expected; NaN is infinite."""
-    difference = (got.double() - expected.detach()).abs()
-    difference = torch.where(difference.isnan(), torch.full_like(difference, float("inf")), difference)
-    return float((difference.max() / expected.detach().abs().max().clamp(min=1e-6)).detach())
 
 
 def report(name, errors, bounds):
@@ -341,7 +253,7 @@ def check_into_pages(modules, t, d, offset):
 
 
 def route(checks):
-    modules = {file: Module(file) for file in ("route_forward", "route_backward")}
+    modules = compiled_modules(["route_forward", "route_backward"])
     shapes = [(1, 1, 1, 64), (2, 65, 4, 128), (1, 127, 1, 256), (3, 200, 1, 96), (1, 2500, 2, 128), (2, 2060, 1, 8),
               (1, 5000, 8, 64), (1, 20_000, 1, 64)]
     good = True
@@ -423,45 +335,6 @@ def ema(_):
     for shape in [(1, 1, 1), (1, 1, 8), (2, 127, 12), (1, 128, 4), (3, 129, 7), (1, 1500, 520)]:
         for options in [(3, torch.float32, 0, 1), (4, torch.bfloat16, 10_000, 1), (1, torch.float16, 0, 0)]:
             good &= check_ema(module, shape, *options)
-    return good
-
-
-def decode(checks):
-    """One token over pages in random slots; the times of several splits."""
-    module, good = Module("paged_decode_sm80"), True
-    rate = None if checks else copy_rate()
-    for h, g, d in [(32, 8, 128), (32, 8, 64), (9, 3, 64)]:
-        for keys in [4096] if checks else [4096, 32768, 65536, 131072, 262144]:
-            size = 2 * keys * g * d * 2
-            if size > 520 << 20:
-                continue
-            pages, order = keys // 64, torch.randperm(keys // 64)
-            k, v = (torch.randn(pages, g, 64, d, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-            q, out = (torch.randn(1, h, d, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-            table = torch.zeros(pages, 4, dtype=torch.int32)
-            table[:, 0], table[:, 1], table[:, 2] = order, torch.arange(pages) * 64 - (keys - 1), 64
-            table, lse = table.to(CUDA), poisoned(1, h)
-            counters = torch.zeros(4096, dtype=torch.int32, device=CUDA)
-            flat = lambda x: x[order.to(CUDA)].float().transpose(0, 1).reshape(g, keys, d)
-            scores = q.view(g, h // g, d).float() @ flat(k).transpose(1, 2) / d**0.5
-            expected = (torch.softmax(scores, -1) @ flat(v)).reshape(h, d)
-            cells = []
-            for splits in [16, 32, 49, 66, 128]:
-                if splits > pages:
-                    continue
-                partial = poisoned(g * splits * 8 * (d + 2))
-                tensors = (q, k, v, out, lse, partial, counters, table)
-                params = struct.pack("<8Q", *map(address, tensors)) + struct.pack("<3Q", keys - 1, 2**64 - 1, 2**64 - 1)
-                params += struct.pack("<7If", 1, h, g, h // g, pages, 1, splits, d**-0.5 * 1.4426950408889634)
-                params += b"\0" * 3200
-                out.fill_(float("nan"))
-                work = lambda: module.launch(f"paged_decode_bf16_{d}", (g, splits, 1), 128, params)
-                work()
-                good &= error(out.view(h, d), expected.double()) < 2e-2
-                if not checks:
-                    us = median_us(work)
-                    cells.append(f"{splits}: {us:.1f} ({size / us * 1e6 / rate:.2f})")
-            print(f"decode {h}/{g} x {d}, {keys} keys, {size >> 20} MB, splits: µs (of copy):", ", ".join(cells))
     return good
 
 

@@ -1,6 +1,7 @@
 //! The CUDA side of every op against its f64 reference. Skipped, with the reason printed, where there is no device.
 
 mod attention;
+mod decode;
 mod elementwise;
 mod flash;
 mod packed;

@@ -98,6 +98,10 @@ pub(crate) struct PageOptions {
     #[arg(long)]
     #[serde(default)]
     pub(crate) page_windowed_feed: bool,
+    /// The rare words of a question pin no stored tokens.
+    #[arg(long)]
+    #[serde(default)]
+    pub(crate) page_no_pins: bool,
     /// Tokens that are not recalled enter the softmax through the means of their pages.
     #[arg(long)]
     pub(crate) page_estimate: bool,
@@ -124,6 +128,7 @@ impl PageOptions {
         if self.page_dense {
             config.prefill = Prefill::Dense;
         }
+        config.lexical &= !self.page_no_pins;
         config.estimate |= self.page_estimate;
         if let Some(mib) = self.page_device_mib {
             config.device_bytes = mib << 20;

@@ -100,7 +100,7 @@ pub(crate) struct PageOptions {
     pub(crate) page_windowed_feed: bool,
     /// The rare words of a question pin no stored tokens.
     #[arg(long)]
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) page_no_pins: bool,
     /// Tokens that are not recalled enter the softmax through the means of their pages.
     #[arg(long)]

@@ -52,11 +52,7 @@ enum Command {
     Compare(compare::Args),
     /// Does jobs read as lines of JSON from standard input: what the other commands start as processes apart.
     #[command(hide = true)]
-    Job {
-        /// More than one job comes.
-        #[arg(long)]
-        stay: bool,
-    },
+    Job,
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -75,6 +71,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Command::Attention(args) => attention::run(&args),
         Command::Inference(args) => inference::run(&args),
         Command::Compare(args) => compare::run(&args),
-        Command::Job { stay } => job::serve(stay),
+        Command::Job => job::serve(),
     }
 }

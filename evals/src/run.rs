@@ -208,7 +208,8 @@ fn answer(
     let next = benchmark.follow_up(&sample.cell, &first.output)?;
     let (reasoning, sample, answer) = match &next {
         None => (String::new(), sample, first),
-        Some(next) => (first.output, next, subject.answer(next, fed)?),
+        // Asked apart: what `fed` holds was asked the first question.
+        Some(next) => (first.output, next, subject.answer(next, &mut None)?),
     };
     let scored = |metric: &Metric| -> Result<f64> {
         let score = (metric.score)(&answer.output, &sample.references, &sample.classes);

@@ -87,6 +87,7 @@ pub(crate) struct Options {
     /// One process does all samples of a job, each with the engine and its store opened again, in the place of processes
     /// for each: what a CUDA device takes to start is taken once.
     #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(crate) keep_processes: bool,
     /// A server of this machine with OpenAI's interface: name=http://127.0.0.1:8000/v1,model.
     #[arg(long, value_name = "NAME=URL,MODEL")]

@@ -3,25 +3,27 @@
 //!
 //! A job goes in as a line of JSON and its outcome, or what went wrong, comes out as one.
 
-use super::{Job, Outcome, Result, Scratch, run};
-use mka::{Engine, ModelSource};
+use super::{Job, Outcome, Result, run};
 use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Runs `job` in a new process of this program with `threads` threads (0: all cores).
 pub(crate) fn spawn(job: &Job, threads: usize) -> Result<Outcome> {
-    let mut worker = Worker::start(threads, false)?;
-    let sent = worker.send(job);
-    drop(worker.input.take());
-    let received = worker.receive();
-    let output = worker.child.wait_with_output()?;
+    let mut command = command(threads)?;
+    let mut child = command.stderr(Stdio::piped()).spawn()?;
+    let line = line_of(job)?;
+    // Its end is closed with this, and what it says on both ways out is read at once.
+    let sent = child.stdin.take().map(|mut input| input.write_all(&line));
+    let output = child.wait_with_output()?;
     // A process that ends early breaks the pipe too: what it says itself is the cause.
+    let said = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
         return Err(format!("job: {}: {}", output.status, said.trim()).into());
     }
-    sent.and(received)
+    sent.ok_or("job: no standard input")??;
+    let outcome = outcome_of(&String::from_utf8_lossy(&output.stdout));
+    Ok(outcome.map_err(|error| format!("{error} {}", said.trim()))?)
 }
 
 /// Runs `job` in the process that does this thread's jobs, which is started with the first one and ends with the thread.
@@ -33,110 +35,88 @@ pub(crate) fn spawn_kept(job: &Job, threads: usize) -> Result<Outcome> {
     WORKER.with_borrow_mut(|kept| {
         let worker = match kept {
             Some(worker) => worker,
-            None => kept.insert(Kept(Worker::start(threads, true)?)),
+            None => kept.insert(Kept::start(threads)?),
         };
-        let outcome = worker.0.send(job).and_then(|()| worker.0.receive());
-        if worker.0.is_broken {
+        let outcome = worker.run(job);
+        if outcome.is_err() {
+            // What went wrong may have left its device, or what is on its way out, in no state to go on with.
             *kept = None;
         }
         outcome
     })
 }
 
-/// A process that does jobs.
-struct Worker {
+/// This program as a process that does jobs.
+fn command(threads: usize) -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("job").stdin(Stdio::piped()).stdout(Stdio::piped());
+    if threads > 0 {
+        command.env("RAYON_NUM_THREADS", threads.to_string());
+    }
+    Ok(command)
+}
+
+fn line_of(job: &Job) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(job)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+fn outcome_of(line: &str) -> Result<Outcome> {
+    let outcome: Result<Outcome, String> =
+        serde_json::from_str(line).map_err(|e| format!("job: {e}: {line:?}"))?;
+    Ok(outcome.map_err(|error| format!("job: {error}"))?)
+}
+
+/// A process that does one job after the other and ends when this is dropped.
+struct Kept {
     child: Child,
+    /// None once it is to end.
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
-    /// Whether nothing more can be asked of it.
-    is_broken: bool,
 }
 
-impl Worker {
-    fn start(threads: usize, stays: bool) -> Result<Self> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command.arg("job").stdin(Stdio::piped()).stdout(Stdio::piped());
-        match stays {
-            // It says what goes wrong with a job where its outcome would be.
-            true => command.arg("--stay").stderr(Stdio::inherit()),
-            false => command.stderr(Stdio::piped()),
-        };
-        if threads > 0 {
-            command.env("RAYON_NUM_THREADS", threads.to_string());
-        }
-        let mut child = command.spawn()?;
+impl Kept {
+    fn start(threads: usize) -> Result<Self> {
+        // It says what goes wrong with a job where its outcome would be.
+        let mut child = command(threads)?.spawn()?;
         let input = child.stdin.take();
         let output = child.stdout.take().ok_or("job: no standard output")?;
-        Ok(Self { child, input, output: BufReader::new(output), is_broken: false })
+        Ok(Self { child, input, output: BufReader::new(output) })
     }
 
-    fn send(&mut self, job: &Job) -> Result<()> {
-        let mut line = serde_json::to_vec(job)?;
-        line.push(b'\n');
-        self.is_broken = true;
+    fn run(&mut self, job: &Job) -> Result<Outcome> {
         let input = self.input.as_mut().ok_or("job: no standard input")?;
-        input.write_all(&line).map_err(|e| format!("job: the process takes no more: {e}"))?;
-        self.is_broken = false;
-        Ok(())
-    }
-
-    fn receive(&mut self) -> Result<Outcome> {
+        input
+            .write_all(&line_of(job)?)
+            .map_err(|e| format!("job: the process takes no more: {e}"))?;
         let mut line = String::new();
-        self.is_broken = self.output.read_line(&mut line)? == 0;
-        if self.is_broken {
-            return Err("job: the process ended before its job".into());
+        match self.output.read_line(&mut line)? {
+            0 => Err("job: the process ended before its job".into()),
+            _ => outcome_of(&line),
         }
-        let outcome: Result<Outcome, String> = serde_json::from_str(&line)?;
-        Ok(outcome.map_err(|error| format!("job: {error}"))?)
     }
 }
-
-/// A process that ends when this is dropped.
-struct Kept(Worker);
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        drop(self.0.input.take());
+        drop(self.input.take());
         // One that cannot be waited for has ended.
-        let _ = self.0.child.wait();
+        let _ = self.child.wait();
     }
 }
 
-/// The other side: does the jobs of standard input, one after the other. With `stays` the device of the first one stays
-/// open until the last.
-pub(crate) fn serve(stays: bool) -> Result<()> {
+/// The other side: does the jobs of standard input, one after the other. A CUDA device that one of them used stays open
+/// until the last: the kernels that were loaded hold it.
+pub(crate) fn serve() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build()?;
-    let mut anchor = None;
     for line in std::io::stdin().lock().lines() {
         let job: Job = serde_json::from_str(&line?)?;
-        if stays && anchor.is_none() {
-            anchor = Some(Anchor::open(&job)?);
-        }
         super::forget_peak_rss();
-        let outcome = runtime.block_on(run(&job)).map_err(|error| error.to_string());
+        let outcome = runtime.block_on(run(&job)).map_err(|error| format!("{error:?}"));
         let mut out = std::io::stdout().lock();
         writeln!(out, "{}", serde_json::to_string(&outcome)?)?;
         out.flush()?;
     }
     Ok(())
-}
-
-/// An engine that is asked nothing: while it is open, so is its device.
-struct Anchor {
-    _engine: Engine,
-    /// Its empty store.
-    _scratch: Scratch,
-}
-
-impl Anchor {
-    fn open(job: &Job) -> Result<Self> {
-        let scratch = Scratch::new("anchor")?;
-        let store = scratch.path().join("store");
-        let mut builder =
-            Engine::builder(store).model(job.model.parse::<ModelSource>()?).quiet(true);
-        if let Some(device) = job.named_device() {
-            builder = builder.device(device.parse()?);
-        }
-        Ok(Self { _engine: builder.open_blocking()?, _scratch: scratch })
-    }
 }

@@ -200,6 +200,7 @@ __device__ __forceinline__ void finish_cluster(const Params &p, uint32_t head, u
       asm volatile("fence.acq_rel.gpu;" ::: "memory");
       if (arrived == clusters) *counter = 0;
     }
+    __syncwarp();
     if (__shfl_sync(0xffffffffu, arrived, 0) != clusters) return;
     own.template add<true>(all, DECODE_ROWS * D, stats, DECODE_ROWS, clusters);
   }

@@ -4,12 +4,12 @@
 //! Every launch goes to the device's one stream, so that launches, copies and the freeing of memory keep their order.
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig,
     PushKernelArg, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaStorageSlice, DeviceId};
 use candle_core::op::BackpropOp;
 use candle_core::{
     CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
@@ -149,6 +149,34 @@ fn attribute(device: &CudaDevice, attribute: sys::CUdevice_attribute) -> Result<
         candle_core::Error::Msg(format!("cuda: ask the card for {attribute:?}: {e}"))
     })?;
     Ok(value as usize)
+}
+
+/// What is kept for each device that was opened, of those that asked last: with it a device keeps its stream and the
+/// handles of its libraries, and a process may open many one after the other.
+pub(crate) struct PerDevice<T>(Mutex<Vec<(DeviceId, T)>>);
+
+impl<T: Default> PerDevice<T> {
+    const DEVICES: usize = 16;
+
+    pub(crate) const fn new() -> Self {
+        Self(Mutex::new(Vec::new()))
+    }
+
+    /// Calls `work` with what is kept for `device`: the default where that is nothing, or was forgotten.
+    pub(crate) fn with<R>(&self, device: &CudaDevice, work: impl FnOnce(&mut T) -> R) -> R {
+        let mut devices = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = devices.iter().position(|(id, _)| *id == device.id());
+        let mut own = match known {
+            Some(at) => devices.remove(at),
+            None => (device.id(), T::default()),
+        };
+        let result = work(&mut own.1);
+        if devices.len() >= Self::DEVICES {
+            devices.remove(0);
+        }
+        devices.push(own);
+        result
+    }
 }
 
 /// A loaded file and what was asked of it so far.

@@ -2,12 +2,12 @@
 //! Knows the kernels' chunks and names; the shapes it gets are checked.
 
 use super::{EmaScan, EmaShape};
-use crate::cuda::{Launch, address, address_of, device_of, launch, output, output_tensor, suffix};
+use crate::cuda::{
+    Launch, PerDevice, address, address_of, device_of, launch, output, output_tensor, suffix,
+};
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::DeviceId;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Tensor};
-use std::sync::{Mutex, PoisonError};
 
 /// Tokens of a chunk and threads of a block, as in the kernels.
 const CHUNK: usize = 128;
@@ -44,18 +44,18 @@ struct EmaParams {
 // SAFETY: plain numbers in C layout, as the kernels declare them.
 unsafe impl DeviceRepr for EmaParams {}
 
-/// The rates on `device`, uploaded once and kept: a process has those of its models, a few numbers each.
+/// The rates on `device`, uploaded once and kept: a device has those of its models, a few numbers each.
 pub(super) fn constant_rates(rates: &[f32], device: &Device) -> Result<Tensor> {
-    static KNOWN: Mutex<Vec<(DeviceId, Vec<u32>, Tensor)>> = Mutex::new(Vec::new());
-    let id = device.as_cuda_device()?.id();
+    static KNOWN: PerDevice<Vec<(Vec<u32>, Tensor)>> = PerDevice::new();
     let bits: Vec<u32> = rates.iter().map(|rate| rate.to_bits()).collect();
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((.., tensor)) = known.iter().find(|(on, has, _)| *on == id && *has == bits) {
-        return Ok(tensor.clone());
-    }
-    let tensor = Tensor::from_slice(rates, rates.len(), device)?;
-    known.push((id, bits, tensor.clone()));
-    Ok(tensor)
+    KNOWN.with(device.as_cuda_device()?, |known| {
+        if let Some((_, tensor)) = known.iter().find(|(has, _)| *has == bits) {
+            return Ok(tensor.clone());
+        }
+        let tensor = Tensor::from_slice(rates, rates.len(), device)?;
+        known.push((bits, tensor.clone()));
+        Ok(tensor)
+    })
 }
 
 struct Launcher<'a> {

@@ -3,12 +3,10 @@
 
 use super::pages::{self, INLINE_PAGES, Page};
 use super::{Call, PagedParams};
-use crate::cuda::{self, Launch};
+use crate::cuda::{self, Launch, PerDevice};
 use crate::pages::PAGE_TOKENS;
-use candle_core::cuda_backend::DeviceId;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor};
-use std::sync::{Mutex, PoisonError};
 
 /// Query rows (tokens · heads of the group) of one tile; as in `cuda/paged.cuh` and `cuda/decode_params.cuh`, like all
 /// numbers here.
@@ -220,12 +218,12 @@ fn even_splits(pages: usize, splits: usize) -> usize {
 
 /// The arrival counters of `device`: zero, and left at zero by every launch.
 fn counters(device: &CudaDevice) -> Result<Tensor> {
-    static COUNTERS: Mutex<Vec<(DeviceId, Tensor)>> = Mutex::new(Vec::new());
-    let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, tensor)) = counters.iter().find(|(id, _)| *id == device.id()) {
-        return Ok(tensor.clone());
-    }
-    let tensor = Tensor::zeros(MAX_COUNTERS, DType::U32, &Device::Cuda(device.clone()))?;
-    counters.push((device.id(), tensor.clone()));
-    Ok(tensor)
+    static COUNTERS: PerDevice<Option<Tensor>> = PerDevice::new();
+    COUNTERS.with(device, |counters| match counters {
+        Some(counters) => Ok(counters.clone()),
+        None => {
+            let zeros = Tensor::zeros(MAX_COUNTERS, DType::U32, &Device::Cuda(device.clone()))?;
+            Ok(counters.insert(zeros).clone())
+        }
+    })
 }

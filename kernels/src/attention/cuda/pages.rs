@@ -1,9 +1,8 @@
 //! The page list as the kernels read it, in a launch or in device memory.
 
 use crate::attention::{AttentionParams, PageRef};
-use candle_core::cuda_backend::DeviceId;
+use crate::cuda::PerDevice;
 use candle_core::{CudaDevice, Device, Result, Tensor, bail};
-use std::sync::{Mutex, PoisonError};
 
 /// Pages that travel in the launch itself, without an upload; as in `cuda/paged.cuh`.
 pub(super) const INLINE_PAGES: usize = 200;
@@ -65,21 +64,17 @@ pub(super) fn inline(pages: &[Page]) -> [Page; INLINE_PAGES] {
 
 /// The page list on `device`. The last one of each device is kept: the layers of a model ask for the same in turn.
 fn uploaded(device: &CudaDevice, pages: &[Page]) -> Result<Tensor> {
-    static LAST: Mutex<Vec<(DeviceId, Vec<Page>, Tensor)>> = Mutex::new(Vec::new());
-    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = last.iter().position(|(id, ..)| *id == device.id());
-    if let Some((_, _, table)) = known.map(|i| &last[i]).filter(|(_, list, _)| list == pages) {
-        return Ok(table.clone());
-    }
-    let words: Vec<u32> = pages
-        .iter()
-        .flat_map(|page| [page.slot, page.start as u32, page.len, page.bias.to_bits()])
-        .collect();
-    let table = Tensor::from_slice(&words, words.len(), &Device::Cuda(device.clone()))?;
-    let entry = (device.id(), pages.to_vec(), table.clone());
-    match known {
-        Some(i) => last[i] = entry,
-        None => last.push(entry),
-    }
-    Ok(table)
+    static LAST: PerDevice<Option<(Vec<Page>, Tensor)>> = PerDevice::new();
+    LAST.with(device, |last| {
+        if let Some((_, table)) = last.as_ref().filter(|(list, _)| list == pages) {
+            return Ok(table.clone());
+        }
+        let words: Vec<u32> = pages
+            .iter()
+            .flat_map(|page| [page.slot, page.start as u32, page.len, page.bias.to_bits()])
+            .collect();
+        let table = Tensor::from_slice(&words, words.len(), &Device::Cuda(device.clone()))?;
+        *last = Some((pages.to_vec(), table.clone()));
+        Ok(table)
+    })
 }

@@ -2,15 +2,13 @@
 //! Knows the kernels' tiles and names; the shapes it gets are checked.
 
 use super::{Numbers, RouteGradients, RouteInputs, RouteShape};
-use crate::cuda::{self, Launch, address, address_of};
+use crate::cuda::{self, Launch, PerDevice, address, address_of};
 use crate::pages::PagePool;
 use crate::rope::RotaryAngles;
 use crate::route::MAX_RATES;
 use crate::storage::aligned;
-use candle_core::cuda_backend::DeviceId;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Tensor, bail};
-use std::sync::{Mutex, PoisonError};
 
 /// As in `cuda/route.cuh`, like all numbers here: pages that travel in the launch.
 const MAX_SLOTS: usize = 256;
@@ -263,21 +261,15 @@ impl Tiles {
 /// The epoch of the launches on `device` and the flags of at least `count` chunks: zeros at first, and kept from launch to
 /// launch, since a flag of an earlier epoch counts for nothing.
 fn flags(device: &CudaDevice, count: usize) -> Result<Tensor> {
-    static FLAGS: Mutex<Vec<(DeviceId, Tensor)>> = Mutex::new(Vec::new());
-    let mut flags = FLAGS.lock().unwrap_or_else(PoisonError::into_inner);
-    let known = flags.iter().position(|(id, _)| *id == device.id());
-    if let Some((_, tensor)) = known.map(|i| &flags[i]).filter(|(_, x)| x.elem_count() >= 2 + count)
-    {
-        return Ok(tensor.clone());
-    }
-    let count = (2 + count).next_power_of_two().max(1 << 14);
-    let tensor = Tensor::zeros(count, DType::U32, &Device::Cuda(device.clone()))?;
-    let entry = (device.id(), tensor.clone());
-    match known {
-        Some(i) => flags[i] = entry,
-        None => flags.push(entry),
-    }
-    Ok(tensor)
+    static FLAGS: PerDevice<Option<Tensor>> = PerDevice::new();
+    FLAGS.with(device, |flags| match flags {
+        Some(flags) if flags.elem_count() >= 2 + count => Ok(flags.clone()),
+        _ => {
+            let count = (2 + count).next_power_of_two().max(1 << 14);
+            let zeros = Tensor::zeros(count, DType::U32, &Device::Cuda(device.clone()))?;
+            Ok(flags.insert(zeros).clone())
+        }
+    })
 }
 
 /// Where the inputs begin on the device; 0 for a bias or norm that is not there.

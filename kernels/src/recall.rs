@@ -149,6 +149,16 @@ impl StoredPages {
         Ok(Self { keys, values, landmarks, outliers: None, first: 0, len: 0 })
     }
 
+    /// The same pages in memory of their own.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn copied(&self) -> Result<Self> {
+        let (keys, values) = (self.keys.copy()?, self.values.copy()?);
+        let (landmarks, outliers) = (self.landmarks.copy()?, self.outliers.clone());
+        Ok(Self { keys, values, landmarks, outliers, first: self.first, len: self.len })
+    }
+
     /// Bytes that `pages` pages take on the device; there is room for twice as many at most.
     pub fn bytes(pages: usize, num_kv_heads: usize, head_dim: usize, dtype: DType) -> usize {
         let rows = num_kv_heads * head_dim;

@@ -99,6 +99,17 @@ impl Mirror {
         Some(Self { device: device.clone(), dtype, limit, layers, pins: (Vec::new(), None, None) })
     }
 
+    /// The same pages in memory of their own; what a rule keeps beside them is made anew.
+    pub(super) fn copied(&self) -> Result<Self> {
+        let of = |layer: &Layer| -> Result<Layer> {
+            let (pages, table) = (layer.pages.copied()?, Table::default());
+            Ok(Layer { pages, named: layer.named, table })
+        };
+        let layers = self.layers.iter().map(|layer| layer.as_ref().map(of).transpose());
+        let (layers, pins) = (layers.collect::<Result<_>>()?, (Vec::new(), None, None));
+        Ok(Self { device: self.device.clone(), dtype: self.dtype, limit: self.limit, layers, pins })
+    }
+
     pub(super) fn device(&self) -> &Device {
         &self.device
     }

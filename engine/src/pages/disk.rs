@@ -125,7 +125,10 @@ impl PageStore {
     pub(super) fn read_page_into(&self, page: u64, out: &mut Vec<u8>) -> bool {
         let Some(source) = &self.source else { return false };
         match source.page_into(page, out) {
-            Ok(false) => false,
+            Ok(false) => {
+                not_read(page, &"it is not on the disk");
+                false
+            }
             Ok(true)
                 if out.len() == self.page_bytes() + PAGE_TOKENS * 4 && !self.is_window(out) =>
             {
@@ -134,6 +137,9 @@ impl PageStore {
             }
             Ok(true) => {
                 let encoded = self.encoded(std::mem::take(out));
+                if encoded.is_none() {
+                    not_read(page, &"it is of another shape");
+                }
                 encoded.map(|(bytes, _)| *out = bytes).is_some()
             }
             Err(error) => {
@@ -438,7 +444,7 @@ impl PageStore {
     }
 }
 
-fn not_read(page: u64, error: &crate::error::Error) {
+fn not_read(page: u64, error: &dyn std::fmt::Display) {
     tracing::warn!(page, %error, "a stored page cannot be read: it is recalled no more");
 }
 

@@ -14,9 +14,11 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// Pages that go together, 42 MB of the default model's: while some are uploaded the next are read, on as many threads as
-/// there are, and each has as much memory again.
+/// Pages that go together at most, 42 MB of the default model's: while some are uploaded the next are read, on as many
+/// threads as there are, and each has as much memory again.
 pub(super) const FILL_PAGES: usize = 32;
+/// Fewer go together where they are larger: as many as take no more than this, or one.
+const FILL_BYTES: usize = 48 << 20;
 
 /// Numbers as the mirror holds them.
 trait Filled: Staged {
@@ -90,6 +92,12 @@ impl BatchShape {
         MARKS * self.num_kv_heads * self.head_dim
     }
 
+    /// Pages that go together in numbers of `size` bytes.
+    fn fill_pages(&self, size: usize) -> usize {
+        let page_bytes = self.layers * (2 * self.page_len() * size + self.marks_len() * 2);
+        (FILL_BYTES / page_bytes.max(1)).clamp(1, FILL_PAGES)
+    }
+
     /// No page yet, with room for `pages`.
     fn batch<T: Staged>(&self, pages: usize, device: &Device) -> Batch<T> {
         let numbers = Staging::new(self.layers * 2 * pages * self.page_len(), device);
@@ -109,12 +117,18 @@ impl PageStore {
             DType::F32 => self.fill::<f32>(&mut mirror, &mut lost),
             _ => self.fill::<bf16>(&mut mirror, &mut lost),
         };
+        if lost.is_empty() {
+            return self.keep_mirror(mirror, filled);
+        }
+        tracing::warn!(
+            pages = lost.len(),
+            "stored pages that cannot be read are on no device either: all are chosen from in host memory"
+        );
         for page in lost {
             if let Some(stored) = self.pages.get_mut(&page) {
                 stored.durable = false;
             }
         }
-        self.keep_mirror(mirror, filled);
     }
 
     /// Whether all pages are on the device now; adds those that cannot be read to `lost`.
@@ -126,10 +140,11 @@ impl PageStore {
         if !mirror.reserve(rows)? {
             return Ok(false);
         }
-        let batches = (0..rows).step_by(FILL_PAGES);
-        let mut batches = batches.map(|first| first..rows.min(first + FILL_PAGES));
         let (shape, device) = (self.batch_shape(), mirror.device().clone());
-        let batch = || shape.batch::<T>(rows.min(FILL_PAGES), &device);
+        let step = shape.fill_pages(size_of::<T>());
+        let batches = (0..rows).step_by(step);
+        let mut batches = batches.map(|first| first..rows.min(first + step));
+        let batch = || shape.batch::<T>(rows.min(step), &device);
         let (mut ready, mut next) = (batch(), batch());
         let buffers = Mutex::new(Vec::new());
         loop {

@@ -139,8 +139,9 @@ impl PageStore {
         .on_its_device()
     }
 
-    /// A store of its own with the same pages: their bytes are shared, the index over them is copied. On a CUDA device the
-    /// pages are uploaded once more. Pages that memory does not hold are read where this one reads them.
+    /// A store of its own with the same pages: their bytes are shared, the index over them is copied, and so are the pages
+    /// on a CUDA device, of which neither host memory nor the disk may have every one. Pages that memory does not hold are
+    /// read where this one reads them.
     pub(crate) fn fork(&self) -> Self {
         let mut fork = Self::new(self.shape, self.config.clone(), &self.device);
         fork.source.clone_from(&self.source);
@@ -153,7 +154,20 @@ impl PageStore {
         fork.following.clone_from(&self.following);
         fork.pins.clone_from(&self.pins);
         fork.active = self.active;
-        fork.fill_mirror();
+        match self.mirror.as_ref().map(Mirror::copied) {
+            Some(Ok(mirror)) => {
+                fork.mirror = Some(mirror);
+                fork.zero_sums(true);
+            }
+            Some(Err(error)) => {
+                fork.mirror = None;
+                tracing::warn!(
+                    %error,
+                    "stored pages of a fork cannot be kept on the device: they are chosen from in host memory"
+                );
+            }
+            None => fork.fill_mirror(),
+        }
         fork
     }
 

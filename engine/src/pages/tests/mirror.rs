@@ -326,3 +326,17 @@ fn a_page_that_cannot_be_read_leaves_the_choice_to_the_processor() {
     let logits = run(&decoder, &mut restored, &tokens(90), &[50, 1]);
     assert!(logits.iter().flatten().all(|x| x.is_finite()));
 }
+
+#[test]
+fn a_fork_has_the_pages_of_the_device_that_nothing_else_holds() {
+    let (decoder, [_, mut restored], _) = opened_with_mirror(PagePrecision::Bf16, None);
+    let pages = restored.pages_mut().unwrap();
+    pages.set_source(Arc::new(Elsewhere::default()));
+    assert!(pages.pages.values().all(|stored| stored.bytes.is_none()));
+    let mut fork = restored.fork().unwrap();
+    assert!(fork.pages().unwrap().mirror.is_some());
+    let asked = tokens(90);
+    let went_on = run(&decoder, &mut restored, &asked, &[50, 1]);
+    assert_eq!(run(&decoder, &mut fork, &asked, &[50, 1]), went_on);
+    assert!(fork.pages().unwrap().mirror.is_some());
+}

@@ -244,7 +244,7 @@ impl StoredPages {
         limit: usize,
     ) -> Result<()> {
         let (_, g, _, d) = self.keys.dims4()?;
-        let n = keys.dims()[0];
+        let (n, ..) = keys.dims4()?;
         if keys.dims() != [n, g, PAGE_TOKENS, d]
             || values.dims() != keys.dims()
             || landmarks.dims() != [n * MARKS, g, d]
@@ -271,8 +271,11 @@ impl StoredPages {
     /// would make, without the copies.
     ///
     /// # Errors
-    /// If the device has no room: the pages are then as they were.
+    /// If `pages` is more than `limit`, or the device has no room: the pages are then as they were.
     pub fn reserve(&mut self, pages: usize, limit: usize) -> Result<()> {
+        if pages > limit {
+            bail!("stored pages: room for {pages} pages, expected at most {limit}");
+        }
         self.make_room(pages.saturating_sub(self.len), limit)
     }
 

@@ -416,6 +416,31 @@ fn pages_that_went_leave_the_others_as_they_were() -> Result<()> {
 }
 
 #[test]
+fn pages_of_another_shape_or_beyond_the_limit_are_refused() -> Result<()> {
+    let mut store = StoredPages::new(2, 16, DType::F32, &Device::Cpu)?;
+    let zeros = |shape: &[usize], dtype: DType| Tensor::zeros(shape, dtype, &Device::Cpu);
+    let pages = zeros(&[3, 2, PAGE_TOKENS, 16], DType::F32)?;
+    let landmarks = zeros(&[3 * MARKS, 2, 16], DType::BF16)?;
+    let others: [&[usize]; 4] = [&[], &[3], &[3, 2, PAGE_TOKENS], &[3, 1, PAGE_TOKENS, 16]];
+    for shape in others {
+        let other = zeros(shape, DType::F32)?;
+        assert!(store.append(&other, &other, &landmarks, 20).is_err(), "{shape:?}");
+        assert!(store.append(&pages, &other, &landmarks, 20).is_err(), "{shape:?}");
+        assert!(store.append(&pages, &pages, &other, 20).is_err(), "{shape:?}");
+    }
+    assert!(store.append(&pages, &pages, &landmarks, 2).is_err());
+    let capacity = store.capacity();
+    let error = store.reserve(21, 20).unwrap_err().to_string();
+    assert!(error.contains("21 pages, expected at most 20"), "{error}");
+    assert_eq!((store.len(), store.capacity()), (0, capacity));
+    store.reserve(20, 20)?;
+    assert_eq!((store.len(), store.capacity()), (0, 20));
+    store.append(&pages, &pages, &landmarks, 20)?;
+    assert_eq!((store.len(), store.capacity()), (3, 20));
+    Ok(())
+}
+
+#[test]
 fn named_tokens_are_copied_and_none_is_read_beyond_the_last() -> Result<()> {
     let case = Case { pages: 3, h: 4, g: 2, d: 16, ..PLAIN };
     let made = case.make();

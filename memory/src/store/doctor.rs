@@ -190,7 +190,8 @@ impl Store {
         let state = self.read();
         let mut unknown = BTreeSet::new();
         for segment in state.segments.values() {
-            segment.walk_of(0, Kind::is_body, |blob, payload| {
+            // Every payload is read: a damaged length hides no turn behind it.
+            segment.walk(0, |blob, payload| {
                 let Ok(body) = Body::decode(blob.kind, payload) else { return };
                 let known = state.sessions.get(&body.head.session);
                 if known.is_none_or(|session| body.head.turn >= session.num_turns) {

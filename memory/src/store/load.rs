@@ -225,7 +225,9 @@ impl Loader<'_> {
         let mut commits = BTreeSet::new();
         for segment in state.segments.values() {
             let end = live_ends.get(&segment.number()).copied().unwrap_or(0);
-            // Pages of windows that were written since lie there by the hundred megabytes.
+            // Pages of windows that were written since lie there by the hundred megabytes: only their headers are read.
+            // A turn is missed under two faults at once: the database went back, and the length of a record that is no
+            // turn is damaged so that it leads to a header behind that turn.
             segment.walk_of(end, Kind::is_body, |blob, payload| {
                 let Ok(body) = Body::decode(blob.kind, payload) else { return };
                 let is_unknown = match state.sessions.get(&body.head.session) {

@@ -192,7 +192,7 @@ impl Store {
             )));
         }
         let (position, state) = (record.position, read(state_blob)?);
-        Ok(Some(Snapshot { position, state, pages: read_side_by_side(pages)? }))
+        Ok(Some(Snapshot { position, state, pages: read_side_by_side(&pages)? }))
     }
 
     /// One stored page of the scope's session, in its window or evicted and kept; none if it is not stored.
@@ -334,25 +334,36 @@ fn read((segment, blob): OpenBlob) -> Result<Vec<u8>> {
     segment.read(&blob)
 }
 
-/// Reads a window's pages, hundred megabytes of a model's, on a few threads at once.
-fn read_side_by_side(pages: Vec<(u64, OpenBlob)>) -> Result<Vec<(u64, Vec<u8>)>> {
+/// Reads a window's pages, hundred megabytes of a model's, on a few threads at once, this one among them; on fewer where
+/// the system gives no more.
+fn read_side_by_side(pages: &[(u64, OpenBlob)]) -> Result<Vec<(u64, Vec<u8>)>> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_READERS));
-    let mut rest = pages.into_iter();
-    let each = rest.len().div_ceil(threads);
+    let mut parts = pages.chunks(pages.len().div_ceil(threads).max(1));
+    let Some(first) = parts.next() else { return Ok(Vec::new()) };
     std::thread::scope(|scope| {
-        let parts: Vec<_> = (0..threads)
-            .map(|_| {
-                let part: Vec<_> = rest.by_ref().take(each).collect();
-                let part = part.into_iter().map(|(page, blob)| Ok((page, read(blob)?)));
-                scope.spawn(move || part.collect::<Result<Vec<_>>>())
+        let rest: Vec<_> = parts
+            .map(|part| {
+                let thread = std::thread::Builder::new();
+                (part, thread.spawn_scoped(scope, move || read_all(part)))
             })
             .collect();
-        let mut all = Vec::new();
-        for part in parts {
-            all.extend(part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        let mut all = read_all(first)?;
+        for (part, thread) in rest {
+            let read = match thread {
+                Ok(thread) => {
+                    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                }
+                // The system refused it.
+                Err(_) => read_all(part),
+            };
+            all.extend(read?);
         }
         Ok(all)
     })
+}
+
+fn read_all(pages: &[(u64, OpenBlob)]) -> Result<Vec<(u64, Vec<u8>)>> {
+    pages.iter().map(|(page, (segment, blob))| Ok((*page, segment.read(blob)?))).collect()
 }
 
 /// A turn's body; an error names the turn.

@@ -8,7 +8,7 @@ use mka_memory::{
 use proptest::prelude::*;
 
 use crate::damage::{apply, harm};
-use crate::support::{files, open, prose, say, trip, try_open};
+use crate::support::{copy_folder, files, files_with, open, prose, say, trip, try_open};
 
 fn fill(path: &Path) -> Vec<String> {
     let store = open(path);
@@ -155,6 +155,65 @@ fn records_that_the_database_lost_come_back_from_the_segments() {
     assert_eq!(store.turns(&carl, 0..9).unwrap()[0].text, "And another one.");
     let hits = store.recall(&carl, "another", &Recall::default()).unwrap();
     assert_eq!(hits.len(), 1);
+    assert_eq!(check(&store, false).problems, []);
+}
+
+/// Changes the length of the record of `page` so that it ends where the record of the turn that says `text` begins.
+fn lead_to(path: &Path, page: &[u8], text: &str) {
+    const MAGIC: &[u8] = b"mkaR";
+    let file = files_with(&path.join("segments"), text).remove(0);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let payload = bytes.windows(page.len()).rposition(|window| window == page).unwrap();
+    let said = bytes.windows(text.len()).position(|window| window == text.as_bytes()).unwrap();
+    let next = bytes[..said].windows(MAGIC.len()).rposition(|window| window == MAGIC).unwrap();
+    // Magic (4), kind (1), zero (3), length (4), hash (8).
+    assert_eq!(&bytes[payload - 20..payload - 16], MAGIC);
+    let len = u32::try_from(next - payload).unwrap();
+    bytes[payload - 12..payload - 8].copy_from_slice(&len.to_le_bytes());
+    std::fs::write(&file, bytes).unwrap();
+}
+
+#[test]
+fn a_turn_behind_a_page_whose_length_leads_beyond_it_comes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let earlier = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    let db = folder.path().join("db");
+    copy_folder(&db, earlier.path());
+    let page = vec![8; 2000];
+    let said = [("trip", "One more."), ("carl", "Passed over."), ("dora", "And another one.")];
+    let scopes = said.map(|(name, _)| match name {
+        "trip" => trip(),
+        _ => Scope::user(name).session("new"),
+    });
+    let store = open(folder.path());
+    say(&store, &scopes[0], Role::User, &[said[0].1]);
+    let snapshot = NewSnapshot {
+        fingerprint: [1; 16],
+        position: 10,
+        state: vec![5; 300],
+        pages: vec![(1, page.clone())],
+        window: vec![0, 1],
+    };
+    store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();
+    say(&store, &scopes[1], Role::User, &[said[1].1]);
+    say(&store, &scopes[2], Role::User, &[said[2].1]);
+    drop(store);
+    lead_to(folder.path(), &page, said[2].1);
+    std::fs::remove_dir_all(&db).unwrap();
+    copy_folder(earlier.path(), &db);
+    let store = open(folder.path());
+    // Of the three commits an opening sees those that are not passed over.
+    let damaged = store.stats().damaged;
+    assert!(damaged.iter().any(|what| what.contains("2 commits")), "{damaged:?}");
+    let checkup = check(&store, true);
+    assert!(checkup.problems.iter().all(|problem| problem.repair == Repair::Done), "{checkup:?}");
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!(store.stats().damaged, Vec::<String>::new());
+    for ((_, text), scope) in said.iter().zip(&scopes) {
+        assert_eq!(store.turns(scope, 0..9).unwrap().last().unwrap().text, *text);
+    }
     assert_eq!(check(&store, false).problems, []);
 }
 

@@ -54,6 +54,17 @@ fn the_latest_snapshot_is_read_back_after_reopening() {
 }
 
 #[test]
+fn a_window_of_any_number_of_pages_is_read_in_their_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    for count in [0, 1, 2, 7, 8, 9, 17] {
+        let pages: Vec<u64> = (0..count).collect();
+        commit(&store, snapshot(count, &pages, &pages)).unwrap();
+        check(&store, count, &pages);
+    }
+}
+
+#[test]
 fn another_model_is_refused_and_replaces_every_page() {
     let folder = tempfile::tempdir().unwrap();
     let store = keeping(folder.path(), 1 << 20);

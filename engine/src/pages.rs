@@ -13,7 +13,9 @@ mod landmarks;
 mod lexical;
 #[cfg(test)]
 mod measure;
+mod reading;
 mod recalled;
+mod restoring;
 mod rivals;
 mod scan;
 mod selection;
@@ -26,8 +28,9 @@ mod vote;
 
 pub(crate) use codec::Number;
 pub use codec::PagePrecision;
-pub(crate) use disk::{FreshPage, PageSource};
+pub(crate) use disk::FreshPage;
 pub(crate) use gather::{RecallScope, Together};
+pub(crate) use reading::PageSource;
 pub(crate) use recalled::Recalled;
 pub(crate) use selection::{OVER_FETCH, POOLED};
 pub(crate) use store::{PageShape, PageStore};

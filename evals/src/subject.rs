@@ -3,6 +3,7 @@
 
 mod endpoint;
 mod local;
+mod way;
 
 pub(crate) use local::{Model, SCAFFOLD_TOKENS};
 
@@ -112,7 +113,7 @@ pub(crate) fn open(options: &Options, model: &Arc<Model>) -> Result<Vec<Box<dyn 
     if subjects.is_empty() {
         return Err(format!(
             "subjects: none, expected --subjects ({}) or --endpoint",
-            local::names().join(", ")
+            way::names().join(", ")
         )
         .into());
     }

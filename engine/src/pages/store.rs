@@ -2,8 +2,8 @@
 //! Knows no attention rule and no file; what goes to the disk and comes back is `disk.rs`'s matter.
 
 use super::device::Mirror;
-use super::disk::PageSource;
 use super::index::{HeadIndex, MARKS, SPAN};
+use super::reading::PageSource;
 use super::recalled::Recalled;
 use super::rivals::Following;
 use super::scan::settled;

@@ -1,6 +1,7 @@
 //! Subjects that run a model of this machine through the public API of mka, each sample in processes of its own.
 //! Knows no benchmark: what a subject is given of a sample is a row of a table.
 
+use super::way::{Feeding, Given, Way, names};
 use super::{Answer, Fed, Options, Subject, prompt_hash};
 use crate::cut;
 use crate::job::{self, Ask, Job, Memory, Outcome, PageOptions, Result, Scratch};
@@ -43,63 +44,6 @@ impl Model {
     pub(crate) fn count_tokens(&self, text: &str) -> Result<usize> {
         Ok(self.engine.count_tokens(text)?)
     }
-}
-
-/// How a subject comes to know the context.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Given {
-    /// With the question, whole, to dense attention over the model's trained length.
-    Whole,
-    /// With the question, without its middle, to dense attention over the window.
-    Cut,
-    /// Fed before the question, in a process that has ended since.
-    Before(Feeding),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Feeding {
-    Model,
-    /// As text memory unless `--through-model` is given.
-    AsAsked,
-}
-
-/// A local subject: one row of [`WAYS`].
-struct Way {
-    name: &'static str,
-    given: Given,
-    memory: Memory,
-}
-
-impl Way {
-    fn find(name: &str) -> Option<&'static Self> {
-        WAYS.iter().find(|way| way.name == name)
-    }
-
-    /// Whether the context leaves the same in a session for each such subject, if it is read with the window alone. One
-    /// that looks text up feeds by itself: a user's text memory is one, so it would find what another was asked.
-    fn shares_feed(&self) -> bool {
-        let looks_up_text = matches!(self.memory, Memory::Text | Memory::Both);
-        self.given == Given::Before(Feeding::Model) && !looks_up_text
-    }
-}
-
-const WAYS: [Way; 9] = [
-    Way { name: "full", given: Given::Whole, memory: Memory::Off },
-    Way { name: "truncate", given: Given::Cut, memory: Memory::Off },
-    // The first page of the stream (64 tokens) and the window: StreamingLLM (arXiv 2309.17453).
-    Way { name: "streaming", given: Given::Before(Feeding::Model), memory: Memory::Off },
-    Way { name: "mka", given: Given::Before(Feeding::AsAsked), memory: Memory::Text },
-    Way { name: "pages", given: Given::Before(Feeding::Model), memory: Memory::Pages },
-    Way { name: "both", given: Given::Before(Feeding::Model), memory: Memory::Both },
-    // Other systems' rules of choosing over the same pages and the same budget.
-    Way { name: "infllm", given: Given::Before(Feeding::Model), memory: Memory::InfLlm },
-    Way { name: "quest", given: Given::Before(Feeding::Model), memory: Memory::Quest },
-    Way { name: "tokenselect", given: Given::Before(Feeding::Model), memory: Memory::TokenSelect },
-];
-
-/// Names of the local subjects.
-pub(crate) fn names() -> Vec<&'static str> {
-    WAYS.iter().map(|way| way.name).collect()
 }
 
 pub(crate) struct Local {
@@ -357,13 +301,6 @@ mod tests {
 
     fn chars(text: &str) -> Result<usize> {
         Ok(text.chars().count())
-    }
-
-    #[test]
-    fn a_context_is_fed_once_for_those_that_choose_and_look_up_no_text() {
-        let sharing: Vec<_> = WAYS.iter().filter(|way| way.shares_feed()).collect();
-        let names: Vec<_> = sharing.iter().map(|way| way.name).collect();
-        assert_eq!(names, ["streaming", "pages", "infllm", "quest", "tokenselect"]);
     }
 
     #[test]

@@ -1,0 +1,167 @@
+//! Reading stored pages back from the disk, into host memory or for a device.
+//! Knows no file and no attention rule: pages come through [`PageSource`].
+
+use super::PagePrecision::{self, Bf16, F32, Int4, Int8};
+use super::store::PageStore;
+use crate::error::Result;
+use mka_kernels::PAGE_TOKENS;
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// Where pages lie that host memory has no room for.
+pub(crate) trait PageSource: Send + Sync {
+    /// The bytes of a page as [`FreshPage::to_bytes`] gave them, or as the window wrote them; None if it is gone.
+    fn page(&self, page: u64) -> Result<Option<Vec<u8>>>;
+
+    /// [`PageSource::page`] in the memory of `out`; false if it is gone.
+    fn page_into(&self, page: u64, out: &mut Vec<u8>) -> Result<bool> {
+        let read = self.page(page)?;
+        Ok(read.map(|bytes| *out = bytes).is_some())
+    }
+
+    /// The bytes of a page's landmarks as [`PageStore::fresh_landmarks`] gave them; None if there are none.
+    fn landmarks(&self, page: u64) -> Result<Option<Vec<u8>>>;
+}
+
+/// Keys and values of a page in the store's precision, and its token ids.
+type Encoded = (Vec<u8>, Box<[u32; PAGE_TOKENS]>);
+
+impl PageStore {
+    /// Says where pages are read from once the budget has sent them away.
+    pub(crate) fn set_source(&mut self, source: Arc<dyn PageSource>) {
+        self.source = Some(source);
+    }
+
+    /// Notes that the wanted pages of the first `rows` are read now, in one walk; false where one of them must be brought
+    /// from the disk first.
+    pub(super) fn touch(&mut self, is_wanted: impl Fn(usize) -> bool, rows: usize) -> bool {
+        let used = self.tick();
+        let mut are_there = true;
+        // Rows and pages are in the same order, and every page has a row once its layers are in.
+        let pages = self.pages.values_mut().take(rows).enumerate();
+        for (_, stored) in pages.filter(|(row, _)| is_wanted(*row)) {
+            stored.used = used;
+            are_there &= stored.bytes.is_some() || !stored.durable;
+        }
+        are_there
+    }
+
+    /// Reads the pages of index rows `wanted` (most wanted first) back into memory, as many as the budget has room for
+    /// beside each other, and marks them as used.
+    pub(super) fn bring(&mut self, wanted: &[usize]) {
+        let used = self.tick();
+        let pages: Vec<u64> = wanted.iter().map(|row| self.order[*row]).collect();
+        let mut missing = Vec::new();
+        for page in &pages {
+            if let Some(stored) = self.pages.get_mut(page) {
+                stored.used = used;
+                if stored.bytes.is_none() && stored.durable {
+                    missing.push(*page);
+                }
+            }
+        }
+        if missing.is_empty() {
+            return;
+        }
+        let mut kept = pages;
+        kept.sort_unstable();
+        let mut room = 0;
+        while room < missing.len()
+            && self.make_room((room + 1) * self.page_bytes(), 0, &kept, false)
+        {
+            room += 1;
+        }
+        missing.truncate(room);
+        let read: Vec<Option<Encoded>> =
+            missing.par_iter().map(|page| self.read_page(*page)).collect();
+        for (page, read) in missing.into_iter().zip(read) {
+            let Some(stored) = self.pages.get_mut(&page) else { continue };
+            match read {
+                Some((bytes, _)) => {
+                    self.resident_bytes += bytes.len() as u64;
+                    stored.bytes = Some(Arc::new(bytes));
+                }
+                // Its landmarks stay, so that rows keep their places; no token of it can be chosen.
+                None => stored.durable = false,
+            }
+        }
+    }
+
+    /// A page from the disk; None, with a warning, where it cannot be read.
+    pub(super) fn read_page(&self, page: u64) -> Option<Encoded> {
+        match self.source.as_ref()?.page(page) {
+            Ok(bytes) => self.encoded(bytes?),
+            Err(error) => {
+                not_read(page, &error);
+                None
+            }
+        }
+    }
+
+    /// Reads the numbers of a page from the disk into `out`, in this store's precision; false, with a warning, where it
+    /// cannot be read.
+    pub(super) fn read_page_into(&self, page: u64, out: &mut Vec<u8>) -> bool {
+        let Some(source) = &self.source else { return false };
+        match source.page_into(page, out) {
+            Ok(false) => {
+                not_read(page, &"it is not on the disk");
+                false
+            }
+            Ok(true)
+                if out.len() == self.page_bytes() + PAGE_TOKENS * 4 && !self.is_window(out) =>
+            {
+                out.truncate(self.page_bytes());
+                true
+            }
+            Ok(true) => {
+                let encoded = self.encoded(std::mem::take(out));
+                if encoded.is_none() {
+                    not_read(page, &"it is of another shape");
+                }
+                encoded.map(|(bytes, _)| *out = bytes).is_some()
+            }
+            Err(error) => {
+                not_read(page, &error);
+                false
+            }
+        }
+    }
+
+    /// Whether a page's bytes are those that the window wrote: f32 without ids.
+    fn is_window(&self, bytes: &[u8]) -> bool {
+        let num_rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
+        bytes.len() == num_rows * F32.row_bytes(self.shape.head_dim)
+    }
+
+    /// A page from the disk in this store's precision, with its token ids; None if it is of another shape.
+    fn encoded(&self, mut bytes: Vec<u8>) -> Option<Encoded> {
+        let d = self.shape.head_dim;
+        let num_rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
+        let mut tokens = Box::new([u32::MAX; PAGE_TOKENS]);
+        let ids_bytes = PAGE_TOKENS * 4;
+        if !self.is_window(&bytes) {
+            let ids = bytes.split_off(bytes.len().checked_sub(ids_bytes)?);
+            let (ids, _) = ids.as_chunks::<4>();
+            tokens.iter_mut().zip(ids).for_each(|(token, id)| *token = u32::from_le_bytes(*id));
+        }
+        let own = self.config.precision;
+        if bytes.len() == num_rows * own.row_bytes(d) {
+            bytes.shrink_to_fit();
+            return Some((bytes, tokens));
+        }
+        let has_len = |p: &PagePrecision| bytes.len() == num_rows * p.row_bytes(d);
+        let written = [F32, Bf16, Int8, Int4].into_iter().find(has_len)?;
+        let mut out = vec![0; num_rows * own.row_bytes(d)];
+        let mut numbers = vec![0f32; d];
+        let rows = bytes.chunks_exact(written.row_bytes(d));
+        for (row, out) in rows.zip(out.chunks_exact_mut(own.row_bytes(d))) {
+            written.decode(row, &mut numbers);
+            own.encode(&numbers, out);
+        }
+        Some((out, tokens))
+    }
+}
+
+fn not_read(page: u64, error: &dyn std::fmt::Display) {
+    tracing::warn!(page, %error, "a stored page cannot be read: it is recalled no more");
+}

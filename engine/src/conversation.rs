@@ -10,7 +10,7 @@ use crate::attention::AttentionSeam;
 use crate::cache::{Cache, Checkpoint};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
-use crate::pages::{PageSource, PageStore, PageUsage, RecallPolicy};
+use crate::pages::{Message, PageSource, PageStore, PageUsage, RecallPolicy};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, on_pool};
@@ -44,8 +44,8 @@ pub(crate) struct LastPrompt {
     pub(crate) before_last: Saved,
     pub(crate) last_token: u32,
     pub(crate) answer_prefix: String,
-    /// Landmarks that the message's words pinned.
-    pub(crate) pins: Vec<u64>,
+    /// What the message asked of the stored pages.
+    pub(crate) message: Message,
 }
 
 /// A point that the conversation can be taken back to.
@@ -199,23 +199,40 @@ impl Conversation {
         Ok(())
     }
 
-    /// Pins the places where the rare words of a message stand, if the configuration asks for it.
-    pub(crate) fn pin_words(&mut self, message: &[u32]) {
-        let is_asked = self.recalls_pages && self.shared.config.pages.lexical;
-        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut).filter(|_| is_asked) {
-            pages.pin_words(message);
-        }
-    }
-
-    /// What is pinned.
-    pub(crate) fn pins(&self) -> Vec<u64> {
-        self.pages().map_or_else(Vec::new, |pages| pages.pins.clone())
-    }
-
-    /// Pins what was pinned before.
-    pub(crate) fn set_pins(&mut self, pins: &[u64]) {
+    /// Reads a message's prompt, of which `message` are its own tokens: [`Conversation::prefill`], and what it asks of the
+    /// stored pages stands for its answer. The places of its rare words are pinned, if the configuration asks for it.
+    ///
+    /// # Errors
+    /// As [`Conversation::prefill`].
+    pub(crate) fn prefill_message(
+        &mut self,
+        message: &[u32],
+        prompt: &[u32],
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
+        let pins_words = self.recalls_pages && self.shared.config.pages.lexical;
         if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
-            pages.pins = pins.to_vec();
+            pages.begin_message();
+            if pins_words {
+                pages.pin_words(message);
+            }
+        }
+        let read = self.prefill(prompt, go_on);
+        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
+            pages.end_message();
+        }
+        read.map(|_| ())
+    }
+
+    /// What the message that was read last asks of the stored pages.
+    pub(crate) fn message(&self) -> Message {
+        self.pages().map_or_else(Message::default, |pages| pages.message.clone())
+    }
+
+    /// Asks again what a message asked.
+    pub(crate) fn set_message(&mut self, message: &Message) {
+        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
+            pages.message = message.clone();
         }
     }
 

@@ -13,6 +13,7 @@ mod landmarks;
 mod lexical;
 #[cfg(test)]
 mod measure;
+mod message;
 mod reading;
 mod recalled;
 mod restoring;
@@ -30,6 +31,7 @@ pub(crate) use codec::Number;
 pub use codec::PagePrecision;
 pub(crate) use disk::FreshPage;
 pub(crate) use gather::{RecallScope, Together};
+pub(crate) use message::Message;
 pub(crate) use reading::PageSource;
 pub(crate) use recalled::Recalled;
 pub(crate) use selection::{OVER_FETCH, POOLED};
@@ -148,6 +150,11 @@ pub struct PageConfig {
     pub reuse_steps: usize,
     /// Layers below this one choose nothing: their queries look nearby.
     pub first_layer: usize,
+    /// Tokens to either side of a stored token whose votes count for it: what stands beside what is asked for comes along.
+    /// 0: each by itself.
+    pub vote_reach: usize,
+    /// Whether what a message's queries asked for stays asked for while it is answered.
+    pub keep_votes: bool,
     /// Whether the rare words of a message pin the places where they stand.
     pub lexical: bool,
     /// Whether the tokens that are not recalled enter the softmax too, each page as its mean key and mean value.
@@ -166,6 +173,8 @@ impl Default for PageConfig {
             prefill: Prefill::default(),
             reuse_steps: 4,
             first_layer: 3,
+            vote_reach: 16,
+            keep_votes: true,
             lexical: true,
             estimate: false,
         }

@@ -8,7 +8,7 @@ use crate::feeding::{self, FeedOptions};
 use crate::generation::{self, Stop};
 use crate::memory::{self, Context};
 use crate::offload::offload;
-use crate::pages::RecallPolicy;
+use crate::pages::{Message, RecallPolicy};
 use crate::quote::{self, Quotation};
 use crate::sampling::Sampling;
 use crate::snapshot::OpenTurn;
@@ -448,7 +448,7 @@ fn send(
         prompt = model.tokenizer.encode("\n\n", false)?;
     }
     let recalled_tokens = model.tokenizer.encode(&recalled, false)?;
-    conversation.pin_words(&model.tokenizer.encode(message, false)?);
+    let own_tokens = model.tokenizer.encode(message, false)?;
     prompt.extend_from_slice(&recalled_tokens);
     let body = match recalled.is_empty() {
         true => message.to_owned(),
@@ -466,12 +466,12 @@ fn send(
         return Err(Error::invalid("send: message gives no token, expected at least one"));
     };
     let mut go_on = || !sink.is_cancelled();
-    conversation.prefill(head, &mut go_on)?;
+    conversation.prefill_message(&own_tokens, head, &mut go_on)?;
     let last_prompt = LastPrompt {
         before_last: conversation.save(),
         last_token: *last_token,
         answer_prefix: options.answer_prefix.clone(),
-        pins: conversation.pins(),
+        message: conversation.message(),
     };
     let prompt_tokens = conversation.attended_tokens() + 1;
     let answer = generation::generate(conversation, *last_token, options, sink)?;
@@ -556,11 +556,11 @@ fn regenerate(
                 before_last: conversation.save(),
                 last_token,
                 answer_prefix: answer_prefix(&shared, &before)?,
-                pins: Vec::new(),
+                message: Message::default(),
             }
         }
     };
-    conversation.set_pins(&last.pins);
+    conversation.set_message(&last.message);
     let reused = conversation.attended_tokens();
     let start = conversation.position() + 1;
     let options = SendOptions { answer_prefix: last.answer_prefix.clone(), ..options.clone() };

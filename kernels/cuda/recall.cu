@@ -5,6 +5,9 @@
 //   score         logits of every query row against the keys of its head: landmarks and the keys of outliers, or the
 //                 tokens of the landmarks that were chosen; each block's maximum and sum beside them
 //   vote          softmax over the keys, summed over the heads of a group, the largest over the queries
+//   reach         each token's vote becomes the largest of its neighbours'
+//   raise_standing  votes are no less than those that stand for their tokens
+//   keep_votes    the chosen tokens and their votes
 //   raise         a landmark is asked for as much as the most asked of its outlier's keys
 //   recovered     which share of the attention to all stored tokens the chosen hold
 //   gather        chosen keys rotated to their positions, chosen values; f32, a page of 64 after the other
@@ -250,6 +253,87 @@ extern "C" __global__ void __launch_bounds__(THREADS) raise_votes(const __grid_c
     keys[key] = -1.0f;
   }
   if (mark < own.marks) votes[mark] = fmaxf(votes[mark], vote);
+}
+
+struct ReachParams {
+  const float *votes;    // (runs · g, n)
+  const uint32_t *marks; // (runs · g, num_marks), landmarks whose tokens were scored, ascending; null: all
+  float *pooled;         // (runs · g, n)
+  uint64_t n;
+  uint32_t num_marks, reach;
+};
+
+// A thread a vote at a time. Pinned tokens and those that are not seen keep theirs, and give it to no other.
+extern "C" __global__ void __launch_bounds__(THREADS) reach(const __grid_constant__ ReachParams p) {
+  const float *votes = p.votes + uint64_t(blockIdx.y) * p.n;
+  const uint32_t *marks = p.marks ? p.marks + uint64_t(blockIdx.y) * p.num_marks : nullptr;
+  const auto token = [&](uint64_t i) { return marks ? uint64_t(marks[i / SPAN]) * SPAN + i % SPAN : i; };
+  const uint64_t step = uint64_t(gridDim.x) * THREADS;
+  for (uint64_t i = uint64_t(blockIdx.x) * THREADS + threadIdx.x; i < p.n; i += step) {
+    float vote = votes[i];
+    if (vote >= 0.0f && vote < INFINITY) {
+      const uint64_t first = i > p.reach ? i - p.reach : 0, last = i + p.reach < p.n ? i + p.reach : p.n - 1;
+      const uint64_t own = token(i);
+      for (uint64_t j = first; j <= last; j++) {
+        const uint64_t other = token(j), apart = other > own ? other - own : own - other;
+        if (apart <= p.reach && votes[j] < INFINITY) vote = fmaxf(vote, votes[j]);
+      }
+    }
+    p.pooled[uint64_t(blockIdx.y) * p.n + i] = vote;
+  }
+}
+
+struct StandingParams {
+  const uint32_t *tokens; // (lists · g, k): counted from the first stored one
+  const float *standing;  // (lists · g, k): their votes
+  const uint32_t *marks;  // of tokens: (g, num_marks), landmarks whose tokens were scored, ascending; null: all
+  float *votes;           // (g, n)
+  uint64_t n;
+  uint32_t num_marks, k, g, span; // span: tokens of a vote
+};
+
+// A thread a standing vote, of one list after the other.
+extern "C" __global__ void __launch_bounds__(THREADS) raise_standing(const __grid_constant__ StandingParams p) {
+  const uint32_t i = blockIdx.x * THREADS + threadIdx.x, list = blockIdx.y, head = list % p.g;
+  if (i >= p.k) return;
+  const uint32_t token = p.tokens[uint64_t(list) * p.k + i];
+  const float vote = p.standing[uint64_t(list) * p.k + i];
+  uint64_t at = token / p.span;
+  if (p.marks) {
+    const uint32_t *marks = p.marks + uint64_t(head) * p.num_marks, mark = token / SPAN;
+    uint32_t low = 0, high = p.num_marks;
+    while (low < high) {
+      const uint32_t middle = (low + high) / 2;
+      if (marks[middle] < mark) low = middle + 1;
+      else high = middle;
+    }
+    if (low == p.num_marks || marks[low] != mark) return;
+    at = uint64_t(low) * SPAN + token % SPAN;
+  }
+  // What is not seen has a vote below 0 and keeps it. Votes from 0 on are ordered as their bits are.
+  if (at >= p.n || !(vote > 0.0f)) return;
+  float *own = p.votes + uint64_t(head) * p.n + at;
+  if (*own >= 0.0f) atomicMax(reinterpret_cast<int *>(own), __float_as_int(vote));
+}
+
+struct KeptParams {
+  const float *votes;    // (runs · g, n)
+  const uint32_t *marks; // (runs · g, num_marks); null: all
+  const uint32_t *best;  // (runs · g, k)
+  uint32_t *tokens;      // (runs · g, k)
+  float *standing;       // (runs · g, k)
+  uint64_t n;
+  uint32_t num_marks, k;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) keep_votes(const __grid_constant__ KeptParams p) {
+  const uint32_t i = blockIdx.x * THREADS + threadIdx.x, own = blockIdx.y;
+  if (i >= p.k) return;
+  const uint64_t to = uint64_t(own) * p.k + i;
+  const uint32_t best = p.best[to];
+  const uint32_t mark = p.marks ? p.marks[uint64_t(own) * p.num_marks + best / SPAN] : best / SPAN;
+  p.tokens[to] = mark * SPAN + best % SPAN;
+  p.standing[to] = p.votes[uint64_t(own) * p.n + best];
 }
 
 struct RecoveredParams {

@@ -4,6 +4,9 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod portable;
+mod standing;
+
+pub use standing::Standing;
 
 use crate::pages::PAGE_TOKENS;
 use crate::rope::RotaryAngles;
@@ -64,6 +67,13 @@ pub struct ChoiceParams<'a> {
     pub distance: usize,
     /// Landmarks that are chosen whatever they are asked for: (n), u32, ascending.
     pub pins: Option<&'a Tensor>,
+    /// A token is asked for as much as the most asked of the compared tokens that stand at most so many places before or
+    /// behind it; pinned ones ask for no other. 0: by itself.
+    pub reach: usize,
+    /// Votes that count beside those of the queries, of one run alone.
+    pub standing: Option<&'a Standing>,
+    /// Whether [`Choice::standing`] is wanted.
+    pub keep_votes: bool,
     /// All heads of a run choose the same tokens, those whose votes, summed over the heads, are most; only where every
     /// token is compared.
     pub heads_together: bool,
@@ -81,12 +91,14 @@ pub struct Choice {
     /// (1), f32: the share of the attention to all stored tokens that the chosen ones hold, as their landmarks estimate
     /// it; None for more than one query.
     pub recovered: Option<Tensor>,
+    /// The chosen tokens and their votes, where they were to be kept.
+    pub standing: Option<Standing>,
 }
 
 impl Choice {
     /// The first `tokens` stored tokens, for one run.
     pub fn all(tokens: usize) -> Self {
-        Self { marks: None, best: None, runs: 1, tokens, recovered: None }
+        Self { marks: None, best: None, runs: 1, tokens, recovered: None, standing: None }
     }
 
     /// Tokens of each head.
@@ -343,10 +355,12 @@ impl StoredPages {
     ///
     /// Each run chooses as if it were alone. Its queries are rotated to one distance, pooled and scaled; votes are, of the queries, the largest sum over a group's
     /// heads of the softmax over all landmarks and the keys of outliers; the tokens of the landmarks of most votes, or all
-    /// tokens, are compared in the same way, and those of most votes are chosen, ascending. Heads that choose together sum
-    /// their votes of tokens first.
+    /// tokens, are compared in the same way, each takes the largest vote within its reach and not less than the one that
+    /// stands for it (its landmark too), and those of most votes are chosen, ascending. Heads that choose together sum their
+    /// votes of tokens first.
     ///
-    /// Source: landmarks and outliers are ShadowKV's (arXiv 2410.21465), the vote is TokenSelect's (arXiv 2411.02886).
+    /// Source: landmarks and outliers are ShadowKV's (arXiv 2410.21465), the vote is TokenSelect's (arXiv 2411.02886), votes
+    /// pooled over neighbours are SnapKV's (arXiv 2404.14469, section 4.2).
     ///
     /// # Errors
     /// If shapes, types or devices disagree, or there are fewer pages.
@@ -387,6 +401,9 @@ impl StoredPages {
         if params.heads_together && params.landmarks.is_some() {
             bail!("choose: heads together among landmarks, expected every token compared");
         }
+        if let Some(standing) = params.standing {
+            standing.check(g, params.runs.len(), q.device())?;
+        }
         if params.pooled == 0
             || params.distance >= params.angles.len()
             || 2 * params.angles.half() != d
@@ -423,7 +440,7 @@ impl StoredPages {
         }
         let last = Tensor::new((self.len * PAGE_TOKENS - 1) as u32, tokens.device())?;
         let best = Some(tokens.broadcast_minimum(&last)?.contiguous()?);
-        Ok(Choice { marks: None, best, runs: 1, tokens: count, recovered: None })
+        Ok(Choice { best, tokens: count, ..Choice::all(count) })
     }
 
     /// The tokens of `choice`, keys rotated: two tensors (runs · ⌈tokens / PAGE_TOKENS⌉, g, PAGE_TOKENS, d), f32, 0

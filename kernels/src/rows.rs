@@ -84,6 +84,24 @@ pub fn maximum(values: &[f32]) -> f32 {
     max
 }
 
+/// out[i] = max over |j - i| ≤ `reach` of values[j]; `out` is as long as `values`.
+///
+/// # Panics
+/// If the lengths do not fit.
+pub fn maximum_within(values: &[f32], reach: usize, out: &mut [f32]) {
+    assert!(values.len() == out.len(), "as many numbers out as in");
+    out.copy_from_slice(values);
+    for apart in 1..=reach.min(values.len().saturating_sub(1)) {
+        raise(&mut out[apart..], values);
+        raise(out, &values[apart..]);
+    }
+}
+
+/// to[i] = max(to[i], from[i]), as far as both go.
+fn raise(to: &mut [f32], from: &[f32]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to = if *from > *to { *from } else { *to });
+}
+
 /// out[j] = Σ factors[i] · rows[i, j], added row by row: `rows` (factors, out).
 ///
 /// # Panics

@@ -24,7 +24,7 @@ const FLOOR: f32 = 0.6;
 impl PageStore {
     /// Pins the places where the rare tokens of `message` stand closest together.
     pub(crate) fn pin_words(&mut self, message: &[u32]) {
-        self.pins.clear();
+        self.message.pins.clear();
         if self.config.rule != PageRule::Mka {
             return;
         }
@@ -33,10 +33,10 @@ impl PageStore {
         for first in best_places(&matches, budget.max(1)) {
             let marks =
                 first.saturating_sub(BEFORE) / SPAN as u64..(first + AFTER).div_ceil(SPAN as u64);
-            self.pins.extend(marks);
+            self.message.pins.extend(marks);
         }
-        self.pins.sort_unstable();
-        self.pins.dedup();
+        self.message.pins.sort_unstable();
+        self.message.pins.dedup();
     }
 
     /// Stream positions of the message's rare tokens in the stored pages, ascending, with token and weight.

@@ -190,7 +190,7 @@ fn take(heads: &[HeadIndex], budget: usize, scan: LandmarkScan, queries: &Querie
     let (planes, rotation) = (Planes::new(D), Rotation::new(D));
     let (pages, rotation) = (heads[0].len(), Some(&rotation));
     let wanted = wanted(scan, budget);
-    Scan { heads, pages, pinned: &[], wanted, planes: &planes, rotation }.take(
+    Scan::plain(heads, (pages, wanted), &planes, rotation).take(
         scan,
         queries,
         &mut Ballot::default(),
@@ -307,7 +307,7 @@ fn time(keys: &Keys, asked: &Path, tokens: usize) {
         for (scan, shortest) in SCANS.iter().zip(&mut shortest) {
             let (pages, wanted) = (heads[0].len(), wanted(*scan, 2048));
             let (planes, rotation) = (&planes, Some(&rotation));
-            let scanned = Scan { heads: &heads, pages, pinned: &[], wanted, planes, rotation };
+            let scanned = Scan::plain(&heads, (pages, wanted), planes, rotation);
             let started = Instant::now();
             queries[turn..turn + 4].iter().for_each(|query| {
                 std::hint::black_box(scanned.take(*scan, query, &mut ballot));

@@ -27,8 +27,12 @@ pub(super) struct Scan<'a> {
     pub(super) pages: usize,
     /// Marks that are taken whatever is asked for, ascending.
     pub(super) pinned: &'a [u32],
+    /// By head, tokens that votes stand for, counted from the index's first, ascending, and these.
+    pub(super) standing: &'a [Vec<(u32, f32)>],
     /// Marks to take.
     pub(super) wanted: usize,
+    /// Places around a key whose votes count for it, where keys are scored.
+    pub(super) reach: usize,
     /// Of the landmarks' codes.
     pub(super) planes: &'a Planes,
     /// Of the keys' codes; None where there are none.
@@ -90,6 +94,21 @@ pub(super) fn scan_for(settled: LandmarkScan, pages: usize, wanted: usize) -> La
     }
 }
 
+impl<'a> Scan<'a> {
+    /// Of the first `pages` pages, without anything that is named or stands beside the votes.
+    #[cfg(test)]
+    pub(super) fn plain(
+        heads: &'a [HeadIndex],
+        (pages, wanted): (usize, usize),
+        planes: &'a Planes,
+        rotation: Option<&'a Rotation>,
+    ) -> Self {
+        const NONE: &[Vec<(u32, f32)>] = &[const { Vec::new() }; 8];
+        let standing = &NONE[..heads.len()];
+        Self { heads, pages, pinned: &[], standing, wanted, reach: 0, planes, rotation }
+    }
+}
+
 impl Scan<'_> {
     /// The marks of most votes of each head by `scan`, whose coarser look or codes the index must have.
     pub(super) fn take(
@@ -123,17 +142,28 @@ impl Scan<'_> {
         ballot: &mut Ballot,
     ) -> Vec<Taken> {
         let d = queries.d;
-        let scorer = |rows: &Vec<f32>| CodeScorer::new(&rotation.turned(rows), d);
-        let scorers: Vec<CodeScorer> = queries.heads.par_iter().map(scorer).collect();
+        let scorer = |rows| CodeScorer::new(&rotation.turned(rows), d);
+        let scorers: Vec<Vec<CodeScorer>> = (0..self.heads.len())
+            .into_par_iter()
+            .map(|head| queries.slices(head).map(scorer).collect())
+            .collect();
         let num_rows = vec![self.pages * PAGE_TOKENS; self.heads.len()];
         // Blocks of rows are whole pages.
         let votes = vote_by_scores(queries, &num_rows, ballot, |scored: Scored<'_>, _| {
             let (first, count) = (scored.first / PAGE_TOKENS, scored.len / PAGE_TOKENS);
             let codes = self.heads[scored.head].key_codes(first, count, d);
-            scorers[scored.head].score(scored.queries, codes, scored.scores, scored.len);
+            let scorer = &scorers[scored.head][scored.slice];
+            scorer.score(scored.queries, codes, scored.scores, scored.len);
         });
-        let taken = votes.into_par_iter().map(|votes| {
+        let taken = votes.into_par_iter().zip(self.standing).map(|(votes, standing)| {
             let mut by_key = Cow::Borrowed(votes.rows);
+            if self.reach > 0 {
+                rows::maximum_within(votes.rows, self.reach, by_key.to_mut());
+            }
+            for (token, vote) in standing {
+                let own = &mut by_key.to_mut()[*token as usize];
+                *own = own.max(*vote);
+            }
             self.pinned.iter().for_each(|key| by_key.to_mut()[*key as usize] = f32::INFINITY);
             self.largest(&votes, &by_key, queries, |key| key)
         });
@@ -154,7 +184,7 @@ impl Scan<'_> {
             let means = self.heads[scored.head].page_means_bytes(scored.first, scored.len, d);
             scored.score_pieces(&[means], queries, keys);
         });
-        let looked = votes.par_iter().zip(self.heads).map(|(votes, index)| {
+        let looked = votes.par_iter().enumerate().map(|(head, votes)| {
             let open = rows::largest(votes.rows, LEFT_BY_MEANS * self.wanted / MARKS);
             let marks = open.iter().flat_map(|page| {
                 let first = page * MARKS as u32;
@@ -162,7 +192,7 @@ impl Scan<'_> {
             });
             let is_shut = |page: &u32| open.binary_search(page).is_err();
             Looked {
-                marks: self.with_named(index, marks.collect()),
+                marks: self.with_named(head, marks.collect()),
                 means: Some((0..self.pages as u32).filter(is_shut).collect()),
             }
         });
@@ -172,30 +202,34 @@ impl Scan<'_> {
     /// The landmarks of most votes where a score is what lengths and codes tell of it.
     fn by_signs(&self, queries: &Queries, ballot: &mut Ballot) -> Vec<Looked> {
         let cosines = signs::cosines();
-        let coded = |own: &Vec<f32>| self.planes.coded(own, queries.d).collect();
-        let asked: Vec<Vec<(Code, f32)>> = queries.heads.iter().map(coded).collect();
+        let coded =
+            |own: &[f32]| -> Vec<(Code, f32)> { self.planes.coded(own, queries.d).collect() };
+        let asked: Vec<Vec<Vec<(Code, f32)>>> =
+            (0..self.heads.len()).map(|head| queries.slices(head).map(coded).collect()).collect();
         let num_rows = vec![self.pages * MARKS; self.heads.len()];
         let votes = vote_by_scores(queries, &num_rows, ballot, |scored: Scored<'_>, _| {
             let (codes, lengths) = self.heads[scored.head].codes(self.pages);
             let own = scored.first..scored.first + scored.len;
             let (codes, lengths) = (&codes[own.clone()], &lengths[own]);
-            let each = scored.scores.chunks_exact_mut(scored.len).zip(&asked[scored.head]);
+            let asked = &asked[scored.head][scored.slice];
+            let each = scored.scores.chunks_exact_mut(scored.len).zip(asked);
             for (scores, (code, length)) in each {
                 let told = cosines.map(|cosine| cosine * length);
                 rows::score_codes(codes, lengths, *code, &told, scores);
             }
         });
-        let looked = votes.par_iter().zip(self.heads).map(|(votes, index)| {
+        let looked = votes.par_iter().enumerate().map(|(head, votes)| {
             let marks = rows::largest(votes.rows, LEFT_BY_CODES * self.wanted);
-            Looked { marks: self.with_named(index, marks), means: None }
+            Looked { marks: self.with_named(head, marks), means: None }
         });
         looked.collect()
     }
 
-    /// `marks` (ascending) with the outliers and the pinned ones.
-    fn with_named(&self, index: &HeadIndex, mut marks: Vec<u32>) -> Vec<u32> {
-        marks.extend_from_slice(index.outliers(self.pages));
+    /// `marks` (ascending) of a head with the outliers, the pinned ones and those that votes stand for.
+    fn with_named(&self, head: usize, mut marks: Vec<u32>) -> Vec<u32> {
+        marks.extend_from_slice(self.heads[head].outliers(self.pages));
         marks.extend_from_slice(self.pinned);
+        marks.extend(self.standing[head].iter().map(|(token, _)| token / SPAN as u32));
         marks.sort_unstable();
         marks.dedup();
         marks
@@ -235,23 +269,22 @@ impl Scan<'_> {
                 scores[first_shut..].iter_mut().for_each(|score| *score += (MARKS as f32).ln());
             }
         });
-        let taken = votes.into_par_iter().zip(self.heads).zip(looked);
-        taken.map(|((votes, index), looked)| self.taken(&votes, index, looked, queries)).collect()
+        let taken = votes.into_par_iter().zip(looked).enumerate();
+        taken.map(|(head, (votes, looked))| self.taken(&votes, head, looked, queries)).collect()
     }
 
-    fn taken(
-        &self,
-        votes: &Votes<'_>,
-        index: &HeadIndex,
-        looked: &Looked,
-        queries: &Queries,
-    ) -> Taken {
-        let marks = &looked.marks;
+    fn taken(&self, votes: &Votes<'_>, head: usize, looked: &Looked, queries: &Queries) -> Taken {
+        let (marks, index) = (&looked.marks, &self.heads[head]);
         let mut by_mark = votes.rows[..marks.len()].to_vec();
         let keys = votes.rows[marks.len()..].chunks_exact(SPAN);
         for (outlier, votes) in index.outliers(self.pages).iter().zip(keys) {
             if let Ok(at) = marks.binary_search(outlier) {
                 by_mark[at] = votes.iter().copied().fold(by_mark[at], f32::max);
+            }
+        }
+        for (token, vote) in &self.standing[head] {
+            if let Ok(at) = marks.binary_search(&(token / SPAN as u32)) {
+                by_mark[at] = by_mark[at].max(*vote);
             }
         }
         for mark in self.pinned {
@@ -333,11 +366,8 @@ mod tests {
         let (planes, rotation) = (Planes::new(D), Rotation::new(D));
         heads.iter_mut().for_each(|head| head.prepare(scan, &planes, D));
         let rotation = Some(&rotation);
-        Scan { heads, pages, pinned, wanted, planes: &planes, rotation }.take(
-            scan,
-            queries,
-            &mut Ballot::default(),
-        )
+        let scanned = Scan::plain(heads, (pages, wanted), &planes, rotation);
+        Scan { pinned, ..scanned }.take(scan, queries, &mut Ballot::default())
     }
 
     #[test]
@@ -405,6 +435,48 @@ mod tests {
 
     fn taken_all(heads: &mut [HeadIndex]) -> Vec<Taken> {
         taken(heads, &queries(1), LandmarkScan::KeyCodes, (2, 2 * PAGE_TOKENS, &[]))
+    }
+
+    #[test]
+    fn tokens_that_votes_stand_for_are_taken_by_every_scan() {
+        let mut heads = index(90, 0.7);
+        let (planes, rotation) = (Planes::new(D), Rotation::new(D));
+        let queries = queries(1);
+        let standing = [vec![(77, 9.0), (4700, 1e-30)], vec![(2001, 9.0)]];
+        for scan in [LandmarkScan::Flat, LandmarkScan::KeyCodes].into_iter().chain(SCANS) {
+            heads.iter_mut().for_each(|head| head.prepare(scan, &planes, D));
+            let span = span_of(scan) as u32;
+            let plain = Scan::plain(&heads, (90, 24), &planes, Some(&rotation));
+            let without = plain.take(scan, &queries, &mut Ballot::default());
+            let beside = Scan { standing: &standing, ..plain };
+            let taken = beside.take(scan, &queries, &mut Ballot::default());
+            for (head, token) in [(0, 77u32), (1, 2001)] {
+                let has = |taken: &Taken| taken.marks.contains(&(token / span, 9.0));
+                assert!(has(&taken[head]) && !has(&without[head]), "{scan:?}");
+            }
+            // A vote smaller than its own changes nothing.
+            assert!(taken[0].marks.iter().all(|(_, vote)| *vote > 1e-30), "{scan:?}");
+        }
+    }
+
+    #[test]
+    fn keys_within_reach_of_an_asked_one_come_along() {
+        let mut heads = index(90, 0.7);
+        let (planes, rotation) = (Planes::new(D), Rotation::new(D));
+        heads.iter_mut().for_each(|head| head.prepare(LandmarkScan::KeyCodes, &planes, D));
+        let queries = queries(1);
+        let plain = || Scan::plain(&heads, (90, 40), &planes, Some(&rotation));
+        let take =
+            |scan: Scan<'_>| scan.take(LandmarkScan::KeyCodes, &queries, &mut Ballot::default());
+        let (alone, along) = (take(plain()), take(Scan { reach: 3, ..plain() }));
+        for (alone, along) in alone.iter().zip(&along) {
+            let vote = |taken: &Taken, i: usize| taken.marks[i].1;
+            let best = (0..40).max_by(|a, b| vote(alone, *a).total_cmp(&vote(alone, *b))).unwrap();
+            let (key, most) = alone.marks[best];
+            for near in key.saturating_sub(3)..=key + 3 {
+                assert!(along.marks.contains(&(near, most)), "{near} of {key}");
+            }
+        }
     }
 
     #[test]

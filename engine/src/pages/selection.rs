@@ -37,9 +37,12 @@ impl PageStore {
         rows: usize,
         budget: usize,
     ) -> Result<Selection> {
-        let queries = self.queries(q, self.config.rule.pooled(q.dim(0)?))?;
+        let queries = self.queries(q, self.pooled(q.dim(0)?, q.dim(1)?))?;
         match self.config.rule {
-            PageRule::Mka => Ok(self.select_by_marks(layer, &queries, rows, budget)),
+            PageRule::Mka => {
+                let standing = self.standing(layer, rows, q.dim(0)?);
+                Ok(self.select_by_marks(layer, &queries, (rows, budget), &standing))
+            }
             rule => {
                 self.bring(&(0..rows).collect::<Vec<_>>());
                 let heads = self.select_by_rival(rule, layer, &queries, rows, budget);
@@ -77,17 +80,19 @@ impl PageStore {
         &mut self,
         layer: usize,
         queries: &Queries,
-        rows: usize,
-        budget: usize,
+        (rows, budget): (usize, usize),
+        standing: &[Vec<(u32, f32)>],
     ) -> Selection {
         let settled = settled(self.config.scan, rows, self.rotation.is_some());
         let span = span_of(settled);
         let pinned = self.pinned(rows, span);
         let mut ballot = std::mem::take(&mut self.ballot);
-        let taken = self.scan(layer, queries, settled, (rows, budget), &pinned, &mut ballot);
+        let named = (&pinned[..], standing);
+        let taken = self.scan(layer, queries, settled, (rows, budget), named, &mut ballot);
         self.bring_of(&taken, rows, PAGE_TOKENS / span);
-        let marks = Marks { taken: &taken, pinned: &pinned, span };
-        let selection = self.re_rank(layer, queries, (rows, budget), &marks, &mut ballot);
+        let marks = Marks { taken: &taken, pinned: &pinned, standing, span };
+        let (selection, votes) = self.re_rank(layer, queries, (rows, budget), &marks, &mut ballot);
+        self.note_votes(layer, &selection.heads, &votes);
         ballot.shrink(rows * PAGE_TOKENS, queries.heads.len() * queries.group);
         self.ballot = ballot;
         selection
@@ -111,7 +116,7 @@ impl PageStore {
         self.bring(&wanted);
     }
 
-    /// Of the tokens of the marks that were taken, the `budget` of most votes by their exact scores.
+    /// Of the tokens of the marks that were taken, the `budget` of most votes by their exact scores, and their votes.
     fn re_rank(
         &self,
         layer: usize,
@@ -119,7 +124,7 @@ impl PageStore {
         (rows, budget): (usize, usize),
         marks: &Marks<'_>,
         ballot: &mut Ballot,
-    ) -> Selection {
+    ) -> (Selection, Vec<Vec<f32>>) {
         let span = marks.span;
         let per_page = PAGE_TOKENS / span;
         // A page has 64 marks or 8, so that the mark's page and its place there are some of its bits.
@@ -167,8 +172,15 @@ impl PageStore {
         let heads = candidates
             .par_iter()
             .zip(&votes)
-            .map(|(candidates, votes)| {
-                let mut token_votes = Cow::Borrowed(votes.rows);
+            .zip(marks.standing)
+            .map(|((candidates, votes), standing)| {
+                let mut token_votes = self.within_reach(votes.rows, candidates, span);
+                for (token, vote) in standing {
+                    if let Ok(at) = candidates.binary_search(&(token / span as u32)) {
+                        let own = &mut token_votes.to_mut()[at * span + *token as usize % span];
+                        *own = own.max(*vote);
+                    }
+                }
                 for mark in marks.pinned {
                     if let Ok(at) = candidates.binary_search(mark) {
                         token_votes.to_mut()[at * span..(at + 1) * span].fill(f32::INFINITY);
@@ -178,20 +190,37 @@ impl PageStore {
                 let token =
                     |i: &u32| candidates[*i as usize / span] * span as u32 + i % span as u32;
                 let held: f32 = best.iter().map(|i| votes.rows[*i as usize]).sum();
-                (best.iter().map(token).collect::<Vec<u32>>(), held)
+                let own_votes = best.iter().map(|i| token_votes[*i as usize]).collect::<Vec<f32>>();
+                (best.iter().map(token).collect::<Vec<u32>>(), held, own_votes)
             })
             .collect::<Vec<_>>();
         if queries.count == 1 {
-            for ((_, held), (votes, taken)) in heads.iter().zip(votes.iter().zip(marks.taken)) {
+            for ((_, held, _), (votes, taken)) in heads.iter().zip(votes.iter().zip(marks.taken)) {
                 let share = |missed: &Vec<_>| recovered_share(*held, votes, missed, span);
                 recovered.extend(taken.missed.as_ref().map(share));
             }
         }
         let mean = recovered.iter().sum::<f32>() / recovered.len().max(1) as f32;
-        Selection {
-            heads: evened(heads.into_iter().map(|(tokens, _)| tokens).collect()),
-            recovered: (!recovered.is_empty()).then_some(mean),
+        let (tokens, votes) = heads.into_iter().map(|(tokens, _, votes)| (tokens, votes)).unzip();
+        let recovered = (!recovered.is_empty()).then_some(mean);
+        (Selection { heads: evened(tokens), recovered }, evened(votes))
+    }
+
+    /// The largest of the votes of `marks`' tokens, each mark `span` of them, within reach of each.
+    fn within_reach<'a>(&self, votes: &'a [f32], marks: &[u32], span: usize) -> Cow<'a, [f32]> {
+        let reach = self.config.vote_reach;
+        if reach == 0 {
+            return Cow::Borrowed(votes);
         }
+        let mut pooled = Vec::with_capacity(votes.len());
+        // Marks side by side are one run of tokens; another begins out of reach or is reached across what was not taken.
+        let token = |i: usize| marks[i / span] as usize * span + i % span;
+        for (i, own) in votes.iter().enumerate() {
+            let near = i.saturating_sub(reach)..(i + reach + 1).min(votes.len());
+            let reached = near.filter(|j| token(*j).abs_diff(token(i)) <= reach);
+            pooled.push(reached.map(|j| votes[j]).fold(*own, f32::max));
+        }
+        Cow::Owned(pooled)
     }
 
     /// The marks of most votes of each head for a choice of `budget` tokens among the first `rows` pages, by the scan
@@ -202,7 +231,7 @@ impl PageStore {
         queries: &Queries,
         settled: LandmarkScan,
         (rows, budget): (usize, usize),
-        pinned: &[u32],
+        (pinned, standing): (&[u32], &[Vec<(u32, f32)>]),
         ballot: &mut Ballot,
     ) -> Vec<Taken> {
         let wanted = match settled {
@@ -215,7 +244,9 @@ impl PageStore {
         }
         let (heads, rotation) = (&self.index[layer][..], self.rotation.as_ref());
         let planes = &self.planes;
-        Scan { heads, pages: rows, pinned, wanted, planes, rotation }.take(scan, queries, ballot)
+        let reach = self.config.vote_reach;
+        Scan { heads, pages: rows, pinned, standing, wanted, reach, planes, rotation }
+            .take(scan, queries, ballot)
     }
 
     /// Pinned marks of `span` keys among the first `rows` pages, as the index row's first mark and the mark in the page,
@@ -226,7 +257,7 @@ impl PageStore {
             let first = (row * PAGE_TOKENS + (pin % MARKS as u64) as usize * SPAN) / span;
             Some(first as u32..(first + SPAN / span) as u32)
         };
-        self.pins.iter().filter_map(place).flatten().collect()
+        self.message.pins.iter().filter_map(place).flatten().collect()
     }
 
     /// A reader of one head's keys (`kind` 0) or values (1) out of pages' bytes.
@@ -242,6 +273,8 @@ impl PageStore {
 struct Marks<'a> {
     taken: &'a [Taken],
     pinned: &'a [u32],
+    /// By head, tokens that votes stand for and these.
+    standing: &'a [Vec<(u32, f32)>],
     span: usize,
 }
 
@@ -290,7 +323,7 @@ fn places(per_page: usize) -> (impl Fn(u32) -> usize + Copy, impl Fn(u32) -> usi
 }
 
 /// Heads share positions and page lengths, so each takes as many tokens as the poorest has.
-fn evened(mut heads: Vec<Vec<u32>>) -> Vec<Vec<u32>> {
+fn evened<T>(mut heads: Vec<Vec<T>>) -> Vec<Vec<T>> {
     let shortest = heads.iter().map(Vec::len).min().unwrap_or(0);
     heads.iter_mut().for_each(|tokens| {
         // The oldest go: a shorter list is one whose pages could not be read.

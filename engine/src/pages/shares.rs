@@ -1,9 +1,9 @@
 //! What a turn recalled, counted query by query: shares of the attention by layer.
 //! Knows no page; on a device the sums are kept there, so that no layer waits for them.
 
-use super::PageUsage;
 use super::recalled::{Recalled, Recovered};
 use super::store::PageStore;
+use super::{Message, PageUsage};
 use crate::error::Result;
 use candle_core::{DType, Tensor};
 use mka_kernels::recall;
@@ -30,7 +30,7 @@ impl PageStore {
     pub(crate) fn begin_turn(&mut self) {
         self.tally.fill(Tally::default());
         self.zero_sums(!self.sums.is_empty());
-        self.pins.clear();
+        self.message = Message::default();
     }
 
     /// Notes which share of its attention one query of `layer` gave to `recalled`: lse (1, num_heads) of these and of

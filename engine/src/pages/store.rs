@@ -3,6 +3,7 @@
 
 use super::device::Mirror;
 use super::index::{HeadIndex, MARKS, SPAN};
+use super::message::Message;
 use super::reading::PageSource;
 use super::recalled::Recalled;
 use super::rivals::Following;
@@ -80,8 +81,8 @@ pub(crate) struct PageStore {
     pub(super) angles: Option<RotaryAngles>,
     /// What InfLLM's rule keeps; None for the others.
     pub(super) following: Option<Following>,
-    /// Landmarks that a message's words pin, by their place in the stream (position / SPAN), ascending.
-    pub(crate) pins: Vec<u64>,
+    /// What the message that is answered asks for beside what each query asks for.
+    pub(crate) message: Message,
     /// Whether queries recall anything now.
     pub(crate) active: bool,
     /// What single queries recalled since [`PageStore::begin_turn`], by layer.
@@ -121,7 +122,7 @@ impl PageStore {
             held: (0..shape.num_layers).map(|_| Held::default()).collect(),
             angles: None,
             following: (config.rule == PageRule::InfLlm).then(|| Following::new(shape)),
-            pins: Vec::new(),
+            message: Message::default(),
             active: true,
             tally: vec![Tally::default(); shape.num_layers],
             sums: Vec::new(),
@@ -152,7 +153,6 @@ impl PageStore {
         fork.recent.clone_from(&self.recent);
         (fork.resident_bytes, fork.clock) = (self.resident_bytes, self.clock);
         fork.following.clone_from(&self.following);
-        fork.pins.clone_from(&self.pins);
         fork.active = self.active;
         match self.mirror.as_ref().map(Mirror::copied) {
             Some(Ok(mirror)) => {

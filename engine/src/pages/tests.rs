@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex};
 const FOLDERS: &[&str] =
     &["llama3", "llama_yarn", "llama_linear", "mistral", "qwen2", "qwen3", "smollm2", "fastmka"];
 
-fn load(name: &str) -> Decoder {
+pub(super) fn load(name: &str) -> Decoder {
     load_on(name, &Device::Cpu)
 }
 
@@ -34,7 +34,7 @@ fn load_on(name: &str, device: &Device) -> Decoder {
     Decoder::load(config, &Weights::open_folder(&folder).unwrap(), device).unwrap()
 }
 
-fn config() -> PageConfig {
+pub(super) fn config() -> PageConfig {
     PageConfig {
         tokens: 1 << 20,
         precision: PagePrecision::F32,
@@ -52,12 +52,24 @@ pub(super) fn cache(decoder: &Decoder, window: usize, pages: Option<PageConfig>)
     cache
 }
 
-fn tokens(count: u32) -> Vec<u32> {
+pub(super) fn tokens(count: u32) -> Vec<u32> {
     (0..count).map(|i| (i * i * 31 + i * 7 + 3) % 128).collect()
 }
 
+/// Queries (count, heads, head_dim) that are the same in every run.
+pub(super) fn queries(store: &PageStore, count: usize) -> Tensor {
+    let (heads, d) = (2 * store.shape.num_kv_heads, store.shape.head_dim);
+    let numbers = (0..count * heads * d).map(|i| (i as f32 * 0.7).sin()).collect();
+    Tensor::from_vec(numbers, (count, heads, d), &Device::Cpu).unwrap()
+}
+
 /// Logits of every token, run in blocks of `blocks` in turn.
-fn run(decoder: &Decoder, cache: &mut Cache, tokens: &[u32], blocks: &[usize]) -> Vec<Vec<f32>> {
+pub(super) fn run(
+    decoder: &Decoder,
+    cache: &mut Cache,
+    tokens: &[u32],
+    blocks: &[usize],
+) -> Vec<Vec<f32>> {
     let hidden = run_blocks(decoder, cache, tokens, blocks);
     let logits = hidden.iter().map(|x| decoder.logits(x).unwrap().to_vec2::<f32>().unwrap());
     logits.flatten().collect()

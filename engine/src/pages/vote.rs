@@ -9,6 +9,8 @@ use rayon::prelude::*;
 
 /// Rows of one task: 512 rows of 64 numbers are 128 KiB, a quarter of an L2.
 const BLOCK_ROWS: usize = 512;
+/// Queries that vote at once: the weights of more would take more memory, and a vote needs no more than the largest.
+const SLICE: usize = 8;
 
 /// Queries of one key/value head: (queries, group, d), scaled, queries of one token side by side.
 pub(super) struct Queries {
@@ -17,6 +19,13 @@ pub(super) struct Queries {
     pub(super) count: usize,
     pub(super) group: usize,
     pub(super) d: usize,
+}
+
+impl Queries {
+    /// The queries of one key/value head that vote at once, (up to [`SLICE`] · group, d) each.
+    pub(super) fn slices(&self, head: usize) -> std::slice::Chunks<'_, f32> {
+        self.heads[head].chunks((SLICE * self.group * self.d).max(1))
+    }
 }
 
 /// What the vote of one key/value head gave.
@@ -112,9 +121,11 @@ pub(super) struct Scored<'a> {
     pub(super) first: usize,
     /// Rows.
     pub(super) len: usize,
-    /// (count · group, d).
+    /// Which of [`Queries::slices`] votes.
+    pub(super) slice: usize,
+    /// (queries of the slice · group, d).
     pub(super) queries: &'a [f32],
-    /// (count · group, len): every one is to be written.
+    /// (queries of the slice · group, len): every one is to be written.
     pub(super) scores: &'a mut [f32],
 }
 
@@ -159,33 +170,35 @@ pub(super) fn vote_by_scores<'a>(
     ballot: &'a mut Ballot,
     score: impl Fn(Scored<'_>, &mut Vec<f32>) + Sync,
 ) -> Vec<Votes<'a>> {
-    let per_row = queries.count * queries.group;
     let all: usize = num_rows.iter().sum();
-    let weights = room(&mut ballot.weights, all * per_row);
+    let weights = room(&mut ballot.weights, all * queries.count.min(SLICE) * queries.group);
     let votes = room(&mut ballot.votes, all);
-    let mut blocks = blocks_of(num_rows, per_row, weights, votes);
-    blocks.par_iter_mut().for_each_init(Vec::new, |keys: &mut Vec<f32>, block| {
-        let (head, first, len) = (block.head, block.first, block.votes.len());
-        let (queries, scores) = (&*queries.heads[head], &mut *block.weights);
-        score(Scored { head, first, len, queries, scores }, keys);
-        for (scores, stats) in block.weights.chunks_exact_mut(len).zip(&mut block.stats) {
-            let max = rows::maximum(scores);
-            *stats = (max, rows::exponentiate(scores, max));
-        }
-    });
-    let heads = 0..num_rows.len();
-    let totals: Vec<Vec<(f32, f32)>> = heads
-        .into_par_iter()
-        .map(|head| {
+    votes.fill(0.0);
+    let mut totals = vec![Vec::new(); num_rows.len()];
+    for (slice, first_query) in (0..queries.count).step_by(SLICE).enumerate() {
+        let per_row = SLICE.min(queries.count - first_query) * queries.group;
+        let mut blocks = blocks_of(num_rows, per_row, weights, votes);
+        blocks.par_iter_mut().for_each_init(Vec::new, |keys: &mut Vec<f32>, block| {
+            let (head, first, len) = (block.head, block.first, block.votes.len());
+            let own = slice * SLICE * queries.group * queries.d;
+            let own = &queries.heads[head][own..own + per_row * queries.d];
+            let scores = &mut *block.weights;
+            score(Scored { head, first, len, slice, queries: own, scores }, keys);
+            for (scores, stats) in block.weights.chunks_exact_mut(len).zip(&mut block.stats) {
+                let max = rows::maximum(scores);
+                *stats = (max, rows::exponentiate(scores, max));
+            }
+        });
+        let of_head = |head: usize| -> Vec<(f32, f32)> {
             let from = blocks.partition_point(|block| block.head < head);
             let to = blocks.partition_point(|block| block.head <= head);
             (0..per_row).map(|row| total(&blocks[from..to], row)).collect()
-        })
-        .collect();
-    blocks.par_iter_mut().for_each_init(Vec::new, |sum: &mut Vec<f32>, block| {
-        count(queries, block, &totals[block.head], sum);
-    });
-    drop(blocks);
+        };
+        totals = (0..num_rows.len()).into_par_iter().map(of_head).collect();
+        blocks.par_iter_mut().for_each_init(Vec::new, |sum: &mut Vec<f32>, block| {
+            count(queries.group, block, &totals[block.head], sum);
+        });
+    }
     let mut rest = &ballot.votes[..all];
     let mut votes = Vec::with_capacity(num_rows.len());
     for (num_rows, totals) in num_rows.iter().zip(totals) {
@@ -205,20 +218,15 @@ fn total(blocks: &[Block<'_>], row: usize) -> (f32, f32) {
 }
 
 /// Brings a block's weights to the `totals` of its head and counts.
-fn count(queries: &Queries, block: &mut Block<'_>, totals: &[(f32, f32)], sum: &mut Vec<f32>) {
-    let (group, len) = (queries.group.max(1), block.votes.len());
+fn count(group: usize, block: &mut Block<'_>, totals: &[(f32, f32)], sum: &mut Vec<f32>) {
+    let (group, len) = (group.max(1), block.votes.len());
     let factor = |((max, _), (top, total)): (&(f32, f32), &(f32, f32))| (max - top).exp() / total;
     let factors: Vec<f32> = block.stats.iter().zip(totals).map(factor).collect();
-    let mut queries = block.weights.chunks_exact(group * len).zip(factors.chunks_exact(group));
-    if let Some((weights, factors)) = queries.next() {
-        rows::sum_scaled(weights, factors, block.votes);
-        // A score that is no number has no vote.
-        block.votes.iter_mut().for_each(|vote| *vote = vote.max(0.0));
-    } else {
-        block.votes.fill(0.0);
-    }
     sum.resize(len, 0.0);
-    for (weights, factors) in queries {
+    for (weights, factors) in
+        block.weights.chunks_exact(group * len).zip(factors.chunks_exact(group))
+    {
+        // A score that is no number has no vote.
         rows::sum_scaled(weights, factors, sum);
         block.votes.iter_mut().zip(&*sum).for_each(|(vote, sum)| *vote = vote.max(*sum));
     }
@@ -230,7 +238,8 @@ mod tests {
 
     #[test]
     fn votes_are_the_softmax_summed_over_the_group_whatever_the_blocks() {
-        let (count, group, d, n) = (2, 3, 4, 1200);
+        // More queries than vote at once.
+        let (count, group, d, n) = (SLICE + 2, 3, 4, 1200);
         let number = |i: usize| ((i * 2_654_435_761) % 1000) as f32 / 250.0 - 2.0;
         let queries: Vec<f32> = (0..count * group * d).map(number).collect();
         let keys: Vec<f32> = (0..n * d).map(|i| number(i + 7)).collect();

@@ -1,7 +1,9 @@
 //! The choice among stored pages and the copy of the chosen on a CUDA device: parameters of the kernels, their launch.
 //! Knows no rule: the kernels of `cuda/recall.cu` hold them.
 
-use super::{Choice, ChoiceParams, ChoiceRun, MARKS, MAX_RUNS, Placement, SPAN, StoredPages};
+use super::{
+    Choice, ChoiceParams, ChoiceRun, MARKS, MAX_RUNS, Placement, SPAN, Standing, StoredPages,
+};
 use crate::cuda::{self, Launch};
 use crate::pages::PAGE_TOKENS;
 use crate::rope::RotaryAngles;
@@ -69,6 +71,53 @@ struct VoteParams {
 
 // SAFETY: plain numbers in C layout, as the kernels declare them.
 unsafe impl DeviceRepr for VoteParams {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ReachParams {
+    votes: u64,
+    marks: u64,
+    pooled: u64,
+    n: u64,
+    num_marks: u32,
+    reach: u32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernel declares them.
+unsafe impl DeviceRepr for ReachParams {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct StandingParams {
+    tokens: u64,
+    standing: u64,
+    marks: u64,
+    votes: u64,
+    n: u64,
+    num_marks: u32,
+    k: u32,
+    g: u32,
+    span: u32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernel declares them.
+unsafe impl DeviceRepr for StandingParams {}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct KeptParams {
+    votes: u64,
+    marks: u64,
+    best: u64,
+    tokens: u64,
+    standing: u64,
+    n: u64,
+    num_marks: u32,
+    k: u32,
+}
+
+// SAFETY: plain numbers in C layout, as the kernel declares them.
+unsafe impl DeviceRepr for KeptParams {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -234,9 +283,13 @@ fn joined(first: Choice, rest: &[Choice]) -> Result<Choice> {
         let rows: Vec<&Tensor> = of(&first).into_iter().chain(rest.iter().filter_map(of)).collect();
         (!rows.is_empty()).then(|| Tensor::cat(&rows, 0)).transpose()
     };
+    let kept_tokens = cat(|part| part.standing.as_ref().map(|kept| &kept.tokens))?;
+    let kept_votes = cat(|part| part.standing.as_ref().map(|kept| &kept.votes))?;
+    let standing = kept_tokens.zip(kept_votes).map(|(tokens, votes)| Standing { tokens, votes });
     Ok(Choice {
         marks: cat(|part| part.marks.as_ref())?,
         best: cat(|part| part.best.as_ref())?,
+        standing,
         runs: first.runs + rest.iter().map(|part| part.runs).sum::<usize>(),
         tokens: first.tokens,
         recovered: None,
@@ -257,10 +310,19 @@ fn choose_part(
     let (mut marks, mut by_mark) = (None, None);
     if landmarks < num_marks {
         let voted = vote(device, pages, queries, None, num_marks)?;
+        if let Some(standing) = params.standing {
+            raise(device, &voted.votes, standing, None, SPAN)?;
+        }
         marks = Some(top_k(&voted.votes, landmarks)?);
         by_mark = Some(voted);
     }
-    let voted = vote(device, pages, queries, Some(marks.as_ref()), landmarks)?;
+    let mut voted = vote(device, pages, queries, Some(marks.as_ref()), landmarks)?;
+    if params.reach > 0 {
+        voted.votes = reaching(device, &voted.votes, marks.as_ref(), params.reach)?;
+    }
+    if let Some(standing) = params.standing {
+        raise(device, &voted.votes, standing, marks.as_ref(), 1)?;
+    }
     let tokens = params.tokens.min(landmarks * SPAN);
     let best = match params.heads_together {
         true => top_of_all_heads(&voted.votes, (queries.num_runs, g), tokens)?,
@@ -271,7 +333,9 @@ fn choose_part(
     let recovered = is_one
         .then(|| recovered(device, (g, group), by_mark.as_ref(), marks.as_ref(), &voted, &best))
         .transpose()?;
-    Ok(Choice { marks, best: Some(best), runs: queries.num_runs, tokens, recovered })
+    let standing =
+        params.keep_votes.then(|| kept(device, &voted.votes, marks.as_ref(), &best)).transpose()?;
+    Ok(Choice { marks, best: Some(best), runs: queries.num_runs, tokens, recovered, standing })
 }
 
 /// Of `votes` (runs · g, n) the `count` largest of each run, summed over its heads, for every head: (runs · g, count).
@@ -358,6 +422,81 @@ fn vote(
         cuda::launch(device, "recall", "raise_votes", Launch { grid, ..launch }, &params)?;
     }
     Ok(Voted { logits, norms, votes, n })
+}
+
+/// Of `votes` (runs · g, n), by the tokens of `marks` (None: of all), the largest within `reach` of each.
+fn reaching(
+    device: &CudaDevice,
+    votes: &Tensor,
+    marks: Option<&Tensor>,
+    reach: usize,
+) -> Result<Tensor> {
+    let (own, n) = votes.dims2()?;
+    let pooled = cuda::output_tensor(device, DType::F32, (own, n))?;
+    let params = ReachParams {
+        votes: cuda::address(votes)?,
+        marks: address_or_null(marks)?,
+        pooled: cuda::address(&pooled)?,
+        n: n as u64,
+        num_marks: (n / SPAN) as u32,
+        reach: reach as u32,
+    };
+    let grid = (n.div_ceil(1024) as u32, own as u32, 1);
+    let launch = Launch { grid, block: THREADS, shared_bytes: 0 };
+    cuda::launch(device, "recall", "reach", launch, &params)?;
+    Ok(pooled)
+}
+
+/// Raises `votes` (g, n) to those that stand for their tokens: of tokens, `span` 1, of the landmarks `marks` (None: of
+/// all); of landmarks, `span` [`SPAN`].
+fn raise(
+    device: &CudaDevice,
+    votes: &Tensor,
+    standing: &Standing,
+    marks: Option<&Tensor>,
+    span: usize,
+) -> Result<()> {
+    let ((g, n), (lists, k)) = (votes.dims2()?, standing.tokens.dims2()?);
+    let params = StandingParams {
+        tokens: cuda::address(&standing.tokens)?,
+        standing: cuda::address(&standing.votes)?,
+        marks: address_or_null(marks)?,
+        votes: cuda::address(votes)?,
+        n: n as u64,
+        num_marks: marks.map_or(Ok(0), |marks| marks.dim(1))? as u32,
+        k: k as u32,
+        g: g as u32,
+        span: span as u32,
+    };
+    let grid = (k.div_ceil(THREADS as usize) as u32, lists as u32, 1);
+    let launch = Launch { grid, block: THREADS, shared_bytes: 0 };
+    cuda::launch(device, "recall", "raise_standing", launch, &params)
+}
+
+/// The tokens that `best` of `votes` (runs · g, n) are, with these votes.
+fn kept(
+    device: &CudaDevice,
+    votes: &Tensor,
+    marks: Option<&Tensor>,
+    best: &Tensor,
+) -> Result<Standing> {
+    let ((own, n), (_, k)) = (votes.dims2()?, best.dims2()?);
+    let tokens = cuda::output_tensor(device, DType::U32, (own, k))?;
+    let standing = cuda::output_tensor(device, DType::F32, (own, k))?;
+    let params = KeptParams {
+        votes: cuda::address(votes)?,
+        marks: address_or_null(marks)?,
+        best: cuda::address(best)?,
+        tokens: cuda::address(&tokens)?,
+        standing: cuda::address(&standing)?,
+        n: n as u64,
+        num_marks: marks.map_or(Ok(0), |marks| marks.dim(1))? as u32,
+        k: k as u32,
+    };
+    let grid = (k.div_ceil(THREADS as usize) as u32, own as u32, 1);
+    let launch = Launch { grid, block: THREADS, shared_bytes: 0 };
+    cuda::launch(device, "recall", "keep_votes", launch, &params)?;
+    Ok(Standing { tokens, votes: standing })
 }
 
 fn recovered(

@@ -1,7 +1,7 @@
 //! The choice among stored pages and the copy of the chosen on the processor: what the kernels are tested against.
 //! Knows no speed; a session on the processor chooses over its stored bytes instead.
 
-use super::{Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, StoredPages};
+use super::{Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, Standing, StoredPages};
 use crate::pages::PAGE_TOKENS;
 use crate::rope::RotaryAngles;
 use crate::rows;
@@ -42,7 +42,14 @@ pub(super) fn choose(pages: &StoredPages, q: &Tensor, params: &ChoiceParams<'_>)
     let (marks, best) = (rows(|part| &part.marks)?, rows(|part| &part.best)?);
     let tokens = parts.first().map_or(0, Choice::num_tokens);
     let recovered = parts.iter().find_map(|part| part.recovered.clone());
-    Ok(Choice { marks, best, runs: parts.len(), tokens, recovered })
+    let kept = |of: fn(&Standing) -> &Tensor| -> Result<Option<Tensor>> {
+        let lists: Vec<&Tensor> =
+            parts.iter().filter_map(|part| part.standing.as_ref()).map(of).collect();
+        (!lists.is_empty()).then(|| Tensor::cat(&lists, 0)).transpose()
+    };
+    let kept = (kept(|list| &list.tokens)?, kept(|list| &list.votes)?);
+    let standing = kept.0.zip(kept.1).map(|(tokens, votes)| Standing { tokens, votes });
+    Ok(Choice { marks, best, runs: parts.len(), tokens, recovered, standing })
 }
 
 fn choose_run(
@@ -67,8 +74,9 @@ fn choose_run(
         Some((marks, keys)) => Some((marks.to_vec2::<u32>()?, numbers(keys)?)),
         None => None,
     };
+    let standing = standing_of(params.standing, g)?;
     let mut heads = Vec::with_capacity(g);
-    for head in 0..g {
+    for (head, standing) in standing.iter().enumerate() {
         let queries = of_head(head);
         let mut missed = None;
         let marks: Vec<u32> = if wanted == num_marks {
@@ -91,6 +99,11 @@ fn choose_run(
                 let vote = &mut by_mark[*mark as usize];
                 *vote = keys.iter().copied().fold(*vote, f32::max);
             }
+            for (token, vote) in standing {
+                if let Some(own) = by_mark.get_mut(*token as usize / SPAN) {
+                    *own = own.max(*vote);
+                }
+            }
             let pinned = pins.iter().filter(|pin| (**pin as usize) < num_marks);
             pinned.for_each(|pin| by_mark[*pin as usize] = f32::INFINITY);
             let marks = rows::largest(&by_mark, wanted);
@@ -109,7 +122,13 @@ fn choose_run(
             );
         }
         let votes = vote(&queries, &rows, group, d);
-        let mut by_token = votes.keys.clone();
+        let mut by_token = pooled(&votes.keys, &marks, params.reach);
+        for (token, vote) in standing {
+            if let Ok(at) = marks.binary_search(&(token / SPAN as u32)) {
+                let own = &mut by_token[at * SPAN + *token as usize % SPAN];
+                *own = own.max(*vote);
+            }
+        }
         for (mark, votes) in marks.iter().zip(by_token.chunks_exact_mut(SPAN)) {
             if pins.contains(mark) {
                 votes.fill(f32::INFINITY);
@@ -125,6 +144,7 @@ fn choose_run(
         heads.iter_mut().for_each(|head| head.by_token.clone_from(&sums));
     }
     let (mut all_marks, mut all_best, mut recovered) = (Vec::new(), Vec::new(), 0f32);
+    let (mut kept_tokens, mut kept_votes) = (Vec::new(), Vec::new());
     for Compared { marks, votes, by_token, missed } in heads {
         let best = rows::largest(&by_token, params.tokens);
         let held =
@@ -140,6 +160,9 @@ fn choose_run(
             None => 1.0,
         };
         recovered += held * share / g as f32;
+        let token = |i: &u32| marks[*i as usize / SPAN] * SPAN as u32 + i % SPAN as u32;
+        kept_tokens.extend(best.iter().map(token));
+        kept_votes.extend(best.iter().map(|i| by_token[*i as usize]));
         all_marks.extend(marks);
         all_best.extend(best);
     }
@@ -150,7 +173,36 @@ fn choose_run(
         .transpose()?;
     let recovered = (t == 1).then(|| Tensor::from_vec(vec![recovered], 1, &Device::Cpu));
     let recovered = recovered.transpose()?;
-    Ok(Choice { marks, best: Some(best), runs: 1, tokens, recovered })
+    let standing = match params.keep_votes {
+        true => Some(Standing {
+            tokens: Tensor::from_vec(kept_tokens, (g, tokens), &Device::Cpu)?,
+            votes: Tensor::from_vec(kept_votes, (g, tokens), &Device::Cpu)?,
+        }),
+        false => None,
+    };
+    Ok(Choice { marks, best: Some(best), runs: 1, tokens, recovered, standing })
+}
+
+/// By head, the tokens that have standing votes and these; nothing for none.
+fn standing_of(standing: Option<&Standing>, g: usize) -> Result<Vec<Vec<(u32, f32)>>> {
+    let mut heads = vec![Vec::new(); g];
+    if let Some(Standing { tokens, votes }) = standing {
+        let lists = tokens.to_vec2::<u32>()?.into_iter().zip(votes.to_vec2::<f32>()?);
+        for (row, (tokens, votes)) in lists.enumerate() {
+            heads[row % g].extend(tokens.into_iter().zip(votes));
+        }
+    }
+    Ok(heads)
+}
+
+/// The largest of the votes of `marks`' tokens within `reach` of each.
+fn pooled(votes: &[f32], marks: &[u32], reach: usize) -> Vec<f32> {
+    let token = |i: usize| marks[i / SPAN] as usize * SPAN + i % SPAN;
+    let within = |i: usize| {
+        let near = i.saturating_sub(reach)..(i + reach + 1).min(votes.len());
+        near.filter(move |j| token(*j).abs_diff(token(i)) <= reach)
+    };
+    (0..votes.len()).map(|i| within(i).map(|j| votes[j]).fold(votes[i], f32::max)).collect()
 }
 
 /// Rotated, pooled, scaled: (⌈t / pooled⌉, h, d).

@@ -4,7 +4,7 @@ use crate::select::random;
 use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
 use mka_kernels::recall::{
-    Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, StoredPages, note_share,
+    Choice, ChoiceParams, ChoiceRun, MARKS, Placement, SPAN, Standing, StoredPages, note_share,
 };
 use mka_kernels::{PAGE_TOKENS, RotaryAngles, reference, rows};
 
@@ -21,6 +21,8 @@ pub(crate) struct Case {
     pub(crate) outliers: &'static [u32],
     /// Whether every token is compared, whatever its landmark is asked for.
     pub(crate) every: bool,
+    /// Places around a token whose votes count for it.
+    pub(crate) reach: usize,
     /// Whether all heads choose the same tokens.
     pub(crate) together: bool,
 }
@@ -36,6 +38,7 @@ pub(crate) const PLAIN: Case = Case {
     pins: &[],
     outliers: &[],
     every: false,
+    reach: 0,
     together: false,
 };
 
@@ -53,6 +56,9 @@ pub(crate) const CASES: &[Case] = &[
     Case { pages: 300, h: 6, g: 2, d: 16, tokens: 2048, every: true, ..PLAIN },
     Case { pages: 40, t: 11, h: 9, g: 3, d: 64, every: true, together: true, ..PLAIN },
     Case { pages: 50, h: 4, g: 4, d: 96, pins: &[9], every: true, together: true, ..PLAIN },
+    Case { pages: 40, t: 11, h: 9, g: 3, d: 64, every: true, reach: 4, ..PLAIN },
+    Case { pages: 70, h: 6, g: 2, d: 64, tokens: 192, pins: &[0, 399], reach: 2, ..PLAIN },
+    Case { pages: 50, h: 4, g: 4, pins: &[9], every: true, reach: 70, together: true, ..PLAIN },
     // Fewer tokens than are chosen.
     Case { pages: 2, h: 6, g: 2, d: 8, tokens: 256, ..PLAIN },
 ];
@@ -150,6 +156,19 @@ impl Case {
         first: usize,
         runs: &[ChoiceRun],
     ) -> Result<Choice> {
+        self.choose_beside(made, store, device, first, runs, None)
+    }
+
+    /// [`Case::choose_runs`] beside votes that stand; its own votes are kept.
+    pub(crate) fn choose_beside(
+        &self,
+        made: &Made,
+        store: &StoredPages,
+        device: &Device,
+        first: usize,
+        runs: &[ChoiceRun],
+        standing: Option<&Standing>,
+    ) -> Result<Choice> {
         let q = Tensor::from_slice(&made.q, (self.t, self.h, self.d), device)?;
         let q = q.narrow(0, first, runs.iter().map(|run| run.queries).sum())?;
         let pins = match self.pins.len() {
@@ -167,6 +186,9 @@ impl Case {
                 angles: &made.angles,
                 distance: DISTANCE,
                 pins: pins.as_ref(),
+                reach: self.reach,
+                standing,
+                keep_votes: true,
                 heads_together: self.together,
             },
         )
@@ -234,7 +256,14 @@ impl Case {
                     keys.extend_from_slice(&made.keys[at * d..(at + 1) * d]);
                 }
             }
-            let mut votes = self.votes(made, head, &keys);
+            let token = |i: usize| marks[i / SPAN] as usize * SPAN + i % SPAN;
+            let alone = self.votes(made, head, &keys);
+            let near = |i: usize| {
+                let others =
+                    (0..alone.len()).filter(|j| token(*j).abs_diff(token(i)) <= self.reach);
+                others.map(|j| alone[j]).fold(0.0, f64::max)
+            };
+            let mut votes: Vec<f64> = (0..alone.len()).map(near).collect();
             for (mark, votes) in marks.iter().zip(votes.chunks_exact_mut(SPAN)) {
                 if self.pins.contains(mark) {
                     votes.fill(f64::INFINITY);
@@ -380,6 +409,101 @@ fn runs_of_queries_choose_as_each_by_itself() -> Result<()> {
             assert_eq!(chosen.is_ok(), sum == 50, "{bad:?}");
         }
     }
+    Ok(())
+}
+
+/// Choices for which votes of queries before them stand, among keys and among landmarks.
+pub(crate) const STANDING: [Case; 2] = [
+    Case { pages: 40, t: 12, h: 9, g: 3, d: 64, tokens: 128, every: true, reach: 4, ..PLAIN },
+    Case { pages: 90, t: 12, h: 6, g: 2, d: 64, tokens: 64, pins: &[9], ..PLAIN },
+];
+
+impl Case {
+    /// What the last query chooses beside what the others voted for, in three runs: those that stand, and the choice.
+    pub(crate) fn choose_last(
+        &self,
+        made: &Made,
+        store: &StoredPages,
+        device: &Device,
+    ) -> Result<(Vec<Vec<u32>>, Choice)> {
+        let run = |queries, pages| ChoiceRun { queries, pages };
+        let before = self.choose_runs(made, store, device, 0, &[run(3, self.pages - 1)])?;
+        let two = [run(6, self.pages - 1), run(2, self.pages)];
+        let after = self.choose_runs(made, store, device, 3, &two)?;
+        let mut tokens = before.tokens(self.g)?;
+        tokens.extend(after.tokens(self.g)?);
+        let kept = |choice: Choice| choice.standing.expect("votes are kept");
+        let standing = kept(after).after(Some(&kept(before)), self.g)?;
+        let last = [run(1, self.pages)];
+        let choice = self.choose_beside(made, store, device, 11, &last, Some(&standing))?;
+        Ok((tokens, choice))
+    }
+}
+
+#[test]
+fn votes_stand_beside_those_of_later_queries() -> Result<()> {
+    let case = &STANDING[0];
+    let (made, g) = (case.make(), case.g);
+    let store = case.store(&made, &Device::Cpu)?;
+    let (before, choice) = case.choose_last(&made, &store, &Device::Cpu)?;
+    // By definition: the largest of the votes of all runs, in f64, each run with its own softmax and pages.
+    let runs =
+        [(0..3, case.pages - 1), (3..9, case.pages - 1), (9..11, case.pages), (11..12, case.pages)];
+    let width = case.h * case.d;
+    let mut expected = vec![vec![0f64; case.pages * PAGE_TOKENS]; g];
+    for (queries, pages) in runs {
+        let q = made.q[queries.start * width..queries.end * width].to_vec();
+        let own = Made { q, ..case.make() };
+        for (head, all) in expected.iter_mut().enumerate() {
+            let key = |token: usize| {
+                let at = (token / PAGE_TOKENS * g + head) * PAGE_TOKENS + token % PAGE_TOKENS;
+                &made.keys[at * case.d..(at + 1) * case.d]
+            };
+            let keys: Vec<f32> = (0..pages * PAGE_TOKENS).flat_map(key).copied().collect();
+            let alone = case.votes(&own, head, &keys);
+            for (i, all) in all.iter_mut().enumerate().take(alone.len()) {
+                let near = i.saturating_sub(case.reach)..(i + case.reach + 1).min(alone.len());
+                *all = alone[near].iter().copied().fold(*all, f64::max);
+            }
+        }
+    }
+    let best = |votes: &Vec<f64>| {
+        let votes: Vec<f32> = votes.iter().map(|x| *x as f32).collect();
+        reference::top_k(&votes, case.tokens)
+    };
+    let expected: Vec<Vec<u32>> = expected.iter().map(best).collect();
+    let off = differing(&choice.tokens(g)?, &expected);
+    assert!(off <= g, "{off} other tokens");
+    // It is neither the last query's own choice nor that of those before.
+    let run = ChoiceRun { queries: 1, pages: case.pages };
+    let alone = case.choose_runs(&made, &store, &Device::Cpu, 11, &[run])?.tokens(g)?;
+    assert!(differing(&choice.tokens(g)?, &alone) > g);
+    assert!(differing(&choice.tokens(g)?, &before[..g]) > g);
+    Ok(())
+}
+
+#[test]
+fn standing_votes_bring_landmarks_along_and_fit_one_run() -> Result<()> {
+    let case = &STANDING[1];
+    let (made, g) = (case.make(), case.g);
+    let store = case.store(&made, &Device::Cpu)?;
+    let (before, choice) = case.choose_last(&made, &store, &Device::Cpu)?;
+    // Some of what is chosen now was chosen before, under a landmark that the last query alone passes over.
+    let last = [ChoiceRun { queries: 1, pages: case.pages }];
+    let alone = case.choose_runs(&made, &store, &Device::Cpu, 11, &last)?;
+    let (own, without) = (choice.tokens(g)?, alone.tokens(g)?);
+    let stands = |token: &u32, head: usize| {
+        let of_landmark = |other: &u32| *other as usize / SPAN == *token as usize / SPAN;
+        before.iter().skip(head).step_by(g).any(|list| list.binary_search(token).is_ok())
+            && !without[head].iter().any(of_landmark)
+    };
+    let new = (0..g).flat_map(|head| own[head].iter().filter(move |token| stands(token, head)));
+    assert!(new.count() > 0);
+    let standing = alone.standing.expect("votes are kept");
+    let two = [ChoiceRun { queries: 1, pages: 80 }, ChoiceRun { queries: 1, pages: 90 }];
+    let refused = case.choose_beside(&made, &store, &Device::Cpu, 0, &two, Some(&standing));
+    let error = refused.expect_err("two runs").to_string();
+    assert!(error.contains("for 2 runs of 2 heads, expected"), "{error}");
     Ok(())
 }
 

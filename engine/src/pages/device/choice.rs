@@ -138,11 +138,12 @@ impl PageStore {
                 self.choose_by_table(q, own, rows, budget)?
             }
             (false, _) => {
-                let params = self.vote_params(angles, budget, runs, pins.as_ref());
+                let params =
+                    self.vote_params((layer, q.dim(1)?), angles, budget, runs, pins.as_ref());
                 Some(own.pages.choose(q, &params)?)
             }
         };
-        let Some(choice) = choice else { return Ok(None) };
+        let Some(mut choice) = choice else { return Ok(None) };
         let placement = match scope.compact {
             true => Placement::Compact(SINK_PAGES * PAGE_TOKENS as u64),
             false => Placement::Stream(first * PAGE_TOKENS as u64),
@@ -150,7 +151,11 @@ impl PageStore {
         let (keys, values) = own.pages.gather(&choice, angles, placement)?;
         // Other systems' rules give no estimate, here and in host memory.
         let recovered = choice.recovered.clone().filter(|_| self.config.rule == PageRule::Mka);
-        Ok(Some(Copied { keys, values, tokens: choice.num_tokens(), recovered }))
+        let (tokens, kept) = (choice.num_tokens(), choice.standing.take());
+        if let Some(kept) = kept {
+            self.message.stand(layer, first, kept, self.shape.num_kv_heads)?;
+        }
+        Ok(Some(Copied { keys, values, tokens, recovered }))
     }
 
     /// What a choice of `layer` needs beside its pages: what another system's rule keeps of them, and the pinned landmarks.
@@ -176,7 +181,8 @@ impl PageStore {
 
     /// How the runs vote: by the library's own rule or by TokenSelect's.
     fn vote_params<'a>(
-        &self,
+        &'a self,
+        (layer, num_heads): (usize, usize),
         angles: &'a RotaryAngles,
         budget: usize,
         runs: &'a [ChoiceRun],
@@ -184,17 +190,21 @@ impl PageStore {
     ) -> ChoiceParams<'a> {
         let longest = runs.iter().map(|run| run.queries).max().unwrap_or(0);
         let rows = runs.iter().map(|run| run.pages).max().unwrap_or(0);
+        let count = runs.iter().map(|run| run.queries).sum();
         let heads_together = self.config.rule == PageRule::TokenSelect;
         let every = heads_together || reads_every_key(self.config.scan, rows);
         ChoiceParams {
             runs,
             tokens: budget,
             landmarks: (!every).then_some(OVER_FETCH * budget / SPAN),
-            pooled: self.config.rule.pooled(longest),
+            pooled: self.pooled(longest, num_heads),
             scale: self.config.rule.scale(self.shape.head_dim),
             angles,
             distance: self.shape.window_tokens,
             pins,
+            reach: if heads_together { 0 } else { self.config.vote_reach },
+            standing: self.message.standing_on_device(layer, self.order.first().copied(), count),
+            keep_votes: self.message.keeps_votes(&self.config),
             heads_together,
         }
     }
@@ -222,7 +232,7 @@ impl PageStore {
     /// The pinned landmarks on the mirror's device; None for none.
     fn uploaded_pins(&self, mirror: &mut Mirror) -> Result<Option<Tensor>> {
         let (pins, first, uploaded) = &mirror.pins;
-        if *pins == self.pins && *first == self.order.first().copied() {
+        if *pins == self.message.pins && *first == self.order.first().copied() {
             return Ok(uploaded.clone());
         }
         let marks = self.pinned(self.order.len(), SPAN);
@@ -230,7 +240,7 @@ impl PageStore {
             0 => None,
             count => Some(Tensor::from_vec(marks, count, &mirror.device)?),
         };
-        mirror.pins = (self.pins.clone(), self.order.first().copied(), uploaded.clone());
+        mirror.pins = (self.message.pins.clone(), self.order.first().copied(), uploaded.clone());
         Ok(uploaded)
     }
 }

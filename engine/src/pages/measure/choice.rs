@@ -108,7 +108,7 @@ fn a_choice_by_codes_part_by_part() {
         }));
         parts.push(shortest("scan", |turn| {
             let rotation = Some(rotation);
-            let scan = Scan { heads, pages, pinned: &[], wanted, planes, rotation };
+            let scan = Scan::plain(heads, (pages, wanted), planes, rotation);
             let taken = scan.take(LandmarkScan::KeyCodes, &queries[turn], &mut ballot);
             drop(std::hint::black_box(taken));
         }));

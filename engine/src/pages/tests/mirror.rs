@@ -20,8 +20,11 @@ fn with_and_without_mirror(decoder: &Decoder, config: &PageConfig, told: u32) ->
             assert!(pages.mirror.is_some());
         }
         pages.begin_turn();
+        pages.begin_message();
         pages.pin_words(&[5, 5, 9]);
-        let mut logits = run(decoder, &mut cache, &tokens(90), &[20, 1]);
+        let mut logits = run(decoder, &mut cache, &tokens(41), &[20, 21]);
+        cache.pages_mut().unwrap().end_message();
+        logits.extend(run(decoder, &mut cache, &tokens(49), &[20, 1]));
         let usage = cache.pages().unwrap().usage().unwrap();
         // Blocks of several runs, which the mirror serves at once.
         logits.extend(run(decoder, &mut cache, &tokens(230), &[200, 30]));
@@ -87,13 +90,6 @@ fn other_systems_rules_answer_on_the_models_device_as_in_host_memory() {
 /// Tokens of which no two pages are alike, so that no two votes are.
 fn mixed(count: u32) -> Vec<u32> {
     (0..count).map(|i| (i.wrapping_mul(2_654_435_761) >> 20) % 128).collect()
-}
-
-/// Queries (count, heads, head_dim) that are the same in every run.
-fn queries(store: &PageStore, count: usize) -> Tensor {
-    let (heads, d) = (2 * store.shape.num_kv_heads, store.shape.head_dim);
-    let numbers = (0..count * heads * d).map(|i| (i as f32 * 0.7).sin()).collect();
-    Tensor::from_vec(numbers, (count, heads, d), &Device::Cpu).unwrap()
 }
 
 /// That the device and the processor choose the same tokens of the last layer for `count` queries.

@@ -1,7 +1,7 @@
 //! Stored pages on the device against the processor.
 
 use super::device;
-use crate::recall::{CASES, Case, PLAIN, differing, flat, runs};
+use crate::recall::{CASES, Case, PLAIN, STANDING, differing, flat, runs};
 use candle_core::{DType, Device, Result, Tensor};
 use mka_kernels::PAGE_TOKENS;
 use mka_kernels::recall::{Choice, ChoiceRun, Placement, note_share};
@@ -63,6 +63,24 @@ fn runs_on_the_device_choose_as_on_the_processor() -> Result<()> {
                 assert!((of(&keys)?, of(&values)?) == expected, "case {i}, run {run}: copies");
             }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn votes_stand_on_the_device_as_on_the_processor() -> Result<()> {
+    let Some(gpu) = device("standing votes") else { return Ok(()) };
+    for (i, case) in STANDING.iter().enumerate() {
+        let made = case.make();
+        let on_cpu = case.store(&made, &Device::Cpu)?;
+        let on_gpu = case.store(&made, &gpu)?;
+        let (before, expected) = case.choose_last(&made, &on_cpu, &Device::Cpu)?;
+        let (own_before, choice) = case.choose_last(&made, &on_gpu, &gpu)?;
+        // Votes a rounding apart may change places at the thresholds of landmarks and of tokens.
+        let off = differing(&own_before, &before);
+        assert!(off <= 27 * case.g, "case {i}: {off} other tokens before");
+        let off = differing(&choice.tokens(case.g)?, &expected.tokens(case.g)?);
+        assert!(off <= 9 * case.g, "case {i}: {off} other tokens");
     }
     Ok(())
 }

@@ -1,0 +1,192 @@
+//! What a message asks for beside what each query of its answer asks for: places that its rare words pin, and the votes of
+//! its own queries, which stand until the next message.
+//! Knows tokens by their place in the stream; how votes are made and taken is the choice's matter.
+//!
+//! A decoded token's query asks for what comes next, which of a place that the question named is a part; once the
+//! question's own votes are gone, most of such a place is. SnapKV (arXiv 2404.14469) chooses for a whole answer by its
+//! prompt's last queries alone.
+
+use super::store::PageStore;
+use super::{PageConfig, PageRule};
+use crate::error::Result;
+use mka_kernels::PAGE_TOKENS;
+use mka_kernels::recall::Standing;
+use std::collections::BTreeMap;
+
+/// Rows of queries of one run and key/value head that a card takes.
+const MAX_ROWS: usize = 512;
+
+/// Of a message, from its beginning to the next one's.
+#[derive(Clone, Default)]
+pub(crate) struct Message {
+    /// Landmarks that its words pin, by their place in the stream (position / SPAN), ascending.
+    pub(super) pins: Vec<u64>,
+    /// Whether its tokens are read now.
+    is_read: bool,
+    /// By layer, votes on a device with the stored page that their tokens are counted from.
+    on_device: BTreeMap<usize, (u64, Standing)>,
+    /// By layer and key/value head, positions of the tokens of most votes, ascending, and these.
+    on_host: BTreeMap<usize, Vec<Vec<(u64, f32)>>>,
+}
+
+impl Message {
+    /// Whether votes are to stand.
+    pub(super) fn keeps_votes(&self, config: &PageConfig) -> bool {
+        self.is_read && config.keep_votes && config.rule == PageRule::Mka
+    }
+
+    /// Whether votes stand beside those of `count` queries: beside a decoded token's.
+    fn stands_beside(&self, count: usize) -> bool {
+        !self.is_read && count == 1
+    }
+
+    /// Votes that stand beside those of `count` queries for tokens of `layer`'s pages on the device, of which `first` is the
+    /// first.
+    pub(super) fn standing_on_device(
+        &self,
+        layer: usize,
+        first: Option<u64>,
+        count: usize,
+    ) -> Option<&Standing> {
+        let (counted_from, votes) = self.on_device.get(&layer)?;
+        (Some(*counted_from) == first && self.stands_beside(count)).then_some(votes)
+    }
+
+    /// Has votes stand beside those of `layer` before.
+    pub(super) fn stand(
+        &mut self,
+        layer: usize,
+        first: u64,
+        votes: Standing,
+        num_kv_heads: usize,
+    ) -> Result<()> {
+        let before = self.on_device.get(&layer).filter(|(counted_from, _)| *counted_from == first);
+        let votes = votes.after(before.map(|(_, votes)| votes), num_kv_heads)?;
+        self.on_device.insert(layer, (first, votes));
+        Ok(())
+    }
+}
+
+impl PageStore {
+    /// From now on a message is read.
+    pub(crate) fn begin_message(&mut self) {
+        self.message = Message { is_read: true, ..Message::default() };
+    }
+
+    /// The message is read: what it asked for stands.
+    pub(crate) fn end_message(&mut self) {
+        self.message.is_read = false;
+    }
+
+    /// Neighbouring queries, of `count` with `num_heads` heads, whose mean stands for them. Each query of a message votes: in
+    /// a mean the few that name what they want are lost.
+    pub(super) fn pooled(&self, count: usize, num_heads: usize) -> usize {
+        match self.config.rule {
+            PageRule::Mka if self.message.is_read => {
+                (count * num_heads / self.shape.num_kv_heads).div_ceil(MAX_ROWS).max(1)
+            }
+            rule => rule.pooled(count),
+        }
+    }
+
+    /// By head, tokens of `layer` that votes stand for beside those of `count` queries, as index row · PAGE_TOKENS + offset
+    /// among the first `rows` pages, ascending, and these votes.
+    pub(super) fn standing(&self, layer: usize, rows: usize, count: usize) -> Vec<Vec<(u32, f32)>> {
+        let tokens = PAGE_TOKENS as u64;
+        let place = |(position, vote): &(u64, f32)| {
+            let row = self.order[..rows].binary_search(&(position / tokens)).ok()?;
+            Some(((row * PAGE_TOKENS) as u32 + (position % tokens) as u32, *vote))
+        };
+        match self.message.on_host.get(&layer).filter(|_| self.message.stands_beside(count)) {
+            Some(heads) => {
+                heads.iter().map(|head| head.iter().filter_map(place).collect()).collect()
+            }
+            None => vec![Vec::new(); self.shape.num_kv_heads],
+        }
+    }
+
+    /// Has the `votes` of the chosen tokens of `layer` stand, while a message is read.
+    pub(super) fn note_votes(&mut self, layer: usize, heads: &[Vec<u32>], votes: &[Vec<f32>]) {
+        if !self.message.keeps_votes(&self.config) {
+            return;
+        }
+        let order = &self.order;
+        let position = |token: &u32| {
+            let (row, offset) = (*token as usize / PAGE_TOKENS, *token as usize % PAGE_TOKENS);
+            order[row] * PAGE_TOKENS as u64 + offset as u64
+        };
+        let standing = self.message.on_host.entry(layer).or_default();
+        standing.resize(heads.len(), Vec::new());
+        for (standing, (tokens, votes)) in standing.iter_mut().zip(heads.iter().zip(votes)) {
+            let mut all: BTreeMap<u64, f32> = standing.drain(..).collect();
+            for (position, vote) in tokens.iter().map(position).zip(votes) {
+                let own = all.entry(position).or_insert(*vote);
+                *own = own.max(*vote);
+            }
+            // A token that is not among so many by these votes is not chosen by them.
+            let mut most: Vec<(u64, f32)> = all.into_iter().collect();
+            most.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            most.truncate(tokens.len());
+            most.sort_unstable_by_key(|(position, _)| *position);
+            *standing = most;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::tests::{cache, config, load, queries, run, tokens};
+
+    /// What `count` queries that begin with the `first` choose of the last layer, with the device's copy or without.
+    fn chosen(store: &mut PageStore, first: usize, count: usize) -> Vec<Vec<u32>> {
+        let q = queries(store, first + count).narrow(0, first, count).unwrap();
+        let (layer, rows) = (store.shape.num_layers - 1, store.order.len());
+        store.select(layer, &q, rows, store.config.tokens).unwrap().heads
+    }
+
+    #[test]
+    fn what_a_message_asked_for_stays_asked_for_until_the_next_one() {
+        let decoder = load("llama3");
+        let config = PageConfig { tokens: 128, ..config() };
+        let mut cache = cache(&decoder, 64, Some(config.clone()));
+        run(&decoder, &mut cache, &tokens(1500), &[100]);
+        let store = cache.pages_mut().unwrap();
+        let alone = chosen(store, 40, 1);
+        store.begin_message();
+        let message = [chosen(store, 0, 12), chosen(store, 12, 3)];
+        store.end_message();
+        let beside = chosen(store, 40, 1);
+        for (head, (alone, beside)) in alone.iter().zip(&beside).enumerate() {
+            assert_eq!(beside.len(), 128);
+            let is_new = |token: &&u32| alone.binary_search(token).is_err();
+            let new: Vec<&u32> = beside.iter().filter(is_new).collect();
+            let was_asked = |token: &u32| message.iter().any(|own| own[head].contains(token));
+            assert!(!new.is_empty() && new.iter().all(|token| was_asked(token)), "head {head}");
+        }
+        // Nothing stands while another message is read, nor once it is over.
+        store.begin_message();
+        let again = [chosen(store, 0, 12), chosen(store, 12, 3)];
+        assert_eq!(again, message);
+        store.begin_turn();
+        assert_eq!(chosen(store, 40, 1), alone);
+        store.config.keep_votes = false;
+        store.begin_message();
+        chosen(store, 0, 12);
+        store.end_message();
+        assert_eq!(chosen(store, 40, 1), alone);
+    }
+
+    #[test]
+    fn each_query_of_a_message_votes_as_far_as_a_card_takes_them() {
+        let decoder = load("llama3");
+        let mut cache = cache(&decoder, 64, Some(config()));
+        let store = cache.pages_mut().unwrap();
+        let heads = store.shape.num_kv_heads;
+        assert_eq!(store.pooled(64, 3 * heads), 8);
+        store.begin_message();
+        assert_eq!([3, 8, 16].map(|group| store.pooled(64, group * heads)), [1, 1, 2]);
+        store.end_message();
+        assert_eq!(store.pooled(64, 3 * heads), 8);
+    }
+}

@@ -1,0 +1,57 @@
+//! Votes that outlive the queries that gave them: what a message asked for is asked for while it is answered.
+//! Knows tokens by their place among the stored ones; when votes stand and when they go is their owner's matter.
+
+use candle_core::{Device, Result, Tensor, bail};
+
+/// Choices that stand side by side at most; beyond, the oldest go.
+const MAX_LISTS: usize = 64;
+
+/// Tokens with votes, as choices for each head left them.
+///
+/// Of all tokens a choice keeps those that it chose: a token that was not among the most asked for then would not become one
+/// by the same votes later.
+#[derive(Debug, Clone)]
+pub struct Standing {
+    /// (lists · g, k), u32: counted from the first stored token.
+    pub(super) tokens: Tensor,
+    /// (lists · g, k), f32.
+    pub(super) votes: Tensor,
+}
+
+impl Standing {
+    /// Both votes, for choices of `num_heads` heads; those of `before` alone go where they are of another number of tokens.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn after(self, before: Option<&Self>, num_heads: usize) -> Result<Self> {
+        let Some(before) =
+            before.filter(|before| before.tokens.dim(1).ok() == self.tokens.dim(1).ok())
+        else {
+            return Ok(self);
+        };
+        let latest = |before: &Tensor, own: &Tensor| {
+            let all = Tensor::cat(&[before, own], 0)?;
+            let rows = all.dim(0)?;
+            let kept = rows.min(MAX_LISTS * num_heads);
+            all.narrow(0, rows - kept, kept)?.contiguous()
+        };
+        Ok(Self {
+            tokens: latest(&before.tokens, &self.tokens)?,
+            votes: latest(&before.votes, &self.votes)?,
+        })
+    }
+
+    /// Refuses what cannot stand beside the votes of so many heads and runs.
+    pub(super) fn check(&self, heads: usize, runs: usize, device: &Device) -> Result<()> {
+        if runs != 1
+            || !self.tokens.dim(0)?.is_multiple_of(heads)
+            || !self.tokens.device().same_device(device)
+        {
+            bail!(
+                "choose: standing votes {:?} for {runs} runs of {heads} heads, expected (lists · heads, tokens) and one run",
+                self.tokens
+            );
+        }
+        Ok(())
+    }
+}

@@ -180,6 +180,12 @@ pub struct PageConfig {
     /// Layers below this one choose nothing.
     #[uniffi(default)]
     pub first_layer: Option<u64>,
+    /// Tokens to either side of a stored one whose votes count for it.
+    #[uniffi(default)]
+    pub vote_reach: Option<u64>,
+    /// Whether what a message's queries asked for stays asked for while it is answered.
+    #[uniffi(default)]
+    pub keep_votes: Option<bool>,
     /// Whether the rare words of a message pin the places where they stand.
     #[uniffi(default)]
     pub lexical: Option<bool>,
@@ -200,6 +206,8 @@ impl From<PageConfig> for mka::PageConfig {
         set(&mut pages.prefill, from.prefill.map(Into::into));
         set(&mut pages.reuse_steps, from.reuse_steps.map(count));
         set(&mut pages.first_layer, from.first_layer.map(count));
+        set(&mut pages.vote_reach, from.vote_reach.map(count));
+        set(&mut pages.keep_votes, from.keep_votes);
         set(&mut pages.lexical, from.lexical);
         set(&mut pages.estimate, from.estimate);
         pages

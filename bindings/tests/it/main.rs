@@ -349,6 +349,8 @@ fn recall_inside_attention_is_chosen_and_reported() {
         scan: Some(LandmarkScan::TwoLevel),
         prefill: Some(Prefill::Selected),
         first_layer: Some(0),
+        vote_reach: Some(4),
+        keep_votes: Some(false),
         ..PageConfig::default()
     };
     let config = EngineConfig {

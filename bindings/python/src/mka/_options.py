@@ -52,6 +52,10 @@ class PageOptions(TypedDict, total=False):
     """Decoded tokens that one choice serves."""
     first_layer: int
     """Layers below this one choose nothing."""
+    vote_reach: int
+    """Tokens to either side of a stored one whose votes count for it."""
+    keep_votes: bool
+    """Whether what a message's queries asked for stays asked for while it is answered."""
     lexical: bool
     """Whether the rare words of a message pin the places where they stand."""
     estimate: bool

@@ -4598,6 +4598,14 @@ public struct PageConfig: Equatable, Hashable {
      */
     public var firstLayer: UInt64?
     /**
+     * Tokens to either side of a stored one whose votes count for it.
+     */
+    public var voteReach: UInt64?
+    /**
+     * Whether what a message's queries asked for stays asked for while it is answered.
+     */
+    public var keepVotes: Bool?
+    /**
      * Whether the rare words of a message pin the places where they stand.
      */
     public var lexical: Bool?
@@ -4637,6 +4645,12 @@ public struct PageConfig: Equatable, Hashable {
          * Layers below this one choose nothing.
          */firstLayer: UInt64? = nil,
         /**
+         * Tokens to either side of a stored one whose votes count for it.
+         */voteReach: UInt64? = nil,
+        /**
+         * Whether what a message's queries asked for stays asked for while it is answered.
+         */keepVotes: Bool? = nil,
+        /**
          * Whether the rare words of a message pin the places where they stand.
          */lexical: Bool? = nil,
         /**
@@ -4651,6 +4665,8 @@ public struct PageConfig: Equatable, Hashable {
         self.prefill = prefill
         self.reuseSteps = reuseSteps
         self.firstLayer = firstLayer
+        self.voteReach = voteReach
+        self.keepVotes = keepVotes
         self.lexical = lexical
         self.estimate = estimate
     }
@@ -4680,6 +4696,8 @@ public struct FfiConverterTypePageConfig: FfiConverterRustBuffer {
                 prefill: FfiConverterOptionTypePrefill.read(from: &buf),
                 reuseSteps: FfiConverterOptionUInt64.read(from: &buf),
                 firstLayer: FfiConverterOptionUInt64.read(from: &buf),
+                voteReach: FfiConverterOptionUInt64.read(from: &buf),
+                keepVotes: FfiConverterOptionBool.read(from: &buf),
                 lexical: FfiConverterOptionBool.read(from: &buf),
                 estimate: FfiConverterOptionBool.read(from: &buf)
         )
@@ -4695,6 +4713,8 @@ public struct FfiConverterTypePageConfig: FfiConverterRustBuffer {
         FfiConverterOptionTypePrefill.write(value.prefill, into: &buf)
         FfiConverterOptionUInt64.write(value.reuseSteps, into: &buf)
         FfiConverterOptionUInt64.write(value.firstLayer, into: &buf)
+        FfiConverterOptionUInt64.write(value.voteReach, into: &buf)
+        FfiConverterOptionBool.write(value.keepVotes, into: &buf)
         FfiConverterOptionBool.write(value.lexical, into: &buf)
         FfiConverterOptionBool.write(value.estimate, into: &buf)
     }

@@ -91,6 +91,14 @@ pub(crate) struct PageOptions {
     /// Layers below this one choose nothing.
     #[arg(long)]
     pub(crate) page_first_layer: Option<usize>,
+    /// Tokens to either side of a stored one whose votes count for it.
+    #[arg(long)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) page_reach: Option<usize>,
+    /// What a question's queries asked for is forgotten once it is read.
+    #[arg(long)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) page_drop_votes: bool,
     /// A prompt's blocks attend to every stored token up to the model's trained length.
     #[arg(long)]
     pub(crate) page_dense: bool,
@@ -125,6 +133,10 @@ impl PageOptions {
         if let Some(layer) = self.page_first_layer {
             config.first_layer = layer;
         }
+        if let Some(tokens) = self.page_reach {
+            config.vote_reach = tokens;
+        }
+        config.keep_votes &= !self.page_drop_votes;
         if self.page_dense {
             config.prefill = Prefill::Dense;
         }

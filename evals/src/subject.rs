@@ -79,6 +79,11 @@ pub(crate) struct Options {
     /// Feed mka through the model rather than as text memory.
     #[arg(long)]
     pub(crate) through_model: bool,
+    /// The question goes on in the message of the context that was fed, so that every subject reads the prompt that full
+    /// and truncate read; else it is a message of its own.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) joined: bool,
     /// Where the model runs: auto, cpu, cuda or cuda:N; of several the samples take one each in turn.
     #[arg(long, value_delimiter = ',', default_value = "auto")]
     pub(crate) device: Vec<String>,

@@ -82,7 +82,7 @@ impl Local {
             window,
             feed: feed_file(&scratch, &context)?,
             through_model: true,
-            ask: Some(Ask { joined: true, ..ask(sample, question) }),
+            ask: Some(ask(sample, question, true)),
             ..self.job(&scratch, sample)
         };
         let outcome = self.run(&job)?;
@@ -102,7 +102,7 @@ impl Local {
                 self.run(&Job { feed, through_model, ..job.clone() })?
             }
         };
-        let ask = Some(ask(sample, sample.question.clone()));
+        let ask = Some(ask(sample, sample.question.clone(), self.options.joined));
         let outcome = self.run(&Job { ask, ..job })?;
         let peak_rss_bytes = fed.peak_rss_bytes.max(outcome.peak_rss_bytes);
         Ok(Answer { feed_s: fed.feed_s, peak_rss_bytes, ..answer(sample, outcome) })
@@ -118,7 +118,7 @@ impl Local {
             slot.insert(fed);
         let job = Job {
             session: Some(self.way.name.to_owned()),
-            ask: Some(ask(sample, sample.question.clone())),
+            ask: Some(ask(sample, sample.question.clone(), self.options.joined)),
             ..self.job(scratch, sample)
         };
         let outcome = self.run(&job)?;
@@ -218,13 +218,13 @@ impl Subject for Local {
     }
 }
 
-fn ask(sample: &Sample, message: String) -> Ask {
+fn ask(sample: &Sample, message: String, joined: bool) -> Ask {
     Ask {
         message,
         answer_prefix: sample.answer_prefix.clone(),
         max_new_tokens: sample.max_new_tokens,
         stop: sample.stop.clone(),
-        joined: false,
+        joined,
     }
 }
 

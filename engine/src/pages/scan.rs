@@ -19,16 +19,23 @@ const FLAT_PAGES: usize = (1 << 19) / PAGE_TOKENS;
 const LEFT_BY_MEANS: usize = 16;
 const LEFT_BY_CODES: usize = 4;
 
+/// What is asked for beside the queries.
+#[derive(Clone, Copy)]
+pub(super) struct Named<'a> {
+    /// Marks that are taken in any case, ascending.
+    pub(super) pinned: &'a [u32],
+    /// By head, tokens that votes stand for, counted from the index's first, ascending, and these.
+    pub(super) standing: &'a [Vec<(u32, f32)>],
+}
+
 /// What a choice takes of one layer's marks: landmarks, or keys where they are scored by their codes.
 pub(super) struct Scan<'a> {
     /// The layer's index.
     pub(super) heads: &'a [HeadIndex],
     /// Pages at its front that can be chosen.
     pub(super) pages: usize,
-    /// Marks that are taken whatever is asked for, ascending.
-    pub(super) pinned: &'a [u32],
-    /// By head, tokens that votes stand for, counted from the index's first, ascending, and these.
-    pub(super) standing: &'a [Vec<(u32, f32)>],
+    /// What is asked for beside the queries.
+    pub(super) named: Named<'a>,
     /// Marks to take.
     pub(super) wanted: usize,
     /// Places around a key whose votes count for it, where keys are scored.
@@ -104,8 +111,8 @@ impl<'a> Scan<'a> {
         rotation: Option<&'a Rotation>,
     ) -> Self {
         const NONE: &[Vec<(u32, f32)>] = &[const { Vec::new() }; 8];
-        let standing = &NONE[..heads.len()];
-        Self { heads, pages, pinned: &[], standing, wanted, reach: 0, planes, rotation }
+        let named = Named { pinned: &[], standing: &NONE[..heads.len()] };
+        Self { heads, pages, named, wanted, reach: 0, planes, rotation }
     }
 }
 
@@ -155,7 +162,7 @@ impl Scan<'_> {
             let scorer = &scorers[scored.head][scored.slice];
             scorer.score(scored.queries, codes, scored.scores, scored.len);
         });
-        let taken = votes.into_par_iter().zip(self.standing).map(|(votes, standing)| {
+        let taken = votes.into_par_iter().zip(self.named.standing).map(|(votes, standing)| {
             let mut by_key = Cow::Borrowed(votes.rows);
             if self.reach > 0 {
                 rows::maximum_within(votes.rows, self.reach, by_key.to_mut());
@@ -164,7 +171,7 @@ impl Scan<'_> {
                 let own = &mut by_key.to_mut()[*token as usize];
                 *own = own.max(*vote);
             }
-            self.pinned.iter().for_each(|key| by_key.to_mut()[*key as usize] = f32::INFINITY);
+            self.named.pinned.iter().for_each(|key| by_key.to_mut()[*key as usize] = f32::INFINITY);
             self.largest(&votes, &by_key, queries, |key| key)
         });
         taken.collect()
@@ -228,8 +235,8 @@ impl Scan<'_> {
     /// `marks` (ascending) of a head with the outliers, the pinned ones and those that votes stand for.
     fn with_named(&self, head: usize, mut marks: Vec<u32>) -> Vec<u32> {
         marks.extend_from_slice(self.heads[head].outliers(self.pages));
-        marks.extend_from_slice(self.pinned);
-        marks.extend(self.standing[head].iter().map(|(token, _)| token / SPAN as u32));
+        marks.extend_from_slice(self.named.pinned);
+        marks.extend(self.named.standing[head].iter().map(|(token, _)| token / SPAN as u32));
         marks.sort_unstable();
         marks.dedup();
         marks
@@ -282,12 +289,12 @@ impl Scan<'_> {
                 by_mark[at] = votes.iter().copied().fold(by_mark[at], f32::max);
             }
         }
-        for (token, vote) in &self.standing[head] {
+        for (token, vote) in &self.named.standing[head] {
             if let Ok(at) = marks.binary_search(&(token / SPAN as u32)) {
                 by_mark[at] = by_mark[at].max(*vote);
             }
         }
-        for mark in self.pinned {
+        for mark in self.named.pinned {
             if let Ok(at) = marks.binary_search(mark) {
                 by_mark[at] = f32::INFINITY;
             }
@@ -367,7 +374,11 @@ mod tests {
         heads.iter_mut().for_each(|head| head.prepare(scan, &planes, D));
         let rotation = Some(&rotation);
         let scanned = Scan::plain(heads, (pages, wanted), &planes, rotation);
-        Scan { pinned, ..scanned }.take(scan, queries, &mut Ballot::default())
+        Scan { named: Named { pinned, ..scanned.named }, ..scanned }.take(
+            scan,
+            queries,
+            &mut Ballot::default(),
+        )
     }
 
     #[test]
@@ -448,7 +459,8 @@ mod tests {
             let span = span_of(scan) as u32;
             let plain = Scan::plain(&heads, (90, 24), &planes, Some(&rotation));
             let without = plain.take(scan, &queries, &mut Ballot::default());
-            let beside = Scan { standing: &standing, ..plain };
+            let named = Named { standing: &standing, ..plain.named };
+            let beside = Scan { named, ..plain };
             let taken = beside.take(scan, &queries, &mut Ballot::default());
             for (head, token) in [(0, 77u32), (1, 2001)] {
                 let has = |taken: &Taken| taken.marks.contains(&(token / span, 9.0));

@@ -2,7 +2,7 @@
 //! Knows the store's index and rows; knows nothing of how the chosen tokens are attended.
 
 use super::index::{MARKS, SPAN};
-use super::scan::{Scan, Taken, scan_for, settled, span_of};
+use super::scan::{Named, Scan, Taken, scan_for, settled, span_of};
 use super::store::PageStore;
 use super::vote::{Ballot, Queries, Scored, Votes, vote_by_scores};
 use super::{LandmarkScan, PagePrecision, PageRule};
@@ -87,10 +87,10 @@ impl PageStore {
         let span = span_of(settled);
         let pinned = self.pinned(rows, span);
         let mut ballot = std::mem::take(&mut self.ballot);
-        let named = (&pinned[..], standing);
+        let named = Named { pinned: &pinned, standing };
         let taken = self.scan(layer, queries, settled, (rows, budget), named, &mut ballot);
         self.bring_of(&taken, rows, PAGE_TOKENS / span);
-        let marks = Marks { taken: &taken, pinned: &pinned, standing, span };
+        let marks = Marks { taken: &taken, named, span };
         let (selection, votes) = self.re_rank(layer, queries, (rows, budget), &marks, &mut ballot);
         self.note_votes(layer, &selection.heads, &votes);
         ballot.shrink(rows * PAGE_TOKENS, queries.heads.len() * queries.group);
@@ -172,7 +172,7 @@ impl PageStore {
         let heads = candidates
             .par_iter()
             .zip(&votes)
-            .zip(marks.standing)
+            .zip(marks.named.standing)
             .map(|((candidates, votes), standing)| {
                 let mut token_votes = self.within_reach(votes.rows, candidates, span);
                 for (token, vote) in standing {
@@ -181,7 +181,7 @@ impl PageStore {
                         *own = own.max(*vote);
                     }
                 }
-                for mark in marks.pinned {
+                for mark in marks.named.pinned {
                     if let Ok(at) = candidates.binary_search(mark) {
                         token_votes.to_mut()[at * span..(at + 1) * span].fill(f32::INFINITY);
                     }
@@ -231,7 +231,7 @@ impl PageStore {
         queries: &Queries,
         settled: LandmarkScan,
         (rows, budget): (usize, usize),
-        (pinned, standing): (&[u32], &[Vec<(u32, f32)>]),
+        named: Named<'_>,
         ballot: &mut Ballot,
     ) -> Vec<Taken> {
         let wanted = match settled {
@@ -245,7 +245,7 @@ impl PageStore {
         let (heads, rotation) = (&self.index[layer][..], self.rotation.as_ref());
         let planes = &self.planes;
         let reach = self.config.vote_reach;
-        Scan { heads, pages: rows, pinned, standing, wanted, reach, planes, rotation }
+        Scan { heads, pages: rows, named, wanted, reach, planes, rotation }
             .take(scan, queries, ballot)
     }
 
@@ -272,9 +272,7 @@ impl PageStore {
 /// What a scan left to be re-ranked, each mark `span` keys.
 struct Marks<'a> {
     taken: &'a [Taken],
-    pinned: &'a [u32],
-    /// By head, tokens that votes stand for and these.
-    standing: &'a [Vec<(u32, f32)>],
+    named: Named<'a>,
     span: usize,
 }
 

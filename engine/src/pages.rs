@@ -151,7 +151,7 @@ pub struct PageConfig {
     /// Layers below this one choose nothing: their queries look nearby.
     pub first_layer: usize,
     /// Tokens to either side of a stored token whose votes count for it: what stands beside what is asked for comes along.
-    /// 0: each by itself.
+    /// 0: each by itself; at most a page of 64.
     pub vote_reach: usize,
     /// Whether what a message's queries asked for stays asked for while it is answered.
     pub keep_votes: bool,
@@ -200,6 +200,12 @@ pub struct PageUsage {
 impl PageConfig {
     /// Refuses what no model of `trained_tokens` could attend to together with a window of `window_tokens`.
     pub(crate) fn check(&self, window_tokens: usize, trained_tokens: usize) -> Result<()> {
+        if self.vote_reach > PAGE_TOKENS {
+            return Err(Error::invalid(format!(
+                "open: pages.vote_reach {}, expected at most {PAGE_TOKENS}",
+                self.vote_reach
+            )));
+        }
         // Sinks, recalled tokens and the window, which begins on a page's border, share the trained length.
         let beside = window_tokens + 2 * PAGE_TOKENS;
         let room = trained_tokens.saturating_sub(beside);

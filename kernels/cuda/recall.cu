@@ -284,19 +284,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) reach(const __grid_constan
 }
 
 struct StandingParams {
-  const uint32_t *tokens; // (lists · g, k): counted from the first stored one
+  const uint32_t *tokens; // (lists · g, k): counted from the first that was ever stored
   const float *standing;  // (lists · g, k): their votes
   const uint32_t *marks;  // of tokens: (g, num_marks), landmarks whose tokens were scored, ascending; null: all
   float *votes;           // (g, n)
   uint64_t n;
-  uint32_t num_marks, k, g, span; // span: tokens of a vote
+  uint32_t num_marks, k, g, span, gone; // span: tokens of a vote; gone: tokens that are not stored any more
 };
 
 // A thread a standing vote, of one list after the other.
 extern "C" __global__ void __launch_bounds__(THREADS) raise_standing(const __grid_constant__ StandingParams p) {
   const uint32_t i = blockIdx.x * THREADS + threadIdx.x, list = blockIdx.y, head = list % p.g;
   if (i >= p.k) return;
-  const uint32_t token = p.tokens[uint64_t(list) * p.k + i];
+  if (p.tokens[uint64_t(list) * p.k + i] < p.gone) return;
+  const uint32_t token = p.tokens[uint64_t(list) * p.k + i] - p.gone;
   const float vote = p.standing[uint64_t(list) * p.k + i];
   uint64_t at = token / p.span;
   if (p.marks) {
@@ -323,7 +324,7 @@ struct KeptParams {
   uint32_t *tokens;      // (runs · g, k)
   float *standing;       // (runs · g, k)
   uint64_t n;
-  uint32_t num_marks, k;
+  uint32_t num_marks, k, gone;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) keep_votes(const __grid_constant__ KeptParams p) {
@@ -332,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) keep_votes(const __grid_co
   const uint64_t to = uint64_t(own) * p.k + i;
   const uint32_t best = p.best[to];
   const uint32_t mark = p.marks ? p.marks[uint64_t(own) * p.num_marks + best / SPAN] : best / SPAN;
-  p.tokens[to] = mark * SPAN + best % SPAN;
+  p.tokens[to] = p.gone + mark * SPAN + best % SPAN;
   p.standing[to] = p.votes[uint64_t(own) * p.n + best];
 }
 

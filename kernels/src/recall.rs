@@ -33,9 +33,11 @@ pub struct StoredPages {
     landmarks: Tensor,
     /// Landmarks whose keys are landmarks of their own (g, m), u32, and these keys (m · SPAN, g, d), bf16.
     outliers: Option<(Tensor, Tensor)>,
-    /// Pages at the front that were let go.
+    /// Pages at the front that were let go and still take room.
     first: usize,
     len: usize,
+    /// Pages that were let go ever.
+    gone: usize,
 }
 
 /// Neighbouring queries that choose together.
@@ -70,9 +72,9 @@ pub struct ChoiceParams<'a> {
     /// A token is asked for as much as the most asked of the compared tokens that stand at most so many places before or
     /// behind it; pinned ones ask for no other. 0: by itself.
     pub reach: usize,
-    /// Votes that count beside those of the queries, of one run alone.
+    /// Votes that an earlier choice among the same pages kept: a token has the larger of its own and these. Of one run alone.
     pub standing: Option<&'a Standing>,
-    /// Whether [`Choice::standing`] is wanted.
+    /// Whether [`Choice::standing`] is wanted; not of heads that choose together.
     pub keep_votes: bool,
     /// All heads of a run choose the same tokens, those whose votes, summed over the heads, are most; only where every
     /// token is compared.
@@ -158,7 +160,7 @@ impl StoredPages {
             );
         }
         let (keys, values, landmarks) = room(FIRST_PAGES, num_kv_heads, head_dim, dtype, device)?;
-        Ok(Self { keys, values, landmarks, outliers: None, first: 0, len: 0 })
+        Ok(Self { keys, values, landmarks, outliers: None, first: 0, len: 0, gone: 0 })
     }
 
     /// The same pages in memory of their own.
@@ -168,7 +170,8 @@ impl StoredPages {
     pub fn copied(&self) -> Result<Self> {
         let (keys, values) = (self.keys.copy()?, self.values.copy()?);
         let (landmarks, outliers) = (self.landmarks.copy()?, self.outliers.clone());
-        Ok(Self { keys, values, landmarks, outliers, first: self.first, len: self.len })
+        let (first, len, gone) = (self.first, self.len, self.gone);
+        Ok(Self { keys, values, landmarks, outliers, first, len, gone })
     }
 
     /// Bytes that `pages` pages take on the device; there is room for twice as many at most.
@@ -185,6 +188,11 @@ impl StoredPages {
     /// Whether none is stored.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Pages that were let go at the front.
+    pub fn gone(&self) -> usize {
+        self.gone
     }
 
     /// Keys before RoPE of the stored pages, in their order: a view (n, g, PAGE_TOKENS, d), f32 or bf16.
@@ -327,6 +335,7 @@ impl StoredPages {
         let gone = self.len.min(1);
         self.first += gone;
         self.len -= gone;
+        self.gone += gone;
     }
 
     /// Room for `n` pages more: twice as much as before, up to `limit`.
@@ -401,6 +410,9 @@ impl StoredPages {
         if params.heads_together && params.landmarks.is_some() {
             bail!("choose: heads together among landmarks, expected every token compared");
         }
+        if params.heads_together && params.keep_votes {
+            bail!("choose: votes of heads together are to be kept, expected those of each head");
+        }
         if let Some(standing) = params.standing {
             standing.check(g, params.runs.len(), q.device())?;
         }
@@ -440,7 +452,7 @@ impl StoredPages {
         }
         let last = Tensor::new((self.len * PAGE_TOKENS - 1) as u32, tokens.device())?;
         let best = Some(tokens.broadcast_minimum(&last)?.contiguous()?);
-        Ok(Choice { best, tokens: count, ..Choice::all(count) })
+        Ok(Choice { best, ..Choice::all(count) })
     }
 
     /// The tokens of `choice`, keys rotated: two tensors (runs · ⌈tokens / PAGE_TOKENS⌉, g, PAGE_TOKENS, d), f32, 0

@@ -90,16 +90,24 @@ pub fn maximum(values: &[f32]) -> f32 {
 /// If the lengths do not fit.
 pub fn maximum_within(values: &[f32], reach: usize, out: &mut [f32]) {
     assert!(values.len() == out.len(), "as many numbers out as in");
-    out.copy_from_slice(values);
-    for apart in 1..=reach.min(values.len().saturating_sub(1)) {
-        raise(&mut out[apart..], values);
-        raise(out, &values[apart..]);
+    let n = values.len();
+    // ahead[i] is the largest of `width` numbers from i on; the width doubles.
+    let (mut ahead, mut width) = (values.to_vec(), 1);
+    while width <= 2 * reach {
+        let step = width.min(2 * reach + 1 - width);
+        let both = n.saturating_sub(step);
+        let pairs = ahead.iter().zip(&ahead[n - both..]);
+        out.iter_mut().zip(pairs).for_each(|(out, (a, b))| *out = if b > a { *b } else { *a });
+        ahead[..both].copy_from_slice(&out[..both]);
+        width += step;
     }
-}
-
-/// to[i] = max(to[i], from[i]), as far as both go.
-fn raise(to: &mut [f32], from: &[f32]) {
-    to.iter_mut().zip(from).for_each(|(to, from)| *to = if *from > *to { *from } else { *to });
+    let edge = reach.min(n);
+    out[edge..].copy_from_slice(&ahead[..n - edge]);
+    let mut top = maximum(&values[..edge]);
+    for (i, out) in out[..edge].iter_mut().enumerate() {
+        top = values.get(i + reach).map_or(top, |x| top.max(*x));
+        *out = top;
+    }
 }
 
 /// out[j] = Σ factors[i] · rows[i, j], added row by row: `rows` (factors, out).
@@ -307,6 +315,21 @@ mod tests {
     pub(super) fn numbers(seed: u32, count: usize) -> Vec<f32> {
         let next = |i: u32| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32;
         (0..count as u32).map(|i| next(i) / (1 << 23) as f32 - 1.0).collect()
+    }
+
+    #[test]
+    fn the_largest_within_reach_is_that_of_each_window() {
+        let number = |i: usize| ((i * 2_654_435_761) % 1009) as f32 - 500.0;
+        for n in [0, 1, 2, 5, 16, 33, 100] {
+            let values: Vec<f32> = (0..n).map(number).collect();
+            for reach in [0, 1, 2, 3, 4, 7, 16, 31, 64, 200] {
+                let mut out = vec![0.0; n];
+                maximum_within(&values, reach, &mut out);
+                let window = |i: usize| &values[i.saturating_sub(reach)..(i + reach + 1).min(n)];
+                let expected: Vec<f32> = (0..n).map(|i| maximum(window(i))).collect();
+                assert_eq!(out, expected, "{n} numbers, reach {reach}");
+            }
+        }
     }
 
     #[test]

@@ -110,6 +110,12 @@ impl Mirror {
         Ok(Self { device: self.device.clone(), dtype: self.dtype, limit: self.limit, layers, pins })
     }
 
+    /// Pages of `layer` that were let go at the front.
+    #[cfg(test)]
+    pub(super) fn gone(&self, layer: usize) -> u64 {
+        self.layers[layer].as_ref().map_or(0, |layer| layer.pages.gone() as u64)
+    }
+
     pub(super) fn device(&self) -> &Device {
         &self.device
     }

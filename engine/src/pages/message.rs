@@ -16,14 +16,18 @@ use std::collections::BTreeMap;
 /// Rows of queries of one run and key/value head that a card takes.
 const MAX_ROWS: usize = 512;
 
+/// Tokens of one layer and head whose votes stand in host memory at most, for each that is recalled. As many as are recalled
+/// would do if no page of theirs were let go.
+const KEPT: usize = 4;
+
 /// Of a message, from its beginning to the next one's.
 #[derive(Clone, Default)]
 pub(crate) struct Message {
     /// Landmarks that its words pin, by their place in the stream (position / SPAN), ascending.
     pub(super) pins: Vec<u64>,
     /// Whether its tokens are read now.
-    is_read: bool,
-    /// By layer, votes on a device with the stored page that their tokens are counted from.
+    is_being_read: bool,
+    /// By layer, votes on a device with the page that their tokens are counted from.
     on_device: BTreeMap<usize, (u64, Standing)>,
     /// By layer and key/value head, positions of the tokens of most votes, ascending, and these.
     on_host: BTreeMap<usize, Vec<Vec<(u64, f32)>>>,
@@ -32,37 +36,37 @@ pub(crate) struct Message {
 impl Message {
     /// Whether votes are to stand.
     pub(super) fn keeps_votes(&self, config: &PageConfig) -> bool {
-        self.is_read && config.keep_votes && config.rule == PageRule::Mka
+        self.is_being_read && config.keep_votes && config.rule == PageRule::Mka
     }
 
     /// Whether votes stand beside those of `count` queries: beside a decoded token's.
     fn stands_beside(&self, count: usize) -> bool {
-        !self.is_read && count == 1
+        !self.is_being_read && count == 1
     }
 
-    /// Votes that stand beside those of `count` queries for tokens of `layer`'s pages on the device, of which `first` is the
-    /// first.
+    /// Votes that stand beside those of `count` queries for tokens of `layer`'s pages on the device, counted from page
+    /// `counted_from` on.
     pub(super) fn standing_on_device(
         &self,
         layer: usize,
-        first: Option<u64>,
+        counted_from: u64,
         count: usize,
     ) -> Option<&Standing> {
-        let (counted_from, votes) = self.on_device.get(&layer)?;
-        (Some(*counted_from) == first && self.stands_beside(count)).then_some(votes)
+        let (from, votes) = self.on_device.get(&layer)?;
+        (*from == counted_from && self.stands_beside(count)).then_some(votes)
     }
 
     /// Has votes stand beside those of `layer` before.
     pub(super) fn stand(
         &mut self,
         layer: usize,
-        first: u64,
+        counted_from: u64,
         votes: Standing,
         num_kv_heads: usize,
     ) -> Result<()> {
-        let before = self.on_device.get(&layer).filter(|(counted_from, _)| *counted_from == first);
+        let before = self.on_device.get(&layer).filter(|(from, _)| *from == counted_from);
         let votes = votes.after(before.map(|(_, votes)| votes), num_kv_heads)?;
-        self.on_device.insert(layer, (first, votes));
+        self.on_device.insert(layer, (counted_from, votes));
         Ok(())
     }
 }
@@ -70,20 +74,23 @@ impl Message {
 impl PageStore {
     /// From now on a message is read.
     pub(crate) fn begin_message(&mut self) {
-        self.message = Message { is_read: true, ..Message::default() };
+        self.message = Message { is_being_read: true, ..Message::default() };
+        self.forget_choices();
     }
 
-    /// The message is read: what it asked for stands.
+    /// The message has been read: from now on what it asked for stands, beside choices made for its answer alone.
     pub(crate) fn end_message(&mut self) {
-        self.message.is_read = false;
+        self.message.is_being_read = false;
+        self.forget_choices();
     }
 
     /// Neighbouring queries, of `count` with `num_heads` heads, whose mean stands for them. Each query of a message votes: in
     /// a mean the few that name what they want are lost.
     pub(super) fn pooled(&self, count: usize, num_heads: usize) -> usize {
         match self.config.rule {
-            PageRule::Mka if self.message.is_read => {
-                (count * num_heads / self.shape.num_kv_heads).div_ceil(MAX_ROWS).max(1)
+            PageRule::Mka if self.message.is_being_read => {
+                let group = num_heads / self.shape.num_kv_heads;
+                count.div_ceil((MAX_ROWS / group.max(1)).max(1)).max(1)
             }
             rule => rule.pooled(count),
         }
@@ -93,8 +100,15 @@ impl PageStore {
     /// among the first `rows` pages, ascending, and these votes.
     pub(super) fn standing(&self, layer: usize, rows: usize, count: usize) -> Vec<Vec<(u32, f32)>> {
         let tokens = PAGE_TOKENS as u64;
+        let order = &self.order[..rows];
         let place = |(position, vote): &(u64, f32)| {
-            let row = self.order[..rows].binary_search(&(position / tokens)).ok()?;
+            let page = position / tokens;
+            // Mostly no page is missing, and thousands of positions are looked up for each choice.
+            let row = page.checked_sub(*order.first()?)? as usize;
+            let row = match order.get(row) == Some(&page) {
+                true => row,
+                false => order.binary_search(&page).ok()?,
+            };
             Some(((row * PAGE_TOKENS) as u32 + (position % tokens) as u32, *vote))
         };
         match self.message.on_host.get(&layer).filter(|_| self.message.stands_beside(count)) {
@@ -110,7 +124,7 @@ impl PageStore {
         if !self.message.keeps_votes(&self.config) {
             return;
         }
-        let order = &self.order;
+        let (order, most) = (&self.order, KEPT * self.config.tokens.next_multiple_of(PAGE_TOKENS));
         let position = |token: &u32| {
             let (row, offset) = (*token as usize / PAGE_TOKENS, *token as usize % PAGE_TOKENS);
             order[row] * PAGE_TOKENS as u64 + offset as u64
@@ -118,19 +132,31 @@ impl PageStore {
         let standing = self.message.on_host.entry(layer).or_default();
         standing.resize(heads.len(), Vec::new());
         for (standing, (tokens, votes)) in standing.iter_mut().zip(heads.iter().zip(votes)) {
-            let mut all: BTreeMap<u64, f32> = standing.drain(..).collect();
-            for (position, vote) in tokens.iter().map(position).zip(votes) {
-                let own = all.entry(position).or_insert(*vote);
-                *own = own.max(*vote);
+            let own = tokens.iter().map(position).zip(votes.iter().copied());
+            let mut all = merged(standing, own);
+            if all.len() > most {
+                all.select_nth_unstable_by(most, |a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                all.truncate(most);
+                all.sort_unstable_by_key(|(position, _)| *position);
             }
-            // A token that is not among so many by these votes is not chosen by them.
-            let mut most: Vec<(u64, f32)> = all.into_iter().collect();
-            most.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-            most.truncate(tokens.len());
-            most.sort_unstable_by_key(|(position, _)| *position);
-            *standing = most;
+            *standing = all;
         }
     }
+}
+
+/// The positions of both, ascending as they are, each with its larger vote.
+fn merged(before: &[(u64, f32)], own: impl Iterator<Item = (u64, f32)>) -> Vec<(u64, f32)> {
+    let mut before = before.iter().copied().peekable();
+    let mut all = Vec::new();
+    for (position, vote) in own {
+        while let Some(earlier) = before.next_if(|(other, _)| *other < position) {
+            all.push(earlier);
+        }
+        let same = before.next_if(|(other, _)| *other == position);
+        all.push((position, same.map_or(vote, |(_, other)| vote.max(other))));
+    }
+    all.extend(before);
+    all
 }
 
 #[cfg(test)]
@@ -138,7 +164,7 @@ mod tests {
     use super::*;
     use crate::pages::tests::{cache, config, load, queries, run, tokens};
 
-    /// What `count` queries that begin with the `first` choose of the last layer, with the device's copy or without.
+    /// What `count` queries from the `first` on choose of the last layer in host memory.
     fn chosen(store: &mut PageStore, first: usize, count: usize) -> Vec<Vec<u32>> {
         let q = queries(store, first + count).narrow(0, first, count).unwrap();
         let (layer, rows) = (store.shape.num_layers - 1, store.order.len());
@@ -186,6 +212,10 @@ mod tests {
         assert_eq!(store.pooled(64, 3 * heads), 8);
         store.begin_message();
         assert_eq!([3, 8, 16].map(|group| store.pooled(64, group * heads)), [1, 1, 2]);
+        for (count, group) in [(64usize, 24), (64, 48), (51, 20), (64, 71), (64, 600)] {
+            let rows = count.div_ceil(store.pooled(count, group * heads)) * group;
+            assert!(rows <= MAX_ROWS.max(group), "{group} heads a group: {rows} rows");
+        }
         store.end_message();
         assert_eq!(store.pooled(64, 3 * heads), 8);
     }

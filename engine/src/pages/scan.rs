@@ -165,7 +165,12 @@ impl Scan<'_> {
         let taken = votes.into_par_iter().zip(self.named.standing).map(|(votes, standing)| {
             let mut by_key = Cow::Borrowed(votes.rows);
             if self.reach > 0 {
-                rows::maximum_within(votes.rows, self.reach, by_key.to_mut());
+                // A pinned key asks for no other.
+                let mut own = votes.rows.to_vec();
+                self.named.pinned.iter().for_each(|key| own[*key as usize] = 0.0);
+                let mut pooled = vec![0.0; own.len()];
+                rows::maximum_within(&own, self.reach, &mut pooled);
+                by_key = pooled.into();
             }
             for (token, vote) in standing {
                 let own = &mut by_key.to_mut()[*token as usize];

@@ -11,6 +11,7 @@ use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
 use std::borrow::Cow;
+use std::collections::VecDeque;
 
 /// Tokens chosen for each key/value head, as index row · PAGE_TOKENS + offset, ascending, equally many for each.
 pub(super) struct Selection {
@@ -169,22 +170,31 @@ impl PageStore {
             rows::score_rows(scored.queries, keys, queries.d, scored.scores, scored.len);
         });
         let mut recovered = Vec::new();
+        let reach = self.config.vote_reach;
         let heads = candidates
             .par_iter()
             .zip(&votes)
             .zip(marks.named.standing)
             .map(|((candidates, votes), standing)| {
-                let mut token_votes = self.within_reach(votes.rows, candidates, span);
-                for (token, vote) in standing {
-                    if let Ok(at) = candidates.binary_search(&(token / span as u32)) {
-                        let own = &mut token_votes.to_mut()[at * span + *token as usize % span];
-                        *own = own.max(*vote);
+                let mut token_votes = Cow::Borrowed(votes.rows);
+                let pin = |votes: &mut [f32], vote: f32| {
+                    for mark in marks.named.pinned {
+                        if let Ok(at) = candidates.binary_search(mark) {
+                            votes[at * span..(at + 1) * span].fill(vote);
+                        }
                     }
+                };
+                if reach > 0 {
+                    // A pinned token asks for no other.
+                    pin(token_votes.to_mut(), 0.0);
+                    token_votes =
+                        within_reach(&token_votes, &tokens_of(candidates, span), reach).into();
                 }
-                for mark in marks.named.pinned {
-                    if let Ok(at) = candidates.binary_search(mark) {
-                        token_votes.to_mut()[at * span..(at + 1) * span].fill(f32::INFINITY);
-                    }
+                if !standing.is_empty() {
+                    raise(token_votes.to_mut(), &tokens_of(candidates, span), standing);
+                }
+                if !marks.named.pinned.is_empty() {
+                    pin(token_votes.to_mut(), f32::INFINITY);
                 }
                 let best = rows::largest(&token_votes, budget);
                 let token =
@@ -204,23 +214,6 @@ impl PageStore {
         let (tokens, votes) = heads.into_iter().map(|(tokens, _, votes)| (tokens, votes)).unzip();
         let recovered = (!recovered.is_empty()).then_some(mean);
         (Selection { heads: evened(tokens), recovered }, evened(votes))
-    }
-
-    /// The largest of the votes of `marks`' tokens, each mark `span` of them, within reach of each.
-    fn within_reach<'a>(&self, votes: &'a [f32], marks: &[u32], span: usize) -> Cow<'a, [f32]> {
-        let reach = self.config.vote_reach;
-        if reach == 0 {
-            return Cow::Borrowed(votes);
-        }
-        let mut pooled = Vec::with_capacity(votes.len());
-        // Marks side by side are one run of tokens; another begins out of reach or is reached across what was not taken.
-        let token = |i: usize| marks[i / span] as usize * span + i % span;
-        for (i, own) in votes.iter().enumerate() {
-            let near = i.saturating_sub(reach)..(i + reach + 1).min(votes.len());
-            let reached = near.filter(|j| token(*j).abs_diff(token(i)) <= reach);
-            pooled.push(reached.map(|j| votes[j]).fold(*own, f32::max));
-        }
-        Cow::Owned(pooled)
     }
 
     /// The marks of most votes of each head for a choice of `budget` tokens among the first `rows` pages, by the scan
@@ -320,6 +313,45 @@ fn places(per_page: usize) -> (impl Fn(u32) -> usize + Copy, impl Fn(u32) -> usi
     (move |mark| (mark >> bits) as usize, move |mark| (mark & last) as usize)
 }
 
+/// The tokens of `marks`, each `span` of them.
+fn tokens_of(marks: &[u32], span: usize) -> Vec<u32> {
+    let span = span as u32;
+    marks.iter().flat_map(|mark| mark * span..(mark + 1) * span).collect()
+}
+
+/// The largest of the `votes` of `tokens` (ascending) that stand within `reach` of each.
+fn within_reach(votes: &[f32], tokens: &[u32], reach: usize) -> Vec<f32> {
+    let mut pooled = Vec::with_capacity(votes.len());
+    // Those within reach that no later one exceeds, largest first: the first is the answer.
+    let mut best: VecDeque<usize> = VecDeque::new();
+    let mut next = 0;
+    for own in tokens {
+        while tokens.get(next).is_some_and(|token| (token - own.min(token)) as usize <= reach) {
+            while best.back().is_some_and(|last| votes[*last] <= votes[next]) {
+                best.pop_back();
+            }
+            best.push_back(next);
+            next += 1;
+        }
+        while best.front().is_some_and(|first| (own - tokens[*first].min(*own)) as usize > reach) {
+            best.pop_front();
+        }
+        pooled.push(best.front().map_or(0.0, |first| votes[*first]));
+    }
+    pooled
+}
+
+/// Raises the `votes` of `tokens` to those that stand for them; both ascending.
+fn raise(votes: &mut [f32], tokens: &[u32], standing: &[(u32, f32)]) {
+    let mut own = tokens.iter().zip(votes).peekable();
+    for (token, vote) in standing {
+        while own.next_if(|(own, _)| *own < token).is_some() {}
+        if let Some((_, own)) = own.next_if(|(own, _)| *own == token) {
+            *own = own.max(*vote);
+        }
+    }
+}
+
 /// Heads share positions and page lengths, so each takes as many tokens as the poorest has.
 fn evened<T>(mut heads: Vec<Vec<T>>) -> Vec<Vec<T>> {
     let shortest = heads.iter().map(Vec::len).min().unwrap_or(0);
@@ -346,4 +378,34 @@ fn recovered_share(held: f32, votes: &Votes<'_>, missed: &[(f32, f32)], span: us
     };
     let shares = votes.last.iter().zip(missed).map(share).sum::<f32>();
     held * shares / group as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vote_reaches_neighbours_in_the_stream_not_in_the_list() {
+        let number = |i: usize| ((i * 2_654_435_761) % 1009) as f32 / 1009.0;
+        let tokens: Vec<u32> = (0..300).filter(|i| number(*i as usize) < 0.4).collect();
+        let votes: Vec<f32> = (0..tokens.len()).map(|i| number(i + 77)).collect();
+        for reach in [0, 1, 3, 16, 400] {
+            let near = |own: &u32| {
+                let others = tokens.iter().zip(&votes);
+                let within = others.filter(|(token, _)| token.abs_diff(*own) as usize <= reach);
+                within.map(|(_, vote)| *vote).fold(0.0, f32::max)
+            };
+            let expected: Vec<f32> = tokens.iter().map(near).collect();
+            assert_eq!(within_reach(&votes, &tokens, reach), expected, "{reach}");
+        }
+        assert!(within_reach(&[], &[], 3).is_empty());
+    }
+
+    #[test]
+    fn votes_stand_for_the_tokens_that_are_there() {
+        let mut votes = [1.0, 2.0, 3.0, 4.0];
+        let standing = [(0, 9.0), (3, 8.0), (5, 9.0), (7, 3.5), (9, 5.0), (12, 9.0)];
+        raise(&mut votes, &[1, 3, 7, 9], &standing);
+        assert_eq!(votes, [1.0, 8.0, 3.5, 5.0]);
+    }
 }

@@ -1,4 +1,5 @@
-//! Which older tokens a page of queries recalls: landmarks, votes and exact scores, as sessions choose (docs/recall.md).
+//! Which older tokens a page of queries recalls: landmarks, votes and exact scores, as sessions choose for what they are fed
+//! (docs/recall.md), but that a vote reaches no neighbour.
 //! Knows no attention, and no gradient flows through it.
 
 use super::recall::{PAGE, Recall, Run};

@@ -98,6 +98,7 @@ struct StandingParams {
     k: u32,
     g: u32,
     span: u32,
+    gone: u32,
 }
 
 // SAFETY: plain numbers in C layout, as the kernel declares them.
@@ -114,6 +115,7 @@ struct KeptParams {
     n: u64,
     num_marks: u32,
     k: u32,
+    gone: u32,
 }
 
 // SAFETY: plain numbers in C layout, as the kernel declares them.
@@ -307,11 +309,12 @@ fn choose_part(
     let most_pages = queries.runs[..queries.num_runs].iter().map(|run| run.pages).max();
     let num_marks = most_pages.unwrap_or(0) as usize * MARKS;
     let landmarks = params.landmarks.map_or(num_marks, |landmarks| landmarks.min(num_marks));
+    let gone = (pages.gone * PAGE_TOKENS) as u32;
     let (mut marks, mut by_mark) = (None, None);
     if landmarks < num_marks {
         let voted = vote(device, pages, queries, None, num_marks)?;
         if let Some(standing) = params.standing {
-            raise(device, &voted.votes, standing, None, SPAN)?;
+            raise(device, &voted.votes, (standing, gone), None, SPAN)?;
         }
         marks = Some(top_k(&voted.votes, landmarks)?);
         by_mark = Some(voted);
@@ -321,7 +324,7 @@ fn choose_part(
         voted.votes = reaching(device, &voted.votes, marks.as_ref(), params.reach)?;
     }
     if let Some(standing) = params.standing {
-        raise(device, &voted.votes, standing, marks.as_ref(), 1)?;
+        raise(device, &voted.votes, (standing, gone), marks.as_ref(), 1)?;
     }
     let tokens = params.tokens.min(landmarks * SPAN);
     let best = match params.heads_together {
@@ -333,8 +336,10 @@ fn choose_part(
     let recovered = is_one
         .then(|| recovered(device, (g, group), by_mark.as_ref(), marks.as_ref(), &voted, &best))
         .transpose()?;
-    let standing =
-        params.keep_votes.then(|| kept(device, &voted.votes, marks.as_ref(), &best)).transpose()?;
+    let standing = params
+        .keep_votes
+        .then(|| kept(device, &voted.votes, marks.as_ref(), (&best, gone)))
+        .transpose()?;
     Ok(Choice { marks, best: Some(best), runs: queries.num_runs, tokens, recovered, standing })
 }
 
@@ -353,11 +358,51 @@ impl Queries<'_> {
         let mean = self.mean.narrow(0, first, count)?.contiguous()?;
         Ok(Self { mean, runs, num_runs: count, ..self.clone() })
     }
+
+    /// `count` of the means of a single run, from `first` on, each for itself.
+    fn means(&self, first: usize, count: usize) -> Result<Self> {
+        let mut runs = [Run::default(); MAX_RUNS];
+        runs[0] = Run { queries: count as u32, ..self.runs[0] };
+        let mean = self.mean.narrow(1, first, count)?.contiguous()?;
+        Ok(Self { mean, rows: count * self.group, pooled: 1, runs, ..self.clone() })
+    }
+}
+
+/// [`vote_at_once`] by as many queries at a time as have room for their logits: the largest of their votes, and what the
+/// last of them leave beside.
+fn vote(
+    device: &CudaDevice,
+    pages: &StoredPages,
+    queries: &Queries<'_>,
+    tokens: Option<Option<&Tensor>>,
+    num_marks: usize,
+) -> Result<Voted> {
+    let num_means = queries.rows / queries.group;
+    let keys = if tokens.is_some() { num_marks * SPAN } else { num_marks };
+    let mean_bytes = queries.h * keys * size_of::<f32>();
+    let at_once = (LOGIT_BYTES / mean_bytes.max(1)).max(1);
+    if queries.num_runs > 1 || num_means <= at_once {
+        return vote_at_once(device, pages, queries, tokens, num_marks);
+    }
+    let mut all: Option<Voted> = None;
+    for first in (0..num_means).step_by(at_once) {
+        let own = queries.means(first, at_once.min(num_means - first))?;
+        let voted = vote_at_once(device, pages, &own, tokens, num_marks)?;
+        let votes = match &all {
+            Some(before) => before.votes.maximum(&voted.votes)?,
+            None => voted.votes.clone(),
+        };
+        all = Some(Voted { votes, ..voted });
+    }
+    match all {
+        Some(all) => Ok(all),
+        None => bail!("choose: no query, expected one"),
+    }
 }
 
 /// The vote over the first `num_marks` landmarks, those of the run of most pages, or, with `tokens`, over the tokens of
 /// those landmarks (None: of all).
-fn vote(
+fn vote_at_once(
     device: &CudaDevice,
     pages: &StoredPages,
     queries: &Queries<'_>,
@@ -452,7 +497,7 @@ fn reaching(
 fn raise(
     device: &CudaDevice,
     votes: &Tensor,
-    standing: &Standing,
+    (standing, gone): (&Standing, u32),
     marks: Option<&Tensor>,
     span: usize,
 ) -> Result<()> {
@@ -467,18 +512,19 @@ fn raise(
         k: k as u32,
         g: g as u32,
         span: span as u32,
+        gone,
     };
     let grid = (k.div_ceil(THREADS as usize) as u32, lists as u32, 1);
     let launch = Launch { grid, block: THREADS, shared_bytes: 0 };
     cuda::launch(device, "recall", "raise_standing", launch, &params)
 }
 
-/// The tokens that `best` of `votes` (runs · g, n) are, with these votes.
+/// The tokens that `best` of `votes` (runs · g, n) are, counted from `gone` on, with these votes.
 fn kept(
     device: &CudaDevice,
     votes: &Tensor,
     marks: Option<&Tensor>,
-    best: &Tensor,
+    (best, gone): (&Tensor, u32),
 ) -> Result<Standing> {
     let ((own, n), (_, k)) = (votes.dims2()?, best.dims2()?);
     let tokens = cuda::output_tensor(device, DType::U32, (own, k))?;
@@ -492,6 +538,7 @@ fn kept(
         n: n as u64,
         num_marks: marks.map_or(Ok(0), |marks| marks.dim(1))? as u32,
         k: k as u32,
+        gone,
     };
     let grid = (k.div_ceil(THREADS as usize) as u32, own as u32, 1);
     let launch = Launch { grid, block: THREADS, shared_bytes: 0 };

@@ -74,7 +74,7 @@ fn choose_run(
         Some((marks, keys)) => Some((marks.to_vec2::<u32>()?, numbers(keys)?)),
         None => None,
     };
-    let standing = standing_of(params.standing, g)?;
+    let standing = standing_of(params.standing, g, pages.gone * PAGE_TOKENS)?;
     let mut heads = Vec::with_capacity(g);
     for (head, standing) in standing.iter().enumerate() {
         let queries = of_head(head);
@@ -122,7 +122,11 @@ fn choose_run(
             );
         }
         let votes = vote(&queries, &rows, group, d);
-        let mut by_token = pooled(&votes.keys, &marks, params.reach);
+        // A pinned token asks for no other.
+        let mut by_token = votes.keys.clone();
+        let by_mark = by_token.chunks_exact_mut(SPAN).zip(&marks);
+        by_mark.filter(|(_, mark)| pins.contains(mark)).for_each(|(votes, _)| votes.fill(0.0));
+        let mut by_token = pooled(&by_token, &marks, params.reach);
         for (token, vote) in standing {
             if let Ok(at) = marks.binary_search(&(token / SPAN as u32)) {
                 let own = &mut by_token[at * SPAN + *token as usize % SPAN];
@@ -160,7 +164,8 @@ fn choose_run(
             None => 1.0,
         };
         recovered += held * share / g as f32;
-        let token = |i: &u32| marks[*i as usize / SPAN] * SPAN as u32 + i % SPAN as u32;
+        let gone = (pages.gone * PAGE_TOKENS) as u32;
+        let token = |i: &u32| gone + marks[*i as usize / SPAN] * SPAN as u32 + i % SPAN as u32;
         kept_tokens.extend(best.iter().map(token));
         kept_votes.extend(best.iter().map(|i| by_token[*i as usize]));
         all_marks.extend(marks);
@@ -183,13 +188,14 @@ fn choose_run(
     Ok(Choice { marks, best: Some(best), runs: 1, tokens, recovered, standing })
 }
 
-/// By head, the tokens that have standing votes and these; nothing for none.
-fn standing_of(standing: Option<&Standing>, g: usize) -> Result<Vec<Vec<(u32, f32)>>> {
+/// By head, the tokens that have standing votes, without the `gone` first ones, and these; nothing for none.
+fn standing_of(standing: Option<&Standing>, g: usize, gone: usize) -> Result<Vec<Vec<(u32, f32)>>> {
     let mut heads = vec![Vec::new(); g];
     if let Some(Standing { tokens, votes }) = standing {
         let lists = tokens.to_vec2::<u32>()?.into_iter().zip(votes.to_vec2::<f32>()?);
         for (row, (tokens, votes)) in lists.enumerate() {
-            heads[row % g].extend(tokens.into_iter().zip(votes));
+            let there = tokens.into_iter().map(|token| token.checked_sub(gone as u32)).zip(votes);
+            heads[row % g].extend(there.filter_map(|(token, vote)| Some((token?, vote))));
         }
     }
     Ok(heads)

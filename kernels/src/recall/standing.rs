@@ -3,32 +3,31 @@
 
 use candle_core::{Device, Result, Tensor, bail};
 
-/// Choices that stand side by side at most; beyond, the oldest go.
-const MAX_LISTS: usize = 64;
+/// Choices that stand side by side at most; beyond, the oldest go. Of 2,048 tokens and three heads each takes 48 KiB a layer.
+const MAX_LISTS: usize = 16;
 
 /// Tokens with votes, as choices for each head left them.
 ///
-/// Of all tokens a choice keeps those that it chose: a token that was not among the most asked for then would not become one
-/// by the same votes later.
+/// Tokens are counted from the first that was ever stored, so that they stay what they are when pages are let go at the
+/// front; one that is not stored any more is passed over. Of all tokens a choice keeps those that it chose: a token that was
+/// not among the most asked for then would not become one by the same votes later.
 #[derive(Debug, Clone)]
 pub struct Standing {
-    /// (lists · g, k), u32: counted from the first stored token.
+    /// (lists · g, k), u32.
     pub(super) tokens: Tensor,
     /// (lists · g, k), f32.
     pub(super) votes: Tensor,
 }
 
 impl Standing {
-    /// Both votes, for choices of `num_heads` heads; those of `before` alone go where they are of another number of tokens.
+    /// These votes and, where they are given, those that stood `before`, for choices of `num_heads` heads. The latest 16
+    /// choices stand; choices of another number of tokens do not stand beside these.
     ///
     /// # Errors
     /// If the device fails.
     pub fn after(self, before: Option<&Self>, num_heads: usize) -> Result<Self> {
-        let Some(before) =
-            before.filter(|before| before.tokens.dim(1).ok() == self.tokens.dim(1).ok())
-        else {
-            return Ok(self);
-        };
+        let is_alike = |before: &&Self| before.tokens.dim(1).ok() == self.tokens.dim(1).ok();
+        let Some(before) = before.filter(is_alike) else { return Ok(self) };
         let latest = |before: &Tensor, own: &Tensor| {
             let all = Tensor::cat(&[before, own], 0)?;
             let rows = all.dim(0)?;

@@ -21,6 +21,8 @@ pub(crate) struct Case {
     pub(crate) outliers: &'static [u32],
     /// Whether every token is compared, whatever its landmark is asked for.
     pub(crate) every: bool,
+    /// Neighbouring queries that vote as one.
+    pub(crate) pooled: usize,
     /// Places around a token whose votes count for it.
     pub(crate) reach: usize,
     /// Whether all heads choose the same tokens.
@@ -38,6 +40,7 @@ pub(crate) const PLAIN: Case = Case {
     pins: &[],
     outliers: &[],
     every: false,
+    pooled: POOLED,
     reach: 0,
     together: false,
 };
@@ -58,6 +61,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { pages: 50, h: 4, g: 4, d: 96, pins: &[9], every: true, together: true, ..PLAIN },
     Case { pages: 40, t: 11, h: 9, g: 3, d: 64, every: true, reach: 4, ..PLAIN },
     Case { pages: 70, h: 6, g: 2, d: 64, tokens: 192, pins: &[0, 399], reach: 2, ..PLAIN },
+    Case { pages: 40, t: 11, h: 9, g: 3, d: 64, pooled: 1, reach: 4, ..PLAIN },
     Case { pages: 50, h: 4, g: 4, pins: &[9], every: true, reach: 70, together: true, ..PLAIN },
     // Fewer tokens than are chosen.
     Case { pages: 2, h: 6, g: 2, d: 8, tokens: 256, ..PLAIN },
@@ -181,14 +185,14 @@ impl Case {
                 runs,
                 tokens: self.tokens,
                 landmarks: (!self.every).then_some(4 * self.tokens / SPAN),
-                pooled: POOLED,
+                pooled: self.pooled,
                 scale: 0.25,
                 angles: &made.angles,
                 distance: DISTANCE,
                 pins: pins.as_ref(),
                 reach: self.reach,
                 standing,
-                keep_votes: true,
+                keep_votes: !self.together,
                 heads_together: self.together,
             },
         )
@@ -201,7 +205,7 @@ impl Case {
         let (cos, sin) = made.angles.at(DISTANCE);
         q.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
         let mut votes = vec![0f64; keys.len() / d];
-        for queries in q.chunks(POOLED * h * d) {
+        for queries in q.chunks(self.pooled * h * d) {
             let count = queries.len() / (h * d);
             let mut sum = vec![0f64; votes.len()];
             for own in head * group..(head + 1) * group {
@@ -257,7 +261,11 @@ impl Case {
                 }
             }
             let token = |i: usize| marks[i / SPAN] as usize * SPAN + i % SPAN;
-            let alone = self.votes(made, head, &keys);
+            let mut alone = self.votes(made, head, &keys);
+            // A pinned token asks for no other.
+            let pinned = marks.iter().zip(alone.chunks_exact_mut(SPAN));
+            let pinned = pinned.filter(|(mark, _)| self.pins.contains(mark));
+            pinned.for_each(|(_, votes)| votes.fill(0.0));
             let near = |i: usize| {
                 let others =
                     (0..alone.len()).filter(|j| token(*j).abs_diff(token(i)) <= self.reach);
@@ -479,6 +487,37 @@ fn votes_stand_beside_those_of_later_queries() -> Result<()> {
     let alone = case.choose_runs(&made, &store, &Device::Cpu, 11, &[run])?.tokens(g)?;
     assert!(differing(&choice.tokens(g)?, &alone) > g);
     assert!(differing(&choice.tokens(g)?, &before[..g]) > g);
+    Ok(())
+}
+
+#[test]
+fn votes_stand_for_the_same_tokens_once_pages_before_them_are_gone() -> Result<()> {
+    let case = &STANDING[0];
+    let (made, g) = (case.make(), case.g);
+    let mut store = case.store(&made, &Device::Cpu)?;
+    let run = |queries, pages| ChoiceRun { queries, pages };
+    let kept = case.choose_runs(&made, &store, &Device::Cpu, 0, &[run(11, case.pages)])?;
+    let before = kept.tokens(g)?;
+    let standing = kept.standing.expect("votes are kept");
+    (0..5).for_each(|_| store.pop_front());
+    assert_eq!(store.gone(), 5);
+    let last = [run(1, case.pages - 5)];
+    let alone = case.choose_runs(&made, &store, &Device::Cpu, 11, &last)?.tokens(g)?;
+    let beside = case.choose_beside(&made, &store, &Device::Cpu, 11, &last, Some(&standing))?;
+    let gone = 5 * PAGE_TOKENS as u32;
+    for (head, tokens) in beside.tokens(g)?.iter().enumerate() {
+        let new = tokens.iter().filter(|token| alone[head].binary_search(token).is_err());
+        let stood = new.map(|token| before[head].binary_search(&(token + gone)).is_ok());
+        let stood: Vec<bool> = stood.collect();
+        assert!(!stood.is_empty() && stood.iter().all(|stood| *stood), "head {head}");
+    }
+    // What it keeps is counted as before.
+    let again = beside.standing.expect("votes are kept").after(Some(&standing), g)?;
+    let third = case.choose_beside(&made, &store, &Device::Cpu, 11, &last, Some(&again))?;
+    assert_eq!(
+        third.tokens(g)?,
+        case.choose_beside(&made, &store, &Device::Cpu, 11, &last, Some(&standing))?.tokens(g)?
+    );
     Ok(())
 }
 

@@ -132,14 +132,20 @@ impl PageStore {
         {
             return Ok(None);
         }
+        let counted_from = first.wrapping_sub(own.pages.gone() as u64);
         let choice = match (all, self.config.rule) {
             (true, _) => Some(Choice::all(rows * PAGE_TOKENS)),
             (false, PageRule::InfLlm | PageRule::Quest) => {
                 self.choose_by_table(q, own, rows, budget)?
             }
             (false, _) => {
-                let params =
-                    self.vote_params((layer, q.dim(1)?), angles, budget, runs, pins.as_ref());
+                let params = self.vote_params(
+                    (layer, q.dim(1)?, counted_from),
+                    angles,
+                    budget,
+                    runs,
+                    pins.as_ref(),
+                );
                 Some(own.pages.choose(q, &params)?)
             }
         };
@@ -153,7 +159,7 @@ impl PageStore {
         let recovered = choice.recovered.clone().filter(|_| self.config.rule == PageRule::Mka);
         let (tokens, kept) = (choice.num_tokens(), choice.standing.take());
         if let Some(kept) = kept {
-            self.message.stand(layer, first, kept, self.shape.num_kv_heads)?;
+            self.message.stand(layer, counted_from, kept, self.shape.num_kv_heads)?;
         }
         Ok(Some(Copied { keys, values, tokens, recovered }))
     }
@@ -182,7 +188,7 @@ impl PageStore {
     /// How the runs vote: by the library's own rule or by TokenSelect's.
     fn vote_params<'a>(
         &'a self,
-        (layer, num_heads): (usize, usize),
+        (layer, num_heads, counted_from): (usize, usize, u64),
         angles: &'a RotaryAngles,
         budget: usize,
         runs: &'a [ChoiceRun],
@@ -203,7 +209,7 @@ impl PageStore {
             distance: self.shape.window_tokens,
             pins,
             reach: if heads_together { 0 } else { self.config.vote_reach },
-            standing: self.message.standing_on_device(layer, self.order.first().copied(), count),
+            standing: self.message.standing_on_device(layer, counted_from, count),
             keep_votes: self.message.keeps_votes(&self.config),
             heads_together,
         }

@@ -137,6 +137,45 @@ fn other_systems_rules_choose_the_same_tokens_on_the_models_device() {
 }
 
 #[test]
+fn what_a_message_asked_for_stands_on_the_models_device_as_in_host_memory() {
+    let decoder = load("llama3");
+    // What the processor and a card score alike.
+    let config = PageConfig { tokens: 128, scan: LandmarkScan::Flat, lexical: true, ..config() };
+    let page = cache(&decoder, 64, Some(config.clone())).pages().unwrap().page_bytes() as u64;
+    // Room for some twenty pages, so that the oldest go.
+    let config = PageConfig { bytes: 26 * page, ..config };
+    let mut cache = cache(&decoder, 64, Some(config));
+    cache.pages_mut().unwrap().mirror_on_device();
+    run(&decoder, &mut cache, &mixed(2300), &[100]);
+    let store = cache.pages_mut().unwrap();
+    let (rows, first) = (store.order.len(), store.order[0]);
+    assert!(first > 1 && rows > 8, "{rows} pages from {first}");
+    let layer = store.shape.num_layers - 1;
+    store.begin_message();
+    store.pin_words(&[5, 5, 9]);
+    // A run that sees less, then two more.
+    for (rows, count) in [(rows - 1, 12), (rows, 3), (rows, 20)] {
+        assert_same_choice(store, rows, count, &format!("{count} queries of a message"));
+    }
+    store.end_message();
+    let counted_from = first - store.mirror.as_ref().unwrap().gone(layer);
+    assert!(store.message.standing_on_device(layer, counted_from, 1).is_some());
+    assert_eq!(store.standing(layer, rows, 1).iter().filter(|head| !head.is_empty()).count(), 2);
+    assert_same_choice(store, rows, 1, "its answer");
+    // Pages leave the window and the oldest go, while votes stand for the rest.
+    run(&decoder, &mut cache, &mixed(200), &[1]);
+    let store = cache.pages_mut().unwrap();
+    assert!(store.order[0] > first + 1);
+    let rows = store.order.len();
+    assert!(store.message.standing_on_device(layer, counted_from, 1).is_some());
+    let message = store.message.clone();
+    store.begin_turn();
+    assert_same_choice(store, rows, 1, "nothing stands, once pages went");
+    store.message = message;
+    assert_same_choice(store, rows, 1, "its answer, once pages went");
+}
+
+#[test]
 fn tables_of_a_stream_that_lets_pages_go_stay_as_small_as_it() {
     let decoder = load("llama3");
     for rule in [PageRule::InfLlm, PageRule::Quest] {

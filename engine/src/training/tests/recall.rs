@@ -337,6 +337,7 @@ fn a_pass_recalls_what_a_session_does() {
         let mut cache = Cache::new(decoder.cache_shape(64, 512), &Device::Cpu).unwrap();
         let mut pages = PageConfig::default();
         (pages.tokens, pages.first_layer, pages.lexical) = (64, 1, false);
+        pages.vote_reach = 0;
         (pages.precision, pages.scan) = (PagePrecision::F32, LandmarkScan::Flat);
         cache.keep_pages(pages);
         let mut session = Vec::new();

@@ -119,6 +119,32 @@ fn many_runs_over_a_long_stream_choose_as_each_by_itself() -> Result<()> {
     Ok(())
 }
 
+/// So many queries that their logits are held some at a time.
+#[test]
+fn queries_of_one_run_vote_in_parts_as_at_once() -> Result<()> {
+    let Some(gpu) = device("choice of many queries") else { return Ok(()) };
+    let case = Case {
+        pages: 2048,
+        t: 64,
+        h: 9,
+        g: 3,
+        d: 8,
+        tokens: 2048,
+        every: true,
+        pooled: 1,
+        ..PLAIN
+    };
+    let made = case.make();
+    let run = [ChoiceRun { queries: 64, pages: case.pages }];
+    let [expected, own] = [&Device::Cpu, &gpu].map(|device| -> Result<_> {
+        let store = case.store(&made, device)?;
+        case.choose_runs(&made, &store, device, 0, &run)?.tokens(case.g)
+    });
+    let off = differing(&own?, &expected?);
+    assert!(off <= 20 * case.g, "{off} other tokens");
+    Ok(())
+}
+
 #[test]
 fn shares_add_up_on_the_device() -> Result<()> {
     let Some(gpu) = device("shares") else { return Ok(()) };

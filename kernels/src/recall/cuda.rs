@@ -1,6 +1,8 @@
 //! The choice among stored pages and the copy of the chosen on a CUDA device: parameters of the kernels, their launch.
 //! Knows no rule: the kernels of `cuda/recall.cu` hold them.
 
+mod params;
+
 use super::{
     Choice, ChoiceParams, ChoiceRun, MARKS, MAX_RUNS, Placement, SPAN, Standing, StoredPages,
 };
@@ -8,174 +10,17 @@ use crate::cuda::{self, Launch};
 use crate::pages::PAGE_TOKENS;
 use crate::rope::RotaryAngles;
 use crate::select::top_k;
-use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
+use params::{
+    ChosenParams, KeptParams, QueryParams, ReachParams, RecoveredParams, Run, ShareParams,
+    StandingParams, VoteParams,
+};
 
 /// Keys of one block of a score; as in `cuda/recall.cu`, like the number of threads.
 const BLOCK_KEYS: usize = 256;
 const THREADS: u32 = 256;
 /// Bytes of logits at once: runs whose logits would take more choose one after the other.
 const LOGIT_BYTES: usize = 256 << 20;
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Run {
-    first: u32,
-    queries: u32,
-    pages: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct QueryParams {
-    q: u64,
-    cosine: u64,
-    sine: u64,
-    mean: u64,
-    h: u32,
-    d: u32,
-    pooled: u32,
-    scale: f32,
-    runs: [Run; MAX_RUNS],
-}
-
-// SAFETY: plain numbers in C layout, as the kernel declares them.
-unsafe impl DeviceRepr for QueryParams {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct VoteParams {
-    q: u64,
-    keys: u64,
-    marks: u64,
-    outlier_keys: u64,
-    outliers: u64,
-    pins: u64,
-    logits: u64,
-    stats: u64,
-    norms: u64,
-    votes: u64,
-    n: u64,
-    num_marks: u32,
-    num_outliers: u32,
-    num_pins: u32,
-    rows: u32,
-    h: u32,
-    g: u32,
-    group: u32,
-    d: u32,
-    blocks: u32,
-    pooled: u32,
-    runs: [Run; MAX_RUNS],
-}
-
-// SAFETY: plain numbers in C layout, as the kernels declare them.
-unsafe impl DeviceRepr for VoteParams {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ReachParams {
-    votes: u64,
-    marks: u64,
-    pooled: u64,
-    n: u64,
-    num_marks: u32,
-    reach: u32,
-}
-
-// SAFETY: plain numbers in C layout, as the kernel declares them.
-unsafe impl DeviceRepr for ReachParams {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct StandingParams {
-    tokens: u64,
-    standing: u64,
-    marks: u64,
-    votes: u64,
-    n: u64,
-    num_marks: u32,
-    k: u32,
-    g: u32,
-    span: u32,
-    gone: u32,
-}
-
-// SAFETY: plain numbers in C layout, as the kernel declares them.
-unsafe impl DeviceRepr for StandingParams {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct KeptParams {
-    votes: u64,
-    marks: u64,
-    best: u64,
-    tokens: u64,
-    standing: u64,
-    n: u64,
-    num_marks: u32,
-    k: u32,
-    gone: u32,
-}
-
-// SAFETY: plain numbers in C layout, as the kernel declares them.
-unsafe impl DeviceRepr for KeptParams {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RecoveredParams {
-    mark_logits: u64,
-    mark_norms: u64,
-    marks: u64,
-    token_logits: u64,
-    token_norms: u64,
-    best: u64,
-    recovered: u64,
-    mark_n: u64,
-    token_n: u64,
-    num_marks: u32,
-    k: u32,
-    g: u32,
-    group: u32,
-}
-
-// SAFETY: plain numbers in C layout, as the kernel declares them.
-unsafe impl DeviceRepr for RecoveredParams {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ChosenParams {
-    keys: u64,
-    values: u64,
-    marks: u64,
-    best: u64,
-    cosine: u64,
-    sine: u64,
-    out_keys: u64,
-    out_values: u64,
-    first: u64,
-    num_marks: u32,
-    k: u32,
-    g: u32,
-    d: u32,
-    compact: u32,
-}
-
-// SAFETY: plain numbers in C layout, as the kernels declare them.
-unsafe impl DeviceRepr for ChosenParams {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ShareParams {
-    lse: u64,
-    all: u64,
-    recovered: u64,
-    sums: u64,
-    h: u32,
-}
-
-// SAFETY: plain numbers in C layout, as the kernel declares them.
-unsafe impl DeviceRepr for ShareParams {}
 
 /// What a vote over keys leaves on the device.
 struct Voted {

@@ -33,6 +33,13 @@ struct Voted {
     n: usize,
 }
 
+impl Voted {
+    /// The votes alone: the memory of the rest is free for the next.
+    fn into_votes(self) -> Tensor {
+        self.votes
+    }
+}
+
 /// Queries of a choice, or some of its runs.
 #[derive(Clone)]
 struct Queries<'a> {
@@ -107,7 +114,9 @@ pub(super) fn choose(
 
     let most_pages = params.runs.iter().map(|run| run.pages).max().unwrap_or(0);
     let scored = match params.landmarks {
-        Some(landmarks) if landmarks < most_pages * MARKS => most_pages * MARKS,
+        Some(landmarks) if landmarks < most_pages * MARKS => {
+            (most_pages * MARKS).max(landmarks * SPAN)
+        }
         _ => most_pages * PAGE_TOKENS,
     };
     let run_bytes = h * num_means * scored * size_of::<f32>();
@@ -222,27 +231,23 @@ fn vote(
     tokens: Option<Option<&Tensor>>,
     num_marks: usize,
 ) -> Result<Voted> {
-    let num_means = queries.rows / queries.group;
+    // Of one run its own queries: there is room for those of the longest, which are not there.
+    let num_means = queries.runs[0].queries.div_ceil(queries.pooled as u32) as usize;
     let keys = if tokens.is_some() { num_marks * SPAN } else { num_marks };
     let mean_bytes = queries.h * keys * size_of::<f32>();
     let at_once = (LOGIT_BYTES / mean_bytes.max(1)).max(1);
     if queries.num_runs > 1 || num_means <= at_once {
         return vote_at_once(device, pages, queries, tokens, num_marks);
     }
-    let mut all: Option<Voted> = None;
-    for first in (0..num_means).step_by(at_once) {
+    let first = queries.means(0, at_once)?;
+    let mut voted = vote_at_once(device, pages, &first, tokens, num_marks)?;
+    for first in (at_once..num_means).step_by(at_once) {
         let own = queries.means(first, at_once.min(num_means - first))?;
-        let voted = vote_at_once(device, pages, &own, tokens, num_marks)?;
-        let votes = match &all {
-            Some(before) => before.votes.maximum(&voted.votes)?,
-            None => voted.votes.clone(),
-        };
-        all = Some(Voted { votes, ..voted });
+        let before = voted.into_votes();
+        voted = vote_at_once(device, pages, &own, tokens, num_marks)?;
+        voted.votes = before.maximum(&voted.votes)?;
     }
-    match all {
-        Some(all) => Ok(all),
-        None => bail!("choose: no query, expected one"),
-    }
+    Ok(voted)
 }
 
 /// The vote over the first `num_marks` landmarks, those of the run of most pages, or, with `tokens`, over the tokens of

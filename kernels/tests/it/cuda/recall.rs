@@ -119,7 +119,7 @@ fn many_runs_over_a_long_stream_choose_as_each_by_itself() -> Result<()> {
     Ok(())
 }
 
-/// So many queries that their logits are held some at a time.
+/// So many queries that their logits are held some at a time, in one run and beside a shorter one.
 #[test]
 fn queries_of_one_run_vote_in_parts_as_at_once() -> Result<()> {
     let Some(gpu) = device("choice of many queries") else { return Ok(()) };
@@ -135,13 +135,17 @@ fn queries_of_one_run_vote_in_parts_as_at_once() -> Result<()> {
         ..PLAIN
     };
     let made = case.make();
-    let run = [ChoiceRun { queries: 64, pages: case.pages }];
-    let [expected, own] = [&Device::Cpu, &gpu].map(|device| -> Result<_> {
-        let store = case.store(&made, device)?;
-        case.choose_runs(&made, &store, device, 0, &run)?.tokens(case.g)
-    });
-    let off = differing(&own?, &expected?);
-    assert!(off <= 20 * case.g, "{off} other tokens");
+    let stores = [Device::Cpu, gpu].map(|device| (case.store(&made, &device), device));
+    let run = |queries, pages| ChoiceRun { queries, pages };
+    for runs in [vec![run(64, 2048)], vec![run(3, 2047), run(61, 2048)]] {
+        let [expected, own] = stores.each_ref().map(|(store, device)| -> Result<_> {
+            let store =
+                store.as_ref().map_err(|error| candle_core::Error::msg(error.to_string()))?;
+            case.choose_runs(&made, store, device, 0, &runs)?.tokens(case.g)
+        });
+        let off = differing(&own?, &expected?);
+        assert!(off <= 20 * case.g * runs.len(), "{runs:?}: {off} other tokens");
+    }
     Ok(())
 }
 

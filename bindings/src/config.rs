@@ -192,6 +192,9 @@ pub struct PageConfig {
     /// Whether tokens that are not recalled enter the softmax too, each page as its means.
     #[uniffi(default)]
     pub estimate: Option<bool>,
+    /// Whether positions are counted over what is attended as soon as not every stored token is recalled.
+    #[uniffi(default)]
+    pub compact: Option<bool>,
 }
 
 impl From<PageConfig> for mka::PageConfig {
@@ -210,6 +213,7 @@ impl From<PageConfig> for mka::PageConfig {
         set(&mut pages.keep_votes, from.keep_votes);
         set(&mut pages.lexical, from.lexical);
         set(&mut pages.estimate, from.estimate);
+        set(&mut pages.compact, from.compact);
         pages
     }
 }

@@ -65,6 +65,11 @@ pub(crate) struct SeamConfig<'a> {
 }
 
 impl SeamConfig<'_> {
+    /// The same for what `cache` recalls.
+    pub(crate) fn over(self, cache: &Cache) -> Self {
+        Self { trained_tokens: cache.exact_tokens(self.trained_tokens), ..self }
+    }
+
     /// Tokens that can run in one pass from `position` on: a pass is exact or compact, never both.
     pub(crate) fn block_limit(&self, position: u64, block_tokens: usize) -> usize {
         match self.trained_tokens.checked_sub(position) {

@@ -121,6 +121,17 @@ impl Cache {
         self.pages = Some(PageStore::new(shape, config, &self.device));
     }
 
+    /// Stream length up to which positions are exact, of a model trained on `trained_tokens`. With compact ones from where
+    /// not all is recalled: up to there the two are the same.
+    pub(crate) fn exact_tokens(&self, trained_tokens: u64) -> u64 {
+        let Some(pages) = self.pages.as_ref().filter(|pages| pages.is_compact()) else {
+            return trained_tokens;
+        };
+        let attended =
+            SINK_PAGES as usize * PAGE_TOKENS + pages.recalled_tokens() + self.shape.window_tokens;
+        trained_tokens.min(attended as u64)
+    }
+
     /// The pages that left the window.
     pub(crate) fn pages(&self) -> Option<&PageStore> {
         self.pages.as_ref()

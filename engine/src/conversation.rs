@@ -413,7 +413,7 @@ impl Conversation {
         let shared = self.shared.clone();
         let model = shared.model("prefill")?;
         let cache = self.cache.as_mut().ok_or_else(|| Error::model("prefill: no cache"))?;
-        let config = model.decoder.seam_config();
+        let config = model.decoder.seam_config().over(cache);
         let mut last = None;
         let mut rest = tokens;
         while !rest.is_empty() {

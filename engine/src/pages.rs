@@ -159,6 +159,9 @@ pub struct PageConfig {
     pub lexical: bool,
     /// Whether the tokens that are not recalled enter the softmax too, each page as its mean key and mean value.
     pub estimate: bool,
+    /// Whether positions are counted over what is attended as soon as not every stored token is recalled; else from the
+    /// model's trained length on, and over the stream before.
+    pub compact: bool,
 }
 
 impl Default for PageConfig {
@@ -177,6 +180,7 @@ impl Default for PageConfig {
             keep_votes: true,
             lexical: true,
             estimate: false,
+            compact: false,
         }
     }
 }

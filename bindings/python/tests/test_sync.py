@@ -639,7 +639,16 @@ def test_recall_inside_attention_is_chosen_and_reported(store: Path, tiny_model:
         "block_tokens": 64,
         "device": "cpu",
         "recall": "pages",
-        "pages": {"tokens": 64, "precision": "int8", "rule": "mka", "first_layer": 0, "vote_reach": 8, "keep_votes": False, "reuse_steps": 2},
+        "pages": {
+            "tokens": 64,
+            "precision": "int8",
+            "rule": "mka",
+            "first_layer": 0,
+            "vote_reach": 8,
+            "keep_votes": False,
+            "reuse_steps": 2,
+            "compact": True,
+        },
     }
     with mka.open_sync(store, **options) as engine:
         assert engine.kv_bytes_per_token

@@ -207,6 +207,16 @@ impl PageStore {
         self.resident_bytes + bytes as u64 + self.index_bytes(self.pages.len() + pages)
     }
 
+    /// Whether positions are compact as soon as not every stored token is recalled.
+    pub(crate) fn is_compact(&self) -> bool {
+        self.config.compact
+    }
+
+    /// Tokens that each key/value head recalls, whole pages.
+    pub(crate) fn recalled_tokens(&self) -> usize {
+        self.config.tokens.next_multiple_of(PAGE_TOKENS)
+    }
+
     /// Stored tokens that can be chosen.
     pub(crate) fn stored_tokens(&self) -> usize {
         self.order.len() * PAGE_TOKENS

@@ -88,7 +88,7 @@ pub(super) fn run_blocks(
         if rest.is_empty() {
             break;
         }
-        let config = decoder.seam_config();
+        let config = decoder.seam_config().over(cache);
         let count = config.block_limit(cache.position(), *block).min(rest.len());
         let (now, after) = rest.split_at(count);
         let position = cache.position();
@@ -251,6 +251,26 @@ fn every_rule_recalls_its_tokens_and_streaming_is_the_window_alone() {
             _ => assert!(off > 0.01, "{rule:?}: {off}"),
         }
     }
+}
+
+/// Positions are compact from where not every token is recalled, as those of a model that was trained up to there.
+#[test]
+fn compact_positions_begin_where_something_is_left_out() {
+    let [mut long, mut short] = [load("llama3"), load("llama3")];
+    (long.config.trained_tokens, short.config.trained_tokens) = (1 << 12, 64 + 128 + 64);
+    let config = PageConfig { tokens: 128, ..config() };
+    let logits = |decoder: &Decoder, compact: bool| {
+        let mut cache = cache(decoder, 64, Some(PageConfig { compact, ..config.clone() }));
+        run(decoder, &mut cache, &tokens(600), &[100, 1, 37])
+    };
+    let (exact, compact) = (logits(&long, false), logits(&long, true));
+    assert_eq!(compact, logits(&short, false));
+    let all = 64 + 128 + 64;
+    assert!(difference(&exact[..all], &compact[..all]) < 1e-4);
+    assert!(difference(&exact[all + 64..], &compact[all + 64..]) > 1e-2);
+    // A model that is trained on less is not asked for more.
+    short.config.trained_tokens = 200;
+    assert_eq!(logits(&short, true), logits(&short, false));
 }
 
 #[test]

@@ -60,6 +60,8 @@ class PageOptions(TypedDict, total=False):
     """Whether the rare words of a message pin the places where they stand."""
     estimate: bool
     """Whether tokens that are not recalled enter the softmax too, each page as its means."""
+    compact: bool
+    """Whether positions are counted over what is attended as soon as not every stored token is recalled."""
 
 
 class HygieneOptions(TypedDict, total=False):

@@ -4613,6 +4613,10 @@ public struct PageConfig: Equatable, Hashable {
      * Whether tokens that are not recalled enter the softmax too, each page as its means.
      */
     public var estimate: Bool?
+    /**
+     * Whether positions are counted over what is attended as soon as not every stored token is recalled.
+     */
+    public var compact: Bool?
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -4655,7 +4659,10 @@ public struct PageConfig: Equatable, Hashable {
          */lexical: Bool? = nil,
         /**
          * Whether tokens that are not recalled enter the softmax too, each page as its means.
-         */estimate: Bool? = nil) {
+         */estimate: Bool? = nil,
+        /**
+         * Whether positions are counted over what is attended as soon as not every stored token is recalled.
+         */compact: Bool? = nil) {
         self.tokens = tokens
         self.bytes = bytes
         self.deviceBytes = deviceBytes
@@ -4669,6 +4676,7 @@ public struct PageConfig: Equatable, Hashable {
         self.keepVotes = keepVotes
         self.lexical = lexical
         self.estimate = estimate
+        self.compact = compact
     }
 
 
@@ -4699,7 +4707,8 @@ public struct FfiConverterTypePageConfig: FfiConverterRustBuffer {
                 voteReach: FfiConverterOptionUInt64.read(from: &buf),
                 keepVotes: FfiConverterOptionBool.read(from: &buf),
                 lexical: FfiConverterOptionBool.read(from: &buf),
-                estimate: FfiConverterOptionBool.read(from: &buf)
+                estimate: FfiConverterOptionBool.read(from: &buf),
+                compact: FfiConverterOptionBool.read(from: &buf)
         )
     }
 
@@ -4717,6 +4726,7 @@ public struct FfiConverterTypePageConfig: FfiConverterRustBuffer {
         FfiConverterOptionBool.write(value.keepVotes, into: &buf)
         FfiConverterOptionBool.write(value.lexical, into: &buf)
         FfiConverterOptionBool.write(value.estimate, into: &buf)
+        FfiConverterOptionBool.write(value.compact, into: &buf)
     }
 }
 

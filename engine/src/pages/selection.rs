@@ -176,26 +176,8 @@ impl PageStore {
             .zip(&votes)
             .zip(marks.named.standing)
             .map(|((candidates, votes), standing)| {
-                let mut token_votes = Cow::Borrowed(votes.rows);
-                let pin = |votes: &mut [f32], vote: f32| {
-                    for mark in marks.named.pinned {
-                        if let Ok(at) = candidates.binary_search(mark) {
-                            votes[at * span..(at + 1) * span].fill(vote);
-                        }
-                    }
-                };
-                if reach > 0 {
-                    // A pinned token asks for no other.
-                    pin(token_votes.to_mut(), 0.0);
-                    token_votes =
-                        within_reach(&token_votes, &tokens_of(candidates, span), reach).into();
-                }
-                if !standing.is_empty() {
-                    raise(token_votes.to_mut(), &tokens_of(candidates, span), standing);
-                }
-                if !marks.named.pinned.is_empty() {
-                    pin(token_votes.to_mut(), f32::INFINITY);
-                }
+                let named = Named { standing: std::slice::from_ref(standing), ..marks.named };
+                let token_votes = asked_for(votes.rows, (candidates, span), named, reach);
                 let best = rows::largest(&token_votes, budget);
                 let token =
                     |i: &u32| candidates[*i as usize / span] * span as u32 + i % span as u32;
@@ -313,6 +295,35 @@ fn places(per_page: usize) -> (impl Fn(u32) -> usize + Copy, impl Fn(u32) -> usi
     (move |mark| (mark >> bits) as usize, move |mark| (mark & last) as usize)
 }
 
+/// By how much each token of `marks` (each `span` of them) of one head is asked for: its neighbours' `votes` within `reach`,
+/// those that stand for it, and whether it is pinned, which asks for no neighbour.
+fn asked_for<'a>(
+    votes: &'a [f32],
+    (marks, span): (&[u32], usize),
+    named: Named<'_>,
+    reach: usize,
+) -> Cow<'a, [f32]> {
+    let pin = |votes: &mut [f32], vote: f32| {
+        for mark in named.pinned {
+            if let Ok(at) = marks.binary_search(mark) {
+                votes[at * span..(at + 1) * span].fill(vote);
+            }
+        }
+    };
+    let mut votes = Cow::Borrowed(votes);
+    if reach > 0 {
+        pin(votes.to_mut(), 0.0);
+        votes = within_reach(&votes, &tokens_of(marks, span), reach).into();
+    }
+    for standing in named.standing.iter().filter(|standing| !standing.is_empty()) {
+        raise(votes.to_mut(), &tokens_of(marks, span), standing);
+    }
+    if !named.pinned.is_empty() {
+        pin(votes.to_mut(), f32::INFINITY);
+    }
+    votes
+}
+
 /// The tokens of `marks`, each `span` of them.
 fn tokens_of(marks: &[u32], span: usize) -> Vec<u32> {
     let span = span as u32;
@@ -399,6 +410,16 @@ mod tests {
             assert_eq!(within_reach(&votes, &tokens, reach), expected, "{reach}");
         }
         assert!(within_reach(&[], &[], 3).is_empty());
+    }
+
+    #[test]
+    fn a_pinned_token_asks_for_no_neighbour_and_others_are_asked_for_by_what_stands() {
+        let standing = [vec![(4, 5.0), (6, 0.1)]];
+        let named = Named { pinned: &[5, 9], standing: &standing };
+        let asked = asked_for(&[1.0, 0.5, 9.0, 2.0], (&[3, 4, 5, 7], 1), named, 1);
+        assert_eq!(*asked, [1.0, 5.0, f32::INFINITY, 2.0]);
+        let nothing = Named { pinned: &[], standing: &[] };
+        assert!(matches!(asked_for(&[1.0], (&[3], 1), nothing, 0), Cow::Borrowed([1.0])));
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl PageStore {
         q: &Tensor,
         runs: &[(usize, RecallScope)],
     ) -> Result<Together> {
-        let budget = self.config.tokens.next_multiple_of(PAGE_TOKENS);
+        let budget = self.recalled_tokens();
         let of = |(queries, scope): &(usize, RecallScope)| {
             (self.recalls_from(layer, *queries, *scope), self.rows_before(*scope))
         };
@@ -97,7 +97,7 @@ impl PageStore {
         if !self.active || rows == 0 || self.config.rule == PageRule::Streaming {
             return Extent::Nothing;
         }
-        let budget = self.config.tokens.next_multiple_of(PAGE_TOKENS);
+        let budget = self.recalled_tokens();
         let dense = self.config.prefill == Prefill::Dense && num_queries > 1 && !scope.compact;
         let all = rows * PAGE_TOKENS <= budget || dense;
         match all {
@@ -121,7 +121,7 @@ impl PageStore {
             from => from == Extent::All,
         };
         let rows = self.rows_before(scope);
-        let budget = self.config.tokens.next_multiple_of(PAGE_TOKENS);
+        let budget = self.recalled_tokens();
         let made_under = (rows, self.order.first().copied(), scope.compact, all);
         if (all || num_queries == 1)
             && let Some(recalled) = self.reuse(layer, made_under)

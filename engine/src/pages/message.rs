@@ -124,7 +124,7 @@ impl PageStore {
         if !self.message.keeps_votes(&self.config) {
             return;
         }
-        let (order, most) = (&self.order, KEPT * self.config.tokens.next_multiple_of(PAGE_TOKENS));
+        let (order, most) = (&self.order, KEPT * self.recalled_tokens());
         let position = |token: &u32| {
             let (row, offset) = (*token as usize / PAGE_TOKENS, *token as usize % PAGE_TOKENS);
             order[row] * PAGE_TOKENS as u64 + offset as u64

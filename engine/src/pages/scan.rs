@@ -169,10 +169,9 @@ impl Scan<'_> {
             let mut by_key = Cow::Borrowed(votes.rows);
             if self.reach > 0 {
                 // A pinned key asks for no other.
-                let mut own = votes.rows.to_vec();
-                self.named.pinned.iter().for_each(|key| own[*key as usize] = 0.0);
-                let mut pooled = vec![0.0; own.len()];
-                rows::maximum_within(&own, self.reach, &mut pooled);
+                self.named.pinned.iter().for_each(|key| by_key.to_mut()[*key as usize] = 0.0);
+                let mut pooled = vec![0.0; by_key.len()];
+                rows::maximum_within(&by_key, self.reach, &mut pooled);
                 by_key = pooled.into();
             }
             for (token, vote) in standing {

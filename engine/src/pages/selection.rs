@@ -310,15 +310,17 @@ fn asked_for<'a>(
             }
         }
     };
-    let mut votes = Cow::Borrowed(votes);
+    let (mut votes, has_pins) = (Cow::Borrowed(votes), !named.pinned.is_empty());
     if reach > 0 {
-        pin(votes.to_mut(), 0.0);
+        if has_pins {
+            pin(votes.to_mut(), 0.0);
+        }
         votes = within_reach(&votes, &tokens_of(marks, span), reach).into();
     }
     for standing in named.standing.iter().filter(|standing| !standing.is_empty()) {
         raise(votes.to_mut(), &tokens_of(marks, span), standing);
     }
-    if !named.pinned.is_empty() {
+    if has_pins {
         pin(votes.to_mut(), f32::INFINITY);
     }
     votes

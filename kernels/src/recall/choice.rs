@@ -113,8 +113,8 @@ impl StoredPages {
     /// Chooses tokens for queries `q` (t, h, d), f32, before RoPE: h a multiple of g, and of a run ⌈queries / pooled⌉ ·
     /// h / g at most 512.
     ///
-    /// Each run chooses as if it were alone. Its queries are rotated to one distance, pooled and scaled; votes are, of the queries, the largest sum over a group's
-    /// heads of the softmax over all landmarks and the keys of outliers; the tokens of the landmarks of most votes, or all
+    /// Each run chooses as if it were alone. Its queries are rotated to one distance, pooled and scaled; votes are, of the
+    /// queries, the largest sum over a group's heads of the softmax over all landmarks and the keys of outliers; the tokens of the landmarks of most votes, or all
     /// tokens, are compared in the same way, each takes the largest vote within its reach and not less than the one that
     /// stands for it (its landmark too), and those of most votes are chosen, ascending. Heads that choose together sum their
     /// votes of tokens first.

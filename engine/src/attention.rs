@@ -2,14 +2,15 @@
 //! Knows positions, the cache and FastMKA's route; knows no weights of a model and no file.
 
 use crate::cache::{Cache, SINK_PAGES};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::models::decoder::{Linear, Loader, SummedLinear};
 use crate::models::frequencies::Frequencies;
 use crate::pages::{PageStore, RecallScope, Recalled, Together};
 use candle_core::{D, Tensor};
 use mka_kernels::{
-    AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, RotaryAngles, ema_advance,
-    ema_scan, fuse_levels, merge_states, paged_attention, paged_attention_runs, rotate,
+    AttentionParams, AttentionPart, AttentionRun, AttentionState, PAGE_TOKENS, PagePool,
+    RotaryAngles, ema_advance, ema_scan, fuse_levels, merge_states, paged_attention,
+    paged_attention_parts, paged_attention_runs, rotate,
 };
 use std::sync::Arc;
 
@@ -79,8 +80,40 @@ impl SeamConfig<'_> {
     }
 }
 
-/// Attention to sinks and recalled tokens; the latter, with lse (t, num_heads) of them alone.
-type Far = (AttentionState, Option<(Arc<Recalled>, Tensor)>);
+/// What the queries of a run attend to behind their window.
+struct Far {
+    /// (t, num_heads, head_dim), rotated.
+    query: Tensor,
+    sinks: AttentionParams,
+    /// The pages of `recalled`.
+    behind: AttentionParams,
+    recalled: Option<Arc<Recalled>>,
+}
+
+impl Far {
+    /// The sinks in `pool` and, where there are any, the recalled tokens.
+    fn parts<'a>(&'a self, pool: &'a PagePool) -> Vec<AttentionPart<'a>> {
+        let mut parts = vec![part(&self.query, pool, &self.sinks)];
+        parts.extend(self.recalled.as_ref().map(|recalled| AttentionPart {
+            q: &self.query,
+            keys: &recalled.keys,
+            values: &recalled.values,
+            params: &self.behind,
+        }));
+        parts
+    }
+}
+
+/// The state of the next part.
+fn next(states: &mut impl Iterator<Item = AttentionState>) -> Result<AttentionState> {
+    states.next().ok_or_else(|| Error::invalid("attention: a part without a state"))
+}
+
+/// Pages of `pool` that rotated queries attend to.
+fn part<'a>(q: &'a Tensor, pool: &'a PagePool, params: &'a AttentionParams) -> AttentionPart<'a> {
+    let (keys, values) = (&pool.keys, &pool.values);
+    AttentionPart { q, keys, values, params }
+}
 
 /// Angles of neighbouring queries on the compact axis.
 struct CompactAngles {
@@ -174,31 +207,52 @@ impl<'a> AttentionSeam<'a> {
             return Ok(self.attend_stream(layer, &rotated, pages, None, sliding_window)?.out);
         }
         let window_pages: Vec<u64> = (first_page.max(SINK_PAGES)..last_page).collect();
+        if self.count == 1 {
+            return self.attend_token(layer, sliding_window, window_pages, q, rotated);
+        }
         let window = Some(self.cache.window_tokens());
         let recent = self.attend_stream(layer, &rotated, window_pages, window, sliding_window)?;
         let mut far = Vec::new();
-        let mut recalled = None;
         let runs = self.runs();
         let at_once = self.cache.pages().map_or(1, PageStore::runs_at_once);
         for runs in runs.chunks(at_once) {
             if let Some(state) = self.attend_runs(layer, sliding_window, runs, q, &rotated)? {
                 far.push(state);
-                recalled = None;
                 continue;
             }
             for (first, count) in runs.iter().copied() {
                 let q = q.narrow(0, first, count)?.contiguous()?;
                 let rotated = rotated.narrow(0, first, count)?.contiguous()?;
-                let (state, own) = self.attend_far(layer, sliding_window, first, &q, rotated)?;
-                far.push(state);
-                recalled = own;
+                far.push(self.attend_far(layer, sliding_window, first, &q, rotated)?);
             }
         }
-        let merged = merge_states(&joined(far)?, &recent)?;
-        if let (Some((recalled, lse)), 1, Some(pages)) =
-            (recalled, self.count, self.cache.pages_mut())
+        Ok(merge_states(&joined(far)?, &recent)?.out)
+    }
+
+    /// [`AttentionSeam::attend`] for a pass of one token whose window is `window_pages`: all that it attends to is worked on
+    /// at once.
+    fn attend_token(
+        &mut self,
+        layer: usize,
+        sliding_window: Option<u64>,
+        window_pages: Vec<u64>,
+        q: &Tensor,
+        rotated: Tensor,
+    ) -> Result<Tensor> {
+        let far = self.far(layer, sliding_window, 0, q, rotated.clone())?;
+        let window = Some(self.cache.window_tokens());
+        let near = self.stream_params(&rotated, window_pages, window, sliding_window)?;
+        let mut parts = vec![part(&rotated, self.cache.pool(layer), &near)];
+        parts.extend(far.parts(self.cache.pool(layer)));
+        let states = paged_attention_parts(&parts)?;
+        let lse = states.get(2).map(|recalled| recalled.lse.clone());
+        let mut states = states.into_iter();
+        let recent = next(&mut states)?;
+        let merged = merge_states(&self.far_state(layer, q, &far, states)?, &recent)?;
+        if let (Some(recalled), Some(lse), Some(pages)) =
+            (&far.recalled, lse, self.cache.pages_mut())
         {
-            pages.note_share(layer, &recalled, &lse, &merged.lse)?;
+            pages.note_share(layer, recalled, &lse, &merged.lse)?;
         }
         Ok(merged.out)
     }
@@ -213,14 +267,24 @@ impl<'a> AttentionSeam<'a> {
         sliding_window: Option<u64>,
     ) -> Result<AttentionState> {
         let pool = self.cache.pool(layer);
-        let params = AttentionParams {
+        let params = self.stream_params(q, pages, window_tokens, sliding_window)?;
+        Ok(paged_attention(q, &pool.keys, &pool.values, &params)?)
+    }
+
+    fn stream_params(
+        &self,
+        q: &Tensor,
+        pages: Vec<u64>,
+        window_tokens: Option<u64>,
+        sliding_window: Option<u64>,
+    ) -> Result<AttentionParams> {
+        Ok(AttentionParams {
             scale: scale(q)?,
             query_start: self.start,
             pages: self.cache.page_refs(pages, self.start + self.count as u64)?,
             window_tokens,
             sliding_window,
-        };
-        Ok(paged_attention(q, &pool.keys, &pool.values, &params)?)
+        })
     }
 
     /// The pass cut where the window moves on by a page: (first query, count). Queries of one run have the same tokens
@@ -242,10 +306,24 @@ impl<'a> AttentionSeam<'a> {
         runs
     }
 
-    /// Attention of one run's queries to the sinks and to what they recall; the latter, with the log of its own sum.
+    /// Attention of one run's queries to the sinks and to what they recall.
     ///
-    /// Shapes: `q`, `rotated` (t, num_heads, head_dim), `first` the run's first query in the pass; lse (t, num_heads).
+    /// Shapes: `q`, `rotated` (t, num_heads, head_dim), `first` the run's first query in the pass.
     fn attend_far(
+        &mut self,
+        layer: usize,
+        sliding_window: Option<u64>,
+        first: usize,
+        q: &Tensor,
+        rotated: Tensor,
+    ) -> Result<AttentionState> {
+        let far = self.far(layer, sliding_window, first, q, rotated)?;
+        let states = paged_attention_parts(&far.parts(self.cache.pool(layer)))?;
+        self.far_state(layer, q, &far, states.into_iter())
+    }
+
+    /// What one run's queries attend to behind their window, chosen now.
+    fn far(
         &mut self,
         layer: usize,
         sliding_window: Option<u64>,
@@ -264,20 +342,27 @@ impl<'a> AttentionSeam<'a> {
             true => rotate(q, &self.compact_angles(query_start, vec![(q.dim(0)?, num_recalled)]))?,
             false => rotated,
         };
-        let mut params = self.sink_params(&query, query_start, sliding_window)?;
-        let pool = self.cache.pool(layer);
-        let sinks = paged_attention(&query, &pool.keys, &pool.values, &params)?;
-        let Some(recalled) = recalled else { return Ok((sinks, None)) };
-        params.pages = recalled.page_refs();
-        let far = paged_attention(&query, &recalled.keys, &recalled.values, &params)?;
-        let mut merged = merge_states(&sinks, &far)?;
-        let pages = self.cache.pages();
-        if let Some(rest) =
-            pages.map(|pages| pages.estimate(layer, q, &recalled)).transpose()?.flatten()
-        {
-            merged = merge_states(&merged, &rest)?;
+        let sinks = self.sink_params(&query, query_start, sliding_window)?;
+        let pages = recalled.as_ref().map(|recalled| recalled.page_refs()).unwrap_or_default();
+        let behind = AttentionParams { pages, ..sinks.clone() };
+        Ok(Far { query, sinks, behind, recalled })
+    }
+
+    /// The states of [`Far::parts`] as one, with that of what was left out where it is estimated.
+    fn far_state(
+        &self,
+        layer: usize,
+        q: &Tensor,
+        far: &Far,
+        mut states: impl Iterator<Item = AttentionState>,
+    ) -> Result<AttentionState> {
+        let sinks = next(&mut states)?;
+        let (Some(own), Some(recalled)) = (states.next(), &far.recalled) else { return Ok(sinks) };
+        let merged = merge_states(&sinks, &own)?;
+        match self.cache.pages().map(|pages| pages.estimate(layer, q, recalled)).transpose()? {
+            Some(Some(rest)) => Ok(merge_states(&merged, &rest)?),
+            _ => Ok(merged),
         }
-        Ok((merged, Some((recalled, far.lse))))
     }
 
     /// What queries from `query_start` on attend to behind their window, with the sinks for its pages.

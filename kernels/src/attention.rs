@@ -4,17 +4,14 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod merge;
+mod portable;
 
 pub use merge::{MergeGradients, merge_states, merge_states_backward};
 
 use crate::pages::PAGE_TOKENS;
-use crate::rows::{add_bf16_rows, add_rows, dot_rows, widen_halves};
-use crate::simd::{self, multiversion};
-use crate::storage::contiguous_range;
 #[cfg(feature = "cuda")]
 use candle_core::Device;
-use candle_core::{DType, Layout, Result, Storage, Tensor, WithDType};
-use rayon::prelude::*;
+use candle_core::{Result, Tensor};
 use std::ops::Range;
 
 /// One page of the key/value pool as a query sees it.
@@ -75,6 +72,19 @@ pub struct AttentionState {
     pub lse: Tensor,
 }
 
+/// One of several sets of keys that queries attend to, each for itself.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionPart<'a> {
+    /// (t, h, d), rotated.
+    pub q: &'a Tensor,
+    /// (s, g, PAGE_TOKENS, d), rotated.
+    pub keys: &'a Tensor,
+    /// As `keys`.
+    pub values: &'a Tensor,
+    /// Which pages, and what of them is seen.
+    pub params: &'a AttentionParams,
+}
+
 /// Attention of `q` over the pages of one layer, with one online softmax in f32.
 ///
 /// Shapes: `q` (t, h, d), rotated; `keys`, `values` (s, g, PAGE_TOKENS, d), contiguous; h a multiple of g, head i
@@ -94,37 +104,33 @@ pub fn paged_attention(
     values: &Tensor,
     params: &AttentionParams,
 ) -> Result<AttentionState> {
-    let (t, h, d) = q.dims3()?;
-    let g = keys.dim(1)?;
-    check(q, keys, values, params)?;
-    let q = q.contiguous()?;
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = q.device() {
-        return cuda::paged_attention(device, &q, keys, values, params);
+    let part = AttentionPart { q, keys, values, params };
+    let states = paged_attention_parts(&[part])?;
+    states.into_iter().next().ok_or_else(|| candle_core::Error::msg("paged_attention: no state"))
+}
+
+/// [`paged_attention`] of each part, one state each; on the CPU they are worked on side by side, so that a token that
+/// attends to several sets of keys waits for its threads once.
+///
+/// The states are those of each part by itself, bit for bit.
+///
+/// # Errors
+/// As [`paged_attention`].
+pub fn paged_attention_parts(parts: &[AttentionPart<'_>]) -> Result<Vec<AttentionState>> {
+    for part in parts {
+        check(part.q, part.keys, part.values, part.params)?;
     }
-    let (q_storage, q_layout) = q.storage_and_layout();
-    let (k_storage, k_layout) = keys.storage_and_layout();
-    let (v_storage, v_layout) = values.storage_and_layout();
-    let problem = Problem {
-        q: cpu_slice(&q_storage, q_layout, "paged_attention: q")?,
-        keys: cpu_slice(&k_storage, k_layout, "paged_attention: keys")?,
-        values: match values.dtype() {
-            DType::BF16 => {
-                Values::Bf16(cpu_slice(&v_storage, v_layout, "paged_attention: values")?)
-            }
-            _ => Values::F32(cpu_slice(&v_storage, v_layout, "paged_attention: values")?),
-        },
-        t,
-        h,
-        g,
-        d,
-        params,
-    };
-    let (out, lse) = problem.solve();
-    Ok(AttentionState {
-        out: Tensor::from_vec(out, (t, h, d), q.device())?,
-        lse: Tensor::from_vec(lse, (t, h), q.device())?,
-    })
+    #[cfg(feature = "cuda")]
+    if let Some(part) = parts.first()
+        && let Device::Cuda(device) = part.q.device()
+    {
+        let alone = |part: &AttentionPart<'_>| {
+            let q = part.q.contiguous()?;
+            cuda::paged_attention(device, &q, part.keys, part.values, part.params)
+        };
+        return parts.iter().map(alone).collect();
+    }
+    portable::solve(parts)
 }
 
 /// Whether shapes agree and pages lie in the pool.
@@ -202,203 +208,6 @@ pub fn paged_attention_runs(
     Ok(AttentionState { out: Tensor::cat(&outs, 0)?, lse: Tensor::cat(&lses, 0)? })
 }
 
-fn cpu_slice<'a, T: WithDType>(
-    storage: &'a Storage,
-    layout: &Layout,
-    name: &str,
-) -> Result<&'a [T]> {
-    match storage {
-        Storage::Cpu(cpu) => Ok(&cpu.as_slice::<T>()?[contiguous_range(name, layout)?]),
-        _ => candle_core::bail!("{name}: expected {:?} on the CPU", T::DTYPE),
-    }
-}
-
-/// Values as they are held.
-#[derive(Clone, Copy)]
-enum Values<'a> {
-    F32(&'a [f32]),
-    Bf16(&'a [half::bf16]),
-}
-
-/// The inputs as slices: q (t, h, d); keys, values (s, g, PAGE_TOKENS, d).
-struct Problem<'a> {
-    q: &'a [f32],
-    keys: &'a [f32],
-    values: Values<'a>,
-    t: usize,
-    h: usize,
-    g: usize,
-    d: usize,
-    params: &'a AttentionParams,
-}
-
-/// Queries of one tile, over one key/value head: 32 tokens x 3 heads x 64 floats are 24 KiB, and their scores against
-/// one page as much again, so that a tile and a page (16 KiB each of keys and values) stay in a 512 KiB L2.
-const TILE_TOKENS: usize = 32;
-/// Pages of one split when there are few queries: enough splits to keep every core busy on a window of 2,048 tokens.
-const SPLIT_PAGES: usize = 8;
-/// From this many query rows on, a page is scored by matrix products instead of row by row.
-const GEMM_ROWS: usize = 8;
-
-/// One unit of work: some query tokens of one key/value head over some pages.
-struct Task {
-    head: usize,
-    tokens: Range<usize>,
-    pages: Range<usize>,
-}
-
-/// Unnormalised running softmax of one task, rows ordered (token, head of the group).
-struct Partial {
-    /// (rows, d): Σ e^(s - max) v.
-    acc: Vec<f32>,
-    max: Vec<f32>,
-    sum: Vec<f32>,
-}
-
-impl Problem<'_> {
-    fn group(&self) -> usize {
-        self.h / self.g
-    }
-
-    fn solve(&self) -> (Vec<f32>, Vec<f32>) {
-        let split = if self.t * self.group() >= GEMM_ROWS { usize::MAX } else { SPLIT_PAGES };
-        let num_pages = self.params.pages.len();
-        let mut tasks = Vec::new();
-        for head in 0..self.g {
-            for first in (0..self.t).step_by(TILE_TOKENS) {
-                let tokens = first..(first + TILE_TOKENS).min(self.t);
-                for page in (0..num_pages).step_by(split.min(num_pages.max(1))) {
-                    let pages = page..page.saturating_add(split).min(num_pages);
-                    tasks.push(Task { head, tokens: tokens.clone(), pages });
-                }
-            }
-        }
-        let partials: Vec<Partial> = tasks.par_iter().map(|task| self.run(task)).collect();
-
-        let (d, group) = (self.d, self.group());
-        let mut out = vec![0f32; self.t * self.h * d];
-        let mut lse = vec![f32::NEG_INFINITY; self.t * self.h];
-        let mut at = 0;
-        while at < tasks.len() {
-            let task = &tasks[at];
-            let same = |other: &Task| other.head == task.head && other.tokens == task.tokens;
-            let splits = tasks[at..].iter().take_while(|other| same(other)).count();
-            let parts = &partials[at..at + splits];
-            for row in 0..task.tokens.len() * group {
-                let index =
-                    (task.tokens.start + row / group) * self.h + task.head * group + row % group;
-                let max = parts.iter().fold(f32::NEG_INFINITY, |max, p| max.max(p.max[row]));
-                if max == f32::NEG_INFINITY {
-                    continue;
-                }
-                let into = &mut out[index * d..(index + 1) * d];
-                let mut sum = 0f32;
-                for part in parts {
-                    let weight = (part.max[row] - max).exp();
-                    sum += part.sum[row] * weight;
-                    for (o, a) in into.iter_mut().zip(&part.acc[row * d..(row + 1) * d]) {
-                        *o += a * weight;
-                    }
-                }
-                into.iter_mut().for_each(|o| *o /= sum);
-                lse[index] = max + sum.ln();
-            }
-            at += splits;
-        }
-        (out, lse)
-    }
-
-    fn run(&self, task: &Task) -> Partial {
-        let (d, group) = (self.d, self.group());
-        let rows = task.tokens.len() * group;
-        let mut partial = Partial {
-            acc: vec![0f32; rows * d],
-            max: vec![f32::NEG_INFINITY; rows],
-            sum: vec![0f32; rows],
-        };
-        let mut queries = Vec::with_capacity(rows * d);
-        for token in task.tokens.clone() {
-            let start = (token * self.h + task.head * group) * d;
-            queries.extend(self.q[start..start + group * d].iter().map(|x| x * self.params.scale));
-        }
-        let mut scores = vec![0f32; rows * PAGE_TOKENS];
-        let mut wide = Vec::new();
-        let last = self.params.query_start + (task.tokens.end as u64).saturating_sub(1);
-        let first = self.params.query_start + task.tokens.start as u64;
-        for page in &self.params.pages[task.pages.clone()] {
-            // Skip pages that no query of the tile sees.
-            let page_end = page.start + page.len as u64;
-            if page.len == 0 || page.start > last || page_end <= self.params.first_visible(first) {
-                continue;
-            }
-            let at = (page.slot * self.g + task.head) * PAGE_TOKENS * d;
-            let keys = &self.keys[at..at + page.len * d];
-            let page_values = at..at + page.len * d;
-            let visible = |row: usize| -> Range<usize> {
-                let position = self.params.query_start + (task.tokens.start + row / group) as u64;
-                let from = self.params.first_visible(position).saturating_sub(page.start);
-                let to = (position + 1).saturating_sub(page.start).min(page.len as u64);
-                (from as usize).min(to as usize)..to as usize
-            };
-            if rows >= GEMM_ROWS {
-                let shape = (rows, page.len, d);
-                matmul(&mut scores, PAGE_TOKENS, &queries, (d, 1), keys, (1, d), shape, 0.0);
-                for row in 0..rows {
-                    let row_scores = &mut scores[row * PAGE_TOKENS..row * PAGE_TOKENS + page.len];
-                    let range = visible(row);
-                    if page.bias != 0.0 {
-                        row_scores.iter_mut().for_each(|score| *score += page.bias);
-                    }
-                    row_scores[..range.start].fill(f32::NEG_INFINITY);
-                    row_scores[range.end..].fill(f32::NEG_INFINITY);
-                    let acc = &mut partial.acc[row * d..(row + 1) * d];
-                    softmax_row(row_scores, acc, &mut partial.max[row], &mut partial.sum[row]);
-                }
-                let values = match self.values {
-                    Values::F32(values) => &values[page_values],
-                    Values::Bf16(values) => {
-                        wide.resize(page.len * d, 0.0);
-                        widen_halves(&values[page_values], &mut wide);
-                        &wide
-                    }
-                };
-                let shape = (rows, d, page.len);
-                matmul(&mut partial.acc, d, &scores, (PAGE_TOKENS, 1), values, (d, 1), shape, 1.0);
-            } else {
-                for token in 0..task.tokens.len() {
-                    let range = visible(token * group);
-                    if range.is_empty() {
-                        continue;
-                    }
-                    let part = range.start * d..range.end * d;
-                    let own = &queries[token * group * d..(token + 1) * group * d];
-                    dot_rows(own, &keys[part.clone()], d, &mut scores, PAGE_TOKENS);
-                    let rows = token * group..(token + 1) * group;
-                    for (row, row_scores) in rows.clone().zip(scores.chunks_mut(PAGE_TOKENS)) {
-                        let row_scores = &mut row_scores[..range.len()];
-                        if page.bias != 0.0 {
-                            row_scores.iter_mut().for_each(|score| *score += page.bias);
-                        }
-                        let acc = &mut partial.acc[row * d..(row + 1) * d];
-                        softmax_row(row_scores, acc, &mut partial.max[row], &mut partial.sum[row]);
-                    }
-                    let acc = &mut partial.acc[rows.start * d..rows.end * d];
-                    let part = page_values.start + part.start..page_values.start + part.end;
-                    match self.values {
-                        Values::F32(values) => {
-                            add_rows(&scores, PAGE_TOKENS, &values[part], d, acc);
-                        }
-                        Values::Bf16(values) => {
-                            add_bf16_rows(&scores, PAGE_TOKENS, &values[part], d, acc);
-                        }
-                    }
-                }
-            }
-        }
-        partial
-    }
-}
-
 /// dst (m, n), rows `dst_stride` apart, = keep · dst + a (m, k) b (k, n), each with (row, column) strides; one thread.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn matmul(
@@ -441,38 +250,4 @@ pub(crate) fn matmul(
             gemm::Parallelism::None,
         );
     }
-}
-
-/// Turns scores into e^(s - max) in place, rescaling what was accumulated under the former maximum.
-#[inline(always)]
-fn softmax_row_body(scores: &mut [f32], acc: &mut [f32], max: &mut f32, sum: &mut f32) {
-    let mut new_max = *max;
-    for s in scores.iter() {
-        new_max = if *s > new_max { *s } else { new_max };
-    }
-    if new_max == f32::NEG_INFINITY {
-        scores.fill(0.0);
-        return;
-    }
-    if new_max > *max {
-        let rescale = simd::exp(*max - new_max);
-        acc.iter_mut().for_each(|a| *a *= rescale);
-        *sum *= rescale;
-        *max = new_max;
-    }
-    for s in scores.iter_mut() {
-        *s = simd::exp(*s - new_max);
-    }
-    let mut sums = [0f32; simd::LANES];
-    let (chunks, rest) = scores.as_chunks::<{ simd::LANES }>();
-    for chunk in chunks {
-        for lane in 0..simd::LANES {
-            sums[lane] += chunk[lane];
-        }
-    }
-    *sum += sums.iter().sum::<f32>() + rest.iter().sum::<f32>();
-}
-
-multiversion! {
-    fn softmax_row = softmax_row_body(scores: &mut [f32], acc: &mut [f32], max: &mut f32, sum: &mut f32)
 }

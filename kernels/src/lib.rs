@@ -57,8 +57,9 @@ pub mod tape;
 #[cfg(feature = "cuda")]
 pub use adamw::{AdamWStep, adamw, square_sum};
 pub use attention::{
-    AttentionParams, AttentionRun, AttentionState, MergeGradients, PageRef, merge_states,
-    merge_states_backward, paged_attention, paged_attention_runs,
+    AttentionParams, AttentionPart, AttentionRun, AttentionState, MergeGradients, PageRef,
+    merge_states, merge_states_backward, paged_attention, paged_attention_parts,
+    paged_attention_runs,
 };
 pub use cross_entropy::cross_entropy;
 pub use elementwise::{silu_bias, silu_bias_backward, silu_mul, silu_mul_backward};

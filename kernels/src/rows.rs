@@ -7,7 +7,7 @@
 mod few;
 mod largest;
 
-pub(crate) use few::{add_bf16_rows, add_rows, dot_rows, has_room, widen as widen_halves};
+pub(crate) use few::{Soon, add_bf16_rows, add_rows, dot_rows, has_room, widen as widen_halves};
 pub use largest::largest;
 
 use crate::attention::matmul;
@@ -29,7 +29,7 @@ pub fn score_rows(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], s
     if r >= GEMM_QUERIES {
         matmul(scores, stride, queries, (d, 1), rows, (1, d), (r, n, d), 0.0);
     } else {
-        dot_rows(queries, rows, d, scores, stride);
+        dot_rows(queries, rows, d, scores, stride, Soon::default());
     }
 }
 

@@ -1,23 +1,72 @@
 //! Scores of a few queries against many rows, and weighted sums of rows: what a decoded token does with keys and values.
 //! Knows no page and no stream; rows lie side by side, as f32 or as bf16.
 //!
-//! With AVX2 and FMA the loops are written out: of a dot product whose partial sums are an array the compiler makes
-//! pieces of two lanes, and of a weighted sum one that loads and stores the sum for every row.
+//! With AVX2 and FMA, or AVX-512, the loops are written out: of a dot product whose partial sums are an array the compiler
+//! makes pieces of two lanes, and of a weighted sum one that loads and stores the sum for every row.
 
 use crate::simd::{self, multiversion};
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+/// Rows that are read after those that are worked on, in memory that the processor would only begin to fetch then: a stream of
+/// a few pages is too short for it to run ahead of.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Soon<'a>(&'a [u8]);
+
+impl<'a> Soon<'a> {
+    pub(crate) fn f32(rows: &'a [f32]) -> Self {
+        // SAFETY: every byte of a number is a byte.
+        Self(unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(rows)) })
+    }
+
+    pub(crate) fn bf16(rows: &'a [half::bf16]) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(rows)) })
+    }
+
+    /// Bytes that are asked for with each of `n` rows, a whole number of lines for every [`STRIDE`] of them.
+    #[inline(always)]
+    fn per_row(self, n: usize) -> usize {
+        self.0.len().div_ceil(n.max(1)).next_multiple_of(64 / STRIDE)
+    }
+
+    /// Asks for the part that belongs to the [`STRIDE`] rows from `j` on.
+    #[inline(always)]
+    fn ask(self, j: usize, per_row: usize) {
+        let end = self.0.len();
+        super::prefetch(&self.0[(j * per_row).min(end)..((j + STRIDE) * per_row).min(end)]);
+    }
+}
+
+/// Rows with which a part of what comes soon is asked for.
+const STRIDE: usize = 4;
 
 /// scores[i, j] = queries[i] · rows[j]: `queries` (r, d), `rows` (n, d), `scores` r rows of n, `stride` apart.
 ///
 /// A score does not depend on the rows and queries beside it. Bounds are the caller's: whole rows, `stride` ≥ n, and room
 /// for the last score.
-pub(crate) fn dot_rows(queries: &[f32], rows: &[f32], d: usize, scores: &mut [f32], stride: usize) {
+pub(crate) fn dot_rows(
+    queries: &[f32],
+    rows: &[f32],
+    d: usize,
+    scores: &mut [f32],
+    stride: usize,
+    soon: Soon<'_>,
+) {
     #[cfg(target_arch = "x86_64")]
     if x86::fits(d) {
         let n = rows.len() / d;
         assert!(queries.len().is_multiple_of(d) && rows.len() == n * d);
         check_scores(queries.len() / d, n, scores, stride);
         // SAFETY: `fits` says that the processor has the features; the asserts bound rows, queries and scores.
-        unsafe { x86::dot_rows::<false>(queries, rows.as_ptr().cast(), (n, d), scores, stride) };
+        unsafe {
+            let rows = rows.as_ptr().cast();
+            match avx512::fits(d) {
+                true => avx512::dot_rows::<false>(queries, rows, (n, d), scores, stride, soon),
+                false => x86::dot_rows::<false>(queries, rows, (n, d), scores, stride, soon),
+            }
+        }
         return;
     }
     plain_dot_rows(queries, rows, d, scores, stride);
@@ -37,7 +86,14 @@ pub(crate) fn dot_bf16_rows(
         assert!(queries.len().is_multiple_of(d) && rows.len() == n * d * 2);
         check_scores(queries.len() / d, n, scores, stride);
         // SAFETY: as in `dot_rows`; two bytes for each number.
-        unsafe { x86::dot_rows::<true>(queries, rows.as_ptr(), (n, d), scores, stride) };
+        unsafe {
+            let soon = Soon::default();
+            let rows = rows.as_ptr();
+            match avx512::fits(d) {
+                true => avx512::dot_rows::<true>(queries, rows, (n, d), scores, stride, soon),
+                false => x86::dot_rows::<true>(queries, rows, (n, d), scores, stride, soon),
+            }
+        }
         return;
     }
     let mut wide = vec![0f32; rows.len() / 2];
@@ -48,14 +104,27 @@ pub(crate) fn dot_bf16_rows(
 /// acc[i] += Σ weights[i, j] · rows[j]: `weights` r rows of n, `stride` apart, `rows` (n, d), `acc` (r, d).
 ///
 /// A sum does not depend on the others. Bounds are the caller's: whole rows, `stride` ≥ n.
-pub(crate) fn add_rows(weights: &[f32], stride: usize, rows: &[f32], d: usize, acc: &mut [f32]) {
+pub(crate) fn add_rows(
+    weights: &[f32],
+    stride: usize,
+    rows: &[f32],
+    d: usize,
+    acc: &mut [f32],
+    soon: Soon<'_>,
+) {
     #[cfg(target_arch = "x86_64")]
     if x86::fits(d) {
         let n = rows.len() / d;
         assert!(acc.len().is_multiple_of(d) && rows.len() == n * d);
         check_scores(acc.len() / d, n, weights, stride);
         // SAFETY: `fits` says that the processor has the features; the asserts bound rows, weights and sums.
-        unsafe { x86::add_rows::<false>(weights, stride, rows.as_ptr().cast(), (n, d), acc) };
+        unsafe {
+            let rows = rows.as_ptr().cast();
+            match avx512::fits(d) {
+                true => avx512::add_rows::<false>(weights, stride, rows, (n, d), acc, soon),
+                false => x86::add_rows::<false>(weights, stride, rows, (n, d), acc, soon),
+            }
+        }
         return;
     }
     plain_add_rows(weights, stride, rows, d, acc);
@@ -68,6 +137,7 @@ pub(crate) fn add_bf16_rows(
     rows: &[half::bf16],
     d: usize,
     acc: &mut [f32],
+    soon: Soon<'_>,
 ) {
     #[cfg(target_arch = "x86_64")]
     if x86::fits(d) {
@@ -75,7 +145,13 @@ pub(crate) fn add_bf16_rows(
         assert!(acc.len().is_multiple_of(d) && rows.len() == n * d);
         check_scores(acc.len() / d, n, weights, stride);
         // SAFETY: as in `add_rows`; a bf16 is two bytes.
-        unsafe { x86::add_rows::<true>(weights, stride, rows.as_ptr().cast(), (n, d), acc) };
+        unsafe {
+            let rows = rows.as_ptr().cast();
+            match avx512::fits(d) {
+                true => avx512::add_rows::<true>(weights, stride, rows, (n, d), acc, soon),
+                false => x86::add_rows::<true>(weights, stride, rows, (n, d), acc, soon),
+            }
+        }
         return;
     }
     let mut wide = vec![0f32; rows.len()];
@@ -138,6 +214,7 @@ multiversion! {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use super::{STRIDE, Soon};
     use crate::simd::{self, Level};
     use std::arch::x86_64::*;
 
@@ -163,7 +240,9 @@ mod x86 {
         (n, d): (usize, usize),
         scores: &mut [f32],
         stride: usize,
+        soon: Soon<'_>,
     ) {
+        let per_row = soon.per_row(n);
         let row_bytes = d * if BF16 { 2 } else { 4 };
         let r = queries.len() / d;
         let blocks = n / ROWS * ROWS;
@@ -176,6 +255,9 @@ mod x86 {
                 let queries = queries.as_ptr().add(i * d);
                 let scores = scores.as_mut_ptr().add(i * stride);
                 for j in (0..blocks).step_by(ROWS) {
+                    if i == 0 {
+                        soon.ask(j, per_row);
+                    }
                     let (rows, scores) = (rows.add(j * row_bytes), scores.add(j));
                     match count {
                         3 => block::<BF16, 3, ROWS>(queries, rows, d, scores, stride),
@@ -266,6 +348,7 @@ mod x86 {
         rows: *const u8,
         (n, d): (usize, usize),
         acc: &mut [f32],
+        soon: Soon<'_>,
     ) {
         let size = if BF16 { 2 } else { 4 };
         let r = acc.len() / d;
@@ -280,14 +363,27 @@ mod x86 {
                     let acc = acc.as_mut_ptr().add(i * d + x);
                     let weights = weights.as_ptr().add(i * stride);
                     let wide = (d - x) / LANES >= 4;
+                    let soon = if x == 0 && i == 0 { soon } else { Soon::default() };
                     x += LANES
                         * match (count, wide) {
-                            (3, true) => columns::<BF16, 3, 4>(weights, stride, rows, (n, d), acc),
-                            (3, false) => columns::<BF16, 3, 1>(weights, stride, rows, (n, d), acc),
-                            (2, true) => columns::<BF16, 2, 4>(weights, stride, rows, (n, d), acc),
-                            (2, false) => columns::<BF16, 2, 1>(weights, stride, rows, (n, d), acc),
-                            (_, true) => columns::<BF16, 1, 4>(weights, stride, rows, (n, d), acc),
-                            (_, false) => columns::<BF16, 1, 1>(weights, stride, rows, (n, d), acc),
+                            (3, true) => {
+                                columns::<BF16, 3, 4>(weights, stride, rows, (n, d), acc, soon)
+                            }
+                            (3, false) => {
+                                columns::<BF16, 3, 1>(weights, stride, rows, (n, d), acc, soon)
+                            }
+                            (2, true) => {
+                                columns::<BF16, 2, 4>(weights, stride, rows, (n, d), acc, soon)
+                            }
+                            (2, false) => {
+                                columns::<BF16, 2, 1>(weights, stride, rows, (n, d), acc, soon)
+                            }
+                            (_, true) => {
+                                columns::<BF16, 1, 4>(weights, stride, rows, (n, d), acc, soon)
+                            }
+                            (_, false) => {
+                                columns::<BF16, 1, 1>(weights, stride, rows, (n, d), acc, soon)
+                            }
                         };
                 }
             }
@@ -309,7 +405,9 @@ mod x86 {
         rows: *const u8,
         (n, d): (usize, usize),
         acc: *mut f32,
+        soon: Soon<'_>,
     ) -> usize {
+        let per_row = soon.per_row(n);
         let size = if BF16 { 2 } else { 4 };
         let mut sums = [[_mm256_setzero_ps(); N]; Q];
         // SAFETY: as the caller says.
@@ -320,6 +418,9 @@ mod x86 {
                 }
             }
             for j in 0..n {
+                if j.is_multiple_of(STRIDE) {
+                    soon.ask(j, per_row);
+                }
                 let mut own = [_mm256_setzero_ps(); Q];
                 for (i, own) in own.iter_mut().enumerate() {
                     *own = _mm256_broadcast_ss(&*weights.add(i * stride + j));
@@ -354,7 +455,7 @@ mod tests {
                     let (queries, rows) = (numbers(1, r * d), numbers(2, n * d));
                     let stride = n + 2;
                     let (mut scores, mut plain) = (vec![7f32; r * stride], vec![7f32; r * stride]);
-                    dot_rows(&queries, &rows, d, &mut scores, stride);
+                    dot_rows(&queries, &rows, d, &mut scores, stride, Soon::f32(&rows));
                     plain_dot_rows(&queries, &rows, d, &mut plain, stride);
                     for (score, plain) in scores.iter().zip(&plain) {
                         assert!((score - plain).abs() <= 2e-5, "d {d}, r {r}, n {n}");
@@ -369,11 +470,11 @@ mod tests {
         let (d, n) = (64, 11);
         let (queries, rows) = (numbers(3, 5 * d), numbers(4, n * d));
         let mut all = vec![0f32; 5 * n];
-        dot_rows(&queries, &rows, d, &mut all, n);
+        dot_rows(&queries, &rows, d, &mut all, n, Soon::default());
         for (i, query) in queries.chunks_exact(d).enumerate() {
             for (j, row) in rows.chunks_exact(d).enumerate() {
                 let mut alone = [0f32];
-                dot_rows(query, row, d, &mut alone, 1);
+                dot_rows(query, row, d, &mut alone, 1, Soon::default());
                 assert_eq!(alone[0].to_bits(), all[i * n + j].to_bits());
             }
         }
@@ -389,7 +490,7 @@ mod tests {
             let wide: Vec<f32> = short.iter().map(|x| x.to_f32()).collect();
             let (mut scores, mut expected) = (vec![0f32; r * n], vec![0f32; r * n]);
             dot_bf16_rows(&queries, &bytes, d, &mut scores, n);
-            dot_rows(&queries, &wide, d, &mut expected, n);
+            dot_rows(&queries, &wide, d, &mut expected, n, Soon::default());
             assert_eq!(scores, expected, "d {d}, r {r}, n {n}");
         }
     }
@@ -401,7 +502,7 @@ mod tests {
                 let stride = n + 3;
                 let (weights, rows) = (numbers(7, r * stride), numbers(8, n * d));
                 let (mut acc, mut plain) = (numbers(9, r * d), numbers(9, r * d));
-                add_rows(&weights, stride, &rows, d, &mut acc);
+                add_rows(&weights, stride, &rows, d, &mut acc, Soon::f32(&weights));
                 for (weights, plain) in weights.chunks(stride).zip(plain.chunks_exact_mut(d)) {
                     plain_add_rows(&weights[..n], n, &rows, d, plain);
                 }
@@ -411,7 +512,7 @@ mod tests {
                 // Alone, a sum has the same bits; and of bf16 those of the same numbers.
                 for (i, acc) in acc.chunks_exact(d).enumerate() {
                     let mut alone = numbers(9, r * d)[i * d..(i + 1) * d].to_vec();
-                    add_rows(&weights[i * stride..], stride, &rows, d, &mut alone);
+                    add_rows(&weights[i * stride..], stride, &rows, d, &mut alone, Soon::default());
                     assert_eq!(alone, acc);
                 }
                 let short: Vec<half::bf16> =
@@ -419,8 +520,8 @@ mod tests {
                 let mut wide = vec![0f32; short.len()];
                 widen(&short, &mut wide);
                 let (mut of_short, mut of_wide) = (numbers(9, r * d), numbers(9, r * d));
-                add_bf16_rows(&weights, stride, &short, d, &mut of_short);
-                add_rows(&weights, stride, &wide, d, &mut of_wide);
+                add_bf16_rows(&weights, stride, &short, d, &mut of_short, Soon::bf16(&short));
+                add_rows(&weights, stride, &wide, d, &mut of_wide, Soon::default());
                 assert_eq!(of_short, of_wide, "d {d}, r {r}, n {n}");
             }
         }

@@ -2,8 +2,9 @@
 
 use candle_core::{Device, Tensor};
 use mka_kernels::{
-    AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, PageRef, merge_states,
-    merge_states_backward, paged_attention, paged_attention_runs, reference,
+    AttentionParams, AttentionPart, AttentionRun, AttentionState, PAGE_TOKENS, PageRef,
+    merge_states, merge_states_backward, paged_attention, paged_attention_parts,
+    paged_attention_runs, reference,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -104,6 +105,42 @@ const GRID: &[Case] = &[
     Case { t: 2, h: 4, g: 2, d: 256, before: 1, window: None, sliding: Some(1) },
     Case { t: 40, h: 16, g: 2, d: 16, before: 1000, window: Some(256), sliding: Some(300) },
 ];
+
+#[test]
+fn parts_side_by_side_are_each_part_by_itself() {
+    let cases: Vec<(&Case, Inputs)> =
+        GRID.iter().map(|case| (case, Inputs::new(case, case.before as u64))).collect();
+    let tensors: Vec<[Tensor; 3]> = cases
+        .iter()
+        .map(|(case, inputs)| {
+            let pool = (inputs.slots, case.g, PAGE_TOKENS, case.d);
+            let tensor = |data: &[f32]| Tensor::from_slice(data, pool, &Device::Cpu).unwrap();
+            let q = Tensor::from_slice(&inputs.q, (case.t, case.h, case.d), &Device::Cpu).unwrap();
+            [q, tensor(&inputs.keys), tensor(&inputs.values)]
+        })
+        .collect();
+    let parts: Vec<AttentionPart<'_>> = tensors
+        .iter()
+        .zip(&cases)
+        .map(|([q, keys, values], (_, inputs))| AttentionPart {
+            q,
+            keys,
+            values,
+            params: &inputs.params,
+        })
+        .collect();
+    let states = paged_attention_parts(&parts).unwrap();
+    assert_eq!(states.len(), GRID.len());
+    for (part, state) in parts.iter().zip(&states) {
+        let alone = paged_attention(part.q, part.keys, part.values, part.params).unwrap();
+        assert_eq!(values(&state.out), values(&alone.out));
+        assert_eq!(values(&state.lse), values(&alone.lse));
+    }
+    assert!(paged_attention_parts(&[]).unwrap().is_empty());
+    let wrong = AttentionPart { q: parts[3].q, ..parts[1] };
+    let error = paged_attention_parts(&[parts[0], wrong]).unwrap_err().to_string();
+    assert!(error.contains("paged_attention: "), "{error}");
+}
 
 #[test]
 fn paged_attention_equals_its_definition_over_the_grid() {

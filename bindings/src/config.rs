@@ -207,7 +207,7 @@ impl From<PageConfig> for mka::PageConfig {
         set(&mut pages.rule, from.rule.map(Into::into));
         set(&mut pages.scan, from.scan.map(Into::into));
         set(&mut pages.prefill, from.prefill.map(Into::into));
-        set(&mut pages.reuse_steps, from.reuse_steps.map(count));
+        set(&mut pages.reuse_steps, from.reuse_steps.map(count).map(Some));
         set(&mut pages.first_layer, from.first_layer.map(count));
         set(&mut pages.vote_reach, from.vote_reach.map(count));
         set(&mut pages.keep_votes, from.keep_votes);

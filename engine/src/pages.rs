@@ -145,9 +145,11 @@ pub struct PageConfig {
     pub scan: LandmarkScan,
     /// What a prompt's blocks attend to.
     pub prefill: Prefill,
-    /// Tokens that a choice serves at most, its own among them: decoded tokens in a row look for much the same. 1 chooses
-    /// anew for each. A choice ends in any case once a page leaves the window, and at a commit.
-    pub reuse_steps: usize,
+    /// Tokens that a choice serves, its own among them: decoded tokens in a row look for much the same. 1 chooses anew for
+    /// each. A choice ends in any case once a page leaves the window, and at a commit. None: 4 where a card chooses, for other
+    /// systems' rules too; on the processor, where a choice takes the longer the more is stored, 16 up to 32,768 stored
+    /// tokens, and up to 64 beyond.
+    pub reuse_steps: Option<usize>,
     /// Layers below this one choose nothing: their queries look nearby.
     pub first_layer: usize,
     /// Tokens to either side of a stored token whose votes count for it: what stands beside what is asked for comes along.
@@ -174,7 +176,7 @@ impl Default for PageConfig {
             rule: PageRule::default(),
             scan: LandmarkScan::default(),
             prefill: Prefill::default(),
-            reuse_steps: 4,
+            reuse_steps: None,
             first_layer: 3,
             vote_reach: 16,
             keep_votes: true,

@@ -132,7 +132,7 @@ pub(crate) struct PageOptions {
 impl PageOptions {
     fn configure(&self, config: &mut PageConfig) {
         if let Some(steps) = self.page_reuse {
-            config.reuse_steps = steps;
+            config.reuse_steps = Some(steps);
         }
         if let Some(layer) = self.page_first_layer {
             config.first_layer = layer;

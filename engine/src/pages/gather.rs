@@ -9,10 +9,18 @@ use super::{PagePrecision, PageRule, Prefill};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::Tensor;
+use half::vec::HalfBitsVecExt;
 use mka_kernels::recall::{ChoiceRun, MAX_RUNS};
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
 use std::sync::Arc;
+
+/// Decoded tokens that a choice serves where it costs little of a token: on a card, and by rules that are compared with.
+const SHORT_REUSE: usize = 4;
+/// The same on the processor, where stored tokens are few; a choice among more serves one token for so many of them, so that
+/// choosing takes no larger part of a token.
+const LONG_REUSE: usize = 16;
+const STORED_TOKENS_A_STEP: usize = 2048;
 
 /// What queries recall for.
 #[derive(Debug, Clone, Copy)]
@@ -142,25 +150,42 @@ impl PageStore {
         };
         let recalled = Arc::new(recalled);
         if all || num_queries == 1 {
+            let begins = self.held[layer].made_under != Some(made_under);
+            let left = self.queries_served(layer, rows, begins) - 1;
             let held = &mut self.held[layer];
-            // Layers choose at different steps, so that no token waits for all of them.
-            let begins = held.made_under != Some(made_under);
-            held.steps = if begins { layer % self.config.reuse_steps.max(1) } else { 0 };
+            held.left = left;
             held.made_under = Some(made_under);
             held.recalled = Some(recalled.clone());
         }
         Ok(Some(recalled))
     }
 
+    /// Queries that a choice of `layer` among `rows` pages serves, at least its own. Layers choose at different tokens, so that
+    /// none waits for all of them: the first choices after a page left the window serve fewer than others, or more, where
+    /// the next page ends them before one is made in vain.
+    fn queries_served(&self, layer: usize, rows: usize, begins: bool) -> usize {
+        let is_cheap = self.mirror.is_some() || self.config.rule != PageRule::Mka;
+        let by_length = rows * PAGE_TOKENS / STORED_TOKENS_A_STEP;
+        let steps = match self.config.reuse_steps {
+            Some(steps) => steps.max(1),
+            None if is_cheap => SHORT_REUSE,
+            None => by_length.clamp(LONG_REUSE, PAGE_TOKENS),
+        };
+        match begins {
+            true if steps > SHORT_REUSE => steps.saturating_add(layer % SHORT_REUSE),
+            true => steps - layer % steps,
+            false => steps,
+        }
+    }
+
     /// The layer's last choice, if it serves one more query.
     fn reuse(&mut self, layer: usize, made_under: MadeUnder) -> Option<Arc<Recalled>> {
         let (.., all) = made_under;
         let held = &mut self.held[layer];
-        if held.made_under != Some(made_under) || !all && held.steps + 1 >= self.config.reuse_steps
-        {
+        if held.made_under != Some(made_under) || !all && held.left == 0 {
             return None;
         }
-        held.steps += 1;
+        held.left = held.left.saturating_sub(1);
         held.recalled.clone()
     }
 
@@ -207,7 +232,8 @@ impl PageStore {
         let placed = Placed { layer, selection, compact };
         // Values stay as they are stored where the processor attends to them: half the bytes for the same numbers.
         let values = if self.config.precision == PagePrecision::Bf16 && self.device().is_cpu() {
-            let mut values = vec![half::bf16::ZERO; count];
+            // Of integers the allocator gives zeros that nobody writes.
+            let mut values: Vec<half::bf16> = vec![0u16; count].reinterpret_into();
             self.gather_rows(&placed, &mut keys, &mut values, RowReader::read_bf16);
             Tensor::from_vec(values, (num_pages, g, PAGE_TOKENS, d), self.device())?
         } else {
@@ -293,4 +319,41 @@ fn left_out(selection: &Selection, rows: usize) -> Vec<Vec<u8>> {
         left
     };
     selection.heads.iter().map(of_head).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::PageConfig;
+    use crate::pages::store::PageShape;
+    use candle_core::Device;
+
+    #[test]
+    fn a_choice_serves_as_many_tokens_as_it_costs() {
+        let shape = PageShape { num_layers: 9, num_kv_heads: 1, head_dim: 8, window_tokens: 64 };
+        let store = |config| PageStore::new(shape, config, &Device::Cpu);
+        let served = |store: &PageStore, rows| {
+            [(0, false), (6, false), (0, true), (6, true)]
+                .map(|(layer, begins)| store.queries_served(layer, rows, begins))
+        };
+        let mut own = store(PageConfig::default());
+        assert_eq!(served(&own, 96), [16, 16, 16, 18]);
+        assert_eq!(served(&own, 512), [16, 16, 16, 18]);
+        assert_eq!(served(&own, 1024), [32, 32, 32, 34]);
+        assert_eq!(served(&own, 1 << 14), [64, 64, 64, 66]);
+        own.mirror_on_device();
+        assert_eq!(served(&own, 1 << 14), [4, 4, 4, 2]);
+        let rival = PageConfig { rule: PageRule::Quest, ..PageConfig::default() };
+        assert_eq!(served(&store(rival), 96), [4, 4, 4, 2]);
+        for (steps, expected) in [
+            (0, [1, 1, 1, 1]),
+            (1, [1, 1, 1, 1]),
+            (3, [3, 3, 3, 3]),
+            (8, [8, 8, 8, 10]),
+            (usize::MAX, [usize::MAX; 4]),
+        ] {
+            let config = PageConfig { reuse_steps: Some(steps), ..PageConfig::default() };
+            assert_eq!(served(&store(config), 96), expected, "{steps}");
+        }
+    }
 }

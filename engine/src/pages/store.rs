@@ -50,8 +50,8 @@ pub(super) struct Stored {
 #[derive(Default)]
 pub(super) struct Held {
     pub(super) recalled: Option<Arc<Recalled>>,
-    /// Queries that it has served beside the one that it was made for, or that it is counted as having served.
-    pub(super) steps: usize,
+    /// Queries that it still serves.
+    pub(super) left: usize,
     pub(super) made_under: Option<MadeUnder>,
 }
 

@@ -62,7 +62,7 @@ fn pages_on_the_models_device_are_chosen_as_in_host_memory() {
         // What the processor and a card score alike.
         let scan = LandmarkScan::Flat;
         let config =
-            PageConfig { tokens, precision, scan, reuse_steps: 2, lexical: true, ..config() };
+            PageConfig { tokens, precision, scan, reuse_steps: Some(2), lexical: true, ..config() };
         assert_alike(name, with_and_without_mirror(&load(name), &config, told));
     }
 }
@@ -73,7 +73,7 @@ const RIVALS: [PageRule; 3] = [PageRule::InfLlm, PageRule::Quest, PageRule::Toke
 /// By blocks of two pages nothing smaller can be chosen.
 fn of_rule(rule: PageRule, recalled: usize, precision: PagePrecision) -> PageConfig {
     let recalled = if rule == PageRule::InfLlm { recalled.max(2 * PAGE_TOKENS) } else { recalled };
-    PageConfig { rule, tokens: recalled, precision, reuse_steps: 2, ..config() }
+    PageConfig { rule, tokens: recalled, precision, reuse_steps: Some(2), ..config() }
 }
 
 #[test]

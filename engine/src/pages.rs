@@ -147,8 +147,8 @@ pub struct PageConfig {
     pub prefill: Prefill,
     /// Tokens that a choice serves, its own among them: decoded tokens in a row look for much the same. 1 chooses anew for
     /// each. A choice ends in any case once a page leaves the window, and at a commit. None: 4 where a card chooses, for other
-    /// systems' rules too; on the processor, where a choice takes the longer the more is stored, 16 up to 32,768 stored
-    /// tokens, and up to 64 beyond.
+    /// systems' rules too; on the processor, where a choice takes the longer the more is stored, 16, 32 or 64: one for
+    /// about 2,048 stored tokens.
     pub reuse_steps: Option<usize>,
     /// Layers below this one choose nothing: their queries look nearby.
     pub first_layer: usize,

@@ -169,7 +169,8 @@ impl PageStore {
         let steps = match self.config.reuse_steps {
             Some(steps) => steps.max(1),
             None if is_cheap => SHORT_REUSE,
-            None => by_length.clamp(LONG_REUSE, PAGE_TOKENS),
+            // A power of two, so that it ends with the page whose leaving ends it.
+            None => by_length.next_power_of_two().clamp(LONG_REUSE, PAGE_TOKENS),
         };
         match begins {
             true if steps > SHORT_REUSE => steps.saturating_add(layer % SHORT_REUSE),
@@ -340,6 +341,7 @@ mod tests {
         assert_eq!(served(&own, 96), [16, 16, 16, 18]);
         assert_eq!(served(&own, 512), [16, 16, 16, 18]);
         assert_eq!(served(&own, 1024), [32, 32, 32, 34]);
+        assert_eq!(served(&own, 2015), [64, 64, 64, 66]);
         assert_eq!(served(&own, 1 << 14), [64, 64, 64, 66]);
         own.mirror_on_device();
         assert_eq!(served(&own, 1 << 14), [4, 4, 4, 2]);

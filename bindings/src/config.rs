@@ -174,7 +174,7 @@ pub struct PageConfig {
     /// What a prompt's blocks attend to.
     #[uniffi(default)]
     pub prefill: Option<Prefill>,
-    /// Decoded tokens that one choice serves.
+    /// Decoded tokens that one choice serves; left out, 4 on a card and 16 to 64 on the processor.
     #[uniffi(default)]
     pub reuse_steps: Option<u64>,
     /// Layers below this one choose nothing.
@@ -192,7 +192,8 @@ pub struct PageConfig {
     /// Whether tokens that are not recalled enter the softmax too, each page as its means.
     #[uniffi(default)]
     pub estimate: Option<bool>,
-    /// Whether positions are counted over what is attended as soon as not every stored token is recalled.
+    /// Whether positions are counted over what is attended as soon as not every stored token is recalled (the default); else
+    /// from the model's trained length on.
     #[uniffi(default)]
     pub compact: Option<bool>,
 }

@@ -162,7 +162,8 @@ pub struct PageConfig {
     /// Whether the tokens that are not recalled enter the softmax too, each page as its mean key and mean value.
     pub estimate: bool,
     /// Whether positions are counted over what is attended as soon as not every stored token is recalled; else from the
-    /// model's trained length on, and over the stream before.
+    /// model's trained length on, and over the stream before. A model reads worse at the end of the length that it was
+    /// trained on, and what is attended is mostly shorter; what is told by how far tokens stand apart is told less.
     pub compact: bool,
 }
 
@@ -182,7 +183,7 @@ impl Default for PageConfig {
             keep_votes: true,
             lexical: true,
             estimate: false,
-            compact: false,
+            compact: true,
         }
     }
 }

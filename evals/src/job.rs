@@ -113,10 +113,10 @@ pub(crate) struct PageOptions {
     /// Tokens that are not recalled enter the softmax through the means of their pages.
     #[arg(long)]
     pub(crate) page_estimate: bool,
-    /// Positions are counted over what is attended as soon as not every stored token is recalled.
+    /// Positions are those of the stream up to the model's trained length, although not every stored token is recalled.
     #[arg(long)]
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub(crate) page_compact: bool,
+    pub(crate) page_exact: bool,
     /// MiB of a CUDA device for the stored pages of a session.
     #[arg(long)]
     pub(crate) page_device_mib: Option<u64>,
@@ -146,7 +146,7 @@ impl PageOptions {
         }
         config.lexical &= !self.page_no_pins;
         config.estimate |= self.page_estimate;
-        config.compact |= self.page_compact;
+        config.compact &= !self.page_exact;
         if let Some(mib) = self.page_device_mib {
             config.device_bytes = mib << 20;
         }

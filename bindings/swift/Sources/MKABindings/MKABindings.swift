@@ -4590,7 +4590,7 @@ public struct PageConfig: Equatable, Hashable {
      */
     public var prefill: Prefill?
     /**
-     * Decoded tokens that one choice serves.
+     * Decoded tokens that one choice serves; left out, 4 on a card and 16 to 64 on the processor.
      */
     public var reuseSteps: UInt64?
     /**
@@ -4614,7 +4614,8 @@ public struct PageConfig: Equatable, Hashable {
      */
     public var estimate: Bool?
     /**
-     * Whether positions are counted over what is attended as soon as not every stored token is recalled.
+     * Whether positions are counted over what is attended as soon as not every stored token is recalled (the default); else
+     * from the model's trained length on.
      */
     public var compact: Bool?
 
@@ -4643,7 +4644,7 @@ public struct PageConfig: Equatable, Hashable {
          * What a prompt's blocks attend to.
          */prefill: Prefill? = nil,
         /**
-         * Decoded tokens that one choice serves.
+         * Decoded tokens that one choice serves; left out, 4 on a card and 16 to 64 on the processor.
          */reuseSteps: UInt64? = nil,
         /**
          * Layers below this one choose nothing.
@@ -4661,7 +4662,8 @@ public struct PageConfig: Equatable, Hashable {
          * Whether tokens that are not recalled enter the softmax too, each page as its means.
          */estimate: Bool? = nil,
         /**
-         * Whether positions are counted over what is attended as soon as not every stored token is recalled.
+         * Whether positions are counted over what is attended as soon as not every stored token is recalled (the default); else
+         * from the model's trained length on.
          */compact: Bool? = nil) {
         self.tokens = tokens
         self.bytes = bytes

@@ -61,19 +61,21 @@ pub(crate) struct SeamConfig<'a> {
     pub(crate) frequencies: &'a Frequencies,
     pub(crate) rates: &'a [f32],
     pub(crate) bias_correction: bool,
-    /// Positions are exact below this stream position and compact from it on.
+    /// Positions that the model was trained on.
     pub(crate) trained_tokens: u64,
+    /// Positions are exact below this stream position, at most `trained_tokens`, and compact from it on.
+    pub(crate) exact_tokens: u64,
 }
 
 impl SeamConfig<'_> {
     /// The same for what `cache` recalls.
     pub(crate) fn over(self, cache: &Cache) -> Self {
-        Self { trained_tokens: cache.exact_tokens(self.trained_tokens), ..self }
+        Self { exact_tokens: cache.exact_tokens(self.trained_tokens), ..self }
     }
 
     /// Tokens that can run in one pass from `position` on: a pass is exact or compact, never both.
     pub(crate) fn block_limit(&self, position: u64, block_tokens: usize) -> usize {
-        match self.trained_tokens.checked_sub(position) {
+        match self.exact_tokens.checked_sub(position) {
             Some(left) if left > 0 => block_tokens.min(left.min(usize::MAX as u64) as usize),
             _ => block_tokens,
         }
@@ -105,7 +107,7 @@ impl Far {
 }
 
 /// The state of the next part.
-fn next(states: &mut impl Iterator<Item = AttentionState>) -> Result<AttentionState> {
+fn next_state(states: &mut impl Iterator<Item = AttentionState>) -> Result<AttentionState> {
     states.next().ok_or_else(|| Error::invalid("attention: a part without a state"))
 }
 
@@ -143,9 +145,9 @@ impl<'a> AttentionSeam<'a> {
         cache.absorb_ahead(count)?;
         let start = cache.position();
         let angles = config.frequencies.angles(start..start + count as u64);
-        let compact = start >= config.trained_tokens;
+        let compact = start >= config.exact_tokens;
         if let Some(pages) = cache.pages_mut() {
-            let end = (start + count as u64).min(config.trained_tokens);
+            let end = (start + count as u64).min(config.exact_tokens);
             pages.need_angles(end, |positions| config.frequencies.angles(positions));
         }
         Ok(Self { config, cache, start, count, angles, compact, compact_angles: Vec::new() })
@@ -245,9 +247,10 @@ impl<'a> AttentionSeam<'a> {
         let mut parts = vec![part(&rotated, self.cache.pool(layer), &near)];
         parts.extend(far.parts(self.cache.pool(layer)));
         let states = paged_attention_parts(&parts)?;
+        // Behind window and sinks.
         let lse = states.get(2).map(|recalled| recalled.lse.clone());
         let mut states = states.into_iter();
-        let recent = next(&mut states)?;
+        let recent = next_state(&mut states)?;
         let merged = merge_states(&self.far_state(layer, q, &far, states)?, &recent)?;
         if let (Some(recalled), Some(lse), Some(pages)) =
             (&far.recalled, lse, self.cache.pages_mut())
@@ -344,7 +347,7 @@ impl<'a> AttentionSeam<'a> {
         };
         let sinks = self.sink_params(&query, query_start, sliding_window)?;
         let pages = recalled.as_ref().map(|recalled| recalled.page_refs()).unwrap_or_default();
-        let behind = AttentionParams { pages, ..sinks.clone() };
+        let behind = AttentionParams { pages, ..sinks };
         Ok(Far { query, sinks, behind, recalled })
     }
 
@@ -356,7 +359,7 @@ impl<'a> AttentionSeam<'a> {
         far: &Far,
         mut states: impl Iterator<Item = AttentionState>,
     ) -> Result<AttentionState> {
-        let sinks = next(&mut states)?;
+        let sinks = next_state(&mut states)?;
         let (Some(own), Some(recalled)) = (states.next(), &far.recalled) else { return Ok(sinks) };
         let merged = merge_states(&sinks, &own)?;
         match self.cache.pages().map(|pages| pages.estimate(layer, q, recalled)).transpose()? {
@@ -379,7 +382,8 @@ impl<'a> AttentionSeam<'a> {
             query_start,
             pages: self.cache.page_refs(sink_pages, end)?,
             window_tokens: None,
-            sliding_window: sliding_window.filter(|_| !self.compact),
+            // Beyond what the model was trained on its own window would hide the sinks.
+            sliding_window: sliding_window.filter(|_| self.start < self.config.trained_tokens),
         })
     }
 

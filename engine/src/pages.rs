@@ -146,9 +146,8 @@ pub struct PageConfig {
     /// What a prompt's blocks attend to.
     pub prefill: Prefill,
     /// Tokens that a choice serves, its own among them: decoded tokens in a row look for much the same. 1 chooses anew for
-    /// each. A choice ends in any case once a page leaves the window, and at a commit. None: 4 where a card chooses, for other
-    /// systems' rules too; on the processor, where a choice takes the longer the more is stored, 16, 32 or 64: one for
-    /// about 2,048 stored tokens.
+    /// each. A choice ends in any case once a page leaves the window, and at a commit. None: 4 where a card chooses and
+    /// for other systems' rules; on the processor, where a choice takes the longer the more is stored, 16, 32 or 64.
     pub reuse_steps: Option<usize>,
     /// Layers below this one choose nothing: their queries look nearby.
     pub first_layer: usize,
@@ -161,9 +160,10 @@ pub struct PageConfig {
     pub lexical: bool,
     /// Whether the tokens that are not recalled enter the softmax too, each page as its mean key and mean value.
     pub estimate: bool,
-    /// Whether positions are counted over what is attended as soon as not every stored token is recalled; else from the
-    /// model's trained length on, and over the stream before. A model reads worse at the end of the length that it was
-    /// trained on, and what is attended is mostly shorter; what is told by how far tokens stand apart is told less.
+    /// Whether positions are counted over what is attended from where sinks, window and `tokens` no longer hold the stream,
+    /// whatever is recalled then; else from the model's trained length on, and over the stream before. A model reads worse at
+    /// the end of the length that it was trained on, and what is attended is mostly shorter; what is told by how far tokens
+    /// stand apart is told less. With `Prefill::Dense` positions are those of the stream in any case.
     pub compact: bool,
 }
 

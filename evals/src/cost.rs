@@ -63,7 +63,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokenizer = Model::open(&args.model)?;
     println!("revision {}, window {}", job::revision(), args.window);
     println!(
-        "| fed as | memory | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | of which choosing % | same bits | device |"
+        "| fed as | memory | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | of which choosing more than once a page % | same bits | device |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     let model = args

@@ -114,8 +114,9 @@ pub(crate) struct PageOptions {
     #[arg(long)]
     pub(crate) page_estimate: bool,
     /// Positions are those of the stream up to the model's trained length, although not every stored token is recalled.
+    // Always written: a run from before positions were compact is another one.
     #[arg(long)]
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default)]
     pub(crate) page_exact: bool,
     /// MiB of a CUDA device for the stored pages of a session.
     #[arg(long)]

@@ -121,12 +121,13 @@ pub fn paged_attention_parts(parts: &[AttentionPart<'_>]) -> Result<Vec<Attentio
         check(part.q, part.keys, part.values, part.params)?;
     }
     #[cfg(feature = "cuda")]
-    if let Some(part) = parts.first()
-        && let Device::Cuda(device) = part.q.device()
-    {
-        let alone = |part: &AttentionPart<'_>| {
-            let q = part.q.contiguous()?;
-            cuda::paged_attention(device, &q, part.keys, part.values, part.params)
+    if parts.iter().any(|part| part.q.device().is_cuda()) {
+        let alone = |part: &AttentionPart<'_>| match part.q.device() {
+            Device::Cuda(device) => {
+                let q = part.q.contiguous()?;
+                cuda::paged_attention(device, &q, part.keys, part.values, part.params)
+            }
+            _ => paged_attention(part.q, part.keys, part.values, part.params),
         };
         return parts.iter().map(alone).collect();
     }

@@ -647,7 +647,7 @@ def test_recall_inside_attention_is_chosen_and_reported(store: Path, tiny_model:
             "vote_reach": 8,
             "keep_votes": False,
             "reuse_steps": 2,
-            "compact": True,
+            "compact": False,
         },
     }
     with mka.open_sync(store, **options) as engine:

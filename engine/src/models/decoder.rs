@@ -310,6 +310,7 @@ impl Decoder {
             rates: &self.config.mka.rates,
             bias_correction: self.config.mka.bias_correction,
             trained_tokens: self.config.trained_tokens as u64,
+            exact_tokens: self.config.trained_tokens as u64,
         }
     }
 

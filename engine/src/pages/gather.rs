@@ -15,11 +15,12 @@ use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Decoded tokens that a choice serves where it costs little of a token: on a card, and by rules that are compared with.
+/// Decoded tokens that a choice serves on a card, and by rules that are compared with: of a token choosing takes 2 % there.
 const SHORT_REUSE: usize = 4;
-/// The same on the processor, where stored tokens are few; a choice among more serves one token for so many of them, so that
-/// choosing takes no larger part of a token.
+/// The same on the processor, where a choice of all layers takes as long as two decoded tokens behind 8,192 stored ones, at
+/// the least.
 const LONG_REUSE: usize = 16;
+/// Stored tokens for each that a choice serves there, about: a choice of twice as many takes up to twice as long.
 const STORED_TOKENS_A_STEP: usize = 2048;
 
 /// What queries recall for.
@@ -160,23 +161,22 @@ impl PageStore {
         Ok(Some(recalled))
     }
 
-    /// Queries that a choice of `layer` among `rows` pages serves, at least its own. Layers choose at different tokens, so that
-    /// none waits for all of them: the first choices after a page left the window serve fewer than others, or more, where
-    /// the next page ends them before one is made in vain.
+    /// Queries that a choice of `layer` among `rows` pages serves, at least its own. Layers choose at different tokens, but for
+    /// the first after a page left the window, so that few wait for all of them: that first choice serves fewer than others;
+    /// where it is this function that says how many, more, since the next page ends the last one in any case.
     fn queries_served(&self, layer: usize, rows: usize, begins: bool) -> usize {
-        let is_cheap = self.mirror.is_some() || self.config.rule != PageRule::Mka;
-        let by_length = rows * PAGE_TOKENS / STORED_TOKENS_A_STEP;
+        let is_short = self.mirror.is_some() || self.config.rule != PageRule::Mka;
         let steps = match self.config.reuse_steps {
             Some(steps) => steps.max(1),
-            None if is_cheap => SHORT_REUSE,
-            // A power of two, so that it ends with the page whose leaving ends it.
-            None => by_length.next_power_of_two().clamp(LONG_REUSE, PAGE_TOKENS),
+            None if is_short => SHORT_REUSE,
+            None => {
+                let by_length = rows * PAGE_TOKENS / STORED_TOKENS_A_STEP;
+                // A power of two, so that the last of a page ends with it.
+                let steps = by_length.next_power_of_two().clamp(LONG_REUSE, PAGE_TOKENS);
+                return steps + if begins { layer % SHORT_REUSE } else { 0 };
+            }
         };
-        match begins {
-            true if steps > SHORT_REUSE => steps.saturating_add(layer % SHORT_REUSE),
-            true => steps - layer % steps,
-            false => steps,
-        }
+        steps - if begins { layer % steps } else { 0 }
     }
 
     /// The layer's last choice, if it serves one more query.
@@ -351,8 +351,8 @@ mod tests {
             (0, [1, 1, 1, 1]),
             (1, [1, 1, 1, 1]),
             (3, [3, 3, 3, 3]),
-            (8, [8, 8, 8, 10]),
-            (usize::MAX, [usize::MAX; 4]),
+            (8, [8, 8, 8, 2]),
+            (usize::MAX, [usize::MAX, usize::MAX, usize::MAX, usize::MAX - 6]),
         ] {
             let config = PageConfig { reuse_steps: Some(steps), ..PageConfig::default() };
             assert_eq!(served(&store(config), 96), expected, "{steps}");

@@ -25,8 +25,8 @@ pub(crate) const OVER_FETCH: usize = 4;
 /// Tokens that are scored by their keys for each that is chosen, where their codes were scored before: what twice as many
 /// would add is in `docs/recall.md`.
 pub(super) const OVER_FETCH_BY_CODES: usize = 2;
-/// Places for each token up to which votes are looked at place by place.
-const DENSE: usize = 16;
+/// Places for each token up to which votes are looked at place by place: tokens that stand further apart are few of them.
+const PLACES_A_TOKEN: usize = 4;
 /// Queries of a block whose mean stands for them: neighbours look for much the same, and a block of 64 costs as much
 /// as eight queries.
 pub(crate) const POOLED: usize = 8;
@@ -338,7 +338,7 @@ fn tokens_of(marks: &[u32], span: usize) -> Vec<u32> {
 fn within_reach(votes: &[f32], tokens: &[u32], reach: usize) -> Vec<f32> {
     let [Some(first), Some(last)] = [tokens.first(), tokens.last()] else { return Vec::new() };
     let extent = (last - first) as usize + 1;
-    if extent <= DENSE * tokens.len() {
+    if extent <= PLACES_A_TOKEN * tokens.len() {
         // Votes at their places, nothing between them: no branch to guess.
         let mut placed = vec![0f32; extent];
         tokens.iter().zip(votes).for_each(|(token, vote)| placed[(token - first) as usize] = *vote);

@@ -11,7 +11,7 @@ use super::scan::settled;
 use super::shares::Tally;
 use super::signs::Planes;
 use super::vote::Ballot;
-use super::{LandmarkScan, PageConfig, PageRule};
+use super::{LandmarkScan, PageConfig, PageRule, Prefill};
 use crate::cache::SINK_PAGES;
 use candle_core::{Device, Tensor};
 use mka_kernels::key_codes::Rotation;
@@ -207,9 +207,9 @@ impl PageStore {
         self.resident_bytes + bytes as u64 + self.index_bytes(self.pages.len() + pages)
     }
 
-    /// Whether positions are compact as soon as not every stored token is recalled.
+    /// Whether positions are compact as soon as not every stored token is recalled: not where a prompt attends to all of them.
     pub(crate) fn is_compact(&self) -> bool {
-        self.config.compact
+        self.config.compact && self.config.prefill == Prefill::Selected
     }
 
     /// Tokens that each key/value head recalls, whole pages.

@@ -234,6 +234,7 @@ impl Problem<'_> {
                     let own = &queries[token * group * d..(token + 1) * group * d];
                     // Values are fetched while their keys are scored, the next page's keys while values are added.
                     let soon = match self.values {
+                        _ if token > 0 => Soon::default(),
                         Values::F32(values) => Soon::f32(&values[part.clone()]),
                         Values::Bf16(values) => Soon::bf16(&values[part.clone()]),
                     };
@@ -249,8 +250,10 @@ impl Problem<'_> {
                     }
                     let acc = &mut partial.acc[rows.start * d..rows.end * d];
                     let soon = match pages.peek() {
-                        Some(next) => Soon::f32(&self.keys[self.rows_of(next, task.head)]),
-                        None => Soon::default(),
+                        Some(next) if token + 1 == task.tokens.len() => {
+                            Soon::f32(&self.keys[self.rows_of(next, task.head)])
+                        }
+                        _ => Soon::default(),
                     };
                     match self.values {
                         Values::F32(values) => {

@@ -16,7 +16,7 @@ pub(crate) struct Soon<'a>(&'a [u8]);
 
 impl<'a> Soon<'a> {
     pub(crate) fn f32(rows: &'a [f32]) -> Self {
-        // SAFETY: every byte of a number is a byte.
+        // SAFETY: the bytes of the slice, for as long as it is borrowed; numbers have no padding.
         Self(unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(rows)) })
     }
 
@@ -26,20 +26,29 @@ impl<'a> Soon<'a> {
     }
 
     /// Bytes that are asked for with each of `n` rows, a whole number of lines for every [`STRIDE`] of them.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn per_row(self, n: usize) -> usize {
+        if self.0.is_empty() {
+            return 0;
+        }
         self.0.len().div_ceil(n.max(1)).next_multiple_of(64 / STRIDE)
     }
 
     /// Asks for the part that belongs to the [`STRIDE`] rows from `j` on.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn ask(self, j: usize, per_row: usize) {
+        if per_row == 0 {
+            return;
+        }
         let end = self.0.len();
         super::prefetch(&self.0[(j * per_row).min(end)..((j + STRIDE) * per_row).min(end)]);
     }
 }
 
 /// Rows with which a part of what comes soon is asked for.
+#[cfg(target_arch = "x86_64")]
 const STRIDE: usize = 4;
 
 /// scores[i, j] = queries[i] · rows[j]: `queries` (r, d), `rows` (n, d), `scores` r rows of n, `stride` apart.
@@ -69,6 +78,7 @@ pub(crate) fn dot_rows(
         }
         return;
     }
+    super::prefetch(soon.0);
     plain_dot_rows(queries, rows, d, scores, stride);
 }
 
@@ -127,6 +137,7 @@ pub(crate) fn add_rows(
         }
         return;
     }
+    super::prefetch(soon.0);
     plain_add_rows(weights, stride, rows, d, acc);
 }
 
@@ -154,6 +165,7 @@ pub(crate) fn add_bf16_rows(
         }
         return;
     }
+    super::prefetch(soon.0);
     let mut wide = vec![0f32; rows.len()];
     widen(rows, &mut wide);
     plain_add_rows(weights, stride, &wide, d, acc);

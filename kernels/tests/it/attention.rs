@@ -1,6 +1,6 @@
 //! Paged attention against its f64 definition, over a grid of shapes and masks.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mka_kernels::{
     AttentionParams, AttentionPart, AttentionRun, AttentionState, PAGE_TOKENS, PageRef,
     merge_states, merge_states_backward, paged_attention, paged_attention_parts,
@@ -137,6 +137,23 @@ fn parts_side_by_side_are_each_part_by_itself() {
         assert_eq!(values(&state.lse), values(&alone.lse));
     }
     assert!(paged_attention_parts(&[]).unwrap().is_empty());
+    // Parts that ask or see nothing between others, and values of bf16.
+    let (own, nothing) = (parts[1], AttentionParams::default());
+    let none = own.q.narrow(0, 0, 0).unwrap();
+    let short = own.values.to_dtype(DType::BF16).unwrap();
+    let odd = [
+        AttentionPart { q: &none, ..own },
+        AttentionPart { params: &nothing, ..own },
+        AttentionPart { values: &short, ..own },
+        own,
+    ];
+    let states = paged_attention_parts(&odd).unwrap();
+    assert_eq!((states[0].out.dims(), states[0].lse.dims()), (&[0, 9, 64][..], &[0, 9][..]));
+    assert!(values(&states[1].lse).iter().all(|lse| *lse == f32::NEG_INFINITY));
+    for (part, state) in odd.iter().zip(&states) {
+        let alone = paged_attention(part.q, part.keys, part.values, part.params).unwrap();
+        assert_eq!(values(&state.out), values(&alone.out));
+    }
     let wrong = AttentionPart { q: parts[3].q, ..parts[1] };
     let error = paged_attention_parts(&[parts[0], wrong]).unwrap_err().to_string();
     assert!(error.contains("paged_attention: "), "{error}");

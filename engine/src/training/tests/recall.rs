@@ -337,13 +337,13 @@ fn a_pass_recalls_what_a_session_does() {
         let mut cache = Cache::new(decoder.cache_shape(64, 512), &Device::Cpu).unwrap();
         let mut pages = PageConfig::default();
         (pages.tokens, pages.first_layer, pages.lexical) = (64, 1, false);
-        pages.vote_reach = 0;
+        (pages.vote_reach, pages.compact) = (0, false);
         (pages.precision, pages.scan) = (PagePrecision::F32, LandmarkScan::Flat);
         cache.keep_pages(pages);
         let mut session = Vec::new();
         let mut rest = &ids[..];
         while !rest.is_empty() {
-            let config = decoder.seam_config();
+            let config = decoder.seam_config().over(&cache);
             let count = config.block_limit(cache.position(), 512).min(rest.len());
             let (now, after) = rest.split_at(count);
             let position = cache.position();

@@ -198,7 +198,7 @@ pub(super) unsafe fn add_rows<const BF16: bool>(
     }
 }
 
-/// N registers of columns of Q sums, of the 32 registers that there are at most 25; N.
+/// N registers of columns of Q sums, with four sums sixteen, and a register each for their weights and the row, of the 32 that there are. N.
 ///
 /// # Safety
 /// AVX-512F; at `rows`, N · LANES numbers every d, n times; as many at `acc`, Q times; n weights at every `stride` of

@@ -192,7 +192,7 @@ fn a_real_model_recalls_exactly_with_room_for_all_and_loses_little_by_precision(
         let nats = measure(&format!("{precision:?}"), PageConfig { precision, ..config() });
         assert!(nats <= most, "{precision:?}: {nats}");
     }
-    let some = PageConfig { tokens: 64, first_layer: 3, ..config() };
+    let some = PageConfig { tokens: 64, first_layer: 3, compact: false, ..config() };
     measure("64 tokens", some.clone());
     measure("64 tokens and the estimation zone", PageConfig { estimate: true, ..some });
     let windowed = tail(run(&decoder, &mut cache(&decoder, 64, None), tokens, &[320]));

@@ -87,20 +87,19 @@ struct Far {
     /// (t, num_heads, head_dim), rotated.
     query: Tensor,
     sinks: AttentionParams,
-    /// The pages of `recalled`.
-    behind: AttentionParams,
-    recalled: Option<Arc<Recalled>>,
+    /// Recalled tokens and the pages that they lie in.
+    recalled: Option<(Arc<Recalled>, AttentionParams)>,
 }
 
 impl Far {
     /// The sinks in `pool` and, where there are any, the recalled tokens.
     fn parts<'a>(&'a self, pool: &'a PagePool) -> Vec<AttentionPart<'a>> {
         let mut parts = vec![part(&self.query, pool, &self.sinks)];
-        parts.extend(self.recalled.as_ref().map(|recalled| AttentionPart {
+        parts.extend(self.recalled.as_ref().map(|(recalled, params)| AttentionPart {
             q: &self.query,
             keys: &recalled.keys,
             values: &recalled.values,
-            params: &self.behind,
+            params,
         }));
         parts
     }
@@ -252,7 +251,7 @@ impl<'a> AttentionSeam<'a> {
         let mut states = states.into_iter();
         let recent = next_state(&mut states)?;
         let merged = merge_states(&self.far_state(layer, q, &far, states)?, &recent)?;
-        if let (Some(recalled), Some(lse), Some(pages)) =
+        if let (Some((recalled, _)), Some(lse), Some(pages)) =
             (&far.recalled, lse, self.cache.pages_mut())
         {
             pages.note_share(layer, recalled, &lse, &merged.lse)?;
@@ -346,9 +345,11 @@ impl<'a> AttentionSeam<'a> {
             false => rotated,
         };
         let sinks = self.sink_params(&query, query_start, sliding_window)?;
-        let pages = recalled.as_ref().map(|recalled| recalled.page_refs()).unwrap_or_default();
-        let behind = AttentionParams { pages, ..sinks };
-        Ok(Far { query, sinks, behind, recalled })
+        let recalled = recalled.map(|recalled| {
+            let params = AttentionParams { pages: recalled.page_refs(), ..sinks };
+            (recalled, params)
+        });
+        Ok(Far { query, sinks, recalled })
     }
 
     /// The states of [`Far::parts`] as one, with that of what was left out where it is estimated.
@@ -360,7 +361,9 @@ impl<'a> AttentionSeam<'a> {
         mut states: impl Iterator<Item = AttentionState>,
     ) -> Result<AttentionState> {
         let sinks = next_state(&mut states)?;
-        let (Some(own), Some(recalled)) = (states.next(), &far.recalled) else { return Ok(sinks) };
+        let (Some(own), Some((recalled, _))) = (states.next(), &far.recalled) else {
+            return Ok(sinks);
+        };
         let merged = merge_states(&sinks, &own)?;
         match self.cache.pages().map(|pages| pages.estimate(layer, q, recalled)).transpose()? {
             Some(Some(rest)) => Ok(merge_states(&merged, &rest)?),

@@ -1,6 +1,6 @@
 //! Times what a decoded token attends to on the processor, beside a read of as many bytes in the same run: window, sinks and
 //! recalled tokens of the default model, one part after the other and at once.
-//! Knows the public API only; keys and values are synthetic. `RAYON_NUM_THREADS` threads; see `engine/docs/recall.md`.
+//! Knows the public API only; keys and values are synthetic. `RAYON_NUM_THREADS` threads; see `evals/docs/recall.md`.
 
 use candle_core::{DType, Device, Result, Tensor};
 use mka_kernels::{AttentionParams, AttentionPart, PAGE_TOKENS, PageRef, paged_attention_parts};

@@ -6,9 +6,11 @@
 
 mod few;
 mod largest;
+mod shorten;
 
-pub(crate) use few::{Soon, add_bf16_rows, add_rows, dot_rows, has_room, widen as widen_halves};
+pub(crate) use few::{Number, Soon, add_rows, dot_rows, has_room};
 pub use largest::largest;
+pub use shorten::shorten_row;
 
 use crate::attention::matmul;
 use crate::simd::{self, multiversion};

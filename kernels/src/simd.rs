@@ -18,6 +18,7 @@ pub(crate) fn level() -> Level {
     {
         let has_avx2 = std::is_x86_feature_detected!("avx2")
             && std::is_x86_feature_detected!("fma")
+            && std::is_x86_feature_detected!("f16c")
             && std::is_x86_feature_detected!("popcnt");
         if has_avx2 && std::is_x86_feature_detected!("avx512f") {
             return Level::Avx512;

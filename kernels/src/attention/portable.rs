@@ -3,7 +3,7 @@
 
 use super::{AttentionParams, AttentionPart, AttentionState, PageRef, matmul};
 use crate::pages::PAGE_TOKENS;
-use crate::rows::{Soon, add_bf16_rows, add_rows, dot_rows, exponentiate, maximum, widen_halves};
+use crate::rows::{Number, Soon, add_rows, dot_rows, exponentiate, maximum};
 use crate::simd;
 use crate::storage::contiguous_range;
 use candle_core::{DType, Layout, Result, Storage, Tensor, WithDType};
@@ -21,18 +21,54 @@ fn cpu_slice<'a, T: WithDType>(
     }
 }
 
-/// Values as they are held.
+/// Keys or values as they are held.
 #[derive(Clone, Copy)]
-enum Values<'a> {
+enum Pool<'a> {
     F32(&'a [f32]),
     Bf16(&'a [half::bf16]),
+    F16(&'a [half::f16]),
+}
+
+/// `$of` of the rows in `$range` of a pool, whichever type they have.
+macro_rules! rows_of {
+    ($pool:expr, $range:expr, $rows:ident => $of:expr) => {
+        match $pool {
+            Pool::F32(all) => {
+                let $rows = &all[$range];
+                $of
+            }
+            Pool::Bf16(all) => {
+                let $rows = &all[$range];
+                $of
+            }
+            Pool::F16(all) => {
+                let $rows = &all[$range];
+                $of
+            }
+        }
+    };
+}
+
+impl<'a> Pool<'a> {
+    fn new(storage: &'a Storage, layout: &Layout, name: &str) -> Result<Self> {
+        Ok(match storage.dtype() {
+            DType::BF16 => Self::Bf16(cpu_slice(storage, layout, name)?),
+            DType::F16 => Self::F16(cpu_slice(storage, layout, name)?),
+            _ => Self::F32(cpu_slice(storage, layout, name)?),
+        })
+    }
+
+    /// The rows in `range` as what is read soon.
+    fn soon(self, range: Range<usize>) -> Soon<'a> {
+        rows_of!(self, range, rows => Soon::of(rows))
+    }
 }
 
 /// The inputs as slices: q (t, h, d); keys, values (s, g, PAGE_TOKENS, d).
 struct Problem<'a> {
     q: &'a [f32],
-    keys: &'a [f32],
-    values: Values<'a>,
+    keys: Pool<'a>,
+    values: Pool<'a>,
     t: usize,
     h: usize,
     g: usize,
@@ -77,11 +113,8 @@ pub(super) fn solve(parts: &[AttentionPart<'_>]) -> Result<Vec<AttentionState>> 
     let mut problems = Vec::with_capacity(parts.len());
     for (part, [q, keys, values]) in parts.iter().zip(&held) {
         let (t, h, d) = part.q.dims3()?;
-        let keys = cpu_slice(&keys.0, keys.1, "paged_attention: keys")?;
-        let values = match part.values.dtype() {
-            DType::BF16 => Values::Bf16(cpu_slice(&values.0, values.1, "paged_attention: values")?),
-            _ => Values::F32(cpu_slice(&values.0, values.1, "paged_attention: values")?),
-        };
+        let keys = Pool::new(&keys.0, keys.1, "paged_attention: keys")?;
+        let values = Pool::new(&values.0, values.1, "paged_attention: values")?;
         let q = cpu_slice(&q.0, q.1, "paged_attention: q")?;
         let (g, params) = (part.keys.dim(1)?, part.params);
         problems.push(Problem { q, keys, values, t, h, g, d, params });
@@ -200,7 +233,8 @@ impl Problem<'_> {
                 (from as usize).min(to as usize)..to as usize
             };
             if rows >= GEMM_ROWS {
-                let keys = &self.keys[own_rows.clone()];
+                let keys =
+                    rows_of!(self.keys, own_rows.clone(), rows => Number::wide(rows, &mut wide));
                 let shape = (rows, page.len, d);
                 matmul(&mut scores, PAGE_TOKENS, &queries, (d, 1), keys, (1, d), shape, 0.0);
                 for row in 0..rows {
@@ -214,14 +248,7 @@ impl Problem<'_> {
                     let acc = &mut partial.acc[row * d..(row + 1) * d];
                     softmax_row(row_scores, acc, &mut partial.max[row], &mut partial.sum[row]);
                 }
-                let values = match self.values {
-                    Values::F32(values) => &values[own_rows.clone()],
-                    Values::Bf16(values) => {
-                        wide.resize(page.len * d, 0.0);
-                        widen_halves(&values[own_rows.clone()], &mut wide);
-                        &wide
-                    }
-                };
+                let values = rows_of!(self.values, own_rows, rows => Number::wide(rows, &mut wide));
                 let shape = (rows, d, page.len);
                 matmul(&mut partial.acc, d, &scores, (PAGE_TOKENS, 1), values, (d, 1), shape, 1.0);
             } else {
@@ -233,12 +260,13 @@ impl Problem<'_> {
                     let part = own_rows.start + range.start * d..own_rows.start + range.end * d;
                     let own = &queries[token * group * d..(token + 1) * group * d];
                     // Values are fetched while their keys are scored, the next page's keys while values are added.
-                    let soon = match self.values {
-                        _ if token > 0 => Soon::default(),
-                        Values::F32(values) => Soon::f32(&values[part.clone()]),
-                        Values::Bf16(values) => Soon::bf16(&values[part.clone()]),
+                    let soon = match token {
+                        0 => self.values.soon(part.clone()),
+                        _ => Soon::default(),
                     };
-                    dot_rows(own, &self.keys[part.clone()], d, &mut scores, PAGE_TOKENS, soon);
+                    rows_of!(self.keys, part.clone(), keys => {
+                        dot_rows(own, keys, d, &mut scores, PAGE_TOKENS, soon);
+                    });
                     let rows = token * group..(token + 1) * group;
                     for (row, row_scores) in rows.clone().zip(scores.chunks_mut(PAGE_TOKENS)) {
                         let row_scores = &mut row_scores[..range.len()];
@@ -251,18 +279,13 @@ impl Problem<'_> {
                     let acc = &mut partial.acc[rows.start * d..rows.end * d];
                     let soon = match pages.peek() {
                         Some(next) if token + 1 == task.tokens.len() => {
-                            Soon::f32(&self.keys[self.rows_of(next, task.head)])
+                            self.keys.soon(self.rows_of(next, task.head))
                         }
                         _ => Soon::default(),
                     };
-                    match self.values {
-                        Values::F32(values) => {
-                            add_rows(&scores, PAGE_TOKENS, &values[part], d, acc, soon);
-                        }
-                        Values::Bf16(values) => {
-                            add_bf16_rows(&scores, PAGE_TOKENS, &values[part], d, acc, soon);
-                        }
-                    }
+                    rows_of!(self.values, part, values => {
+                        add_rows(&scores, PAGE_TOKENS, values, d, acc, soon);
+                    });
                 }
             }
         }

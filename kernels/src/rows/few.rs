@@ -1,15 +1,18 @@
 //! Scores of a few queries against many rows, and weighted sums of rows: what a decoded token does with keys and values.
-//! Knows no page and no stream; rows lie side by side, as f32 or as bf16.
+//! Knows no page and no stream; rows lie side by side, as f32, bf16 or f16.
 //!
-//! With AVX2 and FMA, or AVX-512, the loops are written out: of a dot product whose partial sums are an array the compiler
+//! With AVX2, FMA and F16C, or AVX-512, the loops are written out: of a dot product whose partial sums are an array the compiler
 //! makes pieces of two lanes, and of a weighted sum one that loads and stores the sum for every row.
 
 use crate::simd::{self, multiversion};
+use half::slice::HalfFloatSliceExt;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod loops;
 
 /// Rows that are read after those that are worked on, in memory that the processor would only begin to fetch then: a stream of
 /// a few pages is too short for it to run ahead of.
@@ -17,13 +20,8 @@ mod avx512;
 pub(crate) struct Soon<'a>(&'a [u8]);
 
 impl<'a> Soon<'a> {
-    pub(crate) fn f32(rows: &'a [f32]) -> Self {
+    pub(crate) fn of<T: Number>(rows: &'a [T]) -> Self {
         // SAFETY: the bytes of the slice, for as long as it is borrowed; numbers have no padding.
-        Self(unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(rows)) })
-    }
-
-    pub(crate) fn bf16(rows: &'a [half::bf16]) -> Self {
-        // SAFETY: as above.
         Self(unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(rows)) })
     }
 
@@ -53,13 +51,59 @@ impl<'a> Soon<'a> {
 #[cfg(target_arch = "x86_64")]
 const STRIDE: usize = 4;
 
+/// A type in which rows are held; scores and sums of them are f32.
+pub(crate) trait Number: Copy + Sync {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "as above"))]
+    const KIND: Kind;
+
+    /// `rows` as f32, in `room` where they are not.
+    fn wide<'a>(rows: &'a [Self], room: &'a mut Vec<f32>) -> &'a [f32];
+}
+
+/// Which [`Number`] it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "read by the loops of x86-64"))]
+pub(crate) enum Kind {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Number for f32 {
+    const KIND: Kind = Kind::F32;
+
+    fn wide<'a>(rows: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
+        rows
+    }
+}
+
+impl Number for half::bf16 {
+    const KIND: Kind = Kind::Bf16;
+
+    fn wide<'a>(rows: &'a [Self], room: &'a mut Vec<f32>) -> &'a [f32] {
+        room.resize(rows.len(), 0.0);
+        widen_halves(rows, room);
+        room
+    }
+}
+
+impl Number for half::f16 {
+    const KIND: Kind = Kind::F16;
+
+    fn wide<'a>(rows: &'a [Self], room: &'a mut Vec<f32>) -> &'a [f32] {
+        room.resize(rows.len(), 0.0);
+        rows.convert_to_f32_slice(room);
+        room
+    }
+}
+
 /// scores[i, j] = queries[i] · rows[j]: `queries` (r, d), `rows` (n, d), `scores` r rows of n, `stride` apart.
 ///
-/// A score does not depend on the rows and queries beside it. Bounds are the caller's: whole rows, `stride` ≥ n, and room
-/// for the last score.
-pub(crate) fn dot_rows(
+/// A score does not depend on the rows and queries beside it, and is that of the same numbers in f32. Bounds are the
+/// caller's: whole rows, `stride` ≥ n, and room for the last score.
+pub(crate) fn dot_rows<T: Number>(
     queries: &[f32],
-    rows: &[f32],
+    rows: &[T],
     d: usize,
     scores: &mut [f32],
     stride: usize,
@@ -74,17 +118,17 @@ pub(crate) fn dot_rows(
         unsafe {
             let rows = rows.as_ptr().cast();
             match avx512::fits(d) {
-                true => avx512::dot_rows::<false>(queries, rows, (n, d), scores, stride, soon),
-                false => avx2::dot_rows::<false>(queries, rows, (n, d), scores, stride, soon),
+                true => avx512::dot_rows::<T>(queries, rows, (n, d), scores, stride, soon),
+                false => avx2::dot_rows::<T>(queries, rows, (n, d), scores, stride, soon),
             }
         }
         return;
     }
     super::prefetch(soon.0);
-    plain_dot_rows(queries, rows, d, scores, stride);
+    plain_dot_rows(queries, T::wide(rows, &mut Vec::new()), d, scores, stride);
 }
 
-/// [`dot_rows`] against rows of bf16, little-endian: the scores that it gives for the same numbers as f32.
+/// [`dot_rows`] against rows of bf16 as bytes, little-endian, of any alignment.
 pub(crate) fn dot_bf16_rows(
     queries: &[f32],
     rows: &[u8],
@@ -97,13 +141,12 @@ pub(crate) fn dot_bf16_rows(
         let n = rows.len() / (2 * d);
         assert!(queries.len().is_multiple_of(d) && rows.len() == n * d * 2);
         check_scores(queries.len() / d, n, scores, stride);
+        let (rows, soon) = (rows.as_ptr(), Soon::default());
         // SAFETY: as in `dot_rows`; two bytes for each number.
         unsafe {
-            let soon = Soon::default();
-            let rows = rows.as_ptr();
             match avx512::fits(d) {
-                true => avx512::dot_rows::<true>(queries, rows, (n, d), scores, stride, soon),
-                false => avx2::dot_rows::<true>(queries, rows, (n, d), scores, stride, soon),
+                true => avx512::dot_rows::<half::bf16>(queries, rows, (n, d), scores, stride, soon),
+                false => avx2::dot_rows::<half::bf16>(queries, rows, (n, d), scores, stride, soon),
             }
         }
         return;
@@ -115,11 +158,12 @@ pub(crate) fn dot_bf16_rows(
 
 /// acc[i] += Σ weights[i, j] · rows[j]: `weights` r rows of n, `stride` apart, `rows` (n, d), `acc` (r, d).
 ///
-/// A sum does not depend on the others. Bounds are the caller's: whole rows, `stride` ≥ n.
-pub(crate) fn add_rows(
+/// A sum does not depend on the others, and is that of the same numbers in f32. Bounds are the caller's: whole rows,
+/// `stride` ≥ n.
+pub(crate) fn add_rows<T: Number>(
     weights: &[f32],
     stride: usize,
-    rows: &[f32],
+    rows: &[T],
     d: usize,
     acc: &mut [f32],
     soon: Soon<'_>,
@@ -133,49 +177,14 @@ pub(crate) fn add_rows(
         unsafe {
             let rows = rows.as_ptr().cast();
             match avx512::fits(d) {
-                true => avx512::add_rows::<false>(weights, stride, rows, (n, d), acc, soon),
-                false => avx2::add_rows::<false>(weights, stride, rows, (n, d), acc, soon),
+                true => avx512::add_rows::<T>(weights, stride, rows, (n, d), acc, soon),
+                false => avx2::add_rows::<T>(weights, stride, rows, (n, d), acc, soon),
             }
         }
         return;
     }
     super::prefetch(soon.0);
-    plain_add_rows(weights, stride, rows, d, acc);
-}
-
-/// [`add_rows`] of rows of bf16: the sums that it gives for the same numbers as f32.
-pub(crate) fn add_bf16_rows(
-    weights: &[f32],
-    stride: usize,
-    rows: &[half::bf16],
-    d: usize,
-    acc: &mut [f32],
-    soon: Soon<'_>,
-) {
-    #[cfg(target_arch = "x86_64")]
-    if avx2::fits(d) {
-        let n = rows.len() / d;
-        assert!(acc.len().is_multiple_of(d) && rows.len() == n * d);
-        check_scores(acc.len() / d, n, weights, stride);
-        // SAFETY: as in `add_rows`; a bf16 is two bytes.
-        unsafe {
-            let rows = rows.as_ptr().cast();
-            match avx512::fits(d) {
-                true => avx512::add_rows::<true>(weights, stride, rows, (n, d), acc, soon),
-                false => avx2::add_rows::<true>(weights, stride, rows, (n, d), acc, soon),
-            }
-        }
-        return;
-    }
-    super::prefetch(soon.0);
-    let mut wide = vec![0f32; rows.len()];
-    widen(rows, &mut wide);
-    plain_add_rows(weights, stride, &wide, d, acc);
-}
-
-/// Numbers of type bf16 as f32, as many as `out` takes.
-pub(crate) fn widen(numbers: &[half::bf16], out: &mut [f32]) {
-    widen_halves(numbers, out);
+    plain_add_rows(weights, stride, T::wide(rows, &mut Vec::new()), d, acc);
 }
 
 #[inline(always)]
@@ -239,7 +248,7 @@ mod tests {
                     let (queries, rows) = (numbers(1, r * d), numbers(2, n * d));
                     let stride = n + 2;
                     let (mut scores, mut plain) = (vec![7f32; r * stride], vec![7f32; r * stride]);
-                    dot_rows(&queries, &rows, d, &mut scores, stride, Soon::f32(&rows));
+                    dot_rows(&queries, &rows, d, &mut scores, stride, Soon::of(&rows));
                     plain_dot_rows(&queries, &rows, d, &mut plain, stride);
                     for (score, plain) in scores.iter().zip(&plain) {
                         assert!((score - plain).abs() <= 2e-5, "d {d}, r {r}, n {n}");
@@ -264,17 +273,34 @@ mod tests {
         }
     }
 
+    /// Scores and weighted sums of `short` are those of the same numbers in f32.
+    fn assert_as_wide<T: Number>((d, r, n): (usize, usize, usize), short: &[T]) {
+        let mut wide = Vec::new();
+        let wide = T::wide(short, &mut wide);
+        let (queries, none) = (numbers(5, r * d), Soon::default());
+        let (mut scores, mut expected) = (vec![0f32; r * n], vec![0f32; r * n]);
+        dot_rows(&queries, short, d, &mut scores, n, Soon::of(short));
+        dot_rows(&queries, wide, d, &mut expected, n, none);
+        assert_eq!(scores, expected, "d {d}, r {r}, n {n}");
+        let (mut sums, mut expected) = (queries.clone(), queries);
+        add_rows(&scores, n, short, d, &mut sums, Soon::of(short));
+        add_rows(&scores, n, wide, d, &mut expected, none);
+        assert_eq!(sums, expected, "d {d}, r {r}, n {n}");
+    }
+
     #[test]
-    fn rows_of_bf16_score_as_the_same_numbers_of_f32() {
-        for (d, r, n) in [(64, 3, 8), (128, 7, 5), (24, 1, 4), (5, 2, 3), (64, 2, 0)] {
-            let queries = numbers(5, r * d);
-            let short: Vec<half::bf16> =
-                numbers(6, n * d).into_iter().map(half::bf16::from_f32).collect();
+    fn rows_of_16_bits_are_taken_as_the_same_numbers_of_f32() {
+        for (d, r, n) in [(64, 3, 8), (128, 7, 5), (24, 1, 4), (5, 2, 3), (64, 2, 0), (16, 4, 64)] {
+            // Large ones, small ones, and those that f16 has with fewer digits.
+            let rows = || (0..).zip(numbers(6, n * d)).map(|(i, x)| x * [1.0, 1e3, 1e-6][i % 3]);
+            assert_as_wide((d, r, n), &rows().map(half::f16::from_f32).collect::<Vec<_>>());
+            let short: Vec<half::bf16> = rows().map(half::bf16::from_f32).collect();
+            assert_as_wide((d, r, n), &short);
             let bytes: Vec<u8> = short.iter().flat_map(|x| x.to_le_bytes()).collect();
-            let wide: Vec<f32> = short.iter().map(|x| x.to_f32()).collect();
+            let queries = numbers(5, r * d);
             let (mut scores, mut expected) = (vec![0f32; r * n], vec![0f32; r * n]);
             dot_bf16_rows(&queries, &bytes, d, &mut scores, n);
-            dot_rows(&queries, &wide, d, &mut expected, n, Soon::default());
+            dot_rows(&queries, &short, d, &mut expected, n, Soon::default());
             assert_eq!(scores, expected, "d {d}, r {r}, n {n}");
         }
     }
@@ -293,10 +319,10 @@ mod tests {
             let (shape, none, bytes) = ((n, d), Soon::default(), rows.as_ptr().cast());
             // SAFETY: `fits` says that the processor has the features; n rows, r queries and as many scores are there.
             unsafe {
-                avx512::dot_rows::<false>(&queries, bytes, shape, &mut wide, stride, none);
-                avx2::dot_rows::<false>(&queries, bytes, shape, &mut narrow, stride, none);
-                avx512::add_rows::<false>(&wide, stride, bytes, shape, &mut wide_sums, none);
-                avx2::add_rows::<false>(&wide, stride, bytes, shape, &mut narrow_sums, none);
+                avx512::dot_rows::<f32>(&queries, bytes, shape, &mut wide, stride, none);
+                avx2::dot_rows::<f32>(&queries, bytes, shape, &mut narrow, stride, none);
+                avx512::add_rows::<f32>(&wide, stride, bytes, shape, &mut wide_sums, none);
+                avx2::add_rows::<f32>(&wide, stride, bytes, shape, &mut narrow_sums, none);
             }
             for (wide, narrow) in wide.iter().zip(&narrow) {
                 assert!((wide - narrow).abs() <= 2e-5, "d {d}, r {r}, n {n}: {wide}, {narrow}");
@@ -312,27 +338,19 @@ mod tests {
                 let stride = n + 3;
                 let (weights, rows) = (numbers(7, r * stride), numbers(8, n * d));
                 let (mut acc, mut plain) = (numbers(9, r * d), numbers(9, r * d));
-                add_rows(&weights, stride, &rows, d, &mut acc, Soon::f32(&weights));
+                add_rows(&weights, stride, &rows, d, &mut acc, Soon::of(&weights));
                 for (weights, plain) in weights.chunks(stride).zip(plain.chunks_exact_mut(d)) {
                     plain_add_rows(&weights[..n], n, &rows, d, plain);
                 }
                 for (x, y) in acc.iter().zip(&plain) {
                     assert!((x - y).abs() <= 2e-5, "d {d}, r {r}, n {n}: {x}, {y}");
                 }
-                // Alone, a sum has the same bits; and of bf16 those of the same numbers.
+                // Alone, a sum has the same bits.
                 for (i, acc) in acc.chunks_exact(d).enumerate() {
                     let mut alone = numbers(9, r * d)[i * d..(i + 1) * d].to_vec();
                     add_rows(&weights[i * stride..], stride, &rows, d, &mut alone, Soon::default());
                     assert_eq!(alone, acc);
                 }
-                let short: Vec<half::bf16> =
-                    rows.iter().map(|x| half::bf16::from_f32(*x)).collect();
-                let mut wide = vec![0f32; short.len()];
-                widen(&short, &mut wide);
-                let (mut of_short, mut of_wide) = (numbers(9, r * d), numbers(9, r * d));
-                add_bf16_rows(&weights, stride, &short, d, &mut of_short, Soon::bf16(&short));
-                add_rows(&weights, stride, &wide, d, &mut of_wide, Soon::default());
-                assert_eq!(of_short, of_wide, "d {d}, r {r}, n {n}");
             }
         }
     }

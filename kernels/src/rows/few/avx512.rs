@@ -1,7 +1,8 @@
 //! The loops of [`super`] in registers of sixteen numbers: half the instructions, which is what bounds them where another
 //! thread has a share of the core.
 
-use super::{STRIDE, Soon};
+use super::loops::loops;
+use super::{Kind, Number, STRIDE, Soon};
 use crate::simd::{self, Level};
 use std::arch::x86_64::*;
 
@@ -16,55 +17,7 @@ pub(super) fn fits(d: usize) -> bool {
     d > 0 && d.is_multiple_of(LANES) && simd::level() == Level::Avx512
 }
 
-/// # Safety
-/// AVX-512F; `rows` reaches n · d numbers of f32, or of bf16 if `BF16`, d a multiple of LANES; `scores` has room for n scores
-/// behind each whole `stride` of queries.
-#[target_feature(enable = "avx512f,avx2,fma")]
-pub(super) unsafe fn dot_rows<const BF16: bool>(
-    queries: &[f32],
-    rows: *const u8,
-    (n, d): (usize, usize),
-    scores: &mut [f32],
-    stride: usize,
-    soon: Soon<'_>,
-) {
-    let per_row = soon.per_row(n);
-    let row_bytes = d * if BF16 { 2 } else { 4 };
-    let r = queries.len() / d;
-    let blocks = n / ROWS * ROWS;
-    let mut i = 0;
-    while i < r {
-        let count = (r - i).min(4);
-        // SAFETY: `i + count` queries are there, and rows and scores as the caller says; the last rows have a block of their
-        // own each.
-        unsafe {
-            let queries = queries.as_ptr().add(i * d);
-            let scores = scores.as_mut_ptr().add(i * stride);
-            for j in (0..blocks).step_by(ROWS) {
-                if i == 0 {
-                    soon.ask(j, per_row);
-                }
-                let (rows, scores) = (rows.add(j * row_bytes), scores.add(j));
-                match count {
-                    4 => block::<BF16, 4, ROWS>(queries, rows, d, scores, stride),
-                    3 => block::<BF16, 3, ROWS>(queries, rows, d, scores, stride),
-                    2 => block::<BF16, 2, ROWS>(queries, rows, d, scores, stride),
-                    _ => block::<BF16, 1, ROWS>(queries, rows, d, scores, stride),
-                }
-            }
-            for j in blocks..n {
-                let (rows, scores) = (rows.add(j * row_bytes), scores.add(j));
-                match count {
-                    4 => block::<BF16, 4, 1>(queries, rows, d, scores, stride),
-                    3 => block::<BF16, 3, 1>(queries, rows, d, scores, stride),
-                    2 => block::<BF16, 2, 1>(queries, rows, d, scores, stride),
-                    _ => block::<BF16, 1, 1>(queries, rows, d, scores, stride),
-                }
-            }
-        }
-        i += count;
-    }
-}
+loops!("avx512f,avx2,fma", 4: 4 3 2 1);
 
 /// Q queries against K rows, K ≤ ROWS.
 ///
@@ -72,20 +25,20 @@ pub(super) unsafe fn dot_rows<const BF16: bool>(
 /// AVX-512F; Q · d numbers at `queries`, K rows at `rows`, and K scores at every `stride` of `scores`, Q times.
 #[inline]
 #[target_feature(enable = "avx512f,avx2,fma")]
-unsafe fn block<const BF16: bool, const Q: usize, const K: usize>(
+unsafe fn block<T: Number, const Q: usize, const K: usize>(
     queries: *const f32,
     rows: *const u8,
     d: usize,
     scores: *mut f32,
     stride: usize,
 ) {
-    let size = if BF16 { 2 } else { 4 };
+    let size = size_of::<T>();
     let mut sums = [[_mm512_setzero_ps(); ROWS]; Q];
     for x in (0..d).step_by(LANES) {
         for k in 0..K {
             // SAFETY: LANES numbers from x on are within row k and every query.
             unsafe {
-                let row = load::<BF16>(rows.add((k * d + x) * size));
+                let row = load::<T>(rows.add((k * d + x) * size));
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let query = _mm512_loadu_ps(queries.add(i * d + x));
                     sums[k] = _mm512_fmadd_ps(query, row, sums[k]);
@@ -121,80 +74,23 @@ fn sum_of_pairs(a: __m512, b: __m512) -> __m512 {
     _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
 }
 
-/// LANES numbers of f32, or of bf16 as f32.
+/// LANES numbers as f32.
 ///
 /// # Safety
 /// AVX-512F; the numbers are there.
 #[inline]
 #[target_feature(enable = "avx512f,avx2")]
-unsafe fn load<const BF16: bool>(at: *const u8) -> __m512 {
+unsafe fn load<T: Number>(at: *const u8) -> __m512 {
     // SAFETY: as the caller says; no alignment is asked for.
     unsafe {
-        if BF16 {
-            let short = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32(short, 16))
-        } else {
-            _mm512_loadu_ps(at.cast())
-        }
-    }
-}
-
-/// # Safety
-/// AVX-512F; `rows` reaches n · d numbers of f32, or of bf16 if `BF16`, d a multiple of LANES; `weights` has n behind each
-/// whole `stride` of sums.
-#[target_feature(enable = "avx512f,avx2,fma")]
-pub(super) unsafe fn add_rows<const BF16: bool>(
-    weights: &[f32],
-    stride: usize,
-    rows: *const u8,
-    (n, d): (usize, usize),
-    acc: &mut [f32],
-    soon: Soon<'_>,
-) {
-    let size = if BF16 { 2 } else { 4 };
-    let r = acc.len() / d;
-    let mut i = 0;
-    while i < r {
-        let count = (r - i).min(4);
-        let mut x = 0;
-        while x < d {
-            // SAFETY: the columns from x on, as many as a branch takes, are within every row and every sum.
-            unsafe {
-                let rows = rows.add(x * size);
-                let acc = acc.as_mut_ptr().add(i * d + x);
-                let weights = weights.as_ptr().add(i * stride);
-                let wide = (d - x) / LANES >= 4;
-                let soon = if x == 0 && i == 0 { soon } else { Soon::default() };
-                x += LANES
-                    * match (count, wide) {
-                        (4, true) => {
-                            columns::<BF16, 4, 4>(weights, stride, rows, (n, d), acc, soon)
-                        }
-                        (4, false) => {
-                            columns::<BF16, 4, 1>(weights, stride, rows, (n, d), acc, soon)
-                        }
-                        (3, true) => {
-                            columns::<BF16, 3, 4>(weights, stride, rows, (n, d), acc, soon)
-                        }
-                        (3, false) => {
-                            columns::<BF16, 3, 1>(weights, stride, rows, (n, d), acc, soon)
-                        }
-                        (2, true) => {
-                            columns::<BF16, 2, 4>(weights, stride, rows, (n, d), acc, soon)
-                        }
-                        (2, false) => {
-                            columns::<BF16, 2, 1>(weights, stride, rows, (n, d), acc, soon)
-                        }
-                        (_, true) => {
-                            columns::<BF16, 1, 4>(weights, stride, rows, (n, d), acc, soon)
-                        }
-                        (_, false) => {
-                            columns::<BF16, 1, 1>(weights, stride, rows, (n, d), acc, soon)
-                        }
-                    };
+        match T::KIND {
+            Kind::F32 => _mm512_loadu_ps(at.cast()),
+            Kind::Bf16 => {
+                let short = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32(short, 16))
             }
+            Kind::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())),
         }
-        i += count;
     }
 }
 
@@ -205,7 +101,7 @@ pub(super) unsafe fn add_rows<const BF16: bool>(
 /// `weights`, Q times.
 #[inline]
 #[target_feature(enable = "avx512f,avx2,fma")]
-unsafe fn columns<const BF16: bool, const Q: usize, const N: usize>(
+unsafe fn columns<T: Number, const Q: usize, const N: usize>(
     weights: *const f32,
     stride: usize,
     rows: *const u8,
@@ -214,7 +110,7 @@ unsafe fn columns<const BF16: bool, const Q: usize, const N: usize>(
     soon: Soon<'_>,
 ) -> usize {
     let per_row = soon.per_row(n);
-    let size = if BF16 { 2 } else { 4 };
+    let size = size_of::<T>();
     let mut sums = [[_mm512_setzero_ps(); N]; Q];
     // SAFETY: as the caller says.
     unsafe {
@@ -232,7 +128,7 @@ unsafe fn columns<const BF16: bool, const Q: usize, const N: usize>(
                 *own = _mm512_set1_ps(*weights.add(i * stride + j));
             }
             for k in 0..N {
-                let row = load::<BF16>(rows.add((j * d + k * LANES) * size));
+                let row = load::<T>(rows.add((j * d + k * LANES) * size));
                 for (sums, own) in sums.iter_mut().zip(&own) {
                     sums[k] = _mm512_fmadd_ps(*own, row, sums[k]);
                 }

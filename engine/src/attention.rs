@@ -2,15 +2,15 @@
 //! Knows positions, the cache and FastMKA's route; knows no weights of a model and no file.
 
 use crate::cache::{Cache, SINK_PAGES};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::models::decoder::{Linear, Loader, SummedLinear};
 use crate::models::frequencies::Frequencies;
 use crate::pages::{PageStore, RecallScope, Recalled, Together};
 use candle_core::{D, Tensor};
 use mka_kernels::{
     AttentionParams, AttentionPart, AttentionRun, AttentionState, PAGE_TOKENS, PagePool,
-    RotaryAngles, ema_advance, ema_scan, fuse_levels, merge_states, paged_attention,
-    paged_attention_parts, paged_attention_runs, rotate,
+    RotaryAngles, ShareSums, ema_advance, ema_scan, fuse_levels, merge_states, paged_attention,
+    paged_attention_runs, paged_attention_union, rotate,
 };
 use std::sync::Arc;
 
@@ -103,11 +103,6 @@ impl Far {
         }));
         parts
     }
-}
-
-/// The state of the next part.
-fn next_state(states: &mut impl Iterator<Item = AttentionState>) -> Result<AttentionState> {
-    states.next().ok_or_else(|| Error::invalid("attention: a part without a state"))
 }
 
 /// Pages of `pool` that rotated queries attend to.
@@ -243,20 +238,23 @@ impl<'a> AttentionSeam<'a> {
         let far = self.far(layer, sliding_window, 0, q, rotated.clone())?;
         let window = Some(self.cache.window_tokens());
         let near = self.stream_params(&rotated, window_pages, window, sliding_window)?;
+        let recalled = far.recalled.as_ref().map(|(recalled, _)| recalled.as_ref());
+        let sums = match (recalled, self.cache.pages_mut()) {
+            (Some(_), Some(pages)) => pages.share_sums(layer, q.dim(1)?)?,
+            _ => None,
+        };
         let mut parts = vec![part(&rotated, self.cache.pool(layer), &near)];
         parts.extend(far.parts(self.cache.pool(layer)));
-        let states = paged_attention_parts(&parts)?;
-        // Behind window and sinks.
-        let lse = states.get(2).map(|recalled| recalled.lse.clone());
-        let mut states = states.into_iter();
-        let recent = next_state(&mut states)?;
-        let merged = merge_states(&self.far_state(layer, q, &far, states)?, &recent)?;
-        if let (Some((recalled, _)), Some(lse), Some(pages)) =
-            (&far.recalled, lse, self.cache.pages_mut())
-        {
-            pages.note_share(layer, recalled, &lse, &merged.lse)?;
+        // What is recalled is the last part.
+        let counted = parts.len() - 1;
+        let recovered = recalled.and_then(Recalled::recovered_on_device);
+        let shares = sums.as_ref().map(|sums| ShareSums { part: counted, sums, recovered });
+        let union = paged_attention_union(&parts, shares.as_ref())?;
+        let state = self.with_estimate(layer, q, recalled, union.state)?;
+        if let (Some(recalled), Some(pages)) = (recalled, self.cache.pages_mut()) {
+            pages.note_share(layer, recalled, &union.part_lses[counted], &state.lse)?;
         }
-        Ok(merged.out)
+        Ok(state.out)
     }
 
     /// Attention of rotated queries to `pages` of the stream in the device's pool.
@@ -320,8 +318,9 @@ impl<'a> AttentionSeam<'a> {
         rotated: Tensor,
     ) -> Result<AttentionState> {
         let far = self.far(layer, sliding_window, first, q, rotated)?;
-        let states = paged_attention_parts(&far.parts(self.cache.pool(layer)))?;
-        self.far_state(layer, q, &far, states.into_iter())
+        let union = paged_attention_union(&far.parts(self.cache.pool(layer)), None)?;
+        let recalled = far.recalled.as_ref().map(|(recalled, _)| recalled.as_ref());
+        self.with_estimate(layer, q, recalled, union.state)
     }
 
     /// What one run's queries attend to behind their window, chosen now.
@@ -352,22 +351,20 @@ impl<'a> AttentionSeam<'a> {
         Ok(Far { query, sinks, recalled })
     }
 
-    /// The states of [`Far::parts`] as one, with that of what was left out where it is estimated.
-    fn far_state(
+    /// `state` and, where what was not recalled is estimated, that.
+    fn with_estimate(
         &self,
         layer: usize,
         q: &Tensor,
-        far: &Far,
-        mut states: impl Iterator<Item = AttentionState>,
+        recalled: Option<&Recalled>,
+        state: AttentionState,
     ) -> Result<AttentionState> {
-        let sinks = next_state(&mut states)?;
-        let (Some(own), Some((recalled, _))) = (states.next(), &far.recalled) else {
-            return Ok(sinks);
+        let (Some(recalled), Some(pages)) = (recalled, self.cache.pages()) else {
+            return Ok(state);
         };
-        let merged = merge_states(&sinks, &own)?;
-        match self.cache.pages().map(|pages| pages.estimate(layer, q, recalled)).transpose()? {
-            Some(Some(rest)) => Ok(merge_states(&merged, &rest)?),
-            _ => Ok(merged),
+        match pages.estimate(layer, q, recalled)? {
+            Some(rest) => Ok(merge_states(&state, &rest)?),
+            None => Ok(state),
         }
     }
 

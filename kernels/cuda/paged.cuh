@@ -47,7 +47,7 @@ __device__ __forceinline__ Page page_at(const PagedParams &p, uint32_t i) {
 }
 
 // First position, relative to the first query's, that query token `i` sees; the host keeps distances below 2^30.
-__device__ __forceinline__ int32_t first_visible(const PagedParams &p, uint32_t i) {
+template <class Params> __device__ __forceinline__ int32_t first_visible(const Params &p, uint32_t i) {
   const uint64_t end = p.query_start + i + 1;
   const uint64_t by_page = end > p.window_tokens ? (end - p.window_tokens) / PAGE_TOKENS * PAGE_TOKENS : 0;
   const uint64_t by_token = end > p.sliding_window ? end - p.sliding_window : 0;
@@ -61,7 +61,7 @@ struct Visible {
   __device__ __forceinline__ bool sees(int32_t key) const { return key >= first && key <= last; }
 };
 
-__device__ __forceinline__ Visible visible_to_row(const PagedParams &p, uint32_t row) {
+template <class Params> __device__ __forceinline__ Visible visible_to_row(const Params &p, uint32_t row) {
   if (row >= p.t * p.group) return Visible{1, 0};
   const uint32_t token = row / p.group;
   return Visible{first_visible(p, token), int32_t(token)};
@@ -79,7 +79,8 @@ struct TileView {
   }
 };
 
-__device__ __forceinline__ TileView view_of_rows(const PagedParams &p, uint32_t row, uint32_t n) {
+template <class Params>
+__device__ __forceinline__ TileView view_of_rows(const Params &p, uint32_t row, uint32_t n) {
   const uint32_t rows = p.t * p.group;
   if (row >= rows) return TileView{1, -(1 << 30), 1, -(1 << 30)};
   const uint32_t last_row = row + n <= rows ? row + n - 1 : rows - 1;
@@ -89,13 +90,21 @@ __device__ __forceinline__ TileView view_of_rows(const PagedParams &p, uint32_t 
 }
 
 // Index of the output row of a tile's row: rows are ordered (token, head of the group).
-__device__ __forceinline__ uint64_t output_row(const PagedParams &p, uint32_t head, uint32_t row) {
+template <class Params> __device__ __forceinline__ uint64_t output_row(const Params &p, uint32_t head, uint32_t row) {
   return uint64_t(row / p.group) * p.h + uint64_t(head) * p.group + row % p.group;
 }
 
 __device__ __forceinline__ float rescale_from(float old_max, float new_max) {
   // Both -inf: nothing was seen yet, and nothing is there to rescale.
   return new_max == -INFINITY ? 1.0f : exp2f(old_max - new_max);
+}
+
+// Writes the lse of a row; one warp, of whose lanes lane l knows splits l, l + 32, ..: what e^(maximum - top) and what
+// the sum of each is. Overloaded where a list of several parts wants more of it.
+template <class Params>
+__device__ __forceinline__ void store_lse(const Params &p, uint64_t row, float top, float total,
+                                          const float (&)[MAX_SPLITS / 32], const float (&)[MAX_SPLITS / 32]) {
+  if (threadIdx.x % 32 == 0) p.lse[row] = total > 0.0f ? top * 0.693147180559945f + logf(total) : -INFINITY;
 }
 
 // Stores this block's part of a tile (in `acc`, 8 rows of `stride` floats, `max`, `sum`: shared memory) and, in the
@@ -178,9 +187,7 @@ __device__ void finish_split(const Params &p, uint32_t head, uint32_t tile, uint
 #pragma unroll
     for (int i = 0; i < MAX_SPLITS / 32; i++)
       if (lane + 32 * i < p.splits) weights[row * MAX_SPLITS + lane + 32 * i] = part_max[i] * scale;
-    if (lane == 0)
-      p.lse[output_row(p, head, row0 + row)] =
-          total > 0.0f ? top * 0.693147180559945f + logf(total) : -INFINITY;
+    store_lse(p, output_row(p, head, row0 + row), top, total, part_max, part_sum);
   }
   __syncthreads();
   for (;;) {

@@ -434,19 +434,15 @@ struct ShareParams {
   const float *lse;       // (h): of the recalled tokens
   const float *all;       // (h): of all
   const float *recovered; // (1); null: not estimated
-  float *sums;            // (2): share and recovered, added to
+  float *sums;            // (h + 1): each head's share, and recovered; added to
   uint32_t h;
 };
 
 // One warp.
 extern "C" __global__ void note_share(const ShareParams p) {
-  float sum = 0.0f;
-  for (uint32_t i = threadIdx.x; i < p.h; i += 32) sum += expf(p.lse[i] - p.all[i]);
-  sum = warp_sum(sum);
-  if (threadIdx.x == 0) {
-    p.sums[0] += sum / float(p.h);
-    if (p.recovered) p.sums[1] += *p.recovered;
-  }
+  for (uint32_t i = threadIdx.x; i < p.h; i += 32)
+    if (p.all[i] > -INFINITY) p.sums[i] += expf(p.lse[i] - p.all[i]);
+  if (threadIdx.x == 0 && p.recovered) p.sums[p.h] += *p.recovered;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) score_landmarks(const __grid_constant__ VoteParams p) {

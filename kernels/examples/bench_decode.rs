@@ -1,9 +1,11 @@
 //! Times what a decoded token attends to on the processor, beside a read of as many bytes in the same run: window, sinks and
-//! recalled tokens of the default model, one part after the other and at once.
+//! recalled tokens of the default model, one part after the other and at once, recalled keys in f32 and in f16.
 //! Knows the public API only; keys and values are synthetic. `RAYON_NUM_THREADS` threads; see `evals/docs/recall.md`.
 
 use candle_core::{DType, Device, Result, Tensor};
-use mka_kernels::{AttentionParams, AttentionPart, PAGE_TOKENS, PageRef, paged_attention_parts};
+use mka_kernels::{
+    AttentionParams, AttentionPart, PAGE_TOKENS, PageRef, paged_attention, paged_attention_union,
+};
 use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
@@ -41,23 +43,32 @@ fn main() -> Result<()> {
     let (layers, heads, kv_heads, d) = MODEL;
     let pool =
         |pages: usize| Tensor::randn(0f32, 1.0, (pages, kv_heads, PAGE_TOKENS, d), &Device::Cpu);
-    let pools = |pages: usize, values: DType| -> Result<Vec<(Tensor, Tensor)>> {
-        (0..layers).map(|_| Ok((pool(pages)?, pool(pages)?.to_dtype(values)?))).collect()
+    let pools = |pages: usize, keys: DType, values: DType| -> Result<Vec<(Tensor, Tensor)>> {
+        let layer = |_| Ok((pool(pages)?.to_dtype(keys)?, pool(pages)?.to_dtype(values)?));
+        (0..layers).map(layer).collect()
     };
-    let (window, recalled) = (pools(WINDOW, DType::F32)?, pools(RECALLED, DType::BF16)?);
+    let window = pools(WINDOW, DType::F32, DType::F32)?;
+    let [wide, short] = [DType::F32, DType::F16].map(|keys| pools(RECALLED, keys, DType::BF16));
+    let (wide, short) = (wide?, short?);
     let q = Tensor::randn(0f32, 1.0, (1, heads, d), &Device::Cpu)?;
     let (near, sinks, far) = (params(WINDOW), params(1), params(RECALLED));
-    let parts = |layer: usize| {
+    let own = AttentionPart { q: &q, keys: &window[0].0, values: &window[0].1, params: &near };
+    let parts = |layer: usize,
+                 recalled: &[(Tensor, Tensor)],
+                 of: &dyn Fn(&[AttentionPart<'_>]) -> Result<()>| {
         let ((keys, values), (far_keys, far_values)) = (&window[layer], &recalled[layer]);
-        let near = AttentionPart { q: &q, keys, values, params: &near };
-        let far = AttentionPart { keys: far_keys, values: far_values, params: &far, ..near };
-        [near, AttentionPart { params: &sinks, ..near }, far]
+        let near = AttentionPart { keys, values, ..own };
+        let far = AttentionPart { keys: far_keys, values: far_values, params: &far, ..own };
+        of(&[near, AttentionPart { params: &sinks, ..near }, far])
     };
-    let alone = fastest(|layer| paged_attention_parts(&parts(layer)[..1]).map(drop))?;
-    let in_turn = fastest(|layer| {
-        parts(layer).iter().try_for_each(|part| paged_attention_parts(&[*part]).map(drop))
-    })?;
-    let at_once = fastest(|layer| paged_attention_parts(&parts(layer)).map(drop))?;
+    let union = |parts: &[AttentionPart<'_>]| paged_attention_union(parts, None).map(drop);
+    let each = |part: &AttentionPart<'_>| {
+        paged_attention(part.q, part.keys, part.values, part.params).map(drop)
+    };
+    let alone = fastest(|layer| parts(layer, &wide, &|parts| union(&parts[..2])))?;
+    let in_turn = fastest(|layer| parts(layer, &wide, &|parts| parts.iter().try_for_each(each)))?;
+    let [at_once, in_f16] =
+        [&wide, &short].map(|recalled| fastest(|layer| parts(layer, recalled, &union)));
     let row = |what: &str, ms: f64, bytes: usize| -> Result<()> {
         let numbers = vec![1f32; bytes / 4 / layers];
         let copies: Vec<Vec<f32>> = (0..layers).map(|_| numbers.clone()).collect();
@@ -85,7 +96,9 @@ fn main() -> Result<()> {
     println!("|---|---|---|---|---|---|");
     let rows = layers * kv_heads * PAGE_TOKENS * d;
     let (of_window, of_recalled) = (rows * WINDOW * 8, rows * RECALLED * 6);
-    row("window alone", alone, of_window)?;
+    let of_keys = rows * RECALLED * 2;
+    row("window and sinks", alone, of_window)?;
     row("window, sinks, recalled: one after the other", in_turn, of_window + of_recalled)?;
-    row("at once", at_once, of_window + of_recalled)
+    row("at once", at_once?, of_window + of_recalled)?;
+    row("the same, recalled keys in f16", in_f16?, of_window + of_recalled - of_keys)
 }

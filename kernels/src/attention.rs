@@ -5,8 +5,10 @@
 mod cuda;
 mod merge;
 mod portable;
+mod union;
 
 pub use merge::{MergeGradients, merge_states, merge_states_backward};
+pub use union::{AttentionUnion, ShareSums, paged_attention_union};
 
 use crate::pages::PAGE_TOKENS;
 #[cfg(feature = "cuda")]
@@ -79,7 +81,7 @@ pub struct AttentionPart<'a> {
     pub q: &'a Tensor,
     /// (s, g, PAGE_TOKENS, d), rotated.
     pub keys: &'a Tensor,
-    /// As `keys`.
+    /// The same shape.
     pub values: &'a Tensor,
     /// Which pages, and what of them is seen.
     pub params: &'a AttentionParams,
@@ -89,8 +91,8 @@ pub struct AttentionPart<'a> {
 ///
 /// Shapes: `q` (t, h, d), rotated; `keys`, `values` (s, g, PAGE_TOKENS, d), contiguous; h a multiple of g, head i
 /// reading key/value head i / (h / g). Nothing of the pool is copied.
-/// Types: on the CPU f32, the values also bf16; on CUDA f32, bf16 or f16, all three alike, where d is 64, 96, 128 or
-/// 256, for f32 also 16 or 32.
+/// Types: on the CPU f32, keys and values also bf16 or f16; on CUDA f32, bf16 or f16, all three alike, where d is 64, 96,
+/// 128 or 256, for f32 also 16 or 32.
 ///
 /// The split of the work depends on the shapes alone, so that equal inputs give equal bits on any number of threads.
 ///

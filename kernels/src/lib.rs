@@ -8,6 +8,7 @@
 //! | op | formula | shapes | source |
 //! |---|---|---|---|
 //! | [`paged_attention`] | softmax(q kᵀ · scale) v over a list of pages | q (t, h, d); pools (s, g, p, d) | FlashAttention-2, arXiv 2307.08691, alg. 1 |
+//! | [`paged_attention_union`] | the same over several pools with one softmax | q of each (t, h, d); its pool | FlashInfer, arXiv 2501.01005, sec. 2.2 |
 //! | [`attention`] | softmax(q kᵀ · scale) v, with gradients | q (b, tq, h, d); k, v (b, tk, g, d) | FlashAttention-2, arXiv 2307.08691, alg. 1 and 2 |
 //! | [`merge_states`] | log-sum-exp merge of two attentions | out (t, h, d), lse (t, h) | FlashInfer, arXiv 2501.01005, sec. 2.2 |
 //! | [`landmarks`], [`score_landmarks`] | means of keys; Σ over heads of softmax(q landmarkᵀ · scale) | pool (s, g, p, d); landmarks (n, g, d) | `reference` |
@@ -57,9 +58,9 @@ pub mod tape;
 #[cfg(feature = "cuda")]
 pub use adamw::{AdamWStep, adamw, square_sum};
 pub use attention::{
-    AttentionParams, AttentionPart, AttentionRun, AttentionState, MergeGradients, PageRef,
-    merge_states, merge_states_backward, paged_attention, paged_attention_parts,
-    paged_attention_runs,
+    AttentionParams, AttentionPart, AttentionRun, AttentionState, AttentionUnion, MergeGradients,
+    PageRef, ShareSums, merge_states, merge_states_backward, paged_attention,
+    paged_attention_parts, paged_attention_runs, paged_attention_union,
 };
 pub use cross_entropy::cross_entropy;
 pub use elementwise::{silu_bias, silu_bias_backward, silu_mul, silu_mul_backward};

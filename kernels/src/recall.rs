@@ -15,7 +15,7 @@ pub use stored::StoredPages;
 use crate::pages::PAGE_TOKENS;
 #[cfg(feature = "cuda")]
 use candle_core::Device;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 /// Keys that share a landmark.
 pub const SPAN: usize = 8;
@@ -26,8 +26,8 @@ pub const MAX_RUNS: usize = 16;
 /// Pages that there is room for at first.
 const FIRST_PAGES: usize = 16;
 
-/// Adds to `sums` (2), f32, in place, the mean over the heads of e^(lse - all), and `recovered` (1) where it is given:
-/// which share of a query's attention went to some of its keys.
+/// Adds to `sums` (h + 1), f32, in place, e^(lse - all) of each head, 0 where nothing was seen, and `recovered` (1) to the last
+/// where it is given: which share of a query's attention went to some of its keys.
 ///
 /// Shapes: `lse`, `all` (1, h), f32.
 ///
@@ -40,13 +40,17 @@ pub fn note_share(
     recovered: Option<&Tensor>,
 ) -> Result<()> {
     let (t, h) = lse.dims2()?;
+    let fits = |x: &Tensor| x.dtype() == DType::F32 && x.device().same_device(lse.device());
     if t != 1
         || h == 0
         || all.dims() != lse.dims()
-        || sums.dims() != [2]
+        || sums.dims() != [h + 1]
         || recovered.is_some_and(|x| x.dims() != [1])
+        || ![Some(lse), Some(all), Some(sums), recovered].into_iter().flatten().all(fits)
     {
-        bail!("note_share: lse {lse:?} of {all:?} into {sums:?}, expected (1, h) into (2)");
+        bail!(
+            "note_share: lse {lse:?} of {all:?} and {recovered:?} into {sums:?}, expected (1, h) and (1) into (h + 1), f32 of one device"
+        );
     }
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = sums.device() {

@@ -6,7 +6,8 @@ use mka_kernels::{AttentionRun, PAGE_TOKENS, PageRef};
 
 /// What one layer's queries attend to beside sinks and window.
 pub(crate) struct Recalled {
-    /// (pages, num_kv_heads, PAGE_TOKENS, head_dim), rotated; each head may hold other tokens.
+    /// (pages, num_kv_heads, PAGE_TOKENS, head_dim), rotated; each head may hold other tokens. On the processor f16 where
+    /// the pages hold bf16.
     pub(crate) keys: Tensor,
     /// The same shape; on the processor bf16 where the pages hold them so.
     pub(crate) values: Tensor,
@@ -41,6 +42,14 @@ pub(crate) enum Recovered {
 }
 
 impl Recalled {
+    /// What the device knows of [`Recalled::recovered`].
+    pub(crate) fn recovered_on_device(&self) -> Option<&Tensor> {
+        match &self.recovered {
+            Recovered::OnDevice(share) => Some(share),
+            _ => None,
+        }
+    }
+
     /// References to its pages, each visible to every query.
     pub(crate) fn page_refs(&self) -> Vec<PageRef> {
         let len = |slot: usize| PAGE_TOKENS.min(self.tokens - slot * PAGE_TOKENS);

@@ -19,11 +19,9 @@ pub(super) struct Tally {
 }
 
 impl PageStore {
-    /// Sums of shares from zero on; without the device's memory they are noted on the host.
+    /// Sums of shares from zero on, on the device or on the host.
     pub(super) fn zero_sums(&mut self, on_device: bool) {
-        let zero = |_| Tensor::zeros(2, DType::F32, &self.device).ok();
-        let sums = on_device.then(|| (0..self.shape.num_layers).map(zero).collect::<Option<_>>());
-        self.sums = sums.flatten().unwrap_or_default();
+        self.sums = if on_device { vec![None; self.shape.num_layers] } else { Vec::new() };
     }
 
     /// Begins to count what a turn recalls.
@@ -33,8 +31,28 @@ impl PageStore {
         self.message = Message::default();
     }
 
-    /// Notes which share of its attention one query of `layer` gave to `recalled`: lse (1, num_heads) of these and of
-    /// all.
+    /// Where the device sums, as it attends, which share of the attention of each of `num_heads` heads of `layer` goes to
+    /// what is recalled; None where they are noted afterwards.
+    ///
+    /// # Errors
+    /// If the device has no memory for them.
+    pub(crate) fn share_sums(&mut self, layer: usize, num_heads: usize) -> Result<Option<Tensor>> {
+        // An estimate of the rest comes behind the attention.
+        if self.config.estimate { Ok(None) } else { self.sums_of(layer, num_heads) }
+    }
+
+    /// The layer's sums on the device; None where the host has them.
+    fn sums_of(&mut self, layer: usize, num_heads: usize) -> Result<Option<Tensor>> {
+        let Some(sums) = self.sums.get_mut(layer) else { return Ok(None) };
+        if sums.is_none() {
+            // The last one is that of shares recovered.
+            *sums = Some(Tensor::zeros(num_heads + 1, DType::F32, &self.device)?);
+        }
+        Ok(sums.clone())
+    }
+
+    /// Notes that one query of `layer` attended to `recalled`, and where [`PageStore::share_sums`] sums nothing which share
+    /// of its attention went there: lse (1, num_heads) of these and of all.
     pub(crate) fn note_share(
         &mut self,
         layer: usize,
@@ -42,28 +60,27 @@ impl PageStore {
         lse: &Tensor,
         all: &Tensor,
     ) -> Result<()> {
-        let tally = &mut self.tally[layer];
+        let mut tally = self.tally[layer];
         tally.queries += 1;
         tally.tokens = recalled.tokens;
         tally.estimated += usize::from(!matches!(recalled.recovered, Recovered::Unknown));
-        let on_device = match &recalled.recovered {
-            Recovered::Unknown => None,
-            Recovered::Share(share) => {
-                tally.recovered += share;
-                None
+        if let Recovered::Share(share) = recalled.recovered {
+            tally.recovered += share;
+        }
+        if self.sums.is_empty() {
+            let numbers = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+            let shares = numbers(lse)?.into_iter().zip(numbers(all)?);
+            let shares = shares.map(|(own, all)| (own - all).exp());
+            tally.share += shares.sum::<f32>() / lse.elem_count().max(1) as f32;
+            if let Some(share) = recalled.recovered_on_device() {
+                tally.recovered += numbers(share)?.iter().sum::<f32>();
             }
-            Recovered::OnDevice(share) => Some(share),
-        };
-        if let Some(sums) = self.sums.get(layer) {
-            return Ok(recall::note_share(sums, lse, all, on_device)?);
+        } else if self.config.estimate
+            && let Some(sums) = self.sums_of(layer, lse.dim(1)?)?
+        {
+            recall::note_share(&sums, lse, all, recalled.recovered_on_device())?;
         }
-        let numbers = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
-        let (lse, all) = (numbers(lse)?, numbers(all)?);
-        let shares = lse.iter().zip(&all).map(|(own, all)| (own - all).exp());
-        tally.share += shares.sum::<f32>() / lse.len().max(1) as f32;
-        if let Some(share) = on_device {
-            tally.recovered += numbers(share)?.iter().sum::<f32>();
-        }
+        self.tally[layer] = tally;
         Ok(())
     }
 
@@ -74,10 +91,12 @@ impl PageStore {
     pub(crate) fn usage(&self) -> Result<PageUsage> {
         let mut tally = self.tally.clone();
         for (tally, sums) in tally.iter_mut().zip(&self.sums) {
-            if tally.queries > 0 {
+            if let Some(sums) = sums {
                 let sums = sums.to_vec1::<f32>()?;
-                tally.share += sums[0];
-                tally.recovered += sums[1];
+                if let Some((recovered, heads)) = sums.split_last() {
+                    tally.share += heads.iter().sum::<f32>() / heads.len().max(1) as f32;
+                    tally.recovered += recovered;
+                }
             }
         }
         let mean = |sum: f32, count: usize| if count == 0 { 0.0 } else { sum / count as f32 };

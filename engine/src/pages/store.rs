@@ -87,8 +87,9 @@ pub(crate) struct PageStore {
     pub(crate) active: bool,
     /// What single queries recalled since [`PageStore::begin_turn`], by layer.
     pub(super) tally: Vec<Tally>,
-    /// By layer (2), f32: sums of shares that were noted on the device, so that no layer waits for them.
-    pub(super) sums: Vec<Tensor>,
+    /// By layer (num_heads + 1), f32, once there is one: sums of shares that are noted on the device, so that no layer waits
+    /// for them. Empty where the host notes them.
+    pub(super) sums: Vec<Option<Tensor>>,
     /// The pages on the model's device; None where the processor chooses.
     pub(super) mirror: Option<Mirror>,
     /// Of the codes by which landmarks are scanned first; none where they are not.

@@ -5,8 +5,10 @@ mod any_dim;
 mod decode;
 mod merge;
 mod pages;
+mod union;
 
 pub(super) use merge::{merge_states, merge_states_backward};
+pub(super) use union::paged_attention_union;
 
 use super::{AttentionParams, AttentionRun, AttentionState};
 use crate::cuda::{self, Launch};

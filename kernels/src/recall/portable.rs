@@ -299,11 +299,12 @@ pub(super) fn note_share(
     recovered: Option<&Tensor>,
 ) -> Result<()> {
     let (lse, all) = (numbers(lse)?, numbers(all)?);
-    let share = lse.iter().zip(&all).map(|(own, all)| (own - all).exp()).sum::<f32>();
     let recovered = recovered.map(numbers).transpose()?.map_or(0.0, |x| x[0]);
-    let before = numbers(sums)?;
-    let after = vec![before[0] + share / lse.len() as f32, before[1] + recovered];
-    sums.slice_set(&Tensor::from_vec(after, 2, &Device::Cpu)?, 0, 0)
+    let share = |(own, all): (&f32, &f32)| if all.is_finite() { (own - all).exp() } else { 0.0 };
+    let shares = lse.iter().zip(&all).map(share);
+    let mut after = numbers(sums)?;
+    after.iter_mut().zip(shares.chain([recovered])).for_each(|(sum, x)| *sum += x);
+    sums.slice_set(&Tensor::from_vec(after, lse.len() + 1, &Device::Cpu)?, 0, 0)
 }
 
 fn numbers(x: &Tensor) -> Result<Vec<f32>> {

@@ -1,10 +1,10 @@
 //! Paged attention against its f64 definition, over a grid of shapes and masks.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use mka_kernels::{
-    AttentionParams, AttentionPart, AttentionRun, AttentionState, PAGE_TOKENS, PageRef,
+    AttentionParams, AttentionPart, AttentionRun, AttentionState, PAGE_TOKENS, PageRef, ShareSums,
     merge_states, merge_states_backward, paged_attention, paged_attention_parts,
-    paged_attention_runs, reference,
+    paged_attention_runs, paged_attention_union, reference,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -157,6 +157,102 @@ fn parts_side_by_side_are_each_part_by_itself() {
     let wrong = AttentionPart { q: parts[3].q, ..parts[1] };
     let error = paged_attention_parts(&[parts[0], wrong]).unwrap_err().to_string();
     assert!(error.contains("paged_attention: "), "{error}");
+}
+
+#[test]
+fn pools_of_16_bits_are_attended_to_as_the_same_numbers_of_f32() -> Result<()> {
+    // Few rows, and enough for matrix products.
+    for case in [GRID[1], GRID[4]] {
+        let inputs = Inputs::new(&case, 11);
+        let pool = (inputs.slots, case.g, PAGE_TOKENS, case.d);
+        let tensor = |data: &[f32]| Tensor::from_slice(data, pool, &Device::Cpu);
+        let q = Tensor::from_slice(&inputs.q, (case.t, case.h, case.d), &Device::Cpu)?;
+        let (keys, of_values) = (tensor(&inputs.keys)?, tensor(&inputs.values)?);
+        let full = paged_attention(&q, &keys, &of_values, &inputs.params)?;
+        for (key_type, value_type) in
+            [(DType::F16, DType::BF16), (DType::BF16, DType::F16), (DType::F16, DType::F32)]
+        {
+            let (keys, short) = (keys.to_dtype(key_type)?, of_values.to_dtype(value_type)?);
+            let own = paged_attention(&q, &keys, &short, &inputs.params)?;
+            let [keys, short] = [keys, short].map(|x| x.to_dtype(DType::F32));
+            let expected = paged_attention(&q, &keys?, &short?, &inputs.params)?;
+            assert_eq!(values(&own.out), values(&expected.out), "{case:?} {key_type:?}");
+            assert_eq!(values(&own.lse), values(&expected.lse), "{case:?} {key_type:?}");
+            assert_ne!(values(&own.lse), values(&full.lse), "{case:?} {key_type:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A window, sinks and recalled tokens, which lie in other pools: (q, keys, values) and what is seen of each.
+pub(crate) fn three_parts(
+    case: &Case,
+    device: &Device,
+) -> Result<Vec<([Tensor; 3], AttentionParams)>> {
+    let of = |part: u64| {
+        let mut inputs = Inputs::new(case, part.min(1));
+        let params = &mut inputs.params;
+        match part {
+            0 => drop(params.pages.drain(..1)),
+            1 => params.pages.truncate(1),
+            _ => {}
+        }
+        if part > 0 {
+            (params.window_tokens, params.sliding_window) = (None, None);
+        }
+        let pool = (inputs.slots, case.g, PAGE_TOKENS, case.d);
+        let q = Inputs::new(case, part).q;
+        let q = Tensor::from_slice(&q, (case.t, case.h, case.d), device)?;
+        let keys = Tensor::from_slice(&inputs.keys, pool, device)?;
+        Ok(([q, keys, Tensor::from_slice(&inputs.values, pool, device)?], inputs.params))
+    };
+    (0..3).map(of).collect()
+}
+
+pub(crate) fn as_part<'a>(
+    ([q, keys, values], params): &'a ([Tensor; 3], AttentionParams),
+) -> AttentionPart<'a> {
+    AttentionPart { q, keys, values, params }
+}
+
+#[test]
+fn a_union_is_the_merge_of_its_parts() -> Result<()> {
+    let case = Case { t: 1, h: 6, g: 2, d: 32, before: 500, window: Some(128), sliding: None };
+    let three = three_parts(&case, &Device::Cpu)?;
+    let parts: Vec<AttentionPart<'_>> = three.iter().map(as_part).collect();
+    let sums = Tensor::zeros(7, DType::F32, &Device::Cpu)?;
+    let recovered = Tensor::new(&[0.5f32], &Device::Cpu)?;
+    let shares = ShareSums { part: 2, sums: &sums, recovered: Some(&recovered) };
+    let union = paged_attention_union(&parts, Some(&shares))?;
+    let states = paged_attention_parts(&parts)?;
+    let merged = merge_states(&merge_states(&states[0], &states[1])?, &states[2])?;
+    assert_eq!(values(&union.state.out), values(&merged.out));
+    assert_eq!(values(&union.state.lse), values(&merged.lse));
+    for (own, state) in union.part_lses.iter().zip(&states) {
+        assert_eq!(values(own), values(&state.lse));
+    }
+    let shares_of = values(&states[2].lse).into_iter().zip(values(&merged.lse));
+    let expected: Vec<f32> = shares_of.map(|(own, all)| (own - all).exp()).chain([0.5]).collect();
+    assert_eq!(values(&sums), expected);
+    assert!(expected[..6].iter().all(|share| (0.0..1.0).contains(share)), "{expected:?}");
+    // One part alone, none at all, and what does not go together.
+    let alone = paged_attention_union(&parts[..1], None)?;
+    assert_eq!(values(&alone.state.out), values(&states[0].out));
+    let other = three_parts(&Case { t: 2, ..case }, &Device::Cpu)?;
+    let short = Tensor::zeros(6, DType::F32, &Device::Cpu)?;
+    let wrong: [(&[AttentionPart<'_>], Option<ShareSums<'_>>); 5] = [
+        (&[], None),
+        (&[parts[0], as_part(&other[1])], None),
+        (&parts, Some(ShareSums { part: 3, ..shares })),
+        (&parts, Some(ShareSums { sums: &short, ..shares })),
+        (&[as_part(&other[0])], Some(ShareSums { part: 0, ..shares })),
+    ];
+    for (parts, shares) in wrong {
+        let error = paged_attention_union(parts, shares.as_ref()).unwrap_err().to_string();
+        assert!(error.starts_with("paged_attention_union: "), "{error}");
+    }
+    assert_eq!(values(&sums), expected);
+    Ok(())
 }
 
 #[test]

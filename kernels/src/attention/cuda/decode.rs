@@ -10,11 +10,11 @@ use candle_core::{CudaDevice, DType, Device, Result, Tensor};
 
 /// Query rows (tokens · heads of the group) of one tile; as in `cuda/paged.cuh` and `cuda/decode_params.cuh`, like all
 /// numbers here.
-const DECODE_ROWS: usize = 8;
+pub(super) const DECODE_ROWS: usize = 8;
 /// Query rows of a key/value head that a decode takes, so also its tokens.
 const MAX_DECODE_ROWS: usize = 16;
 /// Splits that the end through memory adds.
-const MAX_SPLITS: usize = 256;
+pub(super) const MAX_SPLITS: usize = 256;
 /// Pages of the smallest split that ends through memory: fewer would not outweigh the merge of one more part.
 const MIN_SPLIT_PAGES: usize = 2;
 /// Splits that meet in a cluster.
@@ -176,18 +176,11 @@ impl Plan {
         (g, tiles): (usize, usize),
         pages: usize,
     ) -> Result<Self> {
-        let processors = cuda::multiprocessors(device)?;
         if dtype == DType::F32 {
-            // Blocks that fit an SM at once, by their shared memory.
-            let resident = match d {
-                64 => 4,
-                256 => 1,
-                _ => 2,
-            };
-            let wave = processors * resident / (g * tiles);
-            let splits = wave.min(pages / MIN_SPLIT_PAGES).clamp(1, MAX_SPLITS);
+            let splits = splits_f32(wave_f32(device, d, g * tiles)?, pages).max(1);
             return Ok(Self { clusters: false, splits });
         }
+        let processors = cuda::multiprocessors(device)?;
         let bytes = pages * PAGE_TOKENS * g * d * 4;
         if d <= 128 && bytes <= MAX_CLUSTER_BYTES && cuda::is_sm90(device)? {
             // Blocks of an SM, one below what fits: clusters stay within a GPC and leave some of it. At head_dim 64 and
@@ -211,13 +204,29 @@ impl Plan {
     }
 }
 
+/// Splits of which a card works on all at once, for each of `tiles` tiles of all heads, f32: as many blocks as fit its SMs
+/// by their shared memory.
+pub(super) fn wave_f32(device: &CudaDevice, d: usize, tiles: usize) -> Result<usize> {
+    let resident = match d {
+        64 => 4,
+        256 => 1,
+        _ => 2,
+    };
+    Ok(cuda::multiprocessors(device)? * resident / tiles)
+}
+
+/// Splits of `pages` pages where there may be `wave`; none of no page.
+pub(super) fn splits_f32(wave: usize, pages: usize) -> usize {
+    wave.min(pages / MIN_SPLIT_PAGES).clamp(pages.min(1), MAX_SPLITS)
+}
+
 /// The fewest splits whose longest is no longer than that of `splits`.
 fn even_splits(pages: usize, splits: usize) -> usize {
     pages.div_ceil(pages.div_ceil(splits))
 }
 
 /// The arrival counters of `device`: zero, and left at zero by every launch.
-fn counters(device: &CudaDevice) -> Result<Tensor> {
+pub(super) fn counters(device: &CudaDevice) -> Result<Tensor> {
     static COUNTERS: PerDevice<Option<Tensor>> = PerDevice::new();
     COUNTERS.with(device, |counters| match counters {
         Some(counters) => Ok(counters.clone()),

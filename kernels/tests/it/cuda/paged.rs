@@ -1,11 +1,13 @@
 //! Attention over pages on the device.
 
 use super::device;
-use crate::attention::{Case, Inputs, RUNS};
+use crate::attention::{Case, Inputs, RUNS, as_part, three_parts};
 use candle_core::{DType, Device, Result, Tensor};
+use mka_kernels::cuda::launches;
 use mka_kernels::{
-    AttentionParams, AttentionRun, AttentionState, PAGE_TOKENS, merge_states,
-    merge_states_backward, paged_attention, paged_attention_runs, reference,
+    AttentionParams, AttentionPart, AttentionRun, AttentionState, PAGE_TOKENS, ShareSums,
+    merge_states, merge_states_backward, paged_attention, paged_attention_parts,
+    paged_attention_runs, paged_attention_union, reference,
 };
 
 pub(super) const fn case(t: usize, heads: (usize, usize), d: usize, before: usize) -> Case {
@@ -254,6 +256,104 @@ fn runs_over_pages_of_their_own_equal_those_of_the_processor() -> Result<()> {
             assert_eq!(bits(&attend(&gpu)?)?, bits(&got)?, "{case:?}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_union_of_parts_is_that_of_the_processor() -> Result<()> {
+    let Some(gpu) = device("a union of parts") else { return Ok(()) };
+    let cases = [
+        Case { window: Some(128), ..case(1, (9, 3), 64, 700) },
+        Case { window: Some(2048), sliding: Some(500), ..case(1, (14, 2), 64, 4000) },
+        Case { window: Some(64), ..case(1, (8, 1), 96, 300) },
+        Case { window: Some(192), ..case(1, (32, 8), 128, 640) },
+        Case { window: Some(128), ..case(4, (4, 1), 256, 333) },
+        // Rows of two tiles, of several tokens and of one.
+        Case { window: Some(128), ..case(5, (6, 2), 64, 500) },
+        Case { window: Some(128), ..case(1, (12, 1), 64, 500) },
+        // The window sees nothing behind the sinks.
+        Case { window: Some(64), ..case(1, (4, 2), 64, 20) },
+        // Beyond the pages that travel in the launch.
+        Case { window: Some(128), ..case(1, (2, 1), 64, 201 * 64 + 17) },
+    ];
+    for case in cases {
+        let [(expected, sums), (got, own)] = [Device::Cpu, gpu.clone()].map(|device| {
+            let attend = || -> Result<_> {
+                let three = three_parts(&case, &device)?;
+                let parts: Vec<AttentionPart<'_>> = three.iter().map(as_part).collect();
+                let sums = Tensor::zeros(case.h + 1, DType::F32, &device)?;
+                let recovered = Tensor::from_slice(&[0.25f32], 1, &device)?;
+                let shares = ShareSums { part: 2, sums: &sums, recovered: Some(&recovered) };
+                let shares = (case.t == 1).then_some(&shares);
+                paged_attention_union(&parts, shares)?;
+                // Twice the same bits: whichever block of a tile arrives last.
+                let union = paged_attention_union(&parts, shares)?;
+                if device.is_cuda() {
+                    let again = paged_attention_union(&parts, None)?;
+                    assert_eq!(bits(&union.state)?, bits(&again.state)?, "{case:?}");
+                }
+                Ok((union, values(&sums)?))
+            };
+            attend().unwrap()
+        });
+        let near = |name: &str, a: &[f32], b: &[f32]| {
+            let near = |(a, b): (&f32, &f32)| a == b || (a - b).abs() < 2e-5;
+            assert!(a.len() == b.len() && a.iter().zip(b).all(near), "{name} of {case:?}");
+        };
+        near("out", &values(&got.state.out)?, &values(&expected.state.out)?);
+        near("lse", &values(&got.state.lse)?, &values(&expected.state.lse)?);
+        for (got, expected) in got.part_lses.iter().zip(&expected.part_lses) {
+            near("lse of a part", &values(got)?, &values(expected)?);
+        }
+        near("shares", &own, &sums);
+        assert_eq!(own[case.h], if case.t == 1 { 0.5 } else { 0.0 });
+    }
+    Ok(())
+}
+
+#[test]
+fn a_union_is_one_launch_and_takes_parts_that_see_nothing() -> Result<()> {
+    let Some(gpu) = device("a union with empty parts") else { return Ok(()) };
+    let case = Case { window: Some(128), ..case(1, (6, 2), 64, 500) };
+    let mut three = three_parts(&case, &gpu)?;
+    three.iter_mut().for_each(|(_, params)| {
+        params
+            .pages
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, page)| page.bias = [0.4, -0.7, 0.0][i % 3]);
+    });
+    let nothing = AttentionParams { pages: Vec::new(), ..three[1].1.clone() };
+    let near = |a: &[f32], b: &[f32]| {
+        let near = |(a, b): (&f32, &f32)| a == b || (a - b).abs() < 2e-5;
+        assert!(a.len() == b.len() && a.iter().zip(b).all(near), "{a:?}, expected {b:?}");
+    };
+    // Which of the three see something: all, none in the middle, none at the end, which is counted, and none at all.
+    for seeing in [[true; 3], [true, false, true], [true, true, false], [false; 3]] {
+        let of = |(own, seeing): (_, bool)| -> AttentionPart<'_> {
+            let part: AttentionPart<'_> = as_part(own);
+            AttentionPart { params: if seeing { part.params } else { &nothing }, ..part }
+        };
+        let parts: Vec<AttentionPart<'_>> = three.iter().zip(seeing).map(of).collect();
+        let sums = Tensor::zeros(7, DType::F32, &gpu)?;
+        let shares = ShareSums { part: 2, sums: &sums, recovered: None };
+        let union = paged_attention_union(&parts, Some(&shares))?;
+        let states = paged_attention_parts(&parts)?;
+        let merged = merge_states(&merge_states(&states[0], &states[1])?, &states[2])?;
+        near(&values(&union.state.out)?, &values(&merged.out)?);
+        near(&values(&union.state.lse)?, &values(&merged.lse)?);
+        let pairs = values(&states[2].lse)?.into_iter().zip(values(&merged.lse)?);
+        let share = |(own, all): (f32, f32)| if all.is_finite() { (own - all).exp() } else { 0.0 };
+        near(&values(&sums)?, &pairs.map(share).chain([0.0]).collect::<Vec<_>>());
+    }
+    // The least of some: other tests may launch meanwhile.
+    let parts: Vec<AttentionPart<'_>> = three.iter().map(as_part).collect();
+    let launched = || {
+        let before = launches();
+        paged_attention_union(&parts, None).map(|_| launches() - before)
+    };
+    let counts = (0..50).map(|_| launched()).collect::<Result<Vec<_>>>()?;
+    assert_eq!(counts.iter().min(), Some(&1), "{counts:?}");
     Ok(())
 }
 

@@ -8,12 +8,14 @@ use super::store::{Held, MadeUnder, PageStore};
 use super::{PagePrecision, PageRule, Prefill};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
-use candle_core::Tensor;
+use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, WithDType};
 use half::vec::HalfBitsVecExt;
+use half::{bf16, f16};
 use mka_kernels::recall::{ChoiceRun, MAX_RUNS};
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Decoded tokens that a choice serves on a card, and by rules that are compared with: of a token choosing takes 2 % there.
 const SHORT_REUSE: usize = 4;
@@ -142,9 +144,11 @@ impl PageStore {
             self.held[layer] = Held::default();
         }
         let request = Request { layer, rows, budget, all, scope };
+        // The last choice has served: its memory is what the next one is copied to.
+        let last = self.held[layer].recalled.take().and_then(Arc::into_inner);
         let recalled = match self.recall_on_device(q, request)? {
             Some(recalled) => recalled,
-            None => match self.recall_on_host(q, request)? {
+            None => match self.recall_on_host(q, request, last)? {
                 Some(recalled) => recalled,
                 None => return Ok(None),
             },
@@ -190,11 +194,13 @@ impl PageStore {
         held.recalled.clone()
     }
 
-    /// What queries `q` recall, chosen and copied by the processor; None for nothing.
+    /// What queries `q` recall, chosen and copied by the processor, into the memory of `last`, which nobody else holds, where
+    /// it is of the same size; None for nothing.
     pub(super) fn recall_on_host(
         &mut self,
         q: &Tensor,
         request: Request,
+        last: Option<Recalled>,
     ) -> Result<Option<Recalled>> {
         let Request { layer, rows, budget, all, scope } = request;
         let selection = match all {
@@ -210,7 +216,7 @@ impl PageStore {
         if selection.heads.first().is_none_or(Vec::is_empty) {
             return Ok(None);
         }
-        let mut recalled = self.gather(layer, &selection, all, scope.compact)?;
+        let mut recalled = self.gather(layer, &selection, all, scope.compact, last)?;
         if self.config.estimate && !all {
             recalled.left = Some(left_out(&selection, rows));
         }
@@ -224,31 +230,28 @@ impl PageStore {
         selection: &Selection,
         all: bool,
         compact: bool,
+        last: Option<Recalled>,
     ) -> Result<Recalled> {
         let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
         let num_tokens = selection.heads[0].len();
-        let num_pages = num_tokens.div_ceil(PAGE_TOKENS);
-        let count = num_pages * g * PAGE_TOKENS * d;
-        let mut keys = vec![0f32; count];
-        let placed = Placed { layer, selection, compact };
-        // Values stay as they are stored where the processor attends to them: half the bytes for the same numbers.
-        let values = if self.config.precision == PagePrecision::Bf16 && self.device().is_cpu() {
-            // Of integers the allocator gives zeros that nobody writes.
-            let mut values: Vec<half::bf16> = vec![0u16; count].reinterpret_into();
-            self.gather_rows(&placed, &mut keys, &mut values, RowReader::read_bf16);
-            Tensor::from_vec(values, (num_pages, g, PAGE_TOKENS, d), self.device())?
-        } else {
-            let mut values = vec![0f32; count];
-            self.gather_rows(&placed, &mut keys, &mut values, RowReader::read);
-            Tensor::from_vec(values, (num_pages, g, PAGE_TOKENS, d), self.device())?
+        let shape = (num_tokens.div_ceil(PAGE_TOKENS), g, PAGE_TOKENS, d);
+        let placed = Placed { layer, selection, compact, shape };
+        let short = self.config.precision == PagePrecision::Bf16 && self.device().is_cpu();
+        // Half the bytes to attend to: values as they are stored, keys rounded by an eighth of what storing rounds them by.
+        let of_short = |short: bool, last| -> Result<_> {
+            match short {
+                true => self.gathered::<f16, bf16>(&placed, RowReader::read_bf16, last),
+                false => self.gathered::<f32, f32>(&placed, RowReader::read, last),
+            }
         };
-        let shape = (num_pages, g, PAGE_TOKENS, d);
+        let (fits, both) = of_short(short, last)?;
+        let (keys, values) = if fits { both } else { of_short(false, None)?.1 };
         let starts = all.then(|| {
             let firsts = selection.heads[0].iter().step_by(PAGE_TOKENS);
             firsts.map(|token| self.order[*token as usize / 64] * PAGE_TOKENS as u64).collect()
         });
         Ok(Recalled {
-            keys: Tensor::from_vec(keys, shape, self.device())?,
+            keys,
             values,
             tokens: num_tokens,
             starts,
@@ -257,19 +260,23 @@ impl PageStore {
         })
     }
 
-    /// Copies the chosen keys, rotated, and what `read` makes of their values: (pages, num_kv_heads, PAGE_TOKENS, d) each.
-    fn gather_rows<V: Send>(
+    /// The chosen keys, rotated, and what `read` makes of their values; whether every key is within its type.
+    fn gathered<K: Key + WithDType, V: Memory + WithDType + Send>(
         &self,
         placed: &Placed<'_>,
-        keys: &mut [f32],
-        values: &mut [V],
         read: impl Fn(&RowReader, &[u8], usize, &mut [V]) + Sync,
-    ) {
-        let Placed { layer, selection, compact } = *placed;
-        let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
+        last: Option<Recalled>,
+    ) -> Result<(bool, (Tensor, Tensor))> {
+        let Placed { layer, selection, compact, shape } = *placed;
+        let (pages, g, _, d) = shape;
+        let count = pages * g * PAGE_TOKENS * d;
+        let (last_keys, last_values) = last.map(|last| (last.keys, last.values)).unzip();
+        let (mut keys, mut values): (Vec<K>, Vec<V>) =
+            (numbers(count, last_keys), numbers(count, last_values));
         let num_tokens = selection.heads[0].len();
         let sinks = SINK_PAGES * PAGE_TOKENS as u64;
         let there = self.bytes_by_row(self.order.len());
+        let fits = AtomicBool::new(true);
         keys.par_chunks_mut(PAGE_TOKENS * d)
             .zip(values.par_chunks_mut(PAGE_TOKENS * d))
             .enumerate()
@@ -286,30 +293,123 @@ impl PageStore {
                         rows::prefetch(bytes.unwrap_or_default());
                     }
                 }
+                let mut rotated = vec![0f32; d];
                 let rows = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
                 for (i, (token, (key, value))) in chosen.iter().zip(rows).enumerate() {
                     let (row, offset) =
                         (*token as usize / PAGE_TOKENS, *token as usize % PAGE_TOKENS);
                     let bytes = there[row].unwrap_or_default();
-                    key_reader.read(bytes, offset, key);
+                    key_reader.read(bytes, offset, &mut rotated);
                     read(&value_reader, bytes, offset, value);
                     let position = match compact {
                         true => sinks + (first + i) as u64,
                         false => self.order[row] * PAGE_TOKENS as u64 + offset as u64,
                     };
                     if let Some((cos, sin)) = self.angles_at(position) {
-                        rows::rotate_row(key, cos, sin);
+                        rows::rotate_row(&mut rotated, cos, sin);
+                    }
+                    if !K::write(&rotated, key) {
+                        fits.store(false, Ordering::Relaxed);
                     }
                 }
             });
+        let keys = Tensor::from_vec(keys, shape, self.device())?;
+        let values = Tensor::from_vec(values, shape, self.device())?;
+        Ok((fits.into_inner(), (keys, values)))
     }
 }
 
-/// Chosen tokens of a layer, and whether their positions are compact.
+/// A type of recalled numbers.
+trait Memory: Sized {
+    /// Zeros, of integers: the allocator has them without anybody writing.
+    fn zeros(count: usize) -> Vec<Self>;
+
+    /// The memory of a tensor of this type.
+    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>>;
+}
+
+impl Memory for f32 {
+    fn zeros(count: usize) -> Vec<Self> {
+        vec![0.0; count]
+    }
+
+    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
+        if let CpuStorage::F32(memory) = storage { Some(memory) } else { None }
+    }
+}
+
+impl Memory for bf16 {
+    fn zeros(count: usize) -> Vec<Self> {
+        vec![0u16; count].reinterpret_into()
+    }
+
+    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
+        if let CpuStorage::BF16(memory) = storage { Some(memory) } else { None }
+    }
+}
+
+impl Memory for f16 {
+    fn zeros(count: usize) -> Vec<Self> {
+        vec![0u16; count].reinterpret_into()
+    }
+
+    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
+        if let CpuStorage::F16(memory) = storage { Some(memory) } else { None }
+    }
+}
+
+/// Takes the memory out of a tensor, which has none after it.
+struct Taken<T>(Mutex<Vec<T>>);
+
+impl<T: Memory + Send> InplaceOp1 for Taken<T> {
+    fn name(&self) -> &'static str {
+        "take the memory of recalled numbers"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        if let (Some(memory), Ok(mut taken)) = (T::memory(storage), self.0.lock()) {
+            *taken = std::mem::take(memory);
+        }
+        Ok(())
+    }
+}
+
+/// `count` numbers that are there to be written over: those of `last`, which nobody else holds, or zeros.
+fn numbers<T: Memory + Send>(count: usize, last: Option<Tensor>) -> Vec<T> {
+    let taken = Taken(Mutex::default());
+    let last = last.filter(|last| last.device().is_cpu() && last.elem_count() == count);
+    match last.map(|last| last.inplace_op1(&taken)).and_then(|_| taken.0.into_inner().ok()) {
+        Some(memory) if memory.len() == count => memory,
+        _ => T::zeros(count),
+    }
+}
+
+/// A type that rotated keys are kept in.
+trait Key: Memory + Send {
+    /// Writes a row; false if a number is too large.
+    fn write(row: &[f32], out: &mut [Self]) -> bool;
+}
+
+impl Key for f32 {
+    fn write(row: &[f32], out: &mut [Self]) -> bool {
+        out.copy_from_slice(row);
+        true
+    }
+}
+
+impl Key for f16 {
+    fn write(row: &[f32], out: &mut [Self]) -> bool {
+        rows::shorten_row(row, out)
+    }
+}
+
+/// Chosen tokens of a layer, whether their positions are compact, and what they fill: (pages, num_kv_heads, PAGE_TOKENS,
+/// head_dim).
 struct Placed<'a> {
     layer: usize,
     selection: &'a Selection,
     compact: bool,
+    shape: (usize, usize, usize, usize),
 }
 
 /// For each head, how many tokens of each of the first `rows` pages were not chosen.
@@ -327,7 +427,60 @@ mod tests {
     use super::*;
     use crate::pages::PageConfig;
     use crate::pages::store::PageShape;
-    use candle_core::Device;
+    use candle_core::{DType, Device};
+
+    /// Keys and values that a store of one layer with two pages recalls all of, where its largest key is `largest`.
+    fn recalled(precision: PagePrecision, largest: f32) -> Recalled {
+        let shape = PageShape { num_layers: 1, num_kv_heads: 2, head_dim: 8, window_tokens: 64 };
+        let config = PageConfig { precision, first_layer: 0, tokens: 256, ..PageConfig::default() };
+        let mut store = PageStore::new(shape, config, &Device::Cpu);
+        let mut numbers: Vec<f32> =
+            (0..2 * 2 * 2 * PAGE_TOKENS * 8).map(|i| (i as f32 * 0.37).sin()).collect();
+        numbers[5] = largest;
+        store.absorb(0..1, 0..2, &numbers);
+        let q = Tensor::zeros((1, 2, 8), DType::F32, &Device::Cpu).unwrap();
+        let scope = RecallScope { before_page: 2, compact: true, sliding: false };
+        let request = |rows| Request { layer: 0, rows, budget: 256, all: true, scope };
+        let first = store.recall_on_host(&q, request(2), None).unwrap().unwrap();
+        let both = |recalled: &Recalled| [&recalled.keys, &recalled.values].map(flat);
+        let expected = both(&first);
+        // Into the memory of the last choice, of another size, and of the same, which holds other numbers by then.
+        let half = store.recall_on_host(&q, request(1), Some(first)).unwrap().unwrap();
+        assert_eq!(both(&half)[0], expected[0][..PAGE_TOKENS * 2 * 8]);
+        let other = Tensor::ones(2 * PAGE_TOKENS * 2 * 8, DType::F32, &Device::Cpu).unwrap();
+        let other =
+            |like: &Tensor| other.reshape((2, 2, PAGE_TOKENS, 8)).unwrap().to_dtype(like.dtype());
+        let (keys, values) = (other(&half.keys).unwrap(), other(&half.values).unwrap());
+        let other = Recalled { keys, values, ..half };
+        let again = store.recall_on_host(&q, request(2), Some(other)).unwrap().unwrap();
+        assert_eq!(both(&again), expected);
+        again
+    }
+
+    fn flat(x: &Tensor) -> Vec<f32> {
+        x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    }
+
+    #[test]
+    fn keys_are_short_where_they_are_stored_so_and_fit() {
+        let types = |recalled: &Recalled| (recalled.keys.dtype(), recalled.values.dtype());
+        let full = recalled(PagePrecision::F32, 60_000.0);
+        assert_eq!(types(&full), (DType::F32, DType::F32));
+        let short = recalled(PagePrecision::Bf16, 60_000.0);
+        assert_eq!(types(&short), (DType::F16, DType::BF16));
+        for (own, full) in [(&short.keys, &full.keys), (&short.values, &full.values)] {
+            for (own, full) in flat(own).iter().zip(flat(full)) {
+                assert!((own - full).abs() <= full.abs() * 0.005, "{own}, expected {full}");
+            }
+        }
+        // Beyond what f16 holds nothing is lost.
+        for largest in [70_000.0, -1e30] {
+            let wide = recalled(PagePrecision::Bf16, largest);
+            assert_eq!(types(&wide), (DType::F32, DType::F32));
+            let keys = flat(&wide.keys);
+            assert!(keys.iter().any(|key| (key / largest - 1.0).abs() < 0.005), "{largest}");
+        }
+    }
 
     #[test]
     fn a_choice_serves_as_many_tokens_as_it_costs() {

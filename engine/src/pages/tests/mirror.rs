@@ -33,10 +33,16 @@ fn with_and_without_mirror(decoder: &Decoder, config: &PageConfig, told: u32) ->
     })
 }
 
-fn assert_alike(name: &str, [(mirrored, shares), (plain, expected)]: [Answered; 2]) {
+fn assert_alike(
+    name: &str,
+    precision: PagePrecision,
+    [(mirrored, shares), (plain, expected)]: [Answered; 2],
+) {
+    // Where pages hold bf16 the processor recalls keys in f16: no choice, but logits by up to 0.015 over these models.
+    let bound = if precision == PagePrecision::F32 { 2e-3 } else { 2e-2 };
     // Tokens whose votes are a rounding apart may change places at a threshold, and what follows with them.
     let is_off = |(x, y): &(&Vec<f32>, &Vec<f32>)| {
-        difference(std::slice::from_ref(*x), std::slice::from_ref(*y)) > 2e-3
+        difference(std::slice::from_ref(*x), std::slice::from_ref(*y)) > bound
     };
     let off = mirrored.iter().zip(&plain).filter(is_off).count();
     assert!(off * 10 <= plain.len(), "{name}: {off} of {} tokens differ", plain.len());
@@ -56,14 +62,18 @@ const MIRRORED: &[(&str, usize, PagePrecision, u32)] = &[
     ("smollm2", 64, PagePrecision::Bf16, 400),
 ];
 
+/// The same of what is stored in 16 bits, for the tighter bound.
+const WIDE: &[(&str, usize, PagePrecision, u32)] =
+    &[("qwen3", 128, PagePrecision::F32, 3000), ("smollm2", 64, PagePrecision::F32, 400)];
+
 #[test]
 fn pages_on_the_models_device_are_chosen_as_in_host_memory() {
-    for (name, tokens, precision, told) in MIRRORED.iter().copied() {
+    for (name, tokens, precision, told) in MIRRORED.iter().chain(WIDE).copied() {
         // What the processor and a card score alike.
         let scan = LandmarkScan::Flat;
         let config =
             PageConfig { tokens, precision, scan, reuse_steps: Some(2), lexical: true, ..config() };
-        assert_alike(name, with_and_without_mirror(&load(name), &config, told));
+        assert_alike(name, precision, with_and_without_mirror(&load(name), &config, told));
     }
 }
 
@@ -82,7 +92,7 @@ fn other_systems_rules_answer_on_the_models_device_as_in_host_memory() {
         for rule in RIVALS {
             let config = of_rule(rule, recalled, precision);
             let alike = with_and_without_mirror(&load(name), &config, told);
-            assert_alike(&format!("{name} by {rule:?}"), alike);
+            assert_alike(&format!("{name} by {rule:?}"), precision, alike);
         }
     }
 }
@@ -100,7 +110,7 @@ fn assert_same_choice(store: &mut PageStore, rows: usize, count: usize, case: &s
     let request = Request { layer, rows, budget, all: false, scope };
     let own = store.recall_on_device(&q, request).unwrap();
     let own = own.unwrap_or_else(|| panic!("{case}: the device chose nothing"));
-    let expected = store.recall_on_host(&q, request).unwrap().unwrap();
+    let expected = store.recall_on_host(&q, request, None).unwrap().unwrap();
     assert_eq!(own.tokens, expected.tokens, "{case}");
     for (own, expected) in [(own.keys, expected.keys), (own.values, expected.values)] {
         let flat = |x: Tensor| {
@@ -305,11 +315,15 @@ mod cuda {
         for (name, tokens, precision, told) in MIRRORED.iter().copied() {
             let scan = LandmarkScan::Flat;
             let config = PageConfig { tokens, precision, scan, lexical: true, ..config() };
-            assert_alike(name, with_and_without_mirror(&load_on(name, &device), &config, told));
+            assert_alike(
+                name,
+                precision,
+                with_and_without_mirror(&load_on(name, &device), &config, told),
+            );
             for rule in RIVALS {
                 let config = of_rule(rule, tokens, precision);
                 let alike = with_and_without_mirror(&load_on(name, &device), &config, told);
-                assert_alike(&format!("{name} by {rule:?}"), alike);
+                assert_alike(&format!("{name} by {rule:?}"), precision, alike);
             }
         }
     }

@@ -63,9 +63,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokenizer = Model::open(&args.model)?;
     println!("revision {}, window {}", job::revision(), args.window);
     println!(
-        "| fed as | memory | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | decoded | decode tok/s | of which choosing more than once a page % | same bits | device |"
+        "| fed as | memory | tokens | read by the model | feed s | tokens/s | peak MiB | reopen s | first token s | of feeding % | session alone: reopen s | its first token s | its share of feeding % | decoded | decode tok/s | of which choosing more than once a page % | same bits | device |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     let model = args
         .lengths
         .iter()
@@ -115,7 +115,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 ..Ask::default()
             };
             let base = Job { ask: Some(ask), ..stream.base.clone() };
-            stream.asked.push(job::spawn(&base, 0)?);
+            stream.asked.push(job::spawn(&Job { reopen: true, ..base.clone() }, 0)?);
             if stream.base.memory == Memory::Pages {
                 // A choice that is never made again costs what attending to it costs.
                 let page_options =
@@ -163,9 +163,9 @@ impl Stream {
             }
         };
         let (fed, again) = (&self.fed, &self.again);
-        let to_first = median(|asked| asked.open_s + asked.first_token_s);
+        let of_feeding = |seconds: f64| seconds / fed.feed_s * 100.0;
         format!(
-            "| {} | {} | {} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {} | {:.1} | {choosing} | {} | {} |",
+            "| {} | {} | {} | {} | {:.1} | {:.0} | {} | {:.2} | {:.2} | {:.2} | {:.3} | {:.3} | {:.2} | {} | {:.1} | {choosing} | {} | {} |",
             if self.through_model { "model" } else { "text" },
             format!("{:?}", self.base.memory).to_lowercase(),
             self.tokens,
@@ -175,7 +175,10 @@ impl Stream {
             fed.peak_rss_bytes >> 20,
             median(|asked| asked.open_s),
             median(|asked| asked.first_token_s),
-            to_first / fed.feed_s * 100.0,
+            of_feeding(median(|asked| asked.open_s + asked.first_token_s)),
+            median(|asked| asked.reopen_s),
+            median(|asked| asked.reopened_first_token_s),
+            of_feeding(median(|asked| asked.reopen_s + asked.reopened_first_token_s)),
             self.asked.iter().map(|asked| asked.generated_tokens).sum::<usize>(),
             median(|asked| asked.decode_tokens_per_s),
             if fed.logits_hash == again.logits_hash { "yes" } else { "NO" },

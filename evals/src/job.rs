@@ -8,7 +8,7 @@ pub(crate) use process::{serve, spawn, spawn_kept};
 use futures_util::StreamExt;
 use mka::{
     Engine, Event, FeedEvent, FeedOptions, LandmarkScan, MemoryConfig, ModelSource, PageConfig,
-    PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions,
+    PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions, Session,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -201,6 +201,9 @@ pub(crate) struct Job {
     pub(crate) ask: Option<Ask>,
     /// Whether what is fed and asked is a bare text to go on with, outside the chat template.
     pub(crate) completion: bool,
+    /// Whether the session is then closed and opened again by the engine as it runs, and asked once more.
+    #[serde(default)]
+    pub(crate) reopen: bool,
     /// Text whose next-token logits are fingerprinted, last.
     pub(crate) peek: Option<String>,
 }
@@ -227,7 +230,11 @@ pub(crate) struct Ask {
 /// What came of it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Outcome {
+    /// Of engine and session, the model among it.
     pub(crate) open_s: f64,
+    /// The same of the session alone, by an engine that runs, and from the question to its first token then.
+    pub(crate) reopen_s: f64,
+    pub(crate) reopened_first_token_s: f64,
     pub(crate) feed_s: f64,
     pub(crate) fed_tokens: u64,
     pub(crate) chunks: usize,
@@ -300,32 +307,16 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
         session.fork(name).await?;
     }
     if let Some(ask) = &job.ask {
-        let started = Instant::now();
-        let mut first = None;
-        let mut last = 0.0;
-        let mut events =
-            std::pin::pin!(session.send_with(ask.message.as_str(), send_options(job, ask)));
-        while let Some(event) = StreamExt::next(&mut events).await {
-            match event? {
-                Event::Token(token) => {
-                    last = started.elapsed().as_secs_f64();
-                    first.get_or_insert(last);
-                    outcome.output.push_str(&token.text);
-                }
-                Event::Done(usage) => {
-                    outcome.prompt_tokens = usage.prompt_tokens;
-                    outcome.reused_tokens = usage.reused_tokens;
-                    outcome.recalled_tokens = usage.recalled_tokens;
-                    outcome.generated_tokens = usage.generated_tokens;
-                }
-                _ => {}
-            }
+        asked(&mut session, job, ask, &mut outcome).await?;
+        if job.reopen {
+            drop(session);
+            let started = Instant::now();
+            session = engine.session(Scope::user("evals").session(name)).await?;
+            outcome.reopen_s = started.elapsed().as_secs_f64();
+            let mut again = Outcome::default();
+            asked(&mut session, job, ask, &mut again).await?;
+            outcome.reopened_first_token_s = again.first_token_s;
         }
-        outcome.first_token_s = first.unwrap_or_else(|| started.elapsed().as_secs_f64());
-        // Up to the last token that was seen: what comes after it is the commit.
-        let decoded = outcome.generated_tokens.saturating_sub(1) as f64;
-        let seconds = last - outcome.first_token_s;
-        outcome.decode_tokens_per_s = if seconds > 0.0 { decoded / seconds } else { 0.0 };
     }
     if let Some(text) = &job.peek {
         let logits = session.peek_logits(text).await?;
@@ -339,6 +330,37 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     }
     outcome.peak_rss_bytes = peak_rss_bytes();
     Ok(outcome)
+}
+
+/// Asks, and notes what the answer was and how long it took.
+async fn asked(session: &mut Session, job: &Job, ask: &Ask, outcome: &mut Outcome) -> Result<()> {
+    let started = Instant::now();
+    let mut first = None;
+    let mut last = 0.0;
+    let mut events =
+        std::pin::pin!(session.send_with(ask.message.as_str(), send_options(job, ask)));
+    while let Some(event) = StreamExt::next(&mut events).await {
+        match event? {
+            Event::Token(token) => {
+                last = started.elapsed().as_secs_f64();
+                first.get_or_insert(last);
+                outcome.output.push_str(&token.text);
+            }
+            Event::Done(usage) => {
+                outcome.prompt_tokens = usage.prompt_tokens;
+                outcome.reused_tokens = usage.reused_tokens;
+                outcome.recalled_tokens = usage.recalled_tokens;
+                outcome.generated_tokens = usage.generated_tokens;
+            }
+            _ => {}
+        }
+    }
+    outcome.first_token_s = first.unwrap_or_else(|| started.elapsed().as_secs_f64());
+    // Up to the last token that was seen: what comes after it is the commit.
+    let decoded = outcome.generated_tokens.saturating_sub(1) as f64;
+    let seconds = last - outcome.first_token_s;
+    outcome.decode_tokens_per_s = if seconds > 0.0 { decoded / seconds } else { 0.0 };
+    Ok(())
 }
 
 /// How the engine is asked.

@@ -2,6 +2,7 @@
 //! Knows no session and no file; the parts below hold the pages, choose among them and lay them out.
 
 mod codec;
+mod copied;
 mod device;
 mod disk;
 mod estimate;

@@ -32,7 +32,7 @@ const FIRST_PAGES: usize = 16;
 /// Shapes: `lse`, `all` (1, h), f32.
 ///
 /// # Errors
-/// If shapes or devices disagree.
+/// If shapes, types or devices disagree.
 pub fn note_share(
     sums: &Tensor,
     lse: &Tensor,

@@ -1,6 +1,7 @@
 //! From a choice of tokens to pages that attention reads: copied, rotated to their positions, laid side by side.
 //! Knows which tokens were chosen, not why.
 
+use super::copied::{Key, Memory, numbers};
 use super::device::choice::Request;
 use super::recalled::{Recalled, RecalledRuns, Recovered};
 use super::selection::{OVER_FETCH, RowReader, Selection};
@@ -8,16 +9,15 @@ use super::store::{Held, MadeUnder, PageStore};
 use super::{PagePrecision, PageRule, Prefill};
 use crate::cache::SINK_PAGES;
 use crate::error::Result;
-use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, WithDType};
-use half::vec::HalfBitsVecExt;
+use candle_core::{Tensor, WithDType};
 use half::{bf16, f16};
 use mka_kernels::recall::{ChoiceRun, MAX_RUNS};
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 
-/// Decoded tokens that a choice serves on a card, and by rules that are compared with: of a token choosing takes 2 % there.
+/// Decoded tokens that a choice serves on a card, and by rules that are compared with: of a token choosing takes 2 to 13 % there.
 const SHORT_REUSE: usize = 4;
 /// The same on the processor, where a choice of all layers takes as long as two decoded tokens behind 8,192 stored ones, at
 /// the least.
@@ -319,90 +319,6 @@ impl PageStore {
     }
 }
 
-/// A type of recalled numbers.
-trait Memory: Sized {
-    /// Zeros, of integers: the allocator has them without anybody writing.
-    fn zeros(count: usize) -> Vec<Self>;
-
-    /// The memory of a tensor of this type.
-    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>>;
-}
-
-impl Memory for f32 {
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0.0; count]
-    }
-
-    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        if let CpuStorage::F32(memory) = storage { Some(memory) } else { None }
-    }
-}
-
-impl Memory for bf16 {
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0u16; count].reinterpret_into()
-    }
-
-    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        if let CpuStorage::BF16(memory) = storage { Some(memory) } else { None }
-    }
-}
-
-impl Memory for f16 {
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0u16; count].reinterpret_into()
-    }
-
-    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        if let CpuStorage::F16(memory) = storage { Some(memory) } else { None }
-    }
-}
-
-/// Takes the memory out of a tensor, which has none after it.
-struct Taken<T>(Mutex<Vec<T>>);
-
-impl<T: Memory + Send> InplaceOp1 for Taken<T> {
-    fn name(&self) -> &'static str {
-        "take the memory of recalled numbers"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
-        if let (Some(memory), Ok(mut taken)) = (T::memory(storage), self.0.lock()) {
-            *taken = std::mem::take(memory);
-        }
-        Ok(())
-    }
-}
-
-/// `count` numbers that are there to be written over: those of `last`, which nobody else holds, or zeros.
-fn numbers<T: Memory + Send>(count: usize, last: Option<Tensor>) -> Vec<T> {
-    let taken = Taken(Mutex::default());
-    let last = last.filter(|last| last.device().is_cpu() && last.elem_count() == count);
-    match last.map(|last| last.inplace_op1(&taken)).and_then(|_| taken.0.into_inner().ok()) {
-        Some(memory) if memory.len() == count => memory,
-        _ => T::zeros(count),
-    }
-}
-
-/// A type that rotated keys are kept in.
-trait Key: Memory + Send {
-    /// Writes a row; false if a number is too large.
-    fn write(row: &[f32], out: &mut [Self]) -> bool;
-}
-
-impl Key for f32 {
-    fn write(row: &[f32], out: &mut [Self]) -> bool {
-        out.copy_from_slice(row);
-        true
-    }
-}
-
-impl Key for f16 {
-    fn write(row: &[f32], out: &mut [Self]) -> bool {
-        rows::shorten_row(row, out)
-    }
-}
-
 /// Chosen tokens of a layer, whether their positions are compact, and what they fill: (pages, num_kv_heads, PAGE_TOKENS,
 /// head_dim).
 struct Placed<'a> {
@@ -427,10 +343,10 @@ mod tests {
     use super::*;
     use crate::pages::PageConfig;
     use crate::pages::store::PageShape;
-    use candle_core::{DType, Device};
+    use candle_core::{CpuStorage, DType, Device, Storage};
 
-    /// Keys and values that a store of one layer with two pages recalls all of, where its largest key is `largest`.
-    fn recalled(precision: PagePrecision, largest: f32) -> Recalled {
+    /// A store of one layer with two pages, the largest key of which is `largest`.
+    fn store(precision: PagePrecision, largest: f32) -> PageStore {
         let shape = PageShape { num_layers: 1, num_kv_heads: 2, head_dim: 8, window_tokens: 64 };
         let config = PageConfig { precision, first_layer: 0, tokens: 256, ..PageConfig::default() };
         let mut store = PageStore::new(shape, config, &Device::Cpu);
@@ -438,27 +354,74 @@ mod tests {
             (0..2 * 2 * 2 * PAGE_TOKENS * 8).map(|i| (i as f32 * 0.37).sin()).collect();
         numbers[5] = largest;
         store.absorb(0..1, 0..2, &numbers);
-        let q = Tensor::zeros((1, 2, 8), DType::F32, &Device::Cpu).unwrap();
-        let scope = RecallScope { before_page: 2, compact: true, sliding: false };
-        let request = |rows| Request { layer: 0, rows, budget: 256, all: true, scope };
-        let first = store.recall_on_host(&q, request(2), None).unwrap().unwrap();
-        let both = |recalled: &Recalled| [&recalled.keys, &recalled.values].map(flat);
-        let expected = both(&first);
-        // Into the memory of the last choice, of another size, and of the same, which holds other numbers by then.
-        let half = store.recall_on_host(&q, request(1), Some(first)).unwrap().unwrap();
-        assert_eq!(both(&half)[0], expected[0][..PAGE_TOKENS * 2 * 8]);
-        let other = Tensor::ones(2 * PAGE_TOKENS * 2 * 8, DType::F32, &Device::Cpu).unwrap();
-        let other =
-            |like: &Tensor| other.reshape((2, 2, PAGE_TOKENS, 8)).unwrap().to_dtype(like.dtype());
-        let (keys, values) = (other(&half.keys).unwrap(), other(&half.values).unwrap());
-        let other = Recalled { keys, values, ..half };
-        let again = store.recall_on_host(&q, request(2), Some(other)).unwrap().unwrap();
-        assert_eq!(both(&again), expected);
-        again
+        store
+    }
+
+    /// What the first `tokens` of each head are copied to.
+    fn copied(store: &PageStore, tokens: u32, last: Option<Recalled>) -> Recalled {
+        let selection = Selection { heads: vec![(0..tokens).collect(); 2], recovered: None };
+        store.gather(0, &selection, false, true, last).unwrap()
+    }
+
+    fn recalled(precision: PagePrecision, largest: f32) -> Recalled {
+        copied(&store(precision, largest), 128, None)
     }
 
     fn flat(x: &Tensor) -> Vec<f32> {
         x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    }
+
+    fn both(recalled: &Recalled) -> [Vec<f32>; 2] {
+        [&recalled.keys, &recalled.values].map(flat)
+    }
+
+    /// Where a tensor of the processor lies.
+    fn place(x: &Tensor) -> *const u8 {
+        let (storage, _) = x.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(numbers)) => numbers.as_ptr().cast(),
+            Storage::Cpu(CpuStorage::BF16(numbers)) => numbers.as_ptr().cast(),
+            Storage::Cpu(CpuStorage::F16(numbers)) => numbers.as_ptr().cast(),
+            _ => panic!("{x:?}"),
+        }
+    }
+
+    #[test]
+    fn a_choice_is_copied_into_the_memory_of_the_last_one() {
+        for precision in [PagePrecision::F32, PagePrecision::Bf16] {
+            let store = store(precision, 1.0);
+            let first = copied(&store, 128, None);
+            let expected = both(&first);
+            let places = [place(&first.keys), place(&first.values)];
+            // Fewer tokens of as many pages: what lies behind them is anything.
+            let fewer = copied(&store, 100, Some(first));
+            assert_eq!([place(&fewer.keys), place(&fewer.values)], places);
+            assert_eq!(both(&fewer)[0][..PAGE_TOKENS * 2 * 8], expected[0][..PAGE_TOKENS * 2 * 8]);
+            let again = copied(&store, 128, Some(fewer));
+            assert_eq!([place(&again.keys), place(&again.values)], places);
+            assert_eq!(both(&again), expected);
+            // Of another size, or another type, it is not.
+            let half = copied(&store, 64, Some(again));
+            assert_ne!(place(&half.keys), places[0]);
+            assert_eq!(both(&half)[0], expected[0][..PAGE_TOKENS * 2 * 8]);
+            let other = match precision {
+                PagePrecision::F32 => recalled(PagePrecision::Bf16, 1.0),
+                _ => recalled(PagePrecision::F32, 1.0),
+            };
+            assert_eq!(both(&copied(&store, 128, Some(other))), expected);
+        }
+    }
+
+    #[test]
+    fn of_a_page_that_is_not_there_nothing_is_left_of_the_last_choice() {
+        let mut store = store(PagePrecision::Bf16, 1.0);
+        let last = copied(&store, 128, None);
+        assert!(flat(&last.values)[..PAGE_TOKENS * 8].iter().any(|x| *x != 0.0));
+        store.pages.get_mut(&0).unwrap().bytes = None;
+        for numbers in both(&copied(&store, 128, Some(last))) {
+            let (gone, there) = numbers.split_at(PAGE_TOKENS * 2 * 8);
+            assert!(gone.iter().all(|x| *x == 0.0) && there.iter().any(|x| *x != 0.0));
+        }
     }
 
     #[test]

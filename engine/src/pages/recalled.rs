@@ -7,7 +7,7 @@ use mka_kernels::{AttentionRun, PAGE_TOKENS, PageRef};
 /// What one layer's queries attend to beside sinks and window.
 pub(crate) struct Recalled {
     /// (pages, num_kv_heads, PAGE_TOKENS, head_dim), rotated; each head may hold other tokens. On the processor f16 where
-    /// the pages hold bf16.
+    /// the pages hold bf16. Rows behind `tokens` hold anything.
     pub(crate) keys: Tensor,
     /// The same shape; on the processor bf16 where the pages hold them so.
     pub(crate) values: Tensor,

@@ -275,8 +275,10 @@ impl RowReader {
 
     /// Rows of bf16 from `first` on as they are stored: out (n, d); zeros where the page is not there.
     pub(super) fn read_bf16(&self, bytes: &[u8], first: usize, out: &mut [half::bf16]) {
-        let bytes = self.bytes(bytes, first, out.len() / self.d);
-        let (numbers, _) = bytes.unwrap_or_default().as_chunks::<2>();
+        let Some(bytes) = self.bytes(bytes, first, out.len() / self.d) else {
+            return out.fill(half::bf16::ZERO);
+        };
+        let (numbers, _) = bytes.as_chunks::<2>();
         out.iter_mut().zip(numbers).for_each(|(out, x)| *out = half::bf16::from_le_bytes(*x));
     }
 

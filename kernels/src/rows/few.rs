@@ -53,7 +53,10 @@ const STRIDE: usize = 4;
 
 /// A type in which rows are held; scores and sums of them are f32.
 pub(crate) trait Number: Copy + Sync {
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "as above"))]
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(dead_code, reason = "read by the loops of x86-64")
+    )]
     const KIND: Kind;
 
     /// `rows` as f32, in `room` where they are not.

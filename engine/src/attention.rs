@@ -92,6 +92,10 @@ struct Far {
 }
 
 impl Far {
+    fn recalled(&self) -> Option<&Recalled> {
+        self.recalled.as_ref().map(|(recalled, _)| recalled.as_ref())
+    }
+
     /// The sinks in `pool` and, where there are any, the recalled tokens.
     fn parts<'a>(&'a self, pool: &'a PagePool) -> Vec<AttentionPart<'a>> {
         let mut parts = vec![part(&self.query, pool, &self.sinks)];
@@ -238,7 +242,7 @@ impl<'a> AttentionSeam<'a> {
         let far = self.far(layer, sliding_window, 0, q, rotated.clone())?;
         let window = Some(self.cache.window_tokens());
         let near = self.stream_params(&rotated, window_pages, window, sliding_window)?;
-        let recalled = far.recalled.as_ref().map(|(recalled, _)| recalled.as_ref());
+        let recalled = far.recalled();
         let sums = match (recalled, self.cache.pages_mut()) {
             (Some(_), Some(pages)) => pages.share_sums(layer, q.dim(1)?)?,
             _ => None,
@@ -319,7 +323,7 @@ impl<'a> AttentionSeam<'a> {
     ) -> Result<AttentionState> {
         let far = self.far(layer, sliding_window, first, q, rotated)?;
         let union = paged_attention_union(&far.parts(self.cache.pool(layer)), None)?;
-        let recalled = far.recalled.as_ref().map(|(recalled, _)| recalled.as_ref());
+        let recalled = far.recalled();
         self.with_estimate(layer, q, recalled, union.state)
     }
 

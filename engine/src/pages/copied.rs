@@ -16,35 +16,23 @@ pub(super) trait Memory: Sized {
     fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>>;
 }
 
-impl Memory for f32 {
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0.0; count]
-    }
+macro_rules! memory {
+    ($number:ty, $variant:ident, $zeros:expr) => {
+        impl Memory for $number {
+            fn zeros(count: usize) -> Vec<Self> {
+                $zeros(count)
+            }
 
-    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        if let CpuStorage::F32(memory) = storage { Some(memory) } else { None }
-    }
+            fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
+                if let CpuStorage::$variant(memory) = storage { Some(memory) } else { None }
+            }
+        }
+    };
 }
 
-impl Memory for bf16 {
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0u16; count].reinterpret_into()
-    }
-
-    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        if let CpuStorage::BF16(memory) = storage { Some(memory) } else { None }
-    }
-}
-
-impl Memory for f16 {
-    fn zeros(count: usize) -> Vec<Self> {
-        vec![0u16; count].reinterpret_into()
-    }
-
-    fn memory(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
-        if let CpuStorage::F16(memory) = storage { Some(memory) } else { None }
-    }
-}
+memory!(f32, F32, |count| vec![0.0; count]);
+memory!(bf16, BF16, |count| vec![0u16; count].reinterpret_into());
+memory!(f16, F16, |count| vec![0u16; count].reinterpret_into());
 
 /// What takes the memory out of a tensor, which has none after it.
 struct TakeOver<T>(Mutex<Vec<T>>);

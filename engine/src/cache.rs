@@ -2,7 +2,7 @@
 //! Knows no attention rule and no file; a page leaves it as bytes.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::pages::{Number, PageConfig, PageShape, PageStore};
+use crate::pages::{Number, PageShape, PageStore};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use mka_kernels::{PAGE_TOKENS, PagePool, PageRef, RotaryAngles};
@@ -22,6 +22,23 @@ pub(crate) struct CacheShape {
     pub(crate) window_tokens: usize,
     /// Most tokens of one forward pass.
     pub(crate) block_tokens: usize,
+}
+
+impl CacheShape {
+    /// Of the pages that leave the window.
+    pub(crate) fn pages(&self) -> PageShape {
+        PageShape {
+            num_layers: self.num_layers,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            window_tokens: self.window_tokens,
+        }
+    }
+
+    /// The first page that a query at `position` sees whole or in part, but for sinks.
+    pub(crate) fn first_window_page(&self, position: u64) -> u64 {
+        (position + 1).saturating_sub(self.window_tokens as u64) / PAGE_TOKENS as u64
+    }
 }
 
 /// Pages at the start of the stream that every query sees (attention sinks, arXiv 2309.17453).
@@ -110,15 +127,9 @@ impl Cache {
         })
     }
 
-    /// Keeps what leaves the window from now on, for recall inside attention.
-    pub(crate) fn keep_pages(&mut self, config: PageConfig) {
-        let shape = PageShape {
-            num_layers: self.shape.num_layers,
-            num_kv_heads: self.shape.num_kv_heads,
-            head_dim: self.shape.head_dim,
-            window_tokens: self.shape.window_tokens,
-        };
-        self.pages = Some(PageStore::new(shape, config, &self.device));
+    /// Keeps what leaves the window from now on in `pages`, for recall inside attention.
+    pub(crate) fn keep_pages(&mut self, pages: PageStore) {
+        self.pages = Some(pages);
     }
 
     /// Stream length up to which positions are exact, of a model trained on `trained_tokens`. With compact ones from where
@@ -213,7 +224,7 @@ impl Cache {
     /// The first page that a query at `position` sees beside the sinks: whole pages, by position alone, so that what a
     /// token attends to never depends on how the stream was cut into blocks.
     pub(crate) fn first_window_page(&self, position: u64) -> u64 {
-        (position + 1).saturating_sub(self.window_tokens()) / PAGE_TOKENS as u64
+        self.shape.first_window_page(position)
     }
 
     /// Makes room for `count` tokens after the current position, evicting pages that none of them will see.

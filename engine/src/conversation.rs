@@ -3,6 +3,7 @@
 
 mod align;
 mod commit;
+mod opening;
 
 pub(crate) use commit::Pending;
 
@@ -73,63 +74,26 @@ impl Conversation {
         let Some(model) = &shared.model else {
             return Ok(conversation);
         };
-        let snapshot = match shared.store.snapshot(&conversation.scope, model.decoder.fingerprint) {
-            Ok(snapshot) => snapshot,
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    mka_memory::ErrorKind::Incompatible | mka_memory::ErrorKind::Corrupted
-                ) =>
-            {
-                tracing::warn!(scope = %conversation.scope, %error, "snapshot not usable: refilling from the log");
-                None
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let frequencies = &model.decoder.frequencies;
-        let restored = snapshot.map(|mut snapshot| -> Result<(Cache, SessionState)> {
-            let (state, ema) = SessionState::from_bytes(&snapshot.state)?;
-            for (key, _) in &mut snapshot.pages {
-                *key = page_of(*key, state.stream).unwrap_or(u64::MAX);
-            }
-            let cache = Cache::restore(
-                shared.cache_shape(model),
-                model.decoder.device(),
-                snapshot.position,
-                ema,
-                &snapshot.pages,
-                |positions| frequencies.angles(positions),
-            )?;
-            Ok((cache, state))
-        });
+        let restored = conversation.restored(model)?;
         if shared.group().is_some() {
-            let there = restored.as_ref().and_then(|restored| restored.as_ref().ok());
-            let position = there.map_or(u64::MAX, |(cache, _)| cache.position());
+            let position = restored.as_ref().map_or(u64::MAX, |(cache, _)| cache.position());
             if let Some(end) = conversation.common_end(position)? {
                 conversation.refill(end, false)?;
                 conversation.commit(Vec::new(), &[], Some(end))?;
                 return Ok(conversation);
             }
         }
-        match restored {
-            Some(Ok((cache, state))) => {
-                conversation.dirty_from = cache.position() / PAGE_TOKENS as u64;
-                conversation.cache = Some(cache);
-                conversation.state = state;
-                conversation.keep_pages(true)?;
-            }
-            other => {
-                if let Some(Err(error)) = other {
-                    tracing::warn!(scope = %conversation.scope, %error, "snapshot not usable: refilling from the log");
-                }
-                conversation.cache =
-                    Some(Cache::new(shared.cache_shape(model), model.decoder.device())?);
-                if num_turns > 0 {
-                    conversation.refill(num_turns, false)?;
-                } else {
-                    conversation.keep_pages(false)?;
-                }
-            }
+        if let Some((cache, state)) = restored {
+            conversation.dirty_from = cache.position() / PAGE_TOKENS as u64;
+            conversation.cache = Some(cache);
+            conversation.state = state;
+            return Ok(conversation);
+        }
+        conversation.cache = Some(Cache::new(shared.cache_shape(model), model.decoder.device())?);
+        if num_turns > 0 {
+            conversation.refill(num_turns, false)?;
+        } else {
+            conversation.keep_pages(model);
         }
         Ok(conversation)
     }
@@ -141,10 +105,8 @@ impl Conversation {
         // First, for the device may have no room, and what is stored stays.
         let mut cache = self.cache.as_ref().map(Cache::fork).transpose()?;
         shared.store.fork(&self.scope, scope.session_id().unwrap_or_default())?;
-        let pages = cache.as_mut().and_then(Cache::pages_mut);
-        if let Some(pages) = pages.filter(|_| shared.config.evicted_page_bytes > 0) {
-            let (shared, scope) = (shared.clone(), scope.clone());
-            pages.set_source(Arc::new(StoredPages { shared, scope, stream }));
+        if let Some(pages) = cache.as_mut().and_then(Cache::pages_mut) {
+            self.read_from_disk(pages, scope, stream);
         }
         Ok(Self {
             shared,
@@ -156,29 +118,6 @@ impl Conversation {
             recalls_pages: self.recalls_pages,
             forgets: self.forgets,
         })
-    }
-
-    /// Keeps the pages that leave the window, if the configuration asks for them; `stored` ones are taken in first.
-    fn keep_pages(&mut self, stored: bool) -> Result<()> {
-        let (shared, stream) = (self.shared.clone(), self.state.stream);
-        let Some(cache) = self.cache.as_mut().filter(|_| shared.config.recall.has_pages()) else {
-            return Ok(());
-        };
-        cache.keep_pages(shared.config.pages.clone());
-        let window = cache.first_window_page(cache.position());
-        let Some(pages) = cache.pages_mut() else { return Ok(()) };
-        pages.active = self.recalls_pages;
-        if shared.config.evicted_page_bytes == 0 {
-            return Ok(());
-        }
-        let keys = shared.store.pages(&self.scope)?;
-        let scope = self.scope.clone();
-        pages.set_source(Arc::new(StoredPages { shared, scope, stream }));
-        if stored {
-            let known: Vec<u64> = keys.iter().filter_map(|key| page_of(*key, stream)).collect();
-            pages.restore(&known, window, &self.state.window_ids);
-        }
-        Ok(())
     }
 
     /// Says by what the next queries of `operation` recall.
@@ -320,7 +259,7 @@ impl Conversation {
             },
             ..SessionState::default()
         };
-        self.keep_pages(false)?;
+        self.keep_pages(model);
         self.prefill(&head, &mut || true)?;
         for turn in &turns {
             let skip = match tokens > window {
@@ -529,7 +468,7 @@ impl PageSource for StoredPages {
         Ok(self.shared.store.page(&self.scope, key_of(page, self.stream))?)
     }
 
-    fn page_into(&self, page: u64, out: &mut Vec<u8>) -> Result<bool> {
+    fn page_into(&self, page: u64, out: &mut [u8]) -> Result<Option<usize>> {
         Ok(self.shared.store.page_into(&self.scope, key_of(page, self.stream), out)?)
     }
 

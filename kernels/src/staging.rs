@@ -4,16 +4,17 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 
+use bytemuck::Pod;
 use candle_core::{Device, Result, Tensor, WithDType};
 use half::bf16;
 
-/// A type that can be staged: f32 and bf16.
+/// A type that can be staged, and read into as the bytes that it is: f32 and bf16.
 #[cfg(not(feature = "cuda"))]
-pub trait Staged: WithDType {}
+pub trait Staged: WithDType + Pod {}
 
-/// A type that can be staged: f32 and bf16.
+/// A type that can be staged, and read into as the bytes that it is: f32 and bf16.
 #[cfg(feature = "cuda")]
-pub trait Staged: WithDType + cuda::OnCard {}
+pub trait Staged: WithDType + Pod + cuda::OnCard {}
 
 impl Staged for f32 {}
 impl Staged for bf16 {}

@@ -5,6 +5,7 @@ use super::PagePrecision;
 use super::codec;
 use super::device::Mirror;
 use super::index::{HeadIndex, MARKS};
+use super::reading::IDS_BYTES;
 use super::store::PageStore;
 use crate::error::Result;
 use candle_core::{DType, Device};
@@ -12,7 +13,7 @@ use half::bf16;
 use mka_kernels::{PAGE_TOKENS, Staged, Staging};
 use rayon::prelude::*;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 
 /// Pages that go together at most, 42 MB of the default model's: while some are uploaded the next are read, on as many
 /// threads as there are, and each has as much memory again.
@@ -22,17 +23,35 @@ const FILL_BYTES: usize = 48 << 20;
 
 /// Numbers as the mirror holds them.
 trait Filled: Staged {
+    /// The memory that was made for such numbers.
+    fn made(room: Room) -> Option<[Making<Self>; 2]>;
+
+    /// What pages are held in that are these numbers, byte by byte.
+    const AS_IT_IS: PagePrecision;
+
     /// Writes the rows of `d` numbers that lie in `bytes` in `precision`.
     fn fill(precision: PagePrecision, bytes: &[u8], d: usize, out: &mut [Self]);
 }
 
 impl Filled for f32 {
+    fn made(room: Room) -> Option<[Making<f32>; 2]> {
+        if let Room::F32(made) = room { Some(made) } else { None }
+    }
+
+    const AS_IT_IS: PagePrecision = PagePrecision::F32;
+
     fn fill(precision: PagePrecision, bytes: &[u8], d: usize, out: &mut [f32]) {
         precision.decode_rows(bytes, d, out);
     }
 }
 
 impl Filled for bf16 {
+    fn made(room: Room) -> Option<[Making<bf16>; 2]> {
+        if let Room::Bf16(made) = room { Some(made) } else { None }
+    }
+
+    const AS_IT_IS: PagePrecision = PagePrecision::Bf16;
+
     fn fill(precision: PagePrecision, bytes: &[u8], d: usize, out: &mut [bf16]) {
         if precision == PagePrecision::Bf16 {
             return copy_bf16(bytes, out);
@@ -52,39 +71,47 @@ fn copy_bf16(bytes: &[u8], out: &mut [bf16]) {
     out.iter_mut().zip(numbers).for_each(|(out, x)| *out = bf16::from_le_bytes(*x));
 }
 
-/// Pages on their way, of the layers that choose.
-struct Batch<T: Staged> {
+/// Pages on their way.
+pub(super) struct Batch<T: Staged> {
     pages: usize,
-    /// (layers, 2, pages, num_kv_heads, PAGE_TOKENS, head_dim): keys, then values; room for more behind them.
+    /// Pages that there is room for.
+    room: usize,
+    /// (pages, 2 · layers + 1, num_kv_heads, PAGE_TOKENS, head_dim), each page as the disk has it: of each layer keys, then
+    /// values, and behind them its token ids; room for more behind them.
     numbers: Staging<T>,
-    /// (layers, pages, MARKS, num_kv_heads, head_dim), and room.
+    /// (layers that choose, pages, MARKS, num_kv_heads, head_dim), and room.
     landmarks: Staging<bf16>,
 }
 
-/// Where one page of a batch goes: its numbers by layer and kind, its landmarks by layer.
-struct Part<'a, T> {
-    numbers: Vec<&'a mut [T]>,
-    landmarks: Vec<&'a mut [bf16]>,
-}
+/// A batch that is made on a thread of its own.
+pub(super) type Making<T> = JoinHandle<Batch<T>>;
 
-impl<T> Default for Part<'_, T> {
-    fn default() -> Self {
-        Self { numbers: Vec::new(), landmarks: Vec::new() }
-    }
+/// Two batches on their way, of the mirror's numbers: the system takes as long to lock their memory for a card as reading
+/// half of a long session's pages does.
+pub(super) enum Room {
+    F32([Making<f32>; 2]),
+    Bf16([Making<bf16>; 2]),
 }
 
 /// The shape of a batch's pages.
 #[derive(Clone, Copy)]
 struct BatchShape {
     layers: usize,
+    /// Of them, those that choose: the last ones.
+    choosing: usize,
     num_kv_heads: usize,
     head_dim: usize,
 }
 
 impl BatchShape {
-    /// Numbers of one page's keys or values in one layer.
-    fn page_len(&self) -> usize {
+    /// Numbers of one page's keys or values in one layer: at least as many bytes as its token ids.
+    fn half_len(&self) -> usize {
         self.num_kv_heads * PAGE_TOKENS * self.head_dim
+    }
+
+    /// Numbers that one page takes.
+    fn page_len(&self) -> usize {
+        (2 * self.layers + 1) * self.half_len()
     }
 
     /// Numbers of one page's landmarks in one layer.
@@ -92,30 +119,51 @@ impl BatchShape {
         MARKS * self.num_kv_heads * self.head_dim
     }
 
+    /// [`BatchShape::batch`] for as many of `pages` as go together, begun on a thread for each of two.
+    fn make<T: Filled>(self, pages: usize, device: &Device) -> Option<[Making<T>; 2]> {
+        let pages = pages.min(self.fill_pages(size_of::<T>()));
+        let make = || {
+            let (thread, device) = (thread::Builder::new().name("mka-fill".into()), device.clone());
+            thread.spawn(move || self.batch::<T>(pages, &device)).ok()
+        };
+        Some([make()?, make()?])
+    }
+
     /// Pages that go together in numbers of `size` bytes.
     fn fill_pages(&self, size: usize) -> usize {
-        let page_bytes = self.layers * (2 * self.page_len() * size + self.marks_len() * 2);
+        let page_bytes = self.page_len() * size + self.choosing * self.marks_len() * 2;
         (FILL_BYTES / page_bytes.max(1)).clamp(1, FILL_PAGES)
     }
 
     /// No page yet, with room for `pages`.
     fn batch<T: Staged>(&self, pages: usize, device: &Device) -> Batch<T> {
-        let numbers = Staging::new(self.layers * 2 * pages * self.page_len(), device);
-        let landmarks = Staging::new(self.layers * pages * self.marks_len(), device);
-        Batch { pages: 0, numbers, landmarks }
+        let numbers = Staging::new(pages * self.page_len(), device);
+        let landmarks = Staging::new(self.choosing * pages * self.marks_len(), device);
+        Batch { pages: 0, room: pages, numbers, landmarks }
     }
 }
 
 impl PageStore {
+    /// Says that about `pages` pages are to be restored soon: where a device gets them all, memory for that is made
+    /// meanwhile.
+    pub(crate) fn expect(&mut self, pages: usize) {
+        let Some(mirror) = self.mirror.as_ref().filter(|_| pages > 0) else { return };
+        let (shape, device) = (self.batch_shape(), mirror.device());
+        self.room = match mirror.dtype() {
+            DType::F32 => shape.make(pages, device).map(Room::F32),
+            _ => shape.make(pages, device).map(Room::Bf16),
+        };
+    }
+
     /// Uploads every page, those that memory does not hold from the disk; the mirror goes for good where there is no room
     /// for all of them or one cannot be read.
     pub(super) fn fill_mirror(&mut self) {
         let Some(mut mirror) = self.mirror.take() else { return };
         mirror.truncate(0, 0, self.config.rule);
-        let mut lost = Vec::new();
+        let (mut lost, room) = (Vec::new(), self.room.take());
         let filled = match mirror.dtype() {
-            DType::F32 => self.fill::<f32>(&mut mirror, &mut lost),
-            _ => self.fill::<bf16>(&mut mirror, &mut lost),
+            DType::F32 => self.fill::<f32>(&mut mirror, room, &mut lost),
+            _ => self.fill::<bf16>(&mut mirror, room, &mut lost),
         };
         if lost.is_empty() {
             return self.keep_mirror(mirror, filled);
@@ -132,7 +180,12 @@ impl PageStore {
     }
 
     /// Whether all pages are on the device now; adds those that cannot be read to `lost`.
-    fn fill<T: Filled>(&self, mirror: &mut Mirror, lost: &mut Vec<u64>) -> Result<bool> {
+    fn fill<T: Filled>(
+        &self,
+        mirror: &mut Mirror,
+        room: Option<Room>,
+        lost: &mut Vec<u64>,
+    ) -> Result<bool> {
         let rows = self.order.len();
         if rows == 0 {
             return Ok(true);
@@ -144,15 +197,19 @@ impl PageStore {
         let step = shape.fill_pages(size_of::<T>());
         let batches = (0..rows).step_by(step);
         let mut batches = batches.map(|first| first..rows.min(first + step));
-        let batch = || shape.batch::<T>(rows.min(step), &device);
-        let (mut ready, mut next) = (batch(), batch());
-        let buffers = Mutex::new(Vec::new());
+        let batch = |making: Option<Making<T>>| {
+            let made = making.and_then(|making| making.join().ok());
+            let has_room = |batch: &Batch<T>| batch.room >= rows.min(step);
+            made.filter(has_room).unwrap_or_else(|| shape.batch(rows.min(step), &device))
+        };
+        let made = room.and_then(T::made).map_or([None, None], |made| made.map(Some));
+        let [mut ready, mut next] = made.map(batch);
         loop {
             let coming = batches.next();
             let is_last = coming.is_none();
             let (uploaded, read) = rayon::join(
                 || upload(mirror, &mut ready, shape),
-                || self.read_batch(coming.unwrap_or_default(), &mut next, &buffers),
+                || self.read_batch(coming.unwrap_or_default(), &mut next),
             );
             uploaded?;
             lost.extend(read?);
@@ -164,86 +221,76 @@ impl PageStore {
             }
             std::mem::swap(&mut ready, &mut next);
         }
+        // Unlocking takes as long as reading a tenth of the pages.
+        rayon::spawn(move || drop((ready, next)));
         self.upload_outliers(mirror)?;
         Ok(true)
     }
 
     /// Reads the pages of `rows` and their landmarks, page by page side by side; those that cannot be read.
-    fn read_batch<T: Filled>(
-        &self,
-        rows: Range<usize>,
-        batch: &mut Batch<T>,
-        buffers: &Mutex<Vec<Vec<u8>>>,
-    ) -> Result<Vec<u64>> {
+    fn read_batch<T: Filled>(&self, rows: Range<usize>, batch: &mut Batch<T>) -> Result<Vec<u64>> {
         let (shape, count) = (self.batch_shape(), rows.len());
         batch.pages = count;
-        let mut parts: Vec<Part<'_, T>> = (0..count).map(|_| Part::default()).collect();
-        let numbers = batch.numbers.numbers()?.chunks_exact_mut(shape.page_len());
-        let numbers = numbers.take(shape.layers * 2 * count).enumerate();
-        numbers.for_each(|(at, out)| parts[at % count].numbers.push(out));
+        let numbers = batch.numbers.numbers()?.par_chunks_exact_mut(shape.page_len());
+        let mut marks: Vec<Vec<&mut [bf16]>> = (0..count).map(|_| Vec::new()).collect();
         let landmarks = batch.landmarks.numbers()?.chunks_exact_mut(shape.marks_len());
-        let landmarks = landmarks.take(shape.layers * count).enumerate();
-        landmarks.for_each(|(at, out)| parts[at % count].landmarks.push(out));
-        let pages = rows.into_par_iter().zip(parts);
-        let lost = pages.filter_map(|(row, Part { numbers, landmarks })| {
-            for (layer, out) in self.choosing().zip(landmarks) {
+        let landmarks = landmarks.take(shape.choosing * count).enumerate();
+        landmarks.for_each(|(at, out)| marks[at % count].push(out));
+        let pages = rows.into_par_iter().zip(numbers).zip(marks);
+        let lost = pages.filter_map(|((row, numbers), marks)| {
+            for (layer, out) in self.choosing().zip(marks) {
                 fill_landmarks(self.heads(layer), row, shape.head_dim, out);
             }
             let page = self.order[row];
-            let held = self.pages.get(&page).and_then(|stored| stored.bytes.as_deref());
-            let is_filled = match held {
-                Some(bytes) => {
-                    self.fill_numbers(bytes, numbers);
-                    true
-                }
-                None => self.with_page(page, buffers, |bytes| self.fill_numbers(bytes, numbers)),
-            };
-            (!is_filled).then_some(page)
+            (!self.fill_page(page, numbers)).then_some(page)
         });
         Ok(lost.collect())
     }
 
-    /// Writes keys and values of each layer that chooses, out of a page's `bytes`, into `out`.
-    fn fill_numbers<T: Filled>(&self, bytes: &[u8], out: Vec<&mut [T]>) {
-        let kinds = self.choosing().flat_map(|layer| [(layer, 0), (layer, 1)]);
-        for ((layer, kind), out) in kinds.zip(out) {
-            let rows = self.rows_in(bytes, layer, kind);
-            T::fill(self.config.precision, rows, self.shape.head_dim, out);
+    /// Writes keys and values of a page, from memory or from the disk, to the front of `out`; false, with a warning, where
+    /// they cannot be read.
+    fn fill_page<T: Filled>(&self, page: u64, out: &mut [T]) -> bool {
+        let (precision, d) = (self.config.precision, self.shape.head_dim);
+        let len = self.page_bytes() / precision.row_bytes(d) * d;
+        let is_as_it_is = precision == T::AS_IT_IS && cfg!(target_endian = "little");
+        let held = self.pages.get(&page).and_then(|stored| stored.bytes.as_deref());
+        if let Some(bytes) = held {
+            T::fill(precision, bytes, d, &mut out[..len]);
+            return true;
         }
+        if is_as_it_is {
+            let out: &mut [u8] = bytemuck::cast_slice_mut(out);
+            if self.read_page_into(page, &mut out[..self.page_bytes() + IDS_BYTES]) {
+                return true;
+            }
+        }
+        let read = self.read_page(page);
+        read.map(|(bytes, _)| T::fill(precision, &bytes, d, &mut out[..len])).is_some()
     }
 
-    /// Calls `with` with a page from the disk in this store's precision, in memory of `buffers`; false, with a warning,
-    /// where it cannot be read.
-    fn with_page(
-        &self,
-        page: u64,
-        buffers: &Mutex<Vec<Vec<u8>>>,
-        with: impl FnOnce(&[u8]),
-    ) -> bool {
-        let own = || buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut buffer = own().pop().unwrap_or_default();
-        let is_read = self.read_page_into(page, &mut buffer);
-        if is_read {
-            with(&buffer);
-        }
-        own().push(buffer);
-        is_read
+    /// Makes the memory that pages are read into for a device.
+    #[cfg(test)]
+    pub(super) fn stage(&self) {
+        let shape = self.batch_shape();
+        let batch = || shape.batch::<bf16>(shape.fill_pages(2), &self.device);
+        drop((batch(), batch()));
     }
 
     /// Reads every page as [`PageStore::fill_mirror`] does, for no device.
     #[cfg(test)]
     pub(super) fn read_all(&self) {
         let mut batch = self.batch_shape().batch::<bf16>(FILL_PAGES, &Device::Cpu);
-        let (rows, buffers) = (self.order.len(), Mutex::new(Vec::new()));
+        let rows = self.order.len();
         for first in (0..rows).step_by(FILL_PAGES) {
             let rows = first..rows.min(first + FILL_PAGES);
-            assert!(self.read_batch(rows, &mut batch, &buffers).unwrap().is_empty());
+            assert!(self.read_batch(rows, &mut batch).unwrap().is_empty());
         }
     }
 
     fn batch_shape(&self) -> BatchShape {
         let (num_kv_heads, head_dim) = (self.shape.num_kv_heads, self.shape.head_dim);
-        BatchShape { layers: self.choosing().len(), num_kv_heads, head_dim }
+        let (layers, choosing) = (self.shape.num_layers, self.choosing().len());
+        BatchShape { layers, choosing, num_kv_heads, head_dim }
     }
 
     /// Layers that choose.
@@ -260,17 +307,20 @@ fn fill_landmarks(heads: &[HeadIndex], row: usize, d: usize, out: &mut [bf16]) {
     }
 }
 
-/// Appends a batch to the pages of each layer: one copy to the device for all of them, and copies there.
+/// Appends a batch to the pages of each layer: one copy to the device for all of them, laid out by layer there.
 fn upload<T: Filled>(mirror: &mut Mirror, batch: &mut Batch<T>, shape: BatchShape) -> Result<()> {
-    let BatchShape { num_kv_heads: g, head_dim: d, layers } = shape;
+    let BatchShape { num_kv_heads: g, head_dim: d, layers, choosing } = shape;
     let count = batch.pages;
     if count == 0 {
         return Ok(());
     }
-    let numbers = batch.numbers.upload()?.narrow(0, 0, layers * 2 * count * shape.page_len())?;
-    let numbers = numbers.reshape((layers * 2 * count, g, PAGE_TOKENS, d))?;
-    let landmarks = batch.landmarks.upload()?.narrow(0, 0, layers * count * shape.marks_len())?;
-    let landmarks = landmarks.reshape((layers * count * MARKS, g, d))?;
+    let numbers = batch.numbers.upload()?.narrow(0, 0, count * shape.page_len())?;
+    let numbers = numbers.reshape((count, 2 * layers + 1, shape.half_len()))?;
+    let numbers = numbers.narrow(1, 2 * (layers - choosing), 2 * choosing)?;
+    let numbers = numbers.transpose(0, 1)?.contiguous()?;
+    let numbers = numbers.reshape((2 * choosing * count, g, PAGE_TOKENS, d))?;
+    let landmarks = batch.landmarks.upload()?.narrow(0, 0, choosing * count * shape.marks_len())?;
+    let landmarks = landmarks.reshape((choosing * count * MARKS, g, d))?;
     mirror.append(|layer, pages, limit| {
         let keys = numbers.narrow(0, 2 * layer * count, count)?;
         let values = numbers.narrow(0, (2 * layer + 1) * count, count)?;

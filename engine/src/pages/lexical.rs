@@ -7,7 +7,6 @@ use super::PageRule;
 use super::index::SPAN;
 use super::store::PageStore;
 use mka_kernels::PAGE_TOKENS;
-use std::collections::HashMap;
 
 /// A token is rare if it is at most one in so many of the stored.
 const RARE: usize = 1000;
@@ -41,27 +40,31 @@ impl PageStore {
 
     /// Stream positions of the message's rare tokens in the stored pages, ascending, with token and weight.
     fn rare_matches(&self, message: &[u32]) -> Vec<(u64, u32, f32)> {
-        let mut counts: HashMap<u32, usize> = message.iter().map(|token| (*token, 0)).collect();
+        // By token id, up to the largest one of the message: a million tokens are looked up.
+        let ids = message.iter().max().map_or(0, |largest| *largest as usize + 1);
+        let mut counts = vec![0u32; ids];
         let rows = self.order.len();
-        for (_, tokens) in self.token_ids(rows) {
-            for token in tokens {
-                if let Some(count) = counts.get_mut(token) {
-                    *count += 1;
-                }
+        for token in self.token_ids(rows).flat_map(|(_, tokens)| tokens) {
+            if let Some(count) = counts.get_mut(*token as usize) {
+                *count += 1;
             }
         }
         let stored = (rows * PAGE_TOKENS) as f32;
-        let limit = (rows * PAGE_TOKENS / RARE).max(8);
-        let weights: HashMap<u32, f32> = counts
-            .into_iter()
-            .filter(|(_, count)| (1..=limit).contains(count))
-            .map(|(token, count)| (token, (stored / count as f32).ln()))
-            .collect();
+        let limit = (rows * PAGE_TOKENS / RARE).max(8) as u32;
+        // 0 for what is not rare, or no token of the message.
+        let mut weights = vec![0f32; ids];
+        for token in message {
+            let count = counts[*token as usize];
+            if (1..=limit).contains(&count) {
+                weights[*token as usize] = (stored / count as f32).ln();
+            }
+        }
         let mut matches = Vec::new();
         for (page, tokens) in self.token_ids(rows) {
             for (position, token) in (page * PAGE_TOKENS as u64..).zip(tokens) {
-                if let Some(weight) = weights.get(token) {
-                    matches.push((position, *token, *weight));
+                let weight = weights.get(*token as usize).copied().unwrap_or(0.0);
+                if weight > 0.0 {
+                    matches.push((position, *token, weight));
                 }
             }
         }

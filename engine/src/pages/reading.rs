@@ -13,15 +13,21 @@ pub(crate) trait PageSource: Send + Sync {
     /// The bytes of a page as [`FreshPage::to_bytes`] gave them, or as the window wrote them; None if it is gone.
     fn page(&self, page: u64) -> Result<Option<Vec<u8>>>;
 
-    /// [`PageSource::page`] in the memory of `out`; false if it is gone.
-    fn page_into(&self, page: u64, out: &mut Vec<u8>) -> Result<bool> {
-        let read = self.page(page)?;
-        Ok(read.map(|bytes| *out = bytes).is_some())
+    /// [`PageSource::page`] into `out`, if it is just as long; its length, and None if it is gone.
+    fn page_into(&self, page: u64, out: &mut [u8]) -> Result<Option<usize>> {
+        let Some(bytes) = self.page(page)? else { return Ok(None) };
+        if bytes.len() == out.len() {
+            out.copy_from_slice(&bytes);
+        }
+        Ok(Some(bytes.len()))
     }
 
     /// The bytes of a page's landmarks as [`PageStore::fresh_landmarks`] gave them; None if there are none.
     fn landmarks(&self, page: u64) -> Result<Option<Vec<u8>>>;
 }
+
+/// Of a page's token ids.
+pub(super) const IDS_BYTES: usize = PAGE_TOKENS * 4;
 
 /// Keys and values of a page in the store's precision, and its token ids.
 type Encoded = (Vec<u8>, Box<[u32; PAGE_TOKENS]>);
@@ -89,42 +95,24 @@ impl PageStore {
 
     /// A page from the disk; None, with a warning, where it cannot be read.
     pub(super) fn read_page(&self, page: u64) -> Option<Encoded> {
-        match self.source.as_ref()?.page(page) {
-            Ok(bytes) => self.encoded(bytes?),
-            Err(error) => {
-                not_read(page, &error);
-                None
-            }
-        }
+        let read = match self.source.as_ref()?.page(page) {
+            Ok(Some(bytes)) => self.encoded(bytes).ok_or("it is of another shape".into()),
+            Ok(None) => Err("it is not on the disk".into()),
+            Err(error) => Err(error.to_string()),
+        };
+        let warn = |why: &String| {
+            tracing::warn!(page, %why, "a stored page cannot be read: it is recalled no more");
+        };
+        read.inspect_err(warn).ok()
     }
 
-    /// Reads the numbers of a page from the disk into `out`, in this store's precision; false, with a warning, where it
-    /// cannot be read.
-    pub(super) fn read_page_into(&self, page: u64, out: &mut Vec<u8>) -> bool {
+    /// Reads a page from the disk as it lies there into `out`, keys and values in this store's precision with the token ids
+    /// behind them; false where it is of another length or cannot be read, which [`PageStore::read_page`] says.
+    pub(super) fn read_page_into(&self, page: u64, out: &mut [u8]) -> bool {
         let Some(source) = &self.source else { return false };
-        match source.page_into(page, out) {
-            Ok(false) => {
-                not_read(page, &"it is not on the disk");
-                false
-            }
-            Ok(true)
-                if out.len() == self.page_bytes() + PAGE_TOKENS * 4 && !self.is_window(out) =>
-            {
-                out.truncate(self.page_bytes());
-                true
-            }
-            Ok(true) => {
-                let encoded = self.encoded(std::mem::take(out));
-                if encoded.is_none() {
-                    not_read(page, &"it is of another shape");
-                }
-                encoded.map(|(bytes, _)| *out = bytes).is_some()
-            }
-            Err(error) => {
-                not_read(page, &error);
-                false
-            }
-        }
+        let len = out.len();
+        len == self.page_bytes() + IDS_BYTES
+            && source.page_into(page, out).is_ok_and(|read| read == Some(len))
     }
 
     /// Whether a page's bytes are those that the window wrote: f32 without ids.
@@ -138,9 +126,8 @@ impl PageStore {
         let d = self.shape.head_dim;
         let num_rows = self.shape.num_layers * 2 * self.shape.num_kv_heads * PAGE_TOKENS;
         let mut tokens = Box::new([u32::MAX; PAGE_TOKENS]);
-        let ids_bytes = PAGE_TOKENS * 4;
         if !self.is_window(&bytes) {
-            let ids = bytes.split_off(bytes.len().checked_sub(ids_bytes)?);
+            let ids = bytes.split_off(bytes.len().checked_sub(IDS_BYTES)?);
             let (ids, _) = ids.as_chunks::<4>();
             tokens.iter_mut().zip(ids).for_each(|(token, id)| *token = u32::from_le_bytes(*id));
         }
@@ -160,8 +147,4 @@ impl PageStore {
         }
         Some((out, tokens))
     }
-}
-
-fn not_read(page: u64, error: &dyn std::fmt::Display) {
-    tracing::warn!(page, %error, "a stored page cannot be read: it is recalled no more");
 }

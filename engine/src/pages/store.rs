@@ -2,6 +2,7 @@
 //! Knows no attention rule and no file; what goes to the disk and comes back is `disk.rs`'s matter.
 
 use super::device::Mirror;
+use super::filling::Room;
 use super::index::{HeadIndex, MARKS, SPAN};
 use super::message::Message;
 use super::reading::PageSource;
@@ -92,6 +93,8 @@ pub(crate) struct PageStore {
     pub(super) sums: Vec<Option<Tensor>>,
     /// The pages on the model's device; None where the processor chooses.
     pub(super) mirror: Option<Mirror>,
+    /// What is made to fill it with.
+    pub(super) room: Option<Room>,
     /// Of the codes by which landmarks are scanned first; none where they are not.
     pub(super) planes: Planes,
     /// Of the codes of keys; None where there are none.
@@ -128,6 +131,7 @@ impl PageStore {
             tally: vec![Tally::default(); shape.num_layers],
             sums: Vec::new(),
             mirror: None,
+            room: None,
             planes: match config.scan {
                 LandmarkScan::SignHash => Planes::new(shape.head_dim),
                 _ => Planes::default(),

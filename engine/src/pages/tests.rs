@@ -47,7 +47,8 @@ pub(super) fn config() -> PageConfig {
 pub(super) fn cache(decoder: &Decoder, window: usize, pages: Option<PageConfig>) -> Cache {
     let mut cache = Cache::new(decoder.cache_shape(window, 512), decoder.device()).unwrap();
     if let Some(config) = pages {
-        cache.keep_pages(config);
+        let shape = decoder.cache_shape(window, 512).pages();
+        cache.keep_pages(PageStore::new(shape, config, decoder.device()));
     }
     cache
 }
@@ -517,7 +518,8 @@ fn reopened(
         |positions| decoder.frequencies.angles(positions),
     )
     .unwrap();
-    restored.keep_pages(config.clone());
+    let shape = decoder.cache_shape(64, 512).pages();
+    restored.keep_pages(PageStore::new(shape, config.clone(), &Device::Cpu));
     let mut stored: Vec<u64> = elsewhere.pages.lock().unwrap().keys().copied().collect();
     stored.sort_unstable();
     let store = restored.pages_mut().unwrap();

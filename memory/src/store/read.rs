@@ -200,25 +200,28 @@ impl Store {
     /// # Errors
     /// `Corrupted` if it is damaged.
     pub fn page(&self, scope: &Scope, page: u64) -> Result<Option<Vec<u8>>> {
-        let mut out = Vec::new();
-        Ok(self.page_into(scope, page, &mut out)?.then_some(out))
+        self.open_page(scope, page)?.map(read).transpose()
     }
 
-    /// [`Store::page`] in the memory of `out`, which many pages one after the other need not ask the system for; false if
-    /// the page is not stored.
+    /// [`Store::page`] in memory of the caller's, such as a device copies from; its length, and none if it is not stored.
+    /// A page of another length than `out` is not read.
     ///
     /// # Errors
     /// `Corrupted` if it is damaged; what is in `out` then is unknown.
-    pub fn page_into(&self, scope: &Scope, page: u64, out: &mut Vec<u8>) -> Result<bool> {
+    pub fn page_into(&self, scope: &Scope, page: u64, out: &mut [u8]) -> Result<Option<usize>> {
+        let Some((segment, blob)) = self.open_page(scope, page)? else { return Ok(None) };
+        let len = segment.payload_len(&blob);
+        if len == out.len() {
+            segment.read_into(&blob, out)?;
+        }
+        Ok(Some(len))
+    }
+
+    fn open_page(&self, scope: &Scope, page: u64) -> Result<Option<OpenBlob>> {
         scope.check_session("page")?;
-        let blob = {
-            let state = self.read();
-            let record = state.session(scope).and_then(|(_, session)| session.pages.get(&page));
-            record.map(|record| open(&state, record.blob)).transpose()?
-        };
-        let Some((segment, blob)) = blob else { return Ok(false) };
-        segment.read_into(&blob, out)?;
-        Ok(true)
+        let state = self.read();
+        let record = state.session(scope).and_then(|(_, session)| session.pages.get(&page));
+        record.map(|record| open(&state, record.blob)).transpose()
     }
 
     /// Indexes of the stored pages of the scope's session, ascending, evicted and kept ones included.

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::cipher::Cipher;
+use crate::cipher::{Cipher, SEAL_BYTES};
 use crate::format::{
     BlobRef, Kind, MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, is_segment_header,
     parse_record_header, payload_hash, record_header, segment_header,
@@ -79,46 +79,59 @@ impl Segment {
 
     /// The payload that `blob` names, checked against its header and hash.
     pub(crate) fn read(&self, blob: &BlobRef) -> Result<Vec<u8>> {
-        let mut payload = Vec::new();
-        self.read_into(blob, &mut payload)?;
-        Ok(payload)
+        self.check_end(blob)?;
+        let mut payload = vec![0; blob.len as usize];
+        self.read_sealed(blob, &mut payload)?;
+        let Some(cipher) = &self.cipher else { return Ok(payload) };
+        let opened = cipher.open(&[blob.kind.code()], &payload);
+        opened.map_err(|error| self.lost(blob, &error))
     }
 
-    /// [`Segment::read`] in the memory of `payload`, whose bytes are unknown after an error.
-    pub(crate) fn read_into(&self, blob: &BlobRef, payload: &mut Vec<u8>) -> Result<()> {
-        let lost = |why: String| {
-            Error::corrupted(format!("read {} at {}: {why}", self.path.display(), blob.offset))
-        };
-        let end = blob
-            .offset
-            .checked_add(blob.record_bytes())
-            .ok_or_else(|| lost("no such place".into()))?;
-        // Nothing is allocated for bytes that the file does not have.
-        if end > self.len()? {
-            return Err(lost(format!("expected {} bytes, the file is too short", blob.len)));
+    /// Bytes of the payload that `blob` names.
+    pub(crate) fn payload_len(&self, blob: &BlobRef) -> usize {
+        let sealed = if self.cipher.is_some() { SEAL_BYTES } else { 0 };
+        (blob.len as usize).saturating_sub(sealed)
+    }
+
+    /// [`Segment::read`] into `out`, as long as the payload; what is in it after an error is unknown.
+    pub(crate) fn read_into(&self, blob: &BlobRef, out: &mut [u8]) -> Result<()> {
+        if self.cipher.is_some() {
+            out.copy_from_slice(&self.read(blob)?);
+            return Ok(());
         }
+        self.check_end(blob)?;
+        self.read_sealed(blob, out)
+    }
+
+    fn lost(&self, blob: &BlobRef, why: &dyn std::fmt::Display) -> Error {
+        Error::corrupted(format!("read {} at {}: {why}", self.path.display(), blob.offset))
+    }
+
+    /// Before anything is allocated for a record: that the file has its bytes.
+    fn check_end(&self, blob: &BlobRef) -> Result<()> {
+        let end = blob.offset.checked_add(blob.record_bytes());
+        let end = end.ok_or_else(|| self.lost(blob, &"no such place"))?;
+        if end > self.len()? {
+            let why = format!("expected {} bytes, the file is too short", blob.len);
+            return Err(self.lost(blob, &why));
+        }
+        Ok(())
+    }
+
+    /// The bytes of the record behind its header into `out`, as many as those, checked against header and hash.
+    fn read_sealed(&self, blob: &BlobRef, out: &mut [u8]) -> Result<()> {
         // Apart, so that a payload of megabytes is not copied once more.
         let mut header = [0; RECORD_HEADER_BYTES as usize];
-        let len = blob.len as usize;
-        match payload.capacity() < len {
-            // The system's zeros need not be written.
-            true => *payload = vec![0; len],
-            false => payload.resize(len, 0),
-        }
         self.file
             .read_exact_at(&mut header, blob.offset)
-            .and_then(|()| self.file.read_exact_at(payload, blob.offset + RECORD_HEADER_BYTES))
+            .and_then(|()| self.file.read_exact_at(out, blob.offset + RECORD_HEADER_BYTES))
             .map_err(|source| Error::io("read", &self.path, source))?;
         let header = parse_record_header(&header)?;
         if header != (blob.kind, blob.len, blob.hash) {
-            return Err(lost("the record is another than the one referred to".into()));
+            return Err(self.lost(blob, &"the record is another than the one referred to"));
         }
-        if payload_hash(blob.kind, payload) != blob.hash {
-            return Err(lost("checksum does not match".into()));
-        }
-        if let Some(cipher) = &self.cipher {
-            let opened = cipher.open(&[blob.kind.code()], payload);
-            *payload = opened.map_err(|error| lost(error.to_string()))?;
+        if payload_hash(blob.kind, out) != blob.hash {
+            return Err(self.lost(blob, &"checksum does not match"));
         }
         Ok(())
     }

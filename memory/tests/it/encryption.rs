@@ -75,6 +75,10 @@ fn nothing_that_was_said_is_in_the_files_and_all_of_it_comes_back() {
         assert_eq!(hits[0].text, text);
         let snapshot = store.snapshot(&named, *b"fingerprint-of-a").unwrap().unwrap();
         assert_eq!(snapshot.state, b"state-of-the-model");
+        let page = b"page-of-the-model".repeat(20);
+        let mut out = vec![0; page.len()];
+        assert_eq!(store.page_into(&named, 0, &mut out).unwrap(), Some(page.len()));
+        assert_eq!(out, page);
         assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
     }
 }

@@ -109,13 +109,17 @@ fn evicted_pages_are_kept_within_their_budget_oldest_dropped_first() {
     assert_eq!(store.pages(&trip()).unwrap(), [1, 2, 3, 4]);
     assert_eq!(store.page(&trip(), 1).unwrap(), Some(page(1)));
     assert_eq!(store.page(&trip(), 0).unwrap(), None);
-    // In memory that held a longer one, a shorter one, or none.
-    for room in [vec![7; 9000], vec![7; 5], Vec::new()] {
-        let mut out = room;
-        assert!(store.page_into(&trip(), 1, &mut out).unwrap());
-        assert_eq!(out, page(1));
-        assert!(!store.page_into(&trip(), 0, &mut out).unwrap());
+    let mut out = vec![7; page(1).len()];
+    assert_eq!(store.page_into(&trip(), 1, &mut out).unwrap(), Some(out.len()));
+    assert_eq!(out, page(1));
+    // One of another length is left where it is.
+    for len in [0, out.len() - 1, out.len() + 1] {
+        let mut other = vec![7; len];
+        assert_eq!(store.page_into(&trip(), 1, &mut other).unwrap(), Some(out.len()));
+        assert_eq!(other, vec![7; len]);
     }
+    assert_eq!(store.page_into(&trip(), 0, &mut out).unwrap(), None);
+    assert_eq!(out, page(1));
     // An evicted page may come back into the window.
     commit(&store, snapshot(4, &[], &[1, 4])).unwrap();
     check(&store, 4, &[1, 4]);

@@ -4,7 +4,7 @@
 
 use crate::cache::{Cache, CacheShape};
 use crate::models::frequencies::{Frequencies, RopeScaling};
-use crate::pages::{LandmarkScan, PageConfig};
+use crate::pages::{LandmarkScan, PageConfig, PageStore};
 use candle_core::{Device, Tensor};
 use mka_kernels::PAGE_TOKENS;
 use mka_memory::{Commit, HashedEmbedder, NewSnapshot, Scope, Store, StoreOptions};
@@ -95,7 +95,7 @@ pub(super) fn feed(
     let frequencies = Frequencies::new(1e5, SHAPE.head_dim, &RopeScaling::None);
     let device = device();
     let mut cache = Cache::new(SHAPE, &device).unwrap();
-    cache.keep_pages(config);
+    cache.keep_pages(PageStore::new(SHAPE.pages(), config, &device));
     if mirrored && device.is_cpu() {
         cache.pages_mut().unwrap().mirror_on_device();
     }

@@ -4,7 +4,7 @@
 
 use super::intake::{LANDMARKS, Parts, SHAPE, device, feed, scope};
 use crate::error::Result;
-use crate::pages::{LandmarkScan, PageConfig, PageShape, PageSource, PageStore};
+use crate::pages::{LandmarkScan, PageConfig, PageSource, PageStore};
 use mka_kernels::PAGE_TOKENS;
 use mka_memory::{HashedEmbedder, Store, StoreOptions};
 use std::path::Path;
@@ -18,7 +18,7 @@ impl PageSource for Disk {
         Ok(self.0.page(&scope(), page)?)
     }
 
-    fn page_into(&self, page: u64, out: &mut Vec<u8>) -> Result<bool> {
+    fn page_into(&self, page: u64, out: &mut [u8]) -> Result<Option<usize>> {
         Ok(self.0.page_into(&scope(), page, out)?)
     }
 
@@ -53,22 +53,26 @@ fn a_cards_session_that_is_opened_again() {
         let store = Arc::new(parts.time("store opened", || open(&folder)));
         let keys = store.pages(&scope()).unwrap();
         let known: Vec<u64> = keys.iter().copied().filter(|key| key & LANDMARKS == 0).collect();
-        let shape = PageShape {
-            num_layers: SHAPE.num_layers,
-            num_kv_heads: SHAPE.num_kv_heads,
-            head_dim: SHAPE.head_dim,
-            window_tokens: SHAPE.window_tokens,
-        };
         let (first_layer, bytes, scan) = (3, 32 << 30, LandmarkScan::Flat);
         let config = PageConfig { first_layer, bytes, scan, ..PageConfig::default() };
-        let mut restored = PageStore::new(shape, config, &device());
+        let mut restored = PageStore::new(SHAPE.pages(), config, &device());
         restored.mirror = None;
         restored.set_source(Arc::new(Disk(store)));
         let end = known.last().unwrap() + 1 - (SHAPE.window_tokens / PAGE_TOKENS) as u64;
         parts.time("landmarks taken in", || restored.restore(&known, end, &[]));
         parts.time("pages read and laid out, no device", || restored.read_all());
         restored.mirror_on_device();
-        parts.time("device filled", || restored.fill_mirror());
+        let rows = restored.order.len();
+        parts.time("room made on the device", || {
+            let mirror = restored.mirror.as_mut().unwrap();
+            assert!(mirror.reserve(rows).unwrap());
+            mirror.device().synchronize().unwrap();
+        });
+        parts.time("memory to read into", || restored.stage());
+        parts.time("device filled", || {
+            restored.fill_mirror();
+            device().synchronize().unwrap();
+        });
         assert!(restored.mirror.is_some());
         parts.print(&format!("round {round}"), restored.order.len());
     }

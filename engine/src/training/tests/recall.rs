@@ -1,7 +1,7 @@
 //! Recall in training against definitions in f64, dense attention, finite differences and the engine's own sessions.
 
 use super::*;
-use crate::pages::{LandmarkScan, PageConfig, PagePrecision};
+use crate::pages::{LandmarkScan, PageConfig, PagePrecision, PageStore};
 use crate::training::operations::attend_on_tape;
 use crate::training::recall::{PAGE, Recall, RecallParts};
 use candle_core::{DType, Var};
@@ -339,7 +339,8 @@ fn a_pass_recalls_what_a_session_does() {
         (pages.tokens, pages.first_layer, pages.lexical) = (64, 1, false);
         (pages.vote_reach, pages.compact) = (0, false);
         (pages.precision, pages.scan) = (PagePrecision::F32, LandmarkScan::Flat);
-        cache.keep_pages(pages);
+        let shape = decoder.cache_shape(64, 512).pages();
+        cache.keep_pages(PageStore::new(shape, pages, &Device::Cpu));
         let mut session = Vec::new();
         let mut rest = &ids[..];
         while !rest.is_empty() {

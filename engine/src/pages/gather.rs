@@ -400,9 +400,8 @@ mod tests {
             let again = copied(&store, 128, Some(fewer));
             assert_eq!([place(&again.keys), place(&again.values)], places);
             assert_eq!(both(&again), expected);
-            // Of another size, or another type, it is not.
+            // Of another size, or another type, it is not that memory, or is by chance.
             let half = copied(&store, 64, Some(again));
-            assert_ne!(place(&half.keys), places[0]);
             assert_eq!(both(&half)[0], expected[0][..PAGE_TOKENS * 2 * 8]);
             let other = match precision {
                 PagePrecision::F32 => recalled(PagePrecision::Bf16, 1.0),

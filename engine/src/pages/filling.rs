@@ -13,6 +13,7 @@ use half::bf16;
 use mka_kernels::{PAGE_TOKENS, Staged, Staging};
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
 /// Pages that go together at most, 42 MB of the default model's: while some are uploaded the next are read, on as many
@@ -129,10 +130,12 @@ impl BatchShape {
         Some([make()?, make()?])
     }
 
-    /// Pages that go together in numbers of `size` bytes.
+    /// Pages that go together in numbers of `size` bytes: as many for each thread that reads them, if there is room for one.
     fn fill_pages(&self, size: usize) -> usize {
         let page_bytes = self.page_len() * size + self.choosing * self.marks_len() * 2;
-        (FILL_BYTES / page_bytes.max(1)).clamp(1, FILL_PAGES)
+        let pages = (FILL_BYTES / page_bytes.max(1)).clamp(1, FILL_PAGES);
+        let threads = rayon::current_num_threads().max(1);
+        if pages > threads { pages - pages % threads } else { pages }
     }
 
     /// No page yet, with room for `pages`.
@@ -195,34 +198,45 @@ impl PageStore {
         }
         let (shape, device) = (self.batch_shape(), mirror.device().clone());
         let step = shape.fill_pages(size_of::<T>());
-        let batches = (0..rows).step_by(step);
-        let mut batches = batches.map(|first| first..rows.min(first + step));
         let batch = |making: Option<Making<T>>| {
             let made = making.and_then(|making| making.join().ok());
             let has_room = |batch: &Batch<T>| batch.room >= rows.min(step);
             made.filter(has_room).unwrap_or_else(|| shape.batch(rows.min(step), &device))
         };
         let made = room.and_then(T::made).map_or([None, None], |made| made.map(Some));
-        let [mut ready, mut next] = made.map(batch);
-        loop {
-            let coming = batches.next();
-            let is_last = coming.is_none();
-            let (uploaded, read) = rayon::join(
-                || upload(mirror, &mut ready, shape),
-                || self.read_batch(coming.unwrap_or_default(), &mut next),
-            );
-            uploaded?;
-            lost.extend(read?);
-            if !lost.is_empty() {
-                return Ok(false);
+        // A batch is read on every thread of the pool while the one before is on its way, which a thread of its own sees to.
+        let (ready, to_upload) = mpsc::channel::<Batch<T>>();
+        let (done, free) = mpsc::channel();
+        made.into_iter().for_each(|made| {
+            let _ = done.send(batch(made));
+        });
+        let uploaded = thread::scope(|scope| {
+            let uploads = scope.spawn(|| {
+                let done = done;
+                to_upload.into_iter().try_for_each(|mut batch| -> Result<()> {
+                    upload(mirror, &mut batch, shape)?;
+                    // Nobody waits for the last two.
+                    let _ = done.send(batch);
+                    Ok(())
+                })
+            });
+            for first in (0..rows).step_by(step) {
+                // Nothing comes back any more where an upload failed, which its own result says.
+                let Ok(mut batch) = free.recv() else { break };
+                lost.extend(self.read_batch(first..rows.min(first + step), &mut batch)?);
+                if !lost.is_empty() || ready.send(batch).is_err() {
+                    break;
+                }
             }
-            if is_last {
-                break;
-            }
-            std::mem::swap(&mut ready, &mut next);
+            drop(ready);
+            uploads.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        uploaded?;
+        if !lost.is_empty() {
+            return Ok(false);
         }
         // Unlocking takes as long as reading a tenth of the pages.
-        rayon::spawn(move || drop((ready, next)));
+        rayon::spawn(move || drop(free));
         self.upload_outliers(mirror)?;
         Ok(true)
     }
@@ -236,7 +250,7 @@ impl PageStore {
         let landmarks = batch.landmarks.numbers()?.chunks_exact_mut(shape.marks_len());
         let landmarks = landmarks.take(shape.choosing * count).enumerate();
         landmarks.for_each(|(at, out)| marks[at % count].push(out));
-        let pages = rows.into_par_iter().zip(numbers).zip(marks);
+        let pages = rows.into_par_iter().zip(numbers).zip(marks).with_max_len(1);
         let lost = pages.filter_map(|((row, numbers), marks)| {
             for (layer, out) in self.choosing().zip(marks) {
                 fill_landmarks(self.heads(layer), row, shape.head_dim, out);

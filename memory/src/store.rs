@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 pub use backup::Backup;
 pub use doctor::{Checkup, Problem, Repair};
-pub use read::{ChunkInfo, DiskUsage, SessionInfo, Stats};
+pub use read::{ChunkInfo, DiskUsage, OpenSnapshot, SessionInfo, Stats};
 pub use reembed::Reembedded;
 pub use transfer::{Exported, Imported};
 

@@ -4,11 +4,10 @@
 use super::{Conversation, StoredPages, page_of};
 use crate::cache::Cache;
 use crate::engine::Model;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::pages::PageStore;
 use crate::snapshot::SessionState;
-use mka_memory::ErrorKind::{Corrupted, Incompatible};
-use mka_memory::{Scope, Snapshot};
+use mka_memory::{OpenSnapshot, Scope};
 use std::sync::Arc;
 
 impl Conversation {
@@ -52,16 +51,18 @@ impl Conversation {
             keys = store.pages(&self.scope)?;
             pages.expect(keys.len());
         }
-        let restored = match store.snapshot(&self.scope, model.decoder.fingerprint) {
-            Ok(None) => return Ok(None),
-            Ok(Some(snapshot)) => self.brought_back(model, snapshot, pages.map(|own| (own, keys))),
-            Err(error) if matches!(error.kind(), Incompatible | Corrupted) => Err(error.into()),
-            Err(error) => return Err(error.into()),
-        };
-        let warn = |error: &Error| {
-            tracing::warn!(scope = %self.scope, %error, "snapshot not usable: refilling from the log");
-        };
-        Ok(restored.inspect_err(warn).ok())
+        let pages = pages.map(|own| (own, keys));
+        let snapshot = store.open_snapshot(&self.scope, model.decoder.fingerprint);
+        let brought_back = |open: OpenSnapshot| self.brought_back(model, &open, pages);
+        let restored = snapshot.map_err(Error::from);
+        let restored = restored.and_then(|open| open.map(brought_back).transpose());
+        match restored {
+            Err(error) if error.kind() != ErrorKind::Storage => {
+                tracing::warn!(scope = %self.scope, %error, "snapshot not usable: refilling from the log");
+                Ok(None)
+            }
+            restored => restored,
+        }
     }
 
     /// Window and stored pages side by side: of a long session each reads hundreds of megabytes. `pages` come with the keys
@@ -69,17 +70,19 @@ impl Conversation {
     fn brought_back(
         &self,
         model: &Model,
-        mut snapshot: Snapshot,
+        snapshot: &OpenSnapshot,
         pages: Option<(PageStore, Vec<u64>)>,
     ) -> Result<(Cache, SessionState)> {
         let (state, ema) = SessionState::from_bytes(&snapshot.state)?;
-        for (key, _) in &mut snapshot.pages {
-            *key = page_of(*key, state.stream).unwrap_or(u64::MAX);
-        }
         let (shape, position) = (self.shared.cache_shape(model), snapshot.position);
-        let (device, frequencies) = (model.decoder.device(), &model.decoder.frequencies);
-        let angles = |positions| frequencies.angles(positions);
-        let window = || Cache::restore(shape, device, position, ema, &snapshot.pages, angles);
+        let window = || {
+            let mut pages = snapshot.read_pages()?;
+            for (key, _) in &mut pages {
+                *key = page_of(*key, state.stream).unwrap_or(u64::MAX);
+            }
+            let (device, frequencies) = (model.decoder.device(), &model.decoder.frequencies);
+            Cache::restore(shape, device, position, ema, &pages, |at| frequencies.angles(at))
+        };
         let stored = || {
             let (mut pages, keys) = pages?;
             self.read_from_disk(&mut pages, &self.scope, state.stream);

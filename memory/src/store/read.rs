@@ -163,6 +163,20 @@ impl Store {
     /// # Errors
     /// `Incompatible` if another model wrote it; `Corrupted` if a part of it is damaged: the log is still there.
     pub fn snapshot(&self, scope: &Scope, fingerprint: [u8; 16]) -> Result<Option<Snapshot>> {
+        let Some(open) = self.open_snapshot(scope, fingerprint)? else { return Ok(None) };
+        let pages = open.read_pages()?;
+        Ok(Some(Snapshot { position: open.position, state: open.state, pages }))
+    }
+
+    /// [`Store::snapshot`] whose pages are read later, or beside other work.
+    ///
+    /// # Errors
+    /// As [`Store::snapshot`].
+    pub fn open_snapshot(
+        &self,
+        scope: &Scope,
+        fingerprint: [u8; 16],
+    ) -> Result<Option<OpenSnapshot>> {
         scope.check_session("snapshot")?;
         let (record, state_blob, pages) = {
             let state = self.read();
@@ -192,7 +206,7 @@ impl Store {
             )));
         }
         let (position, state) = (record.position, read(state_blob)?);
-        Ok(Some(Snapshot { position, state, pages: read_side_by_side(&pages)? }))
+        Ok(Some(OpenSnapshot { position, state, pages }))
     }
 
     /// One stored page of the scope's session, in its window or evicted and kept; none if it is not stored.
@@ -323,6 +337,26 @@ impl Store {
             dead_bytes: stored.saturating_sub(live_bytes),
             damaged: state.damaged.clone(),
         }
+    }
+}
+
+/// A session's snapshot whose pages were not read yet; what is committed meanwhile changes nothing of it.
+#[derive(Debug)]
+pub struct OpenSnapshot {
+    /// Tokens in the stream at this point.
+    pub position: u64,
+    /// Opaque bytes of the caller.
+    pub state: Vec<u8>,
+    pages: Vec<(u64, OpenBlob)>,
+}
+
+impl OpenSnapshot {
+    /// The pages of the window, by ascending index.
+    ///
+    /// # Errors
+    /// `Corrupted` if one is damaged.
+    pub fn read_pages(&self) -> Result<Vec<(u64, Vec<u8>)>> {
+        read_side_by_side(&self.pages)
     }
 }
 

@@ -65,6 +65,23 @@ fn a_window_of_any_number_of_pages_is_read_in_their_order() {
 }
 
 #[test]
+fn a_snapshot_that_is_open_is_read_as_it_was_whatever_is_committed_meanwhile() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    assert!(store.open_snapshot(&trip(), MODEL).unwrap().is_none());
+    commit(&store, snapshot(64, &[0, 1], &[0, 1])).unwrap();
+    let before = store.open_snapshot(&trip(), MODEL).unwrap().unwrap();
+    let mut after = snapshot(128, &[1, 2], &[1, 2]);
+    after.pages[0].1.fill(9);
+    commit(&store, after).unwrap();
+    store.compact_all().unwrap();
+    assert_eq!((before.position, before.state.as_slice()), (64, &64u64.to_le_bytes()[..]));
+    assert_eq!(before.read_pages().unwrap(), [(0, page(0)), (1, page(1))]);
+    let read = store.open_snapshot(&trip(), MODEL).unwrap().unwrap().read_pages().unwrap();
+    assert_eq!(read, [(1, vec![9; 1000]), (2, page(2))]);
+}
+
+#[test]
 fn another_model_is_refused_and_replaces_every_page() {
     let folder = tempfile::tempdir().unwrap();
     let store = keeping(folder.path(), 1 << 20);

@@ -15,7 +15,7 @@ use crate::pages::{Message, PageSource, PageStore, PageUsage, RecallPolicy};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, on_pool};
-use mka_memory::{Role, Scope, Turn, TurnId};
+use mka_memory::{PageBytes, Role, Scope, Turn, TurnId};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -470,6 +470,10 @@ impl PageSource for StoredPages {
 
     fn page_into(&self, page: u64, out: &mut [u8]) -> Result<Option<usize>> {
         Ok(self.shared.store.page_into(&self.scope, key_of(page, self.stream), out)?)
+    }
+
+    fn page_in_place(&self, page: u64) -> Result<Option<PageBytes>> {
+        Ok(self.shared.store.map_page(&self.scope, key_of(page, self.stream))?)
     }
 
     fn landmarks(&self, page: u64) -> Result<Option<Vec<u8>>> {

@@ -59,7 +59,7 @@ pub use recall::{ChunkId, Hit, Recall, Source, Trust, Why};
 pub use scope::Scope;
 pub use storage::{Backend, RecordChange, Storage, Visit};
 pub use store::{
-    Backup, Checkup, ChunkInfo, DiskUsage, Exported, Imported, OpenSnapshot, Problem, Reembedded,
-    Repair, SessionInfo, Stats, Store, StoreOptions,
+    Backup, Checkup, ChunkInfo, DiskUsage, Exported, Imported, OpenSnapshot, PageBytes, Problem,
+    Reembedded, Repair, SessionInfo, Stats, Store, StoreOptions,
 };
 pub use vectors::{RowSet, VectorIndex};

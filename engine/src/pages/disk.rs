@@ -5,11 +5,12 @@ use super::index::MARKS;
 use super::landmarks::{LandmarkShape, NewLandmarks, OutlierAt};
 use super::store::{PageStore, Stored};
 use mka_kernels::PAGE_TOKENS;
+use mka_memory::PageBytes;
 use std::sync::Arc;
 
 /// A page that the disk is to get.
 pub(crate) struct FreshPage {
-    bytes: Arc<Vec<u8>>,
+    bytes: Arc<PageBytes>,
     tokens: Box<[u32; PAGE_TOKENS]>,
 }
 

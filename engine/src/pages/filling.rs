@@ -18,9 +18,9 @@ use std::thread::{self, JoinHandle};
 
 /// Pages that go together at most, 42 MB of the default model's: while some are uploaded the next are read, on as many
 /// threads as there are, and each has as much memory again.
-pub(super) const FILL_PAGES: usize = 32;
+pub(super) const FILL_PAGES: usize = 16;
 /// Fewer go together where they are larger: as many as take no more than this, or one.
-const FILL_BYTES: usize = 48 << 20;
+const FILL_BYTES: usize = 24 << 20;
 
 /// Numbers as the mirror holds them.
 trait Filled: Staged {

@@ -7,6 +7,7 @@ use super::store::{PageStore, Stored};
 use super::{Number, PageConfig, PagePrecision};
 use mka_kernels::PAGE_TOKENS;
 use mka_kernels::key_codes::Rotation;
+use mka_memory::PageBytes;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
@@ -56,7 +57,8 @@ impl PageStore {
         let bytes = vec![0; self.page_bytes()];
         self.resident_bytes += bytes.len() as u64;
         let used = self.tick();
-        let (bytes, durable, given, marked) = (Some(Arc::new(bytes)), false, false, false);
+        let bytes = Some(Arc::new(PageBytes::from(bytes)));
+        let (durable, given, marked) = (false, false, false);
         self.pages.insert(page, Stored { bytes, tokens, durable, given, marked, used });
         self.order.push(page);
     }
@@ -72,7 +74,8 @@ impl PageStore {
         let mut parts: Vec<Vec<(usize, &mut [u8])>> = (0..num_layers).map(|_| Vec::new()).collect();
         for (page, stored) in self.pages.range_mut(pages.clone()) {
             let Some(bytes) = &mut stored.bytes else { continue };
-            let own = Arc::make_mut(bytes).chunks_exact_mut(layer_bytes).skip(layers.start);
+            let own =
+                Arc::make_mut(bytes).to_mut().chunks_exact_mut(layer_bytes).skip(layers.start);
             let at = (page - pages.start) as usize;
             parts.iter_mut().zip(own).for_each(|(parts, bytes)| parts.push((at, bytes)));
         }

@@ -5,6 +5,7 @@ use super::PagePrecision::{self, Bf16, F32, Int4, Int8};
 use super::store::PageStore;
 use crate::error::Result;
 use mka_kernels::PAGE_TOKENS;
+use mka_memory::PageBytes;
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -20,6 +21,11 @@ pub(crate) trait PageSource: Send + Sync {
             out.copy_from_slice(&bytes);
         }
         Ok(Some(bytes.len()))
+    }
+
+    /// [`PageSource::page`] where it lies, if the program's memory need not hold it.
+    fn page_in_place(&self, page: u64) -> Result<Option<PageBytes>> {
+        Ok(self.page(page)?.map(PageBytes::from))
     }
 
     /// The bytes of a page's landmarks as [`PageStore::fresh_landmarks`] gave them; None if there are none.
@@ -78,12 +84,12 @@ impl PageStore {
             room += 1;
         }
         missing.truncate(room);
-        let read: Vec<Option<Encoded>> =
-            missing.par_iter().map(|page| self.read_page(*page)).collect();
+        let read: Vec<Option<PageBytes>> =
+            missing.par_iter().map(|page| self.page_in_place(*page)).collect();
         for (page, read) in missing.into_iter().zip(read) {
             let Some(stored) = self.pages.get_mut(&page) else { continue };
             match read {
-                Some((bytes, _)) => {
+                Some(bytes) => {
                     self.resident_bytes += bytes.len() as u64;
                     stored.bytes = Some(Arc::new(bytes));
                 }
@@ -91,6 +97,17 @@ impl PageStore {
                 None => stored.durable = false,
             }
         }
+    }
+
+    /// Keys and values of a page where they lie on the disk, or in memory where they are not in this store's precision
+    /// there; None, with a warning, where they cannot be read.
+    fn page_in_place(&self, page: u64) -> Option<PageBytes> {
+        let mut bytes = match self.source.as_ref()?.page_in_place(page) {
+            Ok(Some(bytes)) if bytes.len() == self.page_bytes() + IDS_BYTES => bytes,
+            _ => return self.read_page(page).map(|(bytes, _)| bytes.into()),
+        };
+        bytes.truncate(self.page_bytes());
+        Some(bytes)
     }
 
     /// A page from the disk; None, with a warning, where it cannot be read.

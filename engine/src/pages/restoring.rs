@@ -7,6 +7,7 @@ use super::reading::PageSource;
 use super::store::{PageStore, Stored};
 use crate::cache::SINK_PAGES;
 use mka_kernels::{PAGE_TOKENS, rows};
+use mka_memory::PageBytes;
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -121,7 +122,8 @@ impl PageStore {
         }
         self.resident_bytes += bytes.len() as u64;
         let used = self.tick();
-        let (bytes, durable, given, marked) = (Some(Arc::new(bytes)), true, true, false);
+        let bytes = Some(Arc::new(PageBytes::from(bytes)));
+        let (durable, given, marked) = (true, true, false);
         self.pages.insert(page, Stored { bytes, tokens, durable, given, marked, used });
         self.order.push(page);
         (0..self.shape.num_layers).for_each(|layer| self.index_page(layer, page));

@@ -17,6 +17,7 @@ use crate::cache::SINK_PAGES;
 use candle_core::{Device, Tensor};
 use mka_kernels::key_codes::Rotation;
 use mka_kernels::{PAGE_TOKENS, RotaryAngles};
+use mka_memory::PageBytes;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -36,7 +37,7 @@ pub(crate) struct PageShape {
 pub(super) struct Stored {
     /// For each layer keys, then values, (num_kv_heads, PAGE_TOKENS) rows each; None while only the disk has them.
     /// Shared with the sessions that this one was forked into, or from.
-    pub(super) bytes: Option<Arc<Vec<u8>>>,
+    pub(super) bytes: Option<Arc<PageBytes>>,
     pub(super) tokens: Box<[u32; PAGE_TOKENS]>,
     /// Whether the disk has it, and whether it was ever given to the disk, which may have let it go since.
     pub(super) durable: bool,
@@ -374,7 +375,7 @@ impl PageStore {
     pub(super) fn bytes_by_row(&self, rows: usize) -> Vec<Option<&[u8]>> {
         // Rows and pages are in the same order, and every page has a row once its layers are in.
         let pages = self.pages.values().take(rows);
-        pages.map(|stored| stored.bytes.as_ref().map(|bytes| bytes.as_slice())).collect()
+        pages.map(|stored| stored.bytes.as_ref().map(|bytes| &***bytes)).collect()
     }
 
     pub(super) fn heads(&self, layer: usize) -> &[HeadIndex] {

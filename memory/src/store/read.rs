@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::Store;
 use super::images::IMAGE_ENDING;
+use super::page_bytes::PageBytes;
 use super::segment::Segment;
 use super::state::{Session, State};
 use super::vectors::GRAPH_ENDING;
@@ -229,6 +230,18 @@ impl Store {
             segment.read_into(&blob, out)?;
         }
         Ok(Some(len))
+    }
+
+    /// [`Store::page`] where it lies in its file, checked; in memory of its own in an encrypted store.
+    ///
+    /// What is mapped stays as it is whatever the store does, and takes room on the disk as long. A file system that fails
+    /// to read it again later ends the program, as with any mapped file.
+    ///
+    /// # Errors
+    /// `Corrupted` if it is damaged.
+    pub fn map_page(&self, scope: &Scope, page: u64) -> Result<Option<PageBytes>> {
+        let open = self.open_page(scope, page)?;
+        open.map(|(segment, blob)| segment.map(&blob)).transpose()
     }
 
     fn open_page(&self, scope: &Scope, page: u64) -> Result<Option<OpenBlob>> {

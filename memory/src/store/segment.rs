@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::page_bytes::PageBytes;
 use crate::cipher::{Cipher, SEAL_BYTES};
 use crate::format::{
     BlobRef, Kind, MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, is_segment_header,
@@ -103,6 +104,28 @@ impl Segment {
         self.read_sealed(blob, out)
     }
 
+    /// [`Segment::read`] where the payload lies, in the system's file cache; in memory of its own where it is encrypted or
+    /// the system gives no map.
+    pub(crate) fn map(&self, blob: &BlobRef) -> Result<PageBytes> {
+        if self.cipher.is_some() || blob.len == 0 {
+            return Ok(self.read(blob)?.into());
+        }
+        // A map that reaches beyond the file would end the program.
+        self.check_end(blob)?;
+        let mut options = memmap2::MmapOptions::new();
+        options.offset(blob.offset + RECORD_HEADER_BYTES).len(blob.len as usize).populate();
+        // SAFETY: a record that the database refers to is never written to again, and no file is cut before its end; the
+        // folder's lock keeps other writers out. A file that is removed stays mapped.
+        let Ok(map) = (unsafe { options.map(&self.file) }) else {
+            return Ok(self.read(blob)?.into());
+        };
+        let mut header = [0; RECORD_HEADER_BYTES as usize];
+        let read = self.file.read_exact_at(&mut header, blob.offset);
+        read.map_err(|source| Error::io("read", &self.path, source))?;
+        self.check(blob, &header, &map)?;
+        Ok(PageBytes::mapped(map))
+    }
+
     fn lost(&self, blob: &BlobRef, why: &dyn std::fmt::Display) -> Error {
         Error::corrupted(format!("read {} at {}: {why}", self.path.display(), blob.offset))
     }
@@ -126,11 +149,20 @@ impl Segment {
             .read_exact_at(&mut header, blob.offset)
             .and_then(|()| self.file.read_exact_at(out, blob.offset + RECORD_HEADER_BYTES))
             .map_err(|source| Error::io("read", &self.path, source))?;
-        let header = parse_record_header(&header)?;
-        if header != (blob.kind, blob.len, blob.hash) {
+        self.check(blob, &header, out)
+    }
+
+    /// That header and payload are those that `blob` names.
+    fn check(
+        &self,
+        blob: &BlobRef,
+        header: &[u8; RECORD_HEADER_BYTES as usize],
+        payload: &[u8],
+    ) -> Result<()> {
+        if parse_record_header(header)? != (blob.kind, blob.len, blob.hash) {
             return Err(self.lost(blob, &"the record is another than the one referred to"));
         }
-        if payload_hash(blob.kind, out) != blob.hash {
+        if payload_hash(blob.kind, payload) != blob.hash {
             return Err(self.lost(blob, &"checksum does not match"));
         }
         Ok(())

@@ -79,6 +79,8 @@ fn nothing_that_was_said_is_in_the_files_and_all_of_it_comes_back() {
         let mut out = vec![0; page.len()];
         assert_eq!(store.page_into(&named, 0, &mut out).unwrap(), Some(page.len()));
         assert_eq!(out, page);
+        let own = store.map_page(&named, 0).unwrap().unwrap();
+        assert!(*own == *page && !own.is_mapped());
         assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
     }
 }

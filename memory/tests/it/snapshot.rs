@@ -1,6 +1,7 @@
 //! Snapshots and pages: what a session goes on from.
 
 use mka_memory::{Commit, ErrorKind, NewSnapshot, NewTurn, Role, Store, StoreOptions};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -145,6 +146,56 @@ fn evicted_pages_are_kept_within_their_budget_oldest_dropped_first() {
     check(&store, 4, &[1, 4]);
     commit(&store, snapshot(5, &[], &[4])).unwrap();
     assert_eq!(store.pages(&trip()).unwrap(), [4]);
+}
+
+#[test]
+fn a_mapped_page_is_the_page_and_stays_it_when_its_file_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = keeping(folder.path(), 2_500);
+    commit(&store, snapshot(1, &[0, 1], &[0, 1])).unwrap();
+    let mut mapped = store.map_page(&trip(), 1).unwrap().unwrap();
+    assert!(mapped.is_mapped());
+    assert_eq!(*mapped, *page(1));
+    assert!(store.map_page(&trip(), 7).unwrap().is_none());
+    // The first pages go with the segments that hold them.
+    for number in 2..6 {
+        commit(&store, snapshot(number, &[number], &[number])).unwrap();
+    }
+    store.compact_all().unwrap();
+    assert!(store.map_page(&trip(), 1).unwrap().is_none());
+    assert_eq!(*mapped, *page(1));
+    let mut own = mapped.clone();
+    assert!(!own.is_mapped());
+    own.to_mut()[0] = 9;
+    mapped.truncate(10);
+    assert_eq!((&mapped[..], own[0], mapped[0]), (&page(1)[..10], 9, 1));
+    assert_eq!(mapped.to_mut(), &page(1)[..10]);
+    assert!(!mapped.is_mapped());
+}
+
+#[test]
+fn a_page_that_is_damaged_or_cut_off_is_an_error_mapped_and_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    commit(&store, snapshot(1, &[0, 1], &[0, 1])).unwrap();
+    let segments = std::fs::read_dir(folder.path().join("segments")).unwrap();
+    let segment = segments.map(|entry| entry.unwrap().path()).next().unwrap();
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(&segment).unwrap();
+    let bytes = std::fs::read(&segment).unwrap();
+    let at = bytes.windows(1000).position(|bytes| bytes == page(1)).unwrap();
+    let both = |store: &Store| {
+        let mut out = vec![0; 1000];
+        let mapped = store.map_page(&trip(), 1).map(|_| ());
+        [mapped, store.page_into(&trip(), 1, &mut out).map(|_| ())]
+    };
+    for (at, byte) in [(at + 500, 7), (at - 1, 0xff)] {
+        file.write_all_at(&[byte], at as u64).unwrap();
+        both(&store).map(|read| assert_eq!(read.unwrap_err().kind(), ErrorKind::Corrupted));
+        file.write_all_at(&bytes[at..at + 1], at as u64).unwrap();
+    }
+    assert!(both(&store).into_iter().all(|read| read.is_ok()));
+    file.set_len(at as u64 + 999).unwrap();
+    both(&store).map(|read| assert_eq!(read.unwrap_err().kind(), ErrorKind::Corrupted));
 }
 
 #[test]

@@ -395,21 +395,20 @@ impl Cache {
         Ok(bytes)
     }
 
-    /// Rebuilds the cache at `position` from what [`Cache::page_bytes`] and [`Cache::ema_bytes`] wrote, rotating keys
-    /// as they were rotated when they were first written.
+    /// This cache, still empty, at `position` with what [`Cache::page_bytes`] and [`Cache::ema_bytes`] wrote, keys rotated as
+    /// they were rotated when they were first written.
     ///
     /// # Errors
-    /// If pages are missing or of another size: the caller then fills the cache from the tokens.
-    pub(crate) fn restore(
-        shape: CacheShape,
-        device: &Device,
+    /// If pages are missing or of another size: the caller then fills a cache from the tokens.
+    pub(crate) fn restored(
+        mut self,
         position: u64,
         ema: &[u8],
         pages: &[(u64, Vec<u8>)],
         angles: impl Fn(Range<u64>) -> RotaryAngles,
     ) -> Result<Self> {
-        let mut cache = Self::new(shape, device)?;
-        cache.position = position;
+        let (shape, device) = (self.shape, self.device.clone());
+        self.position = position;
         let damaged = |what: String| Error::new(ErrorKind::Corrupted, format!("restore: {what}"));
         let layer_len = shape.num_rates * shape.hidden_size;
         let expected = shape.num_layers * layer_len * 4;
@@ -417,27 +416,27 @@ impl Cache {
             return Err(damaged(format!("summary of {} bytes, expected {expected}", ema.len())));
         }
         let (values, _) = ema.as_chunks::<4>();
-        for (layer, bytes) in cache.ema.iter_mut().zip(values.chunks_exact(layer_len.max(1))) {
+        for (layer, bytes) in self.ema.iter_mut().zip(values.chunks_exact(layer_len.max(1))) {
             let values: Vec<f32> = bytes.iter().map(|x| f32::from_le_bytes(*x)).collect();
-            *layer = Tensor::from_vec(values, layer.shape(), device)?;
+            *layer = Tensor::from_vec(values, layer.shape(), &device)?;
         }
         let mut found = Vec::new();
-        for page in cache.window_pages(position) {
+        for page in self.window_pages(position) {
             let bytes = pages.iter().find_map(|(index, bytes)| (*index == page).then_some(bytes));
             let bytes = bytes.ok_or_else(|| damaged(format!("page {page}, found none")))?;
-            let expected = cache.page_len_bytes(cache.written(page));
+            let expected = self.page_len_bytes(self.written(page));
             if bytes.len() != expected {
                 let got = bytes.len();
                 return Err(damaged(format!("page {page} of {got} bytes, expected {expected}")));
             }
-            let slot = cache.free.pop().ok_or_else(|| Error::model("restore: no free page"))?;
-            cache.slots.insert(page, slot);
+            let slot = self.free.pop().ok_or_else(|| Error::model("restore: no free page"))?;
+            self.slots.insert(page, slot);
             found.push((page, bytes.as_slice()));
         }
         for run in found.chunk_by(|(left, _), (right, _)| left + 1 == *right) {
-            cache.restore_run(run, &angles)?;
+            self.restore_run(run, &angles)?;
         }
-        Ok(cache)
+        Ok(self)
     }
 
     /// Writes pages that follow each other, each with its bytes, into their slots: all tokens of a layer at once.

@@ -78,6 +78,8 @@ impl Conversation {
         if shared.group().is_some() {
             let position = restored.as_ref().map_or(u64::MAX, |(cache, _)| cache.position());
             if let Some(end) = conversation.common_end(position)? {
+                // Before another cache takes its room.
+                drop(restored);
                 conversation.refill(end, false)?;
                 conversation.commit(Vec::new(), &[], Some(end))?;
                 return Ok(conversation);

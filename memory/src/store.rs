@@ -109,7 +109,8 @@ pub struct Store {
     indexer: Indexer,
     queries: Queries,
     writer: Mutex<Writer>,
-    _lock: Lock,
+    /// Held by what is mapped, too.
+    lock: Arc<Lock>,
 }
 
 /// What only one thread at a time may use.

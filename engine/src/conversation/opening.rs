@@ -4,11 +4,14 @@
 use super::{Conversation, StoredPages, page_of};
 use crate::cache::Cache;
 use crate::engine::Model;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::ErrorKind::{Corrupted, Incompatible};
+use crate::error::{Error, Result};
 use crate::pages::PageStore;
 use crate::snapshot::SessionState;
 use mka_memory::{OpenSnapshot, Scope};
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread;
 
 impl Conversation {
     /// A store for the pages that leave the window, none in it yet; None where they are not recalled.
@@ -39,25 +42,17 @@ impl Conversation {
         }
     }
 
-    /// The cache as the store's snapshot has it, and what is recalled; None where there is none that can be used, which is
-    /// said.
+    /// Cache and state as the store's snapshot has them; None where there is none that can be used, which is said.
     ///
     /// # Errors
-    /// If the store cannot be read.
+    /// If the store cannot be read, or the device fails or has no room: what is stored stays.
     pub(super) fn restored(&self, model: &Model) -> Result<Option<(Cache, SessionState)>> {
-        let store = &self.shared.store;
-        let (mut pages, mut keys) = (self.page_store(model), Vec::new());
-        if let Some(pages) = pages.as_mut().filter(|_| self.shared.config.evicted_page_bytes > 0) {
-            keys = store.pages(&self.scope)?;
-            pages.expect(keys.len());
-        }
-        let pages = pages.map(|own| (own, keys));
-        let snapshot = store.open_snapshot(&self.scope, model.decoder.fingerprint);
-        let brought_back = |open: OpenSnapshot| self.brought_back(model, &open, pages);
+        let snapshot = self.shared.store.open_snapshot(&self.scope, model.decoder.fingerprint);
         let restored = snapshot.map_err(Error::from);
-        let restored = restored.and_then(|open| open.map(brought_back).transpose());
+        let restored =
+            restored.and_then(|open| open.map(|open| self.brought_back(model, &open)).transpose());
         match restored {
-            Err(error) if error.kind() != ErrorKind::Storage => {
+            Err(error) if matches!(error.kind(), Corrupted | Incompatible) => {
                 tracing::warn!(scope = %self.scope, %error, "snapshot not usable: refilling from the log");
                 Ok(None)
             }
@@ -65,33 +60,48 @@ impl Conversation {
         }
     }
 
-    /// Window and stored pages side by side: of a long session each reads hundreds of megabytes. `pages` come with the keys
-    /// of what the store holds.
+    /// Window and stored pages side by side: of a long session each reads hundreds of megabytes.
     fn brought_back(
         &self,
         model: &Model,
         snapshot: &OpenSnapshot,
-        pages: Option<(PageStore, Vec<u64>)>,
     ) -> Result<(Cache, SessionState)> {
         let (state, ema) = SessionState::from_bytes(&snapshot.state)?;
         let (shape, position) = (self.shared.cache_shape(model), snapshot.position);
+        let end = shape.first_window_page(position);
+        let (mut pages, mut known) = (self.page_store(model), Vec::new());
+        if let Some(pages) = pages.as_mut().filter(|_| self.shared.config.evicted_page_bytes > 0) {
+            self.read_from_disk(pages, &self.scope, state.stream);
+            let keys = self.shared.store.pages(&self.scope)?;
+            let keys = keys.iter().filter_map(|key| page_of(*key, state.stream));
+            known = keys.filter(|page| *page < end).collect();
+            pages.expect(known.len());
+        }
+        // Before the stored pages take what room there is on the device.
+        let cache = Cache::new(shape, model.decoder.device())?;
         let window = || {
             let mut pages = snapshot.read_pages()?;
             for (key, _) in &mut pages {
                 *key = page_of(*key, state.stream).unwrap_or(u64::MAX);
             }
-            let (device, frequencies) = (model.decoder.device(), &model.decoder.frequencies);
-            Cache::restore(shape, device, position, ema, &pages, |at| frequencies.angles(at))
+            cache.restored(position, ema, &pages, |at| model.decoder.frequencies.angles(at))
         };
-        let stored = || {
-            let (mut pages, keys) = pages?;
-            self.read_from_disk(&mut pages, &self.scope, state.stream);
-            let keys = keys.iter().filter_map(|key| page_of(*key, state.stream));
-            let known: Vec<u64> = keys.collect();
-            pages.restore(&known, shape.first_window_page(position), &state.window_ids);
-            Some(pages)
+        let mut restore = || {
+            if let Some(pages) = &mut pages {
+                pages.restore(&known, end, &state.window_ids);
+            }
         };
-        let (cache, pages) = rayon::join(window, stored);
+        // On a thread of its own: one of the pool's might take it up in the middle of another session's token.
+        let (cache, refused) = thread::scope(|scope| {
+            let thread = thread::Builder::new().name("mka-open".into());
+            let restoring = thread.spawn_scoped(scope, &mut restore);
+            let cache = window();
+            let joined = restoring.map(|thread| thread.join());
+            (cache, joined.map(|done| done.unwrap_or_else(|panic| resume_unwind(panic))).is_err())
+        });
+        if refused {
+            restore();
+        }
         let mut cache = cache?;
         if let Some(pages) = pages {
             cache.keep_pages(pages);

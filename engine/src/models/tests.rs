@@ -422,16 +422,10 @@ fn a_restored_cache_continues_bit_for_bit() {
             let mut cache = Cache::new(decoder.cache_shape(128, 64), &Device::Cpu).unwrap();
             run(&decoder, &mut cache, &tokens[..stop], &[64]);
             let pages = cache.page_bytes(&cache.window_pages(stop as u64)).unwrap();
-            let f = &decoder.frequencies;
-            let mut restored = Cache::restore(
-                decoder.cache_shape(128, 64),
-                &Device::Cpu,
-                stop as u64,
-                &cache.ema_bytes().unwrap(),
-                &pages,
-                |positions| f.angles(positions),
-            )
-            .unwrap();
+            let ema = cache.ema_bytes().unwrap();
+            let angles = |positions| decoder.frequencies.angles(positions);
+            let restored = Cache::new(decoder.cache_shape(128, 64), &Device::Cpu).unwrap();
+            let mut restored = restored.restored(stop as u64, &ema, &pages, angles).unwrap();
             let straight = run(&decoder, &mut cache, &tokens[stop..], &[50, 1]);
             let again = run(&decoder, &mut restored, &tokens[stop..], &[50, 1]);
             assert_eq!(straight, again, "{name} restored at {stop}");

@@ -7,20 +7,21 @@ use super::device::Mirror;
 use super::index::{HeadIndex, MARKS};
 use super::reading::IDS_BYTES;
 use super::store::PageStore;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use candle_core::{DType, Device};
 use half::bf16;
 use mka_kernels::{PAGE_TOKENS, Staged, Staging};
 use rayon::prelude::*;
 use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
-/// Pages that go together at most, 42 MB of the default model's: while some are uploaded the next are read, on as many
-/// threads as there are, and each has as much memory again.
+/// Pages that go together at most, 25 MB of the default model's: while some are uploaded the next are read, on as many
+/// threads as there are. As many again would take as long to lock as their memory saves.
 pub(super) const FILL_PAGES: usize = 16;
 /// Fewer go together where they are larger: as many as take no more than this, or one.
-const FILL_BYTES: usize = 24 << 20;
+const FILL_BYTES: usize = 26 << 20;
 
 /// Numbers as the mirror holds them.
 trait Filled: Staged {
@@ -204,14 +205,16 @@ impl PageStore {
             made.filter(has_room).unwrap_or_else(|| shape.batch(rows.min(step), &device))
         };
         let made = room.and_then(T::made).map_or([None, None], |made| made.map(Some));
-        // A batch is read on every thread of the pool while the one before is on its way, which a thread of its own sees to.
+        // A batch is read on every thread of the pool while the one before is on its way, which a thread of its own sees to
+        // that wants none of the pool's: this one waits for it.
         let (ready, to_upload) = mpsc::channel::<Batch<T>>();
         let (done, free) = mpsc::channel();
         made.into_iter().for_each(|made| {
             let _ = done.send(batch(made));
         });
         let uploaded = thread::scope(|scope| {
-            let uploads = scope.spawn(|| {
+            let thread = thread::Builder::new().name("mka-upload".into());
+            let uploads = thread.spawn_scoped(scope, || {
                 let done = done;
                 to_upload.into_iter().try_for_each(|mut batch| -> Result<()> {
                     upload(mirror, &mut batch, shape)?;
@@ -220,6 +223,10 @@ impl PageStore {
                     Ok(())
                 })
             });
+            let uploads = uploads.map_err(|source| {
+                let what = format!("open: start a thread that uploads: {source}");
+                Error::new(ErrorKind::OutOfMemory, what).with_source(source)
+            })?;
             for first in (0..rows).step_by(step) {
                 // Nothing comes back any more where an upload failed, which its own result says.
                 let Ok(mut batch) = free.recv() else { break };
@@ -229,7 +236,7 @@ impl PageStore {
                 }
             }
             drop(ready);
-            uploads.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            uploads.join().unwrap_or_else(|panic| resume_unwind(panic))
         });
         uploaded?;
         if !lost.is_empty() {
@@ -266,13 +273,12 @@ impl PageStore {
     fn fill_page<T: Filled>(&self, page: u64, out: &mut [T]) -> bool {
         let (precision, d) = (self.config.precision, self.shape.head_dim);
         let len = self.page_bytes() / precision.row_bytes(d) * d;
-        let is_as_it_is = precision == T::AS_IT_IS && cfg!(target_endian = "little");
         let held = self.pages.get(&page).and_then(|stored| stored.bytes.as_deref());
         if let Some(bytes) = held {
             T::fill(precision, bytes, d, &mut out[..len]);
             return true;
         }
-        if is_as_it_is {
+        if precision == T::AS_IT_IS && cfg!(target_endian = "little") {
             let out: &mut [u8] = bytemuck::cast_slice_mut(out);
             if self.read_page_into(page, &mut out[..self.page_bytes() + IDS_BYTES]) {
                 return true;

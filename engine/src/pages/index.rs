@@ -84,9 +84,6 @@ impl HeadIndex {
 
     /// Makes room for `pages` pages more, which [`HeadIndex::push_row`] takes in.
     pub(super) fn reserve(&mut self, pages: usize, d: usize, (has_means, has_codes): (bool, bool)) {
-        // The system gives memory as it is written; without some for what comes, the first page after an opening would copy
-        // every head's index while a question waits, hundreds of megabytes of a long session.
-        let pages = pages + pages / 8 + 16;
         self.landmarks.reserve_exact(pages * MARKS * 2 * d);
         self.agreement.reserve_exact(pages * MARKS);
         self.means.reserve_exact(if has_means { pages * 4 * d } else { 0 });

@@ -1,4 +1,4 @@
-//! Reading stored pages back from the disk, into host memory or for a device.
+//! Reading stored pages back from the disk: mapped for host memory, or read for a device.
 //! Knows no file and no attention rule: pages come through [`PageSource`].
 
 use super::PagePrecision::{self, Bf16, F32, Int4, Int8};
@@ -58,7 +58,7 @@ impl PageStore {
         are_there
     }
 
-    /// Reads the pages of index rows `wanted` (most wanted first) back into memory, as many as the budget has room for
+    /// Brings the pages of index rows `wanted` (most wanted first) back, mapped if they can be, as many as the budget has room for
     /// beside each other, and marks them as used.
     pub(super) fn bring(&mut self, wanted: &[usize]) {
         let used = self.tick();
@@ -102,25 +102,35 @@ impl PageStore {
     /// Keys and values of a page where they lie on the disk, or in memory where they are not in this store's precision
     /// there; None, with a warning, where they cannot be read.
     fn page_in_place(&self, page: u64) -> Option<PageBytes> {
-        let mut bytes = match self.source.as_ref()?.page_in_place(page) {
-            Ok(Some(bytes)) if bytes.len() == self.page_bytes() + IDS_BYTES => bytes,
-            _ => return self.read_page(page).map(|(bytes, _)| bytes.into()),
-        };
-        bytes.truncate(self.page_bytes());
-        Some(bytes)
+        let read = self.source.as_ref()?.page_in_place(page);
+        self.usable(page, read, |mut bytes| {
+            if bytes.len() != self.page_bytes() + IDS_BYTES {
+                return self.encoded(bytes.to_vec()).map(|(bytes, _)| bytes.into());
+            }
+            bytes.truncate(self.page_bytes());
+            Some(bytes)
+        })
     }
 
     /// A page from the disk; None, with a warning, where it cannot be read.
     pub(super) fn read_page(&self, page: u64) -> Option<Encoded> {
-        let read = match self.source.as_ref()?.page(page) {
-            Ok(Some(bytes)) => self.encoded(bytes).ok_or("it is of another shape".into()),
-            Ok(None) => Err("it is not on the disk".into()),
+        self.usable(page, self.source.as_ref()?.page(page), |bytes| self.encoded(bytes))
+    }
+
+    /// What `of` makes of what was `read` of a page; None, with a warning, where it is not there or of another shape.
+    fn usable<T, U>(
+        &self,
+        page: u64,
+        read: Result<Option<T>>,
+        of: impl FnOnce(T) -> Option<U>,
+    ) -> Option<U> {
+        let usable = match read {
+            Ok(Some(bytes)) => of(bytes).ok_or("it is of another shape".to_owned()),
+            Ok(None) => Err("it is not on the disk".to_owned()),
             Err(error) => Err(error.to_string()),
         };
-        let warn = |why: &String| {
-            tracing::warn!(page, %why, "a stored page cannot be read: it is recalled no more");
-        };
-        read.inspect_err(warn).ok()
+        let warn = |why: &String| tracing::warn!(page, %why, "a stored page cannot be read");
+        usable.inspect_err(warn).ok()
     }
 
     /// Reads a page from the disk as it lies there into `out`, keys and values in this store's precision with the token ids

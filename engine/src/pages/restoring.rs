@@ -29,7 +29,10 @@ impl PageStore {
         let pages: Vec<u64> = stored.iter().copied().filter(is_outside).collect();
         if self.bytes_with(0, pages.len()) <= self.config.bytes {
             let (d, asked) = (self.shape.head_dim, self.asked_of_rows());
-            self.index.iter_mut().flatten().for_each(|head| head.reserve(pages.len(), d, asked));
+            // The system gives memory as it is written; without some for what comes, the first page after an opening would
+            // copy every head's index while a question waits, hundreds of megabytes of a long session.
+            let room = pages.len() + pages.len() / 8 + 16;
+            self.index.iter_mut().flatten().for_each(|head| head.reserve(room, d, asked));
         }
         'pages: for pages in pages.chunks(READ_PAGES) {
             let landmarks: Vec<_> =

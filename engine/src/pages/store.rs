@@ -35,7 +35,8 @@ pub(crate) struct PageShape {
 /// One page of the stream.
 #[derive(Clone)]
 pub(super) struct Stored {
-    /// For each layer keys, then values, (num_kv_heads, PAGE_TOKENS) rows each; None while only the disk has them.
+    /// For each layer keys, then values, (num_kv_heads, PAGE_TOKENS) rows each, in memory or mapped; None while they are
+    /// neither.
     /// Shared with the sessions that this one was forked into, or from.
     pub(super) bytes: Option<Arc<PageBytes>>,
     pub(super) tokens: Box<[u32; PAGE_TOKENS]>,

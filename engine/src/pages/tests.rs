@@ -509,15 +509,10 @@ fn reopened(
     let window = straight.first_window_page(position);
     let noted = straight.pages().unwrap().noted_tokens(window, position);
     let pages = straight.page_bytes(&straight.window_pages(position)).unwrap();
-    let mut restored = Cache::restore(
-        decoder.cache_shape(64, 512),
-        &Device::Cpu,
-        position,
-        &straight.ema_bytes().unwrap(),
-        &pages,
-        |positions| decoder.frequencies.angles(positions),
-    )
-    .unwrap();
+    let ema = straight.ema_bytes().unwrap();
+    let angles = |positions| decoder.frequencies.angles(positions);
+    let restored = Cache::new(decoder.cache_shape(64, 512), &Device::Cpu).unwrap();
+    let mut restored = restored.restored(position, &ema, &pages, angles).unwrap();
     let shape = decoder.cache_shape(64, 512).pages();
     restored.keep_pages(PageStore::new(shape, config.clone(), &Device::Cpu));
     let mut stored: Vec<u64> = elsewhere.pages.lock().unwrap().keys().copied().collect();

@@ -95,6 +95,28 @@ fn a_reopened_session_recalls_the_same_bit_for_bit() {
 }
 
 #[test]
+fn a_session_whose_pages_no_disk_keeps_goes_on_with_its_window_and_keeps_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(RecallPolicy::Pages);
+    config.evicted_page_bytes = 0;
+    let recalled = |chat: &mut Session| {
+        let (_, usage) = finish(chat.send_with("what is item 7", short())).unwrap();
+        usage.pages.unwrap().recalled_tokens
+    };
+    {
+        let engine = open(folder.path(), config.clone()).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        feed(&mut chat);
+        assert_eq!(recalled(&mut chat), 64);
+    }
+    let engine = open(folder.path(), config).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    wait(chat.peek_logits("the next")).unwrap();
+    feed(&mut chat);
+    assert_eq!(recalled(&mut chat), 64);
+}
+
+#[test]
 fn a_session_whose_pages_the_budget_sent_away_recalls_them_from_disk() {
     let usage = |bytes: u64| {
         let folder = tempfile::tempdir().unwrap();

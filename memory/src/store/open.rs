@@ -59,7 +59,7 @@ pub(super) fn open(
         indexer: Indexer::new(folder),
         queries: Queries::default(),
         writer: Mutex::new(Writer { appender, records, terms: Terms::new(), broken: false }),
-        _lock: lock,
+        lock: Arc::new(lock),
     };
     if is_new {
         sync_folder(path)?;

@@ -1,39 +1,75 @@
 //! The bytes of a stored page where they lie: in its segment, mapped, or in memory of their own.
 //! Knows nothing of what they mean.
 
+use super::lock::Lock;
 use std::fmt;
 use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Pages that a process maps at most: the system gives it 65,530 maps by default, those of its threads, libraries and
+/// other memory among them.
+const MAX_MAPPED: usize = 16_384;
+
+/// Pages that the process maps now.
+static MAPPED: AtomicUsize = AtomicUsize::new(0);
 
 /// The bytes of a page: in the system's file cache, as [`Store::map_page`](crate::Store::map_page) gives them, or the
-/// program's own, as they come from a `Vec`.
+/// program's own, as they come from a `Vec`. A clone is the program's own.
 #[derive(Clone)]
 pub struct PageBytes(Place);
 
 enum Place {
     /// `len` bytes at the front of the map.
     Mapped {
-        map: memmap2::Mmap,
+        map: Mapped,
         len: usize,
     },
     Own(Vec<u8>),
 }
 
 impl Clone for Place {
-    /// In memory of its own, as what is cloned is written to.
     fn clone(&self) -> Self {
         match self {
-            Self::Mapped { map, len } => Self::Own(map[..*len].to_vec()),
+            Self::Mapped { map, len } => Self::Own(map.map[..*len].to_vec()),
             Self::Own(bytes) => Self::Own(bytes.clone()),
         }
     }
 }
 
-impl PageBytes {
-    pub(super) fn mapped(map: memmap2::Mmap) -> Self {
-        let len = map.len();
-        Self(Place::Mapped { map, len })
+/// A map of a part of a file that nothing changes while the store's folder is locked.
+pub(super) struct Mapped {
+    map: memmap2::Mmap,
+    _lock: Arc<Lock>,
+}
+
+impl Mapped {
+    /// Whether the process has room for one more.
+    pub(super) fn has_room() -> bool {
+        MAPPED.load(Ordering::Relaxed) < MAX_MAPPED
     }
 
+    pub(super) fn new(map: memmap2::Mmap, lock: &Arc<Lock>) -> Self {
+        MAPPED.fetch_add(1, Ordering::Relaxed);
+        Self { map, _lock: lock.clone() }
+    }
+}
+
+impl Deref for Mapped {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        MAPPED.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl PageBytes {
     /// Whether they lie in a file: none of the program's own memory is theirs.
     pub fn is_mapped(&self) -> bool {
         matches!(self.0, Place::Mapped { .. })
@@ -52,12 +88,12 @@ impl PageBytes {
 
     /// To be written to: in memory of their own from here on.
     pub fn to_mut(&mut self) -> &mut [u8] {
-        if let Place::Mapped { map, len } = &self.0 {
-            self.0 = Place::Own(map[..*len].to_vec());
+        if self.is_mapped() {
+            self.0 = self.0.clone();
         }
         match &mut self.0 {
             Place::Own(bytes) => bytes,
-            Place::Mapped { .. } => &mut [],
+            Place::Mapped { .. } => unreachable!("a clone is the program's own"),
         }
     }
 }
@@ -65,6 +101,13 @@ impl PageBytes {
 impl From<Vec<u8>> for PageBytes {
     fn from(bytes: Vec<u8>) -> Self {
         Self(Place::Own(bytes))
+    }
+}
+
+impl From<Mapped> for PageBytes {
+    fn from(map: Mapped) -> Self {
+        let len = map.len();
+        Self(Place::Mapped { map, len })
     }
 }
 

@@ -232,16 +232,18 @@ impl Store {
         Ok(Some(len))
     }
 
-    /// [`Store::page`] where it lies in its file, checked; in memory of its own in an encrypted store.
+    /// [`Store::page`] where it lies in its file, checked; in memory of its own in an encrypted store, and where a process
+    /// maps 16,384 pages already.
     ///
-    /// What is mapped stays as it is whatever the store does, and takes room on the disk as long. A file system that fails
-    /// to read it again later ends the program, as with any mapped file.
+    /// What is mapped stays as it is whatever the store does, and keeps the folder locked. Its segment's file takes room on
+    /// the disk as long, without a name once the store removed it, with all that was in it: what is forgotten meanwhile is
+    /// gone from the disk once the map is. A file system that fails to read a map again later ends the program.
     ///
     /// # Errors
     /// `Corrupted` if it is damaged.
     pub fn map_page(&self, scope: &Scope, page: u64) -> Result<Option<PageBytes>> {
         let open = self.open_page(scope, page)?;
-        open.map(|(segment, blob)| segment.map(&blob)).transpose()
+        open.map(|(segment, blob)| segment.map(&blob, &self.lock)).transpose()
     }
 
     fn open_page(&self, scope: &Scope, page: u64) -> Result<Option<OpenBlob>> {

@@ -9,7 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::page_bytes::PageBytes;
+use super::lock::Lock;
+use super::page_bytes::{Mapped, PageBytes};
 use crate::cipher::{Cipher, SEAL_BYTES};
 use crate::format::{
     BlobRef, Kind, MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, is_segment_header,
@@ -105,25 +106,27 @@ impl Segment {
     }
 
     /// [`Segment::read`] where the payload lies, in the system's file cache; in memory of its own where it is encrypted or
-    /// the system gives no map.
-    pub(crate) fn map(&self, blob: &BlobRef) -> Result<PageBytes> {
-        if self.cipher.is_some() || blob.len == 0 {
+    /// the system gives no map. `lock` is that of the store's folder.
+    pub(crate) fn map(&self, blob: &BlobRef, lock: &Arc<Lock>) -> Result<PageBytes> {
+        if self.cipher.is_some() || blob.len == 0 || !Mapped::has_room() {
             return Ok(self.read(blob)?.into());
         }
         // A map that reaches beyond the file would end the program.
         self.check_end(blob)?;
         let mut options = memmap2::MmapOptions::new();
         options.offset(blob.offset + RECORD_HEADER_BYTES).len(blob.len as usize).populate();
-        // SAFETY: a record that the database refers to is never written to again, and no file is cut before its end; the
-        // folder's lock keeps other writers out. A file that is removed stays mapped.
+        // SAFETY: while the folder is locked, as it is as long as the map lives, its store alone writes there: never to a
+        // record that the database referred to since it was opened, and it cuts no file before the end of one. A file that
+        // is removed stays mapped.
         let Ok(map) = (unsafe { options.map(&self.file) }) else {
             return Ok(self.read(blob)?.into());
         };
+        let map = Mapped::new(map, lock);
         let mut header = [0; RECORD_HEADER_BYTES as usize];
         let read = self.file.read_exact_at(&mut header, blob.offset);
         read.map_err(|source| Error::io("read", &self.path, source))?;
         self.check(blob, &header, &map)?;
-        Ok(PageBytes::mapped(map))
+        Ok(map.into())
     }
 
     fn lost(&self, blob: &BlobRef, why: &dyn std::fmt::Display) -> Error {

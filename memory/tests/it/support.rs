@@ -63,7 +63,11 @@ pub(crate) fn files(path: &Path) -> Vec<PathBuf> {
 pub(crate) fn files_with(path: &Path, needle: &str) -> Vec<PathBuf> {
     let needle = needle.to_ascii_lowercase();
     let holds = |file: &PathBuf| {
-        let bytes = std::fs::read(file).unwrap().to_ascii_lowercase();
+        let bytes = match std::fs::read(file) {
+            // Replaced by another since it was listed: an index is written in the background.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return false,
+            bytes => bytes.unwrap().to_ascii_lowercase(),
+        };
         bytes.windows(needle.len()).any(|window| window == needle.as_bytes())
     };
     files(path).into_iter().filter(holds).collect()

@@ -399,7 +399,7 @@ impl Cache {
     /// they were rotated when they were first written.
     ///
     /// # Errors
-    /// If pages are missing or of another size: the caller then fills a cache from the tokens.
+    /// `Corrupted` if pages are missing or of another size: the caller then fills a cache from the tokens.
     pub(crate) fn restored(
         mut self,
         position: u64,

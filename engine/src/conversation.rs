@@ -91,10 +91,11 @@ impl Conversation {
             conversation.state = state;
             return Ok(conversation);
         }
-        conversation.cache = Some(Cache::new(shared.cache_shape(model), model.decoder.device())?);
         if num_turns > 0 {
             conversation.refill(num_turns, false)?;
         } else {
+            let cache = Cache::new(shared.cache_shape(model), model.decoder.device())?;
+            conversation.cache = Some(cache);
             conversation.keep_pages(model);
         }
         Ok(conversation)

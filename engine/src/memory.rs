@@ -109,7 +109,8 @@ impl MemoryHandle {
 
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries, and says what went.
     ///
-    /// Sessions that are open drop what they hold in memory before their next turn and go on from what is left.
+    /// Sessions that are open drop what they hold in memory, and what they map of removed files, before their next turn and
+    /// go on from what is left.
     ///
     /// # Errors
     /// `Storage`.

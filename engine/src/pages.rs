@@ -130,7 +130,7 @@ pub enum Prefill {
 pub struct PageConfig {
     /// Tokens that each key/value head recalls, rounded up to whole pages of 64.
     pub tokens: usize,
-    /// Bytes of host memory for the stored pages of one session and their index, beside 4 for each query head and stored token
+    /// Bytes of host memory, mapped files among it, for the stored pages of one session and their index, beside 4 for each query head and stored token
     /// where the processor chooses; beyond it the least used pages stay
     /// on disk alone (as far as `MemoryConfig::evicted_page_bytes` allows), or the oldest are let go.
     pub bytes: u64,

@@ -52,7 +52,7 @@ impl Conversation {
         let restored =
             restored.and_then(|open| open.map(|open| self.brought_back(model, &open)).transpose());
         match restored {
-            Err(error) if matches!(error.kind(), Corrupted | Incompatible) => {
+            Err(error) if is_damaged(&error) => {
                 tracing::warn!(scope = %self.scope, %error, "snapshot not usable: refilling from the log");
                 Ok(None)
             }
@@ -77,9 +77,10 @@ impl Conversation {
             known = keys.filter(|page| *page < end).collect();
             pages.expect(known.len());
         }
+        let device = model.decoder.device();
         // Before the stored pages take what room there is on the device.
-        let cache = Cache::new(shape, model.decoder.device())?;
-        let window = || {
+        let cache = Cache::new(shape, device)?;
+        let window = |cache: Cache| {
             let mut pages = snapshot.read_pages()?;
             for (key, _) in &mut pages {
                 *key = page_of(*key, state.stream).unwrap_or(u64::MAX);
@@ -91,21 +92,40 @@ impl Conversation {
                 pages.restore(&known, end, &state.window_ids);
             }
         };
-        // On a thread of its own: one of the pool's might take it up in the middle of another session's token.
-        let (cache, refused) = thread::scope(|scope| {
-            let thread = thread::Builder::new().name("mka-open".into());
-            let restoring = thread.spawn_scoped(scope, &mut restore);
-            let cache = window();
-            let joined = restoring.map(|thread| thread.join());
-            (cache, joined.map(|done| done.unwrap_or_else(|panic| resume_unwind(panic))).is_err())
-        });
-        if refused {
+        // On a thread of its own: one of the pool's might take it up in the middle of another session's token. Who is one
+        // of the pool's does both itself, for that thread would wait for the pool.
+        let (cache, is_restored) = match rayon::current_thread_index() {
+            Some(_) => (window(cache), false),
+            None => thread::scope(|scope| {
+                let thread = thread::Builder::new().name("mka-open".into());
+                let restoring = thread.spawn_scoped(scope, &mut restore);
+                let cache = window(cache);
+                let joined = restoring.map(|thread| thread.join());
+                (
+                    cache,
+                    joined.map(|done| done.unwrap_or_else(|panic| resume_unwind(panic))).is_ok(),
+                )
+            }),
+        };
+        if !is_restored {
             restore();
         }
-        let mut cache = cache?;
+        let mut cache = match cache {
+            // Beside the stored pages there may be no room for what restoring the window takes.
+            Err(error) if !is_damaged(&error) && pages.as_mut().is_some_and(PageStore::leave) => {
+                tracing::warn!(%error, "stored pages leave the device: they are chosen from in host memory");
+                window(Cache::new(shape, device)?)?
+            }
+            cache => cache?,
+        };
         if let Some(pages) = pages {
             cache.keep_pages(pages);
         }
         Ok((cache, state))
     }
+}
+
+/// Whether what is stored can be used no more, so that a session goes on from its log.
+fn is_damaged(error: &Error) -> bool {
+    matches!(error.kind(), Corrupted | Incompatible)
 }

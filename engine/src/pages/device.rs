@@ -125,9 +125,14 @@ impl Mirror {
         self.dtype
     }
 
+    /// Whether the budget has room for `pages` pages.
+    pub(super) fn has_room_for(&self, pages: usize) -> bool {
+        pages <= self.limit
+    }
+
     /// Makes room for `pages` pages in every layer; false where the budget has none.
     pub(super) fn reserve(&mut self, pages: usize) -> Result<bool> {
-        if pages > self.limit {
+        if !self.has_room_for(pages) {
             return Ok(false);
         }
         for layer in self.layers.iter_mut().flatten() {
@@ -174,6 +179,11 @@ impl PageStore {
         let Some(mut mirror) = self.mirror.take() else { return };
         let uploaded = self.upload(&mut mirror, layer, least.max(1));
         self.keep_mirror(mirror, uploaded);
+    }
+
+    /// Lets the pages on the device go for good; whether there were any.
+    pub(crate) fn leave(&mut self) -> bool {
+        self.mirror.take().is_some()
     }
 
     /// Keeps the mirror if everything was `uploaded`, or says why it goes.

@@ -18,7 +18,7 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
 /// Pages that go together at most, 25 MB of the default model's: while some are uploaded the next are read, on as many
-/// threads as there are. As many again would take as long to lock as their memory saves.
+/// threads as there are. Twice as many would cost as much in locking as they save.
 pub(super) const FILL_PAGES: usize = 16;
 /// Fewer go together where they are larger: as many as take no more than this, or one.
 const FILL_BYTES: usize = 26 << 20;
@@ -151,7 +151,12 @@ impl PageStore {
     /// Says that about `pages` pages are to be restored soon: where a device gets them all, memory for that is made
     /// meanwhile.
     pub(crate) fn expect(&mut self, pages: usize) {
-        let Some(mirror) = self.mirror.as_ref().filter(|_| pages > 0) else { return };
+        let Some(mirror) = self.mirror.as_ref().filter(|own| own.has_room_for(pages)) else {
+            return;
+        };
+        if pages == 0 {
+            return;
+        }
         let (shape, device) = (self.batch_shape(), mirror.device());
         self.room = match mirror.dtype() {
             DType::F32 => shape.make(pages, device).map(Room::F32),

@@ -35,8 +35,8 @@ pub(crate) struct PageShape {
 /// One page of the stream.
 #[derive(Clone)]
 pub(super) struct Stored {
-    /// For each layer keys, then values, (num_kv_heads, PAGE_TOKENS) rows each, in memory or mapped; None while they are
-    /// neither.
+    /// For each layer keys, then values, (num_kv_heads, PAGE_TOKENS) rows each, in memory or mapped; None while only the
+    /// disk or the device has them.
     /// Shared with the sessions that this one was forked into, or from.
     pub(super) bytes: Option<Arc<PageBytes>>,
     pub(super) tokens: Box<[u32; PAGE_TOKENS]>,
@@ -67,7 +67,6 @@ pub(crate) struct PageStore {
     pub(super) shape: PageShape,
     pub(super) config: PageConfig,
     pub(super) device: Device,
-    pub(super) source: Option<Arc<dyn PageSource>>,
     pub(super) pages: BTreeMap<u64, Stored>,
     /// Page of each row of the index, ascending.
     pub(super) order: Vec<u64>,
@@ -106,6 +105,9 @@ pub(crate) struct PageStore {
     /// Queries (t, h, d) before RoPE with their layer, while a test asks for them.
     #[cfg(test)]
     pub(super) asked: Option<Vec<(usize, Tensor)>>,
+    /// Last, for it may be the last that holds the memory store, which ends its folder's lock: pages that are mapped hold
+    /// that too.
+    pub(super) source: Option<Arc<dyn PageSource>>,
 }
 
 impl PageStore {

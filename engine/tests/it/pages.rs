@@ -117,6 +117,24 @@ fn a_session_whose_pages_no_disk_keeps_goes_on_with_its_window_and_keeps_the_nex
 }
 
 #[test]
+fn an_engine_that_was_closed_leaves_its_folder_free_of_the_pages_that_it_mapped() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    feed(&mut chat);
+    drop(chat);
+    engine.close_blocking();
+    for _ in 0..3 {
+        let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        let mut events = chat.send_with("what is item 7", short().max_new_tokens(100_000));
+        assert!(events.next_blocking().unwrap().is_ok());
+        drop((events, chat));
+        engine.close_blocking();
+    }
+}
+
+#[test]
 fn a_session_whose_pages_the_budget_sent_away_recalls_them_from_disk() {
     let usage = |bytes: u64| {
         let folder = tempfile::tempdir().unwrap();

@@ -45,7 +45,8 @@ impl Store {
     /// What a model said about the text in its own words is found by `Matching` alone.
     ///
     /// In a store whose database lost records, the bytes that only those referred to go as well.
-    /// Bytes that the file system or the drive keeps after a file is removed are beyond this library's reach.
+    /// Bytes that the file system or the drive keeps after a file is removed are beyond this library's reach. A removed
+    /// segment lasts, without a name, as long as a page of it is mapped ([`map_page`](Self::map_page)).
     ///
     /// # Errors
     /// `InvalidArgument` for an empty text, or a selector that needs a session and a scope without one; `NotFound` for a

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::{Error, ErrorKind, Result};
 
-/// Held as long as the store is open; the operating system lets go of it when the process dies.
+/// Held as long as the store is open or a page of it is mapped; the operating system lets go of it when the process dies.
 #[derive(Debug)]
 pub(crate) struct Lock {
     file: File,

@@ -237,7 +237,7 @@ impl Store {
     ///
     /// What is mapped stays as it is whatever the store does, and keeps the folder locked. Its segment's file takes room on
     /// the disk as long, without a name once the store removed it, with all that was in it: what is forgotten meanwhile is
-    /// gone from the disk once the map is. A file system that fails to read a map again later ends the program.
+    /// gone from the disk once the map is. A file system that fails to read it again later ends the program.
     ///
     /// # Errors
     /// `Corrupted` if it is damaged.

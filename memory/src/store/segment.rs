@@ -114,13 +114,16 @@ impl Segment {
         // A map that reaches beyond the file would end the program.
         self.check_end(blob)?;
         let mut options = memmap2::MmapOptions::new();
-        options.offset(blob.offset + RECORD_HEADER_BYTES).len(blob.len as usize).populate();
+        options.offset(blob.offset + RECORD_HEADER_BYTES).len(blob.len as usize);
         // SAFETY: while the folder is locked, as it is as long as the map lives, its store alone writes there: never to a
         // record that the database referred to since it was opened, and it cuts no file before the end of one. A file that
         // is removed stays mapped.
         let Ok(map) = (unsafe { options.map(&self.file) }) else {
             return Ok(self.read(blob)?.into());
         };
+        if !can_be_read(&map) {
+            return Ok(self.read(blob)?.into());
+        }
         let map = Mapped::new(map, lock);
         let mut header = [0; RECORD_HEADER_BYTES as usize];
         let read = self.file.read_exact_at(&mut header, blob.offset);
@@ -190,6 +193,18 @@ impl Segment {
             .map_err(|source| Error::io("read", &self.path, source))?;
         Ok(bytes)
     }
+}
+
+/// Has the system read a map's bytes all at once. False where it cannot, which reading them without would end the program
+/// by; a read of the file says why.
+fn can_be_read(map: &memmap2::Mmap) -> bool {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = map.advise(memmap2::Advice::PopulateRead) {
+        // A kernel before 5.14 does not know the call.
+        return error.kind() == std::io::ErrorKind::InvalidInput;
+    }
+    let _ = map;
+    true
 }
 
 /// The segment files of a store, and the place where the next record goes.

@@ -1,6 +1,8 @@
 //! Snapshots and pages: what a session goes on from.
 
-use mka_memory::{Commit, ErrorKind, NewSnapshot, NewTurn, Role, Store, StoreOptions};
+use mka_memory::{
+    Commit, ErrorKind, HashedEmbedder, NewSnapshot, NewTurn, Role, Store, StoreOptions,
+};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -30,7 +32,7 @@ fn snapshot(position: u64, pages: &[u64], window: &[u64]) -> NewSnapshot {
 
 fn keeping(path: &Path, evicted_page_bytes: u64) -> Store {
     let options = StoreOptions { evicted_page_bytes, ..StoreOptions::default() };
-    Store::open(path, Arc::new(mka_memory::HashedEmbedder::new()), options).unwrap()
+    Store::open(path, Arc::new(HashedEmbedder::new()), options).unwrap()
 }
 
 fn check(store: &Store, position: u64, window: &[u64]) {
@@ -169,8 +171,13 @@ fn a_mapped_page_is_the_page_and_stays_it_when_its_file_goes() {
     own.to_mut()[0] = 9;
     mapped.truncate(10);
     assert_eq!((&mapped[..], own[0], mapped[0]), (&page(1)[..10], 9, 1));
+    // Who opens the folder may cut off and write over what lies under a map.
+    drop(store);
+    let again = || Store::open(folder.path(), Arc::new(HashedEmbedder::new()), Default::default());
+    assert_eq!(again().unwrap_err().kind(), ErrorKind::Locked);
     assert_eq!(mapped.to_mut(), &page(1)[..10]);
     assert!(!mapped.is_mapped());
+    again().unwrap();
 }
 
 #[test]

@@ -62,15 +62,19 @@ pub(crate) fn files(path: &Path) -> Vec<PathBuf> {
 /// The files below `path` that hold `needle`, letter case aside.
 pub(crate) fn files_with(path: &Path, needle: &str) -> Vec<PathBuf> {
     let needle = needle.to_ascii_lowercase();
-    let holds = |file: &PathBuf| {
-        let bytes = match std::fs::read(file) {
-            // Replaced by another since it was listed: an index is written in the background.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return false,
-            bytes => bytes.unwrap().to_ascii_lowercase(),
-        };
-        bytes.windows(needle.len()).any(|window| window == needle.as_bytes())
+    let holds = |file: &PathBuf| -> std::io::Result<bool> {
+        let bytes = std::fs::read(file)?.to_ascii_lowercase();
+        Ok(bytes.windows(needle.len()).any(|window| window == needle.as_bytes()))
     };
-    files(path).into_iter().filter(holds).collect()
+    loop {
+        let files = files(path).into_iter();
+        let held = files.map(|file| Ok(holds(&file)?.then_some(file)));
+        match held.collect::<std::io::Result<Vec<_>>>() {
+            // Replaced by another since it was listed: an index is written in the background.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            held => return held.unwrap().into_iter().flatten().collect(),
+        }
+    }
 }
 
 /// Text that is different for every number, of about `words` words.

@@ -100,11 +100,11 @@ impl Conversation {
                 let thread = thread::Builder::new().name("mka-open".into());
                 let restoring = thread.spawn_scoped(scope, &mut restore);
                 let cache = window(cache);
-                let joined = restoring.map(|thread| thread.join());
-                (
-                    cache,
-                    joined.map(|done| done.unwrap_or_else(|panic| resume_unwind(panic))).is_ok(),
-                )
+                let is_restored = restoring.is_ok();
+                if let Ok(thread) = restoring {
+                    thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+                }
+                (cache, is_restored)
             }),
         };
         if !is_restored {

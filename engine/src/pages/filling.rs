@@ -151,10 +151,8 @@ impl PageStore {
     /// Says that about `pages` pages are to be restored soon: where a device gets them all, memory for that is made
     /// meanwhile.
     pub(crate) fn expect(&mut self, pages: usize) {
-        let Some(mirror) = self.mirror.as_ref().filter(|own| own.has_room_for(pages)) else {
-            return;
-        };
-        if pages == 0 {
+        let Some(mirror) = &self.mirror else { return };
+        if pages == 0 || !mirror.has_room_for(pages) {
             return;
         }
         let (shape, device) = (self.batch_shape(), mirror.device());

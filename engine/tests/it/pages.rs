@@ -37,6 +37,14 @@ fn feed(chat: &mut Session) {
     }
 }
 
+/// An engine with a session that was fed.
+fn fed(folder: &Path, config: MemoryConfig) -> (Engine, Session) {
+    let engine = open(folder, config).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    feed(&mut chat);
+    (engine, chat)
+}
+
 #[test]
 fn a_long_document_is_committed_beside_the_model_and_whole_at_its_end() {
     let folder = tempfile::tempdir().unwrap();
@@ -104,9 +112,7 @@ fn a_session_whose_pages_no_disk_keeps_goes_on_with_its_window_and_keeps_the_nex
         usage.pages.unwrap().recalled_tokens
     };
     {
-        let engine = open(folder.path(), config.clone()).unwrap();
-        let mut chat = engine.session_blocking(trip()).unwrap();
-        feed(&mut chat);
+        let (_engine, mut chat) = fed(folder.path(), config.clone());
         assert_eq!(recalled(&mut chat), 64);
     }
     let engine = open(folder.path(), config).unwrap();
@@ -119,9 +125,7 @@ fn a_session_whose_pages_no_disk_keeps_goes_on_with_its_window_and_keeps_the_nex
 #[test]
 fn an_engine_that_was_closed_leaves_its_folder_free_of_the_pages_that_it_mapped() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
-    let mut chat = engine.session_blocking(trip()).unwrap();
-    feed(&mut chat);
+    let (engine, chat) = fed(folder.path(), config(RecallPolicy::Pages));
     drop(chat);
     engine.close_blocking();
     for _ in 0..3 {
@@ -154,7 +158,7 @@ fn a_session_whose_pages_the_budget_sent_away_recalls_them_from_disk() {
 fn a_document_read_with_the_window_alone_is_recalled_all_the_same() {
     let folder = tempfile::tempdir().unwrap();
     let text: String = (0..160).map(|i| format!("item {i} is {}. ", i * i % 97)).collect();
-    let fed = |name: &str, kept: RecallPolicy, options: FeedOptions| {
+    let fed_with = |name: &str, kept: RecallPolicy, options: FeedOptions| {
         let engine = open(&folder.path().join(name), config(kept)).unwrap();
         let mut chat = engine.session_blocking(trip()).unwrap();
         wait(chat.feed_with(text.as_str(), options).finish()).unwrap();
@@ -163,12 +167,13 @@ fn a_document_read_with_the_window_alone_is_recalled_all_the_same() {
         (peek, asked.1.pages)
     };
     let options = FeedOptions::through_model;
-    let (windowed, pages) = fed("off", RecallPolicy::Pages, options().recall(RecallPolicy::Off));
+    let (windowed, pages) =
+        fed_with("off", RecallPolicy::Pages, options().recall(RecallPolicy::Off));
     let pages = pages.unwrap();
     assert!(pages.stored_tokens > 1000 && pages.recalled_tokens == 64, "{pages:?}");
     assert!(pages.share.iter().any(|share| *share > 0.0), "{pages:?}");
-    let (recalling, _) = fed("pages", RecallPolicy::Pages, options());
-    let (none, _) = fed("none", RecallPolicy::Off, options());
+    let (recalling, _) = fed_with("pages", RecallPolicy::Pages, options());
+    let (none, _) = fed_with("none", RecallPolicy::Off, options());
     assert_ne!(windowed, recalling, "what was read was read with another attention");
     assert_ne!(windowed, none, "what comes after it recalls");
     let engine = open(&folder.path().join("none"), config(RecallPolicy::Off)).unwrap();
@@ -182,9 +187,7 @@ fn a_document_read_with_the_window_alone_is_recalled_all_the_same() {
 #[test]
 fn a_turn_may_recall_less_than_the_engine_keeps_and_not_more() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
-    let mut chat = engine.session_blocking(trip()).unwrap();
-    feed(&mut chat);
+    let (engine, mut chat) = fed(folder.path(), config(RecallPolicy::Pages));
     let off = finish(chat.send_with("what is item 7", short().recall(RecallPolicy::Off))).unwrap();
     assert!(off.1.pages.is_none());
     let on = finish(chat.send_with("what is item 7", short())).unwrap();
@@ -200,9 +203,7 @@ fn a_turn_may_recall_less_than_the_engine_keeps_and_not_more() {
 #[test]
 fn an_answer_is_given_again_with_the_same_pages() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
-    let mut chat = engine.session_blocking(trip()).unwrap();
-    feed(&mut chat);
+    let (_engine, mut chat) = fed(folder.path(), config(RecallPolicy::Pages));
     let (first, usage) = finish(chat.send_with("what is item 7", short())).unwrap();
     let (again, usage_again) = finish(chat.regenerate(short())).unwrap();
     assert_eq!(first, again);
@@ -212,9 +213,7 @@ fn an_answer_is_given_again_with_the_same_pages() {
 #[test]
 fn a_forgotten_session_has_no_page_left_and_its_bytes_are_gone() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
-    let mut chat = engine.session_blocking(trip()).unwrap();
-    feed(&mut chat);
+    let (engine, chat) = fed(folder.path(), config(RecallPolicy::Pages));
     drop(chat);
     assert!(engine.memory().stats().pages > 20);
     let receipt = wait(engine.memory().forget(&trip(), Forget::Session)).unwrap();
@@ -277,9 +276,7 @@ fn landmarks_that_were_damaged_on_disk_are_made_anew_from_their_pages() {
 #[test]
 fn a_forgotten_sessions_landmarks_are_in_no_file() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
-    let mut chat = engine.session_blocking(trip()).unwrap();
-    feed(&mut chat);
+    let (engine, chat) = fed(folder.path(), config(RecallPolicy::Pages));
     drop(chat);
     let written = landmarks(folder.path());
     assert!(written.len() > 10, "{} records", written.len());
@@ -306,9 +303,7 @@ fn a_forgotten_sessions_landmarks_are_in_no_file() {
 #[test]
 fn a_session_that_is_open_recalls_nothing_that_was_forgotten() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
-    let mut chat = engine.session_blocking(trip()).unwrap();
-    feed(&mut chat);
+    let (engine, mut chat) = fed(folder.path(), config(RecallPolicy::Pages));
     let (_, usage) = finish(chat.send_with("what is item 3", short())).unwrap();
     assert!(usage.pages.unwrap().stored_tokens > 1000);
     wait(engine.memory().forget(&trip(), Forget::Session)).unwrap();

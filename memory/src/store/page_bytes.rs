@@ -30,9 +30,15 @@ enum Place {
 
 impl Clone for Place {
     fn clone(&self) -> Self {
+        Self::Own(self.bytes().to_vec())
+    }
+}
+
+impl Place {
+    fn bytes(&self) -> &[u8] {
         match self {
-            Self::Mapped { map, len } => Self::Own(map.map[..*len].to_vec()),
-            Self::Own(bytes) => Self::Own(bytes.clone()),
+            Self::Mapped { map, len } => &map[..*len],
+            Self::Own(bytes) => bytes,
         }
     }
 }
@@ -115,10 +121,7 @@ impl Deref for PageBytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        match &self.0 {
-            Place::Mapped { map, len } => &map[..*len],
-            Place::Own(bytes) => bytes,
-        }
+        self.0.bytes()
     }
 }
 

@@ -108,28 +108,25 @@ impl Segment {
     /// [`Segment::read`] where the payload lies, in the system's file cache; in memory of its own where it is encrypted or
     /// the system gives no map. `lock` is that of the store's folder.
     pub(crate) fn map(&self, blob: &BlobRef, lock: &Arc<Lock>) -> Result<PageBytes> {
-        if self.cipher.is_some() || blob.len == 0 || !Mapped::has_room() {
-            return Ok(self.read(blob)?.into());
-        }
+        let Some(map) = self.mapped(blob, lock) else { return Ok(self.read(blob)?.into()) };
+        self.check(blob, &map)?;
+        Ok(map.into())
+    }
+
+    /// The payload's bytes as they are, mapped; None where a read says more, or is all there is.
+    fn mapped(&self, blob: &BlobRef, lock: &Arc<Lock>) -> Option<Mapped> {
         // A map that reaches beyond the file would end the program.
-        self.check_end(blob)?;
+        let is_whole = blob.len > 0 && self.check_end(blob).is_ok();
+        if self.cipher.is_some() || !is_whole || !Mapped::has_room() {
+            return None;
+        }
         let mut options = memmap2::MmapOptions::new();
         options.offset(blob.offset + RECORD_HEADER_BYTES).len(blob.len as usize);
         // SAFETY: while the folder is locked, as it is as long as the map lives, its store alone writes there: never to a
         // record that the database referred to since it was opened, and it cuts no file before the end of one. A file that
         // is removed stays mapped.
-        let Ok(map) = (unsafe { options.map(&self.file) }) else {
-            return Ok(self.read(blob)?.into());
-        };
-        if !can_be_read(&map) {
-            return Ok(self.read(blob)?.into());
-        }
-        let map = Mapped::new(map, lock);
-        let mut header = [0; RECORD_HEADER_BYTES as usize];
-        let read = self.file.read_exact_at(&mut header, blob.offset);
-        read.map_err(|source| Error::io("read", &self.path, source))?;
-        self.check(blob, &header, &map)?;
-        Ok(map.into())
+        let map = unsafe { options.map(&self.file) }.ok()?;
+        can_be_read(&map).then(|| Mapped::new(map, lock))
     }
 
     fn lost(&self, blob: &BlobRef, why: &dyn std::fmt::Display) -> Error {
@@ -149,23 +146,16 @@ impl Segment {
 
     /// The bytes of the record behind its header into `out`, as many as those, checked against header and hash.
     fn read_sealed(&self, blob: &BlobRef, out: &mut [u8]) -> Result<()> {
-        // Apart, so that a payload of megabytes is not copied once more.
-        let mut header = [0; RECORD_HEADER_BYTES as usize];
-        self.file
-            .read_exact_at(&mut header, blob.offset)
-            .and_then(|()| self.file.read_exact_at(out, blob.offset + RECORD_HEADER_BYTES))
-            .map_err(|source| Error::io("read", &self.path, source))?;
-        self.check(blob, &header, out)
+        self.read_exact(out, blob.offset + RECORD_HEADER_BYTES)?;
+        self.check(blob, out)
     }
 
-    /// That header and payload are those that `blob` names.
-    fn check(
-        &self,
-        blob: &BlobRef,
-        header: &[u8; RECORD_HEADER_BYTES as usize],
-        payload: &[u8],
-    ) -> Result<()> {
-        if parse_record_header(header)? != (blob.kind, blob.len, blob.hash) {
+    /// That the record's header and its `payload` are those that `blob` names. The header is read apart, so that a payload
+    /// of megabytes is not copied once more.
+    fn check(&self, blob: &BlobRef, payload: &[u8]) -> Result<()> {
+        let mut header = [0; RECORD_HEADER_BYTES as usize];
+        self.read_exact(&mut header, blob.offset)?;
+        if parse_record_header(&header)? != (blob.kind, blob.len, blob.hash) {
             return Err(self.lost(blob, &"the record is another than the one referred to"));
         }
         if payload_hash(blob.kind, payload) != blob.hash {
@@ -174,23 +164,24 @@ impl Segment {
         Ok(())
     }
 
+    fn read_exact(&self, out: &mut [u8], offset: u64) -> Result<()> {
+        let read = self.file.read_exact_at(out, offset);
+        read.map_err(|source| Error::io("read", &self.path, source))
+    }
+
     /// The payload's bytes as they are, damaged or not; zeros where the file ends early.
     fn read_unchecked(&self, blob: &BlobRef) -> Result<Vec<u8>> {
         let start = blob.offset.saturating_add(RECORD_HEADER_BYTES);
         let stored = self.len()?.saturating_sub(start).min(u64::from(blob.len));
         let mut payload = vec![0; blob.len as usize];
-        self.file
-            .read_exact_at(&mut payload[..stored as usize], start)
-            .map_err(|source| Error::io("read", &self.path, source))?;
+        self.read_exact(&mut payload[..stored as usize], start)?;
         Ok(payload)
     }
 
     /// `len` bytes of the file from `start` on, as they are.
     pub(crate) fn read_raw(&self, start: u64, len: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; len];
-        self.file
-            .read_exact_at(&mut bytes, start)
-            .map_err(|source| Error::io("read", &self.path, source))?;
+        self.read_exact(&mut bytes, start)?;
         Ok(bytes)
     }
 }

@@ -8,11 +8,12 @@ mod tests;
 use super::LandmarkScan;
 use super::index::{HeadIndex, MARKS, SPAN};
 use super::signs::{self, CENTRE_PAGES, Code, Planes};
-use super::vote::{Ballot, Queries, Scored, Votes, vote_by_scores};
+use super::vote::{Ballot, Queries, Scored, Votes, vote_by_scores, within_reach};
 use mka_kernels::key_codes::{CodeScorer, Rotation};
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// Stored pages up to which every landmark is scored: 524,288 tokens. Of half as many, two levels took longer than all
 /// landmarks, `docs/recall.md`.
@@ -41,7 +42,7 @@ pub(super) struct Scan<'a> {
     pub(super) named: Named<'a>,
     /// Marks to take.
     pub(super) wanted: usize,
-    /// Places around a key whose votes count for it, where keys are scored.
+    /// Places around a key whose votes count for it; of a landmark, those of the landmarks that so many keys reach.
     pub(super) reach: usize,
     /// Of the landmarks' codes.
     pub(super) planes: &'a Planes,
@@ -190,7 +191,18 @@ impl Scan<'_> {
         self.heads.iter().map(|_| looked()).collect()
     }
 
-    /// The landmarks of the pages whose mean has most votes.
+    /// Landmarks to either side of one that lie within reach of its keys.
+    fn marks_within_reach(&self) -> usize {
+        self.reach.div_ceil(SPAN)
+    }
+
+    /// `marks` and those within reach to either side.
+    fn with_near(&self, marks: Range<u32>) -> Range<u32> {
+        let near = self.marks_within_reach() as u32;
+        marks.start.saturating_sub(near)..(marks.end + near).min((self.pages * MARKS) as u32)
+    }
+
+    /// The landmarks of the pages whose mean has most votes, and those within reach of them.
     fn by_page_means(&self, queries: &Queries, ballot: &mut Ballot) -> Vec<Looked> {
         let d = queries.d;
         let num_rows = vec![self.pages; self.heads.len()];
@@ -202,7 +214,7 @@ impl Scan<'_> {
             let open = rows::largest(votes.rows, LEFT_BY_MEANS * self.wanted / MARKS);
             let marks = open.iter().flat_map(|page| {
                 let first = page * MARKS as u32;
-                first..first + MARKS as u32
+                self.with_near(first..first + MARKS as u32)
             });
             let is_shut = |page: &u32| open.binary_search(page).is_err();
             Looked {
@@ -213,7 +225,7 @@ impl Scan<'_> {
         looked.collect()
     }
 
-    /// The landmarks of most votes where a score is what lengths and codes tell of it.
+    /// The landmarks of most votes where a score is what lengths and codes tell of it, and those within reach of them.
     fn by_signs(&self, queries: &Queries, ballot: &mut Ballot) -> Vec<Looked> {
         let cosines = signs::cosines();
         let coded =
@@ -234,7 +246,8 @@ impl Scan<'_> {
         });
         let looked = votes.par_iter().enumerate().map(|(head, votes)| {
             let marks = rows::largest(votes.rows, LEFT_BY_CODES * self.wanted);
-            Looked { marks: self.with_named(head, marks), means: None }
+            let marks = marks.iter().flat_map(|mark| self.with_near(*mark..mark + 1));
+            Looked { marks: self.with_named(head, marks.collect()), means: None }
         });
         looked.collect()
     }
@@ -296,16 +309,24 @@ impl Scan<'_> {
                 by_mark[at] = votes.iter().copied().fold(by_mark[at], f32::max);
             }
         }
+        let pin = |by_mark: &mut [f32], vote: f32| {
+            for mark in self.named.pinned {
+                if let Ok(at) = marks.binary_search(mark) {
+                    by_mark[at] = vote;
+                }
+            }
+        };
+        if self.reach > 0 {
+            // A pinned landmark asks for no other.
+            pin(&mut by_mark, 0.0);
+            by_mark = within_reach(&by_mark, marks, self.marks_within_reach());
+        }
         for (token, vote) in &self.named.standing[head] {
             if let Ok(at) = marks.binary_search(&(token / SPAN as u32)) {
                 by_mark[at] = by_mark[at].max(*vote);
             }
         }
-        for mark in self.named.pinned {
-            if let Ok(at) = marks.binary_search(mark) {
-                by_mark[at] = f32::INFINITY;
-            }
-        }
+        pin(&mut by_mark, f32::INFINITY);
         let taken = self.largest(votes, &by_mark, queries, |at| marks[at as usize]);
         Taken { missed: taken.missed.filter(|_| looked.means.is_some()), ..taken }
     }

@@ -4,14 +4,13 @@
 use super::index::{MARKS, SPAN};
 use super::scan::{Named, Scan, Taken, scan_for, settled, span_of};
 use super::store::PageStore;
-use super::vote::{Ballot, Queries, Scored, Votes, vote_by_scores};
+use super::vote::{Ballot, Queries, Scored, Votes, vote_by_scores, within_reach};
 use super::{LandmarkScan, PagePrecision, PageRule};
 use crate::error::Result;
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
 use std::borrow::Cow;
-use std::collections::VecDeque;
 
 /// Tokens chosen for each key/value head, as index row · PAGE_TOKENS + offset, ascending, equally many for each.
 pub(super) struct Selection {
@@ -25,8 +24,6 @@ pub(crate) const OVER_FETCH: usize = 4;
 /// Tokens that are scored by their keys for each that is chosen, where their codes were scored before: what twice as many
 /// would add is in `docs/recall.md`.
 pub(super) const OVER_FETCH_BY_CODES: usize = 2;
-/// Places for each token up to which votes are looked at place by place: tokens that stand further apart are few of them.
-const PLACES_A_TOKEN: usize = 4;
 /// Queries of a block whose mean stands for them: neighbours look for much the same, and a block of 64 costs as much
 /// as eight queries.
 pub(crate) const POOLED: usize = 8;
@@ -336,38 +333,6 @@ fn tokens_of(marks: &[u32], span: usize) -> Vec<u32> {
     marks.iter().flat_map(|mark| mark * span..(mark + 1) * span).collect()
 }
 
-/// The largest of the `votes` of `tokens` (ascending) that stand within `reach` of each.
-fn within_reach(votes: &[f32], tokens: &[u32], reach: usize) -> Vec<f32> {
-    let [Some(first), Some(last)] = [tokens.first(), tokens.last()] else { return Vec::new() };
-    let extent = (last - first) as usize + 1;
-    if extent <= PLACES_A_TOKEN * tokens.len() {
-        // Votes at their places, nothing between them: no branch to guess.
-        let mut placed = vec![0f32; extent];
-        tokens.iter().zip(votes).for_each(|(token, vote)| placed[(token - first) as usize] = *vote);
-        let mut largest = vec![0f32; extent];
-        rows::maximum_within(&placed, reach, &mut largest);
-        return tokens.iter().map(|token| largest[(token - first) as usize]).collect();
-    }
-    let mut pooled = Vec::with_capacity(votes.len());
-    // Those within reach that no later one exceeds, largest first: the first is the answer.
-    let mut best: VecDeque<usize> = VecDeque::new();
-    let mut next = 0;
-    for own in tokens {
-        while tokens.get(next).is_some_and(|token| (token - own.min(token)) as usize <= reach) {
-            while best.back().is_some_and(|last| votes[*last] <= votes[next]) {
-                best.pop_back();
-            }
-            best.push_back(next);
-            next += 1;
-        }
-        while best.front().is_some_and(|first| (own - tokens[*first].min(*own)) as usize > reach) {
-            best.pop_front();
-        }
-        pooled.push(best.front().map_or(0.0, |first| votes[*first]));
-    }
-    pooled
-}
-
 /// Raises the `votes` of `tokens` to those that stand for them; both ascending.
 fn raise(votes: &mut [f32], tokens: &[u32], standing: &[(u32, f32)]) {
     let mut own = tokens.iter().zip(votes).peekable();
@@ -410,26 +375,6 @@ fn recovered_share(held: f32, votes: &Votes<'_>, missed: &[(f32, f32)], span: us
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_vote_reaches_neighbours_in_the_stream_not_in_the_list() {
-        let number = |i: usize| ((i * 2_654_435_761) % 1009) as f32 / 1009.0;
-        // Side by side, and so far apart that they are looked at one by one.
-        let near = (5..300).filter(|i| number(*i as usize) < 0.4).collect::<Vec<u32>>();
-        let far = near.iter().map(|i| i + i / 40 * 9000).collect::<Vec<u32>>();
-        for (tokens, reach) in [near, far].iter().flat_map(|it| [0, 1, 3, 16, 400].map(|r| (it, r)))
-        {
-            let votes: Vec<f32> = (0..tokens.len()).map(|i| number(i + 77)).collect();
-            let near = |own: &u32| {
-                let others = tokens.iter().zip(&votes);
-                let within = others.filter(|(token, _)| token.abs_diff(*own) as usize <= reach);
-                within.map(|(_, vote)| *vote).fold(0.0, f32::max)
-            };
-            let expected: Vec<f32> = tokens.iter().map(near).collect();
-            assert_eq!(within_reach(&votes, tokens, reach), expected, "{reach}");
-        }
-        assert!(within_reach(&[], &[], 3).is_empty());
-    }
 
     #[test]
     fn a_pinned_token_asks_for_no_neighbour_and_others_are_asked_for_by_what_stands() {

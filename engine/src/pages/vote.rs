@@ -6,11 +6,15 @@
 
 use mka_kernels::rows;
 use rayon::prelude::*;
+use std::collections::VecDeque;
 
 /// Rows of one task: 512 rows of 64 numbers are 128 KiB, a quarter of an L2.
 const BLOCK_ROWS: usize = 512;
 /// Queries that vote at once: the weights of more would take more memory, and a vote needs no more than the largest.
 const SLICE: usize = 8;
+
+/// Places for each token up to which votes are looked at place by place: tokens that stand further apart are few of them.
+const PLACES_A_TOKEN: usize = 4;
 
 /// Queries of one key/value head: (queries, group, d), scaled, queries of one token side by side.
 pub(super) struct Queries {
@@ -232,9 +236,61 @@ fn count(group: usize, block: &mut Block<'_>, totals: &[(f32, f32)], sum: &mut V
     }
 }
 
+/// The largest of the `votes` of `tokens` (ascending) that stand within `reach` of each.
+pub(super) fn within_reach(votes: &[f32], tokens: &[u32], reach: usize) -> Vec<f32> {
+    let [Some(first), Some(last)] = [tokens.first(), tokens.last()] else { return Vec::new() };
+    let extent = (last - first) as usize + 1;
+    if extent <= PLACES_A_TOKEN * tokens.len() {
+        // Votes at their places, nothing between them: no branch to guess.
+        let mut placed = vec![0f32; extent];
+        tokens.iter().zip(votes).for_each(|(token, vote)| placed[(token - first) as usize] = *vote);
+        let mut largest = vec![0f32; extent];
+        rows::maximum_within(&placed, reach, &mut largest);
+        return tokens.iter().map(|token| largest[(token - first) as usize]).collect();
+    }
+    let mut pooled = Vec::with_capacity(votes.len());
+    // Those within reach that no later one exceeds, largest first: the first is the answer.
+    let mut best: VecDeque<usize> = VecDeque::new();
+    let mut next = 0;
+    for own in tokens {
+        while tokens.get(next).is_some_and(|token| (token - own.min(token)) as usize <= reach) {
+            while best.back().is_some_and(|last| votes[*last] <= votes[next]) {
+                best.pop_back();
+            }
+            best.push_back(next);
+            next += 1;
+        }
+        while best.front().is_some_and(|first| (own - tokens[*first].min(*own)) as usize > reach) {
+            best.pop_front();
+        }
+        pooled.push(best.front().map_or(0.0, |first| votes[*first]));
+    }
+    pooled
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vote_reaches_neighbours_in_the_stream_not_in_the_list() {
+        let number = |i: usize| ((i * 2_654_435_761) % 1009) as f32 / 1009.0;
+        // Side by side, and so far apart that they are looked at one by one.
+        let near = (5..300).filter(|i| number(*i as usize) < 0.4).collect::<Vec<u32>>();
+        let far = near.iter().map(|i| i + i / 40 * 9000).collect::<Vec<u32>>();
+        for (tokens, reach) in [near, far].iter().flat_map(|it| [0, 1, 3, 16, 400].map(|r| (it, r)))
+        {
+            let votes: Vec<f32> = (0..tokens.len()).map(|i| number(i + 77)).collect();
+            let near = |own: &u32| {
+                let others = tokens.iter().zip(&votes);
+                let within = others.filter(|(token, _)| token.abs_diff(*own) as usize <= reach);
+                within.map(|(_, vote)| *vote).fold(0.0, f32::max)
+            };
+            let expected: Vec<f32> = tokens.iter().map(near).collect();
+            assert_eq!(within_reach(&votes, tokens, reach), expected, "{reach}");
+        }
+        assert!(within_reach(&[], &[], 3).is_empty());
+    }
 
     #[test]
     fn votes_are_the_softmax_summed_over_the_group_whatever_the_blocks() {

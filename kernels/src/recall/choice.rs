@@ -40,7 +40,8 @@ pub struct ChoiceParams<'a> {
     /// Landmarks that are chosen whatever they are asked for: (n), u32, ascending.
     pub pins: Option<&'a Tensor>,
     /// A token is asked for as much as the most asked of the compared tokens that stand at most so many places before or
-    /// behind it; pinned ones ask for no other. 0: by itself.
+    /// behind it, a landmark as the most asked of those that so many tokens reach; pinned ones ask for no other. 0: by
+    /// itself.
     pub reach: usize,
     /// Votes that an earlier choice among the same pages kept: a token has the larger of its own and these. Of one run alone.
     pub standing: Option<&'a Standing>,
@@ -114,9 +115,10 @@ impl StoredPages {
     /// h / g at most 512.
     ///
     /// Each run chooses as if it were alone. Its queries are rotated to one distance, pooled and scaled; votes are, of the
-    /// queries, the largest sum over a group's heads of the softmax over all landmarks and the keys of outliers; the tokens of the landmarks of most votes, or all
-    /// tokens, are compared in the same way, each takes the largest vote within its reach and not less than the one that
-    /// stands for it (its landmark too), and those of most votes are chosen, ascending. Heads that choose together sum their
+    /// queries, the largest sum over a group's heads of the softmax over all landmarks and the keys of outliers; the tokens
+    /// of the landmarks of most votes, or all tokens, are compared in the same way. Landmarks and tokens take the largest
+    /// vote within their reach, and not less than the one that stands for them; the tokens of most votes are chosen,
+    /// ascending. Heads that choose together sum their
     /// votes of tokens first.
     ///
     /// Source: landmarks and outliers are ShadowKV's (arXiv 2410.21465), the vote is TokenSelect's (arXiv 2411.02886), votes

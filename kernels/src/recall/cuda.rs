@@ -166,7 +166,11 @@ fn choose_part(
     let gone = (pages.gone * PAGE_TOKENS) as u32;
     let (mut marks, mut by_mark) = (None, None);
     if landmarks < num_marks {
-        let voted = vote(device, pages, queries, None, num_marks)?;
+        let mut voted = vote(device, pages, queries, None, num_marks)?;
+        if params.reach > 0 {
+            // Behind the landmarks are votes of outliers' keys, which are below every vote by now and reach nothing.
+            voted.votes = reaching(device, &voted.votes, None, params.reach.div_ceil(SPAN))?;
+        }
         if let Some(standing) = params.standing {
             raise(device, &voted.votes, (standing, gone), None, SPAN)?;
         }
@@ -319,7 +323,7 @@ fn vote_at_once(
     Ok(Voted { logits, norms, votes, n })
 }
 
-/// Of `votes` (runs · g, n), by the tokens of `marks` (None: of all), the largest within `reach` of each.
+/// Of `votes` (runs · g, n), by the tokens of `marks` (None: by their own places), the largest within `reach` of each.
 fn reaching(
     device: &CudaDevice,
     votes: &Tensor,

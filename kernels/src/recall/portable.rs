@@ -99,12 +99,16 @@ fn choose_run(
                 let vote = &mut by_mark[*mark as usize];
                 *vote = keys.iter().copied().fold(*vote, f32::max);
             }
+            let pinned = pins.iter().filter(|pin| (**pin as usize) < num_marks);
+            // A pinned landmark asks for no other.
+            pinned.clone().for_each(|pin| by_mark[*pin as usize] = 0.0);
+            let alone = by_mark.clone();
+            rows::maximum_within(&alone, params.reach.div_ceil(SPAN), &mut by_mark);
             for (token, vote) in standing {
                 if let Some(own) = by_mark.get_mut(*token as usize / SPAN) {
                     *own = own.max(*vote);
                 }
             }
-            let pinned = pins.iter().filter(|pin| (**pin as usize) < num_marks);
             pinned.for_each(|pin| by_mark[*pin as usize] = f32::INFINITY);
             let marks = rows::largest(&by_mark, wanted);
             let taken = marks

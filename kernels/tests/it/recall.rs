@@ -250,6 +250,14 @@ impl Case {
             for (owner, keys) in owners.iter().zip(votes[num_marks..].chunks_exact(SPAN)) {
                 by_mark[*owner] = keys.iter().copied().fold(by_mark[*owner], f64::max);
             }
+            // A pinned landmark asks for no other.
+            self.pins.iter().for_each(|pin| by_mark[*pin as usize] = 0.0);
+            let near = self.reach.div_ceil(SPAN);
+            let within = |i: usize| {
+                let others = i.saturating_sub(near)..(i + near + 1).min(num_marks);
+                others.map(|j| by_mark[j]).fold(0.0, f64::max)
+            };
+            let mut by_mark: Vec<f64> = (0..num_marks).map(within).collect();
             self.pins.iter().for_each(|pin| by_mark[*pin as usize] = f64::INFINITY);
             let wanted = if self.every { num_marks } else { 4 * self.tokens / SPAN };
             let marks = best(&by_mark, wanted);

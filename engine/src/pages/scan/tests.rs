@@ -166,6 +166,34 @@ fn keys_within_reach_of_an_asked_one_come_along() {
 }
 
 #[test]
+fn landmarks_within_reach_of_an_asked_one_come_along_also_from_the_next_page() {
+    let mut heads = index(90, 0.7);
+    let (planes, queries) = (Planes::new(D), queries(1));
+    for scan in [LandmarkScan::Flat, LandmarkScan::TwoLevel, LandmarkScan::SignHash] {
+        heads.iter_mut().for_each(|head| head.prepare(scan, &planes, D));
+        let plain = || Scan::plain(&heads, (90, 24), &planes, None);
+        let take = |own: Scan<'_>| own.take(scan, &queries, &mut Ballot::default());
+        // Nine keys reach two landmarks.
+        let (alone, along) = (take(plain()), take(Scan { reach: 9, ..plain() }));
+        let mut of_the_next_page = 0;
+        for (alone, along) in alone.iter().zip(&along) {
+            let mut asked = alone.marks.clone();
+            asked.sort_by(|a, b| b.1.total_cmp(&a.1));
+            // As many as there is room for, with two to either side; codes pass over some that are asked for more.
+            let sure = if scan == LandmarkScan::SignHash { 1 } else { 4 };
+            for (mark, _) in &asked[..sure] {
+                for near in mark.saturating_sub(2)..=(mark + 2).min(90 * MARKS as u32 - 1) {
+                    let is_there = along.marks.iter().any(|(own, _)| *own == near);
+                    assert!(is_there, "{scan:?}: {near} of {mark}");
+                    of_the_next_page += u32::from(near / MARKS as u32 != mark / MARKS as u32);
+                }
+            }
+        }
+        assert!(of_the_next_page > 0 || scan == LandmarkScan::SignHash, "{scan:?}");
+    }
+}
+
+#[test]
 fn means_of_pages_of_equal_keys_stand_for_all_that_is_not_scored() {
     let mut heads = index(90, 0.0);
     let queries = queries(1);

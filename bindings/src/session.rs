@@ -6,7 +6,7 @@ use crate::events::{NativeEvents, NativeFeed};
 use crate::foreign::counted;
 use crate::mirrored::count;
 use crate::options::{FeedOptions, SendOptions};
-use crate::pull::{Activity, Pull};
+use crate::pull::{Activity, Pull, Source};
 use crate::records::{Context, Vectors};
 use crate::scope::Scope;
 use crate::wait::wait;
@@ -21,9 +21,13 @@ pub struct NativeSession {
     sessions: Arc<Sessions>,
 }
 
-/// The sessions of one engine that are open.
+/// The sessions of one engine that are open, and their streams.
 #[derive(Default)]
-pub(crate) struct Sessions(Mutex<Vec<Weak<NativeSession>>>);
+pub(crate) struct Sessions {
+    objects: Mutex<Vec<Weak<NativeSession>>>,
+    /// A stream may be held longer than the object of its session.
+    streams: Mutex<Vec<Weak<Activity>>>,
+}
 
 impl Sessions {
     /// A session as an object that the engine closes with itself.
@@ -31,16 +35,15 @@ impl Sessions {
         let scope = session.scope().into();
         let live = Mutex::new(Live { session: Some(session), activity: None });
         let session = Arc::new(NativeSession { scope, live, sessions: self.clone() });
-        let mut sessions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.retain(|session| session.strong_count() > 0);
-        sessions.push(Arc::downgrade(&session));
+        note(&self.objects, &session);
         session
     }
 
-    /// Closes every session that is open.
+    /// Closes every session that is open, and cancels every stream.
     pub(crate) fn close(&self) {
-        let sessions = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        sessions.iter().filter_map(Weak::upgrade).for_each(|session| session.close());
+        take(&self.objects).iter().for_each(|session| session.close());
+        // Behind the sessions, which begin no stream any more.
+        take(&self.streams).iter().for_each(|activity| activity.cancel());
     }
 }
 
@@ -54,6 +57,15 @@ struct Live {
 impl NativeSession {
     fn live(&self) -> MutexGuard<'_, Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `stream` to be pulled, as the one that was started last.
+    fn begun<S: Source>(&self, live: &mut Live, stream: S) -> Pull<S> {
+        let pull = Pull::new(stream);
+        let activity = pull.activity();
+        note(&self.sessions.streams, &activity);
+        live.activity = Some(activity);
+        pull
     }
 }
 
@@ -70,12 +82,6 @@ impl Live {
             )));
         }
         self.session(operation)
-    }
-
-    fn events(&mut self, events: mka::Events) -> Arc<NativeEvents> {
-        let pull = Pull::new(events);
-        self.activity = Some(pull.activity());
-        Arc::new(NativeEvents::new(pull))
     }
 }
 
@@ -94,14 +100,14 @@ impl NativeSession {
     ) -> Result<Arc<NativeEvents>, MkaError> {
         let mut live = self.live();
         let events = live.idle("send")?.send_with(message, options.into());
-        Ok(live.events(events))
+        Ok(Arc::new(NativeEvents::new(self.begun(&mut live, events))))
     }
 
     /// Answers the last message again.
     pub fn regenerate(&self, options: SendOptions) -> Result<Arc<NativeEvents>, MkaError> {
         let mut live = self.live();
         let events = live.idle("regenerate")?.regenerate(options.into());
-        Ok(live.events(events))
+        Ok(Arc::new(NativeEvents::new(self.begun(&mut live, events))))
     }
 
     /// Takes every turn from `turn` on back, as if it had never been said.
@@ -129,9 +135,8 @@ impl NativeSession {
     /// Takes in a document; the work starts at once.
     pub fn feed(&self, text: String, options: FeedOptions) -> Result<Arc<NativeFeed>, MkaError> {
         let mut live = self.live();
-        let pull = Pull::new(live.idle("feed")?.feed_with(text, options.into()));
-        live.activity = Some(pull.activity());
-        Ok(Arc::new(NativeFeed::new(pull)))
+        let feed = live.idle("feed")?.feed_with(text, options.into());
+        Ok(Arc::new(NativeFeed::new(self.begun(&mut live, feed))))
     }
 
     /// What memory holds on `query`, laid out for another model within `budget_tokens`.
@@ -176,4 +181,17 @@ impl NativeSession {
         }
         live.session = None;
     }
+}
+
+/// Adds `item` to `list`, and takes out what is gone.
+fn note<T>(list: &Mutex<Vec<Weak<T>>>, item: &Arc<T>) {
+    let mut list = list.lock().unwrap_or_else(PoisonError::into_inner);
+    list.retain(|other| other.strong_count() > 0);
+    list.push(Arc::downgrade(item));
+}
+
+/// What is left of `list`, which is empty afterwards.
+fn take<T>(list: &Mutex<Vec<Weak<T>>>) -> Vec<Arc<T>> {
+    let list = std::mem::take(&mut *list.lock().unwrap_or_else(PoisonError::into_inner));
+    list.iter().filter_map(Weak::upgrade).collect()
 }

@@ -197,6 +197,28 @@ def test_an_engine_closes_under_streams_that_nobody_reads(store: Path, tiny_mode
     del feed
 
 
+def test_an_engine_closes_under_streams_whose_sessions_nobody_holds(
+    store: Path, tiny_model: Path
+) -> None:
+    start = time.monotonic()
+    with opened(store, tiny_model) as engine:
+        story = engine.session(user="ada", session="trip").send(
+            "Tell me a very long story.", max_new_tokens=1_000_000
+        )
+        feed = engine.session(user="ada", session="book").feed(
+            "one two three " * 20_000, mode="model"
+        )
+        gc.collect()
+        next(story)
+        next(feed)
+        time.sleep(0.5)
+    assert time.monotonic() - start < 60
+    # What was on its way can be read; then they end.
+    assert sum(1 for _ in story) < 1_000
+    assert not any(isinstance(event, mka.Fed) for event in feed)
+    opened(store, tiny_model).close()
+
+
 def test_a_slow_reader_misses_nothing(store: Path, tiny_model: Path) -> None:
     with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
         text = "one two three " * 1000

@@ -32,17 +32,28 @@ pub struct Context {
     pub hits: Vec<Hit>,
 }
 
-/// [`MemoryHandle::context`] and [`crate::Session::context`]; the future borrows nothing.
+/// [`crate::Session::context`], which looks into every session of its user; the future borrows nothing.
 pub(crate) fn context(
     shared: Arc<Shared>,
     scope: Scope,
     query: &str,
     budget_tokens: usize,
 ) -> impl Future<Output = Result<Context>> + Send + use<> {
+    assemble(shared, scope, query, budget_tokens, true)
+}
+
+/// What is recalled on `query`, as text within the budget; the future borrows nothing.
+fn assemble(
+    shared: Arc<Shared>,
+    scope: Scope,
+    query: &str,
+    budget_tokens: usize,
+    across_sessions: bool,
+) -> impl Future<Output = Result<Context>> + Send + use<> {
     let query = query.to_owned();
     offload("context", move || {
         let options =
-            Recall { k: 32, across_sessions: true, now_ms: Some(now_ms()), ..Recall::default() };
+            Recall { k: 32, across_sessions, now_ms: Some(now_ms()), ..Recall::default() };
         let hits = shared.store.recall(&scope, &query, &options)?;
         let quotations = Quotation::of(&hits, &query, Quote::Passage);
         let count = |text: &str| shared.count_tokens(text);
@@ -94,6 +105,7 @@ impl MemoryHandle {
 
     /// What `scope` holds on `query`, laid out for another model within `budget_tokens`, headers included.
     ///
+    /// As in `recall`, a scope with a session is confined to that session; one without sees every session of its user.
     /// Counted with the model's own tokenizer; an engine without one counts a token for every two bytes.
     ///
     /// # Errors
@@ -104,7 +116,7 @@ impl MemoryHandle {
         query: &str,
         budget_tokens: usize,
     ) -> Result<Context> {
-        context(self.shared.clone(), scope.clone(), query, budget_tokens).await
+        assemble(self.shared.clone(), scope.clone(), query, budget_tokens, false).await
     }
 
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries, and says what went.

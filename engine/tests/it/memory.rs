@@ -89,6 +89,27 @@ fn context_never_exceeds_its_budget_and_quotes_every_line() {
 }
 
 #[test]
+fn context_of_a_scope_with_a_session_holds_nothing_of_other_sessions() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let memory = engine.memory();
+    let other = Scope::user("ada").session("other");
+    let told = |text: &str| vec![NewTurn::new(Role::User, text)];
+    wait(memory.remember(&trip(), told("fuzzy-badger sleeps all day"))).unwrap();
+    wait(memory.remember(&other, told(FACT))).unwrap();
+    let seen = |text: &str| (text.contains("sleeps all day"), text.contains("7654321"));
+    for (scope, expected) in
+        [(trip(), (true, false)), (other, (false, true)), (Scope::user("ada"), (true, true))]
+    {
+        let context = wait(memory.context(&scope, "fuzzy-badger", 1_000)).unwrap();
+        assert_eq!(seen(&context.text), expected, "{scope}");
+    }
+    // A session's own call looks into all of them.
+    let chat = engine.session_blocking(trip()).unwrap();
+    assert_eq!(seen(&wait(chat.context("fuzzy-badger", 1_000)).unwrap().text), (true, true));
+}
+
+#[test]
 fn two_users_see_nothing_of_each_other() {
     let folder = tempfile::tempdir().unwrap();
     let engine = engine(folder.path(), 256);

@@ -144,7 +144,7 @@ class AsyncSession(SessionHandle):
             return AsyncFeed(self._native.feed(text, _options.feed_options(options)))
 
     async def context(self, query: str, *, budget_tokens: int) -> Context:
-        """What memory holds on `query`, laid out for another model, never above the budget."""
+        """What every session of the user holds on `query`, laid out for another model, never above the budget."""
         return await _calls.session_context(query, budget_tokens).awaited(self._native)
 
     async def rewind(self, turn: int) -> None:
@@ -223,7 +223,10 @@ class AsyncMemory(MemoryHandle):
         agent: str | None = None,
         session: str | None = None,
     ) -> Context:
-        """What memory holds on `query`, laid out for another model, never above the budget."""
+        """What memory holds on `query`, laid out for another model, never above the budget.
+
+        With `session` that session alone is looked into, without it every session of the user.
+        """
         call = _calls.memory_context(query, budget_tokens, user, agent, session)
         return await call.awaited(self._native)
 

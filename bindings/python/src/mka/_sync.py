@@ -99,7 +99,7 @@ class Session(SessionHandle):
             return Feed(self._native.feed(text, _options.feed_options(options)))
 
     def context(self, query: str, *, budget_tokens: int) -> Context:
-        """What memory holds on `query`, laid out for another model, never above the budget."""
+        """What every session of the user holds on `query`, laid out for another model, never above the budget."""
         return _calls.session_context(query, budget_tokens).run(self._native)
 
     def rewind(self, turn: int) -> None:
@@ -173,7 +173,10 @@ class Memory(MemoryHandle):
         agent: str | None = None,
         session: str | None = None,
     ) -> Context:
-        """What memory holds on `query`, laid out for another model, never above the budget."""
+        """What memory holds on `query`, laid out for another model, never above the budget.
+
+        With `session` that session alone is looked into, without it every session of the user.
+        """
         call = _calls.memory_context(query, budget_tokens, user, agent, session)
         return call.run(self._native)
 

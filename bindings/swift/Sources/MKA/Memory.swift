@@ -46,6 +46,8 @@ public final class Memory: Sendable {
     }
 
     /// What memory holds on `query`, laid out for another model, never above the budget.
+    ///
+    /// With `session` that session alone is looked into, without it every session of the user.
     public func context(
         _ query: String, budgetTokens: UInt64, user: String, agent: String? = nil,
         session: String? = nil

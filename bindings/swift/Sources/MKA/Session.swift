@@ -64,7 +64,7 @@ public final class Session: Sendable {
         }
     }
 
-    /// What memory holds on `query`, laid out for another model, never above the budget.
+    /// What every session of the user holds on `query`, laid out for another model, never above the budget.
     public func context(
         _ query: String, budgetTokens: UInt64
     ) async throws(MKAError) -> Context {

@@ -88,6 +88,29 @@ def test_openai_sessions_keep_items_in_order_and_take_them_back(store: Path) -> 
     asyncio.run(main())
 
 
+def test_an_openai_item_whose_content_is_null_is_kept(store: Path) -> None:
+    pytest.importorskip("agents")
+    from mka.openai_agents import MkaSession
+
+    items: list[Any] = [
+        {"type": "reasoning", "id": "1", "summary": [], "content": None},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": []},
+        {"role": "assistant", "content": [{"type": "output_text", "text": None}]},
+    ]
+
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            session = MkaSession(engine, user="ada", session_id="s")
+            await session.add_items(items)
+            assert await session.get_items() == items
+            # Nothing was said: there is nothing to recall.
+            assert await engine.memory.chunks(user="ada") == []
+            assert await session.pop_item() == items[-1]
+
+    asyncio.run(main())
+
+
 def test_a_history_processor_recalls_once_a_message_and_survives_a_closed_memory(
     store: Path,
 ) -> None:

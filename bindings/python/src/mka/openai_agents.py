@@ -26,7 +26,8 @@ _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "develop
 
 def _text(item: dict[str, Any]) -> str:
     """What is said in an item, as far as it is text."""
-    content = item.get("content", "")
+    # The key may be there without a value: reasoning items and answers that only call tools have null.
+    content = item.get("content") or ""
     if isinstance(content, str):
         return content
     parts = [part.get("text", "") for part in content if isinstance(part, dict)]

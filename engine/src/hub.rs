@@ -242,14 +242,18 @@ fn from_hub(id: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
     if let Some(folder) = cached_snapshot(id) {
         return Ok(folder);
     }
-    if std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| value == "1") {
-        return Err(Error::new(ErrorKind::NotFound, "not in the cache, and HF_HUB_OFFLINE is 1"));
+    if std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_on(&value)) {
+        return Err(Error::new(ErrorKind::NotFound, "not in the cache, and HF_HUB_OFFLINE is set"));
     }
     let failed = |e: hf_hub::api::sync::ApiError| {
         Error::new(ErrorKind::NotFound, root_cause(&e)).with_source(e)
     };
-    let api =
-        ApiBuilder::from_env().with_progress(false).with_retries(0).build().map_err(failed)?;
+    let mut api = ApiBuilder::from_env().with_progress(false).with_retries(0);
+    // The variable goes before the token file of the cache, which the builder has read.
+    if let Some(token) = std::env::var("HF_TOKEN").ok().as_deref().and_then(token) {
+        api = api.with_token(Some(token));
+    }
+    let api = api.build().map_err(failed)?;
     let repo = api.model(id.to_owned());
     let config = fetch(&repo, "config.json", progress).map_err(failed)?;
     fetch(&repo, "tokenizer.json", progress).map_err(failed)?;
@@ -267,6 +271,16 @@ fn from_hub(id: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
         .parent()
         .map(Path::to_owned)
         .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{}: no folder", config.display())))
+}
+
+/// Whether a variable's value switches it on, as in HuggingFace's own client.
+fn is_on(value: &str) -> bool {
+    ["1", "on", "yes", "true"].iter().any(|on| value.eq_ignore_ascii_case(on))
+}
+
+/// The token that a variable's value holds; None if it is empty.
+fn token(value: &str) -> Option<String> {
+    Some(value.trim()).filter(|token| !token.is_empty()).map(str::to_owned)
 }
 
 /// The innermost cause: what the outer layers say is that a request failed.
@@ -496,6 +510,25 @@ mod tests {
         assert!(run().unwrap_err().to_string().contains(".gguf"));
         fs::write(&path, b"PK no zip").unwrap();
         assert_eq!(run().unwrap_err().kind(), ErrorKind::Corrupted);
+    }
+
+    #[test]
+    fn a_variable_is_on_by_the_words_of_huggingfaces_client() {
+        for on in ["1", "true", "TRUE", "True", "yes", "Yes", "on", "ON"] {
+            assert!(is_on(on), "{on}");
+        }
+        for off in ["", "0", "false", "no", "off", "2", "11"] {
+            assert!(!is_on(off), "{off}");
+        }
+    }
+
+    #[test]
+    fn an_empty_token_is_none() {
+        assert_eq!(token("hf_abc").as_deref(), Some("hf_abc"));
+        assert_eq!(token(" hf_abc\n").as_deref(), Some("hf_abc"));
+        for empty in ["", " ", "\n"] {
+            assert_eq!(token(empty), None);
+        }
     }
 
     #[test]

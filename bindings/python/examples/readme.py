@@ -17,7 +17,7 @@ async def main() -> None:
                         print(text, end="", flush=True)
                     case mka.Done(usage=usage):
                         print(f"reused {usage.reused_tokens} of {usage.prompt_tokens} tokens")
-        # leaving the loop cancels
+        # leaving the loop cancels: nothing else holds the stream
         found = await engine.memory.recall("hotel in Kyoto", user="ada", k=8)
         receipt = await engine.memory.forget(user="ada", matching="passport")
         print(len(found), receipt.turns)

@@ -1,4 +1,4 @@
-"""Streams for asyncio: iterators over what is pulled in batches, which stop their work when they are left.
+"""Streams for asyncio: iterators over what is pulled in batches, which stop their work when they are closed or dropped.
 
 Knows no session; `_streams` holds the twins.
 """
@@ -97,8 +97,9 @@ class _AsyncStream(Stream[T], AsyncIterator[T]):
 
 
 class AsyncEvents(_AsyncStream[_values.Event]):
-    """The events of one turn; leaving the loop, closing or dropping it cancels the turn within one token.
+    """The events of one turn; closing or dropping it cancels the turn within one token.
 
+    Leaving a loop drops a stream that nothing else holds; `async with` closes one that is kept in a variable.
     What was generated before is kept as the turn's answer. A task that is cancelled while it waits cancels the turn.
     """
 
@@ -108,8 +109,9 @@ class AsyncEvents(_AsyncStream[_values.Event]):
 
 
 class AsyncFeed(_AsyncStream[_values.FeedEvent]):
-    """The progress of one document; leaving the loop, closing or dropping it stops at the next block.
+    """The progress of one document; closing or dropping it stops at the next block.
 
+    Leaving a loop drops a stream that nothing else holds; `async with` closes one that is kept in a variable.
     What was fed before is kept.
     """
 

@@ -36,12 +36,12 @@ class Call(Generic[T]):
             return self.convert(getattr(native, f"{self.name}_blocking")(*self.arguments))
 
     async def awaited(self, native: Any) -> T:
-        """Cancelling the task cancels the work."""
+        """Cancelling the task ends the waiting, and export, import, backup and doctor; other work goes on."""
         with translated:
             return self.convert(await getattr(native, self.name)(*self.arguments))
 
     def run_interruptibly(self, native: Any) -> T:
-        """Blocks the thread, for long work: Ctrl-C cancels it at once."""
+        """Blocks the thread, for long work: Ctrl-C is seen at once, and does what cancelling a task does."""
         # Only the main thread is interrupted; another one waits as it is.
         if threading.current_thread() is not threading.main_thread():
             return self.run(native)

@@ -1,4 +1,4 @@
-"""Streams: iterators over what is pulled in batches, which stop their work when they are left.
+"""Streams: iterators over what is pulled in batches, which stop their work when they are closed or dropped.
 
 Knows no session, and nothing of asyncio: `_aio_streams` does.
 """
@@ -124,8 +124,9 @@ class Feeding:
 
 
 class Events(_SyncStream[_values.Event]):
-    """The events of one turn; leaving the loop, closing or dropping it cancels the turn within one token.
+    """The events of one turn; closing or dropping it cancels the turn within one token.
 
+    Leaving a loop drops a stream that nothing else holds; `with` closes one that is kept in a variable.
     What was generated before is kept as the turn's answer.
     """
 
@@ -135,8 +136,9 @@ class Events(_SyncStream[_values.Event]):
 
 
 class Feed(_SyncStream[_values.FeedEvent]):
-    """The progress of one document; leaving the loop, closing or dropping it stops at the next block.
+    """The progress of one document; closing or dropping it stops at the next block.
 
+    Leaving a loop drops a stream that nothing else holds; `with` closes one that is kept in a variable.
     What was fed before is kept.
     """
 

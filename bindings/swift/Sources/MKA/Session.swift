@@ -5,8 +5,8 @@ import MKABindings
 
 /// One conversation; one stream of it at a time.
 ///
-/// A stream ends its work when its task is cancelled, when the loop over it is left, or when it is dropped; the model
-/// chooses at most one more token, and what was generated is kept as the turn's answer.
+/// A stream ends its work when its task is cancelled or when nothing holds it any more: leaving a loop over `send` itself
+/// is enough. The model chooses at most one more token, and what was generated is kept as the turn's answer.
 public final class Session: Sendable {
     private let native: NativeSession
 

@@ -240,7 +240,7 @@ impl From<NewTurn> for mka::NewTurn {
 /// What to erase within a scope.
 #[derive(Debug, Clone, uniffi::Enum)]
 pub enum Forget {
-    /// Every turn whose text or source name contains this text, letter case aside.
+    /// Every turn whose text, source name, subject or metadata contains this text, letter case aside.
     Matching {
         /// The text.
         text: String,

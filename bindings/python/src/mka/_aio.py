@@ -242,7 +242,10 @@ class AsyncMemory(MemoryHandle):
         expired: Time | None = None,
         everything: bool = False,
     ) -> Receipt:
-        """Erases from log, chunks, vectors, words, pages and summaries; exactly one selector says what."""
+        """Erases from log, chunks, vectors, words, pages and summaries; exactly one selector says what.
+
+        `matching` erases every turn whose text, source name, subject or metadata contains it, letter case aside.
+        """
         call = _calls.forget(
             user, agent, session, matching, turn, before, expired, everything
         )

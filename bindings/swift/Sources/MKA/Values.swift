@@ -178,7 +178,7 @@ public struct NewTurn: Sendable {
 
 /// What to erase.
 public enum Forget: Sendable {
-    /// Every turn whose text or source name contains this text, letter case aside.
+    /// Every turn whose text, source name, subject or metadata contains this text, letter case aside.
     case matching(String)
     /// One turn of the session.
     case turn(UInt64)

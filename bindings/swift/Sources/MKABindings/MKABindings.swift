@@ -7101,7 +7101,7 @@ public func FfiConverterTypeFilter_lower(_ value: Filter) -> RustBuffer {
 public enum Forget: Equatable, Hashable {
 
     /**
-     * Every turn whose text or source name contains this text, letter case aside.
+     * Every turn whose text, source name, subject or metadata contains this text, letter case aside.
      */
     case matching(
         /**

@@ -242,7 +242,8 @@ impl HeadIndex {
         self.saved.drain(..gone);
         self.outlier_keys.drain(..gone * SPAN * 2 * d);
         self.outliers.iter_mut().for_each(|outlier| *outlier -= MARKS as u32);
-        if self.let_go > self.len() {
+        // A sixteenth more than is counted, so that a page copies sixteen rows and not all of them.
+        if self.let_go * 16 > self.len() {
             let marks = self.let_go * MARKS;
             self.agreement.drain(..marks);
             self.landmarks.drain(..marks * 2 * d);

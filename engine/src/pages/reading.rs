@@ -2,7 +2,7 @@
 //! Knows no file and no attention rule: pages come through [`PageSource`].
 
 use super::PagePrecision::{self, Bf16, F32, Int4, Int8};
-use super::store::PageStore;
+use super::store::{PageStore, Stored};
 use crate::error::Result;
 use mka_kernels::PAGE_TOKENS;
 use mka_memory::PageBytes;
@@ -63,27 +63,31 @@ impl PageStore {
     pub(super) fn bring(&mut self, wanted: &[usize]) {
         let used = self.tick();
         let pages: Vec<u64> = wanted.iter().map(|row| self.order[*row]).collect();
-        let mut missing = Vec::new();
+        let is_missing = |stored: &Stored| stored.bytes.is_none() && stored.durable;
+        let mut are_there = true;
         for page in &pages {
             if let Some(stored) = self.pages.get_mut(page) {
                 stored.used = used;
-                if stored.bytes.is_none() && stored.durable {
-                    missing.push(*page);
-                }
+                are_there &= !is_missing(stored);
             }
         }
-        if missing.is_empty() {
+        if are_there {
             return;
         }
-        let mut kept = pages;
-        kept.sort_unstable();
-        let mut room = 0;
-        while room < missing.len()
-            && self.make_room((room + 1) * self.page_bytes(), 0, &kept, false)
-        {
-            room += 1;
+        // A page makes room by what is wanted less, and never by what is wanted more.
+        let (mut kept, mut missing) = (Vec::with_capacity(pages.len()), Vec::new());
+        for page in pages {
+            // Two heads may want the same.
+            let Err(at) = kept.binary_search(&page) else { continue };
+            kept.insert(at, page);
+            if self.pages.get(&page).is_some_and(is_missing) {
+                let bytes = (missing.len() + 1) * self.page_bytes();
+                if !self.make_room(bytes, 0, &kept, false) {
+                    break;
+                }
+                missing.push(page);
+            }
         }
-        missing.truncate(room);
         let read: Vec<Option<PageBytes>> =
             missing.par_iter().map(|page| self.page_in_place(*page)).collect();
         for (page, read) in missing.into_iter().zip(read) {

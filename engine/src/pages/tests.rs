@@ -622,6 +622,16 @@ fn a_page_that_was_sent_away_comes_back_as_it_was() {
         assert_eq!(rows(roomy), rows(tight), "row {row}");
         assert!(tight.bytes_with(0, 0) <= page * 6);
     }
+    // The most wanted first, each once, also in the place of what is there and wanted less.
+    let all = || (0..12).rev().flat_map(|row| [row, row]);
+    for wanted in [all().collect::<Vec<_>>(), all().rev().collect()] {
+        tight.bring(&wanted);
+        let held = |row: &usize| tight.pages[&tight.order[*row]].bytes.is_some();
+        let there: Vec<usize> = wanted.iter().copied().step_by(2).filter(held).collect();
+        assert!((1..12).contains(&there.len()), "{there:?}");
+        assert!(wanted.iter().step_by(2).take(there.len()).eq(&there), "{there:?} of {wanted:?}");
+        assert_eq!(tight.resident_bytes, there.len() as u64 * page);
+    }
 }
 
 proptest! {

@@ -11,13 +11,13 @@ use crate::attention::AttentionSeam;
 use crate::cache::{Cache, Checkpoint};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
+use crate::forgets::Seen;
 use crate::pages::{Message, PageSource, PageStore, PageUsage, RecallPolicy};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, on_pool};
 use mka_memory::{PageBytes, Role, Scope, Turn, TurnId};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// Tokens that the repetition penalty looks back on.
 const RECENT_TOKENS: usize = 256;
@@ -30,12 +30,16 @@ pub(crate) struct Conversation {
     pub(crate) state: SessionState,
     /// Pages from this one on differ from what the store holds.
     dirty_from: u64,
+    /// The first page of the window that the store holds, beside the sinks.
+    stored_from: u64,
     /// Where the last answer began, for `regenerate`; None after a reopening.
     pub(crate) last_prompt: Option<LastPrompt>,
     /// Whether queries recall pages now.
     recalls_pages: bool,
-    /// [`Shared::forgets`] before the store was read.
-    forgets: u64,
+    /// What had been forgotten before the store was read.
+    forgets: Seen,
+    /// Whether a turn has left it neither where it stood nor where it was to stand: what the store holds counts.
+    pub(crate) is_half_way: bool,
 }
 
 /// What is needed to answer the last message again.
@@ -59,13 +63,15 @@ pub(crate) struct Saved {
 impl Conversation {
     /// Opens the session of `scope`: new, restored from its snapshot, or refilled from its log.
     pub(crate) fn open(shared: Arc<Shared>, scope: Scope) -> Result<Self> {
-        let forgets = shared.forgets.load(Ordering::Acquire);
+        let forgets = shared.forgets.seen(&scope);
         let num_turns = shared.store.num_turns(&scope)?;
         let mut conversation = Self {
             forgets,
             cache: None,
             state: SessionState::default(),
             dirty_from: 0,
+            stored_from: 0,
+            is_half_way: false,
             last_prompt: None,
             recalls_pages: shared.config.recall.has_pages(),
             shared: shared.clone(),
@@ -87,6 +93,7 @@ impl Conversation {
         }
         if let Some((cache, state)) = restored {
             conversation.dirty_from = cache.position() / PAGE_TOKENS as u64;
+            conversation.stored_from = cache.first_window_page(cache.position());
             conversation.cache = Some(cache);
             conversation.state = state;
             return Ok(conversation);
@@ -117,9 +124,11 @@ impl Conversation {
             cache,
             state: self.state.clone(),
             dirty_from: self.dirty_from,
+            stored_from: self.stored_from,
+            is_half_way: self.is_half_way,
             last_prompt: self.last_prompt.clone(),
             recalls_pages: self.recalls_pages,
-            forgets: self.forgets,
+            forgets: self.forgets.clone(),
         })
     }
 
@@ -317,13 +326,23 @@ impl Conversation {
         done.map_err(|error| shared.undone(error, || self.reopen()))
     }
 
-    /// Whether anything of the store was forgotten since it was read.
+    /// Whether anything of the user was forgotten since the store was read; waits for what is being forgotten.
     pub(crate) fn is_before_a_forget(&self) -> bool {
-        self.forgets != self.shared.forgets.load(Ordering::Acquire)
+        self.forgets.is_all().is_none()
+    }
+
+    /// Number of turns in the session's log.
+    pub(crate) fn num_turns(&self) -> Result<TurnId> {
+        Ok(self.shared.store.num_turns(&self.scope)?)
     }
 
     /// Goes back to what the store holds.
     pub(crate) fn reopen(&mut self) -> Result<()> {
+        self.is_half_way = true;
+        // The stored pages are wanted in its room on the device.
+        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
+            pages.leave();
+        }
         let opened = Self::open(self.shared.clone(), self.scope.clone());
         *self = opened.map_err(|error| self.shared.failed(error))?;
         Ok(())

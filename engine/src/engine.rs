@@ -4,6 +4,7 @@
 use crate::cache::CacheShape;
 use crate::embedding::{EmbedderPrecision, EmbedderSource};
 use crate::error::{Error, ErrorKind, Result};
+use crate::forgets::Forgets;
 use crate::hub::{ModelFiles, ModelSource};
 use crate::memory::MemoryHandle;
 use crate::models::config::{DecoderConfig, token_ids};
@@ -15,12 +16,12 @@ use crate::parallel::{self, Collective, TensorGroup};
 use crate::prompt::Scaffold;
 use crate::quote::Quote;
 use crate::session::{Session, now_ms};
+use crate::stream::Canceller;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use mka_memory::{Backend, EncryptionKey, Hygiene, Scope, Store, StoreOptions};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -255,13 +256,20 @@ pub(crate) struct Shared {
     pub(crate) model: Option<Model>,
     pub(crate) config: MemoryConfig,
     device: Device,
-    /// Sessions that are open, one handle an id; true once the handle is dropped and only a stream's worker is left.
-    open: Mutex<HashMap<Scope, bool>>,
+    /// Who holds the sessions that are open, one handle an id.
+    open: Mutex<HashMap<Scope, Holder>>,
     released: Condvar,
-    /// Counts what was forgotten since the engine was opened: sessions that are open then hold too much.
-    pub(crate) forgets: AtomicU64,
+    /// Sessions that were open when something of their user was forgotten hold too much.
+    pub(crate) forgets: Forgets,
     // The last field: it says so when everything above is dropped.
     closed: Closed,
+}
+
+/// Who holds an open session.
+enum Holder {
+    Handle,
+    /// Its handle was dropped; what is left are streams that may still work.
+    Streams(Vec<Canceller>),
 }
 
 /// Tells whoever waits that the last handle is gone and the store with it.
@@ -304,33 +312,33 @@ impl Shared {
 
     /// Marks a session as open; the claim is released by [`Shared::release`].
     ///
-    /// A session whose handle was dropped while its stream was cancelled is waited for: it ends within a token.
+    /// A session whose handle was dropped is waited for where its streams were cancelled: they end within a token. One that
+    /// somebody still reads may never end.
     pub(crate) fn claim(&self, scope: &Scope) -> Result<()> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
+        let held = loop {
             match open.get(scope) {
                 None => {
-                    open.insert(scope.clone(), false);
+                    open.insert(scope.clone(), Holder::Handle);
                     return Ok(());
                 }
-                Some(true) => {
+                Some(Holder::Handle) => break "open already, expected one handle at a time",
+                Some(Holder::Streams(streams)) if streams.iter().any(Canceller::is_awaited) => {
+                    break "a stream of it is open, expected it read to its end or dropped";
+                }
+                Some(Holder::Streams(_)) => {
                     open = self.released.wait(open).unwrap_or_else(PoisonError::into_inner);
                 }
-                Some(false) => {
-                    return Err(Error::new(
-                        ErrorKind::Locked,
-                        format!("session {scope}: open already, expected one handle at a time"),
-                    ));
-                }
             }
-        }
+        };
+        Err(Error::new(ErrorKind::Locked, format!("session {scope}: {held}")))
     }
 
-    /// Says that no handle holds the session any more.
-    pub(crate) fn closing(&self, scope: &Scope) {
+    /// Says that no handle holds the session any more, but `streams` may.
+    pub(crate) fn closing(&self, scope: &Scope, streams: Vec<Canceller>) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(closing) = open.get_mut(scope) {
-            *closing = true;
+        if let Some(holder) = open.get_mut(scope) {
+            *holder = Holder::Streams(streams);
         }
     }
 
@@ -570,7 +578,7 @@ impl EngineBuilder {
         let open = Mutex::new(HashMap::new());
         let released = Condvar::new();
         let closed = Closed(Latch::default());
-        let forgets = AtomicU64::new(0);
+        let forgets = Forgets::default();
         let shared =
             Arc::new(Shared { store, model, config, device, open, released, forgets, closed });
         // Whoever opened it without a share goes on where an earlier opening stopped, at half speed.

@@ -9,6 +9,7 @@ use crate::pages::RecallPolicy;
 use crate::snapshot::OpenTurn;
 use crate::stream::{FeedEvent, FeedSummary, Sink};
 use mka_memory::{NewTurn, Role};
+use std::iter::{once, repeat};
 use std::ops::Range;
 
 /// What of a document the model reads.
@@ -98,13 +99,23 @@ pub(crate) fn feed(
 ) -> Result<FeedSummary> {
     let time_ms = options.time_ms.unwrap_or(now_ms);
     conversation.set_policy("feed", options.recall.unwrap_or(conversation.shared.config.recall))?;
-    take_in(conversation, text, options, time_ms, &mut |taken| {
+    let before = Before { system: None, joined: true };
+    take_in(conversation, text, options, time_ms, before, &mut |taken| {
         sink.send(FeedEvent::Progress {
             fed_bytes: taken.fed_bytes,
             committed_bytes: taken.committed_bytes,
             total_bytes: taken.total_bytes,
         })
     })
+}
+
+/// What stands before a document that the model reads.
+#[derive(Clone, Copy)]
+pub(crate) struct Before<'a> {
+    /// Instructions, at the beginning of a session.
+    pub(crate) system: Option<&'a str>,
+    /// Whether it goes on in a document that is open.
+    pub(crate) joined: bool,
 }
 
 /// Takes in `text`; `progress` says whether to go on.
@@ -116,6 +127,7 @@ pub(crate) fn take_in(
     text: &str,
     options: &FeedOptions,
     time_ms: i64,
+    before: Before<'_>,
     progress: &mut dyn FnMut(&Taken) -> bool,
 ) -> Result<FeedSummary> {
     if text.is_empty() {
@@ -151,6 +163,7 @@ pub(crate) fn take_in(
         text,
         options,
         time_ms,
+        before,
         progress,
     };
     let taken = feeding.remember(conversation, remembered);
@@ -181,6 +194,7 @@ struct Feeding<'a> {
     text: &'a str,
     options: &'a FeedOptions,
     time_ms: i64,
+    before: Before<'a>,
     progress: &'a mut dyn FnMut(&Taken) -> bool,
 }
 
@@ -204,12 +218,14 @@ impl Feeding<'_> {
     fn read(&mut self, conversation: &mut Conversation, sections: &[Range<usize>]) -> Result<()> {
         let shared = conversation.shared.clone();
         let mut uncommitted = 0;
-        for section in sections {
+        // What goes on in the message that the first section opens.
+        let next = Before { system: None, joined: true };
+        for (section, before) in sections.iter().zip(once(self.before).chain(repeat(next))) {
             let model = shared.model("feed")?;
-            let mut tokens = match conversation.state.open {
-                OpenTurn::User => Vec::new(),
-                open if self.options.completion => generation::bare_opening(model, open),
-                open => generation::opening(model, open, None, true)?,
+            let open = conversation.state.open;
+            let mut tokens = match self.options.completion {
+                true => generation::bare_opening(model, open),
+                false => generation::opening(model, open, before.system, before.joined)?,
             };
             tokens.extend(model.tokenizer.encode(&self.text[section.clone()], false)?);
             let start = conversation.position();

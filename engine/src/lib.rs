@@ -38,6 +38,7 @@ mod embedding;
 mod engine;
 mod error;
 mod feeding;
+mod forgets;
 mod generation;
 mod gguf;
 mod hub;

@@ -13,7 +13,6 @@ use mka_memory::{
 use std::io::BufReader;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -122,17 +121,17 @@ impl MemoryHandle {
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries, and says what went.
     ///
     /// Sessions that are open drop what they hold in memory, and what they map of removed files, before their next turn and
-    /// go on from what is left.
+    /// go on from what is left. A turn or feed of the same user that is under way ends with `Cancelled`: it may have read the
+    /// words.
     ///
     /// # Errors
     /// `Storage`.
     pub async fn forget(&self, scope: &Scope, selector: Forget) -> Result<Receipt> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         offload("forget", move || {
-            let receipt = shared.store.forget(&scope, &selector);
-            let receipt = receipt.map_err(|error| shared.failed(error.into()))?;
-            shared.forgets.fetch_add(1, Ordering::Release);
-            Ok(receipt)
+            let forget = || shared.store.forget(&scope, &selector);
+            let receipt = shared.forgets.during(&scope, forget);
+            receipt.map_err(|error| shared.failed(error.into()))
         })
         .await
     }

@@ -4,7 +4,7 @@
 use crate::conversation::{Conversation, LastPrompt, is_cancelled};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
-use crate::feeding::{self, FeedOptions};
+use crate::feeding::{self, Before, FeedOptions, Taken};
 use crate::generation::{self, Stop};
 use crate::memory::{self, Context};
 use crate::offload::offload;
@@ -115,7 +115,7 @@ pub struct Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.live.shared.closing(&self.live.scope);
+        self.live.shared.closing(&self.live.scope, self.live.streams().clone());
     }
 }
 
@@ -124,8 +124,8 @@ pub(crate) struct Live {
     shared: Arc<Shared>,
     scope: Scope,
     conversation: Mutex<Conversation>,
-    /// The stream that was begun last.
-    stream: Mutex<Option<Canceller>>,
+    /// Streams that were begun and may not be over.
+    streams: Mutex<Vec<Canceller>>,
 }
 
 impl Drop for Live {
@@ -135,20 +135,28 @@ impl Drop for Live {
 }
 
 impl Live {
-    /// The conversation, once the stream before this one is done with it. After something was forgotten it is what the
-    /// store still holds: window and pages may have held the words.
+    /// The conversation, once the stream before this one is done with it. Where a turn left it half-way it is what the store
+    /// holds, and so it is after something was forgotten: window and pages may have held the words.
     fn lock(&self) -> Result<MutexGuard<'_, Conversation>> {
-        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
-        if conversation.is_before_a_forget() {
+        let mut conversation = self.conversation.lock().unwrap_or_else(|poisoned| {
+            self.conversation.clear_poison();
+            let mut conversation = poisoned.into_inner();
+            conversation.is_half_way = true;
+            conversation
+        });
+        if conversation.is_half_way || conversation.is_before_a_forget() {
             conversation.reopen()?;
         }
         Ok(conversation)
     }
 
+    fn streams(&self) -> MutexGuard<'_, Vec<Canceller>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// [`Live::lock`], unless a stream works that its holder wants to end by itself: it may wait to be read for ever.
     fn lock_at_rest(&self, operation: &str) -> Result<MutexGuard<'_, Conversation>> {
-        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if stream.is_some_and(|stream| stream.is_awaited()) {
+        if self.streams().iter().any(Canceller::is_awaited) {
             return Err(Error::new(
                 ErrorKind::Locked,
                 format!(
@@ -160,9 +168,11 @@ impl Live {
         self.lock()
     }
 
-    /// Notes the stream that was begun last.
+    /// Notes a stream that was begun.
     fn begun(&self, stream: Canceller) {
-        *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+        let mut streams = self.streams();
+        streams.retain(Canceller::is_awaited);
+        streams.push(stream);
     }
 }
 
@@ -198,8 +208,8 @@ impl Session {
         shared.claim(&scope)?;
         match conversation(&shared, &scope) {
             Ok(conversation) => {
-                let (conversation, stream) = (Mutex::new(conversation), Mutex::new(None));
-                Ok(Self { live: Arc::new(Live { shared, scope, conversation, stream }) })
+                let (conversation, streams) = (Mutex::new(conversation), Mutex::default());
+                Ok(Self { live: Arc::new(Live { shared, scope, conversation, streams }) })
             }
             Err(error) => {
                 shared.release(&scope);
@@ -221,7 +231,8 @@ impl Session {
     /// Answers `message`: recalls what belongs to it, streams the answer, commits both, then says `Done`.
     ///
     /// A message longer than half the window is taken in as a document first, of which its last half window is read
-    /// as the message. Errors are the stream's last item; after one the session stands where it stood before.
+    /// as the message. Errors are the stream's last item; after one the session stands where it stood before, or behind
+    /// that document, if it was taken in.
     pub fn send_with(&mut self, message: impl Into<String>, options: SendOptions) -> Events {
         let message = message.into();
         self.answer(move |conversation, sink| send(conversation, &message, &options, sink))
@@ -240,9 +251,14 @@ impl Session {
         let live = self.live.clone();
         let events = Events::spawn(move |sink| {
             let mut conversation = live.lock()?;
-            let saved = conversation.save();
-            let usage = turn(&mut conversation, sink)
-                .map_err(|error| live.shared.undone(error, || conversation.take_back(&saved)));
+            let (saved, turns) = (conversation.save(), conversation.num_turns()?);
+            let usage = turn(&mut conversation, sink).map_err(|error| {
+                live.shared.undone(error, || match conversation.num_turns()? == turns {
+                    true => conversation.take_back(&saved),
+                    // What was committed stays, and the stream is what belongs to it.
+                    false => conversation.reopen(),
+                })
+            });
             Ok(usage?.map(Event::Done))
         });
         self.live.begun(events.canceller());
@@ -256,11 +272,12 @@ impl Session {
     /// does not fit, pages do not. Without effect where nothing follows. The future borrows nothing of the session.
     ///
     /// # Errors
-    /// `NotFound` if the log does not reach to `turn`; `Storage`, `Corrupted`. The session then stands where it stood.
+    /// `NotFound` if the log does not reach to `turn`; `Locked` if a stream of the session is open: read it to its end or drop
+    /// it; `Storage`, `Corrupted`. The session then stands where it stood.
     pub fn rewind(&mut self, turn: TurnId) -> impl Future<Output = Result<()>> + Send + use<> {
         let live = self.live.clone();
         offload("rewind", move || {
-            let result = live.lock()?.rewind(turn);
+            let result = live.lock_at_rest("rewind")?.rewind(turn);
             result.map_err(|error| live.shared.failed(error))
         })
     }
@@ -343,14 +360,14 @@ impl Session {
     /// tools that compare sessions. The future borrows nothing of the session.
     ///
     /// # Errors
-    /// `InvalidArgument` without a model or with an empty text.
+    /// `InvalidArgument` without a model or with an empty text; `Locked` if a stream of the session is open.
     pub fn peek_logits(
         &mut self,
         text: &str,
     ) -> impl Future<Output = Result<Vec<f32>>> + Send + use<> {
         let (live, text) = (self.live.clone(), text.to_owned());
         offload("peek_logits", move || {
-            let mut conversation = live.lock()?;
+            let mut conversation = live.lock_at_rest("peek_logits")?;
             let tokens = live.shared.model("peek_logits")?.tokenizer.encode(&text, false)?;
             conversation.set_policy("peek_logits", live.shared.config.recall)?;
             let saved = conversation.save();
@@ -424,8 +441,10 @@ fn send(
     let longest = shared.config.window_tokens / 2;
     let (document, message) = feeding::split_long(model, message, longest)?;
     if !document.is_empty() {
-        let feed = FeedOptions::text();
-        feeding::take_in(conversation, document, &feed, time_ms, &mut |_| !sink.is_cancelled())?;
+        let feed = FeedOptions::text().completion(options.completion);
+        let before = Before { system: options.system.as_deref(), joined: options.joined };
+        let go_on = &mut |_: &Taken| !sink.is_cancelled();
+        feeding::take_in(conversation, document, &feed, time_ms, before, go_on)?;
     }
 
     let message_tokens = model.tokenizer.count(message)?;
@@ -530,6 +549,10 @@ fn finish(
     Ok(stop.reason().map(|stop| Usage { stop, ..usage }))
 }
 
+fn no_answer() -> Error {
+    Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn")
+}
+
 fn regenerate(
     conversation: &mut Conversation,
     options: &SendOptions,
@@ -540,10 +563,21 @@ fn regenerate(
     shared.model("regenerate")?;
     let time_ms = options.time_ms.map_or_else(|| shared.now_ms(), Ok)?;
     conversation.set_policy("regenerate", options.recall.unwrap_or(shared.config.recall))?;
-    let nothing =
-        || Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn");
     let last = conversation.last_turn()?.filter(|turn| turn.role == Role::Assistant);
-    let before = last.ok_or_else(nothing)?;
+    let before = last.ok_or_else(no_answer)?;
+    let answered = answer_again(conversation, options, sink, (&before, time_ms));
+    // The stream stands before the old answer's end: no point behind it can be gone back to.
+    answered.map_err(|error| shared.undone(error, || conversation.reopen()))
+}
+
+/// Answers the message whose answer was the turn `before`, in place of it.
+fn answer_again(
+    conversation: &mut Conversation,
+    options: &SendOptions,
+    sink: &Sink<Event>,
+    (before, time_ms): (&Turn, i64),
+) -> Result<Option<Usage>> {
+    let shared = conversation.shared.clone();
     let answer_turn = before.id;
     let kept = conversation.last_prompt.clone();
     let here = kept.filter(|last| conversation.try_take_back(&last.before_last));
@@ -551,11 +585,11 @@ fn regenerate(
         Some(last) => last,
         None => {
             // The prompt's pages are gone: fill the window again from the log, up to the prompt's last token.
-            let last_token = conversation.refill(answer_turn, true)?.ok_or_else(nothing)?;
+            let last_token = conversation.refill(answer_turn, true)?.ok_or_else(no_answer)?;
             LastPrompt {
                 before_last: conversation.save(),
                 last_token,
-                answer_prefix: answer_prefix(&shared, &before)?,
+                answer_prefix: answer_prefix(&shared, before)?,
                 message: Message::default(),
             }
         }
@@ -565,6 +599,10 @@ fn regenerate(
     let start = conversation.position() + 1;
     let options = SendOptions { answer_prefix: last.answer_prefix.clone(), ..options.clone() };
     let answer = generation::generate(conversation, last.last_token, &options, sink)?;
+    if answer.tokens.is_empty() && matches!(answer.stop, Stop::Cancelled) {
+        // There is nothing that could stand in its place.
+        return Err(Error::cancelled("regenerate"));
+    }
     let text = format!("{}{}", options.answer_prefix, answer.text);
     let turns = vec![turn(Role::Assistant, text, time_ms, answer.tokens.clone())];
     let usage = finish(

@@ -2,9 +2,10 @@
 //! Knows no turn's meaning and no file.
 
 use super::{Conversation, key_of, landmarks_key, landmarks_of, page_of};
-use crate::cache::Cache;
+use crate::cache::{Cache, SINK_PAGES};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
+use crate::forgets::Seen;
 use crate::pages::FreshPage;
 use crate::snapshot::SessionState;
 use mka_kernels::PAGE_TOKENS;
@@ -76,8 +77,11 @@ impl Conversation {
                 return Err(error);
             }
         };
-        let mut undo = Undo { state: before, dirty_from: self.dirty_from, handed_over: Vec::new() };
+        let (dirty_from, stored_from) = (self.dirty_from, self.stored_from);
+        let mut undo = Undo { state: before, dirty_from, stored_from, handed_over: Vec::new() };
         self.dirty_from = self.position() / PAGE_TOKENS as u64;
+        self.stored_from =
+            self.cache.as_ref().map_or(0, |cache| cache.first_window_page(cache.position()));
         if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
             pages.forget_choices();
             if self.shared.config.evicted_page_bytes > 0 {
@@ -85,8 +89,9 @@ impl Conversation {
             }
         }
         let commit = Commit { turns, snapshot, retract };
-        let (shared, scope) = (self.shared.clone(), self.scope.clone());
-        Ok((Prepared { shared, scope, commit, fresh }, undo))
+        let (shared, scope, forgets) =
+            (self.shared.clone(), self.scope.clone(), self.forgets.clone());
+        Ok((Prepared { shared, scope, forgets, commit, fresh }, undo))
     }
 
     /// Notes what the store holds of the stream's pages after a commit, or that it got nothing.
@@ -117,6 +122,7 @@ impl Conversation {
             pages.not_handed_over(&undo.handed_over);
         }
         (self.state, self.dirty_from) = (undo.state, undo.dirty_from);
+        self.stored_from = undo.stored_from;
     }
 
     /// The snapshot, and the pages that it lacks: those that left the window since the last.
@@ -130,7 +136,10 @@ impl Conversation {
         let first_page = cache.first_window_page(position);
         let window_start = first_page * PAGE_TOKENS as u64;
         self.state.turn_starts.retain(|(_, start)| *start >= window_start);
-        let dirty = window.iter().copied().filter(|page| *page >= self.dirty_from);
+        // A stream that was taken back has pages in its window that had left the one that the store holds.
+        let left = SINK_PAGES..self.stored_from;
+        let is_dirty = |page: &u64| *page >= self.dirty_from || left.contains(page);
+        let dirty = window.iter().copied().filter(is_dirty);
         let mut pages = cache.page_bytes(&dirty.collect::<Vec<_>>())?;
         pages.iter_mut().for_each(|(page, _)| *page = key_of(*page, stream));
         let mut evicted = Evicted::new();
@@ -162,6 +171,7 @@ type Evicted = Vec<(u64, FreshPage)>;
 struct Prepared {
     shared: Arc<Shared>,
     scope: Scope,
+    forgets: Seen,
     commit: Commit,
     /// Pages of the snapshot whose bytes the conversation holds too.
     fresh: Evicted,
@@ -174,6 +184,17 @@ impl Prepared {
                 .pages
                 .par_extend(self.fresh.par_iter().map(|(key, page)| (*key, page.to_bytes())));
         }
+        // What the model has read since may be what was erased. Processes that share it would not all see it at once.
+        let seen = self.forgets.is_all();
+        if seen.is_none() && self.shared.group().is_none() {
+            return Err(Error::new(
+                ErrorKind::Cancelled,
+                format!(
+                    "commit: words of user {} were forgotten meanwhile, expected none",
+                    self.scope.user_id()
+                ),
+            ));
+        }
         Ok(self.shared.store.commit(&self.scope, self.commit)?)
     }
 }
@@ -182,6 +203,7 @@ impl Prepared {
 struct Undo {
     state: SessionState,
     dirty_from: u64,
+    stored_from: u64,
     /// Pages that the store was given for the first time.
     handed_over: Vec<u64>,
 }

@@ -77,6 +77,31 @@ fn a_long_document_is_committed_beside_the_model_and_whole_at_its_end() {
 }
 
 #[test]
+fn a_shorter_answer_given_again_is_committed_with_the_pages_that_are_in_the_window_again() {
+    for (recall, evicted_page_bytes) in [(RecallPolicy::Text, 0), (RecallPolicy::Pages, 1 << 30)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config(recall);
+        config.evicted_page_bytes = evicted_page_bytes;
+        let (before, stored) = {
+            let engine = open(folder.path(), config.clone()).unwrap();
+            let mut chat = engine.session_blocking(trip()).unwrap();
+            feed(&mut chat);
+            let long = SendOptions::default().max_new_tokens(300);
+            let (_, usage) = finish(chat.send_with("go on", long)).unwrap();
+            assert!(usage.generated_tokens > 128, "{usage:?}");
+            let (_, usage) = finish(chat.regenerate(short())).unwrap();
+            let stored = usage.pages.map(|pages| pages.stored_tokens);
+            (wait(chat.peek_logits("the next")).unwrap(), stored)
+        };
+        let engine = open(folder.path(), config).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        assert_eq!(wait(chat.peek_logits("the next")).unwrap(), before);
+        let (_, usage) = finish(chat.send_with("go on", short())).unwrap();
+        assert!(usage.pages.map(|pages| pages.stored_tokens) >= stored);
+    }
+}
+
+#[test]
 fn a_reopened_session_recalls_the_same_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let before = {

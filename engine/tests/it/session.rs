@@ -183,6 +183,97 @@ fn regenerate_replaces_the_answer_also_after_a_restart() {
 }
 
 #[test]
+fn an_answer_that_was_cancelled_before_its_first_token_leaves_the_one_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    finish(chat.send_with("hello", short())).unwrap();
+    for _ in 0..5 {
+        drop(chat.regenerate(short()));
+        wait(chat.rewind(99)).unwrap_err();
+        let turns = wait(engine.memory().turns(&trip(), 0..99)).unwrap();
+        let live: Vec<_> = turns.iter().filter(|turn| !turn.retracted).collect();
+        assert_eq!(live.len(), 2, "{turns:?}");
+        assert!(!live[1].text.is_empty() && !live[1].tokens.is_empty(), "{turns:?}");
+    }
+    finish(chat.regenerate(short())).unwrap();
+}
+
+#[test]
+fn a_stream_that_is_held_keeps_its_session_and_nobody_waits_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let long = || SendOptions::default().max_new_tokens(100_000);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let events = chat.send_with("tell me", long());
+    // A second one waits for the first, whatever becomes of it.
+    drop(chat.send_with("and then", short()));
+    for error in [wait(chat.rewind(0)).unwrap_err(), wait(chat.peek_logits("the")).unwrap_err()] {
+        assert_eq!(error.kind(), ErrorKind::Locked);
+        assert!(error.to_string().contains("a stream of session"), "{error}");
+    }
+    drop(chat);
+    let error = engine.session_blocking(trip()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Locked);
+    assert!(error.to_string().contains("a stream of it is open"), "{error}");
+    drop(events);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    finish(chat.send_with("go on", short())).unwrap();
+}
+
+#[test]
+fn what_is_forgotten_while_a_turn_runs_is_not_written_again_by_its_commit() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    finish(chat.send_with("the key is 7654321", short())).unwrap();
+    let mut other = engine.session_blocking(Scope::user("bob").session("trip")).unwrap();
+    let long = || SendOptions::default().max_new_tokens(200);
+    // More events than may wait to be read: neither turn is over before they are.
+    let (mut events, mut others) =
+        (chat.send_with("go on", long()), other.send_with("hello", long()));
+    assert!(events.next_blocking().unwrap().is_ok());
+    let receipt = wait(engine.memory().forget(&trip(), mka::Forget::matching("7654321"))).unwrap();
+    let last = std::iter::from_fn(|| events.next_blocking()).last().unwrap();
+    assert_eq!(last.unwrap_err().kind(), ErrorKind::Cancelled);
+    let turns = wait(engine.memory().turns(&trip(), 0..99)).unwrap();
+    assert!(turns.iter().all(|turn| turn.text != "go on"), "{turns:?}");
+    // Of another user nothing was forgotten.
+    let last = std::iter::from_fn(|| others.next_blocking()).last().unwrap();
+    assert!(matches!(last, Ok(Event::Done(_))), "{last:?}");
+    finish(chat.send_with("go on", short())).unwrap();
+    wait(engine.memory().verify(receipt)).unwrap();
+}
+
+#[test]
+fn a_long_message_has_the_options_of_a_short_one_and_leaves_log_and_stream_alike() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 128);
+    let long = "the hall was cold and the king was old. ".repeat(30);
+    let logits = |name: &str, options: SendOptions| {
+        let mut chat = engine.session_blocking(Scope::user("ada").session(name)).unwrap();
+        // The window is the same, but for what stands before the message.
+        finish(chat.send_with(long.as_str(), options)).unwrap();
+        wait(chat.peek_logits("the next")).unwrap()
+    };
+    let plain = logits("plain", short());
+    assert_eq!(plain, logits("the same", short()));
+    assert_ne!(plain, logits("system", short().system("You count sheep.")));
+    assert_ne!(plain, logits("completion", short().completion(true)));
+
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let events = chat.send_with(long.as_str(), short());
+    while chat.num_turns().unwrap() == 0 {
+        std::thread::yield_now();
+    }
+    drop(events);
+    let here = wait(chat.peek_logits("the next")).unwrap();
+    drop(chat);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    assert_eq!(wait(chat.peek_logits("the next")).unwrap(), here);
+}
+
+#[test]
 fn a_session_is_taken_back_to_an_earlier_turn_and_goes_on_from_there() {
     let folder = tempfile::tempdir().unwrap();
     // Weights of four bits carry a last digit far; another text changes the logits by several units.

@@ -2,10 +2,22 @@
 
 use crate::{engine, finish, trip, wait};
 use futures_util::StreamExt;
-use mka::{ErrorKind, Event, FeedEvent, FeedOptions, Sampling, Scope, SendOptions, StopReason};
+use mka::{
+    Engine, ErrorKind, Event, FeedEvent, FeedOptions, Sampling, Scope, SendOptions, Session,
+    StopReason,
+};
 
 fn short() -> SendOptions {
     SendOptions::default().max_new_tokens(6)
+}
+
+fn next(chat: &mut Session) -> Vec<f32> {
+    wait(chat.peek_logits("the next")).unwrap()
+}
+
+/// Weights of four bits carry a last digit far; another text changes the logits by several units.
+fn close(left: &[f32], right: &[f32]) -> bool {
+    left.iter().zip(right).map(|(l, r)| (l - r).abs()).fold(0.0, f32::max) < 0.5
 }
 
 #[test]
@@ -276,11 +288,6 @@ fn a_long_message_has_the_options_of_a_short_one_and_leaves_log_and_stream_alike
 #[test]
 fn a_session_is_taken_back_to_an_earlier_turn_and_goes_on_from_there() {
     let folder = tempfile::tempdir().unwrap();
-    // Weights of four bits carry a last digit far; another text changes the logits by several units.
-    let close = |left: &[f32], right: &[f32]| {
-        left.iter().zip(right).map(|(l, r)| (l - r).abs()).fold(0.0, f32::max) < 0.5
-    };
-    let next = |chat: &mut mka::Session| wait(chat.peek_logits("the next")).unwrap();
     let (empty, at_two) = {
         let engine = engine(folder.path(), 256);
         let mut chat = engine.session_blocking(trip()).unwrap();
@@ -325,6 +332,26 @@ fn a_session_is_taken_back_to_an_earlier_turn_and_goes_on_from_there() {
     wait(chat.rewind(0)).unwrap();
     assert!(close(&next(&mut chat), &empty));
     finish(chat.send_with("the cat is red", short())).unwrap();
+    assert!(close(&next(&mut chat), &at_two));
+}
+
+#[test]
+fn what_an_engine_without_a_model_takes_back_is_attended_to_no_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let at_two = {
+        let engine = engine(folder.path(), 256);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        finish(chat.send_with("the cat is red", short())).unwrap();
+        let at_two = next(&mut chat);
+        finish(chat.send_with("the dog is blue", short())).unwrap();
+        at_two
+    };
+    {
+        let engine = Engine::builder(folder.path().join("store")).open_blocking().unwrap();
+        wait(engine.session_blocking(trip()).unwrap().rewind(2)).unwrap();
+    }
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
     assert!(close(&next(&mut chat), &at_two));
 }
 

@@ -288,8 +288,7 @@ impl Store {
         for &id in &affected {
             let Some(session) = state.sessions.get(&id) else { continue };
             num_pages += session.pages.len();
-            changes.extend(session.pages.keys().map(|&page| Change::remove(Key::Page(id, page))));
-            changes.extend(session.snapshot.map(|_| Change::remove(Key::Snapshot(id))));
+            changes.extend(session.without_snapshot(id));
             if erasure.whole.contains(&id) {
                 // Turns whose record is damaged have a key, too.
                 changes

@@ -84,6 +84,14 @@ pub(crate) struct Session {
     pub(crate) last_user_text: Box<str>,
 }
 
+impl Session {
+    /// The changes that remove snapshot and pages of this session, whose id is `id`.
+    pub(crate) fn without_snapshot(&self, id: u64) -> impl Iterator<Item = Change> {
+        let pages = self.pages.keys().map(move |&page| Change::remove(Key::Page(id, page)));
+        pages.chain(self.snapshot.map(|_| Change::remove(Key::Snapshot(id))))
+    }
+}
+
 /// Key of a partition: user and agent.
 pub(crate) type PartitionKey = (String, Option<String>);
 

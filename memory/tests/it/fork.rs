@@ -448,6 +448,9 @@ fn sessions_that_fork_talk_retract_and_forget_at_random_are_as_a_model_of_them_s
                     let from = rng.random_range(0..model.turns.len());
                     let retract = Some(from as u64);
                     store.commit(&own, Commit { retract, ..Commit::default() }).unwrap();
+                    if model.turns[from..].iter().any(|turn| !turn.2) {
+                        model.window.clear();
+                    }
                     model.turns[from..].iter_mut().for_each(|turn| turn.2 = true);
                 }
                 8 if !model.turns.is_empty() => {

@@ -85,6 +85,41 @@ fn a_snapshot_that_is_open_is_read_as_it_was_whatever_is_committed_meanwhile() {
 }
 
 #[test]
+fn a_retraction_without_a_snapshot_removes_what_was_made_of_the_turns_it_takes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = keeping(folder.path(), 1 << 20);
+    let retract = |store: &Store, turn: u64, snapshot: Option<NewSnapshot>| {
+        let commit = Commit { turns: Vec::new(), snapshot, retract: Some(turn) };
+        store.commit(&trip(), commit).unwrap();
+    };
+    commit(&store, snapshot(64, &[0, 1], &[0, 1])).unwrap();
+    commit(&store, snapshot(128, &[2], &[1, 2])).unwrap();
+    store.fork(&trip(), "other").unwrap();
+    // Nothing is taken back: nothing goes.
+    retract(&store, 2, None);
+    check(&store, 128, &[1, 2]);
+    retract(&store, 1, Some(snapshot(64, &[], &[0, 1])));
+    check(&store, 64, &[0, 1]);
+    // Turn 1 was taken back before.
+    retract(&store, 1, None);
+    check(&store, 64, &[0, 1]);
+    retract(&store, 0, None);
+    let is_gone = |store: &Store| {
+        assert_eq!(store.snapshot(&trip(), MODEL).unwrap(), None);
+        assert_eq!(store.pages(&trip()).unwrap(), Vec::<u64>::new());
+        let other = trip().session("other");
+        assert_eq!(store.snapshot(&other, MODEL).unwrap().unwrap().position, 128);
+        assert_eq!(store.page(&other, 0).unwrap(), Some(page(0)));
+    };
+    is_gone(&store);
+    drop(store);
+    let store = keeping(folder.path(), 1 << 20);
+    is_gone(&store);
+    commit(&store, snapshot(64, &[0, 1], &[0, 1])).unwrap();
+    check(&store, 64, &[0, 1]);
+}
+
+#[test]
 fn another_model_is_refused_and_replaces_every_page() {
     let folder = tempfile::tempdir().unwrap();
     let store = keeping(folder.path(), 1 << 20);

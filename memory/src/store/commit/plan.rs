@@ -61,8 +61,16 @@ impl Store {
             };
             plan.turn(writer, &state, scope, turn, cut, &near, &mut embedded, &mut summary)?;
         }
-        if let Some(snapshot) = &commit.snapshot {
-            plan.snapshot(writer, known, snapshot, self.options.evicted_page_bytes)?;
+        match &commit.snapshot {
+            Some(snapshot) => {
+                plan.snapshot(writer, known, snapshot, self.options.evicted_page_bytes)?;
+            }
+            // What is stored was made of the turns that are taken back, too.
+            None if !plan.retracted.is_empty() => {
+                let known = known.into_iter();
+                plan.changes.extend(known.flat_map(|known| known.without_snapshot(session)));
+            }
+            None => {}
         }
         let changed = before != summary || !plan.retracted.is_empty();
         plan.session(writer, &state, scope, known, changed.then_some(summary))?;

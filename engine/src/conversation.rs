@@ -266,8 +266,9 @@ impl Conversation {
             // What no model read, as quoted memories, opens nothing.
             open: match turns.iter().rev().find(|turn| is_in_stream(turn)).map(|turn| turn.role) {
                 None => OpenTurn::Start,
-                Some(Role::Assistant) => OpenTurn::Answered { closed_by: None },
-                Some(_) => OpenTurn::User,
+                Some(Role::Document) => OpenTurn::User,
+                // A message ends where its answer begins: one that has none is an answer without a word.
+                Some(_) => OpenTurn::Answered { closed_by: None },
             },
             ..SessionState::default()
         };

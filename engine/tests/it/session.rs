@@ -336,6 +336,38 @@ fn a_session_is_taken_back_to_an_earlier_turn_and_goes_on_from_there() {
 }
 
 #[test]
+fn what_follows_a_message_whose_answer_was_taken_back_begins_as_it_does_behind_an_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let tokens = |is_fed: bool, is_taken_back: bool| {
+        let scope = Scope::user("ada").session(format!("{is_fed} {is_taken_back}"));
+        let mut chat = engine.session_blocking(scope.clone()).unwrap();
+        // An answer that the limit ends: no token of the model's own closes it.
+        let options = SendOptions::default().max_new_tokens(0).recall_k(0);
+        finish(chat.send_with("the one", options.clone())).unwrap();
+        if is_taken_back {
+            wait(chat.rewind(1)).unwrap();
+        }
+        match is_fed {
+            true => {
+                let feed = chat.feed_with("the two", FeedOptions::through_model());
+                wait(feed.finish()).unwrap();
+            }
+            false => {
+                finish(chat.send_with("the two", options)).unwrap();
+            }
+        }
+        let turns = wait(engine.memory().turns(&scope, 0..9)).unwrap();
+        turns.into_iter().find(|turn| turn.text == "the two").unwrap().tokens
+    };
+    for is_fed in [false, true] {
+        let behind_a_message = tokens(is_fed, true);
+        assert_eq!(behind_a_message, tokens(is_fed, false));
+        assert!(behind_a_message.len() > engine.count_tokens("the two").unwrap());
+    }
+}
+
+#[test]
 fn what_an_engine_without_a_model_takes_back_is_attended_to_no_more() {
     let folder = tempfile::tempdir().unwrap();
     let at_two = {

@@ -24,9 +24,10 @@ const RELEVANCE: [f32; 3] = [4.0, 6.0, -4.0];
 pub struct Recall {
     /// The most hits to return; 0 returns none.
     pub k: usize,
-    /// In the scope's own session only chunks of turns before this one are returned:
-    /// later ones are still in the model's window.
+    /// In the scope's own session only chunks of turns before this one are returned.
     pub before_turn: Option<TurnId>,
+    /// In the scope's own session no chunks of these turns, in any order, are returned: they are in the model's window.
+    pub except_turns: Vec<TurnId>,
     /// Also look into the other sessions of the scope's user (and agent, if it names one).
     /// Without effect on a scope without session, which sees them all.
     pub across_sessions: bool,
@@ -63,6 +64,7 @@ impl Default for Recall {
         Self {
             k: 8,
             before_turn: None,
+            except_turns: Vec::new(),
             across_sessions: false,
             roles: Vec::new(),
             since_ms: None,

@@ -12,7 +12,7 @@ use crate::summary::{FOLLOW_UP_TERM_WEIGHT, FOLLOW_UP_TERMS, FOLLOW_UP_WORDS};
 use crate::tags::Accepted;
 use crate::vectors::best;
 use crate::words::{Collection, Query};
-use crate::{ChunkId, Error, Filter, Hit, Recall, Result, Scope, Trust};
+use crate::{ChunkId, Error, Filter, Hit, Recall, Result, Scope, Trust, TurnId};
 
 /// Chunks scored for each hit asked for, by words and as many by vectors, where there are too many to score them all;
 /// and the fewest. A chunk whose fused score is among the best is among the best of one of the two.
@@ -179,6 +179,8 @@ struct View<'a> {
     moment: Moment,
     /// The scope's own session, if it names one that exists.
     own: Option<u64>,
+    /// The turns of it that are left out, ascending.
+    except: Vec<TurnId>,
     /// What the filter accepts, one for each partition; empty if there is no filter.
     accepted: Vec<Accepted<'a>>,
 }
@@ -187,7 +189,10 @@ impl<'a> View<'a> {
     fn new(state: &'a State, scope: &'a Scope, options: &'a Recall) -> Self {
         let moment = Moment { as_of_ms: options.as_of_ms, now_ms: options.now_ms };
         let own = state.session(scope).map(|(id, _)| id);
-        Self { state, scope, options, moment, own, accepted: Vec::new() }
+        let mut except = options.except_turns.clone();
+        except.sort_unstable();
+        except.dedup();
+        Self { state, scope, options, moment, own, except, accepted: Vec::new() }
     }
 
     /// Evaluates the filter over the turns of each partition.
@@ -217,13 +222,16 @@ impl<'a> View<'a> {
         if !sees_all {
             return None;
         }
-        let own = self.own.and_then(|own| self.state.sessions.get(&own)).zip(options.before_turn);
-        let recent = own.map_or(0, |(session, before)| {
-            session.turns.range(before..).map(|(_, turn)| turn.chunks.len()).sum()
+        let own = self.own.and_then(|own| self.state.sessions.get(&own));
+        let left_out: usize = own.map_or(0, |session| {
+            let later = options.before_turn.map(|before| session.turns.range(before..));
+            let later = later.into_iter().flatten().map(|(_, turn)| turn);
+            let except = self.except.iter().filter_map(|turn| session.turns.get(turn));
+            later.chain(except).map(|turn| turn.chunks.len()).sum()
         });
         let superseded = if options.stale { 0 } else { partition.num_superseded_chunks() };
         let expiring = options.now_ms.map_or(0, |_| partition.num_expiring());
-        Some(recent + superseded + expiring)
+        Some(left_out + superseded + expiring)
     }
 
     fn sees(&self, place: &Place) -> bool {
@@ -232,6 +240,7 @@ impl<'a> View<'a> {
             None => true,
             Some(_) if self.own == Some(place.session) => {
                 options.before_turn.is_none_or(|before| place.turn < before)
+                    && self.except.binary_search(&place.turn).is_err()
             }
             Some(_) => options.across_sessions,
         };

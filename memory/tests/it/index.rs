@@ -333,9 +333,16 @@ fn what_is_stale_or_expired_leaves_the_others_their_room() {
         assert_eq!(zebra(all), 2 * rounds as usize);
     }
     // In one session of many, what is in its window is not recalled, and everything else is.
-    let own = Recall { across_sessions: true, before_turn: Some(0), ..Recall::default() };
-    assert!(top(&store, &trip(), "what is the zebra", &own).iter().all(|t| !t.contains("zebra")));
-    assert_eq!(top(&store, &trip(), &fact(77), &Recall { k: 1, ..own }), [fact(77)]);
+    let options = Recall { across_sessions: true, ..Recall::default() };
+    let all = (0..store.num_turns(&trip()).unwrap()).collect();
+    for own in [
+        Recall { before_turn: Some(0), ..options.clone() },
+        Recall { except_turns: all, ..options.clone() },
+    ] {
+        let hits = top(&store, &trip(), "what is the zebra", &own);
+        assert!(hits.iter().all(|text| !text.contains("zebra")));
+        assert_eq!(top(&store, &trip(), &fact(77), &Recall { k: 1, ..own }), [fact(77)]);
+    }
 }
 
 #[test]

@@ -72,6 +72,13 @@ fn options_bound_what_is_returned() {
     assert_eq!(recall(Recall::default()).len(), 6);
     let early = recall(Recall { before_turn: Some(3), ..Recall::default() });
     assert!(early.len() == 3 && early.iter().all(|hit| hit.source.turn < 3));
+    let except = recall(Recall { except_turns: vec![4, 1, 9, 4], ..Recall::default() });
+    assert!(except.len() == 4 && except.iter().all(|hit| ![1, 4].contains(&hit.source.turn)));
+    let both = Recall { before_turn: Some(3), except_turns: vec![1, 4], ..Recall::default() };
+    assert_eq!(recall(both).len(), 2);
+    let other = Scope::user("ada").session("other");
+    let across = Recall { across_sessions: true, except_turns: vec![1], ..Recall::default() };
+    assert_eq!(store.recall(&other, "apple variety", &across).unwrap().len(), 6);
     let spoken = recall(Recall { roles: vec![Role::Assistant], ..Recall::default() });
     assert!(spoken.len() == 3 && spoken.iter().all(|hit| hit.trust == Trust::Model));
     let window = recall(Recall { since_ms: Some(20), until_ms: Some(40), ..Recall::default() });

@@ -230,26 +230,19 @@ impl Conversation {
         let mut from = end;
         while from > 0 && tokens < window {
             from -= 1;
-            for turn in shared.store.turns(&self.scope, from..from + 1)? {
-                if !turn.retracted {
-                    tokens += turn.tokens.len();
-                    turns.push(turn);
-                }
+            if let Some(turn) = self.turn_in_stream(from)? {
+                tokens += turn.tokens.len();
+                turns.push(turn);
             }
         }
         turns.reverse();
-        let held = match hold_last {
-            true => turns.iter_mut().rev().find_map(|turn| turn.tokens.pop()),
-            false => None,
-        };
+        let held = turns.last_mut().filter(|_| hold_last).and_then(|turn| turn.tokens.pop());
         let mut tokens = tokens - usize::from(held.is_some());
         let mut head = Vec::new();
         let mut first = 0;
         while first < from && head.len() < PAGE_TOKENS {
-            for turn in shared.store.turns(&self.scope, first..first + 1)? {
-                if !turn.retracted {
-                    head.extend_from_slice(&turn.tokens);
-                }
+            if let Some(turn) = self.turn_in_stream(first)? {
+                head.extend_from_slice(&turn.tokens);
             }
             first += 1;
         }
@@ -263,8 +256,7 @@ impl Conversation {
         let stream = self.state.stream.max(last as u32) + 1;
         self.state = SessionState {
             stream,
-            // What no model read, as quoted memories, opens nothing.
-            open: match turns.iter().rev().find(|turn| is_in_stream(turn)).map(|turn| turn.role) {
+            open: match turns.last().map(|turn| turn.role) {
                 None => OpenTurn::Start,
                 Some(Role::Document) => OpenTurn::User,
                 // A message ends where its answer begins: one that has none is an answer without a word.
@@ -288,6 +280,13 @@ impl Conversation {
             }
         }
         Ok(held)
+    }
+
+    /// Turn `id`, if a model read it and it was not taken back. What no model read, as quoted memories and what was
+    /// remembered as text alone, stands in no stream.
+    fn turn_in_stream(&self, id: TurnId) -> Result<Option<Turn>> {
+        let turn = self.shared.store.turns(&self.scope, id..id + 1)?.pop();
+        Ok(turn.filter(|turn| !turn.retracted && !turn.tokens.is_empty()))
     }
 
     /// The newest turn of the log that was not taken back.
@@ -437,19 +436,14 @@ impl Conversation {
         true
     }
 
-    /// The first turn that lies in the window as a whole once `coming` more tokens are in it: text from there on need
-    /// not be recalled.
-    pub(crate) fn first_turn_in_window(&self, coming: usize) -> Option<TurnId> {
-        let cache = self.cache.as_ref()?;
+    /// The turns that lie in the window as a whole once `coming` more tokens are in it: their text need not be recalled.
+    pub(crate) fn turns_in_window(&self, coming: usize) -> Vec<TurnId> {
+        let Some(cache) = &self.cache else { return Vec::new() };
         let position = cache.position() + coming as u64;
         let start = cache.first_window_page(position) * PAGE_TOKENS as u64;
-        self.state.turn_starts.iter().find(|(_, at)| *at >= start).map(|(turn, _)| *turn)
+        let turns = self.state.turn_starts.iter().filter(|(_, at)| *at >= start);
+        turns.map(|(turn, _)| *turn).collect()
     }
-}
-
-/// Whether a turn stands in the template: a model read it, or said nothing.
-fn is_in_stream(turn: &Turn) -> bool {
-    turn.role == Role::Assistant || !turn.tokens.is_empty()
 }
 
 /// Whether an error leaves the model's state half-way, so that the conversation must be taken back.

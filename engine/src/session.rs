@@ -408,7 +408,7 @@ fn recall(
     let query = Recall {
         k,
         across_sessions: options.across_sessions,
-        before_turn: conversation.first_turn_in_window(coming_tokens + budget),
+        except_turns: conversation.turns_in_window(coming_tokens + budget),
         now_ms: Some(now_ms),
         ..Recall::default()
     };

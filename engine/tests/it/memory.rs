@@ -3,7 +3,7 @@
 use crate::{engine, finish, trip, wait};
 use mka::{
     Backend, EmbedderPrecision, EmbedderSource, EncryptionKey, Engine, ErrorKind, Event,
-    FeedOptions, Forget, NewTurn, Recall, Role, Scope, SendOptions,
+    FeedOptions, Forget, NewTurn, Recall, Role, Scope, SendOptions, Session,
 };
 use std::path::Path;
 
@@ -31,6 +31,50 @@ fn a_fact_long_out_of_the_window_is_recalled_after_a_restart() {
         assert!(hits[0].text.contains("7654321"));
         assert_eq!(hits, memory.recall_blocking(&scope, query, options).unwrap());
     }
+}
+
+/// The texts that a message recalls.
+fn recalled(chat: &mut Session, message: &str) -> Vec<String> {
+    let mut events = chat.send_with(message, SendOptions::default().max_new_tokens(2));
+    let mut texts = Vec::new();
+    while let Some(event) = events.next_blocking() {
+        if let Event::Recalled(hits) = event.unwrap() {
+            texts.extend(hits.into_iter().map(|hit| hit.text));
+        }
+    }
+    texts
+}
+
+#[test]
+fn what_no_model_read_is_recalled_though_it_is_newer_than_the_window() {
+    let note = "heron: 7654321";
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let remember = |scope: &Scope, role: Role| {
+        wait(engine.memory().remember(scope, vec![NewTurn::new(role, note)])).unwrap();
+    };
+    // Between two messages.
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    assert!(recalled(&mut chat, "heron?").is_empty());
+    remember(&trip(), Role::User);
+    assert_eq!(recalled(&mut chat, "heron?"), [note]);
+    let first = wait(engine.memory().turns(&trip(), 0..1)).unwrap().remove(0);
+    // Before the first message, which opens the stream all the same.
+    let told = Scope::user("ada").session("told");
+    remember(&told, Role::Assistant);
+    let mut chat = engine.session_blocking(told.clone()).unwrap();
+    assert_eq!(recalled(&mut chat, "heron?"), [note]);
+    let turns = wait(engine.memory().turns(&told, 0..9)).unwrap();
+    let asked = turns.iter().find(|turn| turn.role == Role::User).unwrap();
+    // The token that begins a message, and five bytes: user and a line break.
+    assert_eq!(asked.tokens[..6], first.tokens[..6]);
+    // As a document of which the model reads nothing, behind a message.
+    let mut chat = engine.session_blocking(Scope::user("ada").session("fed")).unwrap();
+    recalled(&mut chat, "hello");
+    let fed = wait(chat.feed_with(document(), FeedOptions::text()).finish()).unwrap();
+    assert_eq!(fed.model_tokens, 0);
+    let texts = recalled(&mut chat, "number of fuzzy-badger");
+    assert!(texts.iter().any(|text| text.contains("7654321")), "{texts:?}");
 }
 
 /// Recalled text stands in the prompt but is never remembered again: no feedback loop.

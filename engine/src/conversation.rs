@@ -218,36 +218,37 @@ impl Conversation {
             || self.pages().is_none_or(PageStore::holds_a_commit)
     }
 
-    /// Fills the cache anew from the log's tokens before turn `end`: the first page of the stream and its last window.
+    /// Fills the cache anew from the log's tokens before turn `end`: the first page of the stream, whatever turns lie in
+    /// it, and its last window. A stream that is no longer than both is filled in whole; of another, what lies between is
+    /// left out.
     ///
     /// With `hold_last` the last token is left out and returned, for an answer to begin from it.
     pub(crate) fn refill(&mut self, end: TurnId, hold_last: bool) -> Result<Option<u32>> {
         let shared = self.shared.clone();
         let model = shared.model("refill")?;
         let window = shared.config.window_tokens;
-        let mut turns = Vec::new();
-        let mut tokens = 0;
-        let mut from = end;
-        while from > 0 && tokens < window {
+        let (mut newest, mut newest_tokens, mut from) = (Vec::new(), 0, end);
+        while from > 0 && newest_tokens < window + usize::from(hold_last) {
             from -= 1;
             if let Some(turn) = self.turn_in_stream(from)? {
-                tokens += turn.tokens.len();
+                newest_tokens += turn.tokens.len();
+                newest.push(turn);
+            }
+        }
+        let (mut turns, mut oldest_tokens, mut next) = (Vec::new(), 0, 0);
+        while next < from && oldest_tokens < PAGE_TOKENS {
+            if let Some(turn) = self.turn_in_stream(next)? {
+                oldest_tokens += turn.tokens.len();
                 turns.push(turn);
             }
+            next += 1;
         }
-        turns.reverse();
+        turns.extend(newest.into_iter().rev());
         let held = turns.last_mut().filter(|_| hold_last).and_then(|turn| turn.tokens.pop());
-        let mut tokens = tokens - usize::from(held.is_some());
-        let mut head = Vec::new();
-        let mut first = 0;
-        while first < from && head.len() < PAGE_TOKENS {
-            if let Some(turn) = self.turn_in_stream(first)? {
-                head.extend_from_slice(&turn.tokens);
-            }
-            first += 1;
-        }
-        // The head and the window may not hold a token twice.
-        head.truncate(if tokens > window { PAGE_TOKENS } else { 0 });
+        let tokens = oldest_tokens + newest_tokens - usize::from(held.is_some());
+        // By the tokens of `turns`; turns that were not read lie between the two as well.
+        let window_start = tokens.saturating_sub(window);
+        let left_out = PAGE_TOKENS.min(window_start)..window_start;
         self.cache = Some(Cache::new(shared.cache_shape(model), model.decoder.device())?);
         self.dirty_from = 0;
         self.last_prompt = None;
@@ -265,19 +266,17 @@ impl Conversation {
             ..SessionState::default()
         };
         self.keep_pages(model);
-        self.prefill(&head, &mut || true)?;
-        for turn in &turns {
-            let skip = match tokens > window {
-                // The oldest turn is cut so that the window holds the newest tokens.
-                true => (tokens - window).min(turn.tokens.len()),
-                false => 0,
-            };
-            tokens -= skip;
+        let mut first = 0;
+        for Turn { id, tokens, .. } in &turns {
+            let within = |at: usize| at.saturating_sub(first).min(tokens.len());
+            let (head, tail) = (within(left_out.start), within(left_out.end));
             let start = self.position();
-            self.prefill(&turn.tokens[skip..], &mut || true)?;
-            if skip == 0 {
-                self.state.turn_starts.push((turn.id, start));
+            self.prefill(&tokens[..head], &mut || true)?;
+            self.prefill(&tokens[tail..], &mut || true)?;
+            if head == tail {
+                self.state.turn_starts.push((*id, start));
             }
+            first += tokens.len();
         }
         Ok(held)
     }

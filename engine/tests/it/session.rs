@@ -336,6 +336,41 @@ fn a_session_is_taken_back_to_an_earlier_turn_and_goes_on_from_there() {
 }
 
 #[test]
+fn a_window_that_is_filled_again_follows_the_first_page_of_the_stream() {
+    const WINDOW: usize = 128;
+    const PAGE: usize = 64;
+    // Tokens of each turn: the window begins in the first page, behind it, between two turns or with the stream.
+    for turns in
+        [&[60, 60, 40][..], &[300, 60], &[64, 70, 64, 64], &[64, 64, 64], &[30, 60, 70], &[40, 40]]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let engine = engine(folder.path(), WINDOW);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        let feed = |chat: &mut Session, text: String| {
+            let options = FeedOptions::through_model().completion(true);
+            wait(chat.feed_with(text, options).finish()).unwrap();
+        };
+        let letters = "abcdef".chars();
+        turns.iter().zip(letters).for_each(|(len, letter)| {
+            feed(&mut chat, letter.to_string().repeat(*len));
+        });
+        let before = next(&mut chat);
+        let log = wait(engine.memory().turns(&trip(), 0..99)).unwrap();
+        assert_eq!(log.len(), turns.len());
+        let told: usize = log.iter().map(|turn| turn.tokens.len()).sum();
+        feed(&mut chat, "taken back".into());
+        wait(chat.rewind(log.len() as u64)).unwrap();
+        if told <= PAGE + WINDOW {
+            assert!(close(&next(&mut chat), &before), "{turns:?}");
+        }
+        let options = SendOptions::default().max_new_tokens(0).recall_k(0).completion(true);
+        let (_, usage) = finish(chat.send_with("z", options)).unwrap();
+        let expected = told.min(PAGE + WINDOW) + engine.count_tokens("z").unwrap();
+        assert_eq!(usage.stream_tokens, expected as u64, "{turns:?}");
+    }
+}
+
+#[test]
 fn what_follows_a_message_whose_answer_was_taken_back_begins_as_it_does_behind_an_answer() {
     let folder = tempfile::tempdir().unwrap();
     let engine = engine(folder.path(), 256);

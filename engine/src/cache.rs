@@ -5,10 +5,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pages::{Number, PageShape, PageStore};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use mka_kernels::{PAGE_TOKENS, PagePool, PageRef, RotaryAngles};
+use mka_kernels::{Landing, PAGE_TOKENS, PagePool, PageRef, RotaryAngles};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What a cache must hold and how large it may grow: fixed at creation, whatever the length of the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +66,8 @@ pub(crate) struct Cache {
     ema: Vec<Tensor>,
     /// What left the window and can be recalled; None where nothing is kept.
     pages: Option<PageStore>,
+    /// Where pages come to from the device: who reads them changes nothing of the stream.
+    landing: Mutex<Landing>,
 }
 
 /// A point that the cache can be taken back to while its pages are still there.
@@ -101,6 +104,7 @@ impl Cache {
             position: 0,
             ema: vec![ema; shape.num_layers],
             pages: None,
+            landing: Mutex::default(),
         })
     }
 
@@ -124,6 +128,7 @@ impl Cache {
             position: self.position,
             ema: self.ema.clone(),
             pages: self.pages.as_ref().map(PageStore::fork),
+            landing: Mutex::default(),
         })
     }
 
@@ -169,6 +174,7 @@ impl Cache {
         layers: Range<usize>,
         end: u64,
     ) -> Result<()> {
+        let mut landing = self.landing();
         let mut rest = layers;
         while let Some(first) = rest.next() {
             // Layers that wait for the same pages go together.
@@ -182,7 +188,8 @@ impl Cache {
             if slots.is_empty() {
                 continue;
             }
-            let numbers = PagePool::download::<T>(&self.pools[layers.clone()], &slots)?;
+            let pools = &self.pools[layers.clone()];
+            let numbers = PagePool::download::<T>(pools, &slots, &mut landing)?;
             pages.absorb(layers, own, &numbers);
         }
         Ok(())
@@ -355,8 +362,9 @@ impl Cache {
         let mut out: Vec<(u64, Vec<u8>)> = pages.iter().map(room).collect();
         let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
         let most = self.layers_at_once(slots.len());
+        let mut landing = self.landing();
         for (i, pools) in self.pools.chunks(most).enumerate() {
-            let numbers = PagePool::download::<f32>(pools, &slots)?;
+            let numbers = PagePool::download::<f32>(pools, &slots, &mut landing)?;
             out.par_iter_mut().enumerate().for_each(|(at, (page, bytes))| {
                 let row_len = self.written(*page) * d;
                 // Heads of the layers before, keys and values.
@@ -373,6 +381,10 @@ impl Cache {
             });
         }
         Ok(out)
+    }
+
+    fn landing(&self) -> MutexGuard<'_, Landing> {
+        self.landing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn written(&self, page: u64) -> usize {

@@ -79,4 +79,4 @@ pub use route::{
     route_into_pages,
 };
 pub use select::{gather_pages, gather_pages_backward, landmarks, score_landmarks, top_k};
-pub use staging::{Staged, Staging};
+pub use staging::{Landing, Staged, Staging};

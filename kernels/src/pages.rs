@@ -2,7 +2,9 @@
 //! Knows no session and no eviction: which slot holds which page is its caller's table.
 
 use crate::rope::{RotaryAngles, rotate};
-use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
+use crate::staging::{Landing, Staged};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use std::borrow::Cow;
 
 /// Tokens of one page: the unit of eviction, transfer and storage.
 pub const PAGE_TOKENS: usize = 64;
@@ -155,9 +157,13 @@ impl PagePool {
     ///
     /// # Errors
     /// If a slot is not there, or the device fails.
-    pub fn download<T: WithDType>(pools: &[Self], slots: &[usize]) -> Result<Vec<T>> {
+    pub fn download<'a, T: Staged>(
+        pools: &[Self],
+        slots: &[usize],
+        landing: &'a mut Landing,
+    ) -> Result<Cow<'a, [T]>> {
         if slots.is_empty() || pools.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Cow::Borrowed(&[]));
         }
         // Slots that lie side by side are copied as one.
         let runs: Vec<&[usize]> = slots.chunk_by(|a, b| a + 1 == *b).collect();
@@ -165,7 +171,7 @@ impl PagePool {
         let parts =
             tensors.flat_map(|pool| runs.iter().map(|run| pool.narrow(0, run[0], run.len())));
         let parts = parts.collect::<Result<Vec<_>>>()?;
-        Tensor::cat(&parts, 0)?.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1()
+        landing.fetch(&Tensor::cat(&parts, 0)?.to_dtype(T::DTYPE)?)
     }
 
     /// The first `len` tokens of `slot`: (raw keys, values), each (num_kv_heads, len, head_dim), copied.

@@ -1,5 +1,6 @@
-//! Host memory that numbers lie in on their way to a device.
-//! Knows no op. On CUDA it is page-locked: the card copies from it at the speed of its bus, while the host goes on.
+//! Host memory that numbers lie in on their way to a device, and on their way back.
+//! Knows no op. On CUDA it is page-locked: the card copies at the speed of its bus, to it while the host goes on, and from it
+//! without the memory that the system would have to clear and the driver to copy through.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -7,6 +8,7 @@ mod cuda;
 use bytemuck::Pod;
 use candle_core::{Device, Result, Tensor, WithDType};
 use half::bf16;
+use std::borrow::Cow;
 
 /// A type that can be staged, and read into as the bytes that it is: f32 and bf16.
 #[cfg(not(feature = "cuda"))]
@@ -70,9 +72,65 @@ impl<T: Staged> Staging<T> {
     }
 }
 
+/// Room for numbers that come from a device again and again; it grows with what is fetched.
+#[derive(Debug, Default)]
+pub struct Landing {
+    #[cfg(feature = "cuda")]
+    bytes: Option<cuda::Locked<u8>>,
+}
+
+impl Landing {
+    /// The numbers of `tensor`, once they are here.
+    ///
+    /// # Errors
+    /// If `tensor` is not contiguous or of another type, or the device fails.
+    pub fn fetch<T: Staged>(&mut self, tensor: &Tensor) -> Result<Cow<'_, [T]>> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(card) = tensor.device()
+            && tensor.dtype() == T::DTYPE
+            && let Some(room) =
+                cuda::room(&mut self.bytes, tensor.elem_count() * size_of::<T>(), card)
+        {
+            return Ok(Cow::Borrowed(bytemuck::cast_slice(room.fetch(tensor)?)));
+        }
+        tensor.flatten_all()?.to_vec1().map(Cow::Owned)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn fetched(device: &Device) {
+        let mut landing = Landing::default();
+        // It grows, and holds less than there is room for.
+        for len in [5, 0, 3000, 70_000, 12] {
+            let numbers: Vec<f32> = (0..len).map(|i| (i * 7 % 61) as f32).collect();
+            let tensor = Tensor::from_slice(&numbers, len, device).unwrap();
+            assert_eq!(*landing.fetch::<f32>(&tensor).unwrap(), numbers);
+            let rounded = tensor.to_dtype(candle_core::DType::BF16).unwrap();
+            let expected: Vec<bf16> = numbers.iter().map(|x| bf16::from_f32(*x)).collect();
+            assert_eq!(*landing.fetch::<bf16>(&rounded).unwrap(), expected);
+            assert!(landing.fetch::<f32>(&rounded).is_err());
+        }
+        let parts = Tensor::arange(0f32, 12.0, device).unwrap().reshape((3, 4)).unwrap();
+        let middle = parts.narrow(0, 1, 1).unwrap();
+        assert_eq!(*landing.fetch::<f32>(&middle).unwrap(), [4.0, 5.0, 6.0, 7.0]);
+    }
+
+    #[test]
+    fn what_is_fetched_is_what_the_tensor_holds() {
+        fetched(&Device::Cpu);
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn what_is_fetched_from_a_card_is_what_the_tensor_holds() {
+        match crate::cuda::open(0) {
+            Ok(device) => fetched(&device),
+            Err(error) => println!("landing: skipped: no CUDA device: {error}"),
+        }
+    }
 
     fn staged<T: Staged + PartialEq + std::fmt::Debug>(device: &Device) {
         let mut staging = Staging::<T>::new(3000, device);

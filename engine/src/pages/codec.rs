@@ -1,9 +1,8 @@
 //! How the keys and values of a stored page are held: f32, bf16, or whole numbers of 8 or 4 bits.
 //! Knows rows alone: one token's key or value of one head.
 
-use candle_core::WithDType;
 use half::bf16;
-use mka_kernels::rows;
+use mka_kernels::{Staged, rows};
 
 /// How stored keys and values are held; bytes are in `docs/recall.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -118,7 +117,7 @@ impl PagePrecision {
 }
 
 /// A number as the device gives it to the host.
-pub(crate) trait Number: WithDType {
+pub(crate) trait Number: Staged {
     /// Writes rows of `d` numbers side by side into `out`, in `precision`, which is bf16 where the numbers are.
     fn encode_rows(precision: PagePrecision, rows: &[Self], d: usize, out: &mut [u8]);
 }

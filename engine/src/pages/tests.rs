@@ -12,7 +12,7 @@ use crate::models::config::DecoderConfig;
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
 use candle_core::{Device, Tensor};
-use mka_kernels::{PAGE_TOKENS, PagePool, PageRef};
+use mka_kernels::{Landing, PAGE_TOKENS, PagePool, PageRef};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::path::Path;
@@ -457,10 +457,12 @@ fn pages_taken_in_together_are_those_taken_in_layer_by_layer() {
     // 84 pages: enough for outliers to be named, and named anew.
     for (first, slots) in [(1, vec![5, 6, 8, 2]), (5, (3..83).collect())] {
         let pages = first..first + slots.len() as u64;
-        let numbers = PagePool::download::<half::bf16>(&pools, &slots).unwrap();
+        let mut landing = Landing::default();
+        let numbers = PagePool::download::<half::bf16>(&pools, &slots, &mut landing).unwrap();
         together.absorb(0..3, pages.clone(), &numbers);
         for layer in 0..3 {
-            let numbers = PagePool::download::<f32>(&pools[layer..layer + 1], &slots).unwrap();
+            let (own, mut landing) = (&pools[layer..layer + 1], Landing::default());
+            let numbers = PagePool::download::<f32>(own, &slots, &mut landing).unwrap();
             apart.absorb(layer..layer + 1, pages.clone(), &numbers);
         }
     }

@@ -1,8 +1,9 @@
-//! Page-locked memory of one CUDA device, and the copies out of it on the device's one stream.
+//! Page-locked memory of one CUDA device, and the copies out of it and into it on the device's one stream.
 
+use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaEvent, DeviceRepr, DriverError, PinnedHostSlice, ValidAsZeroBits,
+    CudaEvent, DeviceRepr, DriverError, PinnedHostSlice, ValidAsZeroBits, result,
 };
 use candle_core::{CudaDevice, CudaStorage, Error, Result, Tensor};
 
@@ -59,6 +60,38 @@ impl<T: OnCard> Locked<T> {
         let storage = CudaStorage::wrap_cuda_slice(on_card, self.device.clone());
         Ok(crate::cuda::tensor(storage, len))
     }
+}
+
+impl Locked<u8> {
+    /// The bytes of `tensor`, for which there is room, once they are here.
+    pub(super) fn fetch(&mut self, tensor: &Tensor) -> Result<&[u8]> {
+        let len = tensor.elem_count() * tensor.dtype().size_in_bytes();
+        if len == 0 {
+            return Ok(&[]);
+        }
+        let (address, stream) = (crate::cuda::address(tensor)?, self.device.cuda_stream());
+        let bytes = &mut self.numbers()?[..len];
+        stream.context().bind_to_thread().map_err(failed)?;
+        // SAFETY: `address` begins as many bytes, which were written before on the same stream and which `tensor` holds; the
+        // copy is waited for before anyone else has the memory.
+        let copied = unsafe { result::memcpy_dtoh_async(bytes, address, stream.cu_stream()) };
+        copied.and(stream.synchronize()).map_err(failed)?;
+        Ok(bytes)
+    }
+}
+
+/// Room for `len` bytes from `device` in `kept`, which is made anew where it has less; None where the driver gives none.
+pub(super) fn room<'a>(
+    kept: &'a mut Option<Locked<u8>>,
+    len: usize,
+    device: &CudaDevice,
+) -> Option<&'a mut Locked<u8>> {
+    let has_room = |own: &Locked<u8>| own.numbers.len() >= len && own.device.same_device(device);
+    if !kept.as_ref().is_some_and(has_room) {
+        // Doubled, so that what grows bit by bit is not locked anew each time.
+        *kept = Locked::new(len.next_power_of_two(), device).ok();
+    }
+    kept.as_mut()
 }
 
 impl<T: OnCard> Drop for Locked<T> {

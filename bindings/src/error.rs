@@ -26,7 +26,7 @@ pub enum MkaError {
     OutOfMemory(String),
     /// Reading or writing failed.
     Storage(String),
-    /// The work was cancelled by its caller.
+    /// The work was cancelled by its caller, or words that it may have read were forgotten meanwhile.
     Cancelled(String),
     /// A fault of the library itself: please report it.
     Internal(String),

@@ -46,8 +46,8 @@ impl CacheShape {
 pub(crate) const SINK_PAGES: u64 = 1;
 /// Pages kept beyond the window, so that the last answer can be taken back without reloading.
 const SPARE_PAGES: usize = 8;
-/// Bytes of keys and values, as f32, that are copied from a device at once: ten pages of the default model in one wait,
-/// and no more than the C library gives out again without asking the system for fresh memory.
+/// Bytes of keys and values, as f32, that are copied from a device at once: ten pages of the default model in one wait, and
+/// no more than a landing has room for.
 const DOWNLOAD_BYTES: usize = 32 << 20;
 /// The same where the processor is the device: what a cache of it holds, since nothing is waited for.
 const COPY_BYTES: usize = 2 << 20;

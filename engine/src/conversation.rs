@@ -38,7 +38,7 @@ pub(crate) struct Conversation {
     recalls_pages: bool,
     /// What had been forgotten before the store was read.
     forgets: Seen,
-    /// Whether a turn has left it neither where it stood nor where it was to stand: what the store holds counts.
+    /// Whether something that failed left it in between: it is to be what the store holds.
     pub(crate) is_half_way: bool,
 }
 
@@ -327,7 +327,7 @@ impl Conversation {
 
     /// Whether anything of the user was forgotten since the store was read; waits for what is being forgotten.
     pub(crate) fn is_before_a_forget(&self) -> bool {
-        self.forgets.is_all().is_none()
+        self.forgets.hold().is_none()
     }
 
     /// Number of turns in the session's log.

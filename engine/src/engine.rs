@@ -639,8 +639,9 @@ impl Engine {
     /// stream again.
     ///
     /// # Errors
-    /// `Locked` if a handle of the session is open; `InvalidArgument` if the scope names no session; `OutOfMemory`, `Model`
-    /// or `Device` if the model's device has no room or fails, `Storage` if the store cannot be read.
+    /// `Locked` if a handle of the session is open, or a stream of it that is neither read to its end nor dropped;
+    /// `InvalidArgument` if the scope names no session; `OutOfMemory`, `Model` or `Device` if the model's device has no room
+    /// or fails, `Storage` if the store cannot be read.
     pub async fn session(&self, scope: Scope) -> Result<Session> {
         let shared = self.shared.clone();
         offload("session", move || Session::open(shared, scope)).await

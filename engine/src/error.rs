@@ -26,7 +26,7 @@ pub enum ErrorKind {
     OutOfMemory,
     /// Reading or writing failed: disk full, permission, path.
     Storage,
-    /// The work was cancelled by its caller.
+    /// The work was cancelled by its caller, or words that it may have read were forgotten meanwhile.
     Cancelled,
 }
 

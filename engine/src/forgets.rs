@@ -25,13 +25,19 @@ impl Forgets {
         Seen { forgets, count }
     }
 
-    /// Does `forget`, which erases words of the user of `scope`: no turn of theirs is committed meanwhile, and what was seen
-    /// before is out of date afterwards, whatever came of it.
-    pub(crate) fn during<T>(&self, scope: &Scope, forget: impl FnOnce() -> T) -> T {
+    /// Does `forget`, which may erase words of the user of `scope`: no turn of theirs is committed meanwhile. What was seen
+    /// before is out of date afterwards, if what came of it says so.
+    pub(crate) fn during<T>(
+        &self,
+        scope: &Scope,
+        forget: impl FnOnce() -> T,
+        has_erased: impl FnOnce(&T) -> bool,
+    ) -> T {
         let forgets = self.of(scope);
         let mut count = forgets.write().unwrap_or_else(PoisonError::into_inner);
-        *count += 1;
-        forget()
+        let done = forget();
+        *count += u64::from(has_erased(&done));
+        done
     }
 
     fn of(&self, scope: &Scope) -> Arc<RwLock<u64>> {
@@ -43,8 +49,8 @@ impl Forgets {
 }
 
 impl Seen {
-    /// A guard while which nothing is forgotten, if nothing was since.
-    pub(crate) fn is_all(&self) -> Option<RwLockReadGuard<'_, u64>> {
+    /// Keeps things as they were seen while the guard is held; None if something was forgotten since.
+    pub(crate) fn hold(&self) -> Option<RwLockReadGuard<'_, u64>> {
         let count = self.forgets.read().unwrap_or_else(PoisonError::into_inner);
         (*count == self.count).then_some(count)
     }
@@ -59,10 +65,11 @@ mod tests {
         let forgets = Forgets::default();
         let (ada, bob) = (Scope::user("ada"), Scope::user("bob"));
         let (of_ada, of_bob) = (forgets.seen(&ada.clone().session("a")), forgets.seen(&bob));
-        assert!(of_ada.is_all().is_some());
-        assert_eq!(forgets.during(&ada, || 7), 7);
-        assert!(of_ada.is_all().is_none() && of_bob.is_all().is_some());
-        assert!(forgets.seen(&ada).is_all().is_some());
+        assert_eq!(forgets.during(&ada, || 0, |erased| *erased > 0), 0);
+        assert!(of_ada.hold().is_some());
+        assert_eq!(forgets.during(&ada, || 7, |erased| *erased > 0), 7);
+        assert!(of_ada.hold().is_none() && of_bob.hold().is_some());
+        assert!(forgets.seen(&ada).hold().is_some());
         drop((of_ada, of_bob));
         forgets.seen(&bob);
         assert_eq!(forgets.0.lock().unwrap().len(), 1);

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::offload::offload;
 use crate::quote::{self, Quotation, Quote};
 use crate::session::now_ms;
+use mka_memory::ErrorKind::{InvalidArgument, NotFound};
 use mka_memory::{
     Backup, Cancel, Checkup, ChunkInfo, Commit, Committed, DiskUsage, Exported, Forget, Hit,
     Imported, NewTurn, Recall, Receipt, Scope, SessionInfo, Stats, Turn, TurnId,
@@ -121,8 +122,8 @@ impl MemoryHandle {
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries, and says what went.
     ///
     /// Sessions that are open drop what they hold in memory, and what they map of removed files, before their next turn and
-    /// go on from what is left. A turn or feed of the same user that is under way ends with `Cancelled`: it may have read the
-    /// words.
+    /// go on from what is left. A turn or feed of the same user that is under way ends with `Cancelled` if anything was
+    /// erased: it may have read the words.
     ///
     /// # Errors
     /// `Storage`.
@@ -130,7 +131,11 @@ impl MemoryHandle {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         offload("forget", move || {
             let forget = || shared.store.forget(&scope, &selector);
-            let receipt = shared.forgets.during(&scope, forget);
+            let receipt = shared.forgets.during(&scope, forget, |receipt| match receipt {
+                Ok(receipt) => receipt.turns + receipt.chunks + receipt.pages > 0,
+                // It may have failed behind what it erased.
+                Err(error) => !matches!(error.kind(), InvalidArgument | NotFound),
+            });
             receipt.map_err(|error| shared.failed(error.into()))
         })
         .await

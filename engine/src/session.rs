@@ -239,6 +239,9 @@ impl Session {
     }
 
     /// Answers the last message again, in place of its answer, which stays in the log as retracted.
+    ///
+    /// Errors are the stream's last item, `NotFound` where the last turn is no answer, `Cancelled` where it ended before its
+    /// first token: the answer is then the one before.
     pub fn regenerate(&mut self, options: SendOptions) -> Events {
         self.answer(move |conversation, sink| regenerate(conversation, &options, sink))
     }
@@ -253,10 +256,13 @@ impl Session {
             let mut conversation = live.lock()?;
             let (saved, turns) = (conversation.save(), conversation.num_turns()?);
             let usage = turn(&mut conversation, sink).map_err(|error| {
-                live.shared.undone(error, || match conversation.num_turns()? == turns {
-                    true => conversation.take_back(&saved),
+                live.shared.undone(error, || {
                     // What was committed stays, and the stream is what belongs to it.
-                    false => conversation.reopen(),
+                    let is_new = conversation.num_turns()? != turns;
+                    match is_new || conversation.is_half_way {
+                        true => conversation.reopen(),
+                        false => conversation.take_back(&saved),
+                    }
                 })
             });
             Ok(usage?.map(Event::Done))
@@ -273,7 +279,8 @@ impl Session {
     ///
     /// # Errors
     /// `NotFound` if the log does not reach to `turn`; `Locked` if a stream of the session is open: read it to its end or drop
-    /// it; `Storage`, `Corrupted`. The session then stands where it stood.
+    /// it; `Cancelled` if words of the user were forgotten meanwhile; `Storage`, `Corrupted`. The session then stands where it
+    /// stood.
     pub fn rewind(&mut self, turn: TurnId) -> impl Future<Output = Result<()>> + Send + use<> {
         let live = self.live.clone();
         offload("rewind", move || {
@@ -440,11 +447,14 @@ fn send(
     conversation.set_policy("send", options.recall.unwrap_or(shared.config.recall))?;
     let longest = shared.config.window_tokens / 2;
     let (document, message) = feeding::split_long(model, message, longest)?;
+    // What was cut off a long message is its beginning.
+    let mut joined = options.joined;
     if !document.is_empty() {
         let feed = FeedOptions::text().completion(options.completion);
         let before = Before { system: options.system.as_deref(), joined: options.joined };
         let go_on = &mut |_: &Taken| !sink.is_cancelled();
-        feeding::take_in(conversation, document, &feed, time_ms, before, go_on)?;
+        let taken = feeding::take_in(conversation, document, &feed, time_ms, before, go_on)?;
+        joined |= taken.model_tokens > 0;
     }
 
     let message_tokens = model.tokenizer.count(message)?;
@@ -457,8 +467,6 @@ fn send(
     // The prompt: scaffold, quoted memories, message, scaffold. Contents are encoded so that no text in them can
     // become a control token.
     let open = conversation.state.open;
-    // What was cut off a long message is its beginning.
-    let joined = options.joined || !document.is_empty();
     let mut prompt = match options.completion {
         true => generation::bare_opening(model, open),
         false => generation::opening(model, open, options.system.as_deref(), joined)?,
@@ -566,8 +574,9 @@ fn regenerate(
     let last = conversation.last_turn()?.filter(|turn| turn.role == Role::Assistant);
     let before = last.ok_or_else(no_answer)?;
     let answered = answer_again(conversation, options, sink, (&before, time_ms));
-    // The stream stands before the old answer's end: no point behind it can be gone back to.
-    answered.map_err(|error| shared.undone(error, || conversation.reopen()))
+    // The stream stood before the old answer's end: no point behind it can be gone back to.
+    conversation.is_half_way = answered.is_err();
+    answered
 }
 
 /// Answers the message whose answer was the turn `before`, in place of it.

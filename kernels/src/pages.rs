@@ -152,8 +152,9 @@ impl PagePool {
         }
     }
 
-    /// Whole pages in host memory, in one copy from the device: for each of `pools` the raw keys, then the values, (slots,
-    /// num_kv_heads, PAGE_TOKENS, head_dim) each; rounded on the device, ties to even, where `T` is bf16.
+    /// Whole pages in host memory, `landing`'s or some of their own, in one copy from the device: for each of `pools` the raw
+    /// keys, then the values, (slots, num_kv_heads, PAGE_TOKENS, head_dim) each; rounded on the device, ties to even, where
+    /// `T` is bf16.
     ///
     /// # Errors
     /// If a slot is not there, or the device fails.

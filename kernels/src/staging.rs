@@ -1,6 +1,6 @@
 //! Host memory that numbers lie in on their way to a device, and on their way back.
-//! Knows no op. On CUDA it is page-locked: the card copies at the speed of its bus, to it while the host goes on, and from it
-//! without the memory that the system would have to clear and the driver to copy through.
+//! Knows no op. On CUDA it is page-locked, so that the card reads and writes it at the speed of its bus. Other memory the
+//! driver copies through some of its own, and what has just been asked for the system clears first.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -72,7 +72,11 @@ impl<T: Staged> Staging<T> {
     }
 }
 
-/// Room for numbers that come from a device again and again; it grows with what is fetched.
+/// Bytes that a landing locks at most: what is fetched beyond comes to memory of its own.
+#[cfg(any(test, feature = "cuda"))]
+const MOST_LOCKED: usize = 32 << 20;
+
+/// Room for numbers that come from a device again and again; it grows with what is fetched, up to 32 MiB.
 #[derive(Debug, Default)]
 pub struct Landing {
     #[cfg(feature = "cuda")]
@@ -80,18 +84,21 @@ pub struct Landing {
 }
 
 impl Landing {
-    /// The numbers of `tensor`, once they are here.
+    /// The numbers of `tensor` in its order, once they are here.
     ///
     /// # Errors
-    /// If `tensor` is not contiguous or of another type, or the device fails.
+    /// If `tensor` is of another type, or the device fails.
     pub fn fetch<T: Staged>(&mut self, tensor: &Tensor) -> Result<Cow<'_, [T]>> {
         #[cfg(feature = "cuda")]
-        if let Device::Cuda(card) = tensor.device()
-            && tensor.dtype() == T::DTYPE
-            && let Some(room) =
-                cuda::room(&mut self.bytes, tensor.elem_count() * size_of::<T>(), card)
-        {
-            return Ok(Cow::Borrowed(bytemuck::cast_slice(room.fetch(tensor)?)));
+        if let Device::Cuda(card) = tensor.device() {
+            let bytes = tensor.elem_count() * size_of::<T>();
+            if tensor.dtype() == T::DTYPE
+                && tensor.is_contiguous()
+                && (1..=MOST_LOCKED).contains(&bytes)
+                && let Some(room) = cuda::room(&mut self.bytes, bytes, card)
+            {
+                return Ok(Cow::Borrowed(bytemuck::cast_slice(room.fetch(tensor)?)));
+            }
         }
         tensor.flatten_all()?.to_vec1().map(Cow::Owned)
     }
@@ -103,8 +110,8 @@ mod tests {
 
     fn fetched(device: &Device) {
         let mut landing = Landing::default();
-        // It grows, and holds less than there is room for.
-        for len in [5, 0, 3000, 70_000, 12] {
+        // It grows, holds less than there is room for, and leaves out what is more than it locks.
+        for len in [5, 0, 3000, 70_000, 12, MOST_LOCKED / 4 + 1] {
             let numbers: Vec<f32> = (0..len).map(|i| (i * 7 % 61) as f32).collect();
             let tensor = Tensor::from_slice(&numbers, len, device).unwrap();
             assert_eq!(*landing.fetch::<f32>(&tensor).unwrap(), numbers);
@@ -116,6 +123,8 @@ mod tests {
         let parts = Tensor::arange(0f32, 12.0, device).unwrap().reshape((3, 4)).unwrap();
         let middle = parts.narrow(0, 1, 1).unwrap();
         assert_eq!(*landing.fetch::<f32>(&middle).unwrap(), [4.0, 5.0, 6.0, 7.0]);
+        let columns = parts.narrow(1, 1, 2).unwrap();
+        assert_eq!(*landing.fetch::<f32>(&columns).unwrap(), [1.0, 2.0, 5.0, 6.0, 9.0, 10.0]);
     }
 
     #[test]

@@ -135,7 +135,7 @@ pub struct Commit {
     pub snapshot: Option<NewSnapshot>,
     /// This turn and all after it are superseded before `turns` are appended:
     /// they stay in the log, marked, and are no longer recalled.
-    /// Without a `snapshot`, the session's own and its pages are removed if a turn was: they hold what it said.
+    /// Without a `snapshot`, the session's own and its pages are removed if this supersedes a turn: they hold what it said.
     pub retract: Option<TurnId>,
 }
 

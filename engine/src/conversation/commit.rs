@@ -78,7 +78,8 @@ impl Conversation {
             }
         };
         let (dirty_from, stored_from) = (self.dirty_from, self.stored_from);
-        let mut undo = Undo { state: before, dirty_from, stored_from, handed_over: Vec::new() };
+        let mut undo =
+            Undo { state: before, dirty_from, stored_from, next, handed_over: Vec::new() };
         self.dirty_from = self.position() / PAGE_TOKENS as u64;
         self.stored_from =
             self.cache.as_ref().map_or(0, |cache| cache.first_window_page(cache.position()));
@@ -103,6 +104,10 @@ impl Conversation {
                 return Err(error);
             }
         };
+        // What was remembered in this session meanwhile has taken numbers.
+        let taken = committed.turns.first().map_or(0, |first| first - undo.next);
+        let numbers = self.state.turn_starts.iter_mut().map(|(turn, _)| turn);
+        numbers.filter(|turn| **turn >= undo.next).for_each(|turn| *turn += taken);
         let stream = self.state.stream;
         let is_kept = self.shared.config.evicted_page_bytes > 0;
         let pages = self.cache.as_mut().and_then(Cache::pages_mut).filter(|_| is_kept);
@@ -185,8 +190,8 @@ impl Prepared {
                 .par_extend(self.fresh.par_iter().map(|(key, page)| (*key, page.to_bytes())));
         }
         // What the model has read since may be what was erased. Processes that share it would not all see it at once.
-        let seen = self.forgets.is_all();
-        if seen.is_none() && self.shared.group().is_none() {
+        let held = self.forgets.hold();
+        if held.is_none() && self.shared.group().is_none() {
             return Err(Error::new(
                 ErrorKind::Cancelled,
                 format!(
@@ -204,6 +209,8 @@ struct Undo {
     state: SessionState,
     dirty_from: u64,
     stored_from: u64,
+    /// The number that the first of the turns was to have.
+    next: TurnId,
     /// Pages that the store was given for the first time.
     handed_over: Vec<u64>,
 }

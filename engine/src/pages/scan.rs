@@ -42,7 +42,7 @@ pub(super) struct Scan<'a> {
     pub(super) named: Named<'a>,
     /// Marks to take.
     pub(super) wanted: usize,
-    /// Places around a key whose votes count for it; of a landmark, those of the landmarks that so many keys reach.
+    /// Places around a key whose votes count for it; for a landmark, the landmarks within so many keys of it.
     pub(super) reach: usize,
     /// Of the landmarks' codes.
     pub(super) planes: &'a Planes,
@@ -64,7 +64,15 @@ struct Looked {
     /// Landmarks, ascending, each outlier among them.
     marks: Vec<u32>,
     /// Pages whose other landmarks their mean stands for, ascending; None where nothing stands for what is not scored.
-    means: Option<Vec<u32>>,
+    means: Option<Vec<Shut>>,
+}
+
+/// A page of which not every landmark is scored.
+#[derive(Clone, Copy)]
+struct Shut {
+    page: u32,
+    /// The logarithm of how many its mean stands for.
+    weight: f32,
 }
 
 /// Keys that a mark of `scan` stands for.
@@ -216,11 +224,12 @@ impl Scan<'_> {
                 let first = page * MARKS as u32;
                 self.with_near(first..first + MARKS as u32)
             });
-            let is_shut = |page: &u32| open.binary_search(page).is_err();
-            Looked {
-                marks: self.with_named(head, marks.collect()),
-                means: Some((0..self.pages as u32).filter(is_shut).collect()),
-            }
+            let marks = self.with_named(head, marks.collect());
+            let mut left = vec![MARKS; self.pages];
+            marks.iter().for_each(|mark| left[*mark as usize / MARKS] -= 1);
+            let shut = (0..).zip(left).filter(|(_, left)| *left > 0);
+            let means = shut.map(|(page, left)| Shut { page, weight: (left as f32).ln() });
+            Looked { means: Some(means.collect()), marks }
         });
         looked.collect()
     }
@@ -289,11 +298,14 @@ impl Scan<'_> {
             let runs = looked[head].marks[marks].chunk_by(is_next);
             pieces.extend(runs.map(|run| own.landmarks_bytes(run[0] as usize, run.len(), d)));
             pieces.push(own.outlier_keys_bytes(outlier_keys.start, outlier_keys.len(), d));
-            let runs = means(head)[shut].chunk_by(is_next);
-            pieces.extend(runs.map(|run| own.page_means_bytes(run[0] as usize, run.len(), d)));
+            let shut = &means(head)[shut];
+            let runs = shut.chunk_by(|a, b| a.page + 1 == b.page);
+            let mean_of = |run: &[Shut]| own.page_means_bytes(run[0].page as usize, run.len(), d);
+            pieces.extend(runs.map(mean_of));
             scored.score_pieces(&pieces, queries, keys);
             for scores in scored.scores.chunks_exact_mut(scored.len) {
-                scores[first_shut..].iter_mut().for_each(|score| *score += (MARKS as f32).ln());
+                let scores = scores[first_shut..].iter_mut();
+                scores.zip(shut).for_each(|(score, shut)| *score += shut.weight);
             }
         });
         let taken = votes.into_par_iter().zip(looked).enumerate();

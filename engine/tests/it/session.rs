@@ -241,11 +241,18 @@ fn what_is_forgotten_while_a_turn_runs_is_not_written_again_by_its_commit() {
     finish(chat.send_with("the key is 7654321", short())).unwrap();
     let mut other = engine.session_blocking(Scope::user("bob").session("trip")).unwrap();
     let long = || SendOptions::default().max_new_tokens(200);
-    // More events than may wait to be read: neither turn is over before they are.
+    let forget =
+        |words: &str| wait(engine.memory().forget(&trip(), mka::Forget::matching(words))).unwrap();
+    // More events than may wait to be read: no turn is over before they are. One beside which nothing is erased goes on.
+    let mut events = chat.send_with("and then", long());
+    assert!(events.next_blocking().unwrap().is_ok());
+    assert_eq!(forget("nobody said this").turns, 0);
+    let last = std::iter::from_fn(|| events.next_blocking()).last().unwrap();
+    assert!(matches!(last, Ok(Event::Done(_))), "{last:?}");
     let (mut events, mut others) =
         (chat.send_with("go on", long()), other.send_with("hello", long()));
     assert!(events.next_blocking().unwrap().is_ok());
-    let receipt = wait(engine.memory().forget(&trip(), mka::Forget::matching("7654321"))).unwrap();
+    let receipt = forget("7654321");
     let last = std::iter::from_fn(|| events.next_blocking()).last().unwrap();
     assert_eq!(last.unwrap_err().kind(), ErrorKind::Cancelled);
     let turns = wait(engine.memory().turns(&trip(), 0..99)).unwrap();
@@ -253,6 +260,11 @@ fn what_is_forgotten_while_a_turn_runs_is_not_written_again_by_its_commit() {
     // Of another user nothing was forgotten.
     let last = std::iter::from_fn(|| others.next_blocking()).last().unwrap();
     assert!(matches!(last, Ok(Event::Done(_))), "{last:?}");
+    let mut feed = chat.feed_with("one two three ".repeat(30_000), FeedOptions::through_model());
+    assert!(feed.next_blocking().unwrap().is_ok());
+    assert!(forget("and then").turns > 0);
+    let last = std::iter::from_fn(|| feed.next_blocking()).last().unwrap();
+    assert_eq!(last.unwrap_err().kind(), ErrorKind::Cancelled);
     finish(chat.send_with("go on", short())).unwrap();
     wait(engine.memory().verify(receipt)).unwrap();
 }
@@ -260,18 +272,31 @@ fn what_is_forgotten_while_a_turn_runs_is_not_written_again_by_its_commit() {
 #[test]
 fn a_long_message_has_the_options_of_a_short_one_and_leaves_log_and_stream_alike() {
     let folder = tempfile::tempdir().unwrap();
-    let engine = engine(folder.path(), 128);
-    let long = "the hall was cold and the king was old. ".repeat(30);
-    let logits = |name: &str, options: SendOptions| {
-        let mut chat = engine.session_blocking(Scope::user("ada").session(name)).unwrap();
-        // The window is the same, but for what stands before the message.
-        finish(chat.send_with(long.as_str(), options)).unwrap();
-        wait(chat.peek_logits("the next")).unwrap()
-    };
-    let plain = logits("plain", short());
-    assert_eq!(plain, logits("the same", short()));
-    assert_ne!(plain, logits("system", short().system("You count sheep.")));
-    assert_ne!(plain, logits("completion", short().completion(true)));
+    let engine = engine(folder.path(), 256);
+    let part = "the hall was cold and the king was old. ";
+    let counted = |text: &str| engine.count_tokens(text).unwrap();
+    // Of one the model reads what is more than half a window too, of the other it is more than the window has room for.
+    let read = (1..).map(|n| part.repeat(n)).find(|text| counted(text) > 160).unwrap();
+    let long = part.repeat(60);
+    assert!(counted(&read) < 190 && long.len() > 2048 && counted(&long) > 320);
+    for (name, text) in [("read", &read), ("long", &long)] {
+        let logits = |own: &str, document: &str, options: SendOptions| {
+            let scope = Scope::user("ada").session(format!("{name} {own}"));
+            let mut chat = engine.session_blocking(scope).unwrap();
+            if !document.is_empty() {
+                let feed = chat.feed_with(document, FeedOptions::through_model());
+                wait(feed.finish()).unwrap();
+            }
+            finish(chat.send_with(text.as_str(), options)).unwrap();
+            wait(chat.peek_logits("the next")).unwrap()
+        };
+        let plain = logits("plain", "", short());
+        assert_eq!(plain, logits("the same", "", short()));
+        assert_ne!(plain, logits("system", "", short().system("You count sheep.")));
+        assert_ne!(plain, logits("completion", "", short().completion(true)));
+        let behind = |own: &str, joined: bool| logits(own, "the sea. ", short().joined(joined));
+        assert_ne!(behind("apart", false), behind("joined", true), "{name}");
+    }
 
     let mut chat = engine.session_blocking(trip()).unwrap();
     let events = chat.send_with(long.as_str(), short());

@@ -118,8 +118,7 @@ impl StoredPages {
     /// queries, the largest sum over a group's heads of the softmax over all landmarks and the keys of outliers; the tokens
     /// of the landmarks of most votes, or all tokens, are compared in the same way. Landmarks and tokens take the largest
     /// vote within their reach, and not less than the one that stands for them; the tokens of most votes are chosen,
-    /// ascending. Heads that choose together sum their
-    /// votes of tokens first.
+    /// ascending. Heads that choose together sum their votes of tokens first.
     ///
     /// Source: landmarks and outliers are ShadowKV's (arXiv 2410.21465), the vote is TokenSelect's (arXiv 2411.02886), votes
     /// pooled over neighbours are SnapKV's (arXiv 2404.14469, section 4.2).

@@ -63,12 +63,9 @@ impl<T: OnCard> Locked<T> {
 }
 
 impl Locked<u8> {
-    /// The bytes of `tensor`, for which there is room, once they are here.
+    /// The bytes of `tensor`, a contiguous one of at least one number for which there is room, once they are here.
     pub(super) fn fetch(&mut self, tensor: &Tensor) -> Result<&[u8]> {
         let len = tensor.elem_count() * tensor.dtype().size_in_bytes();
-        if len == 0 {
-            return Ok(&[]);
-        }
         let (address, stream) = (crate::cuda::address(tensor)?, self.device.cuda_stream());
         let bytes = &mut self.numbers()?[..len];
         stream.context().bind_to_thread().map_err(failed)?;

@@ -245,6 +245,7 @@ class AsyncMemory(MemoryHandle):
         """Erases from log, chunks, vectors, words, pages and summaries; exactly one selector says what.
 
         `matching` erases every turn whose text, source name, subject or metadata contains it, letter case aside.
+        If anything is erased, a stream of this user that is under way ends with `CancelledError`.
         """
         call = _calls.forget(
             user, agent, session, matching, turn, before, expired, everything

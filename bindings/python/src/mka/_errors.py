@@ -52,7 +52,7 @@ class StorageError(Error):
 
 
 class CancelledError(Error):
-    """The work was cancelled by its caller."""
+    """The work was cancelled by its caller, or words that it may have read were forgotten meanwhile."""
 
 
 class InternalError(Error):

@@ -26,7 +26,7 @@ public struct MKAError: Error, LocalizedError, Sendable, Equatable, CustomString
         case outOfMemory
         /// Reading or writing failed.
         case storage
-        /// The work was cancelled by its caller.
+        /// The work was cancelled by its caller, or words that it may have read were forgotten meanwhile.
         case cancelled
         /// A fault of the library itself: please report it.
         case `internal`

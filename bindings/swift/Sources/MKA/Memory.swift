@@ -58,7 +58,8 @@ public final class Memory: Sendable {
         }
     }
 
-    /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries.
+    /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries. If anything is erased, a stream of
+    /// this user that is under way ends with `.cancelled`.
     public func forget(
         _ selector: Forget, user: String, agent: String? = nil, session: String? = nil
     ) async throws(MKAError) -> Receipt {

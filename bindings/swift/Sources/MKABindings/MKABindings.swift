@@ -7600,7 +7600,7 @@ enum MkaError: Swift.Error, Equatable, Hashable, Foundation.LocalizedError {
     case Storage(message: String)
 
     /**
-     * The work was cancelled by its caller.
+     * The work was cancelled by its caller, or words that it may have read were forgotten meanwhile.
      */
     case Cancelled(message: String)
 

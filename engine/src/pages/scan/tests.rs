@@ -197,14 +197,24 @@ fn landmarks_within_reach_of_an_asked_one_come_along_also_from_the_next_page() {
 fn means_of_pages_of_equal_keys_stand_for_all_that_is_not_scored() {
     let mut heads = index(90, 0.0);
     let queries = queries(1);
-    let asked = (90, 24, &[][..]);
-    let flat = taken(&mut heads, &queries, LandmarkScan::Flat, asked);
-    let two_level = taken(&mut heads, &queries, LandmarkScan::TwoLevel, asked);
-    for (own, flat) in two_level.iter().zip(&flat) {
-        assert_eq!(
-            own.marks.iter().map(|(mark, _)| mark).collect::<Vec<_>>(),
-            flat.marks.iter().map(|(mark, _)| mark).collect::<Vec<_>>()
-        );
+    let planes = Planes::new(D);
+    heads.iter_mut().for_each(|head| head.prepare(LandmarkScan::TwoLevel, &planes, D));
+    let take = |scan: LandmarkScan, reach: usize| {
+        let own = Scan { reach, ..Scan::plain(&heads, (90, 24), &planes, None) };
+        own.take(scan, &queries, &mut Ballot::default())
+    };
+    // Within reach of the open pages some landmarks of shut ones are scored too.
+    let pairs = [0, 9].into_iter().flat_map(|reach| {
+        let of_heads = take(LandmarkScan::TwoLevel, reach).into_iter();
+        of_heads.zip(take(LandmarkScan::Flat, reach)).map(move |(own, flat)| (reach, own, flat))
+    });
+    for (reach, own, flat) in pairs {
+        if reach == 0 {
+            assert_eq!(
+                own.marks.iter().map(|(mark, _)| mark).collect::<Vec<_>>(),
+                flat.marks.iter().map(|(mark, _)| mark).collect::<Vec<_>>()
+            );
+        }
         let pairs = own.missed.iter().flatten().zip(flat.missed.iter().flatten());
         for ((max, sum), (flat_max, flat_sum)) in pairs {
             let (own, flat) = (max + sum.ln(), flat_max + flat_sum.ln());

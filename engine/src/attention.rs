@@ -1,7 +1,7 @@
 //! The attention seam: the one way from a model's layer to a session's memory and back.
 //! Knows positions, the cache and FastMKA's route; knows no weights of a model and no file.
 
-use crate::cache::{Cache, SINK_PAGES};
+use crate::cache::Cache;
 use crate::error::Result;
 use crate::models::decoder::{Linear, Loader, SummedLinear};
 use crate::models::frequencies::Frequencies;
@@ -206,7 +206,7 @@ impl<'a> AttentionSeam<'a> {
             let pages = (0..last_page).collect();
             return Ok(self.attend_stream(layer, &rotated, pages, None, sliding_window)?.out);
         }
-        let window_pages: Vec<u64> = (first_page.max(SINK_PAGES)..last_page).collect();
+        let window_pages: Vec<u64> = (first_page.max(self.cache.sink_pages())..last_page).collect();
         if self.count == 1 {
             return self.attend_token(layer, sliding_window, window_pages, q, rotated);
         }
@@ -380,7 +380,7 @@ impl<'a> AttentionSeam<'a> {
         sliding_window: Option<u64>,
     ) -> Result<AttentionParams> {
         let end = self.start + self.count as u64;
-        let sink_pages = 0..SINK_PAGES.min(end.div_ceil(PAGE_TOKENS as u64));
+        let sink_pages = 0..self.cache.sink_pages().min(end.div_ceil(PAGE_TOKENS as u64));
         Ok(AttentionParams {
             scale: scale(query)?,
             query_start,
@@ -451,7 +451,7 @@ impl<'a> AttentionSeam<'a> {
         if let Some(known) = self.compact_angles.iter().find(is_it) {
             return known.angles.clone();
         }
-        let sinks = SINK_PAGES * PAGE_TOKENS as u64;
+        let sinks = self.cache.sink_pages() * PAGE_TOKENS as u64;
         let recalled =
             runs.iter().flat_map(|(count, recalled)| std::iter::repeat_n(*recalled, *count));
         let compact = |(t, recalled): (u64, usize)| {

@@ -19,6 +19,8 @@ pub(crate) struct CacheShape {
     pub(crate) head_dim: usize,
     pub(crate) hidden_size: usize,
     pub(crate) num_rates: usize,
+    /// Pages at the start of the stream that every query sees: attention sinks (arXiv 2309.17453) and instructions.
+    pub(crate) sink_pages: u64,
     /// Tokens attended exactly.
     pub(crate) window_tokens: usize,
     /// Most tokens of one forward pass.
@@ -32,6 +34,7 @@ impl CacheShape {
             num_layers: self.num_layers,
             num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,
+            sink_pages: self.sink_pages,
             window_tokens: self.window_tokens,
         }
     }
@@ -42,8 +45,6 @@ impl CacheShape {
     }
 }
 
-/// Pages at the start of the stream that every query sees (attention sinks, arXiv 2309.17453).
-pub(crate) const SINK_PAGES: u64 = 1;
 /// Pages kept beyond the window, so that the last answer can be taken back without reloading.
 const SPARE_PAGES: usize = 8;
 /// Bytes of keys and values, as f32, that are copied from a device at once: ten pages of the default model in one wait, and
@@ -82,7 +83,7 @@ impl Cache {
     /// If the device has no room.
     pub(crate) fn new(shape: CacheShape, device: &Device) -> Result<Self> {
         let pages = |tokens: usize| tokens.div_ceil(PAGE_TOKENS);
-        let num_slots = SINK_PAGES as usize
+        let num_slots = shape.sink_pages as usize
             + pages(shape.window_tokens)
             + pages(shape.block_tokens)
             + 2
@@ -143,8 +144,8 @@ impl Cache {
         let Some(pages) = self.pages.as_ref().filter(|pages| pages.is_compact()) else {
             return trained_tokens;
         };
-        let attended =
-            SINK_PAGES as usize * PAGE_TOKENS + pages.recalled_tokens() + self.shape.window_tokens;
+        let sinks = self.shape.sink_pages as usize * PAGE_TOKENS;
+        let attended = sinks + pages.recalled_tokens() + self.shape.window_tokens;
         trained_tokens.min(attended as u64)
     }
 
@@ -220,6 +221,15 @@ impl Cache {
         self.position
     }
 
+    pub(crate) fn shape(&self) -> CacheShape {
+        self.shape
+    }
+
+    /// Pages at the start of the stream that every query sees.
+    pub(crate) fn sink_pages(&self) -> u64 {
+        self.shape.sink_pages
+    }
+
     pub(crate) fn window_tokens(&self) -> u64 {
         self.shape.window_tokens as u64
     }
@@ -237,15 +247,14 @@ impl Cache {
     /// Makes room for `count` tokens after the current position, evicting pages that none of them will see.
     pub(crate) fn reserve(&mut self, count: usize) -> Result<()> {
         let page = PAGE_TOKENS as u64;
-        let keep_from = self.first_window_page(self.position);
+        let (keep_from, sinks) = (self.first_window_page(self.position), self.shape.sink_pages);
         let last = (self.position + count as u64).div_ceil(page);
         for index in self.position / page..last {
             if self.slots.contains_key(&index) {
                 continue;
             }
             if self.free.is_empty() {
-                let oldest =
-                    self.slots.keys().copied().find(|p| *p >= SINK_PAGES && *p < keep_from);
+                let oldest = self.slots.keys().copied().find(|p| *p >= sinks && *p < keep_from);
                 let slot = oldest.and_then(|oldest| self.slots.remove(&oldest));
                 self.free.extend(slot);
             }
@@ -350,8 +359,9 @@ impl Cache {
     /// Pages that a stream of `position` tokens needs to go on: sinks and window.
     pub(crate) fn window_pages(&self, position: u64) -> Vec<u64> {
         let end = position.div_ceil(PAGE_TOKENS as u64);
-        let from = self.first_window_page(position).max(SINK_PAGES);
-        (0..SINK_PAGES.min(end)).chain(from..end).collect()
+        let sinks = self.shape.sink_pages;
+        let from = self.first_window_page(position).max(sinks);
+        (0..sinks.min(end)).chain(from..end).collect()
     }
 
     /// Pages of every layer as bytes: for each layer the raw keys, then the values, (num_kv_heads, len, head_dim) each,

@@ -9,7 +9,7 @@ pub(crate) use commit::Pending;
 
 use crate::attention::AttentionSeam;
 use crate::cache::{Cache, Checkpoint};
-use crate::engine::Shared;
+use crate::engine::{Model, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::forgets::Seen;
 use crate::pages::{Message, PageSource, PageStore, PageUsage, RecallPolicy};
@@ -63,12 +63,17 @@ pub(crate) struct Saved {
 impl Conversation {
     /// Opens the session of `scope`: new, restored from its snapshot, or refilled from its log.
     pub(crate) fn open(shared: Arc<Shared>, scope: Scope) -> Result<Self> {
+        Self::open_with(shared, scope, 1)
+    }
+
+    /// [`Conversation::open`]; without a snapshot every token sees the first `sink_pages` pages.
+    fn open_with(shared: Arc<Shared>, scope: Scope, sink_pages: u64) -> Result<Self> {
         let forgets = shared.forgets.seen(&scope);
         let num_turns = shared.store.num_turns(&scope)?;
         let mut conversation = Self {
             forgets,
             cache: None,
-            state: SessionState::default(),
+            state: SessionState { sink_pages: sink_pages as u32, ..SessionState::default() },
             dirty_from: 0,
             stored_from: 0,
             is_half_way: false,
@@ -101,11 +106,45 @@ impl Conversation {
         if num_turns > 0 {
             conversation.refill(num_turns, false)?;
         } else {
-            let cache = Cache::new(shared.cache_shape(model), model.decoder.device())?;
-            conversation.cache = Some(cache);
-            conversation.keep_pages(model);
+            conversation.begin(model)?;
         }
         Ok(conversation)
+    }
+
+    /// Begins an empty stream of as many sinks as the state says.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn begin(&mut self, model: &Model) -> Result<()> {
+        let shape = self.shared.cache_shape(model, u64::from(self.state.sink_pages.max(1)));
+        self.cache = Some(Cache::new(shape, model.decoder.device())?);
+        self.keep_pages(model);
+        Ok(())
+    }
+
+    /// Keeps the first `tokens` tokens of a stream, what stands before its first message, in sight of all that follow: in
+    /// whole pages, one at least, no more than are as long as the window, or than the model was trained to see beside it.
+    /// Without effect on a stream that has begun.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub(crate) fn keep_opening(&mut self, tokens: usize) -> Result<()> {
+        let shared = self.shared.clone();
+        let Some(model) = &shared.model else { return Ok(()) };
+        let window = shared.config.window_tokens;
+        let beside = model.decoder.config.trained_tokens.saturating_sub(window);
+        let most = (window.min(beside) / PAGE_TOKENS).max(1);
+        let sink_pages = tokens.div_ceil(PAGE_TOKENS).clamp(1, most) as u64;
+        let is_so = |cache: &Cache| cache.position() > 0 || cache.sink_pages() == sink_pages;
+        if self.cache.as_ref().is_some_and(is_so) {
+            return Ok(());
+        }
+        self.state.sink_pages = sink_pages as u32;
+        self.begin(model)?;
+        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
+            pages.begin_turn();
+        }
+        Ok(())
     }
 
     /// The same conversation as the session `scope`, which is made: what it holds now in memory and on the disk, and
@@ -218,8 +257,8 @@ impl Conversation {
             || self.pages().is_none_or(PageStore::holds_a_commit)
     }
 
-    /// Fills the cache anew from the log's tokens before turn `end`: the first page of the stream, whatever turns lie in
-    /// it, and its last window. A stream that is no longer than both is filled in whole; of another, what lies between is
+    /// Fills the cache anew from the log's tokens before turn `end`: the first pages of the stream that every token sees,
+    /// whatever turns lie in them, and its last window. A stream that is no longer than both is filled in whole; of another, what lies between is
     /// left out.
     ///
     /// With `hold_last` the last token is left out and returned, for an answer to begin from it.
@@ -227,6 +266,11 @@ impl Conversation {
         let shared = self.shared.clone();
         let model = shared.model("refill")?;
         let window = shared.config.window_tokens;
+        let sink_pages = match &self.cache {
+            Some(cache) => cache.sink_pages(),
+            None => u64::from(self.state.sink_pages.max(1)),
+        };
+        let head_tokens = sink_pages as usize * PAGE_TOKENS;
         let (mut newest, mut newest_tokens, mut from) = (Vec::new(), 0, end);
         while from > 0 && newest_tokens < window + usize::from(hold_last) {
             from -= 1;
@@ -236,7 +280,7 @@ impl Conversation {
             }
         }
         let (mut turns, mut oldest_tokens, mut next) = (Vec::new(), 0, 0);
-        while next < from && oldest_tokens < PAGE_TOKENS {
+        while next < from && oldest_tokens < head_tokens {
             if let Some(turn) = self.turn_in_stream(next)? {
                 oldest_tokens += turn.tokens.len();
                 turns.push(turn);
@@ -248,8 +292,7 @@ impl Conversation {
         let tokens = oldest_tokens + newest_tokens - usize::from(held.is_some());
         // By the tokens of `turns`; turns that were not read lie between the two as well.
         let window_start = tokens.saturating_sub(window);
-        let left_out = PAGE_TOKENS.min(window_start)..window_start;
-        self.cache = Some(Cache::new(shared.cache_shape(model), model.decoder.device())?);
+        let left_out = head_tokens.min(window_start)..window_start;
         self.dirty_from = 0;
         self.last_prompt = None;
         // The stream is counted from 0 again: what the store holds of the one before is no page of this one.
@@ -263,9 +306,10 @@ impl Conversation {
                 // A message ends where its answer begins: one that has none is an answer without a word.
                 Some(_) => OpenTurn::Answered { closed_by: None },
             },
+            sink_pages: sink_pages as u32,
             ..SessionState::default()
         };
-        self.keep_pages(model);
+        self.begin(model)?;
         let mut first = 0;
         for Turn { id, tokens, .. } in &turns {
             let within = |at: usize| at.saturating_sub(first).min(tokens.len());
@@ -342,7 +386,8 @@ impl Conversation {
         if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
             pages.leave();
         }
-        let opened = Self::open(self.shared.clone(), self.scope.clone());
+        let sink_pages = self.cache.as_ref().map_or(1, Cache::sink_pages);
+        let opened = Self::open_with(self.shared.clone(), self.scope.clone(), sink_pages);
         *self = opened.map_err(|error| self.shared.failed(error))?;
         Ok(())
     }
@@ -357,7 +402,7 @@ impl Conversation {
         let Some(cache) = &self.cache else { return 0 };
         let position = cache.position();
         let start = cache.first_window_page(position) * PAGE_TOKENS as u64;
-        let sinks = (PAGE_TOKENS as u64).min(start);
+        let sinks = (cache.sink_pages() * PAGE_TOKENS as u64).min(start);
         (position - start + sinks) as usize
     }
 

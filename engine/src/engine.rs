@@ -306,8 +306,10 @@ impl Shared {
         })
     }
 
-    pub(crate) fn cache_shape(&self, model: &Model) -> CacheShape {
-        model.decoder.cache_shape(self.config.window_tokens, self.config.block_tokens)
+    /// Of a stream of which every token sees the first `sink_pages` pages, beside its window.
+    pub(crate) fn cache_shape(&self, model: &Model, sink_pages: u64) -> CacheShape {
+        let (window, block) = (self.config.window_tokens, self.config.block_tokens);
+        CacheShape { sink_pages, ..model.decoder.cache_shape(window, block) }
     }
 
     /// Marks a session as open; the claim is released by [`Shared::release`].

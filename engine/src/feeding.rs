@@ -227,6 +227,7 @@ impl Feeding<'_> {
                 true => generation::bare_opening(model, open),
                 false => generation::opening(model, open, before.system, before.joined)?,
             };
+            conversation.keep_opening(tokens.len())?;
             tokens.extend(model.tokenizer.encode(&self.text[section.clone()], false)?);
             let start = conversation.position();
             let (progress, taken) = (&mut self.progress, &self.taken);

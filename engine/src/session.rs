@@ -34,7 +34,8 @@ pub struct SendOptions {
     /// Whether the message goes on in the message of the document fed before it, with nothing between: for a prompt
     /// of which a part was fed. Otherwise the document's message is closed first.
     pub joined: bool,
-    /// Instructions that stand before the first message of a session; ignored later.
+    /// Instructions that stand before the first message of a session; ignored later. Every token of the session sees them,
+    /// however long it becomes: as many as the window is long, and as the model was trained to see beside it.
     pub system: Option<String>,
     /// How older tokens come back; None: as the engine's [`MemoryConfig`](crate::MemoryConfig) says.
     pub recall: Option<RecallPolicy>,
@@ -471,6 +472,7 @@ fn send(
         true => generation::bare_opening(model, open),
         false => generation::opening(model, open, options.system.as_deref(), joined)?,
     };
+    conversation.keep_opening(prompt.len())?;
     if prompt.is_empty() && open == OpenTurn::User && !recalled.is_empty() {
         prompt = model.tokenizer.encode("\n\n", false)?;
     }

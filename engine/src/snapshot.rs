@@ -32,6 +32,9 @@ pub(crate) struct SessionState {
     /// Ids of the tokens in the window, from its first whole page on; empty where no pages are kept.
     #[serde(default)]
     pub(crate) window_ids: Vec<u32>,
+    /// Pages at the start of the stream that every token sees; 0 of a state from before there could be more than one.
+    #[serde(default)]
+    pub(crate) sink_pages: u32,
 }
 
 /// Version of the bytes below.
@@ -84,6 +87,7 @@ mod tests {
             recent_tokens: vec![1, 2, 3],
             stream: 1,
             window_ids: vec![7, u32::MAX],
+            sink_pages: 3,
         };
         let bytes = state.to_bytes(&[9, 8, 7]).unwrap();
         assert_eq!(SessionState::from_bytes(&bytes).unwrap(), (state, &[9u8, 8, 7][..]));

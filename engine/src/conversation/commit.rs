@@ -2,7 +2,7 @@
 //! Knows no turn's meaning and no file.
 
 use super::{Conversation, key_of, landmarks_key, landmarks_of, page_of};
-use crate::cache::{Cache, SINK_PAGES};
+use crate::cache::Cache;
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
 use crate::forgets::Seen;
@@ -137,12 +137,13 @@ impl Conversation {
         let stream = self.state.stream;
         cache.absorb_all()?;
         let position = cache.position();
+        self.state.sink_pages = cache.sink_pages() as u32;
         let window = cache.window_pages(position);
         let first_page = cache.first_window_page(position);
         let window_start = first_page * PAGE_TOKENS as u64;
         self.state.turn_starts.retain(|(_, start)| *start >= window_start);
         // A stream that was taken back has pages in its window that had left the one that the store holds.
-        let left = SINK_PAGES..self.stored_from;
+        let left = cache.sink_pages()..self.stored_from;
         let is_dirty = |page: &u64| *page >= self.dirty_from || left.contains(page);
         let dirty = window.iter().copied().filter(is_dirty);
         let mut pages = cache.page_bytes(&dirty.collect::<Vec<_>>())?;

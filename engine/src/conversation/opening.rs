@@ -6,7 +6,7 @@ use crate::cache::Cache;
 use crate::engine::Model;
 use crate::error::ErrorKind::{Corrupted, Incompatible};
 use crate::error::{Error, Result};
-use crate::pages::PageStore;
+use crate::pages::{PageShape, PageStore};
 use crate::snapshot::SessionState;
 use mka_memory::{OpenSnapshot, Scope};
 use std::panic::resume_unwind;
@@ -15,9 +15,8 @@ use std::thread;
 
 impl Conversation {
     /// A store for the pages that leave the window, none in it yet; None where they are not recalled.
-    pub(super) fn page_store(&self, model: &Model) -> Option<PageStore> {
+    pub(super) fn page_store(&self, shape: PageShape, model: &Model) -> Option<PageStore> {
         let config = &self.shared.config;
-        let shape = self.shared.cache_shape(model).pages();
         config.recall.has_pages().then(|| {
             let mut pages = PageStore::new(shape, config.pages.clone(), model.decoder.device());
             pages.active = self.recalls_pages;
@@ -35,7 +34,8 @@ impl Conversation {
 
     /// Keeps the pages that leave the window from now on, if the configuration asks for them.
     pub(super) fn keep_pages(&mut self, model: &Model) {
-        let Some(mut pages) = self.page_store(model) else { return };
+        let Some(shape) = self.cache.as_ref().map(|cache| cache.shape().pages()) else { return };
+        let Some(mut pages) = self.page_store(shape, model) else { return };
         self.read_from_disk(&mut pages, &self.scope, self.state.stream);
         if let Some(cache) = &mut self.cache {
             cache.keep_pages(pages);
@@ -67,9 +67,10 @@ impl Conversation {
         snapshot: &OpenSnapshot,
     ) -> Result<(Cache, SessionState)> {
         let (state, ema) = SessionState::from_bytes(&snapshot.state)?;
-        let (shape, position) = (self.shared.cache_shape(model), snapshot.position);
+        let shape = self.shared.cache_shape(model, u64::from(state.sink_pages.max(1)));
+        let position = snapshot.position;
         let end = shape.first_window_page(position);
-        let (mut pages, mut known) = (self.page_store(model), Vec::new());
+        let (mut pages, mut known) = (self.page_store(shape.pages(), model), Vec::new());
         if let Some(pages) = pages.as_mut().filter(|_| self.shared.config.evicted_page_bytes > 0) {
             self.read_from_disk(pages, &self.scope, state.stream);
             let keys = self.shared.store.pages(&self.scope)?;

@@ -328,6 +328,7 @@ impl Decoder {
             head_dim: c.head_dim,
             hidden_size: c.hidden_size,
             num_rates: c.mka.rates.len(),
+            sink_pages: 1,
             window_tokens,
             block_tokens,
         }

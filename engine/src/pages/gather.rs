@@ -7,7 +7,6 @@ use super::recalled::{Recalled, RecalledRuns, Recovered};
 use super::selection::{OVER_FETCH, RowReader, Selection};
 use super::store::{Held, MadeUnder, PageStore};
 use super::{PagePrecision, PageRule, Prefill};
-use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::{Tensor, WithDType};
 use half::{bf16, f16};
@@ -274,7 +273,7 @@ impl PageStore {
         let (mut keys, mut values): (Vec<K>, Vec<V>) =
             (numbers(count, last_keys), numbers(count, last_values));
         let num_tokens = selection.heads[0].len();
-        let sinks = SINK_PAGES * PAGE_TOKENS as u64;
+        let sinks = self.shape.sink_pages * PAGE_TOKENS as u64;
         let there = self.bytes_by_row(self.order.len());
         let fits = AtomicBool::new(true);
         keys.par_chunks_mut(PAGE_TOKENS * d)
@@ -347,7 +346,13 @@ mod tests {
 
     /// A store of one layer with two pages, the largest key of which is `largest`.
     fn store(precision: PagePrecision, largest: f32) -> PageStore {
-        let shape = PageShape { num_layers: 1, num_kv_heads: 2, head_dim: 8, window_tokens: 64 };
+        let shape = PageShape {
+            num_layers: 1,
+            num_kv_heads: 2,
+            head_dim: 8,
+            sink_pages: 1,
+            window_tokens: 64,
+        };
         let config = PageConfig { precision, first_layer: 0, tokens: 256, ..PageConfig::default() };
         let mut store = PageStore::new(shape, config, &Device::Cpu);
         let mut numbers: Vec<f32> =
@@ -446,7 +451,13 @@ mod tests {
 
     #[test]
     fn a_choice_serves_as_many_tokens_as_it_costs() {
-        let shape = PageShape { num_layers: 9, num_kv_heads: 1, head_dim: 8, window_tokens: 64 };
+        let shape = PageShape {
+            num_layers: 9,
+            num_kv_heads: 1,
+            head_dim: 8,
+            sink_pages: 1,
+            window_tokens: 64,
+        };
         let store = |config| PageStore::new(shape, config, &Device::Cpu);
         let served = |store: &PageStore, rows| {
             [(0, false), (6, false), (0, true), (6, true)]

@@ -5,7 +5,6 @@ use super::index::{HeadIndex, SPAN};
 use super::landmarks::{Landmarks, OutlierAt};
 use super::reading::PageSource;
 use super::store::{PageStore, Stored};
-use crate::cache::SINK_PAGES;
 use mka_kernels::{PAGE_TOKENS, rows};
 use mka_memory::PageBytes;
 use rayon::prelude::*;
@@ -22,10 +21,10 @@ impl PageStore {
     /// Landmarks are read, and pages only where they have none; the others are read once they are wanted.
     pub(crate) fn restore(&mut self, stored: &[u64], end: u64, noted: &[u32]) {
         self.note_tokens(end * PAGE_TOKENS as u64, noted);
-        self.next.fill(end.max(SINK_PAGES));
+        self.next.fill(end.max(self.shape.sink_pages));
         let Some(source) = self.source.clone() else { return };
         let (mut known, mut remade) = (HashMap::new(), 0);
-        let is_outside = |page: &u64| (SINK_PAGES..end).contains(page);
+        let is_outside = |page: &u64| (self.shape.sink_pages..end).contains(page);
         let pages: Vec<u64> = stored.iter().copied().filter(is_outside).collect();
         if self.bytes_with(0, pages.len()) <= self.config.bytes {
             let (d, asked) = (self.shape.head_dim, self.asked_of_rows());

@@ -11,7 +11,6 @@ use super::PageRule;
 use super::selection::POOLED;
 use super::store::{PageShape, PageStore};
 use super::vote::{Ballot, Queries, soft_vote};
-use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, rows};
@@ -27,10 +26,13 @@ const QUEST_TOKENS: usize = 16;
 /// Queries that wait at most for a page to leave: at 4,096 numbers a token 16 MB a layer.
 const WAITING_TOKENS: usize = 1024;
 
-/// The first page of the block of `page`: blocks begin behind the sinks.
+/// Where blocks begin: behind the first page, which every query sees.
+const FIRST_PAGE: u64 = 1;
+
+/// The first page of the block of `page`.
 pub(super) fn first_of_block(page: u64) -> u64 {
     let pages = BLOCK_PAGES as u64;
-    SINK_PAGES + page.saturating_sub(SINK_PAGES) / pages * pages
+    FIRST_PAGE + page.saturating_sub(FIRST_PAGE) / pages * pages
 }
 
 /// What InfLLM keeps beside the keys: the queries that followed them, and the keys that these asked for most.

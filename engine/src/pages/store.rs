@@ -13,7 +13,6 @@ use super::shares::Tally;
 use super::signs::Planes;
 use super::vote::Ballot;
 use super::{LandmarkScan, PageConfig, PageRule, Prefill};
-use crate::cache::SINK_PAGES;
 use candle_core::{Device, Tensor};
 use mka_kernels::key_codes::Rotation;
 use mka_kernels::{PAGE_TOKENS, RotaryAngles};
@@ -28,6 +27,8 @@ pub(crate) struct PageShape {
     pub(crate) num_layers: usize,
     pub(crate) num_kv_heads: usize,
     pub(crate) head_dim: usize,
+    /// Pages at the start of the stream that are never stored: every query sees them.
+    pub(crate) sink_pages: u64,
     /// Tokens of the window, the distance at which keys are compared.
     pub(crate) window_tokens: usize,
 }
@@ -123,7 +124,7 @@ impl PageStore {
             pages: BTreeMap::new(),
             order: Vec::new(),
             index: (0..shape.num_layers).map(head).collect(),
-            next: vec![SINK_PAGES; shape.num_layers],
+            next: vec![shape.sink_pages; shape.num_layers],
             recent: BTreeMap::new(),
             resident_bytes: 0,
             clock: 0,
@@ -400,7 +401,7 @@ impl PageStore {
     /// Takes back every page from `end` on, which the window holds again, for a stream that ends at `position`.
     pub(crate) fn truncate(&mut self, end: u64, position: u64) {
         for next in &mut self.next {
-            *next = (*next).min(end.max(SINK_PAGES));
+            *next = (*next).min(end.max(self.shape.sink_pages));
         }
         for (page, stored) in self.pages.split_off(&end) {
             self.resident_bytes -= stored.bytes.map_or(0, |bytes| bytes.len() as u64);

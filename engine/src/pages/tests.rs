@@ -7,7 +7,7 @@ use super::{
     RecallScope, Together,
 };
 use crate::attention::AttentionSeam;
-use crate::cache::Cache;
+use crate::cache::{Cache, CacheShape};
 use crate::models::config::DecoderConfig;
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
@@ -45,10 +45,18 @@ pub(super) fn config() -> PageConfig {
 }
 
 pub(super) fn cache(decoder: &Decoder, window: usize, pages: Option<PageConfig>) -> Cache {
-    let mut cache = Cache::new(decoder.cache_shape(window, 512), decoder.device()).unwrap();
+    cache_with(decoder, (window, 1), pages)
+}
+
+fn cache_with(
+    decoder: &Decoder,
+    (window, sink_pages): (usize, u64),
+    pages: Option<PageConfig>,
+) -> Cache {
+    let shape = CacheShape { sink_pages, ..decoder.cache_shape(window, 512) };
+    let mut cache = Cache::new(shape, decoder.device()).unwrap();
     if let Some(config) = pages {
-        let shape = decoder.cache_shape(window, 512).pages();
-        cache.keep_pages(PageStore::new(shape, config, decoder.device()));
+        cache.keep_pages(PageStore::new(shape.pages(), config, decoder.device()));
     }
     cache
 }
@@ -129,6 +137,40 @@ fn with_room_for_every_token_recall_equals_dense_attention_on_every_family() {
             let recalled = run(&decoder, &mut cache(&decoder, 64, Some(config())), &tokens, blocks);
             let off = difference(&dense, &recalled);
             assert!(off <= 1e-4, "{name} in blocks of {blocks:?}: off by {off}");
+        }
+    }
+}
+
+#[test]
+fn more_sinks_are_seen_by_every_token_and_stored_nowhere() {
+    for name in FOLDERS {
+        let decoder = load(name);
+        let trained = decoder.config.trained_tokens;
+        let tokens = tokens(trained as u32 - 3);
+        let dense = run(&decoder, &mut cache(&decoder, trained, None), &tokens, &[512]);
+        for blocks in CUTS {
+            let mut own = cache_with(&decoder, (64, 3), Some(config()));
+            let off = difference(&dense, &run(&decoder, &mut own, &tokens, blocks));
+            assert!(off <= 1e-4, "{name} in blocks of {blocks:?}: off by {off}");
+            assert!(own.pages().unwrap().order.first().is_none_or(|page| *page == 3), "{name}");
+        }
+    }
+    // Far behind the trained length, with recall and without.
+    let decoder = load("smollm2");
+    let told = tokens(1400);
+    let mut other = told.clone();
+    other[150] += 1;
+    for pages in [None, Some(PageConfig { tokens: 64, ..config() })] {
+        let last = |sink_pages: u64, tokens: &[u32], blocks: &[usize]| {
+            let mut own = cache_with(&decoder, (64, sink_pages), pages.clone());
+            run(&decoder, &mut own, tokens, blocks).split_off(tokens.len() - 1)
+        };
+        let seen = last(3, &told, &[64]);
+        assert!(difference(&seen, &last(3, &other, &[64])) > 1e-2);
+        // What is chosen depends on the cut, and what was chosen on all that stood before.
+        if pages.is_none() {
+            assert!(difference(&seen, &last(3, &told, &[1])) <= 1e-3);
+            assert_eq!(last(1, &told, &[64]), last(1, &other, &[64]));
         }
     }
 }
@@ -435,7 +477,8 @@ impl PageSource for Elsewhere {
 /// host.
 #[test]
 fn pages_taken_in_together_are_those_taken_in_layer_by_layer() {
-    let shape = PageShape { num_layers: 3, num_kv_heads: 2, head_dim: 8, window_tokens: 64 };
+    let shape =
+        PageShape { num_layers: 3, num_kv_heads: 2, head_dim: 8, sink_pages: 1, window_tokens: 64 };
     let numbers = |seed: usize| -> Tensor {
         let number = |i: usize| ((i * 7919 + seed * 131) % 8191) as f32 / 1024.0 - 4.0;
         let numbers = (0..2 * PAGE_TOKENS * 8).map(number).collect();

@@ -311,6 +311,48 @@ fn a_long_message_has_the_options_of_a_short_one_and_leaves_log_and_stream_alike
 }
 
 #[test]
+fn instructions_stay_in_sight_however_long_the_session_becomes() {
+    let folder = tempfile::tempdir().unwrap();
+    let sea = "the sea ";
+    let engine = engine(folder.path(), 128);
+    let counted = |text: &str| engine.count_tokens(text).unwrap();
+    let of = |tokens: usize, last: &str| {
+        (1..).map(|n| sea.repeat(n)).find(|text| counted(text) > tokens).unwrap() + last
+    };
+    assert_eq!(counted(&of(70, "Say red.")), counted(&of(70, "Say bed.")));
+    assert!((64..100).contains(&counted(&of(70, "Say red."))));
+    // Behind so many tokens nothing of the beginning is left in the window, whatever it has read.
+    let far = "the hall was cold and the king was old. ".repeat(120);
+    let mut said = Vec::new();
+    for (name, system) in [
+        ("red", of(70, "Say red.")),
+        ("bed", of(70, "Say bed.")),
+        // Of more than the window is long its beginning.
+        ("long red", of(200, "Say red.")),
+        ("long bed", of(200, "Say bed.")),
+    ] {
+        let mut chat = engine.session_blocking(Scope::user("ada").session(name)).unwrap();
+        let options = SendOptions::default().max_new_tokens(0).system(system);
+        finish(chat.send_with("hello", options)).unwrap();
+        wait(chat.feed_with(far.as_str(), FeedOptions::through_model()).finish()).unwrap();
+        said.push(wait(chat.peek_logits("the next")).unwrap());
+    }
+    assert_ne!(said[0], said[1]);
+    assert_eq!(said[2], said[3]);
+    // Opened again, and filled again from the log, of which the window sees the same.
+    let scope = || Scope::user("ada").session("red");
+    let mut chat = engine.session_blocking(scope()).unwrap();
+    assert_eq!(wait(chat.peek_logits("the next")).unwrap(), said[0]);
+    let (_, usage) = finish(chat.send_with("go on", short())).unwrap();
+    let turns = chat.num_turns().unwrap();
+    finish(chat.send_with("and then", short())).unwrap();
+    wait(chat.rewind(turns)).unwrap();
+    let (_, again) = finish(chat.send_with("and then", short())).unwrap();
+    let beside = |usage: &mka::Usage| usage.reused_tokens - 128;
+    assert!(beside(&usage) >= 128 && beside(&again) >= 128, "{usage:?}, {again:?}");
+}
+
+#[test]
 fn a_session_is_taken_back_to_an_earlier_turn_and_goes_on_from_there() {
     let folder = tempfile::tempdir().unwrap();
     let (empty, at_two) = {

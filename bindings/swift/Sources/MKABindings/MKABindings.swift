@@ -5344,7 +5344,7 @@ public struct SendOptions: Equatable, Hashable {
      */
     public var joined: Bool
     /**
-     * Instructions that stand before the first message of a session.
+     * Instructions that stand before the first message of a session, in sight of all that follows.
      */
     public var system: String?
     /**
@@ -5401,7 +5401,7 @@ public struct SendOptions: Equatable, Hashable {
          * Whether the message goes on in the message of the document fed before it.
          */joined: Bool = false,
         /**
-         * Instructions that stand before the first message of a session.
+         * Instructions that stand before the first message of a session, in sight of all that follows.
          */system: String? = nil,
         /**
          * How older tokens come back.

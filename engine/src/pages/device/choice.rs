@@ -2,7 +2,6 @@
 //! Knows the mirror's layers; which rule looks at what is the rule's matter.
 
 use super::{Layer, Mirror};
-use crate::cache::SINK_PAGES;
 use crate::error::Result;
 use crate::pages::PageRule;
 use crate::pages::gather::RecallScope;
@@ -151,7 +150,7 @@ impl PageStore {
         };
         let Some(mut choice) = choice else { return Ok(None) };
         let placement = match scope.compact {
-            true => Placement::Compact(SINK_PAGES * PAGE_TOKENS as u64),
+            true => Placement::Compact(self.shape.sink_pages * PAGE_TOKENS as u64),
             false => Placement::Stream(first * PAGE_TOKENS as u64),
         };
         let (keys, values) = own.pages.gather(&choice, angles, placement)?;

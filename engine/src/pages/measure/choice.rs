@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// The default model's, but for layers: three that choose nothing, and one that does.
 const SHAPE: PageShape =
-    PageShape { num_layers: 4, num_kv_heads: 3, head_dim: 64, window_tokens: 2048 };
+    PageShape { num_layers: 4, num_kv_heads: 3, head_dim: 64, sink_pages: 1, window_tokens: 2048 };
 const GROUP: usize = 3;
 const TURNS: usize = 24;
 

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 /// The default model's.
 pub(super) const SHAPE: CacheShape = CacheShape {
+    sink_pages: 1,
     num_layers: 30,
     num_kv_heads: 3,
     head_dim: 64,

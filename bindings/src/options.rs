@@ -43,7 +43,7 @@ pub struct SendOptions {
     /// Whether the message goes on in the message of the document fed before it.
     #[uniffi(default)]
     pub joined: bool,
-    /// Instructions that stand before the first message of a session, in sight of all that follows.
+    /// Instructions before a session's first message; they stay in sight, as far as the trained length has room.
     #[uniffi(default)]
     pub system: Option<String>,
     /// How older tokens come back.

@@ -5,7 +5,7 @@ use crate::error::MkaError;
 use crate::events::{NativeEvents, NativeFeed};
 use crate::foreign::counted;
 use crate::mirrored::count;
-use crate::options::{FeedOptions, SendOptions};
+use crate::options::{FeedOptions, NewTurn, SendOptions};
 use crate::pull::{Activity, Pull, Source};
 use crate::records::{Context, Vectors};
 use crate::scope::Scope;
@@ -136,6 +136,14 @@ impl NativeSession {
     pub fn feed(&self, text: String, options: FeedOptions) -> Result<Arc<NativeFeed>, MkaError> {
         let mut live = self.live();
         let feed = live.idle("feed")?.feed_with(text, options.into());
+        Ok(Arc::new(NativeFeed::new(self.begun(&mut live, feed))))
+    }
+
+    /// Takes in turns that were said elsewhere; the work starts at once.
+    pub fn append(&self, turns: Vec<NewTurn>) -> Result<Arc<NativeFeed>, MkaError> {
+        let mut live = self.live();
+        let turns = turns.into_iter().map(Into::into).collect();
+        let feed = live.idle("append")?.append(turns);
         Ok(Arc::new(NativeFeed::new(self.begun(&mut live, feed))))
     }
 

@@ -12,6 +12,7 @@ use crate::cache::{Cache, Checkpoint};
 use crate::engine::{Model, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::forgets::Seen;
+use crate::generation;
 use crate::pages::{Message, PageSource, PageStore, PageUsage, RecallPolicy};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
@@ -86,7 +87,9 @@ impl Conversation {
             return Ok(conversation);
         };
         let restored = conversation.restored(model)?;
-        if shared.group().is_some() {
+        if let Some(group) = shared.group() {
+            let sink_pages = u64::from(conversation.state.sink_pages);
+            conversation.state.sink_pages = group.first(sink_pages)? as u32;
             let position = restored.as_ref().map_or(u64::MAX, |(cache, _)| cache.position());
             if let Some(end) = conversation.common_end(position)? {
                 // Before another cache takes its room.
@@ -114,33 +117,48 @@ impl Conversation {
     /// Begins an empty stream of as many sinks as the state says.
     ///
     /// # Errors
-    /// If the device has no room.
+    /// If the device has no room: there is none then.
     fn begin(&mut self, model: &Model) -> Result<()> {
+        // The new one wants its room.
+        self.cache = None;
         let shape = self.shared.cache_shape(model, u64::from(self.state.sink_pages.max(1)));
         self.cache = Some(Cache::new(shape, model.decoder.device())?);
         self.keep_pages(model);
         Ok(())
     }
 
-    /// Keeps the first `tokens` tokens of a stream, what stands before its first message, in sight of all that follow: in
-    /// whole pages, one at least, no more than are as long as the window, or than the model was trained to see beside it.
-    /// Without effect on a stream that has begun.
+    /// Pages at the start of a stream that every token may see: as many as the trained length leaves beside the window and
+    /// what is recalled, and one at least.
+    fn most_sink_pages(&self, model: &Model) -> u64 {
+        let config = &self.shared.config;
+        let recalled = match config.recall.has_pages() {
+            true => config.pages.tokens.next_multiple_of(PAGE_TOKENS),
+            false => 0,
+        };
+        // The window begins with a whole page.
+        let others = config.window_tokens + PAGE_TOKENS + recalled;
+        let beside = model.decoder.config.trained_tokens.saturating_sub(others);
+        (beside / PAGE_TOKENS).max(1) as u64
+    }
+
+    /// Keeps the first `tokens` tokens of a stream, what stands before its first message, in sight of all that follow, in
+    /// whole pages, as far as may be. Without effect on a stream that has begun.
     ///
     /// # Errors
     /// If the device has no room.
     pub(crate) fn keep_opening(&mut self, tokens: usize) -> Result<()> {
         let shared = self.shared.clone();
         let Some(model) = &shared.model else { return Ok(()) };
-        let window = shared.config.window_tokens;
-        let beside = model.decoder.config.trained_tokens.saturating_sub(window);
-        let most = (window.min(beside) / PAGE_TOKENS).max(1);
-        let sink_pages = tokens.div_ceil(PAGE_TOKENS).clamp(1, most) as u64;
+        let most = self.most_sink_pages(model);
+        let sink_pages = (tokens.div_ceil(PAGE_TOKENS) as u64).clamp(1, most);
         let is_so = |cache: &Cache| cache.position() > 0 || cache.sink_pages() == sink_pages;
         if self.cache.as_ref().is_some_and(is_so) {
             return Ok(());
         }
         self.state.sink_pages = sink_pages as u32;
+        self.is_half_way = true;
         self.begin(model)?;
+        self.is_half_way = false;
         if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
             pages.begin_turn();
         }
@@ -267,8 +285,9 @@ impl Conversation {
         let model = shared.model("refill")?;
         let window = shared.config.window_tokens;
         let sink_pages = match &self.cache {
+            _ if !self.has_opening(end)? => 1,
             Some(cache) => cache.sink_pages(),
-            None => u64::from(self.state.sink_pages.max(1)),
+            None => u64::from(self.state.sink_pages).clamp(1, self.most_sink_pages(model)),
         };
         let head_tokens = sink_pages as usize * PAGE_TOKENS;
         let (mut newest, mut newest_tokens, mut from) = (Vec::new(), 0, end);
@@ -288,8 +307,9 @@ impl Conversation {
             next += 1;
         }
         turns.extend(newest.into_iter().rev());
+        self.mend_openings(model, &mut turns)?;
         let held = turns.last_mut().filter(|_| hold_last).and_then(|turn| turn.tokens.pop());
-        let tokens = oldest_tokens + newest_tokens - usize::from(held.is_some());
+        let tokens: usize = turns.iter().map(|turn| turn.tokens.len()).sum();
         // By the tokens of `turns`; turns that were not read lie between the two as well.
         let window_start = tokens.saturating_sub(window);
         let left_out = head_tokens.min(window_start)..window_start;
@@ -325,11 +345,58 @@ impl Conversation {
         Ok(held)
     }
 
-    /// Turn `id`, if a model read it and it was not taken back. What no model read, as quoted memories and what was
-    /// remembered as text alone, stands in no stream.
+    /// Puts what opens a message where it was forgotten with what was quoted before the message.
+    fn mend_openings(&self, model: &Model, turns: &mut [Turn]) -> Result<()> {
+        let mut open = OpenTurn::Start;
+        for i in 0..turns.len() {
+            if turns[i].forgotten {
+                let opening = generation::opening(model, open, None, false)?;
+                // A log from before quotations had tokens of their own has it in the message's.
+                let has_it = turns.get(i + 1).is_some_and(|turn| turn.tokens.starts_with(&opening));
+                turns[i].tokens = if has_it { Vec::new() } else { opening };
+            }
+            open = match turns[i].role {
+                Role::Document => OpenTurn::User,
+                _ => OpenTurn::Answered { closed_by: None },
+            };
+        }
+        Ok(())
+    }
+
+    /// Whether the first of the turns before `end` that a model read is still there: it begins with the instructions.
+    fn has_opening(&self, end: TurnId) -> Result<bool> {
+        for id in 0..end {
+            if let Some(turn) = self.shared.store.turns(&self.scope, id..id + 1)?.pop()
+                && !turn.retracted
+                && (turn.forgotten || !turn.tokens.is_empty())
+            {
+                return Ok(!turn.forgotten);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Turn `id`, if a model read it and it was not taken back, also where it was forgotten and opened a message with what was
+    /// quoted. What was remembered as text alone stands in no stream.
     fn turn_in_stream(&self, id: TurnId) -> Result<Option<Turn>> {
         let turn = self.shared.store.turns(&self.scope, id..id + 1)?.pop();
-        Ok(turn.filter(|turn| !turn.retracted && !turn.tokens.is_empty()))
+        let is_gone = |turn: &Turn| turn.forgotten && turn.role == Role::Recalled;
+        let stands = |turn: &Turn| !turn.tokens.is_empty() || is_gone(turn);
+        Ok(turn.filter(|turn| !turn.retracted && stands(turn)))
+    }
+
+    /// Who said the newest turn of the stream that was not taken back; an answer may have no token.
+    pub(crate) fn last_role(&self) -> Result<Option<Role>> {
+        for id in (0..self.num_turns()?).rev() {
+            if let Some(turn) = self.shared.store.turns(&self.scope, id..id + 1)?.pop()
+                && !turn.retracted
+                && !turn.forgotten
+                && (!turn.tokens.is_empty() || turn.role == Role::Assistant)
+            {
+                return Ok(Some(turn.role));
+            }
+        }
+        Ok(None)
     }
 
     /// The newest turn of the log that was not taken back.
@@ -467,6 +534,15 @@ impl Conversation {
         }
     }
 
+    /// Undoes what failed since `saved`, when the log had `turns` turns. What was committed stays, and the stream is what
+    /// belongs to it.
+    pub(crate) fn undo_since(&mut self, saved: &Saved, turns: TurnId) -> Result<()> {
+        match self.is_half_way || self.num_turns()? != turns {
+            true => self.reopen(),
+            false => self.take_back(saved),
+        }
+    }
+
     /// Like [`Conversation::take_back`], but false where the pages are gone.
     pub(crate) fn try_take_back(&mut self, saved: &Saved) -> bool {
         let (Some(cache), Some(checkpoint)) = (&mut self.cache, &saved.checkpoint) else {
@@ -490,7 +566,7 @@ impl Conversation {
     }
 }
 
-/// Whether an error leaves the model's state half-way, so that the conversation must be taken back.
+/// Whether an error is what the caller asked for, and no news.
 pub(crate) fn is_cancelled(error: &Error) -> bool {
     error.kind() == ErrorKind::Cancelled
 }

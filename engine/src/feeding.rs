@@ -78,7 +78,7 @@ impl FeedOptions {
 const SECTION_BYTES: usize = 2048;
 /// Tokens read between commits: a crash loses half a minute of reading at 300 tokens a second, or a whole one while the
 /// commit before is still being written.
-const COMMIT_TOKENS: usize = 8192;
+pub(crate) const COMMIT_TOKENS: usize = 8192;
 /// Sections of text memory between commits: 512 KiB, so that syncing the disk costs little.
 const COMMIT_SECTIONS: usize = 256;
 

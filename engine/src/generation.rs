@@ -63,14 +63,18 @@ pub(crate) fn opening(
             if scaffold.opening.is_empty() {
                 // No template: the document begins as the tokenizer itself begins one.
                 let mut tokens = model.tokenizer.prefix().to_vec();
-                tokens.extend(model.tokenizer.encode(system.unwrap_or_default(), false)?);
+                if let (Some(system), Some((before, after))) = (system, &scaffold.system) {
+                    tokens.extend(
+                        model.tokenizer.encode(&format!("{before}{system}{after}"), false)?,
+                    );
+                }
                 return Ok(tokens);
             }
             let Some(system) = system else {
                 return model.tokenizer.encode_with_specials(&scaffold.opening);
             };
             let (before, after) = scaffold.system.as_ref().ok_or_else(|| {
-                Error::invalid("send: the model's chat template takes no system message")
+                Error::invalid("the model's chat template takes no system message, expected none")
             })?;
             let mut tokens = model.tokenizer.encode_with_specials(before)?;
             tokens.extend(model.tokenizer.encode(system, false)?);

@@ -1,6 +1,7 @@
 //! One conversation: send, feed, regenerate, context.
 //! Knows neither weights nor bytes on disk; what changes the stream is in `conversation`.
 
+use crate::appending;
 use crate::conversation::{Conversation, LastPrompt, is_cancelled};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
@@ -12,7 +13,9 @@ use crate::pages::{Message, RecallPolicy};
 use crate::quote::{self, Quotation};
 use crate::sampling::Sampling;
 use crate::snapshot::OpenTurn;
-use crate::stream::{Canceller, Event, Events, Feed, FeedEvent, Sink, StopReason, Usage};
+use crate::stream::{
+    Canceller, Event, Events, Feed, FeedEvent, FeedSummary, Sink, StopReason, Usage,
+};
 use mka_memory::{Hit, NewTurn, Recall, Role, Scope, Turn, TurnId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -35,7 +38,8 @@ pub struct SendOptions {
     /// of which a part was fed. Otherwise the document's message is closed first.
     pub joined: bool,
     /// Instructions that stand before the first message of a session; ignored later. Every token of the session sees them,
-    /// however long it becomes: as many as the window is long, and as the model was trained to see beside it.
+    /// however long it becomes, in whole pages of 64 tokens: one at least, and no more than the trained length leaves beside
+    /// the window and what pages recall.
     pub system: Option<String>,
     /// How older tokens come back; None: as the engine's [`MemoryConfig`](crate::MemoryConfig) says.
     pub recall: Option<RecallPolicy>,
@@ -241,6 +245,9 @@ impl Session {
 
     /// Answers the last message again, in place of its answer, which stays in the log as retracted.
     ///
+    /// The prompt stays as it was: of `options` the sampling, the limits, the time and `recall` count. Greedily, or with the
+    /// same [`Sampling::seed`], the answer is the same.
+    ///
     /// Errors are the stream's last item, `NotFound` where the last turn is no answer, `Cancelled` where it ended before its
     /// first token: the answer is then the one before.
     pub fn regenerate(&mut self, options: SendOptions) -> Events {
@@ -256,15 +263,9 @@ impl Session {
         let events = Events::spawn(move |sink| {
             let mut conversation = live.lock()?;
             let (saved, turns) = (conversation.save(), conversation.num_turns()?);
-            let usage = turn(&mut conversation, sink).map_err(|error| {
-                live.shared.undone(error, || {
-                    // What was committed stays, and the stream is what belongs to it.
-                    let is_new = conversation.num_turns()? != turns;
-                    match is_new || conversation.is_half_way {
-                        true => conversation.reopen(),
-                        false => conversation.take_back(&saved),
-                    }
-                })
+            let usage = turn(&mut conversation, sink);
+            let usage = usage.map_err(|error| {
+                live.shared.undone(error, || conversation.undo_since(&saved, turns))
             });
             Ok(usage?.map(Event::Done))
         });
@@ -321,19 +322,45 @@ impl Session {
 
     /// Takes in a document of any length at constant memory.
     pub fn feed_with(&mut self, text: impl Into<String>, options: FeedOptions) -> Feed {
-        let (live, text) = (self.live.clone(), text.into());
+        let text = text.into();
+        self.take_in(move |conversation, sink| {
+            let now_ms = conversation.shared.now_ms()?;
+            feeding::feed(conversation, &text, &options, now_ms, sink)
+        })
+    }
+
+    /// Takes in what was said elsewhere as if it had been said here: the model reads `turns` behind what it knows, each in its
+    /// place in the chat template, and answers nothing. For a conversation that began in another place, and for an answer
+    /// that something else gave: it stands behind the message, or the document, that waits for one.
+    ///
+    /// A turn's `tokens` are replaced by the model's own; a [`NewTurn`] that is not told otherwise was said in 1970. Before
+    /// a new session's first message may stand a turn of [`Role::System`]: its instructions, which the log does not keep. An
+    /// answer that nothing waits for answers an empty message, a turn of its own. A text longer than the window is a
+    /// document: feed it.
+    ///
+    /// Errors are the stream's last item: `InvalidArgument` for another role, an empty text, no message, what the store refuses
+    /// of a turn, or an engine without a model; `Cancelled`. What was committed by then stays, some 8,192 tokens at a time.
+    pub fn append(&mut self, turns: Vec<NewTurn>) -> Feed {
+        self.take_in(move |conversation, sink| appending::append(conversation, turns, sink))
+    }
+
+    /// The progress of what `take` takes in: what it committed stays where it fails.
+    fn take_in<T>(&self, take: T) -> Feed
+    where
+        T: FnOnce(&mut Conversation, &Sink<FeedEvent>) -> Result<FeedSummary> + Send + 'static,
+    {
+        let live = self.live.clone();
         let feed = Feed::spawn(move |sink| {
             let mut conversation = live.lock()?;
-            let now_ms = live.shared.now_ms()?;
-            let summary = feeding::feed(&mut conversation, &text, &options, now_ms, sink);
-            match summary {
+            let (saved, turns) = (conversation.save(), conversation.num_turns()?);
+            match take(&mut conversation, sink) {
                 Ok(summary) => Ok(Some(FeedEvent::Done(summary))),
                 Err(error) => {
-                    // What was committed stays; what was not is taken back.
                     if !is_cancelled(&error) {
-                        tracing::warn!(%error, "feed stopped");
+                        tracing::warn!(%error, "taking in stopped");
                     }
-                    Err(live.shared.undone(error, || conversation.reopen()))
+                    let undo = || conversation.undo_since(&saved, turns);
+                    Err(live.shared.undone(error, undo))
                 }
             }
         });
@@ -479,6 +506,8 @@ fn send(
     let recalled_tokens = model.tokenizer.encode(&recalled, false)?;
     let own_tokens = model.tokenizer.encode(message, false)?;
     prompt.extend_from_slice(&recalled_tokens);
+    // What is quoted is forgotten with its source, to the last token.
+    let quoted = if recalled.is_empty() { 0 } else { prompt.len() };
     let body = match recalled.is_empty() {
         true => message.to_owned(),
         false => format!("\n{message}"),
@@ -508,11 +537,11 @@ fn send(
     let mut turns = Vec::new();
     let mut starts = Vec::new();
     if !recalled.is_empty() {
-        turns.push(turn(Role::Recalled, recalled, time_ms, Vec::new()));
-        starts.push(None);
+        turns.push(turn(Role::Recalled, recalled, time_ms, prompt[..quoted].to_vec()));
+        starts.push(Some(start));
     }
-    turns.push(turn(Role::User, message.to_owned(), time_ms, prompt.clone()));
-    starts.push(Some(start));
+    turns.push(turn(Role::User, message.to_owned(), time_ms, prompt[quoted..].to_vec()));
+    starts.push(Some(start + quoted as u64));
     let text = format!("{}{}", options.answer_prefix, answer.text);
     turns.push(turn(Role::Assistant, text, time_ms, answer.tokens.clone()));
     starts.push(Some(start + prompt.len() as u64));

@@ -206,7 +206,7 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
 #[must_use = "a stream that is dropped cancels its work"]
 pub struct Events(Receiver<Event>);
 
-/// The progress of one document, a [`Stream`]; dropping it cancels at the next block, keeping what was fed.
+/// The progress of what is taken in, a [`Stream`]; dropping it cancels at the next block, keeping what was committed.
 #[derive(Debug)]
 #[must_use = "a stream that is dropped cancels its work"]
 pub struct Feed(Receiver<FeedEvent>);

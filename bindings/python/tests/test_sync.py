@@ -276,6 +276,27 @@ def test_a_document_is_fed_with_progress(store: Path, tiny_model: Path) -> None:
         assert hits[0].source.name == "hill.txt" and hits[0].trust == "document"
 
 
+def test_what_was_said_elsewhere_is_taken_in(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        turns = [
+            mka.NewTurn("Be brief.", role="system"),
+            mka.NewTurn("where is the key", metadata={"kind": "chat"}),
+            mka.NewTurn("the key is under the stone", role="assistant"),
+        ]
+        summary = chat.append(turns).finish()
+        assert summary.model_tokens > 20 and summary.chunks_added > 0
+        chat.append("and the hat").finish()
+        assert [turn.role for turn in engine.memory.turns(user="ada", session="trip")] == [
+            "user",
+            "assistant",
+            "user",
+        ]
+        _, usage = chat.send("go on", max_new_tokens=4).text()
+        assert usage.reused_tokens > summary.model_tokens
+        with pytest.raises(mka.InvalidArgumentError, match="turn 0 has role Document"):
+            chat.append(mka.NewTurn("a page", role="document")).finish()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

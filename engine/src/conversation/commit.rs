@@ -105,7 +105,7 @@ impl Conversation {
             }
         };
         // What was remembered in this session meanwhile has taken numbers.
-        let taken = committed.turns.first().map_or(0, |first| first - undo.next);
+        let taken = committed.turns.first().map_or(0, |first| first.saturating_sub(undo.next));
         let numbers = self.state.turn_starts.iter_mut().map(|(turn, _)| turn);
         numbers.filter(|turn| **turn >= undo.next).for_each(|turn| *turn += taken);
         let stream = self.state.stream;

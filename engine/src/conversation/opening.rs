@@ -46,11 +46,17 @@ impl Conversation {
     ///
     /// # Errors
     /// If the store cannot be read, or the device fails or has no room: what is stored stays.
-    pub(super) fn restored(&self, model: &Model) -> Result<Option<(Cache, SessionState)>> {
+    pub(super) fn restored(&mut self, model: &Model) -> Result<Option<(Cache, SessionState)>> {
         let snapshot = self.shared.store.open_snapshot(&self.scope, model.decoder.fingerprint);
-        let restored = snapshot.map_err(Error::from);
+        let snapshot = snapshot.map_err(Error::from);
+        // Also of a stream that is filled anew.
+        if let Ok(Some(open)) = &snapshot
+            && let Ok((state, _)) = SessionState::from_bytes(&open.state)
+        {
+            self.state.sink_pages = state.sink_pages;
+        }
         let restored =
-            restored.and_then(|open| open.map(|open| self.brought_back(model, &open)).transpose());
+            snapshot.and_then(|open| open.map(|open| self.brought_back(model, &open)).transpose());
         match restored {
             Err(error) if is_damaged(&error) => {
                 tracing::warn!(scope = %self.scope, %error, "snapshot not usable: refilling from the log");
@@ -67,6 +73,12 @@ impl Conversation {
         snapshot: &OpenSnapshot,
     ) -> Result<(Cache, SessionState)> {
         let (state, ema) = SessionState::from_bytes(&snapshot.state)?;
+        let most = self.most_sink_pages(model);
+        if u64::from(state.sink_pages) > most {
+            let what =
+                format!("restore: instructions of {} pages, expected {most}", state.sink_pages);
+            return Err(Error::new(Incompatible, what));
+        }
         let shape = self.shared.cache_shape(model, u64::from(state.sink_pages.max(1)));
         let position = snapshot.position;
         let end = shape.first_window_page(position);

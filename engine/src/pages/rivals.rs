@@ -26,13 +26,14 @@ const QUEST_TOKENS: usize = 16;
 /// Queries that wait at most for a page to leave: at 4,096 numbers a token 16 MB a layer.
 const WAITING_TOKENS: usize = 1024;
 
-/// Where blocks begin: behind the first page, which every query sees.
-const FIRST_PAGE: u64 = 1;
+/// Where blocks begin: behind the first page, which every query sees. Instructions of more pages leave half a block at most
+/// out of reach.
+const FIRST_BLOCK_PAGE: u64 = 1;
 
 /// The first page of the block of `page`.
 pub(super) fn first_of_block(page: u64) -> u64 {
     let pages = BLOCK_PAGES as u64;
-    FIRST_PAGE + page.saturating_sub(FIRST_PAGE) / pages * pages
+    FIRST_BLOCK_PAGE + page.saturating_sub(FIRST_BLOCK_PAGE) / pages * pages
 }
 
 /// What InfLLM keeps beside the keys: the queries that followed them, and the keys that these asked for most.

@@ -77,6 +77,23 @@ fn a_long_document_is_committed_beside_the_model_and_whole_at_its_end() {
 }
 
 #[test]
+fn what_is_refused_before_anything_is_read_leaves_the_stored_pages() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(RecallPolicy::Pages);
+    // Nothing could bring them back.
+    config.evicted_page_bytes = 0;
+    let (_engine, mut chat) = fed(folder.path(), config);
+    let stored = |chat: &mut Session| {
+        let (_, usage) = finish(chat.send_with("go on", short())).unwrap();
+        usage.pages.unwrap().stored_tokens
+    };
+    let before = stored(&mut chat);
+    wait(chat.append(Vec::new()).finish()).unwrap_err();
+    wait(chat.feed("").finish()).unwrap_err();
+    assert!(before > 64 && stored(&mut chat) >= before);
+}
+
+#[test]
 fn a_shorter_answer_given_again_is_committed_with_the_pages_that_are_in_the_window_again() {
     for (recall, evicted_page_bytes) in [(RecallPolicy::Text, 0), (RecallPolicy::Pages, 1 << 30)] {
         let folder = tempfile::tempdir().unwrap();

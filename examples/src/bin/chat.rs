@@ -1,6 +1,6 @@
 //! A chat that remembers: interactive, or one message with `--prompt`.
 //!
-//! `/memory [words]` shows what is remembered, `/forget words` erases it, `/again` answers once more, `/quit` leaves.
+//! `/memory [words]` shows what is remembered, `/forget words` erases it, `/again` answers in other words, `/quit` leaves.
 
 use clap::Parser;
 use mka::{
@@ -8,6 +8,7 @@ use mka::{
     Session,
 };
 use std::io::{BufRead, IsTerminal, Write};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 #[derive(Parser)]
 #[command(about = "Chat with a local model that remembers")]
@@ -47,6 +48,15 @@ struct Args {
     usage: bool,
 }
 
+/// Milliseconds since 1970: another seed for each answer.
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The least that an answer given again is drawn with.
+const AGAIN_TEMPERATURE: f32 = 0.7;
+
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
@@ -80,7 +90,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         match command {
             "" => {}
             "/quit" => return Ok(()),
-            "/again" => report(print(chat.regenerate(options(&args)), &args).await),
+            "/again" => {
+                let mut options = options(&args);
+                // The most likely tokens would be the same ones.
+                options.sampling.temperature = args.temperature.max(AGAIN_TEMPERATURE);
+                options.sampling.seed = now_ms();
+                report(print(chat.regenerate(options), &args).await);
+            }
             "/memory" => report(show(&engine, &scope, rest.trim()).await),
             "/forget" if rest.trim().is_empty() => eprintln!("/forget needs the words to erase"),
             "/forget" => {

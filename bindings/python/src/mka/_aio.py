@@ -143,6 +143,15 @@ class AsyncSession(SessionHandle):
         with translated:
             return AsyncFeed(self._native.feed(text, _options.feed_options(options)))
 
+    def append(self, turns: str | NewTurn | Sequence[NewTurn]) -> AsyncFeed:
+        """Takes in what was said elsewhere as if it had been said here: the model reads it and answers nothing.
+
+        Roles are user and assistant; before a new session's first message may stand instructions, of role system. A `str`
+        is what the user said now.
+        """
+        with translated:
+            return AsyncFeed(self._native.append(_options.new_turns(turns)))
+
     async def context(self, query: str, *, budget_tokens: int) -> Context:
         """What every session of the user holds on `query`, laid out for another model, never above the budget."""
         return await _calls.session_context(query, budget_tokens).awaited(self._native)

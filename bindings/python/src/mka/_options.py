@@ -146,7 +146,7 @@ class SendOptions(TypedDict, total=False):
     joined: bool
     """Whether the message goes on in the message of the document fed before it."""
     system: str | None
-    """Instructions that stand before the first message of a session, in sight of all that follows."""
+    """Instructions before a session's first message; they stay in sight, as far as the trained length has room."""
     recall: RecallPolicy
     """How older tokens come back."""
     recall_k: int

@@ -635,6 +635,11 @@ uint64_t uniffi_mka_bindings_fn_clone_nativesession(uint64_t handle, RustCallSta
 void uniffi_mka_bindings_fn_free_nativesession(uint64_t handle, RustCallStatus *_Nonnull out_status
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_APPEND
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_APPEND
+uint64_t uniffi_mka_bindings_fn_method_nativesession_append(uint64_t ptr, RustBuffer turns, RustCallStatus *_Nonnull out_status
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_CLOSE
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_CLOSE
 void uniffi_mka_bindings_fn_method_nativesession_close(uint64_t ptr, RustCallStatus *_Nonnull out_status
@@ -1356,6 +1361,12 @@ uint16_t uniffi_mka_bindings_checksum_method_nativememory_verify(void
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_VERIFY_BLOCKING
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_VERIFY_BLOCKING
 uint16_t uniffi_mka_bindings_checksum_method_nativememory_verify_blocking(void
+
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_APPEND
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_APPEND
+uint16_t uniffi_mka_bindings_checksum_method_nativesession_append(void
 
 );
 #endif

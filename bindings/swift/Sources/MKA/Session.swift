@@ -64,6 +64,16 @@ public final class Session: Sendable {
         }
     }
 
+    /// Takes in what was said elsewhere as if it had been said here: the model reads it and answers nothing.
+    ///
+    /// Roles are user and assistant; before a new session's first message may stand instructions, of role system.
+    public func append(_ turns: [NewTurn]) -> AsyncThrowingStream<FeedEvent, any Error> {
+        Pull.stream {
+            let feed = try native.append(turns: turns.map(\.native))
+            return Pull(number: feed.number(), cancel: { feed.cancel() })
+        }
+    }
+
     /// What every session of the user holds on `query`, laid out for another model, never above the budget.
     public func context(
         _ query: String, budgetTokens: UInt64

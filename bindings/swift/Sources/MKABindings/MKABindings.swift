@@ -2613,6 +2613,11 @@ public func FfiConverterTypeNativeMemory_lower(_ value: NativeMemory) -> UInt64 
 public protocol NativeSessionProtocol: AnyObject, Sendable {
 
     /**
+     * Takes in turns that were said elsewhere; the work starts at once.
+     */
+    func append(turns: [NewTurn]) throws  -> NativeFeed
+
+    /**
      * Closes the session and cancels its stream; opening it again waits until that has ended. Without effect the
      * second time.
      */
@@ -2744,6 +2749,19 @@ open class NativeSession: NativeSessionProtocol, @unchecked Sendable {
 
 
 
+
+    /**
+     * Takes in turns that were said elsewhere; the work starts at once.
+     */
+open func append(turns: [NewTurn])throws  -> NativeFeed  {
+    return try  FfiConverterTypeNativeFeed_lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativesession_append(
+            self.uniffiCloneHandle(),
+        FfiConverterSequenceTypeNewTurn.lower(turns),uniffiCallStatus
+    )
+})
+}
 
     /**
      * Closes the session and cancels its stream; opening it again waits until that has ended. Without effect the
@@ -5344,7 +5362,7 @@ public struct SendOptions: Equatable, Hashable {
      */
     public var joined: Bool
     /**
-     * Instructions that stand before the first message of a session, in sight of all that follows.
+     * Instructions before a session's first message; they stay in sight, as far as the trained length has room.
      */
     public var system: String?
     /**
@@ -5401,7 +5419,7 @@ public struct SendOptions: Equatable, Hashable {
          * Whether the message goes on in the message of the document fed before it.
          */joined: Bool = false,
         /**
-         * Instructions that stand before the first message of a session, in sight of all that follows.
+         * Instructions before a session's first message; they stay in sight, as far as the trained length has room.
          */system: String? = nil,
         /**
          * How older tokens come back.
@@ -10279,6 +10297,9 @@ private let initializationResult: InitializationResult = {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_verify_blocking() != 14372) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativesession_append() != 45944) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativesession_close() != 60319) {

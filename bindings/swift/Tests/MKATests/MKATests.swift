@@ -270,6 +270,22 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     try await engine.close()
 }
 
+@Test func whatWasSaidElsewhereIsTakenIn() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "moved")
+    let turns = [
+        NewTurn("Be brief.", role: .system), NewTurn("where is the key"),
+        NewTurn("the key is under the stone", role: .assistant),
+    ]
+    let summary = try await chat.append(turns).finish()
+    #expect(summary.modelTokens > 20 && summary.chunksAdded > 0)
+    #expect(try chat.numTurns == 2)
+    let hits = try await engine.memory.recall("the key", user: "ada", session: "moved", limit: 2)
+    #expect(hits.contains { $0.text.contains("under the stone") })
+    try await engine.close()
+}
+
 @Test func memoryRemembersRecallsForgetsAndVerifies() async throws {
     let folder = try Folder()
     let engine = try await folder.engine(model: nil)

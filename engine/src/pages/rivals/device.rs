@@ -1,7 +1,7 @@
 //! Other systems' rules over the pages on the model's device: the same choices as in host memory, without a word to it.
 //! Knows what each rule keeps beside the keys; TokenSelect's is a vote that the kernels know.
 
-use super::{BLOCK_PAGES, FIRST_PAGE, Following, QUEST_TOKENS, first_of_block};
+use super::{BLOCK_PAGES, FIRST_BLOCK_PAGE, Following, QUEST_TOKENS, first_of_block};
 use crate::error::Result;
 use crate::pages::PageRule;
 use candle_core::{DType, Device, IndexOp, Tensor};
@@ -94,7 +94,7 @@ impl Table {
         let Some(count) = blocks.end.checked_sub(blocks.start) else { return Ok(()) };
         let Some(fresh) = self.fresh(blocks.start, count as usize) else { return Ok(()) };
         let means: Vec<f32> = (blocks.end - fresh as u64..blocks.end)
-            .map_while(|block| following.mean(layer, FIRST_PAGE + block * BLOCK_PAGES as u64))
+            .map_while(|block| following.mean(layer, FIRST_BLOCK_PAGE + block * BLOCK_PAGES as u64))
             .flatten()
             .copied()
             .collect();
@@ -193,7 +193,7 @@ impl Table {
             let (_, h, d) = queries.dims3()?;
             let query = queries.sum(0)?.reshape((g, h / g, d))?.sum(1)?.reshape((1, g * d))?;
             let blocks = top_k(&query.matmul(&means.i(0)?.t()?)?, taken)?;
-            let before = (FIRST_PAGE + first * BLOCK_PAGES as u64 - stored.first) as usize;
+            let before = (FIRST_BLOCK_PAGE + first * BLOCK_PAGES as u64 - stored.first) as usize;
             parts.push(tokens_of(&blocks, BLOCK_PAGES * PAGE_TOKENS, before * PAGE_TOKENS)?);
         }
         if first_of_block(stop - 1) == stop - 1 {
@@ -212,12 +212,12 @@ impl Table {
 
 /// The first block of which no page stands before `page`.
 fn blocks_from(page: u64) -> u64 {
-    page.saturating_sub(FIRST_PAGE).div_ceil(BLOCK_PAGES as u64)
+    page.saturating_sub(FIRST_BLOCK_PAGE).div_ceil(BLOCK_PAGES as u64)
 }
 
 /// Blocks of which every page stands before `page`.
 fn blocks_before(page: u64) -> u64 {
-    page.saturating_sub(FIRST_PAGE) / BLOCK_PAGES as u64
+    page.saturating_sub(FIRST_BLOCK_PAGE) / BLOCK_PAGES as u64
 }
 
 /// The tokens of runs (g, n), u32, of `each` tokens, the first of which begins at token `before`: (g, n · each).

@@ -1,0 +1,119 @@
+//! Taking in what was said elsewhere, turn by turn, as if it had been said here; nothing is generated.
+//! Knows neither sampling nor recalled text.
+
+use crate::conversation::Conversation;
+use crate::error::{Error, Result};
+use crate::feeding::COMMIT_TOKENS;
+use crate::generation;
+use crate::snapshot::OpenTurn;
+use crate::stream::{FeedEvent, FeedSummary, Sink};
+use mka_memory::{NewTurn, Role};
+
+/// Reads `turns` behind what the stream holds, and commits them.
+///
+/// # Errors
+/// `InvalidArgument` if a turn has no text or a role that stands in no conversation; `Cancelled` if the caller wants no more:
+/// what was committed stays.
+pub(crate) fn append(
+    conversation: &mut Conversation,
+    turns: Vec<NewTurn>,
+    sink: &Sink<FeedEvent>,
+) -> Result<FeedSummary> {
+    let shared = conversation.shared.clone();
+    let model = shared.model("append")?;
+    check(&turns, conversation.state.open)?;
+    conversation.set_policy("append", shared.config.recall)?;
+    conversation.last_prompt = None;
+    let to_answer = model.tokenizer.encode_with_specials(&model.scaffold.to_answer)?;
+    let total_bytes = turns.iter().map(|turn| turn.text.len() as u64).sum();
+    let mut summary = FeedSummary {
+        bytes: total_bytes,
+        model_tokens: 0,
+        chunks_added: 0,
+        chunks_deduplicated: 0,
+    };
+    let (mut taken_bytes, mut committed_bytes, mut uncommitted) = (0, 0, 0);
+    let (mut waiting, mut starts) = (Vec::new(), Vec::new());
+    let mut system = None;
+    let mut before = match conversation.state.open {
+        OpenTurn::Answered { .. } => conversation.last_role()?,
+        OpenTurn::Start | OpenTurn::User => None,
+    };
+    let last = turns.len().saturating_sub(1);
+    for (i, mut turn) in turns.into_iter().enumerate() {
+        taken_bytes += turn.text.len() as u64;
+        let is_answer = turn.role == Role::Assistant;
+        let mut read = Vec::new();
+        if turn.role == Role::System {
+            system = Some(turn.text);
+        } else {
+            let is_awaited = is_answer && before == Some(Role::User);
+            before = Some(turn.role);
+            let mut tokens = Vec::new();
+            if !is_awaited {
+                // An answer behind an open document answers that.
+                let (open, system) = (conversation.state.open, system.take());
+                tokens = generation::opening(model, open, system.as_deref(), is_answer)?;
+                conversation.keep_opening(tokens.len())?;
+            }
+            if is_answer && !is_awaited {
+                let mut message = NewTurn::new(Role::User, "");
+                (message.time_ms, message.remember) = (turn.time_ms, false);
+                message.tokens = std::mem::take(&mut tokens);
+                message.tokens.extend(&to_answer);
+                read.push(message);
+            }
+            tokens.extend(model.tokenizer.encode(&turn.text, false)?);
+            if !is_answer {
+                tokens.extend(&to_answer);
+            }
+            turn.tokens = tokens;
+            read.push(turn);
+        }
+        for turn in read {
+            starts.push(Some(conversation.position()));
+            conversation.prefill(&turn.tokens, &mut || !sink.is_cancelled())?;
+            conversation.state.open = OpenTurn::Answered { closed_by: None };
+            uncommitted += turn.tokens.len();
+            summary.model_tokens += turn.tokens.len() as u64;
+            waiting.push(turn);
+        }
+        if i == last || uncommitted >= COMMIT_TOKENS || conversation.pages_wait() {
+            let starts = std::mem::take(&mut starts);
+            let done = conversation.commit(std::mem::take(&mut waiting), &starts, None)?;
+            summary.chunks_added += done.chunks_added;
+            summary.chunks_deduplicated += done.chunks_deduplicated;
+            (committed_bytes, uncommitted) = (taken_bytes, 0);
+        }
+        let goes_on =
+            sink.send(FeedEvent::Progress { fed_bytes: taken_bytes, committed_bytes, total_bytes });
+        if conversation.is_cancelled_anywhere(!goes_on)? {
+            return Err(Error::cancelled("append"));
+        }
+    }
+    Ok(summary)
+}
+
+fn check(turns: &[NewTurn], open: OpenTurn) -> Result<()> {
+    if turns.iter().all(|turn| turn.role == Role::System) {
+        return Err(Error::invalid("append: no message, expected one at least"));
+    }
+    for (i, turn) in turns.iter().enumerate() {
+        let wanted = match turn.role {
+            Role::User | Role::Assistant => None,
+            Role::System if i == 0 && open == OpenTurn::Start => None,
+            Role::System => Some("instructions before everything else in a new session alone"),
+            _ => Some("one of user, assistant or system"),
+        };
+        if let Some(wanted) = wanted {
+            return Err(Error::invalid(format!(
+                "append: turn {i} has role {:?}, expected {wanted}",
+                turn.role
+            )));
+        }
+        if turn.text.is_empty() {
+            return Err(Error::invalid(format!("append: turn {i} is empty, expected text")));
+        }
+    }
+    Ok(())
+}

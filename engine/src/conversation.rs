@@ -12,14 +12,15 @@ use crate::cache::{Cache, Checkpoint};
 use crate::engine::{Model, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::forgets::Seen;
-use crate::generation;
 use crate::pages::{Message, PageSource, PageStore, PageUsage, RecallPolicy};
 use crate::snapshot::{OpenTurn, SessionState};
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, on_pool};
-use mka_memory::{PageBytes, Role, Scope, Turn, TurnId};
+use mka_memory::{PageBytes, Role, Scope, Turn, TurnId, Value};
 use std::sync::Arc;
 
+/// Metadata of a quotation in the log: tokens of the message that stand before it.
+pub(crate) const TOKENS_BEFORE: &str = "tokens_before";
 /// Tokens that the repetition penalty looks back on.
 const RECENT_TOKENS: usize = 256;
 
@@ -285,7 +286,7 @@ impl Conversation {
         let model = shared.model("refill")?;
         let window = shared.config.window_tokens;
         let sink_pages = match &self.cache {
-            _ if !self.has_opening(end)? => 1,
+            _ if !self.has_opening(model, end)? => 1,
             Some(cache) => cache.sink_pages(),
             None => u64::from(self.state.sink_pages).clamp(1, self.most_sink_pages(model)),
         };
@@ -307,7 +308,6 @@ impl Conversation {
             next += 1;
         }
         turns.extend(newest.into_iter().rev());
-        self.mend_openings(model, &mut turns)?;
         let held = turns.last_mut().filter(|_| hold_last).and_then(|turn| turn.tokens.pop());
         let tokens: usize = turns.iter().map(|turn| turn.tokens.len()).sum();
         // By the tokens of `turns`; turns that were not read lie between the two as well.
@@ -345,44 +345,41 @@ impl Conversation {
         Ok(held)
     }
 
-    /// Puts what opens a message where it was forgotten with what was quoted before the message.
-    fn mend_openings(&self, model: &Model, turns: &mut [Turn]) -> Result<()> {
-        let mut open = OpenTurn::Start;
-        for i in 0..turns.len() {
-            if turns[i].forgotten {
-                let opening = generation::opening(model, open, None, false)?;
-                // A log from before quotations had tokens of their own has it in the message's.
-                let has_it = turns.get(i + 1).is_some_and(|turn| turn.tokens.starts_with(&opening));
-                turns[i].tokens = if has_it { Vec::new() } else { opening };
+    /// Whether the turns before `end` begin as a stream with instructions does: those of a new session may be forgotten.
+    fn has_opening(&self, model: &Model, end: TurnId) -> Result<bool> {
+        let first = match &model.scaffold.system {
+            Some((before, _)) if !model.scaffold.opening.is_empty() => {
+                model.tokenizer.encode_with_specials(before)?
             }
-            open = match turns[i].role {
-                Role::Document => OpenTurn::User,
-                _ => OpenTurn::Answered { closed_by: None },
-            };
-        }
-        Ok(())
-    }
-
-    /// Whether the first of the turns before `end` that a model read is still there: it begins with the instructions.
-    fn has_opening(&self, end: TurnId) -> Result<bool> {
+            _ => model.tokenizer.prefix().to_vec(),
+        };
         for id in 0..end {
-            if let Some(turn) = self.shared.store.turns(&self.scope, id..id + 1)?.pop()
-                && !turn.retracted
-                && (turn.forgotten || !turn.tokens.is_empty())
-            {
-                return Ok(!turn.forgotten);
+            if let Some(turn) = self.turn_in_stream(id)? {
+                return Ok(turn.tokens.starts_with(&first));
             }
         }
         Ok(true)
     }
 
-    /// Turn `id`, if a model read it and it was not taken back, also where it was forgotten and opened a message with what was
-    /// quoted. What was remembered as text alone stands in no stream.
+    /// Turn `id` with all that the model read for it, if it did and the turn was not taken back; the quotation in a message is
+    /// a turn of its own in the log. What was remembered as text alone stands in no stream.
     fn turn_in_stream(&self, id: TurnId) -> Result<Option<Turn>> {
-        let turn = self.shared.store.turns(&self.scope, id..id + 1)?.pop();
-        let is_gone = |turn: &Turn| turn.forgotten && turn.role == Role::Recalled;
-        let stands = |turn: &Turn| !turn.tokens.is_empty() || is_gone(turn);
-        Ok(turn.filter(|turn| !turn.retracted && stands(turn)))
+        let turn = |id: TurnId| -> Result<Option<Turn>> {
+            let turn = self.shared.store.turns(&self.scope, id..id + 1)?.pop();
+            Ok(turn.filter(|turn| !turn.retracted && !turn.tokens.is_empty()))
+        };
+        let Some(mut own) = turn(id)?.filter(|turn| turn.role != Role::Recalled) else {
+            return Ok(None);
+        };
+        if own.role == Role::User
+            && let Some(quoted) = id.checked_sub(1).map(turn).transpose()?.flatten()
+            && quoted.role == Role::Recalled
+            && let Some(Value::Number(before)) = quoted.metadata.get(TOKENS_BEFORE)
+        {
+            let at = (*before as usize).min(own.tokens.len());
+            own.tokens.splice(at..at, quoted.tokens);
+        }
+        Ok(Some(own))
     }
 
     /// Who said the newest turn of the stream that was not taken back; an answer may have no token.
@@ -391,7 +388,7 @@ impl Conversation {
             if let Some(turn) = self.shared.store.turns(&self.scope, id..id + 1)?.pop()
                 && !turn.retracted
                 && !turn.forgotten
-                && (!turn.tokens.is_empty() || turn.role == Role::Assistant)
+                && (!turn.tokens.is_empty() || turn.role == Role::Assistant && turn.text.is_empty())
             {
                 return Ok(Some(turn.role));
             }

@@ -2,7 +2,7 @@
 //! Knows neither weights nor bytes on disk; what changes the stream is in `conversation`.
 
 use crate::appending;
-use crate::conversation::{Conversation, LastPrompt, is_cancelled};
+use crate::conversation::{self, Conversation, LastPrompt, is_cancelled};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
 use crate::feeding::{self, Before, FeedOptions, Taken};
@@ -16,7 +16,7 @@ use crate::snapshot::OpenTurn;
 use crate::stream::{
     Canceller, Event, Events, Feed, FeedEvent, FeedSummary, Sink, StopReason, Usage,
 };
-use mka_memory::{Hit, NewTurn, Recall, Role, Scope, Turn, TurnId};
+use mka_memory::{Hit, NewTurn, Recall, Role, Scope, Turn, TurnId, Value};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -505,9 +505,8 @@ fn send(
     }
     let recalled_tokens = model.tokenizer.encode(&recalled, false)?;
     let own_tokens = model.tokenizer.encode(message, false)?;
+    let quotation = prompt.len()..prompt.len() + recalled_tokens.len();
     prompt.extend_from_slice(&recalled_tokens);
-    // What is quoted is forgotten with its source, to the last token.
-    let quoted = if recalled.is_empty() { 0 } else { prompt.len() };
     let body = match recalled.is_empty() {
         true => message.to_owned(),
         false => format!("\n{message}"),
@@ -537,11 +536,16 @@ fn send(
     let mut turns = Vec::new();
     let mut starts = Vec::new();
     if !recalled.is_empty() {
-        turns.push(turn(Role::Recalled, recalled, time_ms, prompt[..quoted].to_vec()));
-        starts.push(Some(start));
+        // A turn of its own, which is forgotten with what it quotes, to the last token: the message stands without it.
+        let mut quoted = turn(Role::Recalled, recalled, time_ms, recalled_tokens.clone());
+        let before = Value::from(quotation.start as f64);
+        quoted.metadata.insert(conversation::TOKENS_BEFORE.to_owned(), before);
+        turns.push(quoted);
+        starts.push(None);
     }
-    turns.push(turn(Role::User, message.to_owned(), time_ms, prompt[quoted..].to_vec()));
-    starts.push(Some(start + quoted as u64));
+    let own = [&prompt[..quotation.start], &prompt[quotation.end..]].concat();
+    turns.push(turn(Role::User, message.to_owned(), time_ms, own));
+    starts.push(Some(start));
     let text = format!("{}{}", options.answer_prefix, answer.text);
     turns.push(turn(Role::Assistant, text, time_ms, answer.tokens.clone()));
     starts.push(Some(start + prompt.len() as u64));

@@ -65,8 +65,7 @@ fn what_no_model_read_is_recalled_though_it_is_newer_than_the_window() {
     let mut chat = engine.session_blocking(told.clone()).unwrap();
     assert_eq!(recalled(&mut chat, "heron?"), [note]);
     let turns = wait(engine.memory().turns(&told, 0..9)).unwrap();
-    // What is quoted stands between what opens the message and its words.
-    let asked = turns.iter().find(|turn| turn.role == Role::Recalled).unwrap();
+    let asked = turns.iter().find(|turn| turn.role == Role::User).unwrap();
     // The token that begins a message, and five bytes: user and a line break.
     assert_eq!(asked.tokens[..6], first.tokens[..6]);
     // As a document of which the model reads nothing, behind a message.

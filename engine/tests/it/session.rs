@@ -274,32 +274,44 @@ fn what_was_quoted_is_forgotten_to_its_last_token_and_the_message_stays() {
     let folder = tempfile::tempdir().unwrap();
     let engine = engine(folder.path(), 256);
     let other = Scope::user("ada").session("other");
-    let fact = mka::NewTurn::new(Role::User, "the code of the fuzzy badger is 7654321");
+    // Of a text of several sentences one is quoted.
+    let fact = "the code of the fuzzy badger is 7654321. we stayed inside all day. it rained.";
+    let fact = mka::NewTurn::new(Role::User, fact);
     wait(engine.memory().remember(&other, vec![fact])).unwrap();
     let mut chat = engine.session_blocking(trip()).unwrap();
-    finish(chat.send_with("hello", short())).unwrap();
-    let options = short().across_sessions(true);
+    let options = short().across_sessions(true).system("You count sheep. Be brief.");
     let (_, usage) = finish(chat.send_with("what is the code of the badger?", options)).unwrap();
     assert!(usage.recalled_tokens > 8, "{usage:?}");
+    let quoted_tokens = usage.recalled_tokens;
     finish(chat.send_with("go on", short())).unwrap();
     let turns = || wait(engine.memory().turns(&trip(), 0..99)).unwrap();
     let before = turns();
     let quoted = before.iter().find(|turn| turn.role == Role::Recalled).unwrap().clone();
+    assert!(!quoted.text.contains("rained"), "{quoted:?}");
+    assert_eq!(quoted.tokens.len(), quoted_tokens);
     let last = &quoted.tokens[quoted.tokens.len() - 8..];
     let has = |turns: &[mka::Turn]| {
         turns.iter().any(|turn| turn.tokens.windows(8).any(|tokens| tokens == last))
     };
     assert!(has(&before));
-    wait(engine.memory().forget(&Scope::user("ada"), mka::Forget::matching("7654321"))).unwrap();
+    // A stream that is filled again has the quotation in its place.
+    let here = wait(chat.peek_logits("the next")).unwrap();
+    let num_turns = chat.num_turns().unwrap();
+    finish(chat.send_with("and then", short())).unwrap();
+    wait(chat.rewind(num_turns)).unwrap();
+    // Weights of four bits carry a last digit far; another text changes the logits by several units.
+    let apart =
+        |logits: &[f32]| here.iter().zip(logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let again = apart(&wait(chat.peek_logits("the next")).unwrap());
+    assert!(again < 1.0, "{again}");
+
+    wait(engine.memory().forget(&other, mka::Forget::Turn(0))).unwrap();
     assert!(!has(&turns()));
-    // What opens the message stood before the quotation: the stream that is filled anew has it again.
-    let opening = quoted.tokens.len() - usage.recalled_tokens;
-    assert!(opening > 0);
+    let without = apart(&wait(chat.peek_logits("the next")).unwrap());
+    assert!(without > 2.0, "{without}");
+    let left: usize = before.iter().map(|turn| turn.tokens.len()).sum::<usize>() - quoted_tokens;
     let (_, usage) = finish(chat.send_with("and then", short())).unwrap();
-    let left: usize =
-        before.iter().map(|turn| turn.tokens.len()).sum::<usize>() - quoted.tokens.len() + opening;
     assert_eq!(usage.reused_tokens, left);
-    assert_eq!(turns().len(), before.len() + 2);
 }
 
 #[test]

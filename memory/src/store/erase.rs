@@ -219,10 +219,21 @@ impl Store {
                 state.sessions.get(&session_id).and_then(|session| session.scope.as_ref());
             let partition = session.and_then(|scope| state.partition(scope));
             if let Some(chunk) = partition.and_then(|partition| partition.get(id)) {
-                texts.insert(letters(&chunk.text));
+                texts.extend(quotable(&chunk.text));
             }
         }
-        texts.remove("");
+        // A turn that was taken back has no chunk in memory any more, and may have been quoted before.
+        for (&(session_id, turn), text) in &erasure.turns {
+            let session = state.sessions.get(&session_id);
+            let partition = session.and_then(|s| state.partition(s.scope.as_ref()?));
+            let spans = session.and_then(|session| session.turns.get(&turn));
+            for span in spans.iter().flat_map(|turn| &turn.chunks) {
+                let is_gone = partition.is_none_or(|partition| partition.get(span.id).is_none());
+                let text = text.as_deref().filter(|_| is_gone);
+                let part = text.and_then(|text| text.get(span.start as usize..span.end as usize));
+                texts.extend(part.into_iter().flat_map(quotable));
+            }
+        }
         if texts.is_empty() {
             return Ok(());
         }
@@ -390,6 +401,9 @@ impl Store {
     }
 }
 
+/// Letters of the shortest sentence that is looked for in quotations.
+const LEAST_QUOTED: usize = 8;
+
 /// The chunks of erased turns that no other turn holds: session of an erased turn, identity.
 fn bare_chunks(state: &State, erasure: &Erasure) -> Vec<(u64, u128)> {
     let is_erased = |session: u64, turn: u64| erasure.turns.contains_key(&(session, turn));
@@ -465,6 +479,24 @@ fn is_marked(body: &Body, needle: &str) -> bool {
 }
 
 /// Letters and digits of a text in lower case: what is left of a chunk however it was quoted.
+/// What of an erased text may stand in a quotation, as its letters: all of it, or a sentence. One of few letters is said
+/// everywhere.
+fn quotable(text: &str) -> impl Iterator<Item = String> {
+    let ends = |(at, c): (usize, char)| -> Option<usize> {
+        let next = text[at + c.len_utf8()..].chars().next();
+        let is_end =
+            c == '\n' || matches!(c, '.' | '!' | '?') && next.is_none_or(char::is_whitespace);
+        is_end.then_some(at + c.len_utf8())
+    };
+    let mut from = 0;
+    let cuts = text.char_indices().filter_map(ends).chain([text.len()]);
+    let sentences: Vec<String> = cuts
+        .map(|to| letters(&text[std::mem::replace(&mut from, to)..to]))
+        .filter(|sentence| sentence.chars().count() >= LEAST_QUOTED)
+        .collect();
+    sentences.into_iter().chain([letters(text)]).filter(|text| !text.is_empty())
+}
+
 fn letters(text: &str) -> String {
     text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
 }

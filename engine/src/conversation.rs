@@ -308,7 +308,9 @@ impl Conversation {
             next += 1;
         }
         turns.extend(newest.into_iter().rev());
-        let held = turns.last_mut().filter(|_| hold_last).and_then(|turn| turn.tokens.pop());
+        // A message that was forgotten is none to answer.
+        let held = turns.last_mut().filter(|turn| hold_last && turn.role == Role::User);
+        let held = held.and_then(|turn| turn.tokens.pop());
         let tokens: usize = turns.iter().map(|turn| turn.tokens.len()).sum();
         // By the tokens of `turns`; turns that were not read lie between the two as well.
         let window_start = tokens.saturating_sub(window);
@@ -388,7 +390,8 @@ impl Conversation {
             if let Some(turn) = self.shared.store.turns(&self.scope, id..id + 1)?.pop()
                 && !turn.retracted
                 && !turn.forgotten
-                && (!turn.tokens.is_empty() || turn.role == Role::Assistant && turn.text.is_empty())
+                && turn.role != Role::Recalled
+                && (!turn.tokens.is_empty() || turn.role == Role::Assistant)
             {
                 return Ok(Some(turn.role));
             }
@@ -401,7 +404,8 @@ impl Conversation {
         let store = &self.shared.store;
         for turn in (0..store.num_turns(&self.scope)?).rev() {
             let found = store.turns(&self.scope, turn..turn + 1)?.pop();
-            if let Some(found) = found.filter(|turn| !turn.retracted) {
+            if let Some(found) = found.filter(|turn| !turn.retracted && turn.role != Role::Recalled)
+            {
                 return Ok(Some(found));
             }
         }
@@ -424,6 +428,11 @@ impl Conversation {
         if self.last_turn()?.is_none_or(|last| last.id < turn) {
             return Ok(());
         }
+        // What a message quotes goes with it.
+        let before = turn.checked_sub(1).map(|id| self.shared.store.turns(&self.scope, id..turn));
+        let before = before.transpose()?.and_then(|mut turns| turns.pop());
+        let quotes = before.is_some_and(|turn| turn.role == Role::Recalled && !turn.retracted);
+        let turn = turn - TurnId::from(quotes);
         let filled = match self.shared.model {
             Some(_) => self.refill(turn, false).map(drop),
             None => Ok(()),

@@ -2,7 +2,7 @@
 //! Knows no tokenizer and no model.
 
 use crate::error::Result;
-use mka_memory::Hit;
+use mka_memory::{Hit, is_line_break, sentences};
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::ops::Range;
@@ -144,32 +144,6 @@ fn words(text: &str) -> impl Iterator<Item = String> + '_ {
 fn alike(a: &str, b: &str) -> bool {
     let (short, long) = if a.len() <= b.len() { (a, b) } else { (b, a) };
     short == long || short.len() >= 4 && long.starts_with(short) && long.len() <= short.len() + 3
-}
-
-/// The sentences of `text`, ended by a mark and white space or by a line break.
-fn sentences(text: &str) -> Vec<Range<usize>> {
-    let mut sentences = Vec::new();
-    let mut start = 0;
-    let mut last = ' ';
-    for (at, c) in text.char_indices() {
-        let ended = c.is_whitespace() && matches!(last, '.' | '!' | '?' | '。');
-        if (ended || is_line_break(c)) && !text[start..at].trim().is_empty() {
-            sentences.push(start..at);
-            start = at;
-        }
-        // A closing quotation mark or bracket belongs to the sentence.
-        if !matches!(c, '"' | '\'' | ')' | '\u{201d}' | '\u{2019}') {
-            last = c;
-        }
-    }
-    if !text[start..].trim().is_empty() {
-        sentences.push(start..text.len());
-    }
-    sentences
-}
-
-fn is_line_break(c: char) -> bool {
-    matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{85}' | '\u{2028}' | '\u{2029}')
 }
 
 fn one_line(name: &str) -> String {

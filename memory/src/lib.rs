@@ -39,6 +39,7 @@ mod log;
 mod partition;
 mod recall;
 mod scope;
+mod sentence;
 mod storage;
 mod store;
 mod summary;
@@ -57,6 +58,7 @@ pub use hygiene::{Finding, Hygiene, Policy, Sensitive};
 pub use log::{Commit, Committed, NewSnapshot, NewTurn, Role, Snapshot, Turn, TurnId};
 pub use recall::{ChunkId, Hit, Recall, Source, Trust, Why};
 pub use scope::Scope;
+pub use sentence::{is_line_break, sentences};
 pub use storage::{Backend, RecordChange, Storage, Visit};
 pub use store::{
     Backup, Checkup, ChunkInfo, DiskUsage, Exported, Imported, OpenSnapshot, PageBytes, Problem,

@@ -305,6 +305,16 @@ fn what_was_quoted_is_forgotten_to_its_last_token_and_the_message_stays() {
     let again = apart(&wait(chat.peek_logits("the next")).unwrap());
     assert!(again < 1.0, "{again}");
 
+    // Taken back with its message, of which it is a part; words of the log's own are in no text.
+    let asked = turns().iter().find(|turn| turn.role == Role::User).unwrap().id;
+    let mut fork = wait(chat.fork("taken back")).unwrap();
+    wait(fork.rewind(asked)).unwrap();
+    let forked = wait(engine.memory().turns(fork.scope(), 0..99)).unwrap();
+    assert!(forked.iter().all(|turn| turn.retracted), "{forked:?}");
+    drop(fork);
+    let words = mka::Forget::matching("tokens_before");
+    assert_eq!(wait(engine.memory().forget(&trip(), words)).unwrap().turns, 0);
+
     wait(engine.memory().forget(&other, mka::Forget::Turn(0))).unwrap();
     assert!(!has(&turns()));
     let without = apart(&wait(chat.peek_logits("the next")).unwrap());

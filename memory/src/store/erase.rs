@@ -13,7 +13,7 @@ use crate::format::{
     Body, Key, Kind, Record, StoreRecord, TurnChunks, TurnRecord, chunk_digest, turn_digest,
 };
 use crate::summary::Summary;
-use crate::{Error, Forget, Receipt, Result, Role, Scope};
+use crate::{Error, Forget, Receipt, Result, Role, Scope, sentences};
 
 /// Turns to erase, each with its text; none if the text is damaged and cannot be read.
 type Erased = BTreeMap<(u64, u64), Option<String>>;
@@ -40,8 +40,8 @@ impl Store {
     /// A session that loses a turn loses its snapshot and pages, which may hold the text, and its summary is made anew.
     /// A turn that was told before a [`fork`](Self::fork) is one turn: it is erased in every session that holds it.
     /// Only where a whole session is forgotten, what it got from the session that it was forked from stays there.
-    /// Turns in which memory quoted an erased chunk back to a model ([`Role::Recalled`]) are erased with it, in all
-    /// sessions of the user. A turn that is damaged and cannot be read counts as matching any text.
+    /// Turns in which memory quoted an erased chunk, or a sentence of it, back to a model ([`Role::Recalled`]) are erased with
+    /// it, in all sessions of the user: a sentence of eight letters at least, or four with a digit. A turn that is damaged and cannot be read counts as matching any text.
     /// What a model said about the text in its own words is found by `Matching` alone.
     ///
     /// In a store whose database lost records, the bytes that only those referred to go as well.
@@ -226,12 +226,16 @@ impl Store {
         for (&(session_id, turn), text) in &erasure.turns {
             let session = state.sessions.get(&session_id);
             let partition = session.and_then(|s| state.partition(s.scope.as_ref()?));
-            let spans = session.and_then(|session| session.turns.get(&turn));
-            for span in spans.iter().flat_map(|turn| &turn.chunks) {
+            let turn = session.and_then(|session| session.turns.get(&turn));
+            let (Some(turn), Some(text)) = (turn, text) else { continue };
+            if turn.chunks.is_empty() && turn.record.retracted {
+                // It came from an export.
+                texts.extend(quotable(text));
+            }
+            for span in &turn.chunks {
                 let is_gone = partition.is_none_or(|partition| partition.get(span.id).is_none());
-                let text = text.as_deref().filter(|_| is_gone);
-                let part = text.and_then(|text| text.get(span.start as usize..span.end as usize));
-                texts.extend(part.into_iter().flat_map(quotable));
+                let part = text.get(span.start as usize..span.end as usize);
+                texts.extend(part.filter(|_| is_gone).into_iter().flat_map(quotable));
             }
         }
         if texts.is_empty() {
@@ -402,7 +406,9 @@ impl Store {
 }
 
 /// Letters of the shortest sentence that is looked for in quotations.
-const LEAST_QUOTED: usize = 8;
+const LEAST_LETTERS: usize = 8;
+/// The same of one with digits: a number, a date.
+const LEAST_WITH_DIGITS: usize = 4;
 
 /// The chunks of erased turns that no other turn holds: session of an erased turn, identity.
 fn bare_chunks(state: &State, erasure: &Erasure) -> Vec<(u64, u128)> {
@@ -474,29 +480,24 @@ fn is_marked(body: &Body, needle: &str) -> bool {
     let holds = |text: &str| text.to_lowercase().contains(needle);
     body.subject.as_deref().is_some_and(holds)
         || body.metadata.iter().any(|(key, value)| {
-            holds(key) || matches!(value, crate::Value::Text(text) if holds(text))
+            // A quotation's are the engine's own.
+            (holds(key) && body.head.role != Role::Recalled)
+                || matches!(value, crate::Value::Text(text) if holds(text))
         })
 }
 
-/// Letters and digits of a text in lower case: what is left of a chunk however it was quoted.
-/// What of an erased text may stand in a quotation, as its letters: all of it, or a sentence. One of few letters is said
-/// everywhere.
+/// What of an erased text may stand in a quotation, as its letters: all of it, or a sentence. One of few letters and no digit
+/// is said everywhere.
 fn quotable(text: &str) -> impl Iterator<Item = String> {
-    let ends = |(at, c): (usize, char)| -> Option<usize> {
-        let next = text[at + c.len_utf8()..].chars().next();
-        let is_end =
-            c == '\n' || matches!(c, '.' | '!' | '?') && next.is_none_or(char::is_whitespace);
-        is_end.then_some(at + c.len_utf8())
+    let told = |sentence: &String| {
+        let has_digit = sentence.chars().any(char::is_numeric);
+        sentence.chars().count() >= if has_digit { LEAST_WITH_DIGITS } else { LEAST_LETTERS }
     };
-    let mut from = 0;
-    let cuts = text.char_indices().filter_map(ends).chain([text.len()]);
-    let sentences: Vec<String> = cuts
-        .map(|to| letters(&text[std::mem::replace(&mut from, to)..to]))
-        .filter(|sentence| sentence.chars().count() >= LEAST_QUOTED)
-        .collect();
-    sentences.into_iter().chain([letters(text)]).filter(|text| !text.is_empty())
+    let parts = sentences(text).into_iter().map(|sentence| letters(&text[sentence]));
+    parts.filter(told).chain([letters(text)]).filter(|text| !text.is_empty())
 }
 
+/// Letters and digits of a text in lower case: what is left of a chunk however it was quoted.
 fn letters(text: &str) -> String {
     text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
 }

@@ -386,12 +386,16 @@ impl Conversation {
 
     /// Who said the newest turn of the stream that was not taken back; an answer may have no token.
     pub(crate) fn last_role(&self) -> Result<Option<Role>> {
+        // A remembered turn has no place in the stream.
+        let is_answer = |turn: &Turn| {
+            turn.text.is_empty() || self.state.turn_starts.iter().any(|(id, _)| *id == turn.id)
+        };
         for id in (0..self.num_turns()?).rev() {
             if let Some(turn) = self.shared.store.turns(&self.scope, id..id + 1)?.pop()
                 && !turn.retracted
                 && !turn.forgotten
                 && turn.role != Role::Recalled
-                && (!turn.tokens.is_empty() || turn.role == Role::Assistant)
+                && (!turn.tokens.is_empty() || turn.role == Role::Assistant && is_answer(&turn))
             {
                 return Ok(Some(turn.role));
             }
@@ -404,8 +408,7 @@ impl Conversation {
         let store = &self.shared.store;
         for turn in (0..store.num_turns(&self.scope)?).rev() {
             let found = store.turns(&self.scope, turn..turn + 1)?.pop();
-            if let Some(found) = found.filter(|turn| !turn.retracted && turn.role != Role::Recalled)
-            {
+            if let Some(found) = found.filter(|turn| !turn.retracted) {
                 return Ok(Some(found));
             }
         }
@@ -428,10 +431,11 @@ impl Conversation {
         if self.last_turn()?.is_none_or(|last| last.id < turn) {
             return Ok(());
         }
-        // What a message quotes goes with it.
-        let before = turn.checked_sub(1).map(|id| self.shared.store.turns(&self.scope, id..turn));
-        let before = before.transpose()?.and_then(|mut turns| turns.pop());
-        let quotes = before.is_some_and(|turn| turn.role == Role::Recalled && !turn.retracted);
+        // What a message quotes goes with it; where either cannot be read it stays.
+        let pair = turn.saturating_sub(1)..turn + 1;
+        let pair = self.shared.store.turns(&self.scope, pair).unwrap_or_default();
+        let quotes = matches!(&pair[..], [quoted, asked]
+            if quoted.role == Role::Recalled && !quoted.retracted && asked.role == Role::User);
         let turn = turn - TurnId::from(quotes);
         let filled = match self.shared.model {
             Some(_) => self.refill(turn, false).map(drop),

@@ -311,7 +311,10 @@ fn what_was_quoted_is_forgotten_to_its_last_token_and_the_message_stays() {
     wait(fork.rewind(asked)).unwrap();
     let forked = wait(engine.memory().turns(fork.scope(), 0..99)).unwrap();
     assert!(forked.iter().all(|turn| turn.retracted), "{forked:?}");
-    drop(fork);
+    // A quotation that was taken back is quoted nowhere.
+    let fork = fork.scope().clone();
+    let forgotten = wait(engine.memory().forget(&fork, mka::Forget::Session)).unwrap();
+    assert!(has(&turns()), "{forgotten:?}");
     let words = mka::Forget::matching("tokens_before");
     assert_eq!(wait(engine.memory().forget(&trip(), words)).unwrap().turns, 0);
 

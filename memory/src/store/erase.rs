@@ -228,7 +228,8 @@ impl Store {
             let partition = session.and_then(|s| state.partition(s.scope.as_ref()?));
             let turn = session.and_then(|session| session.turns.get(&turn));
             let (Some(turn), Some(text)) = (turn, text) else { continue };
-            if turn.chunks.is_empty() && turn.record.retracted {
+            let was_told = turn.record.remember && turn.record.role != Role::Recalled;
+            if turn.chunks.is_empty() && turn.record.retracted && was_told {
                 // It came from an export.
                 texts.extend(quotable(text));
             }

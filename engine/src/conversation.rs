@@ -384,20 +384,26 @@ impl Conversation {
         Ok(Some(own))
     }
 
-    /// Who said the newest turn of the stream that was not taken back; an answer may have no token.
+    /// Who said the newest turn of the stream that was not taken back. An answer of no token is one too: its words, if it has
+    /// any, are those that it was begun with, at the end of its message. What was remembered beside the stream is none.
     pub(crate) fn last_role(&self) -> Result<Option<Role>> {
-        // A remembered turn has no place in the stream.
-        let is_answer = |turn: &Turn| {
-            turn.text.is_empty() || self.state.turn_starts.iter().any(|(id, _)| *id == turn.id)
+        let tokenizer = &self.shared.model("append")?.tokenizer;
+        let turn = |id: TurnId| -> Result<Option<Turn>> {
+            let turn = self.shared.store.turns(&self.scope, id..id + 1)?.pop();
+            Ok(turn.filter(|turn| !turn.retracted && !turn.forgotten))
         };
         for id in (0..self.num_turns()?).rev() {
-            if let Some(turn) = self.shared.store.turns(&self.scope, id..id + 1)?.pop()
-                && !turn.retracted
-                && !turn.forgotten
-                && turn.role != Role::Recalled
-                && (!turn.tokens.is_empty() || turn.role == Role::Assistant && is_answer(&turn))
+            let Some(own) = turn(id)?.filter(|turn| turn.role != Role::Recalled) else { continue };
+            if !own.tokens.is_empty() {
+                return Ok(Some(own.role));
+            }
+            let words = tokenizer.encode(&own.text, false)?;
+            if own.role == Role::Assistant
+                && let Some(message) = id.checked_sub(1).map(turn).transpose()?.flatten()
+                && message.role == Role::User
+                && message.tokens.ends_with(&words)
             {
-                return Ok(Some(turn.role));
+                return Ok(Some(own.role));
             }
         }
         Ok(None)

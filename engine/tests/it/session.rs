@@ -438,6 +438,17 @@ fn what_was_said_elsewhere_is_read_as_if_it_had_been_said_here() {
     wait(fed.append(vec![said(Role::Assistant, "it was.")]).finish()).unwrap();
     let to_answer = tokens("at once")[0].len() - tokens("fed")[1].len();
     assert!(tokens("at once")[0].ends_with(&tokens("fed")[1]) && to_answer > 10);
+    // What was remembered beside the stream answers nothing; an answer of the words that it was begun with is one.
+    let mut begun = session("begun");
+    wait(begun.append(vec![said(Role::User, "how far is it?")]).finish()).unwrap();
+    let scope = begun.scope().clone();
+    wait(engine.memory().remember(&scope, vec![said(Role::Assistant, "a note")])).unwrap();
+    wait(begun.append(vec![said(Role::Assistant, "a mile.")]).finish()).unwrap();
+    assert_eq!(turns("begun").len(), 3);
+    let options = SendOptions::default().max_new_tokens(0).answer_prefix("Sure").recall_k(0);
+    finish(begun.send_with("is it far?", options)).unwrap();
+    wait(begun.append(vec![said(Role::Assistant, "it is.")]).finish()).unwrap();
+    assert_eq!(turns("begun").len(), 7);
     let mut greeted = session("greeted");
     wait(greeted.append(vec![said(Role::Assistant, "hello, I am here.")]).finish()).unwrap();
     finish(greeted.regenerate(short())).unwrap();

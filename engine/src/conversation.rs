@@ -122,7 +122,7 @@ impl Conversation {
     fn begin(&mut self, model: &Model) -> Result<()> {
         // The new one wants its room.
         self.cache = None;
-        let shape = self.shared.cache_shape(model, u64::from(self.state.sink_pages.max(1)));
+        let shape = self.shared.cache_shape(model, self.state.sinks());
         self.cache = Some(Cache::new(shape, model.decoder.device())?);
         self.keep_pages(model);
         Ok(())
@@ -366,15 +366,10 @@ impl Conversation {
     /// Turn `id` with all that the model read for it, if it did and the turn was not taken back; the quotation in a message is
     /// a turn of its own in the log. What was remembered as text alone stands in no stream.
     fn turn_in_stream(&self, id: TurnId) -> Result<Option<Turn>> {
-        let turn = |id: TurnId| -> Result<Option<Turn>> {
-            let turn = self.shared.store.turns(&self.scope, id..id + 1)?.pop();
-            Ok(turn.filter(|turn| !turn.retracted && !turn.tokens.is_empty()))
-        };
-        let Some(mut own) = turn(id)?.filter(|turn| turn.role != Role::Recalled) else {
-            return Ok(None);
-        };
+        let is_read = |turn: &Turn| turn.role != Role::Recalled && !turn.tokens.is_empty();
+        let Some(mut own) = self.live_turn(id)?.filter(is_read) else { return Ok(None) };
         if own.role == Role::User
-            && let Some(quoted) = id.checked_sub(1).map(turn).transpose()?.flatten()
+            && let Some(quoted) = self.live_turn_before(id)?
             && quoted.role == Role::Recalled
             && let Some(Value::Number(before)) = quoted.metadata.get(TOKENS_BEFORE)
         {
@@ -388,18 +383,15 @@ impl Conversation {
     /// any, are those that it was begun with, at the end of its message. What was remembered beside the stream is none.
     pub(crate) fn last_role(&self) -> Result<Option<Role>> {
         let tokenizer = &self.shared.model("append")?.tokenizer;
-        let turn = |id: TurnId| -> Result<Option<Turn>> {
-            let turn = self.shared.store.turns(&self.scope, id..id + 1)?.pop();
-            Ok(turn.filter(|turn| !turn.retracted && !turn.forgotten))
-        };
+        let is_said = |turn: &Turn| turn.role != Role::Recalled && !turn.forgotten;
         for id in (0..self.num_turns()?).rev() {
-            let Some(own) = turn(id)?.filter(|turn| turn.role != Role::Recalled) else { continue };
+            let Some(own) = self.live_turn(id)?.filter(is_said) else { continue };
             if !own.tokens.is_empty() {
                 return Ok(Some(own.role));
             }
             let words = tokenizer.encode(&own.text, false)?;
             if own.role == Role::Assistant
-                && let Some(message) = id.checked_sub(1).map(turn).transpose()?.flatten()
+                && let Some(message) = self.live_turn_before(id)?.filter(is_said)
                 && message.role == Role::User
                 && message.tokens.ends_with(&words)
             {
@@ -411,14 +403,22 @@ impl Conversation {
 
     /// The newest turn of the log that was not taken back.
     pub(crate) fn last_turn(&self) -> Result<Option<Turn>> {
-        let store = &self.shared.store;
-        for turn in (0..store.num_turns(&self.scope)?).rev() {
-            let found = store.turns(&self.scope, turn..turn + 1)?.pop();
-            if let Some(found) = found.filter(|turn| !turn.retracted) {
+        for id in (0..self.num_turns()?).rev() {
+            if let Some(found) = self.live_turn(id)? {
                 return Ok(Some(found));
             }
         }
         Ok(None)
+    }
+
+    /// Turn `id`, if it was not taken back.
+    fn live_turn(&self, id: TurnId) -> Result<Option<Turn>> {
+        let turn = self.shared.store.turns(&self.scope, id..id + 1)?.pop();
+        Ok(turn.filter(|turn| !turn.retracted))
+    }
+
+    fn live_turn_before(&self, id: TurnId) -> Result<Option<Turn>> {
+        id.checked_sub(1).map_or(Ok(None), |id| self.live_turn(id))
     }
 
     /// Takes every turn from `turn` on back, as if it had never been said; the window is filled from the turns before it.

@@ -41,6 +41,11 @@ pub(crate) struct SessionState {
 const VERSION: u8 = 1;
 
 impl SessionState {
+    /// Pages at the start of the stream that every token sees.
+    pub(crate) fn sinks(&self) -> u64 {
+        u64::from(self.sink_pages.max(1))
+    }
+
     /// version, length of the JSON as u32 little-endian, JSON, then `ema` to the end.
     pub(crate) fn to_bytes(&self, ema: &[u8]) -> Result<Vec<u8>> {
         let json = serde_json::to_vec(self)

@@ -79,7 +79,7 @@ impl Conversation {
                 format!("restore: instructions of {} pages, expected {most}", state.sink_pages);
             return Err(Error::new(Incompatible, what));
         }
-        let shape = self.shared.cache_shape(model, u64::from(state.sink_pages.max(1)));
+        let shape = self.shared.cache_shape(model, state.sinks());
         let position = snapshot.position;
         let end = shape.first_window_page(position);
         let (mut pages, mut known) = (self.page_store(shape.pages(), model), Vec::new());

@@ -8,7 +8,7 @@ mod records;
 mod runs;
 pub(crate) mod vectors;
 
-use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed, xxh3_128_with_seed};
 
 use self::fields::{Reader, put_bytes, put_u32, put_u64};
 pub(crate) use self::payloads::{
@@ -124,6 +124,13 @@ impl BlobRef {
 /// The hash of a payload; the kind is its seed, so that one kind never passes for another.
 pub(crate) fn payload_hash(kind: Kind, payload: &[u8]) -> u64 {
     xxh3_64_with_seed(payload, u64::from(kind.code()))
+}
+
+/// The hash of `parts` laid one behind the other.
+pub(crate) fn parts_hash(kind: Kind, parts: &[&[u8]]) -> u64 {
+    let mut hash = Xxh3::with_seed(u64::from(kind.code()));
+    parts.iter().for_each(|part| hash.update(part));
+    hash.digest()
 }
 
 /// The header of a segment file.

@@ -61,7 +61,7 @@ pub use scope::Scope;
 pub use sentence::{is_line_break, sentences};
 pub use storage::{Backend, RecordChange, Storage, Visit};
 pub use store::{
-    Backup, Checkup, ChunkInfo, DiskUsage, Exported, Imported, OpenSnapshot, PageBytes, Problem,
-    Reembedded, Repair, SessionInfo, Stats, Store, StoreOptions,
+    Backup, Checkup, ChunkInfo, DiskUsage, Exported, Imported, NewPage, OpenSnapshot, PageBytes,
+    Problem, Reembedded, Repair, SessionInfo, Stats, Store, StoreOptions,
 };
 pub use vectors::{RowSet, VectorIndex};

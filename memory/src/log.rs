@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Finding, Metadata};
+use crate::{Finding, Metadata, NewPage};
 
 /// Who produced a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -107,7 +107,7 @@ pub struct NewSnapshot {
     /// Opaque bytes of the caller.
     pub state: Vec<u8>,
     /// New or rewritten pages: index and bytes.
-    pub pages: Vec<(u64, Vec<u8>)>,
+    pub pages: Vec<(u64, NewPage)>,
     /// Indexes of the pages that must be loadable for the session to go on.
     /// A stored page that is not named here any more is evicted:
     /// kept while [`StoreOptions::evicted_page_bytes`](crate::StoreOptions::evicted_page_bytes) allows it.

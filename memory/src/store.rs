@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 pub use backup::Backup;
 pub use doctor::{Checkup, Problem, Repair};
-pub use page_bytes::PageBytes;
+pub use page_bytes::{NewPage, PageBytes};
 pub use read::{ChunkInfo, DiskUsage, OpenSnapshot, SessionInfo, Stats};
 pub use reembed::Reembedded;
 pub use transfer::{Exported, Imported};

@@ -9,8 +9,7 @@ use crate::forgets::Seen;
 use crate::pages::FreshPage;
 use crate::snapshot::SessionState;
 use mka_kernels::PAGE_TOKENS;
-use mka_memory::{Commit, Committed, NewSnapshot, NewTurn, Scope, TurnId};
-use rayon::prelude::*;
+use mka_memory::{Commit, Committed, NewPage, NewSnapshot, NewTurn, Scope, TurnId};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -146,8 +145,9 @@ impl Conversation {
         let left = cache.sink_pages()..self.stored_from;
         let is_dirty = |page: &u64| *page >= self.dirty_from || left.contains(page);
         let dirty = window.iter().copied().filter(is_dirty);
-        let mut pages = cache.page_bytes(&dirty.collect::<Vec<_>>())?;
-        pages.iter_mut().for_each(|(page, _)| *page = key_of(*page, stream));
+        let pages = cache.page_bytes(&dirty.collect::<Vec<_>>())?;
+        let new = |(page, bytes): (u64, Vec<u8>)| (key_of(page, stream), bytes.into());
+        let mut pages: Vec<(u64, NewPage)> = pages.into_iter().map(new).collect();
         let mut evicted = Evicted::new();
         if let Some(kept) = cache.pages() {
             self.state.window_ids = kept.noted_tokens(first_page, position);
@@ -155,7 +155,8 @@ impl Conversation {
                 evicted = kept.fresh_pages();
                 evicted.iter_mut().for_each(|(page, _)| *page = key_of(*page, stream));
                 let fresh = kept.fresh_landmarks().into_iter();
-                pages.extend(fresh.map(|(page, bytes)| (landmarks_key(page, stream), bytes)));
+                pages
+                    .extend(fresh.map(|(page, bytes)| (landmarks_key(page, stream), bytes.into())));
             }
         }
         let window = window.into_iter().map(|page| key_of(page, stream)).collect();
@@ -186,9 +187,7 @@ struct Prepared {
 impl Prepared {
     fn store(mut self) -> Result<Committed> {
         if let Some(snapshot) = &mut self.commit.snapshot {
-            snapshot
-                .pages
-                .par_extend(self.fresh.par_iter().map(|(key, page)| (*key, page.to_bytes())));
+            snapshot.pages.extend(self.fresh.iter().map(|(key, page)| (*key, page.to_new())));
         }
         // What the model has read since may be what was erased. Processes that share it would not all see it at once.
         let held = self.forgets.hold();

@@ -5,7 +5,7 @@ use super::index::MARKS;
 use super::landmarks::{LandmarkShape, NewLandmarks, OutlierAt};
 use super::store::{PageStore, Stored};
 use mka_kernels::PAGE_TOKENS;
-use mka_memory::PageBytes;
+use mka_memory::{NewPage, PageBytes};
 use std::sync::Arc;
 
 /// A page that the disk is to get.
@@ -15,12 +15,10 @@ pub(crate) struct FreshPage {
 }
 
 impl FreshPage {
-    /// Keys and values, then token ids.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.bytes.len() + PAGE_TOKENS * 4);
-        bytes.extend_from_slice(&self.bytes);
-        bytes.extend(self.tokens.iter().flat_map(|id| id.to_le_bytes()));
-        bytes
+    /// Keys and values, which the store of pages holds too, then token ids.
+    pub(crate) fn to_new(&self) -> NewPage {
+        let ids = self.tokens.iter().flat_map(|id| id.to_le_bytes()).collect();
+        NewPage::new(self.bytes.clone(), ids)
     }
 }
 

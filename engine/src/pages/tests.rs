@@ -512,7 +512,7 @@ fn pages_taken_in_together_are_those_taken_in_layer_by_layer() {
     assert!(together.heads(1).iter().all(|head| !head.all_outliers().is_empty()));
     assert_eq!(together.fresh_landmarks(), apart.fresh_landmarks());
     let bytes = |store: &PageStore| -> Vec<(u64, Vec<u8>)> {
-        store.fresh_pages().iter().map(|(page, fresh)| (*page, fresh.to_bytes())).collect()
+        store.fresh_pages().iter().map(|(page, fresh)| (*page, fresh.to_new().to_vec())).collect()
     };
     assert_eq!(bytes(&together).len(), 84);
     assert!(bytes(&together) == bytes(&apart));
@@ -536,7 +536,9 @@ fn commit(cache: &mut Cache, elsewhere: &Elsewhere) {
     let mut landmarks = elsewhere.landmarks.lock().unwrap();
     landmarks.extend(pages.fresh_landmarks());
     let mut held = elsewhere.pages.lock().unwrap();
-    held.extend(pages.fresh_pages().into_iter().map(|(page, fresh)| (page, fresh.to_bytes())));
+    held.extend(
+        pages.fresh_pages().into_iter().map(|(page, fresh)| (page, fresh.to_new().to_vec())),
+    );
     pages.hand_over();
     pages.set_durable(&sorted(&held), &sorted(&landmarks));
     assert!(pages.fresh_landmarks().is_empty());

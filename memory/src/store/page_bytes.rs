@@ -125,6 +125,62 @@ impl Deref for PageBytes {
     }
 }
 
+/// The bytes of a page to be stored: some that others may hold too, which are not copied, and what stands behind them.
+#[derive(Clone)]
+pub struct NewPage {
+    bytes: Arc<PageBytes>,
+    tail: Vec<u8>,
+}
+
+impl NewPage {
+    /// A page of `bytes` with `tail` behind them.
+    pub fn new(bytes: Arc<PageBytes>, tail: Vec<u8>) -> Self {
+        Self { bytes, tail }
+    }
+
+    /// Its bytes, one part behind the other.
+    pub(super) fn parts(&self) -> [&[u8]; 2] {
+        [&self.bytes, &self.tail]
+    }
+
+    /// Bytes of both parts.
+    pub fn num_bytes(&self) -> usize {
+        self.bytes.len() + self.tail.len()
+    }
+
+    /// Its bytes in one piece.
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.parts().concat()
+    }
+}
+
+impl From<PageBytes> for NewPage {
+    fn from(bytes: PageBytes) -> Self {
+        Self::new(Arc::new(bytes), Vec::new())
+    }
+}
+
+impl From<Vec<u8>> for NewPage {
+    fn from(bytes: Vec<u8>) -> Self {
+        PageBytes::from(bytes).into()
+    }
+}
+
+impl PartialEq for NewPage {
+    fn eq(&self, other: &Self) -> bool {
+        self.num_bytes() == other.num_bytes()
+            && self.parts().into_iter().flatten().eq(other.parts().into_iter().flatten())
+    }
+}
+
+impl Eq for NewPage {}
+
+impl fmt::Debug for NewPage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NewPage({} bytes)", self.num_bytes())
+    }
+}
+
 impl fmt::Debug for PageBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let place = if self.is_mapped() { "mapped" } else { "own" };

@@ -14,7 +14,7 @@ use super::page_bytes::{Mapped, PageBytes};
 use crate::cipher::{Cipher, SEAL_BYTES};
 use crate::format::{
     BlobRef, Kind, MAX_PAYLOAD_BYTES, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, is_segment_header,
-    parse_record_header, payload_hash, record_header, segment_header,
+    parse_record_header, parts_hash, payload_hash, record_header, segment_header,
 };
 use crate::{Error, Result};
 
@@ -267,26 +267,31 @@ impl Appender {
 
     /// Appends a record; it is on the disk after [`finish`](Self::finish).
     pub(crate) fn append(&mut self, kind: Kind, payload: &[u8]) -> Result<BlobRef> {
+        self.append_parts(kind, &[payload])
+    }
+
+    /// [`Appender::append`] of a payload that lies in parts.
+    pub(crate) fn append_parts(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<BlobRef> {
         let Some(cipher) = &self.cipher else {
-            return self.append_as(kind, payload, payload_hash(kind, payload));
+            return self.append_as(kind, parts, parts_hash(kind, parts));
         };
-        let sealed = cipher.seal(&[kind.code()], payload)?;
-        self.append_as(kind, &sealed, payload_hash(kind, &sealed))
+        let sealed = cipher.seal(&[kind.code()], &parts.concat())?;
+        self.append_as(kind, &[&sealed], payload_hash(kind, &sealed))
     }
 
     /// Appends the record that `blob` names in `segment`; a damaged one stays as damaged as it was.
     pub(crate) fn copy(&mut self, segment: &Segment, blob: &BlobRef) -> Result<BlobRef> {
         let payload = segment.read_unchecked(blob)?;
-        self.append_as(blob.kind, &payload, blob.hash)
+        self.append_as(blob.kind, &[&payload], blob.hash)
     }
 
-    fn append_as(&mut self, kind: Kind, payload: &[u8], hash: u64) -> Result<BlobRef> {
-        let len = match u32::try_from(payload.len()) {
-            Ok(len) if payload.len() <= MAX_PAYLOAD_BYTES => len,
+    fn append_as(&mut self, kind: Kind, parts: &[&[u8]], hash: u64) -> Result<BlobRef> {
+        let num_bytes: usize = parts.iter().map(|part| part.len()).sum();
+        let len = match u32::try_from(num_bytes) {
+            Ok(len) if num_bytes <= MAX_PAYLOAD_BYTES => len,
             _ => {
                 return Err(Error::invalid(format!(
-                    "append: expected at most {MAX_PAYLOAD_BYTES} bytes in one record, got {}",
-                    payload.len()
+                    "append: expected at most {MAX_PAYLOAD_BYTES} bytes in one record, got {num_bytes}"
                 )));
             }
         };
@@ -303,7 +308,7 @@ impl Appender {
         };
         let blob = BlobRef { segment, offset: self.end, len, hash, kind };
         self.buffer.extend_from_slice(&record_header(kind, len, hash));
-        self.buffer.extend_from_slice(payload);
+        parts.iter().for_each(|part| self.buffer.extend_from_slice(part));
         self.end += record_bytes;
         if self.buffer.len() >= BUFFER_BYTES {
             self.write_buffer()?;

@@ -49,7 +49,7 @@ fn numbered(number: u64) -> Commit {
         fingerprint: [7; 16],
         position: number,
         state: number.to_le_bytes().to_vec(),
-        pages: vec![(number, vec![number as u8; 3000])],
+        pages: vec![(number, vec![number as u8; 3000].into())],
         window: (number.saturating_sub(2)..=number).collect(),
     };
     Commit {

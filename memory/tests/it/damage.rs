@@ -21,7 +21,7 @@ fn fill_as(path: &Path, backend: Backend) -> Vec<String> {
         fingerprint: [1; 16],
         position: 9,
         state: vec![5; 300],
-        pages: vec![(0, vec![6; 2000]), (1, vec![7; 2000])],
+        pages: vec![(0, vec![6; 2000].into()), (1, vec![7; 2000].into())],
         window: vec![0, 1],
     };
     store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();

@@ -20,7 +20,7 @@ fn fill(path: &Path) -> Vec<String> {
         fingerprint: [1; 16],
         position: 9,
         state: vec![5; 300],
-        pages: vec![(0, vec![6; 2000])],
+        pages: vec![(0, vec![6; 2000].into())],
         window: vec![0],
     };
     store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();
@@ -192,7 +192,7 @@ fn a_turn_behind_a_page_whose_length_leads_beyond_it_comes_back() {
         fingerprint: [1; 16],
         position: 10,
         state: vec![5; 300],
-        pages: vec![(1, page.clone())],
+        pages: vec![(1, page.clone().into())],
         window: vec![0, 1],
     };
     store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();

@@ -45,7 +45,7 @@ fn nothing_that_was_said_is_in_the_files_and_all_of_it_comes_back() {
             fingerprint: *b"fingerprint-of-a",
             position: 3,
             state: b"state-of-the-model".to_vec(),
-            pages: vec![(0, b"page-of-the-model".repeat(20))],
+            pages: vec![(0, b"page-of-the-model".repeat(20).into())],
             window: vec![0],
         };
         store.commit(&named, Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();

@@ -20,7 +20,7 @@ fn after_forget_the_bytes_are_in_no_file() {
         fingerprint: [1; 16],
         position: 4,
         state: format!("state with {SECRET}").into(),
-        pages: vec![(0, format!("page with {SECRET}").into())],
+        pages: vec![(0, format!("page with {SECRET}").into_bytes().into())],
         window: vec![0],
     };
     store
@@ -28,7 +28,7 @@ fn after_forget_the_bytes_are_in_no_file() {
         .unwrap();
     // The first page's bytes are unused from here on; they must go all the same.
     let snapshot =
-        NewSnapshot { pages: vec![(0, b"rewritten".to_vec())], state: vec![], ..snapshot };
+        NewSnapshot { pages: vec![(0, b"rewritten".to_vec().into())], state: vec![], ..snapshot };
     store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();
     let others = Scope::user("bob").session("trip");
     say(&store, &others, Role::User, &["Bob was here."]);

@@ -35,7 +35,7 @@ fn page_turn(store: &Store, scope: &Scope, text: &str, number: u64, writer: u64)
         fingerprint: MODEL,
         position: number,
         state: [number, writer].iter().flat_map(|x| x.to_le_bytes()).collect(),
-        pages: missing.map(|number| (*number, page(*number, writer))).collect(),
+        pages: missing.map(|number| (*number, page(*number, writer).into())).collect(),
         window,
     };
     let turns = vec![NewTurn::new(Role::User, text)];
@@ -369,7 +369,7 @@ fn a_fork_of_a_long_session_copies_its_texts_and_shares_its_pages() {
         position: TOKENS,
         state: vec![1; 1000],
         pages: (0..2 * TOKENS / 64)
-            .map(|number| (number, page(number, 0)[..64].to_vec()))
+            .map(|number| (number, page(number, 0)[..64].to_vec().into()))
             .collect(),
         window: (0..32).collect(),
     };

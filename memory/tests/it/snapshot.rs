@@ -25,7 +25,7 @@ fn snapshot(position: u64, pages: &[u64], window: &[u64]) -> NewSnapshot {
         fingerprint: MODEL,
         position,
         state: position.to_le_bytes().to_vec(),
-        pages: pages.iter().map(|&number| (number, page(number))).collect(),
+        pages: pages.iter().map(|&number| (number, page(number).into())).collect(),
         window: window.to_vec(),
     }
 }
@@ -75,7 +75,7 @@ fn a_snapshot_that_is_open_is_read_as_it_was_whatever_is_committed_meanwhile() {
     commit(&store, snapshot(64, &[0, 1], &[0, 1])).unwrap();
     let before = store.open_snapshot(&trip(), MODEL).unwrap().unwrap();
     let mut after = snapshot(128, &[1, 2], &[1, 2]);
-    after.pages[0].1.fill(9);
+    after.pages[0].1 = vec![9; after.pages[0].1.num_bytes()].into();
     commit(&store, after).unwrap();
     store.compact_all().unwrap();
     assert_eq!((before.position, before.state.as_slice()), (64, &64u64.to_le_bytes()[..]));
@@ -245,7 +245,7 @@ fn dropped_pages_are_freed_by_compaction() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
     let big = |number: u64| NewSnapshot {
-        pages: vec![(number, vec![number as u8; 9 << 20])],
+        pages: vec![(number, vec![number as u8; 9 << 20].into())],
         ..snapshot(number, &[], &[number])
     };
     for number in 0..24 {

@@ -25,7 +25,7 @@ fn after_overwriting_and_deleting_half_the_disk_holds_little_more_than_what_is_a
                         position: number,
                         state: vec![round; 1000],
                         pages: (0..4)
-                            .map(|page| (page, prose(number * 4 + page, 2_000).into()))
+                            .map(|page| (page, prose(number * 4 + page, 2_000).into_bytes().into()))
                             .collect(),
                         window: (0..4).collect(),
                     };

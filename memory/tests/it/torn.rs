@@ -54,7 +54,7 @@ fn page_turn(store: &Store, number: u64) {
         state: number.to_le_bytes().to_vec(),
         // The whole window: an erasure before may have taken the pages that were there.
         pages: (number.saturating_sub(1)..=number)
-            .map(|page| (page, vec![page as u8; 1500]))
+            .map(|page| (page, vec![page as u8; 1500].into()))
             .collect(),
         window: (number.saturating_sub(1)..=number).collect(),
     };

@@ -10,7 +10,6 @@ use mka_kernels::PAGE_TOKENS;
 use mka_memory::{Commit, HashedEmbedder, NewSnapshot, Scope, Store, StoreOptions};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -136,14 +135,12 @@ fn commit(cache: &mut Cache, store: &Store, dirty_from: u64, parts: &mut Parts) 
     parts.time("taken in", || cache.absorb_all().unwrap());
     let window = cache.window_pages(cache.position());
     let dirty: Vec<u64> = window.iter().copied().filter(|page| *page >= dirty_from).collect();
-    let mut pages = parts.time("window as bytes", || cache.page_bytes(&dirty).unwrap());
+    let own = parts.time("window as bytes", || cache.page_bytes(&dirty).unwrap());
+    let mut pages: Vec<_> = own.into_iter().map(|(page, bytes)| (page, bytes.into())).collect();
     let kept = cache.pages().unwrap();
-    let fresh = kept.fresh_pages();
-    pages.extend(parts.time("pages as bytes, beside the model", || {
-        fresh.par_iter().map(|(page, fresh)| (*page, fresh.to_bytes())).collect::<Vec<_>>()
-    }));
+    pages.extend(kept.fresh_pages().iter().map(|(page, fresh)| (*page, fresh.to_new())));
     let landmarks = parts.time("landmarks as bytes", || kept.fresh_landmarks());
-    pages.extend(landmarks.into_iter().map(|(page, bytes)| (page | LANDMARKS, bytes)));
+    pages.extend(landmarks.into_iter().map(|(page, bytes)| (page | LANDMARKS, bytes.into())));
     let snapshot = NewSnapshot {
         fingerprint: [0; 16],
         position: cache.position(),

@@ -8,7 +8,7 @@ use super::super::records::Change;
 use super::super::state::Session;
 use super::Plan;
 use crate::format::{Key, Kind, PageRecord, Record, SnapshotRecord};
-use crate::{Error, NewSnapshot, Result};
+use crate::{Error, NewPage, NewSnapshot, Result};
 
 impl Plan<'_> {
     pub(super) fn snapshot(
@@ -23,8 +23,8 @@ impl Plan<'_> {
         let same = old.is_some_and(|old| old.fingerprint == new.fingerprint);
         let stored: BTreeMap<u64, PageRecord> =
             known.filter(|_| same).map(|session| session.pages.clone()).unwrap_or_default();
-        let given: BTreeMap<u64, &[u8]> =
-            new.pages.iter().map(|(page, bytes)| (*page, bytes.as_slice())).collect();
+        let given: BTreeMap<u64, &NewPage> =
+            new.pages.iter().map(|(page, bytes)| (*page, bytes)).collect();
         let window: BTreeSet<u64> = new.window.iter().copied().collect();
         if let Some(page) =
             window.iter().find(|page| !given.contains_key(page) && !stored.contains_key(page))
@@ -40,7 +40,7 @@ impl Plan<'_> {
             let key = Key::Page(self.session, page);
             match (place, given.get(&page), stored.get(&page)) {
                 (Some(evicted), Some(bytes), _) => {
-                    let blob = writer.appender.append(Kind::Page, bytes)?;
+                    let blob = writer.appender.append_parts(Kind::Page, &bytes.parts())?;
                     self.put(key, Record::Page(PageRecord { blob, evicted }));
                 }
                 (Some(evicted), None, Some(record)) if record.evicted != evicted => {
@@ -71,7 +71,7 @@ impl Plan<'_> {
 /// Places in the order of eviction for the pages outside the window that fit the budget, newest kept first.
 fn evict(
     stored: &BTreeMap<u64, PageRecord>,
-    given: &BTreeMap<u64, &[u8]>,
+    given: &BTreeMap<u64, &NewPage>,
     window: &BTreeSet<u64>,
     budget_bytes: u64,
 ) -> BTreeMap<u64, u64> {
@@ -81,7 +81,7 @@ fn evict(
     for page in pages.into_iter().filter(|page| !window.contains(page)) {
         let record = stored.get(&page);
         let stored_bytes = record.map_or(0, |record| u64::from(record.blob.len));
-        let bytes = given.get(&page).map_or(stored_bytes, |bytes| bytes.len() as u64);
+        let bytes = given.get(&page).map_or(stored_bytes, |bytes| bytes.num_bytes() as u64);
         let evicted = match record {
             Some(record) if record.evicted > 0 => record.evicted,
             _ => {

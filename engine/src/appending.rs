@@ -5,6 +5,7 @@ use crate::conversation::Conversation;
 use crate::error::{Error, Result};
 use crate::feeding::COMMIT_TOKENS;
 use crate::generation;
+use crate::memory::said_now;
 use crate::snapshot::OpenTurn;
 use crate::stream::{FeedEvent, FeedSummary, Sink};
 use mka_memory::{NewTurn, Role};
@@ -16,12 +17,13 @@ use mka_memory::{NewTurn, Role};
 /// what was committed stays.
 pub(crate) fn append(
     conversation: &mut Conversation,
-    turns: Vec<NewTurn>,
+    mut turns: Vec<NewTurn>,
     sink: &Sink<FeedEvent>,
 ) -> Result<FeedSummary> {
     let shared = conversation.shared.clone();
     let model = shared.model("append")?;
     check(&turns, conversation.state.open)?;
+    said_now(&mut turns, shared.now_ms()?);
     conversation.set_policy("append", shared.config.recall)?;
     conversation.last_prompt = None;
     let to_answer = model.tokenizer.encode_with_specials(&model.scaffold.to_answer)?;

@@ -135,7 +135,7 @@ impl Default for MemoryConfig {
             recall_k: 8,
             recall_tokens: 768,
             quote: Quote::default(),
-            evicted_page_bytes: 0,
+            evicted_page_bytes: 2 << 30,
             recall: RecallPolicy::default(),
             pages: PageConfig::default(),
         }

@@ -17,7 +17,7 @@ use std::ops::Range;
 #[non_exhaustive]
 pub enum FeedMode {
     /// `Model` up to four windows, `Text` beyond: on a processor a model reads hundreds of tokens a second, text memory
-    /// takes in thousands.
+    /// takes in thousands. `Model` always in an engine of [`RecallPolicy::Pages`], which looks no text up.
     #[default]
     Auto,
     /// Every token runs through the model, and the text is remembered too.
@@ -142,6 +142,7 @@ pub(crate) fn take_in(
         Some(model) => match options.mode {
             FeedMode::Model => (FeedMode::Model, 0),
             // Four bytes a token is English prose; only the default rests on it.
+            FeedMode::Auto if shared.config.recall == RecallPolicy::Pages => (FeedMode::Model, 0),
             FeedMode::Auto if text.len() / 4 <= 4 * window => (FeedMode::Model, 0),
             // A quarter of the window stays free for the question and what is recalled for it.
             _ => (FeedMode::Text, tail(model, text, &sections, window - window / 4)?),

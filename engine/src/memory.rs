@@ -63,6 +63,11 @@ fn assemble(
     })
 }
 
+/// Gives turns without a time that of now: a half-life, `since_ms` and [`Forget::before`] would take them for the oldest.
+pub(crate) fn said_now(turns: &mut [NewTurn], now_ms: i64) {
+    turns.iter_mut().filter(|turn| turn.time_ms == 0).for_each(|turn| turn.time_ms = now_ms);
+}
+
 /// Remember, recall and forget, over every session of the engine.
 #[derive(Clone)]
 pub struct MemoryHandle {
@@ -75,11 +80,13 @@ impl MemoryHandle {
     }
 
     /// Appends `turns` to the session of `scope` as text memory, durable when it returns; the model reads none of it.
+    /// A turn of time 0, as [`NewTurn::new`] makes it, was said now.
     ///
     /// # Errors
     /// `InvalidArgument` if the scope names no session; `Storage`.
-    pub async fn remember(&self, scope: &Scope, turns: Vec<NewTurn>) -> Result<Committed> {
+    pub async fn remember(&self, scope: &Scope, mut turns: Vec<NewTurn>) -> Result<Committed> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
+        said_now(&mut turns, now_ms());
         let commit = Commit { turns, ..Commit::default() };
         offload("remember", move || Ok(shared.store.commit(&scope, commit)?)).await
     }

@@ -5,7 +5,7 @@ use crate::appending;
 use crate::conversation::{self, Conversation, LastPrompt, is_cancelled};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
-use crate::feeding::{self, Before, FeedOptions, Taken};
+use crate::feeding::{self, Before, FeedMode, FeedOptions, Taken};
 use crate::generation::{self, Stop};
 use crate::memory::{self, Context};
 use crate::offload::offload;
@@ -333,8 +333,8 @@ impl Session {
     /// place in the chat template, and answers nothing. For a conversation that began in another place, and for an answer
     /// that something else gave: it stands behind the message, or the document, that waits for one.
     ///
-    /// A turn's `tokens` are replaced by the model's own; a [`NewTurn`] that is not told otherwise was said in 1970. Before
-    /// a new session's first message may stand a turn of [`Role::System`]: its instructions, which the log does not keep. An
+    /// A turn's `tokens` are replaced by the model's own; one of time 0, as [`NewTurn::new`] makes it, was said now. Before a
+    /// new session's first message may stand a turn of [`Role::System`]: its instructions, which the log does not keep. An
     /// answer that nothing waits for answers an empty message, a turn of its own. A text longer than the window is a
     /// document: feed it.
     ///
@@ -472,13 +472,17 @@ fn send(
     let now_ms = shared.now_ms()?;
     let time_ms = options.time_ms.unwrap_or(now_ms);
 
-    conversation.set_policy("send", options.recall.unwrap_or(shared.config.recall))?;
+    let policy = options.recall.unwrap_or(shared.config.recall);
+    conversation.set_policy("send", policy)?;
     let longest = shared.config.window_tokens / 2;
     let (document, message) = feeding::split_long(model, message, longest)?;
     // What was cut off a long message is its beginning.
     let mut joined = options.joined;
     if !document.is_empty() {
-        let feed = FeedOptions::text().completion(options.completion);
+        // What is not looked up must be read to be recalled.
+        let is_read = policy == RecallPolicy::Pages;
+        let mode = if is_read { FeedMode::Model } else { FeedMode::Text };
+        let feed = FeedOptions { mode, ..FeedOptions::default() }.completion(options.completion);
         let before = Before { system: options.system.as_deref(), joined: options.joined };
         let go_on = &mut |_: &Taken| !sink.is_cancelled();
         let taken = feeding::take_in(conversation, document, &feed, time_ms, before, go_on)?;

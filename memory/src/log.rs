@@ -31,7 +31,8 @@ pub struct NewTurn {
     pub role: Role,
     /// Its text.
     pub text: String,
-    /// When, in milliseconds since the Unix epoch, as the caller's clock has it.
+    /// When, in milliseconds since the Unix epoch, as the caller's clock has it. The store takes it as it is; an engine's
+    /// calls take 0 for now.
     pub time_ms: i64,
     /// What this turn added to the model's token stream; may be empty.
     pub tokens: Vec<u32>,

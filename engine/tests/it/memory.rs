@@ -427,3 +427,27 @@ fn the_log_and_the_sessions_of_a_user_can_be_read_and_texts_become_unit_vectors(
         assert!((row.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-4);
     }
 }
+
+#[test]
+fn a_turn_without_a_time_was_said_now() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 64);
+    let mut then = NewTurn::new(Role::User, "The key hung in the hall.");
+    then.time_ms = 1000;
+    let turns = vec![then, NewTurn::new(Role::User, "The key lies under the mat.")];
+    let memory = engine.memory();
+    wait(memory.remember(&trip(), turns)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let said = vec![NewTurn::new(Role::User, "And now?"), NewTurn::new(Role::Assistant, "Still.")];
+    wait(chat.append(said).finish()).unwrap();
+    drop(chat);
+    let turns = wait(memory.turns(&trip(), 0..9)).unwrap();
+    let times: Vec<i64> = turns.iter().map(|turn| turn.time_ms).collect();
+    assert_eq!(times[0], 1000);
+    assert!(
+        times.len() == 4 && times[1..].iter().all(|time| *time > 1_600_000_000_000),
+        "{times:?}"
+    );
+    let receipt = wait(memory.forget(&Scope::user("ada"), Forget::before(1001))).unwrap();
+    assert_eq!(receipt.turns, 1);
+}

@@ -77,6 +77,23 @@ fn a_long_document_is_committed_beside_the_model_and_whole_at_its_end() {
 }
 
 #[test]
+fn what_no_text_recall_would_find_is_read_by_the_model() {
+    let text: String = (0..160).map(|i| format!("item {i} is {}. ", i * i % 97)).collect();
+    for (recall, is_read) in [(RecallPolicy::Pages, true), (RecallPolicy::Both, false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let engine = open(folder.path(), config(recall)).unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        // Far more than four windows, which text memory takes in by default.
+        let fed = wait(chat.feed(text.as_str()).finish()).unwrap();
+        assert_eq!(fed.model_tokens > 1000, is_read, "{recall:?}: {fed:?}");
+        let long = format!("{text} And item 7?");
+        let (_, usage) = finish(chat.send_with(&long, short())).unwrap();
+        let stored = usage.pages.unwrap().stored_tokens;
+        assert_eq!(stored > 2000, is_read, "{recall:?}: {stored} tokens are stored");
+    }
+}
+
+#[test]
 fn what_is_refused_before_anything_is_read_leaves_the_stored_pages() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config(RecallPolicy::Pages);

@@ -42,6 +42,7 @@ mod feeding;
 mod forgets;
 mod generation;
 mod gguf;
+mod heap;
 mod hub;
 mod memory;
 mod models;

@@ -7,6 +7,7 @@ use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
 use crate::feeding::{self, Before, FeedMode, FeedOptions, Taken};
 use crate::generation::{self, Stop};
+use crate::heap::GivesBack;
 use crate::memory::{self, Context};
 use crate::offload::offload;
 use crate::pages::{Message, RecallPolicy};
@@ -131,6 +132,8 @@ pub(crate) struct Live {
     conversation: Mutex<Conversation>,
     /// Streams that were begun and may not be over.
     streams: Mutex<Vec<Canceller>>,
+    /// Last, for it gives back what the conversation took.
+    _memory: GivesBack,
 }
 
 impl Drop for Live {
@@ -214,7 +217,8 @@ impl Session {
         match conversation(&shared, &scope) {
             Ok(conversation) => {
                 let (conversation, streams) = (Mutex::new(conversation), Mutex::default());
-                Ok(Self { live: Arc::new(Live { shared, scope, conversation, streams }) })
+                let live = Live { shared, scope, conversation, streams, _memory: GivesBack };
+                Ok(Self { live: Arc::new(live) })
             }
             Err(error) => {
                 shared.release(&scope);

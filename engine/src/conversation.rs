@@ -4,6 +4,8 @@
 mod align;
 mod commit;
 mod opening;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use commit::Pending;
 
@@ -156,9 +158,10 @@ impl Conversation {
         if self.cache.as_ref().is_some_and(is_so) {
             return Ok(());
         }
-        self.state.sink_pages = sink_pages as u32;
+        let before = std::mem::replace(&mut self.state.sink_pages, sink_pages as u32);
         self.is_half_way = true;
-        self.begin(model)?;
+        // A stream that is opened again has the sinks that there was room for.
+        self.begin(model).inspect_err(|_| self.state.sink_pages = before)?;
         self.is_half_way = false;
         if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
             pages.begin_turn();
@@ -465,11 +468,11 @@ impl Conversation {
     /// Goes back to what the store holds.
     pub(crate) fn reopen(&mut self) -> Result<()> {
         self.is_half_way = true;
-        // The stored pages are wanted in its room on the device.
-        if let Some(pages) = self.cache.as_mut().and_then(Cache::pages_mut) {
-            pages.leave();
-        }
-        let sink_pages = self.cache.as_ref().map_or(1, Cache::sink_pages);
+        let sink_pages = self.cache.as_ref().map_or(self.state.sinks(), Cache::sink_pages);
+        // The new window and its pages want the room of the old ones, which nothing reads any more. Where there is none for
+        // them either, the next opening has the sinks from the state.
+        self.state.sink_pages = sink_pages as u32;
+        (self.cache, self.last_prompt) = (None, None);
         let opened = Self::open_with(self.shared.clone(), self.scope.clone(), sink_pages);
         *self = opened.map_err(|error| self.shared.failed(error))?;
         Ok(())

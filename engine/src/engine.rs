@@ -110,7 +110,7 @@ impl std::str::FromStr for Device {
 pub struct MemoryConfig {
     /// Recent tokens attended exactly, rounded to whole pages of 64; at least 64, at most the model's trained length.
     pub window_tokens: usize,
-    /// Most tokens of one forward pass while a prompt is read.
+    /// Most tokens of one forward pass while a prompt is read; beyond the model's trained length it is that.
     pub block_tokens: usize,
     /// Memories looked up for each message; 0 recalls nothing.
     pub recall_k: usize,
@@ -308,7 +308,9 @@ impl Shared {
 
     /// Of a stream of which every token sees the first `sink_pages` pages, beside its window.
     pub(crate) fn cache_shape(&self, model: &Model, sink_pages: u64) -> CacheShape {
-        let (window, block) = (self.config.window_tokens, self.config.block_tokens);
+        // The cache has room for a block: what a caller names must not size it.
+        let block = self.config.block_tokens.min(model.decoder.config.trained_tokens);
+        let window = self.config.window_tokens;
         CacheShape { sink_pages, ..model.decoder.cache_shape(window, block) }
     }
 

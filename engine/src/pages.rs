@@ -217,7 +217,9 @@ impl PageConfig {
         // Sinks, recalled tokens and the window, which begins on a page's border, share the trained length.
         let beside = window_tokens + 2 * PAGE_TOKENS;
         let room = trained_tokens.saturating_sub(beside);
-        if self.tokens == 0 || self.tokens.next_multiple_of(PAGE_TOKENS) > room {
+        // What is above the room may be too much to be rounded up.
+        let fits = (1..=room).contains(&self.tokens);
+        if !fits || self.tokens.next_multiple_of(PAGE_TOKENS) > room {
             return Err(Error::invalid(format!(
                 "open: pages.tokens {}, expected 1 to {room}: a trained length of {trained_tokens} less the window of {window_tokens} and {} more",
                 self.tokens,

@@ -1,7 +1,9 @@
 //! What goes wrong outside is an error of the right kind that names what it saw, and nothing is lost.
 
 use crate::{engine, finish, tiny_model, trip, wait};
-use mka::{Engine, ErrorKind, MemoryConfig, ModelSource, Recall, Sampling, Scope, SendOptions};
+use mka::{
+    Engine, ErrorKind, FeedOptions, MemoryConfig, ModelSource, Recall, Sampling, Scope, SendOptions,
+};
 
 fn short() -> SendOptions {
     SendOptions::default().max_new_tokens(4)
@@ -18,6 +20,24 @@ fn windows_of_zero_and_beyond_the_trained_length_are_refused() {
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{window}");
         assert!(error.to_string().contains("window_tokens"), "{error}");
+    }
+}
+
+#[test]
+fn a_block_beyond_the_trained_length_takes_no_more_room_than_that() {
+    for block in [1 << 40, usize::MAX] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = MemoryConfig::with_window(128);
+        config.block_tokens = block;
+        let engine = Engine::builder(folder.path().join("store"))
+            .model(ModelSource::path(tiny_model()))
+            .memory(config)
+            .open_blocking()
+            .unwrap();
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        let text = "the end and the beginning. ".repeat(20);
+        wait(chat.feed_with(text, FeedOptions::through_model()).finish()).unwrap();
+        finish(chat.send_with("hello", short())).unwrap();
     }
 }
 

@@ -374,7 +374,7 @@ fn a_session_that_is_open_recalls_nothing_that_was_forgotten() {
 #[test]
 fn pages_that_no_model_could_attend_to_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    for tokens in [0, 65, 1 << 20] {
+    for tokens in [0, 65, 1 << 20, usize::MAX] {
         let mut config = config(RecallPolicy::Pages);
         config.pages.tokens = tokens;
         let error = open(folder.path(), config).unwrap_err();

@@ -49,6 +49,8 @@ pub(crate) struct Conversation {
 /// What is needed to answer the last message again.
 #[derive(Clone)]
 pub(crate) struct LastPrompt {
+    /// The turn of its answer: behind another one it is not the last message.
+    pub(crate) answer: TurnId,
     /// Before the prompt's last token, whose logits choose the first token of the answer.
     pub(crate) before_last: Saved,
     pub(crate) last_token: u32,

@@ -532,12 +532,7 @@ fn send(
     };
     let mut go_on = || !sink.is_cancelled();
     conversation.prefill_message(&own_tokens, head, &mut go_on)?;
-    let last_prompt = LastPrompt {
-        before_last: conversation.save(),
-        last_token: *last_token,
-        answer_prefix: options.answer_prefix.clone(),
-        message: conversation.message(),
-    };
+    let (before_last, asked) = (conversation.save(), conversation.message());
     let prompt_tokens = conversation.attended_tokens() + 1;
     let answer = generation::generate(conversation, *last_token, options, sink)?;
 
@@ -557,7 +552,7 @@ fn send(
     let text = format!("{}{}", options.answer_prefix, answer.text);
     turns.push(turn(Role::Assistant, text, time_ms, answer.tokens.clone()));
     starts.push(Some(start + prompt.len() as u64));
-    let usage = finish(
+    let (answer_turn, usage) = finish(
         conversation,
         (turns, starts, None),
         &answer.stop,
@@ -571,7 +566,13 @@ fn send(
             pages: conversation.page_usage()?,
         },
     )?;
-    conversation.last_prompt = Some(last_prompt);
+    conversation.last_prompt = answer_turn.map(|answer| LastPrompt {
+        answer,
+        before_last,
+        last_token: *last_token,
+        answer_prefix: options.answer_prefix.clone(),
+        message: asked,
+    });
     Ok(usage)
 }
 
@@ -588,16 +589,16 @@ fn turn(role: Role, text: String, time_ms: i64, tokens: Vec<u32>) -> NewTurn {
     turn
 }
 
-/// Commits a finished or cancelled answer: what to tell the caller, if there is one.
+/// Commits a finished or cancelled answer, the last of `turns`: its number, and what to tell the caller, if there is one.
 fn finish(
     conversation: &mut Conversation,
     (turns, starts, retract): (Vec<NewTurn>, Vec<Option<u64>>, Option<TurnId>),
     stop: &Stop,
     usage: Usage,
-) -> Result<Option<Usage>> {
+) -> Result<(Option<TurnId>, Option<Usage>)> {
     conversation.state.open = OpenTurn::Answered { closed_by: stop.closed_by() };
-    conversation.commit(turns, &starts, retract)?;
-    Ok(stop.reason().map(|stop| Usage { stop, ..usage }))
+    let committed = conversation.commit(turns, &starts, retract)?;
+    Ok((committed.turns.last().copied(), stop.reason().map(|stop| Usage { stop, ..usage })))
 }
 
 fn no_answer() -> Error {
@@ -631,7 +632,8 @@ fn answer_again(
 ) -> Result<Option<Usage>> {
     let shared = conversation.shared.clone();
     let answer_turn = before.id;
-    let kept = conversation.last_prompt.clone();
+    // Behind the answer there may stand one that was remembered, which answers nothing that the stream holds.
+    let kept = conversation.last_prompt.clone().filter(|last| last.answer == answer_turn);
     let here = kept.filter(|last| conversation.try_take_back(&last.before_last));
     let last = match here {
         Some(last) => last,
@@ -639,6 +641,7 @@ fn answer_again(
             // The prompt's pages are gone: fill the window again from the log, up to the prompt's last token.
             let last_token = conversation.refill(answer_turn, true)?.ok_or_else(no_answer)?;
             LastPrompt {
+                answer: answer_turn,
                 before_last: conversation.save(),
                 last_token,
                 answer_prefix: answer_prefix(&shared, before)?,
@@ -657,7 +660,7 @@ fn answer_again(
     }
     let text = format!("{}{}", options.answer_prefix, answer.text);
     let turns = vec![turn(Role::Assistant, text, time_ms, answer.tokens.clone())];
-    let usage = finish(
+    let (answer_turn, usage) = finish(
         conversation,
         (turns, vec![Some(start)], Some(answer_turn)),
         &answer.stop,
@@ -671,6 +674,6 @@ fn answer_again(
             pages: conversation.page_usage()?,
         },
     )?;
-    conversation.last_prompt = Some(last);
+    conversation.last_prompt = answer_turn.map(|answer| LastPrompt { answer, ..last });
     Ok(usage)
 }

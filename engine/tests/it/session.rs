@@ -664,6 +664,30 @@ fn an_answer_that_was_forgotten_can_be_given_again() {
 }
 
 #[test]
+fn an_answer_that_was_remembered_behind_the_last_one_is_none_to_give_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let is_refused = |engine: &Engine, chat: &mut Session| {
+        let error = finish(chat.regenerate(short())).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        let turns = wait(engine.memory().turns(&trip(), 0..9)).unwrap();
+        let live = turns.iter().filter(|turn| !turn.retracted).map(|turn| turn.id);
+        assert_eq!(live.collect::<Vec<u64>>(), [0, 1, 2]);
+    };
+    {
+        let engine = engine(folder.path(), 256);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        finish(chat.send_with("hello", short())).unwrap();
+        let note = vec![mka::NewTurn::new(Role::Assistant, "a note")];
+        wait(engine.memory().remember(&trip(), note)).unwrap();
+        is_refused(&engine, &mut chat);
+    }
+    // As after a restart.
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    is_refused(&engine, &mut chat);
+}
+
+#[test]
 fn what_is_taken_back_far_behind_the_window_is_found_by_its_words() {
     let folder = tempfile::tempdir().unwrap();
     let engine = engine(folder.path(), 256);

@@ -90,9 +90,10 @@ impl Contents {
     }
 }
 
-/// Writes a checkpoint of `state.step` and removes the oldest beyond `keep`.
+/// Writes a checkpoint of `state.step`, and removes those of later steps and the oldest beyond `keep`.
 ///
 /// The folder gets its name after everything in it is on disk: a kill at any moment leaves the last one whole.
+/// Later ones were passed over as damaged when the run was opened, and are written again as it goes on.
 pub(super) fn write(
     output: &Path,
     mut state: State,
@@ -129,9 +130,11 @@ pub(super) fn write(
     File::open(&folder)
         .and_then(|folder| folder.sync_all())
         .map_err(io("sync checkpoint folder", &folder))?;
-    let all = list(output)?;
-    for old in &all[..all.len().saturating_sub(keep)] {
-        fs::remove_dir_all(old).map_err(io("remove old checkpoint", old))?;
+    let (earlier, later): (Vec<_>, Vec<_>) =
+        list(output)?.into_iter().partition(|path| *path <= whole);
+    let old = &earlier[..earlier.len().saturating_sub(keep)];
+    for path in old.iter().chain(&later) {
+        fs::remove_dir_all(path).map_err(io("remove old checkpoint", path))?;
     }
     Ok(whole)
 }
@@ -154,7 +157,8 @@ pub(super) fn list(output: &Path) -> Result<Vec<PathBuf>> {
         .filter(|path| {
             path.file_name()
                 .and_then(|name| name.to_str())
-                .is_some_and(|name| name.starts_with("step-"))
+                .and_then(|name| name.strip_prefix("step-"))
+                .is_some_and(|step| step.bytes().all(|byte| byte.is_ascii_digit()))
         })
         .collect();
     found.sort();

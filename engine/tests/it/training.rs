@@ -398,6 +398,30 @@ fn a_damaged_checkpoint_is_passed_over_and_another_models_is_refused() {
 }
 
 #[test]
+fn a_checkpoint_is_kept_though_damaged_ones_of_later_steps_are_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    (config.train.steps, config.train.save_every, config.train.keep) = (8, 2, 5);
+    run(config.clone()).unwrap();
+    let checkpoints = config.output.join("checkpoints");
+    for step in ["step-00000006", "step-00000008"] {
+        std::fs::write(checkpoints.join(step).join("state.json"), "{").unwrap();
+    }
+    // What somebody put beside them is none of them.
+    std::fs::create_dir(checkpoints.join("step-00000008.copy")).unwrap();
+    config.train.keep = 2;
+    let mut trainer = Trainer::open(config).unwrap();
+    assert_eq!(trainer.steps_done(), 4);
+    trainer.step().unwrap();
+    assert_eq!(trainer.save().unwrap(), checkpoints.join("step-00000005"));
+    let entries = std::fs::read_dir(&checkpoints).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    assert_eq!(names, ["step-00000004", "step-00000005", "step-00000008.copy"]);
+}
+
+#[test]
 fn a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config(folder.path());

@@ -3,7 +3,7 @@
 
 use super::base::Base;
 use super::checkpoint::{self, Checkpoint, Contents, State};
-use super::config::{TrainMode, TrainingConfig};
+use super::config::{Precision, TrainMode, TrainingConfig};
 use super::corpus::Corpus;
 use super::decode::{self, DecodeReport};
 use super::export;
@@ -413,7 +413,9 @@ impl Trainer {
 /// # Errors
 /// `NotFound` if the run has no checkpoint, `Incompatible` if the base is not the one that it was trained from.
 pub fn merge(run: &Path, out: &Path) -> Result<()> {
-    let config = TrainingConfig::load(&run.join("config.toml"))?;
+    let mut config = TrainingConfig::load(&run.join("config.toml"))?;
+    // A checkpoint holds f32 masters whatever the run computed in, and the processor knows nothing narrower.
+    config.precision = Precision::F32;
     let checkpoint = Checkpoint::newest(run)?.ok_or_else(|| {
         Error::new(
             ErrorKind::NotFound,

@@ -397,6 +397,25 @@ fn a_damaged_checkpoint_is_passed_over_and_another_models_is_refused() {
     assert_eq!(Trainer::open(config).unwrap_err().kind(), ErrorKind::Corrupted);
 }
 
+/// The checkpoints of a run in bf16 are as those of one in f32: a machine without a card can merge them.
+#[test]
+fn a_run_in_bf16_is_merged_on_the_processor() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    config.train.steps = 2;
+    run(config.clone()).unwrap();
+    let path = config.output.join("config.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains("precision = \"f32\""), "{text}");
+    std::fs::write(&path, text.replace("precision = \"f32\"", "precision = \"bf16\"")).unwrap();
+    let merged = folder.path().join("merged");
+    merge(&config.output, &merged).unwrap();
+    for name in ["model.safetensors", "mka.safetensors", "config.json"] {
+        let file = |folder: &Path| std::fs::read(folder.join(name)).unwrap();
+        assert!(file(&merged) == file(&config.output.join("model")), "{name} differs");
+    }
+}
+
 #[test]
 fn a_checkpoint_is_kept_though_damaged_ones_of_later_steps_are_there() {
     let folder = tempfile::tempdir().unwrap();

@@ -167,7 +167,14 @@ impl Base {
                 .map_err(|source| {
                     Error::model(format!("config.json: {source}")).with_source(source)
                 })?,
-            _ => huggingface_config(&self.decoder)?,
+            // The decoder's own description of a GGUF file, whose fingerprint runs hold to, knows no tokenizer.
+            Files::Gguf(gguf) => {
+                let special = Tokenizer::from_gguf(gguf)?.special_ids();
+                let mut ends: Vec<u32> = [special.eos, special.eot].into_iter().flatten().collect();
+                ends.dedup();
+                huggingface_config(&DecoderConfig { eos_token_ids: ends, ..self.decoder.clone() })?
+            }
+            Files::Scratch { .. } => huggingface_config(&self.decoder)?,
         };
         if let Some(object) = json.as_object_mut() {
             // Weights are written in f32, whatever they came in; either version of transformers finds its key.
@@ -316,8 +323,13 @@ fn huggingface_config(c: &DecoderConfig) -> Result<Value> {
     });
     if let Some(object) = json.as_object_mut() {
         object.retain(|_, value| !value.is_null());
-        if let Some(eos) = c.eos_token_ids.first() {
-            object.insert("eos_token_id".into(), json!(eos));
+        let eos = match c.eos_token_ids.as_slice() {
+            [] => None,
+            [eos] => Some(json!(eos)),
+            several => Some(json!(several)),
+        };
+        if let Some(eos) = eos {
+            object.insert("eos_token_id".into(), eos);
         }
         if let Some(bos) = c.bos_token_id {
             object.insert("bos_token_id".into(), json!(bos));

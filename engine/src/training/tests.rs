@@ -11,6 +11,7 @@ use crate::cache::Cache;
 use crate::models::config::DecoderConfig;
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
+use crate::tokenizer::Tokenizer;
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -403,6 +404,29 @@ fn an_exported_model_is_the_trained_one_in_the_engine() {
         let worst = worst.map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
         assert!(worst <= 1e-4 * largest.max(1.0), "{name}: off by {worst} of {largest}");
     }
+}
+
+#[test]
+fn a_model_from_a_gguf_file_is_written_with_the_end_tokens_that_it_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let mut bytes = std::fs::read(golden("gguf/model.gguf")).unwrap();
+    // Keys of one length: what begins a document in the file ends a turn in its copy.
+    let (from, to) = (b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eot_token_id");
+    let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
+    bytes[at..at + to.len()].copy_from_slice(to);
+    std::fs::write(&path, bytes).unwrap();
+    let written = |path: &Path| {
+        let mut config = full(MemoryKind::None);
+        config.model.source = Some(path.display().to_string());
+        config.data.sequence_tokens = 16;
+        let text = Base::open(&config).unwrap().config_json(&config, &[]).unwrap();
+        DecoderConfig::from_json(&text).unwrap().eos_token_ids
+    };
+    let (_, gguf) = Weights::open_gguf(&path).unwrap();
+    let special = Tokenizer::from_gguf(&gguf).unwrap().special_ids();
+    assert_eq!(written(&path), [special.eos.unwrap(), special.eot.unwrap()]);
+    assert_eq!(written(&golden("gguf/model.gguf")), [special.eos.unwrap()]);
 }
 
 /// Whatever the kind, a stream that is read at once, in chunks or token by token is the same.

@@ -1,7 +1,7 @@
 //! What training starts from: a folder, a GGUF file or a shape; and the files that go with a trained model.
 //! Knows no parameter and no gradient.
 
-use super::config::{MemoryKind, ScratchSettings, TrainingConfig};
+use super::config::{MemoryKind, MemorySettings, ScratchSettings, TrainingConfig};
 use super::corpus::Vocabulary;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gguf::Gguf;
@@ -68,6 +68,34 @@ impl Base {
             )));
         }
         Ok(base)
+    }
+
+    /// Refuses a summary that the model's own gate and router were not trained with.
+    ///
+    /// # Errors
+    /// `Incompatible` with what `settings` and the model say.
+    pub(super) fn check_memory(&self, settings: &MemorySettings) -> Result<()> {
+        let has_gate = |weights: &Weights| {
+            (0..self.decoder.num_layers)
+                .any(|layer| weights.contains(&format!("layers.{layer}.gate")))
+        };
+        if settings.kind == MemoryKind::None || !self.weights.as_ref().is_some_and(has_gate) {
+            return Ok(());
+        }
+        let own = &self.decoder.mka;
+        let refused = |name: &str, found: String, expected: String| {
+            let what = format!("memory.{name}: {found}, expected {expected} as the model's memory");
+            Err(Error::new(ErrorKind::Incompatible, what))
+        };
+        if settings.rates != own.rates {
+            let (found, expected) = (&settings.rates, &own.rates);
+            return refused("rates", format!("{found:?}"), format!("{expected:?}"));
+        }
+        if settings.bias_correction != own.bias_correction {
+            let (found, expected) = (settings.bias_correction, own.bias_correction);
+            return refused("bias_correction", found.to_string(), expected.to_string());
+        }
+        Ok(())
     }
 
     fn pretrained(source: &str, config: &TrainingConfig) -> Result<Self> {

@@ -58,8 +58,9 @@ impl Trainer {
     ///
     /// # Errors
     /// `InvalidArgument` for a setting outside its range or a corpus shorter than a sequence; `Incompatible` for a
-    /// checkpoint of another model, text or setting, and for a tokenizer that does not fit the model; `Corrupted` if
-    /// there are checkpoints and none is whole; else as loading a model.
+    /// checkpoint of another model, text or setting, for a tokenizer that does not fit the model, and for rates or a bias
+    /// correction that the model's own memory was not trained with; `Corrupted` if there are checkpoints and none is whole;
+    /// else as loading a model.
     pub fn open(config: TrainingConfig) -> Result<Self> {
         Self::open_with(config, Box::new(Alone))
     }
@@ -77,6 +78,7 @@ impl Trainer {
         let device = config.device()?;
         let opened = device.open()?;
         let base = Base::open(&config)?;
+        base.check_memory(&config.memory)?;
         let read = |name: &str, files: &[PathBuf]| {
             Corpus::read(name, files, &base.vocabulary, config.data.sequence_tokens)
         };

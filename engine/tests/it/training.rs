@@ -397,6 +397,41 @@ fn a_damaged_checkpoint_is_passed_over_and_another_models_is_refused() {
     assert_eq!(Trainer::open(config).unwrap_err().kind(), ErrorKind::Corrupted);
 }
 
+#[test]
+fn a_memory_that_was_trained_is_trained_on_with_its_own_rates_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = config(folder.path());
+    (first.train.steps, first.memory.learn_rates, first.memory.initial_gate) = (4, true, 0.5);
+    let mut trainer = Trainer::open(first.clone()).unwrap();
+    trainer.run(&mut |_| ()).unwrap();
+    let expected = trainer.evaluate().unwrap().loss;
+    let model = first.output.join("model");
+    let rates = inspect(&model).unwrap().rates;
+    assert_ne!(rates, first.memory.rates);
+    let mut next = first.clone();
+    next.output = folder.path().join("next");
+    next.model.source = Some(model.display().to_string());
+    let error = Trainer::open(next.clone()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Incompatible, "{error}");
+    let named = format!("memory.rates: {:?}, expected {rates:?}", first.memory.rates);
+    assert!(error.to_string().contains(&named), "{error}");
+    // What the error names can be written into the file.
+    let path = folder.path().join("next.toml");
+    let text = format!(
+        "output = \"run\"\n[model]\nsource = \"model\"\n[data]\ntrain = [\"a.txt\"]\n\
+        held_out = [\"b.txt\"]\n[memory]\nrates = {rates:?}\n"
+    );
+    std::fs::write(&path, text).unwrap();
+    next.memory.rates = TrainingConfig::load(&path).unwrap().memory.rates;
+    assert_eq!(next.memory.rates, rates);
+    let loss = Trainer::open(next.clone()).unwrap().evaluate().unwrap().loss;
+    assert!((loss - expected).abs() < 1e-4, "{loss}, expected {expected}");
+    next.memory.bias_correction = false;
+    let error = Trainer::open(next).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Incompatible, "{error}");
+    assert!(error.to_string().contains("memory.bias_correction: false, expected true"), "{error}");
+}
+
 /// The checkpoints of a run in bf16 are as those of one in f32: a machine without a card can merge them.
 #[test]
 fn a_run_in_bf16_is_merged_on_the_processor() {

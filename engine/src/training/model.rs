@@ -5,7 +5,7 @@ use super::config::{MemoryKind, MemorySettings, TrainMode, TrainingConfig};
 use super::decode;
 use super::layers::{Blueprint, Layer, Pass, PassRecall};
 use super::loss::{self, CHUNK};
-use super::operations::rms_norm;
+use super::operations::{rms_norm, sum_by_token};
 use super::parameters::{Builder, Parameter, Source};
 use super::summary::Rates;
 use crate::error::{Error, ErrorKind, Result};
@@ -277,7 +277,8 @@ impl TrainModel {
         }
     }
 
-    fn embed(&self, batch: &Batch) -> Result<Tensor> {
+    /// The inputs of `batch` on the device: (n).
+    fn ids(&self, batch: &Batch) -> Result<Tensor> {
         if let Some(id) = batch
             .inputs
             .iter()
@@ -292,8 +293,12 @@ impl TrainModel {
                 ),
             ));
         }
-        let ids = Tensor::from_slice(&batch.inputs, batch.inputs.len(), &self.device)?;
-        Ok(self.embedding.index_select(&ids, 0)?)
+        Ok(Tensor::from_slice(&batch.inputs, batch.inputs.len(), &self.device)?)
+    }
+
+    /// Hidden states before the first layer, without history: ids (n) -> (n, hidden).
+    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        Ok(self.embedding.index_select(ids, 0)?.detach())
     }
 
     pub(super) fn layers(&self) -> &[Layer] {
@@ -309,7 +314,7 @@ impl TrainModel {
     /// Hidden states before the first layer, without history: (n, hidden).
     pub(super) fn embed_ids(&self, ids: &[u32]) -> Result<Tensor> {
         let batch = Batch { inputs: ids.to_vec(), targets: Vec::new(), sequences: 1 };
-        Ok(self.embed(&batch)?.detach())
+        self.embed(&self.ids(&batch)?)
     }
 
     /// Logits of hidden states before the last norm: (n, vocab), f32.
@@ -320,7 +325,7 @@ impl TrainModel {
     /// Hidden states after the last norm, without history: (n, hidden).
     fn hidden(&self, batch: &Batch, view: View) -> Result<Tensor> {
         let pass = self.pass(batch, view);
-        let mut hidden = self.embed(batch)?.detach();
+        let mut hidden = self.embed(&self.ids(batch)?)?;
         for layer in &self.layers {
             hidden = layer.forward(&Value::constant(&hidden), &pass)?.tensor().clone();
         }
@@ -353,8 +358,8 @@ impl TrainModel {
         finished: &mut Finished<'_>,
     ) -> Result<f64> {
         let pass = self.pass(batch, View::Trained);
-        let embedded = self.embed(batch)?;
-        let mut hidden = embedded.detach();
+        let ids = self.ids(batch)?;
+        let mut hidden = self.embed(&ids)?;
         let mut segments = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let input = hidden;
@@ -383,14 +388,8 @@ impl TrainModel {
             finished(gradients, &whole)?;
             done.extend(whole);
         }
-        if self.embedding.is_variable() {
-            // candle starts from ones of the shape of what it is asked for: a sum in front would only cost its own pass.
-            let store = (embedded * &dhidden)?.backward()?;
-            if let (Some(gradient), Some(index)) =
-                (store.get(&self.embedding), self.index_of(&self.embedding))
-            {
-                gradients.add(index, gradient)?;
-            }
+        if let Some(index) = self.index_of(&self.embedding) {
+            gradients.add(index, &sum_by_token(&ids, &dhidden, self.config.vocab_size)?)?;
         }
         let rest: Vec<usize> = (0..self.parameters.len())
             .filter(|i| !done.contains(i) && gradients.get(*i).is_some())

@@ -251,3 +251,12 @@ pub(super) fn mix(x: &Tensor, levels: &Tensor, weights: &Tensor, gate: &Tensor) 
 pub(super) fn softmax(x: &Tensor) -> Result<Tensor> {
     Ok(candle_nn::ops::softmax(x, D::Minus1)?)
 }
+
+/// The gradient of an embedding (vocab, c): the sum of `gradient` (n, c) over the tokens of each id, ids (n).
+///
+/// In f32 whatever the type of the gradient: in bf16 a sum of ones ends at 256, and common tokens come more often.
+pub(super) fn sum_by_token(ids: &Tensor, gradient: &Tensor, vocab_size: usize) -> Result<Tensor> {
+    let gradient = gradient.detach().to_dtype(DType::F32)?.contiguous()?;
+    let sums = Tensor::zeros((vocab_size, gradient.dim(1)?), DType::F32, gradient.device())?;
+    Ok(sums.index_add(ids, &gradient, 0)?)
+}

@@ -5,14 +5,14 @@ use super::config::*;
 use super::corpus::{Corpus, Vocabulary};
 use super::export;
 use super::model::{Batch, Gradients, TrainModel, View};
-use super::operations::{Reach, attend};
+use super::operations::{Reach, attend, sum_by_token};
 use crate::attention::AttentionSeam;
 use crate::cache::Cache;
 use crate::models::config::DecoderConfig;
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
 use crate::tokenizer::Tokenizer;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -189,6 +189,15 @@ fn losses_and_gradients_of_every_parameter_equal_pytorch() {
         let loss = (loss - exact).abs() / exact;
         println!("{case}: loss off by {loss:e}, gradients by at most {error:e} ({name})");
     }
+}
+
+#[test]
+fn gradients_of_a_token_that_comes_often_are_summed_in_f32() {
+    let ids: Vec<u32> = (0..1000).map(|i| if i % 10 == 0 { 3 } else { 1 }).collect();
+    let ids = Tensor::from_vec(ids, 1000, &Device::Cpu).unwrap();
+    let ones = Tensor::ones((1000, 2), DType::BF16, &Device::Cpu).unwrap();
+    let sums = sum_by_token(&ids, &ones, 4).unwrap().to_vec2::<f32>().unwrap();
+    assert_eq!(sums, [[0.0, 0.0], [900.0, 900.0], [0.0, 0.0], [100.0, 100.0]]);
 }
 
 /// Head_dim 64: the card's kernels have none of the golden files' 8.

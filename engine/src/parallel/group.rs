@@ -48,6 +48,51 @@ fn number(words: &[f32; 4]) -> u64 {
     words.iter().rev().fold(0, |number, word| number << 16 | *word as u64)
 }
 
+fn hashes(what: &[(&str, u64)]) -> Vec<f32> {
+    what.iter().flat_map(|(_, hash)| words(*hash)).collect()
+}
+
+/// What each process of `collective` has, end to end in their order: every process gives as many values.
+fn gathered(collective: &mut dyn Collective, mine: &[f32]) -> Result<Vec<f32>> {
+    let (rank, processes) = (collective.rank(), collective.world_size());
+    // A sum with -0 keeps every bit, the sign of a zero too.
+    let mut all = vec![-0.0; mine.len() * processes];
+    all[mine.len() * rank..][..mine.len()].copy_from_slice(mine);
+    collective.all_reduce_sum(&mut all)?;
+    Ok(all)
+}
+
+/// Whether `all`, the hashes of every process, are those of `what`.
+fn same_in_all(group: &str, what: &[(&str, u64)], all: &[f32]) -> Result<()> {
+    let mine = hashes(what);
+    let others = || all.chunks(mine.len().max(1));
+    let differs = |i: usize| others().any(|other| other[4 * i..][..4] != mine[4 * i..][..4]);
+    match (0..what.len()).find(|i| differs(*i)) {
+        Some(i) => Err(Error::new(
+            ErrorKind::Incompatible,
+            format!(
+                "{group}: {} differs between processes, expected the same on each: one build, files, settings and kind of device",
+                what[i].0
+            ),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// [`TensorGroup::agree`] of processes that share no model.
+///
+/// # Errors
+/// As there, and `InvalidArgument` if this process is none of them.
+pub(crate) fn agree(collective: &mut dyn Collective, what: &[(&str, u64)]) -> Result<()> {
+    let (rank, processes) = (collective.rank(), collective.world_size());
+    if rank >= processes {
+        return Err(Error::invalid(format!(
+            "processes: rank {rank}, expected below the {processes} processes"
+        )));
+    }
+    same_in_all("processes", what, &gathered(collective, &hashes(what))?)
+}
+
 fn refused(size: usize, expected: &str) -> Error {
     Error::invalid(format!("tensor_parallel: {size}, expected {expected}"))
 }
@@ -148,11 +193,7 @@ impl TensorGroup {
         if self.is_alone() {
             return Ok(mine.to_vec());
         }
-        // A sum with -0 keeps every bit, the sign of a zero too.
-        let mut all = vec![-0.0; mine.len() * self.size];
-        all[mine.len() * self.index..][..mine.len()].copy_from_slice(mine);
-        self.call(|collective| collective.all_reduce_sum(&mut all))?;
-        Ok(all)
+        self.call(|collective| gathered(collective, mine))
     }
 
     /// Ends the group for this process and so for the others, which see at once that its connections close.
@@ -263,20 +304,8 @@ impl TensorGroup {
     /// # Errors
     /// `Incompatible` with the first name whose hashes differ; as [`TensorGroup::sum`].
     pub(crate) fn agree(&self, what: &[(&str, u64)]) -> Result<()> {
-        let mine: Vec<f32> = what.iter().flat_map(|(_, hash)| words(*hash)).collect();
-        let all = self.gather(&mine)?;
-        let others = || all.chunks(mine.len().max(1));
-        let differs = |i: usize| others().any(|other| other[4 * i..][..4] != mine[4 * i..][..4]);
-        match (0..what.len()).find(|i| differs(*i)) {
-            Some(i) => Err(Error::new(
-                ErrorKind::Incompatible,
-                format!(
-                    "tensor group: {} differs between processes, expected the same on each: one build, files, settings and kind of device",
-                    what[i].0
-                ),
-            )),
-            None => Ok(()),
-        }
+        let all = self.gather(&hashes(what))?;
+        same_in_all("tensor group", what, &all)
     }
 
     /// This process's part of the tensor `name`.

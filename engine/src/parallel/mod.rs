@@ -48,7 +48,7 @@ mod placement;
 
 pub(crate) use collective::Alone;
 pub use collective::{Collective, TcpCollective, group_from_env, local_device};
-pub(crate) use group::TensorGroup;
+pub(crate) use group::{TensorGroup, agree};
 #[cfg(feature = "nccl")]
 pub use nccl::NcclCollective;
 pub(crate) use placement::{Placement, RATES};

@@ -28,14 +28,23 @@ pub(super) struct State {
     pub(super) corpus: u64,
     /// What may not change within a run, as TOML.
     pub(super) settings: String,
+    /// Processes, or groups of them that share a model, with data of their own: which sequences a step reads rests on it.
+    /// 0 of a checkpoint from before it was written.
+    #[serde(default)]
+    pub(super) replicas: usize,
     /// Hashes of the two tensor files.
     pub(super) hashes: [u64; 2],
 }
 
 impl State {
-    /// What processes that share a model have to agree on.
-    pub(super) fn identity(&self) -> String {
-        format!("{} {} {} {}", self.step, self.base, self.corpus, self.settings)
+    /// What the processes of a run have to agree on, by name.
+    pub(super) fn identity(&self) -> [(&'static str, u64); 4] {
+        [
+            ("the base model", xxh3_64(self.base.as_bytes())),
+            ("the training text", self.corpus),
+            ("a setting of the run", xxh3_64(self.settings.as_bytes())),
+            ("the step that the run goes on from", self.step),
+        ]
     }
 }
 

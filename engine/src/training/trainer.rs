@@ -3,7 +3,7 @@
 
 use super::base::Base;
 use super::checkpoint::{self, Checkpoint, Contents, State};
-use super::config::{Precision, TrainMode, TrainingConfig};
+use super::config::{Precision, TrainMode, TrainSettings, TrainingConfig};
 use super::corpus::Corpus;
 use super::decode::{self, DecodeReport};
 use super::export;
@@ -15,7 +15,7 @@ use super::reduce::Reducer;
 use super::tensor_group;
 use crate::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::parallel::{Alone, Collective};
+use crate::parallel::{Alone, Collective, agree};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
@@ -71,10 +71,12 @@ impl Trainer {
     /// writes it is called by all of them; the first one writes.
     ///
     /// # Errors
-    /// As [`Trainer::open`]; `InvalidArgument` for processes or a model that `train.tensor_parallel` does not divide.
+    /// As [`Trainer::open`]; `InvalidArgument` for processes or a model that `train.tensor_parallel` does not divide;
+    /// `Incompatible`, naming what differs, for processes that are not at one step of one run, and for a checkpoint of
+    /// another number of replicas.
     pub fn open_with(config: TrainingConfig, collective: Box<dyn Collective>) -> Result<Self> {
         config.check()?;
-        let (group, replicas) = tensor_group::divide(collective, config.train.tensor_parallel)?;
+        let (group, mut replicas) = tensor_group::divide(collective, config.train.tensor_parallel)?;
         let device = config.device()?;
         let opened = device.open()?;
         let base = Base::open(&config)?;
@@ -107,16 +109,21 @@ impl Trainer {
         let mut optimizer = AdamW::new(&model.parameters, &group)?;
         let mut step = 0;
         if let Some(checkpoint) = Checkpoint::newest(&config.output)? {
-            let expected = state(&config, &base, &train, checkpoint.state.step)?;
+            let place = (checkpoint.state.step, replicas.world_size());
+            let expected = state(&config, &base, &train, place)?;
             compatible(&checkpoint, &expected)?;
             checkpoint.restore(&model, Some(&mut optimizer))?;
             step = checkpoint.state.step;
         }
-        if !group.is_alone() {
-            let here = state(&config, &base, &train, step)?.identity();
-            let what = "what is trained, or the step that it goes on from,";
-            group.agree(&[(what, xxh3_64(here.as_bytes()))])?;
-        }
+        let here = state(&config, &base, &train, (step, replicas.world_size()))?.identity();
+        let TrainSettings { evaluate_every, evaluate_sequences, save_every, .. } = &config.train;
+        // Those that share a model measure and write it together.
+        let when = format!("{evaluate_every} {evaluate_sequences} {save_every}");
+        let mut shared = here.to_vec();
+        shared.push(("when the run is measured or written", xxh3_64(when.as_bytes())));
+        // Both are asked whatever the first says, so that no process waits for one that has ended.
+        let (shared, replicated) = (group.agree(&shared), agree(replicas.as_mut(), &here));
+        shared.and(replicated)?;
         let reducer = Reducer::new(replicas);
         let trainer =
             Self { config, base, model, twin, train, held_out, optimizer, step, reducer, device };
@@ -393,7 +400,8 @@ impl Trainer {
     /// # Errors
     /// `Storage`; the checkpoints before it are then untouched.
     pub fn save(&self) -> Result<PathBuf> {
-        let state = state(&self.config, &self.base, &self.train, self.step)?;
+        let place = (self.step, self.reducer.world_size());
+        let state = state(&self.config, &self.base, &self.train, place)?;
         let (output, keep) = (&self.config.output, self.config.train.keep);
         match Contents::gather(&self.model, &self.optimizer)? {
             Some(contents) => checkpoint::write(output, state, &contents, keep),
@@ -437,7 +445,12 @@ pub fn merge(run: &Path, out: &Path) -> Result<()> {
     export::write(&base, &model, &config, out)
 }
 
-fn state(config: &TrainingConfig, base: &Base, train: &Corpus, step: u64) -> Result<State> {
+fn state(
+    config: &TrainingConfig,
+    base: &Base,
+    train: &Corpus,
+    (step, replicas): (u64, usize),
+) -> Result<State> {
     // What may differ between the parts of one run: where, how often it looks, how long it keeps. Model and text are
     // held to their fingerprints.
     let mut fixed = config.clone();
@@ -458,6 +471,7 @@ fn state(config: &TrainingConfig, base: &Base, train: &Corpus, step: u64) -> Res
         base: base.fingerprint.clone(),
         corpus: train.fingerprint(),
         settings: fixed.to_toml()?,
+        replicas,
         hashes: [0; 2],
     })
 }
@@ -466,6 +480,10 @@ fn compatible(checkpoint: &Checkpoint, expected: &State) -> Result<()> {
     let found = &checkpoint.state;
     same("base model", checkpoint, &found.base, &expected.base)?;
     same("training text", checkpoint, &found.corpus.to_string(), &expected.corpus.to_string())?;
+    if found.replicas > 0 {
+        let (found, expected) = (found.replicas.to_string(), expected.replicas.to_string());
+        same("number of replicas", checkpoint, &found, &expected)?;
+    }
     for (found, expected) in found.settings.lines().zip(expected.settings.lines()) {
         same("setting", checkpoint, found, expected)?;
     }

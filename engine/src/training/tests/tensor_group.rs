@@ -398,8 +398,55 @@ fn processes_of_other_runs_do_not_share_a_model() {
     });
     for error in errors {
         assert_eq!(error.kind(), ErrorKind::Incompatible);
-        assert!(error.to_string().contains("what is trained"), "{error}");
+        assert!(error.to_string().contains("a setting of the run differs"), "{error}");
     }
+}
+
+#[test]
+fn replicas_are_of_one_run_at_one_step_and_their_number_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = run_config(folder.path());
+    let mut config = whole.clone();
+    config.train.batch = 2;
+    let refused = |change: &(dyn Fn(&mut TrainingConfig) + Sync), named: &str| {
+        let errors = together(2, |place| {
+            let mut config = config.clone();
+            if place.rank() == 1 {
+                change(&mut config);
+            }
+            Trainer::open_with(config, place).unwrap_err()
+        });
+        for error in errors {
+            assert_eq!(error.kind(), ErrorKind::Incompatible, "{error}");
+            assert!(error.to_string().contains(named), "{error}");
+        }
+    };
+    let other = folder.path().join("other.txt");
+    std::fs::write(&other, "another text altogether. ".repeat(40)).unwrap();
+    refused(
+        &|config: &mut TrainingConfig| config.data.train = vec![other.clone()],
+        "the training text differs",
+    );
+    refused(
+        &|config: &mut TrainingConfig| config.optimizer.learning_rate = 0.5,
+        "a setting of the run differs",
+    );
+    run(&whole, 2, 1);
+    // A folder that only one of them has.
+    refused(
+        &|config: &mut TrainingConfig| config.output = folder.path().join("elsewhere"),
+        "the step that the run goes on from differs",
+    );
+    let error = Trainer::open(config.clone()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Incompatible, "{error}");
+    assert!(error.to_string().contains("number of replicas 2, expected 1"), "{error}");
+    // One from before the number was written is taken as it is.
+    let path = config.output.join("checkpoints/step-00000006/state.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut state: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(state.as_object_mut().unwrap().remove("replicas"), Some(serde_json::json!(2)));
+    std::fs::write(&path, state.to_string()).unwrap();
+    assert_eq!(Trainer::open(config).unwrap().steps_done(), 6);
 }
 
 #[test]

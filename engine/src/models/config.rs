@@ -51,6 +51,10 @@ impl Default for MkaConfig {
 
 const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3"];
 
+/// Most layers of a model, some thirty times those of the deepest one published: memory is set aside for each layer that a
+/// file names, before its weights are looked for.
+const MAX_LAYERS: usize = 4096;
+
 /// Typed access to one JSON object, with errors that name the key, what was expected and what was found.
 struct Fields<'a> {
     object: &'a Value,
@@ -136,7 +140,10 @@ impl DecoderConfig {
             )));
         }
         let hidden_size = fields.positive("hidden_size")?;
-        let num_layers = fields.positive("num_hidden_layers")?;
+        let num_layers = bounded_layers(
+            "config.json: num_hidden_layers",
+            fields.positive("num_hidden_layers")?,
+        )?;
         let num_heads = fields.positive("num_attention_heads")?;
         let attention_bias = fields.opt_bool("attention_bias")?.unwrap_or(false);
         let (rope_theta, rope_scaling) = rope(&json, &fields, family)?;
@@ -181,7 +188,8 @@ impl DecoderConfig {
         let optional = |name: &str| gguf.contains(&key(name)).then(|| count(name)).transpose();
         let number = |name: &str| gguf.f32(&key(name)).map(f64::from);
         let hidden_size = count("embedding_length")?;
-        let num_layers = count("block_count")?;
+        let num_layers =
+            bounded_layers(&format!("gguf: {}", key("block_count")), count("block_count")?)?;
         let num_heads = count("attention.head_count")?;
         let head_dim = match optional("attention.key_length")? {
             Some(dim) => dim,
@@ -270,6 +278,16 @@ impl DecoderConfig {
             ));
         }
         Ok(self)
+    }
+}
+
+/// The layers that `place` names, where they are few enough for memory to be set aside for each.
+fn bounded_layers(place: &str, num_layers: usize) -> Result<usize> {
+    match num_layers <= MAX_LAYERS {
+        true => Ok(num_layers),
+        false => {
+            Err(Error::model(format!("{place} {num_layers}, expected at most {MAX_LAYERS} layers")))
+        }
     }
 }
 

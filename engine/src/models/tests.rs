@@ -6,6 +6,8 @@ use super::weights::Weights;
 use crate::attention::AttentionSeam;
 use crate::cache::Cache;
 use crate::error::ErrorKind;
+use crate::gguf::writer::Writer;
+use crate::gguf::{Gguf, Value};
 use crate::parallel::{TcpCollective, TensorGroup};
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
@@ -262,6 +264,7 @@ fn settings_that_are_not_understood_are_errors_that_name_them() {
         ("hidden_size", serde_json::json!("x"), "hidden_size"),
         ("hidden_size", serde_json::json!(null), "hidden_size"),
         ("num_attention_heads", serde_json::json!(0), "num_attention_heads"),
+        ("num_hidden_layers", serde_json::json!(u32::MAX), "at most 4096 layers"),
         ("num_key_value_heads", serde_json::json!(3), "num_key_value_heads"),
         ("head_dim", serde_json::json!(7), "head_dim"),
         ("rope_scaling", serde_json::json!({"rope_type": "longrope"}), "longrope"),
@@ -281,6 +284,38 @@ fn settings_that_are_not_understood_are_errors_that_name_them() {
         assert!(error.to_string().contains(named), "{key} {value}: {error}");
     }
     assert!(DecoderConfig::from_json("{").is_err());
+}
+
+/// The metadata of a small model of the architecture llama, as a GGUF file.
+fn gguf_metadata() -> Writer {
+    let number = Value::U32;
+    Writer::default()
+        .set("general.architecture", Value::Str("llama".into()))
+        .set("llama.embedding_length", number(8))
+        .set("llama.block_count", number(2))
+        .set("llama.attention.head_count", number(2))
+        .set("llama.feed_forward_length", number(16))
+        .set("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5))
+        .set("llama.context_length", number(64))
+        .tensor("token_embd.weight", &[8, 4], 0, &[0; 8 * 4 * 4])
+}
+
+fn gguf_config(writer: &Writer) -> crate::Result<DecoderConfig> {
+    let gguf = Gguf::parse(&writer.bytes(), Path::new("test.gguf")).unwrap();
+    DecoderConfig::from_gguf(&gguf)
+}
+
+#[test]
+fn a_gguf_file_of_more_layers_than_any_model_has_is_refused() {
+    assert_eq!(gguf_config(&gguf_metadata()).unwrap().num_layers, 2);
+    for layers in [4097, u32::MAX] {
+        let mut writer = gguf_metadata();
+        writer.metadata.retain(|(key, _)| key != "llama.block_count");
+        let error = gguf_config(&writer.set("llama.block_count", Value::U32(layers))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Model);
+        let text = error.to_string();
+        assert!(text.contains("llama.block_count") && text.contains("at most 4096"), "{text}");
+    }
 }
 
 fn copy_of(name: &str) -> tempfile::TempDir {

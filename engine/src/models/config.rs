@@ -202,23 +202,6 @@ impl DecoderConfig {
                 "gguf: {arch}.rope.dimension_count {rotary}, expected the head dimension {head_dim}"
             )));
         }
-        let scaling_type = match gguf.contains(&key("rope.scaling.type")) {
-            true => gguf.str(&key("rope.scaling.type"))?,
-            false => "none",
-        };
-        let rope_scaling = match scaling_type {
-            "none" => RopeScaling::None,
-            "linear" => RopeScaling::Linear { factor: number("rope.scaling.factor")? },
-            "yarn" => RopeScaling::yarn(
-                number("rope.scaling.factor")?,
-                count("rope.scaling.original_context_length")?,
-            ),
-            other => {
-                return Err(Error::model(format!(
-                    "gguf: {arch}.rope.scaling.type {other:?}, expected none, linear or yarn"
-                )));
-            }
-        };
         // The llama architecture may leave the base out and means 10,000 by it (ggml documentation, `rope.freq_base`).
         let rope_theta = match gguf.contains(&key("rope.freq_base")) {
             true => number("rope.freq_base")?,
@@ -240,7 +223,7 @@ impl DecoderConfig {
             head_dim,
             rms_norm_eps: number("attention.layer_norm_rms_epsilon")?,
             rope_theta,
-            rope_scaling,
+            rope_scaling: gguf_rope_scaling(gguf, &arch)?,
             trained_tokens: count("context_length")?,
             tied_embeddings: !gguf.tensors.contains_key("output.weight"),
             qkv_bias: gguf.tensors.contains_key("blk.0.attn_q.bias"),
@@ -375,6 +358,73 @@ fn rope_scaling(fields: &Fields<'_>, trained: usize) -> Result<RopeScaling> {
             "{}: rope_type {other:?}, expected default, linear, llama3 or yarn",
             fields.place
         ))),
+    }
+}
+
+/// RoPE's scaling in GGUF metadata, read as llama.cpp reads it (`load_hparams` in `llama-model.cpp`): a factor without a
+/// type divides positions, and YaRN's ramp has keys of its own.
+fn gguf_rope_scaling(gguf: &Gguf, arch: &str) -> Result<RopeScaling> {
+    let key = |name: &str| format!("{arch}.rope.{name}");
+    let number = |name: &str| -> Result<Option<f64>> {
+        let key = key(name);
+        gguf.contains(&key).then(|| gguf.f32(&key).map(f64::from)).transpose()
+    };
+    let positive = |name: &str| -> Result<Option<f64>> {
+        match number(name)? {
+            Some(value) if !(value > 0.0 && value.is_finite()) => Err(Error::model(format!(
+                "gguf: {} {value}, expected a finite number above 0",
+                key(name)
+            ))),
+            value => Ok(value),
+        }
+    };
+    let kind_key = key("scaling.type");
+    let kind = gguf.contains(&kind_key).then(|| gguf.str(&kind_key)).transpose()?;
+    if kind == Some("none") {
+        return Ok(RopeScaling::None);
+    }
+    // What else llama.cpp applies: each at the value that changes nothing, or the file is refused by its name.
+    let extrapolation = if kind == Some("yarn") { 1.0 } else { 0.0 };
+    for (name, neutral) in [
+        ("scaling.attn_factor", 1.0),
+        ("scaling.yarn_attn_factor", 1.0),
+        ("scaling.yarn_ext_factor", extrapolation),
+        ("scaling.yarn_log_multiplier", 0.0),
+    ] {
+        let Some(found) = number(name)? else { continue };
+        // An extrapolation factor below 0 is llama.cpp's way of writing none.
+        let is_unset = name == "scaling.yarn_ext_factor" && found < 0.0;
+        if found != neutral && !is_unset {
+            return Err(Error::model(format!("gguf: {} {found}, expected {neutral}", key(name))));
+        }
+    }
+    let factor = match positive("scaling.factor")? {
+        Some(factor) => Some(factor),
+        // The key's name in older files.
+        None => positive("scale_linear")?,
+    };
+    let needed = || {
+        let missing = || Error::model(format!("gguf: {}, found none", key("scaling.factor")));
+        factor.ok_or_else(missing)
+    };
+    match kind {
+        None => Ok(match factor {
+            Some(factor) if factor != 1.0 => RopeScaling::Linear { factor },
+            _ => RopeScaling::None,
+        }),
+        Some("linear") => Ok(RopeScaling::Linear { factor: needed()? }),
+        Some("yarn") => {
+            let original = gguf.u32(&key("scaling.original_context_length"))?;
+            let mut yarn = RopeScaling::yarn(needed()?, original as usize);
+            if let RopeScaling::Yarn { beta_fast, beta_slow, .. } = &mut yarn {
+                *beta_fast = positive("scaling.yarn_beta_fast")?.unwrap_or(*beta_fast);
+                *beta_slow = positive("scaling.yarn_beta_slow")?.unwrap_or(*beta_slow);
+            }
+            Ok(yarn)
+        }
+        Some(other) => {
+            Err(Error::model(format!("gguf: {kind_key} {other:?}, expected none, linear or yarn")))
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::config::DecoderConfig;
 use super::decoder::Decoder;
+use super::frequencies::RopeScaling;
 use super::weights::Weights;
 use crate::attention::AttentionSeam;
 use crate::cache::Cache;
@@ -315,6 +316,72 @@ fn a_gguf_file_of_more_layers_than_any_model_has_is_refused() {
         assert_eq!(error.kind(), ErrorKind::Model);
         let text = error.to_string();
         assert!(text.contains("llama.block_count") && text.contains("at most 4096"), "{text}");
+    }
+}
+
+#[test]
+fn rope_scaling_of_a_gguf_file_is_read_whole_or_refused_by_name() {
+    let kind = |name: &str| ("llama.rope.scaling.type", Value::Str(name.into()));
+    let number = |key: &'static str, value: f32| (key, Value::F32(value));
+    let factor = |value: f32| number("llama.rope.scaling.factor", value);
+    let original = || ("llama.rope.scaling.original_context_length", Value::U32(64));
+    let read = |settings: Vec<(&str, Value)>| {
+        let write = |writer: Writer, (key, value)| writer.set(key, value);
+        let writer = settings.into_iter().fold(gguf_metadata(), write);
+        gguf_config(&writer).map(|config| config.rope_scaling)
+    };
+    let linear = RopeScaling::Linear { factor: 4.0 };
+    let none = RopeScaling::None;
+    let mut yarn = RopeScaling::yarn(4.0, 64);
+    assert_eq!(read(vec![]).unwrap(), none);
+    assert_eq!(read(vec![kind("none"), factor(0.0)]).unwrap(), none);
+    assert_eq!(read(vec![factor(1.0)]).unwrap(), none);
+    assert_eq!(read(vec![factor(4.0)]).unwrap(), linear);
+    assert_eq!(read(vec![number("llama.rope.scale_linear", 4.0)]).unwrap(), linear);
+    assert_eq!(read(vec![kind("linear"), factor(4.0)]).unwrap(), linear);
+    let neutral = vec![
+        kind("yarn"),
+        factor(4.0),
+        original(),
+        number("llama.rope.scaling.attn_factor", 1.0),
+        number("llama.rope.scaling.yarn_attn_factor", 1.0),
+        number("llama.rope.scaling.yarn_ext_factor", -1.0),
+        number("llama.rope.scaling.yarn_log_multiplier", 0.0),
+    ];
+    assert_eq!(read(neutral).unwrap(), yarn);
+    if let RopeScaling::Yarn { beta_fast, beta_slow, .. } = &mut yarn {
+        (*beta_fast, *beta_slow) = (24.0, 2.0);
+    }
+    let ramp = vec![
+        kind("yarn"),
+        factor(4.0),
+        original(),
+        number("llama.rope.scaling.yarn_beta_fast", 24.0),
+        number("llama.rope.scaling.yarn_beta_slow", 2.0),
+    ];
+    assert_eq!(read(ramp).unwrap(), yarn);
+
+    for wrong in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        for settings in [
+            vec![factor(wrong)],
+            vec![kind("linear"), factor(wrong)],
+            vec![kind("yarn"), factor(wrong), original()],
+        ] {
+            let error = read(settings).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Model);
+            assert!(error.to_string().contains("rope.scaling.factor"), "{error}");
+        }
+    }
+    assert!(read(vec![kind("linear")]).unwrap_err().to_string().contains("scaling.factor"));
+    assert!(
+        read(vec![kind("longrope"), factor(4.0)]).unwrap_err().to_string().contains("longrope")
+    );
+    for name in ["attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"] {
+        let key = format!("llama.rope.scaling.{name}");
+        let settings = vec![kind("yarn"), factor(4.0), original(), (key.as_str(), Value::F32(0.5))];
+        let error = read(settings).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Model);
+        assert!(error.to_string().contains(&key), "{error}");
     }
 }
 

@@ -335,9 +335,26 @@ fn huggingface_config(c: &DecoderConfig) -> Result<Value> {
                 "high_freq_factor": high_freq_factor, "original_max_position_embeddings": original_tokens,
             })
         }
-        RopeScaling::Yarn { factor, original_tokens, .. } => json!({
-            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original_tokens,
-        }),
+        RopeScaling::Yarn {
+            factor,
+            original_tokens,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+            mscale,
+            mscale_all_dim,
+            truncate,
+        } => {
+            let mut yarn = json!({
+                "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original_tokens,
+                "beta_fast": beta_fast, "beta_slow": beta_slow, "attention_factor": attention_factor,
+                "mscale": mscale, "mscale_all_dim": mscale_all_dim, "truncate": truncate,
+            });
+            if let Some(object) = yarn.as_object_mut() {
+                object.retain(|_, value| !value.is_null());
+            }
+            yarn
+        }
     };
     let mut json = json!({
         "architectures": [class], "model_type": c.family, "hidden_act": "silu",
@@ -364,4 +381,32 @@ fn huggingface_config(c: &DecoderConfig) -> Result<Value> {
         }
     }
     Ok(json)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_setting_of_yarn_is_in_the_config_that_is_written() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/llama_yarn");
+        let mut config =
+            DecoderConfig::from_json(&read(&folder.join("config.json")).unwrap()).unwrap();
+        let published = RopeScaling::yarn(4.0, 64);
+        let set = RopeScaling::Yarn {
+            factor: 4.0,
+            original_tokens: 64,
+            beta_fast: 24.0,
+            beta_slow: 2.0,
+            attention_factor: Some(1.25),
+            mscale: Some(0.5),
+            mscale_all_dim: Some(0.75),
+            truncate: false,
+        };
+        for scaling in [published, set] {
+            config.rope_scaling = scaling.clone();
+            let written = huggingface_config(&config).unwrap().to_string();
+            assert_eq!(DecoderConfig::from_json(&written).unwrap().rope_scaling, scaling);
+        }
+    }
 }

@@ -15,7 +15,8 @@ pub struct Sampling {
     pub top_k: usize,
     /// Keep the smallest set of tokens whose probability reaches this; 1 keeps all (arXiv 1904.09751).
     pub top_p: f32,
-    /// Drop tokens less likely than this share of the most likely one; 0 drops none (arXiv 2407.01082).
+    /// Drop tokens less likely than this share of the most likely one, of those that `top_k` and `top_p` keep; 0 drops none
+    /// (arXiv 2407.01082).
     pub min_p: f32,
     /// Divide (multiply) positive (negative) logits of recent tokens by this; 1 changes none (arXiv 1909.05858).
     pub repetition_penalty: f32,
@@ -83,19 +84,22 @@ impl Sampling {
         if self.temperature == 0.0 {
             return Ok(best.0);
         }
+        // min_p comes after top_p, as in transformers and llama.cpp: before it, what is dropped would change which tokens
+        // reach top_p. Where there is no top_p the order is all one, and fewer are sorted.
+        let floor = if self.top_p < 1.0 { 0.0 } else { self.min_p };
         // (token, unnormalised probability), most likely first.
         let mut candidates: Vec<(u32, f32)> = logits
             .iter()
             .enumerate()
             .map(|(token, x)| (token as u32, ((x - best.1) / self.temperature).exp()))
-            .filter(|(_, weight)| *weight > 0.0 && *weight >= self.min_p)
+            .filter(|(_, weight)| *weight > 0.0 && *weight >= floor)
             .collect();
         candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if self.top_k > 0 {
             candidates.truncate(self.top_k);
         }
-        let mut total: f32 = candidates.iter().map(|(_, weight)| weight).sum();
         if self.top_p < 1.0 {
+            let total: f32 = candidates.iter().map(|(_, weight)| weight).sum();
             let mut mass = 0.0;
             let keep = candidates
                 .iter()
@@ -105,8 +109,9 @@ impl Sampling {
                 })
                 .map_or(candidates.len(), |at| at + 1);
             candidates.truncate(keep);
-            total = candidates.iter().map(|(_, weight)| weight).sum();
         }
+        candidates.retain(|(_, weight)| *weight >= self.min_p);
+        let total: f32 = candidates.iter().map(|(_, weight)| weight).sum();
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(position);
         let mut left = rng.random::<f32>() * total;
@@ -149,6 +154,17 @@ mod tests {
         assert_eq!(seen(&Sampling { top_k: 2, ..hot.clone() }), [1, 2]);
         assert_eq!(seen(&Sampling { top_p: 0.3, ..hot.clone() }), [1]);
         assert_eq!(seen(&Sampling { min_p: 0.5, ..hot.clone() }), [1, 2, 4]);
+    }
+
+    #[test]
+    fn min_p_does_not_change_what_top_p_keeps() {
+        let logits = [0.5f32, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05].map(f32::ln);
+        let sampling =
+            Sampling { temperature: 1.0, top_p: 0.7, min_p: 0.3, seed: 5, ..Sampling::default() };
+        let mut seen: Vec<u32> = (0..400).map(|i| pick(&sampling, &logits, i)).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen, [0, 1]);
     }
 
     #[test]

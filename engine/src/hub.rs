@@ -211,18 +211,25 @@ pub(crate) fn cache_folder() -> Result<PathBuf> {
 const OPTIONAL: &[&str] =
     &["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "mka.safetensors"];
 
+const WEIGHTS: &str = "model.safetensors";
+const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
+
 /// The snapshot folder of `id` in the HuggingFace cache, if what must be there is.
 fn cached_snapshot(id: &str) -> Option<PathBuf> {
     let repo = Cache::from_env().repo(Repo::model(id.to_owned()));
     repo.get("tokenizer.json")?;
     let config = repo.get("config.json")?;
-    let weights = repo.get("model.safetensors").is_some()
-        || repo.get("model.safetensors.index.json").is_some_and(|index| {
+    let weights = repo.get(WEIGHTS).is_some()
+        || repo.get(WEIGHTS_INDEX).is_some_and(|index| {
             shards(&index).is_ok_and(|names| names.iter().all(|name| repo.get(name).is_some()))
         });
     weights.then(|| config.parent().map(Path::to_owned)).flatten()
 }
 
+/// The files that an index of weights names.
+///
+/// # Errors
+/// `Model` where it is no index, or names what is no plain file name: a path could lead out of the cache.
 fn shards(index: &Path) -> Result<Vec<String>> {
     let text = fs::read_to_string(index).map_err(|e| Error::io("read", index, e))?;
     let json: serde_json::Value = serde_json::from_str(&text)
@@ -235,7 +242,16 @@ fn shards(index: &Path) -> Result<Vec<String>> {
         .collect();
     names.sort_unstable();
     names.dedup();
-    Ok(names)
+    match names.iter().find(|name| !is_file_name(name)) {
+        Some(name) => {
+            Err(Error::model(format!("{}: shard {name:?}, expected a file name", index.display())))
+        }
+        None => Ok(names),
+    }
+}
+
+fn is_file_name(name: &str) -> bool {
+    Path::new(name).file_name().and_then(|own| own.to_str()) == Some(name)
 }
 
 fn from_hub(id: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
@@ -255,17 +271,55 @@ fn from_hub(id: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
     }
     let api = api.build().map_err(failed)?;
     let repo = api.model(id.to_owned());
-    let config = fetch(&repo, "config.json", progress).map_err(failed)?;
-    fetch(&repo, "tokenizer.json", progress).map_err(failed)?;
-    for name in OPTIONAL {
-        // A repository need not have them; what is missing is known by its absence.
-        let _ = fetch(&repo, name, progress);
+    let info = repo.info().map_err(failed)?;
+    if !is_file_name(&info.sha) {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("commit {:?}, expected a hash", info.sha),
+        ));
     }
-    if fetch(&repo, "model.safetensors", progress).is_err() {
-        let index = fetch(&repo, "model.safetensors.index.json", progress).map_err(failed)?;
-        for name in shards(&index)? {
-            fetch(&repo, &name, progress).map_err(failed)?;
+    let snapshot = Cache::from_env().repo(Repo::model(id.to_owned())).pointer_path(&info.sha);
+    let names: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
+    let mut fetch = |name: &str| -> Result<PathBuf> {
+        fetch(&repo, name, progress).map_err(|e| {
+            let text = format!("{name}: {}", root_cause(&e));
+            Error::new(ErrorKind::NotFound, text).with_source(e)
+        })
+    };
+    complete(&names, &snapshot, &mut fetch)
+}
+
+/// Fetches what a model consists of, of the files `names` of a repository, as far as the folder `snapshot` lacks it, and
+/// says in which folder it is.
+///
+/// What a repository need not have is fetched first: a snapshot with weights counts as whole from then on, so that nothing
+/// that an error kept back would be asked for again.
+fn complete(
+    names: &[String],
+    snapshot: &Path,
+    fetch: &mut dyn FnMut(&str) -> Result<PathBuf>,
+) -> Result<PathBuf> {
+    let has = |name: &str| names.iter().any(|other| other == name);
+    let mut get = |name: &str| -> Result<PathBuf> {
+        let path = snapshot.join(name);
+        if path.exists() { Ok(path) } else { fetch(name) }
+    };
+    for name in OPTIONAL.iter().copied().filter(|name| has(name)) {
+        get(name)?;
+    }
+    let config = get("config.json")?;
+    get("tokenizer.json")?;
+    if has(WEIGHTS) {
+        get(WEIGHTS)?;
+    } else if has(WEIGHTS_INDEX) {
+        for name in shards(&get(WEIGHTS_INDEX)?)? {
+            get(&name)?;
         }
+    } else {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("expected {WEIGHTS} or {WEIGHTS_INDEX}, found neither"),
+        ));
     }
     config
         .parent()
@@ -521,6 +575,92 @@ mod tests {
         assert!(run().unwrap_err().to_string().contains(".gguf"));
         fs::write(&path, b"PK no zip").unwrap();
         assert_eq!(run().unwrap_err().kind(), ErrorKind::Corrupted);
+    }
+
+    const INDEX_OF_TWO: &str = r#"{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-1.safetensors"}}"#;
+
+    /// Takes a model out of `repository`, (name, text) of each file, of which `broken` cannot be fetched: what comes of it,
+    /// and what was asked for.
+    fn take(
+        repository: &[(&str, &str)],
+        broken: &str,
+        snapshot: &Path,
+    ) -> (Result<PathBuf>, Vec<String>) {
+        let names: Vec<String> = repository.iter().map(|(name, _)| (*name).to_owned()).collect();
+        let mut asked = Vec::new();
+        let mut fetch = |name: &str| -> Result<PathBuf> {
+            asked.push(name.to_owned());
+            let found = repository.iter().find(|(other, _)| *other == name && name != broken);
+            let Some((_, text)) = found else {
+                return Err(Error::new(ErrorKind::NotFound, format!("{name}: connection reset")));
+            };
+            let path = snapshot.join(name);
+            fs::write(&path, text).unwrap();
+            Ok(path)
+        };
+        let folder = complete(&names, snapshot, &mut fetch);
+        (folder, asked)
+    }
+
+    #[test]
+    fn a_file_that_a_repository_has_and_cannot_be_fetched_is_an_error_before_the_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let repository = [
+            ("README.md", "text"),
+            ("config.json", "{}"),
+            ("model.safetensors", "weights"),
+            ("tokenizer.json", "{}"),
+            ("tokenizer_config.json", "{}"),
+        ];
+        let (result, asked) = take(&repository, "tokenizer_config.json", folder.path());
+        assert!(result.unwrap_err().to_string().contains("tokenizer_config.json"));
+        assert_eq!(asked, ["tokenizer_config.json"]);
+        let (result, asked) = take(&repository, "model.safetensors", folder.path());
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("model.safetensors: connection reset"), "{error}");
+        // A file that the repository does not have is not asked for.
+        let all = ["tokenizer_config.json", "config.json", "tokenizer.json", "model.safetensors"];
+        assert_eq!(asked, all);
+        let (result, asked) = take(&repository, "", folder.path());
+        assert_eq!(result.unwrap(), folder.path());
+        assert_eq!(asked, ["model.safetensors"]);
+        let (result, _) = take(&repository[..2], "", folder.path());
+        assert!(result.is_err());
+    }
+
+    #[test]
+    fn shards_that_are_there_are_not_fetched_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let repository = [
+            ("config.json", "{}"),
+            ("tokenizer.json", "{}"),
+            (WEIGHTS_INDEX, INDEX_OF_TWO),
+            ("m-1.safetensors", "one"),
+            ("m-2.safetensors", "two"),
+        ];
+        let (result, _) = take(&repository, "m-2.safetensors", folder.path());
+        assert!(result.unwrap_err().to_string().contains("m-2.safetensors"));
+        let (result, asked) = take(&repository, "", folder.path());
+        assert_eq!(result.unwrap(), folder.path());
+        assert_eq!(asked, ["m-2.safetensors"]);
+    }
+
+    #[test]
+    fn an_index_that_names_no_plain_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["../../x", "..", ".", "", "a/b", "/etc/passwd", "a/"] {
+            let index = serde_json::json!({"weight_map": {"a": name}}).to_string();
+            let repository =
+                [("config.json", "{}"), ("tokenizer.json", "{}"), (WEIGHTS_INDEX, index.as_str())];
+            let fresh = folder.path().join("snapshot");
+            fs::create_dir(&fresh).unwrap();
+            let (result, asked) = take(&repository, "", &fresh);
+            let error = result.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Model, "{name:?}");
+            assert!(error.to_string().contains("expected a file name"), "{error}");
+            assert_eq!(asked.last().map(String::as_str), Some(WEIGHTS_INDEX));
+            fs::remove_dir_all(&fresh).unwrap();
+        }
     }
 
     #[test]

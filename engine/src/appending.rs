@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::feeding::COMMIT_TOKENS;
 use crate::generation;
 use crate::memory::said_now;
+use crate::prompt;
 use crate::snapshot::OpenTurn;
 use crate::stream::{FeedEvent, FeedSummary, Sink};
 use mka_memory::{NewTurn, Role};
@@ -65,7 +66,9 @@ pub(crate) fn append(
                 message.tokens.extend(&to_answer);
                 read.push(message);
             }
-            tokens.extend(model.tokenizer.encode(&turn.text, false)?);
+            let trims = model.scaffold.trims;
+            let trims = if is_answer { trims.answer } else { trims.user };
+            tokens.extend(model.tokenizer.encode(prompt::shown(&turn.text, trims), false)?);
             if !is_answer {
                 tokens.extend(&to_answer);
             }

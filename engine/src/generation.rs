@@ -4,6 +4,7 @@
 use crate::conversation::Conversation;
 use crate::engine::Model;
 use crate::error::{Error, Result};
+use crate::prompt;
 use crate::session::SendOptions;
 use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Sink, StopReason, Token};
@@ -58,6 +59,7 @@ pub(crate) fn opening(
     joined: bool,
 ) -> Result<Vec<u32>> {
     let scaffold = &model.scaffold;
+    let system = system.map(|system| prompt::shown(system, scaffold.trims.system));
     match open {
         OpenTurn::Start => {
             if scaffold.opening.is_empty() {

@@ -17,6 +17,16 @@ pub(crate) struct Scaffold {
     pub(crate) to_answer: String,
     /// Between an answer and the next user message.
     pub(crate) to_user: String,
+    /// Whose contents are shown without the white space around them.
+    pub(crate) trims: Trims,
+}
+
+/// Whose contents a template cuts white space off, at both ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Trims {
+    pub(crate) system: bool,
+    pub(crate) user: bool,
+    pub(crate) answer: bool,
 }
 
 impl Scaffold {
@@ -25,30 +35,8 @@ impl Scaffold {
     /// # Errors
     /// If the template drops, reorders or repeats a message: such a template cannot be continued.
     pub(crate) fn new(template: &ChatTemplate) -> Result<Self> {
-        // No template holds these, and they carry no blank that a template could trim.
-        const MARKS: [&str; 3] = ["@mka:0@", "@mka:1@", "@mka:2@"];
-        let split = |roles: [&str; 3]| -> Result<Vec<String>> {
-            let messages: Vec<Message> = roles
-                .iter()
-                .zip(MARKS)
-                .map(|(role, content)| Message::new(*role, content))
-                .collect();
-            let text = template.render(&messages, true)?;
-            let mut rest = text.as_str();
-            let mut parts = Vec::new();
-            for mark in MARKS {
-                let (before, after) = rest.split_once(mark).ok_or_else(|| {
-                    Error::model(
-                        "chat template: a message is dropped or moved, expected each once in order",
-                    )
-                })?;
-                parts.push(before.to_owned());
-                rest = after;
-            }
-            parts.push(rest.to_owned());
-            Ok(parts)
-        };
-        let turns = split(["user", "assistant", "user"])?;
+        let roles = ["user", "assistant", "user"];
+        let turns = parts(template, &roles)?;
         let [opening, to_answer, to_user, again] = turns.as_slice() else {
             return Err(Error::model("chat template: expected four parts around three messages"));
         };
@@ -57,14 +45,23 @@ impl Scaffold {
             // the model was trained to continue, so it stands before every answer.
             tracing::debug!(past = ?to_answer, prompt = ?again, "answer header differs");
         }
-        let system = split(["system", "user", "assistant"])
-            .ok()
-            .and_then(|parts| Some((parts.first()?.clone(), parts.get(1)?.clone())));
+        let mut trims = match trimmed(template, &roles)[..] {
+            [first, answer, last] => Trims { system: false, user: first && last, answer },
+            _ => Trims::default(),
+        };
+        // Some templates show instructions only while the last message is the user's (Mistral's of 2024).
+        let system_roles: [&[&str]; 2] = [&["system", "user", "assistant"], &["system", "user"]];
+        let system = system_roles.into_iter().find_map(|roles| {
+            let parts = parts(template, roles).ok()?;
+            trims.system = trimmed(template, roles).first() == Some(&true);
+            Some((parts.first()?.clone(), parts.get(1)?.clone()))
+        });
         Ok(Self {
             opening: opening.clone(),
             system,
             to_answer: again.clone(),
             to_user: to_user.clone(),
+            trims,
         })
     }
 
@@ -75,6 +72,52 @@ impl Scaffold {
             system: Some((String::new(), "\n\n".into())),
             to_answer: "\n".into(),
             to_user: "\n\n".into(),
+            trims: Trims::default(),
         }
     }
+}
+
+/// `content` as a template shows it that cuts white space off both its ends, if it `trims`. A content of nothing else stays
+/// as it is.
+pub(crate) fn shown(content: &str, trims: bool) -> &str {
+    match content.trim() {
+        inner if trims && !inner.is_empty() => inner,
+        _ => content,
+    }
+}
+
+/// No template holds these, and they carry no blank that a template could trim.
+const MARKS: [&str; 3] = ["@mka:0@", "@mka:1@", "@mka:2@"];
+
+/// What `template` writes around the contents of messages by up to three `roles`: one part more than there are messages.
+fn parts(template: &ChatTemplate, roles: &[&str]) -> Result<Vec<String>> {
+    let marked = roles.iter().zip(MARKS);
+    let messages: Vec<Message> = marked.map(|(role, mark)| Message::new(*role, mark)).collect();
+    let text = template.render(&messages, true)?;
+    let mut rest = text.as_str();
+    let mut parts = Vec::new();
+    for mark in MARKS.into_iter().take(messages.len()) {
+        let (before, after) = rest.split_once(mark).ok_or_else(|| {
+            Error::model(
+                "chat template: a message is dropped or moved, expected each once in order",
+            )
+        })?;
+        parts.push(before.to_owned());
+        rest = after;
+    }
+    parts.push(rest.to_owned());
+    Ok(parts)
+}
+
+/// Of which of the messages by `roles` the template cuts white space off both ends; empty where it cannot render them.
+fn trimmed(template: &ChatTemplate, roles: &[&str]) -> Vec<bool> {
+    // A tab outside: scaffold ends and begins with blanks and line breaks.
+    let marked = roles.iter().zip(MARKS);
+    let messages: Vec<Message> =
+        marked.map(|(role, mark)| Message::new(*role, format!("\t {mark} \t"))).collect();
+    let Ok(text) = template.render(&messages, true) else { return Vec::new() };
+    let shows = |content: &str| text.contains(content);
+    let is_trimmed =
+        |mark: &str| shows(mark) && !shows(&format!("\t {mark}")) && !shows(&format!("{mark} \t"));
+    MARKS.into_iter().take(messages.len()).map(is_trimmed).collect()
 }

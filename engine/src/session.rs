@@ -478,8 +478,15 @@ fn send(
 
     let policy = options.recall.unwrap_or(shared.config.recall);
     conversation.set_policy("send", policy)?;
+    // As the template would show it; of a message that goes on in a document the beginning stands there.
+    let said = message;
+    let goes_on = options.joined && conversation.state.open == OpenTurn::User;
+    let shown = if goes_on { said.trim_end() } else { said.trim() };
+    let trims = model.scaffold.trims.user && !options.completion && !shown.is_empty();
+    let message = if trims { shown } else { said };
     let longest = shared.config.window_tokens / 2;
     let (document, message) = feeding::split_long(model, message, longest)?;
+    let said = if document.is_empty() { said } else { message };
     // What was cut off a long message is its beginning.
     let mut joined = options.joined;
     if !document.is_empty() {
@@ -547,7 +554,7 @@ fn send(
         starts.push(None);
     }
     let own = [&prompt[..quotation.start], &prompt[quotation.end..]].concat();
-    turns.push(turn(Role::User, message.to_owned(), time_ms, own));
+    turns.push(turn(Role::User, said.to_owned(), time_ms, own));
     starts.push(Some(start));
     let text = format!("{}{}", options.answer_prefix, answer.text);
     turns.push(turn(Role::Assistant, text, time_ms, answer.tokens.clone()));

@@ -151,7 +151,7 @@ fn template_source(value: Option<&Value>) -> Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::prompt::Scaffold;
+    use crate::prompt::{Scaffold, Trims, shown};
 
     const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
     const LLAMA3: &str = "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}";
@@ -192,6 +192,43 @@ mod tests {
         );
         // Mistral's template refuses a system message with its own words: there is none to give.
         assert!(scaffold(MISTRAL).system.is_none());
+    }
+
+    /// As Mistral wrote it in 2024: instructions stand in the last message, if that is the user's.
+    const MISTRAL_LAST: &str = "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}{% set loop_messages = messages[1:] %}{% else %}{% set loop_messages = messages %}{% endif %}{% for message in loop_messages %}{% if message['role'] == 'user' %}{% if loop.last and system_message is defined %}{{ '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}{% else %}{{ '[INST] ' + message['content'] + '[/INST]' }}{% endif %}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}";
+
+    #[test]
+    fn instructions_that_stand_in_the_last_message_alone_are_scaffold() {
+        let s = scaffold(MISTRAL_LAST);
+        assert_eq!(s.system.unwrap(), ("<s>[INST] ".into(), "\n\n".into()));
+        assert_eq!((s.opening.as_str(), s.to_answer.as_str()), ("<s>[INST] ", "[/INST]"));
+    }
+
+    #[test]
+    fn white_space_that_a_template_cuts_off_is_known_by_whose_it_is() {
+        let all = Trims { system: true, user: true, answer: true };
+        assert_eq!(scaffold(LLAMA3).trims, all);
+        for source in [SMOLLM2, MISTRAL, MISTRAL_LAST] {
+            assert_eq!(scaffold(source).trims, Trims::default());
+        }
+        let asked = MISTRAL
+            .replace("'[INST] ' + message['content']", "'[INST] ' + message['content'].strip()");
+        assert_eq!(scaffold(&asked).trims, Trims { user: true, ..Trims::default() });
+        // White space at one end alone is not what is meant.
+        let first = MISTRAL
+            .replace("'[INST] ' + message['content']", "'[INST] ' + message['content'].lstrip()");
+        assert_eq!(scaffold(&first).trims, Trims::default());
+
+        let template = ChatTemplate::new(LLAMA3, "<s>".into(), "</s>".into()).unwrap();
+        let s = scaffold(LLAMA3);
+        let said = [("system", " be brief\n"), ("user", "\n one "), ("assistant", " two")];
+        let messages: Vec<_> =
+            said.iter().map(|(role, content)| Message::new(*role, *content)).collect();
+        let [system, user, answer] = said.map(|(_, content)| shown(content, true));
+        let (before, after) = s.system.unwrap();
+        let text = [before.as_str(), system, &after, user, &s.to_answer, answer].concat();
+        assert!(template.render(&messages, false).unwrap().starts_with(&text), "{text}");
+        assert_eq!((shown(" a ", false), shown(" \n", true)), (" a ", " \n"));
     }
 
     #[test]

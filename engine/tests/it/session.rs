@@ -3,9 +3,10 @@
 use crate::{engine, finish, trip, wait};
 use futures_util::StreamExt;
 use mka::{
-    Engine, ErrorKind, Event, FeedEvent, FeedOptions, Role, Sampling, Scope, SendOptions, Session,
-    StopReason,
+    Engine, ErrorKind, Event, FeedEvent, FeedOptions, MemoryConfig, ModelSource, Role, Sampling,
+    Scope, SendOptions, Session, StopReason,
 };
+use std::path::{Path, PathBuf};
 
 fn short() -> SendOptions {
     SendOptions::default().max_new_tokens(6)
@@ -707,6 +708,43 @@ fn what_is_taken_back_far_behind_the_window_is_found_by_its_words() {
     assert!(!hits("how was the sea").contains("sea"));
     let (_, usage) = finish(chat.send_with("where is the key", short())).unwrap();
     assert!(usage.recalled_tokens > 0, "{usage:?}");
+}
+
+/// The tiny model with a template that cuts white space off every content, of the same length as its own: the rest of the
+/// file stays in its place.
+fn model_that_trims(folder: &Path) -> PathBuf {
+    let (kept, trimmed) = (b" + message['content'] + ", b"+ message.content|trim+ ");
+    let mut bytes = std::fs::read(crate::tiny_model()).unwrap();
+    let at = bytes.windows(kept.len()).position(|window| window == kept).unwrap();
+    bytes[at..at + trimmed.len()].copy_from_slice(trimmed);
+    let path = folder.join("trims.gguf");
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+#[test]
+fn white_space_that_the_template_cuts_off_a_message_is_not_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let trims = Engine::builder(folder.path().join("trims"))
+        .model(ModelSource::path(model_that_trims(folder.path())))
+        .memory(MemoryConfig::with_window(256))
+        .open_blocking()
+        .unwrap();
+    let keeps = engine(folder.path(), 256);
+    let tokens = |engine: &Engine, session: &str, message: &str| {
+        let mut chat = engine.session_blocking(Scope::user("ada").session(session)).unwrap();
+        let options = short().recall_k(0).system(message);
+        finish(chat.send_with(message, options)).unwrap().1.prompt_tokens
+    };
+    let bare = tokens(&keeps, "bare", "hello there");
+    assert!(tokens(&keeps, "blanks", "\n hello there \t") > bare);
+    assert_eq!(tokens(&trims, "bare", "hello there"), bare);
+    assert_eq!(tokens(&trims, "blanks", "\n hello there \t"), bare);
+    let appended = |session: &str, text: &str| {
+        let mut chat = trims.session_blocking(Scope::user("ada").session(session)).unwrap();
+        wait(chat.append(vec![mka::NewTurn::new(Role::User, text)]).finish()).unwrap().model_tokens
+    };
+    assert_eq!(appended("append blanks", "\n hello there \t"), appended("append", "hello there"));
 }
 
 #[test]

@@ -20,7 +20,8 @@ pub enum EmbedderSource {
     Hashed,
     /// all-MiniLM-L6-v2, fetched like a model: understands paraphrases, tens of sentences a second on a processor core.
     MiniLm,
-    /// A folder with a BERT sentence encoder: config.json, tokenizer.json, model.safetensors.
+    /// A folder with a BERT sentence encoder: config.json, tokenizer.json, model.safetensors. Where 1_Pooling/config.json and
+    /// sentence_bert_config.json are there, they say whether the mean or the first token is taken, and how long a text is.
     Folder(PathBuf),
 }
 

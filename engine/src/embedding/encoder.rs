@@ -1,8 +1,7 @@
 //! A BERT encoder over flat rows: the token ids of some texts in, their unit vectors out.
 //! Knows no file, tokenizer or store.
 //!
-//! Source: BERT (arXiv 1810.04805); mean pooling and normalisation as in the model card of
-//! sentence-transformers/all-MiniLM-L6-v2.
+//! Source: BERT (arXiv 1810.04805); pooling and normalisation as in sentence-transformers, `models/Pooling.py`.
 
 use mka_kernels::PanelLinear;
 use mka_kernels::encoder::{add_and_norm, attend_text, gelu};
@@ -11,6 +10,15 @@ use mka_kernels::encoder::{add_and_norm, attend_text, gelu};
 pub(super) struct Norm {
     pub(super) weight: Vec<f32>,
     pub(super) bias: Vec<f32>,
+}
+
+/// Of which of a text's last hidden states its vector is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pooling {
+    /// Their mean.
+    Mean,
+    /// The first token's, `[CLS]`.
+    Cls,
 }
 
 pub(super) struct Layer {
@@ -35,6 +43,7 @@ pub(super) struct Encoder {
     pub(super) kind: Vec<f32>,
     pub(super) norm: Norm,
     pub(super) layers: Vec<Layer>,
+    pub(super) pooling: Pooling,
 }
 
 /// The activations of a batch, kept from one to the next.
@@ -51,7 +60,7 @@ impl Encoder {
     /// The ids of some texts -> their unit vectors, (texts, c). Every id has a word, and no text more tokens than there
     /// are positions.
     ///
-    /// Every token goes through the matrices with all others; only attention and the mean are a text's own. So texts of
+    /// Every token goes through the matrices with all others; only attention and pooling are a text's own. So texts of
     /// any lengths share a batch without padding.
     pub(super) fn encode(&self, texts: &[Vec<u32>], room: &mut Room) -> Vec<f32> {
         let c = self.kind.len();
@@ -85,8 +94,14 @@ impl Encoder {
         let mut vectors = vec![0.0; texts.len() * c];
         let mut rows = x.chunks_exact(c);
         for (text, vector) in texts.iter().zip(vectors.chunks_exact_mut(c)) {
-            for row in rows.by_ref().take(text.len()) {
-                vector.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+            let pooled = match self.pooling {
+                Pooling::Mean => text.len(),
+                Pooling::Cls => 1,
+            };
+            for (at, row) in rows.by_ref().take(text.len()).enumerate() {
+                if at < pooled {
+                    vector.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+                }
             }
             // The mean and the sum have one direction.
             let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);

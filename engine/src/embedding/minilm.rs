@@ -1,10 +1,11 @@
 //! Sentence vectors by a BERT encoder of the MiniLM family: its files, its tokenizer, and batches of texts.
 //! Knows no store and no language model.
 //!
-//! Source: MiniLM (arXiv 2002.10957).
+//! Source: MiniLM (arXiv 2002.10957); beside the model's own files those of sentence-transformers, which say how its
+//! states are pooled and how long a text may be.
 
 use super::EmbedderPrecision;
-use super::encoder::{Encoder, Layer, Norm, Room};
+use super::encoder::{Encoder, Layer, Norm, Pooling, Room};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 use candle_core::{DType, Device, Shape};
@@ -13,6 +14,7 @@ use mka_kernels::{PanelForm, PanelLinear};
 use mka_memory::Embedder;
 use rayon::prelude::*;
 use serde::Deserialize;
+use serde_json::Value;
 use std::path::Path;
 
 #[derive(Debug, Clone, Deserialize)]
@@ -27,23 +29,32 @@ struct Config {
     type_vocab_size: usize,
     layer_norm_eps: f64,
     hidden_act: String,
+    position_embedding_type: Option<String>,
 }
 
-/// The longest input of all-MiniLM-L6-v2: it was trained on no more (model card, `max_seq_length`).
+/// The longest input where the folder does not say, that of all-MiniLM-L6-v2: it was trained on no more (model card,
+/// `max_seq_length`).
 const MAX_TOKENS: usize = 256;
 /// Tokens that go through the matrices together, whatever texts they are of: enough that streaming the weights past them
 /// costs little, few enough that the widest activations (64 * 1536 f32, 390 KB) stay in an L2 cache.
 const BATCH_TOKENS: usize = 64;
 
-/// A sentence encoder: mean of the last layer's hidden states, unit length.
+/// A sentence encoder: the last layer's hidden states, pooled, of unit length.
 pub(super) struct MiniLm {
     identity: String,
     config: Config,
+    /// A longer text is cut.
+    max_tokens: usize,
     tokenizer: Tokenizer,
     encoder: Encoder,
 }
 
 impl MiniLm {
+    /// Reads the encoder of a folder: config.json, tokenizer.json and model.safetensors; of sentence-transformers
+    /// 1_Pooling/config.json and sentence_bert_config.json, where they are there.
+    ///
+    /// # Errors
+    /// `NotFound` or `Storage` where a file cannot be read; `Model` for an encoder of another kind, by what it differs in.
     pub(super) fn load(folder: &Path, precision: EmbedderPrecision) -> Result<Self> {
         let path = folder.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?;
@@ -55,6 +66,14 @@ impl MiniLm {
                 path.display(),
                 config.model_type,
                 config.hidden_act
+            )));
+        }
+        if let Some(positions) = config.position_embedding_type.as_deref()
+            && positions != "absolute"
+        {
+            return Err(Error::model(format!(
+                "{}: position_embedding_type {positions:?}, expected \"absolute\"",
+                path.display()
             )));
         }
         if config.num_attention_heads == 0
@@ -74,6 +93,7 @@ impl MiniLm {
                 path.display()
             )));
         }
+        let (pooling, max_tokens) = (pooling(folder)?, max_tokens(folder, &config)?);
         let path = folder.join("model.safetensors");
         let bytes = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
         let hash = xxhash_rust::xxh3::xxh3_128(&bytes);
@@ -83,21 +103,90 @@ impl MiniLm {
             true => tensors.pp("bert"),
             false => tensors,
         };
-        // Vectors of the two forms differ, so a store keeps them apart by name.
-        let (form, name) = match precision {
-            EmbedderPrecision::F32 => (PanelForm::F32, "bert-mean"),
-            EmbedderPrecision::Int8 => (PanelForm::Int8, "bert-mean-int8"),
+        // What changes vectors is in the name, so that a store keeps them apart.
+        let (form, rounded) = match precision {
+            EmbedderPrecision::F32 => (PanelForm::F32, ""),
+            EmbedderPrecision::Int8 => (PanelForm::Int8, "-int8"),
+        };
+        let pooled = match pooling {
+            Pooling::Mean => "mean",
+            Pooling::Cls => "cls",
+        };
+        let cut = match max_tokens == default_max_tokens(&config) {
+            true => String::new(),
+            false => format!("-{max_tokens}"),
         };
         Ok(Self {
-            identity: format!("{name}:{hash:032x}"),
+            identity: format!("bert-{pooled}{rounded}{cut}:{hash:032x}"),
             tokenizer: Tokenizer::from_file(&folder.join("tokenizer.json"))?,
-            encoder: encoder(&config, &tensors, form)?,
+            encoder: encoder(&config, &tensors, form, pooling)?,
             config,
+            max_tokens,
         })
     }
 }
 
-fn encoder(config: &Config, tensors: &VarBuilder<'_>, form: PanelForm) -> Result<Encoder> {
+/// A JSON file that a folder may lack.
+fn optional_json(path: &Path) -> Result<Option<Value>> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io("read", path, error)),
+    };
+    let json = serde_json::from_str(&text)
+        .map_err(|e| Error::model(format!("{}: {e}", path.display())).with_source(e))?;
+    Ok(Some(json))
+}
+
+/// How the folder pools hidden states: by its 1_Pooling/config.json, or else their mean.
+fn pooling(folder: &Path) -> Result<Pooling> {
+    let path = folder.join("1_Pooling").join("config.json");
+    let Some(json) = optional_json(&path)? else { return Ok(Pooling::Mean) };
+    let switches = json.as_object().into_iter().flatten();
+    let mut modes: Vec<&str> = switches
+        .filter(|(_, value)| value.as_bool() == Some(true))
+        .filter_map(|(key, _)| key.strip_prefix("pooling_mode_"))
+        .collect();
+    // Or one key with the mode's name.
+    modes.extend(json.get("pooling_mode").and_then(Value::as_str));
+    match modes[..] {
+        ["mean_tokens" | "mean"] => Ok(Pooling::Mean),
+        ["cls_token" | "cls"] => Ok(Pooling::Cls),
+        _ => Err(Error::model(format!(
+            "{}: pooling modes {modes:?}, expected mean_tokens or cls_token alone",
+            path.display()
+        ))),
+    }
+}
+
+fn default_max_tokens(config: &Config) -> usize {
+    MAX_TOKENS.min(config.max_position_embeddings)
+}
+
+/// The longest text by the folder's sentence_bert_config.json, of no more tokens than there are positions.
+fn max_tokens(folder: &Path, config: &Config) -> Result<usize> {
+    let path = folder.join("sentence_bert_config.json");
+    let json = optional_json(&path)?.unwrap_or_default();
+    let value = match json.get("max_seq_length") {
+        None | Some(Value::Null) => return Ok(default_max_tokens(config)),
+        Some(value) => value,
+    };
+    // Two tokens frame a text.
+    match value.as_u64().and_then(|tokens| usize::try_from(tokens).ok()) {
+        Some(tokens) if tokens > 2 => Ok(tokens.min(config.max_position_embeddings)),
+        _ => Err(Error::model(format!(
+            "{}: max_seq_length {value}, expected a count above 2",
+            path.display()
+        ))),
+    }
+}
+
+fn encoder(
+    config: &Config,
+    tensors: &VarBuilder<'_>,
+    form: PanelForm,
+    pooling: Pooling,
+) -> Result<Encoder> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let linear = |parts: &[VarBuilder<'_>], rows: usize, cols: usize| -> Result<PanelLinear> {
         let (mut weights, mut bias) = (Vec::new(), Vec::new());
@@ -140,6 +229,7 @@ fn encoder(config: &Config, tensors: &VarBuilder<'_>, form: PanelForm) -> Result
         kind,
         norm: norm(at.pp("LayerNorm"))?,
         layers,
+        pooling,
     })
 }
 
@@ -185,12 +275,11 @@ impl Embedder for MiniLm {
     }
 
     fn embed(&self, texts: &[&str]) -> mka_memory::Result<Vec<f32>> {
-        let longest = MAX_TOKENS.min(self.config.max_position_embeddings);
         let fail = |e: Error| {
             mka_memory::Error::new(mka_memory::ErrorKind::InvalidArgument, format!("embed: {e}"))
         };
         let ids = |text: &&str| {
-            let ids = framed(self.tokenizer.encode_document(text)?, longest);
+            let ids = framed(self.tokenizer.encode_document(text)?, self.max_tokens);
             match ids.iter().find(|id| **id as usize >= self.config.vocab_size) {
                 Some(id) => Err(Error::model(format!(
                     "token {id} of the tokenizer, expected one below the model's {}",
@@ -218,7 +307,11 @@ mod tests {
     #[derive(Deserialize)]
     struct Golden {
         texts: Vec<String>,
+        /// By the mean.
         vectors: Vec<Vec<f32>>,
+        /// By the first token.
+        #[serde(default)]
+        cls: Vec<Vec<f32>>,
     }
 
     fn golden_folder() -> PathBuf {
@@ -257,6 +350,90 @@ mod tests {
     fn vectors_of_a_tiny_encoder_are_those_of_transformers() {
         let folder = golden_folder().join("bert");
         check(&folder, &folder.join("golden.json"));
+    }
+
+    /// The tiny encoder with files of sentence-transformers beside it, each by its path and its text.
+    fn tiny_with(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+            let from = golden_folder().join("bert").join(name);
+            std::fs::copy(from, folder.path().join(name)).unwrap();
+        }
+        for (name, text) in files {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        folder
+    }
+
+    const POOLING: &str = "1_Pooling/config.json";
+    const LENGTH: &str = "sentence_bert_config.json";
+
+    #[test]
+    fn states_are_pooled_as_the_folder_says() {
+        let golden = std::fs::read_to_string(golden_folder().join("bert/golden.json")).unwrap();
+        let golden: Golden = serde_json::from_str(&golden).unwrap();
+        let texts: Vec<&str> = golden.texts.iter().map(String::as_str).collect();
+        let of = |mean: bool, cls: bool| {
+            serde_json::json!({
+                "word_embedding_dimension": 32, "include_prompt": true,
+                "pooling_mode_mean_tokens": mean, "pooling_mode_cls_token": cls,
+                "pooling_mode_max_tokens": false,
+            })
+            .to_string()
+        };
+        let plain = load(&golden_folder().join("bert"), EmbedderPrecision::F32);
+        for (config, expected, name) in [
+            (of(true, false), &golden.vectors, "bert-mean:"),
+            (of(false, true), &golden.cls, "bert-cls:"),
+        ] {
+            let folder = tiny_with(&[(POOLING, config.as_str())]);
+            let model = load(folder.path(), EmbedderPrecision::F32);
+            let found = model.embed(&texts).unwrap();
+            assert_eq!(found.len(), expected.len() * model.dim());
+            let pairs = found.iter().zip(expected.iter().flatten());
+            let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < 1e-5, "{name} off by {worst}");
+            assert!(model.identity().starts_with(name), "{}", model.identity());
+            assert_eq!(model.identity() == plain.identity(), name == "bert-mean:");
+            let rounded = load(folder.path(), EmbedderPrecision::Int8).identity();
+            assert!(rounded.starts_with(&name.replace(':', "-int8:")), "{rounded}");
+        }
+        for (config, named) in [
+            (of(true, true), "mean_tokens"),
+            (of(false, false), "[]"),
+            (of(false, true).replace("cls_token", "lasttoken"), "lasttoken"),
+        ] {
+            let folder = tiny_with(&[(POOLING, config.as_str())]);
+            let error = MiniLm::load(folder.path(), EmbedderPrecision::F32).err().unwrap();
+            let text = error.to_string();
+            assert!(text.contains(named) && text.contains("expected mean_tokens or cls"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_text_is_cut_at_the_length_that_the_folder_says() {
+        let long = "the cat ".repeat(40);
+        let short = "the cat ".repeat(3);
+        let load = |folder: &Path| load(folder, EmbedderPrecision::F32);
+        let plain = load(&golden_folder().join("bert"));
+        let folder = tiny_with(&[(LENGTH, r#"{"max_seq_length": 8, "do_lower_case": false}"#)]);
+        let cut = load(folder.path());
+        // Six words between the two tokens that frame a text.
+        assert_eq!(cut.embed(&[&long]).unwrap(), plain.embed(&[&short]).unwrap());
+        assert_ne!(plain.embed(&[&long]).unwrap(), plain.embed(&[&short]).unwrap());
+        assert!(cut.identity().starts_with("bert-mean-8:"), "{}", cut.identity());
+        // No more than there are positions, 32, which is what the encoder takes without the file.
+        for same in [r#"{"max_seq_length": 512}"#, r#"{"max_seq_length": null}"#, "{}"] {
+            let folder = tiny_with(&[(LENGTH, same)]);
+            assert_eq!(load(folder.path()).identity(), plain.identity(), "{same}");
+        }
+        for wrong in [r#"{"max_seq_length": 0}"#, r#"{"max_seq_length": "x"}"#] {
+            let folder = tiny_with(&[(LENGTH, wrong)]);
+            let error = MiniLm::load(folder.path(), EmbedderPrecision::F32).err().unwrap();
+            assert!(error.to_string().contains("max_seq_length"), "{error}");
+        }
     }
 
     #[test]
@@ -349,5 +526,9 @@ mod tests {
         std::fs::write(folder.path().join("config.json"), other).unwrap();
         let error = MiniLm::load(folder.path(), EmbedderPrecision::F32).err().unwrap();
         assert!(error.to_string().contains("roberta"), "{error}");
+        let other = config.replacen('{', "{\"position_embedding_type\": \"relative_key\",", 1);
+        std::fs::write(folder.path().join("config.json"), other).unwrap();
+        let error = MiniLm::load(folder.path(), EmbedderPrecision::F32).err().unwrap();
+        assert!(error.to_string().contains("relative_key"), "{error}");
     }
 }

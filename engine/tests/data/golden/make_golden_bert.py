@@ -4,7 +4,8 @@
     python make_golden_bert.py [FOLDER OF ALL-MINILM-L6-V2]
 
 `golden.json` in `bert/`, and `minilm_l6_v2.json` where the real folder is given: texts and their vectors, mean of the
-last layer's hidden states over all tokens, [CLS] and [SEP] among them, divided by its length.
+last layer's hidden states over all tokens, [CLS] and [SEP] among them, divided by its length; in `bert/` as `cls`, too,
+those of the first token alone.
 """
 
 import json
@@ -28,17 +29,21 @@ TEXTS = [
 WORDS = "the a cat dog mat sat ran on home and ##s ##ed . ! , un ##known ##word".split()
 
 
-def vector(model, ids, longest):
+def vector(model, ids, longest, pool):
     if len(ids) > longest:
         ids = ids[: longest - 1] + ids[-1:]
     with torch.no_grad():
-        mean = model(torch.tensor([ids])).last_hidden_state[0].mean(0)
-    return (mean / mean.norm()).tolist()
+        pooled = pool(model(torch.tensor([ids])).last_hidden_state[0])
+    return [round(x, 7) for x in (pooled / pooled.norm()).tolist()]
 
 
-def write(path, texts, model, tokenizer, longest):
-    vectors = [[round(x, 7) for x in vector(model, tokenizer.encode(t).ids, longest)] for t in texts]
-    path.write_text(json.dumps({"texts": texts, "vectors": vectors}, ensure_ascii=True))
+def write(path, texts, model, tokenizer, longest, **others):
+    pools = {"vectors": lambda states: states.mean(0), **others}
+    golden = {
+        name: [vector(model, tokenizer.encode(t).ids, longest, pool) for t in texts]
+        for name, pool in pools.items()
+    }
+    path.write_text(json.dumps({"texts": texts, **golden}, ensure_ascii=True))
 
 
 def tiny():
@@ -71,7 +76,7 @@ def tiny():
             p.copy_(1 + 0.2 * noise if "LayerNorm.weight" in name else 0.3 * noise)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
     config.to_json_file(folder / "config.json")
-    write(folder / "golden.json", TEXTS, model, tokenizer, 32)
+    write(folder / "golden.json", TEXTS, model, tokenizer, 32, cls=lambda states: states[0])
 
 
 def real(folder):

@@ -9,6 +9,7 @@ use crate::memory::said_now;
 use crate::prompt;
 use crate::snapshot::OpenTurn;
 use crate::stream::{FeedEvent, FeedSummary, Sink};
+use crate::tokenizer::Joined;
 use mka_memory::{NewTurn, Role};
 
 /// Reads `turns` behind what the stream holds, and commits them.
@@ -27,7 +28,6 @@ pub(crate) fn append(
     said_now(&mut turns, shared.now_ms()?);
     conversation.set_policy("append", shared.config.recall)?;
     conversation.last_prompt = None;
-    let to_answer = model.tokenizer.encode_with_specials(&model.scaffold.to_answer)?;
     let total_bytes = turns.iter().map(|turn| turn.text.len() as u64).sum();
     let mut summary = FeedSummary {
         bytes: total_bytes,
@@ -52,27 +52,27 @@ pub(crate) fn append(
         } else {
             let is_awaited = is_answer && before == Some(Role::User);
             before = Some(turn.role);
-            let mut tokens = Vec::new();
+            let mut text = Joined::behind(&model.tokenizer, conversation.last_token());
             if !is_awaited {
                 // An answer behind an open document answers that.
                 let (open, system) = (conversation.state.open, system.take());
-                tokens = generation::opening(model, open, system.as_deref(), is_answer)?;
-                conversation.keep_opening(tokens.len())?;
+                generation::opening(&mut text, model, open, system.as_deref(), is_answer)?;
+                conversation.keep_opening(text.num_tokens())?;
             }
             if is_answer && !is_awaited {
                 let mut message = NewTurn::new(Role::User, "");
                 (message.time_ms, message.remember) = (turn.time_ms, false);
-                message.tokens = std::mem::take(&mut tokens);
-                message.tokens.extend(&to_answer);
+                text.scaffold(&model.scaffold.to_answer)?;
+                message.tokens = text.take()?;
                 read.push(message);
             }
             let trims = model.scaffold.trims;
             let trims = if is_answer { trims.answer } else { trims.user };
-            tokens.extend(model.tokenizer.encode(prompt::shown(&turn.text, trims), false)?);
+            text.content(prompt::shown(&turn.text, trims))?;
             if !is_answer {
-                tokens.extend(&to_answer);
+                text.scaffold(&model.scaffold.to_answer)?;
             }
-            turn.tokens = tokens;
+            turn.tokens = text.take()?;
             read.push(turn);
         }
         for turn in read {

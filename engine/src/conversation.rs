@@ -55,6 +55,8 @@ pub(crate) struct LastPrompt {
     pub(crate) before_last: Saved,
     pub(crate) last_token: u32,
     pub(crate) answer_prefix: String,
+    /// Whether the answer goes on in the message's text.
+    pub(crate) completion: bool,
     /// What the message asked of the stored pages.
     pub(crate) message: Message,
 }
@@ -356,6 +358,8 @@ impl Conversation {
     fn has_opening(&self, model: &Model, end: TurnId) -> Result<bool> {
         let first = match &model.scaffold.system {
             Some((before, _)) if !model.scaffold.opening.is_empty() => {
+                // A blank at its end is a part of the first word of the instructions.
+                let before = before.strip_suffix(' ').unwrap_or(before);
                 model.tokenizer.encode_with_specials(before)?
             }
             _ => model.tokenizer.prefix().to_vec(),
@@ -394,13 +398,19 @@ impl Conversation {
             if !own.tokens.is_empty() {
                 return Ok(Some(own.role));
             }
-            let words = tokenizer.encode(&own.text, false)?;
             if own.role == Role::Assistant
                 && let Some(message) = self.live_turn_before(id)?.filter(is_said)
                 && message.role == Role::User
-                && message.tokens.ends_with(&words)
             {
-                return Ok(Some(own.role));
+                // Behind the template's text, behind a blank of it, or as a text by itself.
+                let words = [
+                    tokenizer.encode_inside(&own.text, false)?,
+                    tokenizer.encode_inside(&format!(" {}", own.text), false)?,
+                    tokenizer.encode(&own.text, false)?,
+                ];
+                if words.iter().any(|words| message.tokens.ends_with(words)) {
+                    return Ok(Some(own.role));
+                }
             }
         }
         Ok(None)
@@ -478,6 +488,11 @@ impl Conversation {
         let opened = Self::open_with(self.shared.clone(), self.scope.clone(), sink_pages);
         *self = opened.map_err(|error| self.shared.failed(error))?;
         Ok(())
+    }
+
+    /// The newest token of the stream; `None` where it holds none.
+    pub(crate) fn last_token(&self) -> Option<u32> {
+        self.state.recent_tokens.last().copied()
     }
 
     /// Tokens in the stream.

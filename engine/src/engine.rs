@@ -731,4 +731,49 @@ mod tests {
         // A snapshot made when fewer tokens ended an answer is still this model's.
         assert_eq!(model.decoder.config.eos_token_ids, [id("<|im_end|>")]);
     }
+
+    /// Tokens of the stream that two messages without an answer make, by a folder with a vocabulary of SentencePiece.
+    fn stream(folder: &Path, own_blank: &str, template: &str) -> (Vec<u32>, Tokenizer) {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/smollm2");
+        let model = folder.join("model");
+        std::fs::create_dir_all(&model).unwrap();
+        for name in ["config.json", "model.safetensors"] {
+            std::fs::copy(golden.join(name), model.join(name)).unwrap();
+        }
+        let tokenizer = crate::testing::sentencepiece(own_blank).to_string();
+        std::fs::write(model.join("tokenizer.json"), tokenizer).unwrap();
+        let settings = serde_json::json!({
+            "bos_token": "<s>", "eos_token": "</s>", "chat_template": template,
+        });
+        std::fs::write(model.join("tokenizer_config.json"), settings.to_string()).unwrap();
+        let engine = Engine::builder(folder.join("store"))
+            .model(ModelSource::path(&model))
+            .device(Device::Cpu)
+            .memory(MemoryConfig::with_window(128))
+            .open_blocking()
+            .unwrap();
+        let scope = Scope::user("ada").session("trip");
+        let mut chat = engine.session_blocking(scope.clone()).unwrap();
+        let options = crate::SendOptions::default().max_new_tokens(0).recall_k(0);
+        for message in ["Hello", "a cat"] {
+            let mut events = chat.send_with(message, options.clone());
+            while let Some(event) = events.next_blocking() {
+                event.unwrap();
+            }
+        }
+        let turns = engine.shared.store.turns(&scope, 0..4).unwrap();
+        let tokens = turns.into_iter().flat_map(|turn| turn.tokens).collect();
+        (tokens, Tokenizer::from_file(&model.join("tokenizer.json")).unwrap())
+    }
+
+    #[test]
+    fn a_stream_of_sentencepiece_tokens_is_that_of_the_rendered_conversation() {
+        let template = "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}";
+        for own_blank in ["by its normalizer", "always", "first"] {
+            let folder = tempfile::tempdir().unwrap();
+            let (tokens, tokenizer) = stream(folder.path(), own_blank, template);
+            let text = "<s>[INST] Hello [/INST]</s>[INST] a cat [/INST]";
+            assert_eq!(tokens, tokenizer.encode_with_specials(text).unwrap(), "{own_blank}");
+        }
+    }
 }

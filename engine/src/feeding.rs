@@ -8,6 +8,7 @@ use crate::generation;
 use crate::pages::RecallPolicy;
 use crate::snapshot::OpenTurn;
 use crate::stream::{FeedEvent, FeedSummary, Sink};
+use crate::tokenizer::Joined;
 use mka_memory::{NewTurn, Role};
 use std::iter::{once, repeat};
 use std::ops::Range;
@@ -224,12 +225,17 @@ impl Feeding<'_> {
         for (section, before) in sections.iter().zip(once(self.before).chain(repeat(next))) {
             let model = shared.model("feed")?;
             let open = conversation.state.open;
-            let mut tokens = match self.options.completion {
-                true => generation::bare_opening(model, open),
-                false => generation::opening(model, open, before.system, before.joined)?,
-            };
-            conversation.keep_opening(tokens.len())?;
-            tokens.extend(model.tokenizer.encode(&self.text[section.clone()], false)?);
+            let mut read = Joined::behind(&model.tokenizer, conversation.last_token());
+            match self.options.completion {
+                true => generation::bare_opening(&mut read, open),
+                false => {
+                    let Before { system, joined } = before;
+                    generation::opening(&mut read, model, open, system, joined)?;
+                }
+            }
+            conversation.keep_opening(read.num_tokens())?;
+            read.content(&self.text[section.clone()])?;
+            let tokens = read.take()?;
             let start = conversation.position();
             let (progress, taken) = (&mut self.progress, &self.taken);
             conversation.prefill(&tokens, &mut || progress(taken))?;

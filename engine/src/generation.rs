@@ -8,6 +8,7 @@ use crate::prompt;
 use crate::session::SendOptions;
 use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Sink, StopReason, Token};
+use crate::tokenizer::Joined;
 
 /// Most tokens of an answer where the caller names no limit.
 const MAX_NEW_TOKENS: usize = 512;
@@ -51,66 +52,62 @@ pub(crate) struct Answer {
     pub(crate) stop: Stop,
 }
 
-/// Tokens between what the stream holds and the next words of the user; `joined` words go on in the open message.
+/// Writes what stands between what the stream holds and the next words of the user; `joined` words go on in the open message.
 pub(crate) fn opening(
+    text: &mut Joined<'_>,
     model: &Model,
     open: OpenTurn,
     system: Option<&str>,
     joined: bool,
-) -> Result<Vec<u32>> {
+) -> Result<()> {
     let scaffold = &model.scaffold;
     let system = system.map(|system| prompt::shown(system, scaffold.trims.system));
     match open {
         OpenTurn::Start => {
             if scaffold.opening.is_empty() {
                 // No template: the document begins as the tokenizer itself begins one.
-                let mut tokens = model.tokenizer.prefix().to_vec();
+                text.begin_document();
                 if let (Some(system), Some((before, after))) = (system, &scaffold.system) {
-                    tokens.extend(
-                        model.tokenizer.encode(&format!("{before}{system}{after}"), false)?,
-                    );
+                    text.content(&format!("{before}{system}{after}"))?;
                 }
-                return Ok(tokens);
+                return Ok(());
             }
             let Some(system) = system else {
-                return model.tokenizer.encode_with_specials(&scaffold.opening);
+                return text.scaffold(&scaffold.opening);
             };
             let (before, after) = scaffold.system.as_ref().ok_or_else(|| {
                 Error::invalid("the model's chat template takes no system message, expected none")
             })?;
-            let mut tokens = model.tokenizer.encode_with_specials(before)?;
-            tokens.extend(model.tokenizer.encode(system, false)?);
-            tokens.extend(model.tokenizer.encode_with_specials(after)?);
-            Ok(tokens)
+            text.scaffold(before)?;
+            text.content(system)?;
+            text.scaffold(after)
         }
-        OpenTurn::User if joined => Ok(Vec::new()),
+        OpenTurn::User if joined => Ok(()),
         // A base model has no turns: the document is followed by a paragraph.
-        OpenTurn::User if scaffold.opening.is_empty() => model.tokenizer.encode("\n\n", false),
+        OpenTurn::User if scaffold.opening.is_empty() => text.content("\n\n"),
         OpenTurn::User => {
             // A question in the document's own message is taken for a part of the document.
-            let mut tokens = model.tokenizer.encode_with_specials(&scaffold.to_answer)?;
-            tokens.extend(model.tokenizer.encode(DOCUMENT_READ, false)?);
-            tokens.extend(model.tokenizer.encode_with_specials(&scaffold.to_user)?);
-            Ok(tokens)
+            text.scaffold(&scaffold.to_answer)?;
+            text.content(DOCUMENT_READ)?;
+            text.scaffold(&scaffold.to_user)
         }
         OpenTurn::Answered { closed_by } => {
-            let mut tokens = model.tokenizer.encode_with_specials(&scaffold.to_user)?;
-            if let Some(token) = closed_by
-                && tokens.first() != Some(&token)
-            {
-                // The model ended its turn by another token than the template does: the stream keeps both.
-                tokens.insert(0, token);
+            if let Some(token) = closed_by {
+                let next = model.tokenizer.encode_behind(text.last(), &scaffold.to_user, true)?;
+                if next.first() != Some(&token) {
+                    // The model ended its turn by another token than the template does: the stream keeps both.
+                    text.token(token);
+                }
             }
-            Ok(tokens)
+            text.scaffold(&scaffold.to_user)
         }
     }
 }
 
 /// [`opening`] of a text that stands outside the chat template.
-pub(crate) fn bare_opening(model: &Model, open: OpenTurn) -> Vec<u32> {
-    match open {
-        OpenTurn::Start => model.tokenizer.prefix().to_vec(),
-        _ => Vec::new(),
+pub(crate) fn bare_opening(text: &mut Joined<'_>, open: OpenTurn) {
+    if open == OpenTurn::Start {
+        text.begin_document();
     }
 }
 
@@ -126,7 +123,12 @@ pub(crate) fn generate(
     let shared = conversation.shared.clone();
     let model = shared.model("generate")?;
     let limit = options.max_new_tokens.unwrap_or(MAX_NEW_TOKENS);
-    let mut decoder = model.tokenizer.stream();
+    // An answer that goes on in text may begin with a blank of its own.
+    let goes_on = options.completion || !options.answer_prefix.is_empty();
+    let mut decoder = match goes_on {
+        true => model.tokenizer.stream_inside(),
+        false => model.tokenizer.stream(),
+    };
     let mut text = StopText::new(&options.stop);
     let mut tokens = Vec::new();
     let mut next = last_token;

@@ -17,6 +17,7 @@ use crate::snapshot::OpenTurn;
 use crate::stream::{
     Canceller, Event, Events, Feed, FeedEvent, FeedSummary, Sink, StopReason, Usage,
 };
+use crate::tokenizer::Joined;
 use mka_memory::{Hit, NewTurn, Recall, Role, Scope, Turn, TurnId, Value};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -407,7 +408,8 @@ impl Session {
         let (live, text) = (self.live.clone(), text.to_owned());
         offload("peek_logits", move || {
             let mut conversation = live.lock_at_rest("peek_logits")?;
-            let tokens = live.shared.model("peek_logits")?.tokenizer.encode(&text, false)?;
+            let tokenizer = &live.shared.model("peek_logits")?.tokenizer;
+            let tokens = tokenizer.encode_behind(conversation.last_token(), &text, false)?;
             conversation.set_policy("peek_logits", live.shared.config.recall)?;
             let saved = conversation.save();
             let hidden = conversation.prefill(&tokens, &mut || true);
@@ -510,27 +512,32 @@ fn send(
     // The prompt: scaffold, quoted memories, message, scaffold. Contents are encoded so that no text in them can
     // become a control token.
     let open = conversation.state.open;
-    let mut prompt = match options.completion {
-        true => generation::bare_opening(model, open),
-        false => generation::opening(model, open, options.system.as_deref(), joined)?,
-    };
-    conversation.keep_opening(prompt.len())?;
-    if prompt.is_empty() && open == OpenTurn::User && !recalled.is_empty() {
-        prompt = model.tokenizer.encode("\n\n", false)?;
+    let mut written = Joined::behind(&model.tokenizer, conversation.last_token());
+    match options.completion {
+        true => generation::bare_opening(&mut written, open),
+        false => {
+            let system = options.system.as_deref();
+            generation::opening(&mut written, model, open, system, joined)?;
+        }
     }
-    let recalled_tokens = model.tokenizer.encode(&recalled, false)?;
-    let own_tokens = model.tokenizer.encode(message, false)?;
-    let quotation = prompt.len()..prompt.len() + recalled_tokens.len();
-    prompt.extend_from_slice(&recalled_tokens);
-    let body = match recalled.is_empty() {
-        true => message.to_owned(),
-        false => format!("\n{message}"),
-    };
-    prompt.extend(model.tokenizer.encode(&body, false)?);
+    conversation.keep_opening(written.num_tokens())?;
+    if written.num_tokens() == 0 && open == OpenTurn::User && !recalled.is_empty() {
+        written.content("\n\n")?;
+    }
+    let quotation_start = written.num_tokens();
+    written.content(&recalled)?;
+    let quotation = quotation_start..written.num_tokens();
+    match recalled.is_empty() {
+        true => written.content(message)?,
+        false => written.content(&format!("\n{message}"))?,
+    }
     if !options.completion {
-        prompt.extend(model.tokenizer.encode_with_specials(&model.scaffold.to_answer)?);
+        written.scaffold(&model.scaffold.to_answer)?;
     }
-    prompt.extend(model.tokenizer.encode(&options.answer_prefix, false)?);
+    written.content(&options.answer_prefix)?;
+    let prompt = written.take()?;
+    let recalled_tokens = prompt[quotation.clone()].to_vec();
+    let own_tokens = model.tokenizer.encode(message, false)?;
 
     let start = conversation.position();
     let reused = conversation.attended_tokens();
@@ -578,15 +585,22 @@ fn send(
         before_last,
         last_token: *last_token,
         answer_prefix: options.answer_prefix.clone(),
+        completion: options.completion,
         message: asked,
     });
     Ok(usage)
 }
 
-/// The words that an answer in the log was begun with: its text less what its tokens say.
-fn answer_prefix(shared: &Shared, turn: &Turn) -> Result<String> {
-    let generated = shared.model("regenerate")?.tokenizer.decode(&turn.tokens, true)?;
-    Ok(turn.text.strip_suffix(generated.as_str()).unwrap_or_default().to_owned())
+/// The words that an answer in the log was begun with, its text less what its tokens say, and whether it goes on in text:
+/// a blank that its tokens begin with is then there.
+fn begun(shared: &Shared, turn: &Turn) -> Result<(String, bool)> {
+    let tokenizer = &shared.model("regenerate")?.tokenizer;
+    let inside = tokenizer.decode_inside(&turn.tokens);
+    let alone = tokenizer.decode(&turn.tokens, true)?;
+    let goes_on = inside != alone && turn.text.ends_with(&inside);
+    let generated = if goes_on { inside } else { alone };
+    let prefix = turn.text.strip_suffix(generated.as_str()).unwrap_or_default();
+    Ok((prefix.to_owned(), goes_on))
 }
 
 fn turn(role: Role, text: String, time_ms: i64, tokens: Vec<u32>) -> NewTurn {
@@ -647,11 +661,13 @@ fn answer_again(
         None => {
             // The prompt's pages are gone: fill the window again from the log, up to the prompt's last token.
             let last_token = conversation.refill(answer_turn, true)?.ok_or_else(no_answer)?;
+            let (answer_prefix, completion) = begun(&shared, before)?;
             LastPrompt {
                 answer: answer_turn,
                 before_last: conversation.save(),
                 last_token,
-                answer_prefix: answer_prefix(&shared, before)?,
+                answer_prefix,
+                completion,
                 message: Message::default(),
             }
         }
@@ -659,7 +675,11 @@ fn answer_again(
     conversation.set_message(&last.message);
     let reused = conversation.attended_tokens();
     let start = conversation.position() + 1;
-    let options = SendOptions { answer_prefix: last.answer_prefix.clone(), ..options.clone() };
+    let options = SendOptions {
+        answer_prefix: last.answer_prefix.clone(),
+        completion: last.completion,
+        ..options.clone()
+    };
     let answer = generation::generate(conversation, last.last_token, &options, sink)?;
     if answer.tokens.is_empty() && matches!(answer.stop, Stop::Cancelled) {
         // There is nothing that could stand in its place.

@@ -12,6 +12,7 @@ use tokenizers::{
 use crate::gguf::Gguf;
 use crate::{Error, ErrorKind, Result};
 
+mod joined;
 mod json;
 mod pieces;
 mod pipeline;
@@ -20,6 +21,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use joined::Joined;
 use pieces::Pieces;
 use shared::SharedModel;
 pub(crate) use stream::StreamDecoder;
@@ -274,6 +276,19 @@ impl Tokenizer {
     /// A decoder for one stream of generated tokens, those that stand for no text left out.
     pub(crate) fn stream(&self) -> StreamDecoder {
         StreamDecoder::new(self.clone(), true)
+    }
+
+    /// The same for tokens that go on in text: a first blank is theirs.
+    pub(crate) fn stream_inside(&self) -> StreamDecoder {
+        self.stream().inside()
+    }
+
+    /// The text of `ids` that go on in text, those that stand for no text left out.
+    pub(crate) fn decode_inside(&self, ids: &[u32]) -> String {
+        let mut stream = self.stream_inside();
+        let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
+        text.extend(stream.flush());
+        text
     }
 
     fn strips_leading_space(&self) -> bool {

@@ -20,6 +20,11 @@ impl StreamDecoder {
         Self { tokenizer, skip_special, pending: Vec::new(), at_start }
     }
 
+    /// The same for tokens that go on in text: a first blank is theirs.
+    pub(super) fn inside(self) -> Self {
+        Self { at_start: false, ..self }
+    }
+
     /// The text that `id` completes, `None` where it completes no character.
     ///
     /// Bytes that can no longer become a character are U+FFFD at once. Tokens that stand for no text

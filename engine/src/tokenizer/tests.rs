@@ -326,6 +326,78 @@ fn damaged_tokenizer_files_are_errors() {
     assert!(error.to_string().contains("/nowhere/tokenizer.json"), "{error}");
 }
 
+/// Where a vocabulary of SentencePiece puts a blank of its own.
+const OWN_BLANKS: [&str; 4] = ["by its normalizer", "always", "first", "never"];
+
+fn sentencepiece(own_blank: &str) -> Tokenizer {
+    let json = crate::testing::sentencepiece(own_blank).to_string();
+    Tokenizer::from_bytes(json.as_bytes(), Path::new("t.json")).unwrap()
+}
+
+#[test]
+fn a_text_behind_text_has_no_blank_that_nobody_wrote() {
+    for own_blank in OWN_BLANKS {
+        let tokenizer = sentencepiece(own_blank);
+        let of = |pieces: &[&str]| -> Vec<u32> {
+            pieces.iter().map(|piece| tokenizer.id(piece).unwrap()).collect()
+        };
+        let alone =
+            if own_blank == "never" { &["He", "l", "l", "o"] } else { &["▁He", "l", "l", "o"] };
+        assert_eq!(tokenizer.encode("Hello", false).unwrap(), of(alone), "{own_blank}");
+        let inside = tokenizer.encode_inside("Hello", false).unwrap();
+        assert_eq!(inside, of(&["He", "l", "l", "o"]), "{own_blank}");
+        let blank = tokenizer.encode_inside(" Hello", false).unwrap();
+        assert_eq!(blank, of(&["▁He", "l", "l", "o"]), "{own_blank}");
+        let lines = tokenizer.encode_inside("\n\n", false).unwrap();
+        assert_eq!(lines, of(&["<0x0A>", "<0x0A>"]), "{own_blank}");
+        assert_eq!(tokenizer.encode_inside("", false).unwrap(), [] as [u32; 0]);
+    }
+}
+
+#[test]
+fn pieces_joined_have_the_tokens_of_the_whole_text() {
+    let texts: [&[(&str, bool)]; 5] = [
+        &[("<s>[INST] ", true), ("Hello", false), (" [/INST]", true)],
+        &[("<s>", true), ("Hello cat", false), ("</s>", true), ("cat", false)],
+        &[("<s>[INST]\n", true), ("Hello", false), ("</s>\n", true), ("cat", false)],
+        &[("t: ", true), (" Hello", false), (" [/INST] ", true)],
+        &[("t: ", true), (" ", true), ("", false), ("Hello", false)],
+    ];
+    for own_blank in OWN_BLANKS {
+        let tokenizer = sentencepiece(own_blank);
+        for pieces in texts {
+            let whole: String = pieces.iter().map(|(text, _)| *text).collect();
+            let mut joined = Joined::behind(&tokenizer, None);
+            for (text, is_scaffold) in pieces {
+                match is_scaffold {
+                    true => joined.scaffold(text).unwrap(),
+                    false => joined.content(text).unwrap(),
+                }
+            }
+            let whole = tokenizer.encode_with_specials(&whole).unwrap();
+            assert_eq!(joined.take().unwrap(), whole, "{own_blank} {pieces:?}");
+        }
+    }
+    // Words of a byte-level vocabulary have one token with the blank before them, too.
+    let tokenizer = from_json("smollm");
+    let mut joined = Joined::behind(&tokenizer, None);
+    joined.scaffold("the: ").unwrap();
+    joined.content("hotel").unwrap();
+    assert_eq!(joined.take().unwrap(), tokenizer.encode("the: hotel", false).unwrap());
+    joined.scaffold(" the: ").unwrap();
+    assert_eq!(joined.take().unwrap(), tokenizer.encode(" the: ", false).unwrap());
+}
+
+#[test]
+fn an_answer_that_goes_on_in_text_keeps_its_first_blank() {
+    let tokenizer = sentencepiece("by its normalizer");
+    let ids = ["▁He", "l", "l", "o", "▁", "c"].map(|piece| tokenizer.id(piece).unwrap());
+    assert_eq!(tokenizer.decode_inside(&ids), " Hello c");
+    assert_eq!(tokenizer.decode(&ids, true).unwrap(), "Hello c");
+    assert_eq!(tokenizer.stream_inside().push(ids[0]).as_deref(), Some(" He"));
+    assert_eq!(tokenizer.stream().push(ids[0]).as_deref(), Some("He"));
+}
+
 /// The real model where it has been fetched; prints why it is skipped otherwise.
 #[test]
 fn the_real_smollm2_vocabulary_round_trips() {

@@ -33,8 +33,11 @@ impl Vocabulary {
             }
             Self::Model { tokenizer, end } => {
                 // Pieces that a tokenizer can hold at once, cut where a paragraph ends.
+                let mut last = None;
                 for piece in paragraphs(text) {
-                    into.extend(tokenizer.encode(piece, false)?);
+                    let tokens = tokenizer.encode_behind(last, piece, false)?;
+                    last = tokens.last().copied();
+                    into.extend(tokens);
                 }
                 into.extend(*end);
             }

@@ -46,7 +46,7 @@ impl NativeEngine {
     /// Opens the session of `scope`, new or continued where it stopped.
     pub async fn session(&self, scope: Scope) -> Result<Arc<NativeSession>, MkaError> {
         let engine = self.open_engine("session")?;
-        Ok(self.sessions.enter(counted(engine.session(scope.into())).await?))
+        self.sessions.enter("session", counted(engine.session(scope.into())).await?)
     }
 
     /// `session`, blocking the thread.

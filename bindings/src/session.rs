@@ -22,28 +22,43 @@ pub struct NativeSession {
 }
 
 /// The sessions of one engine that are open, and their streams.
-#[derive(Default)]
 pub(crate) struct Sessions {
-    objects: Mutex<Vec<Weak<NativeSession>>>,
+    /// None once the engine is closed, which no session enters any more: nobody would close it.
+    objects: Mutex<Option<Vec<Weak<NativeSession>>>>,
     /// A stream may be held longer than the object of its session.
     streams: Mutex<Vec<Weak<Activity>>>,
 }
 
+impl Default for Sessions {
+    fn default() -> Self {
+        Self { objects: Mutex::new(Some(Vec::new())), streams: Mutex::default() }
+    }
+}
+
 impl Sessions {
-    /// A session as an object that the engine closes with itself.
-    pub(crate) fn enter(self: &Arc<Self>, session: mka::Session) -> Arc<NativeSession> {
+    /// A session as an object that the engine closes with itself; if the engine was closed while `operation` opened it, the
+    /// session is dropped, and the error says so.
+    pub(crate) fn enter(
+        self: &Arc<Self>,
+        operation: &str,
+        session: mka::Session,
+    ) -> Result<Arc<NativeSession>, MkaError> {
         let scope = session.scope().into();
         let live = Mutex::new(Live { session: Some(session), activity: None });
         let session = Arc::new(NativeSession { scope, live, sessions: self.clone() });
-        note(&self.objects, &session);
-        session
+        let mut objects = locked(&self.objects);
+        let open = objects.as_mut().ok_or_else(|| MkaError::closed(operation, "engine"))?;
+        note(open, &session);
+        Ok(session)
     }
 
     /// Closes every session that is open, and cancels every stream.
     pub(crate) fn close(&self) {
-        take(&self.objects).iter().for_each(|session| session.close());
+        let objects = locked(&self.objects).take().unwrap_or_default();
+        left(&objects).for_each(|session| session.close());
         // Behind the sessions, which begin no stream any more.
-        take(&self.streams).iter().for_each(|activity| activity.cancel());
+        let streams = std::mem::take(&mut *locked(&self.streams));
+        left(&streams).for_each(|activity| activity.cancel());
     }
 }
 
@@ -56,14 +71,14 @@ struct Live {
 
 impl NativeSession {
     fn live(&self) -> MutexGuard<'_, Live> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.live)
     }
 
     /// `stream` to be pulled, as the one that was started last.
     fn begun<S: Source>(&self, live: &mut Live, stream: S) -> Pull<S> {
         let pull = Pull::new(stream);
         let activity = pull.activity();
-        note(&self.sessions.streams, &activity);
+        note(&mut locked(&self.sessions.streams), &activity);
         live.activity = Some(activity);
         pull
     }
@@ -124,7 +139,7 @@ impl NativeSession {
     /// Begins the session `name` of the same user and agent as this one stands now.
     pub async fn fork(&self, name: String) -> Result<Arc<NativeSession>, MkaError> {
         let fork = self.live().idle("fork")?.fork(&name);
-        Ok(self.sessions.enter(counted(fork).await?))
+        self.sessions.enter("fork", counted(fork).await?)
     }
 
     /// `fork`, blocking the thread.
@@ -191,15 +206,17 @@ impl NativeSession {
     }
 }
 
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Adds `item` to `list`, and takes out what is gone.
-fn note<T>(list: &Mutex<Vec<Weak<T>>>, item: &Arc<T>) {
-    let mut list = list.lock().unwrap_or_else(PoisonError::into_inner);
+fn note<T>(list: &mut Vec<Weak<T>>, item: &Arc<T>) {
     list.retain(|other| other.strong_count() > 0);
     list.push(Arc::downgrade(item));
 }
 
-/// What is left of `list`, which is empty afterwards.
-fn take<T>(list: &Mutex<Vec<Weak<T>>>) -> Vec<Arc<T>> {
-    let list = std::mem::take(&mut *list.lock().unwrap_or_else(PoisonError::into_inner));
-    list.iter().filter_map(Weak::upgrade).collect()
+/// What of `list` is not gone.
+fn left<T>(list: &[Weak<T>]) -> impl Iterator<Item = Arc<T>> {
+    list.iter().filter_map(Weak::upgrade)
 }

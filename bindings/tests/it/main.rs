@@ -5,13 +5,16 @@ mod open;
 
 use mka_bindings::{
     Backend, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Forget, Hygiene, LandmarkScan,
-    LogLevel, LogSink, MkaError, ModelSource, NativeEngine, NativeEvents, NewTurn, PageConfig,
-    PagePrecision, PageRule, Policy, Prefill, RecallOptions, RecallPolicy, Role, Scope,
+    LogLevel, LogSink, MkaError, ModelSource, NativeEngine, NativeEvents, NativeSession, NewTurn,
+    PageConfig, PagePrecision, PageRule, Policy, Prefill, RecallOptions, RecallPolicy, Role, Scope,
     SendOptions, Sensitive, forward_logs,
 };
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 fn tiny_model() -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
@@ -73,6 +76,58 @@ fn a_turn_is_pulled_in_batches_and_a_closed_engine_leaves_the_folder_free() {
         let error = chat.send("more".into(), tokens(1)).err().unwrap();
         assert!(matches!(error, MkaError::InvalidArgument(_)), "{error:?}");
         assert!(error.to_string().contains("closed"), "{error}");
+    }
+}
+
+type Opening<'a> = Pin<Box<dyn Future<Output = Result<Arc<NativeSession>, MkaError>> + 'a>>;
+
+/// Asks `opening` once, as who is told of nothing.
+fn asked(opening: &mut Opening<'_>) -> Poll<Result<Arc<NativeSession>, MkaError>> {
+    opening.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+}
+
+#[test]
+fn an_engine_closes_while_a_session_or_a_fork_of_one_is_being_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    for fork in [false, true] {
+        let engine = engine(folder.path());
+        let chat = engine.session_blocking(trip()).unwrap();
+        finish(&chat.send("hello".into(), tokens(2)).unwrap()).unwrap();
+        // The work begins, and nobody asks what came of it before the engine is closed.
+        let mut number = 0;
+        let mut opening = loop {
+            number += 1;
+            let name = format!("{fork} {number}");
+            let mut opening: Opening<'_> = match fork {
+                true => Box::pin(chat.fork(name)),
+                false => Box::pin(engine.session(Scope { session: Some(name), ..trip() })),
+            };
+            match asked(&mut opening) {
+                Poll::Pending => break opening,
+                // This one was fast.
+                Poll::Ready(opened) => opened.unwrap().close(),
+            }
+        };
+        let closing = engine.clone();
+        let closing = std::thread::spawn(move || closing.close_blocking());
+        while engine.device().is_ok() {
+            std::thread::yield_now();
+        }
+        // A moment later its sessions are closed.
+        std::thread::sleep(Duration::from_millis(100));
+        let error = loop {
+            match asked(&mut opening) {
+                Poll::Ready(opened) => break opened.err().unwrap(),
+                Poll::Pending => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        assert!(matches!(&error, MkaError::InvalidArgument(text) if text.contains("closed")));
+        let until = Instant::now() + Duration::from_secs(60);
+        while !closing.is_finished() {
+            assert!(Instant::now() < until, "the engine does not close, fork: {fork}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        closing.join().unwrap().unwrap();
     }
 }
 
@@ -271,7 +326,7 @@ fn messages_reach_the_sink_with_their_fields_until_it_is_taken_away() {
     let opened = engine(folder.path());
     forward_logs(LogLevel::Info, None).unwrap();
     // A message of another test may be on its way.
-    std::thread::sleep(std::time::Duration::from_millis(50));
+    std::thread::sleep(Duration::from_millis(50));
     let said = kept.0.lock().unwrap().len();
     assert!(kept.0.lock().unwrap().iter().any(|(level, target, message)| *level == LogLevel::Info
         && target.starts_with("mka")

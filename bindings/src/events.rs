@@ -242,16 +242,19 @@ macro_rules! pulled {
                 self.wake();
             }
 
-            /// Stops the work and waits until the session stands at what was done.
-            pub async fn close(&self) {
-                counted(self.pull.close()).await;
+            /// Stops the work and waits until the session stands at what was done; an error of the work that was not
+            /// read is given here.
+            pub async fn close(&self) -> Result<(), MkaError> {
+                let closed = counted(self.pull.close()).await;
                 self.wake();
+                closed
             }
 
             /// `close`, blocking the thread.
-            pub fn close_blocking(&self) {
-                wait(self.pull.close());
+            pub fn close_blocking(&self) -> Result<(), MkaError> {
+                let closed = wait(self.pull.close());
                 self.wake();
+                closed
             }
         }
     };

@@ -3,7 +3,7 @@
 
 use crate::error::MkaError;
 use futures_core::Stream;
-use mka::Canceller;
+use mka::{Canceller, ErrorKind};
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -133,7 +133,9 @@ impl<S: Source> Pull<S> {
         }
         match batch {
             // Whoever cancelled knows.
-            Err(_) if self.activity.canceller.is_cancelled() => Ok(None),
+            Err(error) if is_cancelled(&error) && self.activity.canceller.is_cancelled() => {
+                Ok(None)
+            }
             Err(error) => Err(error.into()),
             Ok(Batch::Events(events)) => Ok(Some(events)),
             Ok(Batch::End { whole }) if whole || self.activity.canceller.is_cancelled() => Ok(None),
@@ -144,19 +146,30 @@ impl<S: Source> Pull<S> {
         }
     }
 
-    /// Stops the work; whoever reads sees what was on its way, then the end.
+    /// Stops the work; whoever reads sees what was on its way, an error of the work included, then the end.
     pub(crate) fn cancel(&self) {
         self.activity.cancel();
     }
 
-    /// Stops the work and waits for its end.
-    pub(crate) async fn close(&self) {
+    /// Stops the work and waits for its end; an error of the work that nobody has read yet is given here.
+    pub(crate) async fn close(&self) -> Result<(), MkaError> {
         self.activity.cancel();
         let mut state = self.state.lock().await;
+        let mut failed = state.failed.take();
         if let Some(mut stream) = state.stream.take() {
-            while poll_fn(|cx| Pin::new(&mut stream).poll_next(cx)).await.is_some() {}
+            while let Some(item) = poll_fn(|cx| Pin::new(&mut stream).poll_next(cx)).await {
+                failed = item.err().or(failed);
+            }
+        }
+        match failed {
+            Some(error) if !is_cancelled(&error) => Err(error.into()),
+            _ => Ok(()),
         }
     }
+}
+
+fn is_cancelled(error: &mka::Error) -> bool {
+    error.kind() == ErrorKind::Cancelled
 }
 
 enum Batch<T> {

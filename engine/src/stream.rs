@@ -100,8 +100,8 @@ pub struct FeedSummary {
 /// Stops the work of a stream from anywhere, while somebody else waits for the stream's next event.
 ///
 /// A turn ends within one token: the model chooses at most one more after the call. A feed ends at its next block.
-/// What was sent before can still be read; then the stream ends, and whoever has seen its end knows that the work is on
-/// disk or taken back.
+/// What was sent before can still be read; then the stream ends, behind an error if the work failed, and whoever has seen
+/// its end knows that the work is on disk or taken back.
 #[derive(Debug, Clone)]
 pub struct Canceller(Arc<Steered>);
 
@@ -155,14 +155,14 @@ impl<T> Sink<T> {
         self.canceller.0.generated_tokens.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Sends an event, waiting while the caller is behind; false if the caller is gone or wants no more.
-    pub(crate) fn send(&self, event: T) -> bool {
-        !self.canceller.is_cancelled() && self.send_item(Ok(event))
-    }
-
+    /// Sends an event; false if the caller is gone or wants no more.
+    ///
     /// A caller that is behind is waited for until it cancels: it may never read, and whoever closes the engine waits.
-    fn send_item(&self, item: Result<T>) -> bool {
-        let item = match self.channel.try_send(item) {
+    pub(crate) fn send(&self, event: T) -> bool {
+        if self.canceller.is_cancelled() {
+            return false;
+        }
+        let item = match self.channel.try_send(Ok(event)) {
             Err(TrySendError::Full(item)) => item,
             sent => return sent.is_ok(),
         };
@@ -232,16 +232,18 @@ const AHEAD: usize = 64;
 fn spawn<T: Send + 'static>(
     work: impl FnOnce(&Sink<T>) -> Result<Option<T>> + Send + 'static,
 ) -> Receiver<T> {
-    let (sender, channel) = mpsc::channel(AHEAD);
+    let (sender, channel) = mpsc::channel(AHEAD + 1);
     let canceller = Canceller(Arc::default());
     let failed = sender.clone();
+    // The last item has a place of its own: a caller that cancelled and is behind is told of an error all the same.
+    let place = sender.clone().try_reserve_owned().expect("the channel is new and empty");
     let sink = Sink { channel: sender, canceller: canceller.clone() };
     let spawned = std::thread::Builder::new().name("mka-session".into()).spawn(move || {
         let last = work(&sink).transpose();
         sink.canceller.0.over.store(true, Ordering::Release);
         if let Some(last) = last {
             // A caller that is gone does not need it.
-            let _ = sink.send_item(last);
+            drop(place.send(last));
         }
     });
     if let Err(source) = spawned {
@@ -341,5 +343,32 @@ impl Stream for Feed {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.0.channel.poll_recv(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    #[test]
+    fn an_error_behind_all_that_may_wait_reaches_a_caller_that_cancelled() {
+        let sent = Arc::new(AtomicUsize::new(0));
+        let sending = sent.clone();
+        let mut feed = Feed::spawn(move |sink| {
+            let progress = FeedEvent::Progress { fed_bytes: 0, committed_bytes: 0, total_bytes: 0 };
+            while sink.send(progress.clone()) {
+                sending.fetch_add(1, Ordering::AcqRel);
+            }
+            Err(Error::model("as the test wants"))
+        });
+        while sent.load(Ordering::Acquire) < AHEAD {
+            std::thread::yield_now();
+        }
+        feed.canceller().cancel();
+        let items: Vec<_> = std::iter::from_fn(|| feed.next_blocking()).collect();
+        assert_eq!(items.len(), AHEAD + 1);
+        let last = items.into_iter().next_back().and_then(Result::err);
+        assert_eq!(last.map(|error| error.kind()), Some(ErrorKind::Model));
     }
 }

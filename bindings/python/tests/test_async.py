@@ -339,6 +339,8 @@ def test_errors_are_raised_where_they_are_awaited(store: Path, tiny_model: Path)
             chat = await engine.session(user="ada", session="trip")
             with pytest.raises(mka.InvalidArgumentError, match="no model"):
                 await chat.send("hello").text()
+            with pytest.raises(mka.InvalidArgumentError, match="no model"):
+                await chat.send("hello").aclose()
             with pytest.raises(mka.LockedError):
                 await engine.session(user="ada", session="trip")
 

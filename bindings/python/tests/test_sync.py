@@ -130,6 +130,20 @@ def test_closing_a_stream_waits_until_its_turn_is_on_disk(store: Path, tiny_mode
             events.text()
 
 
+def test_an_error_reaches_who_cancelled_and_who_closes(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        cancelled = chat.regenerate()
+        cancelled.cancel()
+        with pytest.raises(mka.NotFoundError, match="no answer"):
+            list(cancelled)
+        cancelled.close()
+        with pytest.raises(mka.NotFoundError, match="no answer"):
+            chat.regenerate().close()
+        with pytest.raises(mka.NotFoundError, match="no answer"), chat.regenerate():
+            pass
+        chat.send("go on", max_new_tokens=2).text()
+
+
 def test_after_a_cancel_the_model_chooses_at_most_one_more_token(
     store: Path, cancelled_model: Path
 ) -> None:

@@ -140,7 +140,7 @@ fn a_second_stream_is_refused_until_the_first_is_closed_and_closing_keeps_its_wo
     while first.next_batch_blocking(1000).unwrap().unwrap().is_empty() {}
     let error = chat.send("two".into(), tokens(2)).err().unwrap();
     assert!(matches!(error, MkaError::Locked(_)), "{error:?}");
-    first.close_blocking();
+    first.close_blocking().unwrap();
     assert!(first.next_batch_blocking(0).unwrap().is_none());
     assert_eq!(chat.num_turns().unwrap(), 2);
     assert!(finish(&chat.send("two".into(), tokens(2)).unwrap()).unwrap().1);
@@ -194,7 +194,7 @@ fn after_a_cancel_the_model_chooses_at_most_one_more_token_and_the_store_is_whol
         }
         events.cancel();
         let chosen = chat.generated_tokens();
-        events.close_blocking();
+        events.close_blocking().unwrap();
         let after = chat.generated_tokens();
         assert!(chosen >= 5 && after <= chosen + 1, "{chosen} at the cancel, {after} in all");
         let memory = engine.clone().memory();
@@ -217,6 +217,28 @@ fn errors_of_the_stream_come_after_what_was_sent_before_them() {
     assert!(matches!(&error, MkaError::InvalidArgument(text) if text.contains("top_p")));
     assert!(events.next_batch_blocking(0).unwrap().is_none());
     assert!(finish(&chat.send("hi".into(), tokens(2)).unwrap()).unwrap().1);
+}
+
+#[test]
+fn an_error_that_is_no_cancellation_reaches_who_cancelled_and_who_closed() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path());
+    let chat = engine.session_blocking(trip()).unwrap();
+    // Nothing was answered yet.
+    let failing = || chat.regenerate(tokens(2)).unwrap();
+    let read = failing();
+    read.cancel();
+    let error = finish(&read).unwrap_err();
+    assert!(matches!(&error, MkaError::NotFound(text) if text.contains("no answer")), "{error}");
+    assert!(read.next_batch_blocking(0).unwrap().is_none());
+    read.close_blocking().unwrap();
+    let closed = failing();
+    assert!(matches!(closed.close_blocking(), Err(MkaError::NotFound(_))));
+    assert!(closed.next_batch_blocking(0).unwrap().is_none());
+    closed.close_blocking().unwrap();
+    let cancelled = chat.send("go".into(), tokens(100_000)).unwrap();
+    cancelled.cancel();
+    assert!(!finish(&cancelled).unwrap().1);
 }
 
 #[test]

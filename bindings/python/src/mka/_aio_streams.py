@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from mka import _bell, _direct, _values
-from mka._errors import LockedError
+from mka._errors import LockedError, translated
 from mka._streams import LIMIT_MS, Answer, Feeding, Outcome, Stream, Watch
 
 T = TypeVar("T")
@@ -80,9 +80,13 @@ class _AsyncStream(Stream[T], AsyncIterator[T]):
         return outcome.whole()
 
     async def aclose(self) -> None:
-        """Stops the work and waits until the session stands at what was done."""
+        """Stops the work and waits until the session stands at what was done.
+
+        An error of the work that was not read is raised here.
+        """
         self._ready.clear()
-        await self._native.close()
+        with translated:
+            await self._native.close()
 
     async def __aenter__(self) -> Self:
         return self

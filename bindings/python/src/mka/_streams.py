@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from mka import _direct, _values
-from mka._errors import CancelledError
+from mka._errors import CancelledError, translated
 
 T = TypeVar("T")
 E = TypeVar("E", contravariant=True)
@@ -65,9 +65,13 @@ class _SyncStream(Stream[T], Iterator[T]):
         return outcome.whole()
 
     def close(self) -> None:
-        """Stops the work and waits until the session stands at what was done."""
+        """Stops the work and waits until the session stands at what was done.
+
+        An error of the work that was not read is raised here.
+        """
         self._ready.clear()
-        self._native.close_blocking()
+        with translated:
+            self._native.close_blocking()
 
     def __enter__(self) -> Self:
         return self

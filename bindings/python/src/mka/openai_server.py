@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -160,7 +161,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._event(json.dumps({"error": {"message": str(error)}}))
         except OSError:
             # The client is gone: the model stops, and what it said is kept.
-            events.close()
+            try:
+                events.close()
+            except mka.Error as error:
+                logging.getLogger(__name__).warning("a turn whose client is gone failed: %s", error)
 
     def _chunk(self, frame: dict[str, Any], delta: dict[str, str], finish: str | None) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}

@@ -90,6 +90,7 @@ impl From<mka::Error> for MkaError {
             ErrorKind::OutOfMemory => Self::OutOfMemory(text),
             ErrorKind::Storage => Self::Storage(text),
             ErrorKind::Cancelled => Self::Cancelled(text),
+            // `Internal`, and what this surface does not know yet.
             _ => Self::Internal(text),
         }
     }

@@ -1,6 +1,7 @@
 //! The one error of the engine: a kind to branch on, a text to read, the cause kept as source.
 //! Knows no layer in particular; every layer below converts into it here.
 
+use std::any::Any;
 use std::fmt;
 use std::path::Path;
 
@@ -28,6 +29,8 @@ pub enum ErrorKind {
     Storage,
     /// The work was cancelled by its caller, or words that it may have read were forgotten meanwhile.
     Cancelled,
+    /// A fault of the library itself: please report it.
+    Internal,
 }
 
 /// An error of the engine: operation, expected, got.
@@ -64,6 +67,14 @@ impl Error {
 
     pub(crate) fn cancelled(operation: &str) -> Self {
         Self::new(ErrorKind::Cancelled, format!("{operation}: cancelled"))
+    }
+
+    /// A panic in `operation`, by what it left.
+    pub(crate) fn panicked(operation: &str, payload: &(dyn Any + Send)) -> Self {
+        let text = payload.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        let text = text.unwrap_or("without a text");
+        Self::new(ErrorKind::Internal, format!("{operation}: the library panicked: {text}"))
     }
 
     /// An I/O failure at `path`; a missing file is [`ErrorKind::NotFound`], anything else [`ErrorKind::Storage`].

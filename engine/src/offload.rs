@@ -34,7 +34,7 @@ fn threads() -> std::io::Result<Handle> {
 /// Runs blocking `work` on a thread of the library's and awaits its result. The work goes on if nobody waits any more.
 ///
 /// # Errors
-/// The work's own; `OutOfMemory` if no thread can be started; `Cancelled` if the work panicked.
+/// The work's own; `OutOfMemory` if no thread can be started; `Internal` if the work panicked.
 pub(crate) async fn offload<T: Send + 'static>(
     operation: &'static str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -46,7 +46,13 @@ pub(crate) async fn offload<T: Send + 'static>(
     // tokio panics where the system gives it no thread.
     let begun = catch_unwind(AssertUnwindSafe(|| handle.spawn_blocking(work)));
     let begun = begun.map_err(|_| no_thread(std::io::ErrorKind::OutOfMemory.into()))?;
-    begun.await.unwrap_or_else(|_| Err(Error::cancelled(operation)))
+    begun.await.unwrap_or_else(|ended| {
+        Err(match ended.try_into_panic() {
+            Ok(payload) => Error::panicked(operation, &*payload),
+            // The threads went away with their runtime, before it began.
+            Err(_) => Error::cancelled(operation),
+        })
+    })
 }
 
 #[cfg(test)]
@@ -65,8 +71,13 @@ mod tests {
 
     #[test]
     fn a_panic_of_the_work_is_an_error_and_the_next_work_runs() {
-        let error = wait(offload::<()>("test", || panic!("as the test wants"))).unwrap_err();
-        assert!(error.to_string().contains("test"), "{error}");
+        let fixed = wait(offload::<()>("test", || panic!("as the test wants"))).unwrap_err();
+        let who = "test".to_owned();
+        let made = wait(offload::<()>("test", move || panic!("as the {who} wants"))).unwrap_err();
+        for error in [fixed, made] {
+            assert_eq!(error.kind(), ErrorKind::Internal);
+            assert_eq!(error.to_string(), "test: the library panicked: as the test wants");
+        }
         assert_eq!(wait(offload("test", || Ok(3))).unwrap(), 3);
     }
 

@@ -6,6 +6,7 @@ use crate::pages::PageUsage;
 use futures_core::Stream;
 use mka_memory::Hit;
 use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -239,7 +240,10 @@ fn spawn<T: Send + 'static>(
     let place = sender.clone().try_reserve_owned().expect("the channel is new and empty");
     let sink = Sink { channel: sender, canceller: canceller.clone() };
     let spawned = std::thread::Builder::new().name("mka-session".into()).spawn(move || {
-        let last = work(&sink).transpose();
+        // Of what a panic leaves half-way the work says so itself, by the locks that it held.
+        let done = catch_unwind(AssertUnwindSafe(|| work(&sink)));
+        let done = done.unwrap_or_else(|payload| Err(Error::panicked("session", &*payload)));
+        let last = done.transpose();
         sink.canceller.0.over.store(true, Ordering::Release);
         if let Some(last) = last {
             // A caller that is gone does not need it.
@@ -350,6 +354,14 @@ impl Stream for Feed {
 mod tests {
     use super::*;
     use crate::ErrorKind;
+
+    #[test]
+    fn a_panic_of_the_work_is_the_streams_last_item() {
+        let mut feed = Feed::spawn(|_| panic!("as the test wants"));
+        let error = feed.next_blocking().and_then(Result::err);
+        assert_eq!(error.map(|error| error.kind()), Some(ErrorKind::Internal));
+        assert!(feed.next_blocking().is_none());
+    }
 
     #[test]
     fn an_error_behind_all_that_may_wait_reaches_a_caller_that_cancelled() {

@@ -238,8 +238,11 @@ macro_rules! pulled {
 
             /// Stops the work, from any thread; the stream then ends.
             pub fn cancel(&self) {
-                self.pull.cancel();
-                self.wake();
+                // A reader that was cancelled cancels before each poll, until the worker has stopped: woken each time, it
+                // would not sleep.
+                if self.pull.cancel() {
+                    self.wake();
+                }
             }
 
             /// Stops the work and waits until the session stands at what was done; an error of the work that was not

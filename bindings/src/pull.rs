@@ -65,9 +65,12 @@ impl Activity {
         !self.ended.load(Ordering::Acquire)
     }
 
-    pub(crate) fn cancel(&self) {
+    /// Whether nobody had cancelled before.
+    pub(crate) fn cancel(&self) -> bool {
+        let first = !self.canceller.is_cancelled();
         self.canceller.cancel();
         self.end();
+        first
     }
 
     fn end(&self) {
@@ -147,8 +150,10 @@ impl<S: Source> Pull<S> {
     }
 
     /// Stops the work; whoever reads sees what was on its way, an error of the work included, then the end.
-    pub(crate) fn cancel(&self) {
-        self.activity.cancel();
+    ///
+    /// Whether nobody had cancelled before.
+    pub(crate) fn cancel(&self) -> bool {
+        self.activity.cancel()
     }
 
     /// Stops the work and waits for its end; an error of the work that nobody has read yet is given here.

@@ -58,7 +58,9 @@ impl Sessions {
         left(&objects).for_each(|session| session.close());
         // Behind the sessions, which begin no stream any more.
         let streams = std::mem::take(&mut *locked(&self.streams));
-        left(&streams).for_each(|activity| activity.cancel());
+        left(&streams).for_each(|activity| {
+            activity.cancel();
+        });
     }
 }
 

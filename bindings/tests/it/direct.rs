@@ -351,6 +351,27 @@ fn a_caller_is_told_when_a_stream_is_to_be_asked_again_and_let_go_of_in_the_end(
 }
 
 #[test]
+fn a_caller_is_told_of_the_first_cancel_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path());
+    let chat = engine.session_blocking(trip()).unwrap();
+    for already in [false, true] {
+        let turn = chat.send("hello".into(), tokens(4)).unwrap();
+        let number = turn.clone().number();
+        if already {
+            turn.cancel();
+        }
+        let reader = Sleeper::new();
+        while let Given::Bytes(_) = reader.next(number) {}
+        // Nothing but a cancel can tell this one: the stream has ended.
+        let late = Sleeper::new();
+        assert_eq!(late.poll(number), Given::End);
+        turn.cancel();
+        assert_eq!(late.woken.load(Ordering::SeqCst), !already);
+    }
+}
+
+#[test]
 fn errors_come_with_their_kind() {
     let folder = tempfile::tempdir().unwrap();
     let engine = engine(folder.path());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import random
@@ -307,10 +308,35 @@ def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart
             assert sorted(map(str, names)) == ["chat", "other"]
             models = json.load(urllib.request.urlopen(f"{server.url}/models", timeout=60))
             assert models["data"][0]["id"] == "model.gguf"
-            for bad in ({"messages": []}, {"messages": [{"role": "assistant"}]}, {"top_p": 7}):
+            bad_requests: list[dict[str, Any]] = [
+                {"messages": []},
+                {"messages": [{"role": "assistant"}]},
+                {"messages": [{"role": "user", "content": "\ud800"}]},
+                {"top_p": 7},
+                {"max_tokens": -1},
+                {"max_tokens": float("inf")},
+                {"temperature": 1e300},
+                {"stop": [1]},
+                {"stream": True, "stream_options": 1},
+                {"user": "\ud800"},
+            ]
+            for bad in bad_requests:
                 with pytest.raises(urllib.error.HTTPError) as error:
                     post(bad)
                 assert error.value.code == 400
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+            for method, path, sent, status in (
+                ("POST", "/v1/nowhere", json.dumps(body), 404),
+                # On the same connection: what was sent to nowhere is not taken for a request.
+                ("GET", "/v1/models", None, 200),
+                ("POST", "/v1/chat/completions", "[" * 100_000, 400),
+                ("POST", "/v1/chat/completions", json.dumps(body), 200),
+            ):
+                connection.request(method, path, sent)
+                answer = connection.getresponse()
+                assert answer.status == status, (path, answer.read())
+                answer.read()
+            connection.close()
         finally:
             server.shutdown()
             thread.join()

@@ -238,6 +238,12 @@ def test_recalls_that_nobody_waits_for_leave_nothing_behind(store: Path) -> None
             assert bell is not None and not bell._waiting
             with pytest.raises(mka.InvalidArgumentError, match="user"):
                 await engine.memory.recall("hotel", user="")
+            with pytest.raises(mka.InvalidArgumentError, match="surrogates"):
+                await engine.memory.recall("\ud800", user="ada")
+            with pytest.raises(mka.InvalidArgumentError, match="surrogates"):
+                await engine.memory.remember("\ud800", user="ada", session="s")
+            with pytest.raises(mka.InvalidArgumentError, match="requires 0"):
+                await engine.memory.turns(user="ada", session="s", start=-1)
         with pytest.raises(mka.InvalidArgumentError, match="closed"):
             await engine.memory.recall("hotel", user="ada")
 

@@ -326,6 +326,22 @@ def test_what_was_said_elsewhere_is_taken_in(store: Path, tiny_model: Path) -> N
         (lambda c, e: e.memory.recall("x", user="ada", roles=["nobody"]),
          mka.InvalidArgumentError, "nobody"),
         (lambda c, e: c.send(42), TypeError, "str"),
+        (lambda c, e: c.send("x", max_new_tokens=-1), mka.InvalidArgumentError, "requires 0"),
+        (lambda c, e: c.send("x", temperature=1e300), mka.InvalidArgumentError, "temperature 1e"),
+        (lambda c, e: c.send("x", stop=["\ud800"]), mka.InvalidArgumentError, "surrogates"),
+        (lambda c, e: c.feed("\ud800"), mka.InvalidArgumentError, "surrogates"),
+        (lambda c, e: c.rewind(-1), mka.InvalidArgumentError, "requires 0"),
+        (lambda c, e: e.count_tokens("\ud800"), mka.InvalidArgumentError, "surrogates"),
+        (lambda c, e: e.memory.recall("\ud800", user="ada"), mka.InvalidArgumentError, "surrogates"),
+        (lambda c, e: e.memory.recall("x", user="\ud800"), mka.InvalidArgumentError, "surrogates"),
+        (lambda c, e: e.memory.turns(user="ada", session="trip", end=1 << 64),
+         mka.InvalidArgumentError, "requires 0"),
+        (lambda c, e: e.memory.remember(
+            mka.NewTurn("x", metadata={"year": 10**400}), user="ada", session="s"),
+         mka.InvalidArgumentError, "metadata 'year'"),
+        (lambda c, e: e.memory.remember(
+            mka.NewTurn("x", metadata={"kind": "\ud800"}), user="ada", session="s"),
+         mka.InvalidArgumentError, "surrogates"),
     ],
 )  # fmt: skip
 def test_errors_have_their_kind_and_name_what_they_saw(
@@ -335,6 +351,22 @@ def test_errors_have_their_kind_and_name_what_they_saw(
         with pytest.raises(error, match=words):
             call(chat, engine)  # type: ignore[operator]
         chat.send("hello", max_new_tokens=2).text()
+
+
+def test_a_call_that_is_refused_on_its_way_in_holds_nothing(store: Path, tiny_model: Path) -> None:
+    with opened(store, tiny_model) as engine:
+        chat = engine.session(user="ada", session="trip")
+        for refused in (
+            lambda: chat.send("\ud800"),
+            lambda: chat.send("x", temperature=1e300),
+            lambda: chat.append(mka.NewTurn("x", source="\ud800")),
+            lambda: chat.context("\ud800", budget_tokens=9),
+        ):
+            with pytest.raises(mka.InvalidArgumentError):
+                refused()
+        del chat
+        gc.collect()
+        engine.session(user="ada", session="trip").close()
 
 
 def test_opening_fails_with_kinds(store: Path, tmp_path: Path) -> None:

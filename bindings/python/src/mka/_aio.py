@@ -130,18 +130,18 @@ class AsyncSession(SessionHandle):
 
     def send(self, message: str, **options: Unpack[SendOptions]) -> AsyncEvents:
         """Answers `message`: recalls what belongs to it, streams the answer, commits both."""
-        with translated:
-            return AsyncEvents(self._native.send(message, _options.send_options(options)))
+        given = _options.send_options(options)
+        return AsyncEvents(_calls.now(self._native, "send", message, given))
 
     def regenerate(self, **options: Unpack[SendOptions]) -> AsyncEvents:
         """Answers the last message again, in place of its answer."""
-        with translated:
-            return AsyncEvents(self._native.regenerate(_options.send_options(options)))
+        given = _options.send_options(options)
+        return AsyncEvents(_calls.now(self._native, "regenerate", given))
 
     def feed(self, text: str, **options: Unpack[FeedOptions]) -> AsyncFeed:
         """Takes in a document of any length at constant memory."""
-        with translated:
-            return AsyncFeed(self._native.feed(text, _options.feed_options(options)))
+        given = _options.feed_options(options)
+        return AsyncFeed(_calls.now(self._native, "feed", text, given))
 
     def append(self, turns: str | NewTurn | Sequence[NewTurn]) -> AsyncFeed:
         """Takes in what was said elsewhere as if it had been said here: the model reads it and answers nothing.
@@ -149,8 +149,7 @@ class AsyncSession(SessionHandle):
         Roles are user and assistant; before a new session's first message may stand instructions, of role system. A `str`
         is what the user said now.
         """
-        with translated:
-            return AsyncFeed(self._native.append(_options.new_turns(turns)))
+        return AsyncFeed(_calls.now(self._native, "append", _options.new_turns(turns)))
 
     async def context(self, query: str, *, budget_tokens: int) -> Context:
         """What every session of the user holds on `query`, laid out for another model, never above the budget."""
@@ -221,7 +220,8 @@ class AsyncMemory(MemoryHandle):
     ) -> list[Hit]:
         """The memories that answer `query` best, best first."""
         given = _options.recall_options(options)
-        return await _recalled(self._number, query, (user, agent, session), given)
+        with translated:
+            return await _recalled(self._number, query, (user, agent, session), given)
 
     async def context(
         self,

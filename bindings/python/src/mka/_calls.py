@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from mka import _convert, _options, _values
@@ -20,6 +21,22 @@ from mka._options import EngineOptions, Path, Time
 T = TypeVar("T")
 
 ALL = (1 << 63) - 1
+
+
+def _check(value: Any) -> None:
+    """Refuses text that is no Unicode: where the generated code does, what the call is made on stays held for ever."""
+    if isinstance(value, str):
+        if not value.isascii():
+            value.encode()
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            _check(each)
+    elif isinstance(value, dict):
+        _check(list(value))
+        _check(list(value.values()))
+    elif type(value).__module__ == _native.__name__ and not isinstance(value, Enum):
+        # A record of the library's: its fields.
+        _check(list(vars(value).values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +50,13 @@ class Call(Generic[T]):
     def run(self, native: Any) -> T:
         """Blocks the thread; Ctrl-C is seen when the call is done."""
         with translated:
+            _check(self.arguments)
             return self.convert(getattr(native, f"{self.name}_blocking")(*self.arguments))
 
     async def awaited(self, native: Any) -> T:
         """Cancelling the task ends the waiting, and export, import, backup and doctor; other work goes on."""
         with translated:
+            _check(self.arguments)
             return self.convert(await getattr(native, self.name)(*self.arguments))
 
     def run_interruptibly(self, native: Any) -> T:
@@ -183,8 +202,9 @@ DISK_USAGE: Call[_values.DiskUsage] = Call("disk_usage", (), _convert.disk_usage
 
 
 def now(native: Any, name: str, *arguments: Any) -> Any:
-    """What a native object says without work."""
+    """What a native object gives at once; of a stream, the object to read it from."""
     with translated:
+        _check(arguments)
         return getattr(native, name)(*arguments)
 
 

@@ -80,7 +80,7 @@ def of_kind(kind: str, text: str) -> Error:
 
 
 class _Translated:
-    """`with translated:` turns a native error raised inside into the exception of its kind."""
+    """`with translated:` turns what the library, or the code that hands it values, raises inside into an `Error`."""
 
     def __enter__(self) -> None:
         return None
@@ -91,10 +91,15 @@ class _Translated:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if isinstance(error, Error):
+            return
         if isinstance(error, _native.MkaError):
             raise _KINDS.get(type(error), InternalError)(str(error)) from None
         if isinstance(error, _native.InternalError):
             raise InternalError(str(error)) from error
+        # An integer or a float out of range, text with a lone surrogate. What has the wrong type stays a TypeError.
+        if isinstance(error, (ValueError, OverflowError)):
+            raise InvalidArgumentError(str(error)) from error
 
 
 translated = _Translated()

@@ -41,7 +41,10 @@ def metadata(given: Mapping[str, MetadataValue] | None) -> dict[str, Any]:
         elif isinstance(value, str):
             native[key] = kinds.TEXT(text=value)
         else:
-            native[key] = kinds.NUMBER(number=float(value))
+            try:
+                native[key] = kinds.NUMBER(number=float(value))
+            except OverflowError:
+                raise InvalidArgumentError(f"metadata {key!r}: an integer beyond every float") from None
     return native
 
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
+from math import inf
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from mka import _filter
@@ -225,10 +226,17 @@ def _one_of(name: str, value: object, choices: dict[str, Any]) -> Any:
     return choices[value]
 
 
+# Every option that is a fraction has 32 bits.
+_LARGEST_FLOAT = (2 - 2.0**-23) * 2.0**127
+
+
 def _take(kind: str, given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise TypeError(f"{kind}: unexpected option {', '.join(unknown)}")
+    for name, value in given.items():
+        if isinstance(value, float) and _LARGEST_FLOAT < abs(value) < inf:
+            raise InvalidArgumentError(f"{kind}: {name} {value}, expected a number of 32 bits")
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -85,18 +85,18 @@ class Session(SessionHandle):
 
     def send(self, message: str, **options: Unpack[SendOptions]) -> Events:
         """Answers `message`: recalls what belongs to it, streams the answer, commits both."""
-        with translated:
-            return Events(self._native.send(message, _options.send_options(options)))
+        given = _options.send_options(options)
+        return Events(_calls.now(self._native, "send", message, given))
 
     def regenerate(self, **options: Unpack[SendOptions]) -> Events:
         """Answers the last message again, in place of its answer."""
-        with translated:
-            return Events(self._native.regenerate(_options.send_options(options)))
+        given = _options.send_options(options)
+        return Events(_calls.now(self._native, "regenerate", given))
 
     def feed(self, text: str, **options: Unpack[FeedOptions]) -> Feed:
         """Takes in a document of any length at constant memory."""
-        with translated:
-            return Feed(self._native.feed(text, _options.feed_options(options)))
+        given = _options.feed_options(options)
+        return Feed(_calls.now(self._native, "feed", text, given))
 
     def append(self, turns: str | NewTurn | Sequence[NewTurn]) -> Feed:
         """Takes in what was said elsewhere as if it had been said here: the model reads it and answers nothing.
@@ -104,8 +104,7 @@ class Session(SessionHandle):
         Roles are user and assistant; before a new session's first message may stand instructions, of role system. A `str`
         is what the user said now.
         """
-        with translated:
-            return Feed(self._native.append(_options.new_turns(turns)))
+        return Feed(_calls.now(self._native, "append", _options.new_turns(turns)))
 
     def context(self, query: str, *, budget_tokens: int) -> Context:
         """What every session of the user holds on `query`, laid out for another model, never above the budget."""
@@ -171,7 +170,8 @@ class Memory(MemoryHandle):
     ) -> list[Hit]:
         """The memories that answer `query` best, best first."""
         given = _options.recall_options(options)
-        return _direct.recall(self._number, query, (user, agent, session), given)
+        with translated:
+            return _direct.recall(self._number, query, (user, agent, session), given)
 
     def context(
         self,

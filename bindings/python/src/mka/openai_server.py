@@ -28,7 +28,9 @@ _STATUS: dict[type[mka.Error], int] = {
 
 
 class _BadRequest(Exception):
-    pass
+    def __init__(self, text: str, status: int = 400) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def _message(request: dict[str, Any]) -> tuple[str, str | None]:
@@ -64,7 +66,12 @@ def _options(request: dict[str, Any], system: str | None) -> mka.SendOptions:
     if request.get("seed") is not None:
         options["seed"] = int(request["seed"])
     if stop := request.get("stop"):
-        options["stop"] = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(each, str) for each in stops):
+            raise _BadRequest("stop: expected a text or a list of texts")
+        options["stop"] = stops
+    if not isinstance(request.get("stream_options") or {}, dict):
+        raise _BadRequest("stream_options: expected an object")
     return options
 
 
@@ -94,18 +101,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answers a chat completion, whole or as a stream."""
         try:
+            # Also where nobody answers it: the connection's next request stands behind it.
+            body = self._body()
             if self.path != "/v1/chat/completions":
-                return self._fail(404, f"path {self.path}: expected /v1/chat/completions")
-            length = int(self.headers.get("Content-Length") or 0)
-            if length > _MAX_REQUEST_BYTES:
-                self.close_connection = True
-                return self._fail(413, f"request of {length} bytes: expected {_MAX_REQUEST_BYTES}")
-            request = json.loads(self.rfile.read(length))
+                raise _BadRequest(f"path {self.path}: expected /v1/chat/completions", 404)
+            request = json.loads(body)
             if not isinstance(request, dict):
                 raise _BadRequest("body: expected an object")
             message, system = _message(request)
             options = _options(request, system)
-        except (_BadRequest, ValueError, TypeError) as error:
+        except _BadRequest as error:
+            return self._fail(error.status, str(error))
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             return self._fail(400, str(error))
         user = str(request.get("user") or "me")
         session = self.headers.get("X-Mka-Session") or "chat"
@@ -115,6 +122,21 @@ class _Handler(BaseHTTPRequestHandler):
                 self._complete(request, chat, message, options)
         except mka.Error as error:
             self._fail(_STATUS.get(type(error), 500), str(error))
+
+    def _body(self) -> bytes:
+        """The request's body; a connection is closed behind one whose end is not known."""
+        try:
+            length = int(self.headers.get("Content-Length") or 0)
+            if length < 0 or "Transfer-Encoding" in self.headers:
+                raise ValueError
+        except ValueError:
+            self.close_connection = True
+            raise _BadRequest("Content-Length: expected the number of bytes of the body") from None
+        if length > _MAX_REQUEST_BYTES:
+            self.close_connection = True
+            text = f"request of {length} bytes: expected at most {_MAX_REQUEST_BYTES}"
+            raise _BadRequest(text, 413)
+        return self.rfile.read(length)
 
     def _complete(
         self, request: dict[str, Any], chat: Session, message: str, options: mka.SendOptions
@@ -179,6 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 

@@ -181,3 +181,25 @@ def test_messages_go_to_logging(
         mka.stop_logging()
     said = [record for record in caplog.records if record.name == "mka.engine"]
     assert said and said[0].getMessage().startswith("open model")
+
+
+@pytest.mark.parametrize(
+    ("target", "logger"),
+    [
+        ("mka", "mka"),
+        ("mka::session", "mka.session"),
+        ("mka_memory::store::open", "mka.memory.store.open"),
+        ("mka_kernels", "mka.kernels"),
+    ],
+)
+def test_messages_of_every_crate_come_under_one_logger(
+    target: str, logger: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mka._logging import _Sink
+    from mka._native import mka_bindings as native
+
+    with caplog.at_level(logging.WARNING, "mka"):
+        _Sink().log(native.LogLevel.WARN, target, "50 % is said as it is")
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [
+        (logger, "50 % is said as it is")
+    ]

@@ -1,6 +1,7 @@
 """What the library logs, in Python's `logging`.
 
-Knows no handler; loggers are named like the library's modules, `mka.session` for `mka::session`.
+Knows no handler; loggers are named like the library's modules, `mka.session` for `mka::session` and
+`mka.memory.store` for `mka_memory::store`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ _LEVELS: dict[Any, int] = {
 }
 
 
+def _logger(target: str) -> logging.Logger:
+    crate, *modules = target.split("::")
+    # Every crate of the library comes under `mka`.
+    return logging.getLogger(".".join([crate.replace("mka_", "mka.", 1), *modules]))
+
+
 class _Sink(_native.LogSink):
     def log(self, level: Any, target: str, message: str) -> None:
-        logging.getLogger(target.replace("::", ".")).log(_LEVELS[level], "%s", message)
+        _logger(target).log(_LEVELS[level], "%s", message)
 
 
 def log_to_logging(level: int = logging.INFO) -> None:

@@ -138,6 +138,9 @@ pub struct RecallOptions {
     /// In the scope's own session, only chunks of turns before this one.
     #[uniffi(default)]
     pub before_turn: Option<u64>,
+    /// In the scope's own session, no chunks of these turns.
+    #[uniffi(default)]
+    pub except_turns: Vec<u64>,
     /// Also look into the other sessions of the scope's user.
     #[uniffi(default)]
     pub across_sessions: bool,
@@ -182,6 +185,7 @@ impl From<RecallOptions> for mka::Recall {
         let mut recall = Self::default();
         set(&mut recall.k, from.k.map(count));
         recall.before_turn = from.before_turn;
+        recall.except_turns = from.except_turns;
         recall.across_sessions = from.across_sessions;
         recall.roles = from.roles.into_iter().map(Into::into).collect();
         recall.since_ms = from.since_ms;

@@ -335,6 +335,8 @@ pub struct Turn {
     pub num_tokens: u64,
     /// Where the text comes from.
     pub source: Option<String>,
+    /// Whether it may be recalled, as it was committed.
+    pub remember: bool,
     /// What it is a fact about.
     pub subject: Option<String>,
     /// When it stops being recalled, milliseconds since 1970.
@@ -356,6 +358,7 @@ impl From<mka::Turn> for Turn {
             time_ms: from.time_ms,
             num_tokens: from.tokens.len() as u64,
             source: from.source,
+            remember: from.remember,
             subject: from.subject,
             expires_ms: from.expires_ms,
             metadata: metadata(from.metadata),
@@ -376,6 +379,8 @@ pub struct SessionInfo {
     pub last_time_ms: Option<i64>,
     /// Tokens in its model's stream, if it has one.
     pub stream_tokens: Option<u64>,
+    /// Its stored key/value pages, evicted ones included.
+    pub num_pages: u64,
 }
 
 impl From<mka::SessionInfo> for SessionInfo {
@@ -385,6 +390,7 @@ impl From<mka::SessionInfo> for SessionInfo {
             num_turns: from.num_turns,
             last_time_ms: from.last_time_ms,
             stream_tokens: from.position,
+            num_pages: from.num_pages as u64,
         }
     }
 }

@@ -14,6 +14,10 @@ pub struct Stats {
     pub chunks: u64,
     /// Their sentence vectors.
     pub vectors: u64,
+    /// Those of them that an opening left on the disk, and that no recall has looked at since.
+    pub vectors_unread: u64,
+    /// Those of them that recalls without a filter find by a graph.
+    pub vectors_in_graphs: u64,
     /// Distinct words.
     pub terms: u64,
     /// Turns that are found by words alone until they are embedded again.
@@ -47,6 +51,8 @@ impl From<mka::Stats> for Stats {
             turns: from.turns,
             chunks: from.chunks as u64,
             vectors: from.vectors as u64,
+            vectors_unread: from.vectors_unread as u64,
+            vectors_in_graphs: from.vectors_in_graphs as u64,
             terms: from.terms as u64,
             turns_to_embed: from.turns_to_embed as u64,
             subjects: from.subjects as u64,
@@ -70,7 +76,11 @@ pub struct DiskUsage {
     pub segment_bytes: u64,
     /// Bytes of the database's files.
     pub database_bytes: u64,
-    /// Bytes in use in both.
+    /// Bytes of the graphs' files, which can be made anew.
+    pub graph_bytes: u64,
+    /// Bytes of the images of the index, which can be made anew.
+    pub image_bytes: u64,
+    /// Bytes in use in segments and database.
     pub live_bytes: u64,
 }
 
@@ -79,6 +89,8 @@ impl From<mka::DiskUsage> for DiskUsage {
         Self {
             segment_bytes: from.segment_bytes,
             database_bytes: from.database_bytes,
+            graph_bytes: from.graph_bytes,
+            image_bytes: from.image_bytes,
             live_bytes: from.live_bytes,
         }
     }

@@ -532,6 +532,7 @@ def test_every_option_means_what_it_does_in_the_plain_call(store: Path) -> None:
         choices: list[tuple[mka.RecallOptions, dict[str, object]]] = [
             ({"k": 3}, {"k": 3}),
             ({"before_turn": 9}, {"before_turn": 9}),
+            ({"except_turns": (3, 5, 8)}, {"except_turns": [3, 5, 8]}),
             ({"across_sessions": True}, {"across_sessions": True}),
             ({"roles": ["user", "document"]}, {"roles": [native.Role.USER, native.Role.DOCUMENT]}),
             ({"since": 7}, {"since_ms": 7}),
@@ -599,6 +600,9 @@ def test_other_threads_run_while_the_library_recalls(store: Path) -> None:
         ({"k": 2.5}, TypeError, "k is float"),
         ({"half_life": timedelta(days=-1)}, mka.InvalidArgumentError, "half_life"),
         ({"min_score": "high"}, TypeError, "min_score is str"),
+        ({"except_turns": [-1]}, mka.InvalidArgumentError, "except_turns -1"),
+        ({"except_turns": ["1"]}, TypeError, "except_turns is str"),
+        ({"except_turns": 1}, TypeError, "not iterable"),
         ({"since": 1 << 70}, mka.InvalidArgumentError, "since"),
         ({"nonsense": 1}, TypeError, "unexpected option nonsense"),
         ({"roles": ["nobody"]}, mka.InvalidArgumentError, "role 'nobody'"),
@@ -658,6 +662,23 @@ def test_metadata_is_kept_and_asked_for(store: Path) -> None:
         assert memory.recall("which hotel is it", user="ada", min_relevance=1.1) == []
 
 
+def test_turns_are_left_out_of_a_recall_and_say_whether_they_may_be_recalled(store: Path) -> None:
+    with mka.open_sync(store) as engine:
+        memory = engine.memory
+        texts = ["The hotel is the Sakura Inn.", "The hotel is dear.", "The hotel has a pool."]
+        turns = [mka.NewTurn(text) for text in texts]
+        turns.append(mka.NewTurn("The hotel has mice.", remember=False))
+        memory.remember(turns, user="ada", session="trip")
+        kept = memory.turns(user="ada", session="trip")
+        assert [turn.remember for turn in kept] == [True, True, True, False]
+
+        def found(*turns: int) -> set[int]:
+            hits = memory.recall("the hotel", user="ada", session="trip", except_turns=turns)
+            return {hit.source.turn for hit in hits}
+
+        assert found() == {0, 1, 2} and found(1) == {0, 2} and found(2, 0) == {1}
+
+
 def test_two_users_share_nothing(store: Path) -> None:
     with mka.open_sync(store) as engine:
         for user in ("ada", "bob"):
@@ -703,11 +724,15 @@ def test_a_store_is_looked_after(store: Path, tmp_path: Path) -> None:
         assert memory.turns(user="ada", session="trip")[0].subject == "home"
         assert memory.doctor().problems == () and memory.doctor(repair=True).problems == ()
         memory.compact()
-        assert memory.disk_usage().live_bytes > 0
+        usage = memory.disk_usage()
+        # An encrypted store has neither graphs nor images on the disk.
+        assert usage.live_bytes > 0 and usage.graph_bytes == usage.image_bytes == 0
         assert memory.export(tmp_path / "log.jsonl").turns == 4
         assert memory.backup(tmp_path / "copy.mka").records > 0
         stats = memory.stats()
         assert stats.encrypted and stats.subjects == 1 and stats.superseded == 1
+        assert stats.vectors_unread == stats.vectors_in_graphs == 0 < stats.vectors
+        assert memory.sessions(user="ada")[0].num_pages == 0
         with pytest.raises(mka.InvalidArgumentError, match="selectors"):
             memory.forget(user="ada", matching="x", expired=monday)
         with pytest.raises(mka.InvalidArgumentError, match="no user"):
@@ -752,6 +777,7 @@ def test_recall_inside_attention_is_chosen_and_reported(store: Path, tiny_model:
             chat.feed("The sheep came down again. " * 20, mode="model", recall="off").finish()
             _, usage = chat.send("and then?", max_new_tokens=4).text()
             assert usage.pages is not None and usage.pages.stored_tokens > 128
+            assert engine.memory.sessions(user="ada")[0].num_pages > 0
         with pytest.raises(mka.InvalidArgumentError, match="rule 'best'"):
             mka.open_sync(store, pages={"rule": "best"})  # type: ignore[typeddict-item]
 

@@ -397,15 +397,22 @@ fn a_store_is_exported_imported_backed_up_checked_and_compacted() {
     assert_eq!(recall(past), [("I live in Osaka.".to_owned(), false)]);
     let all = RecallOptions { stale: true, ..RecallOptions::default() };
     assert!(recall(all).contains(&("I live in Osaka.".into(), true)));
+    let rest = RecallOptions { except_turns: vec![1], ..RecallOptions::default() };
+    assert!(!recall(rest).contains(&("I live in Kyoto.".into(), false)));
     let expired = memory.forget_blocking(trip(), Forget::Expired { time_ms: 20 }).unwrap();
     assert_eq!(expired.turns, 1);
     memory.compact_blocking().unwrap();
     assert!(memory.doctor_blocking(false).unwrap().problems.is_empty());
-    assert!(memory.disk_usage_blocking().unwrap().live_bytes > 0);
+    let usage = memory.disk_usage_blocking().unwrap();
+    // An encrypted store has neither graphs nor images on the disk.
+    assert!(usage.live_bytes > 0 && usage.graph_bytes == 0 && usage.image_bytes == 0, "{usage:?}");
     assert!(memory.backup_blocking(path("copy")).unwrap().records > 0);
     assert_eq!(memory.export_blocking(Some(trip()), path("log.jsonl")).unwrap().turns, 3);
     let stats = memory.stats().unwrap();
     assert!(stats.encrypted && stats.subjects == 1 && stats.superseded == 1, "{stats:?}");
+    assert!(stats.vectors_unread == 0 && stats.vectors_in_graphs == 0, "{stats:?}");
+    assert_eq!(memory.sessions_blocking(trip()).unwrap()[0].num_pages, 0);
+    assert!(memory.turns_blocking(trip(), 0, 1).unwrap()[0].remember);
     let other = NativeEngine::open_blocking(path("b"), EngineConfig::default()).unwrap();
     let imported = other.clone().memory().import_log_blocking(path("log.jsonl")).unwrap();
     assert_eq!(imported.turns, 3);

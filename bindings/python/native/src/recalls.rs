@@ -82,6 +82,7 @@ fn asked(options: &Bound<'_, PyDict>) -> PyResult<Recall> {
         match name.extract::<&str>()? {
             "k" => recall.k = number("k", &value)?,
             "before_turn" => recall.before_turn = Some(number("before_turn", &value)?),
+            "except_turns" => recall.except_turns = turns(&value)?,
             "across_sessions" => recall.across_sessions = value.is_truthy()?,
             "roles" => recall.roles = roles(&value)?,
             "since" => recall.since_ms = Some(number("since", &value)?),
@@ -123,6 +124,10 @@ where
             Err(error) => error,
         }
     })
+}
+
+fn turns(numbers: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
+    numbers.try_iter()?.map(|turn| number("except_turns", &turn?)).collect()
 }
 
 fn roles(names: &Bound<'_, PyAny>) -> PyResult<Vec<mka::Role>> {

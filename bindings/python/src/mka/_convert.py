@@ -119,6 +119,7 @@ def turn(native: Any) -> values.Turn:
         native.time_ms,
         native.num_tokens,
         native.source,
+        native.remember,
         native.subject,
         native.expires_ms,
         native.retracted,
@@ -129,7 +130,11 @@ def turn(native: Any) -> values.Turn:
 
 def session_info(native: Any) -> values.SessionInfo:
     return values.SessionInfo(
-        scope(native.scope), native.num_turns, native.last_time_ms, native.stream_tokens
+        scope(native.scope),
+        native.num_turns,
+        native.last_time_ms,
+        native.stream_tokens,
+        native.num_pages,
     )
 
 
@@ -147,6 +152,8 @@ def stats(native: Any) -> values.Stats:
         native.turns,
         native.chunks,
         native.vectors,
+        native.vectors_unread,
+        native.vectors_in_graphs,
         native.terms,
         native.turns_to_embed,
         native.subjects,
@@ -163,7 +170,13 @@ def stats(native: Any) -> values.Stats:
 
 
 def disk_usage(native: Any) -> values.DiskUsage:
-    return values.DiskUsage(native.segment_bytes, native.database_bytes, native.live_bytes)
+    return values.DiskUsage(
+        native.segment_bytes,
+        native.database_bytes,
+        native.graph_bytes,
+        native.image_bytes,
+        native.live_bytes,
+    )
 
 
 def exported(native: Any) -> values.Exported:

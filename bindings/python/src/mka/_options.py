@@ -180,6 +180,8 @@ class RecallOptions(TypedDict, total=False):
     """The most hits to return."""
     before_turn: int | None
     """In the scope's own session, only chunks of turns before this one."""
+    except_turns: Iterable[int]
+    """In the scope's own session, no chunks of these turns."""
     across_sessions: bool
     """Also look into the other sessions of the user."""
     roles: Sequence[Role]

@@ -295,7 +295,7 @@ class Chunk(_Value):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Turn(_Value):
-    """A turn as it stands in the log."""
+    """A turn as it stands in the log; `remember` says whether it may be recalled, as it was committed."""
 
     id: int
     role: Role
@@ -303,6 +303,7 @@ class Turn(_Value):
     time_ms: int
     num_tokens: int
     source: str | None
+    remember: bool
     subject: str | None
     expires_ms: int | None
     retracted: bool
@@ -317,22 +318,29 @@ class Turn(_Value):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class SessionInfo(_Value):
-    """A session, for a list of sessions."""
+    """A session, for a list of sessions; `num_pages` are its stored key/value pages, evicted ones included."""
 
     scope: Scope
     num_turns: int
     last_time_ms: int | None
     stream_tokens: int | None
+    num_pages: int
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Stats(_Value):
-    """What a store holds."""
+    """What a store holds.
+
+    Of the vectors, `vectors_unread` were left on the disk by an opening, and no recall has looked at them since;
+    `vectors_in_graphs` are found by a graph where a recall has no filter.
+    """
 
     sessions: int
     turns: int
     chunks: int
     vectors: int
+    vectors_unread: int
+    vectors_in_graphs: int
     terms: int
     turns_to_embed: int
     subjects: int
@@ -349,10 +357,12 @@ class Stats(_Value):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class DiskUsage(_Value):
-    """What a store takes on the disk, in bytes."""
+    """What a store takes on the disk, in bytes; graphs and images of the index can be made anew."""
 
     segment_bytes: int
     database_bytes: int
+    graph_bytes: int
+    image_bytes: int
     live_bytes: int
 
 

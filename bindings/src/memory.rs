@@ -14,18 +14,24 @@ use crate::records::{
 use crate::scope::Scope;
 use crate::upkeep::{Backup, Checkup, DiskUsage, Exported, Imported, Stats};
 use crate::wait::wait;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
+use std::task::Poll;
+use tokio::sync::Notify;
 
 /// The memory of every scope of an engine.
 #[derive(uniffi::Object)]
 pub struct NativeMemory {
     engine: Arc<NativeEngine>,
     entry: OnceLock<Entry<Weak<NativeMemory>>>,
+    long: LongWork,
 }
 
 impl NativeMemory {
     pub(crate) fn new(engine: Arc<NativeEngine>) -> Self {
-        Self { engine, entry: OnceLock::new() }
+        Self { engine, entry: OnceLock::new(), long: LongWork::default() }
     }
 
     /// The engine's own memory; `operation` is what an error names.
@@ -39,6 +45,17 @@ impl NativeMemory {
     /// Its number for plain calls.
     pub fn number(self: Arc<Self>) -> u64 {
         self.entry.get_or_init(|| Entry::new(&MEMORIES, Arc::downgrade(&self))).number
+    }
+
+    /// The same memory as an object of its own, for work that its `cancel` ends.
+    pub fn twin(&self) -> Arc<NativeMemory> {
+        Arc::new(Self::new(self.engine.clone()))
+    }
+
+    /// Ends export, import, backup and doctor of this object with `Cancelled`, those that come later too; for a language
+    /// whose cancelled tasks do not drop what they wait for.
+    pub fn cancel(&self) {
+        self.long.cancel();
     }
 
     /// Appends `turns` to the session of `scope` as text memory, durable when it returns.
@@ -185,7 +202,8 @@ impl NativeMemory {
     pub async fn export(&self, scope: Option<Scope>, path: String) -> Result<Exported, MkaError> {
         let memory = self.handle("export")?;
         let scope = scope.map(mka::Scope::from);
-        Ok(counted(memory.export(scope.as_ref(), path)).await?.into())
+        let work = memory.export(scope.as_ref(), path);
+        Ok(counted(self.long.wait_for("export", work)).await?.into())
     }
 
     /// `export`, blocking the thread.
@@ -200,7 +218,7 @@ impl NativeMemory {
     /// Appends the turns of an exported file to the sessions that they come from; those that are held are skipped.
     pub async fn import_log(&self, path: String) -> Result<Imported, MkaError> {
         let memory = self.handle("import")?;
-        Ok(counted(memory.import(path)).await?.into())
+        Ok(counted(self.long.wait_for("import", memory.import(path))).await?.into())
     }
 
     /// `import_log`, blocking the thread.
@@ -211,7 +229,7 @@ impl NativeMemory {
     /// Copies the store as it is at one moment to the folder `path`, which does not exist yet.
     pub async fn backup(&self, path: String) -> Result<Backup, MkaError> {
         let memory = self.handle("backup")?;
-        Ok(counted(memory.backup(path)).await?.into())
+        Ok(counted(self.long.wait_for("backup", memory.backup(path))).await?.into())
     }
 
     /// `backup`, blocking the thread.
@@ -222,7 +240,7 @@ impl NativeMemory {
     /// Compares every checksum, and the indexes with the log; with `repair`, makes anew what can be derived.
     pub async fn doctor(&self, repair: bool) -> Result<Checkup, MkaError> {
         let memory = self.handle("doctor")?;
-        Ok(counted(memory.doctor(repair)).await?.into())
+        Ok(counted(self.long.wait_for("doctor", memory.doctor(repair))).await?.into())
     }
 
     /// `doctor`, blocking the thread.
@@ -255,5 +273,37 @@ impl NativeMemory {
     /// Counts and bytes of the store.
     pub fn stats(&self) -> Result<Stats, MkaError> {
         Ok(self.handle("stats")?.stats().into())
+    }
+}
+
+/// What ends the long work of one object.
+#[derive(Default)]
+struct LongWork {
+    cancelled: AtomicBool,
+    told: Notify,
+}
+
+impl LongWork {
+    fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
+        self.told.notify_waiters();
+    }
+
+    /// What `work` gives, unless it is cancelled first: it is dropped then, which ends it.
+    async fn wait_for<T>(
+        &self,
+        operation: &str,
+        work: impl Future<Output = mka::Result<T>>,
+    ) -> Result<T, MkaError> {
+        let mut told = pin!(self.told.notified());
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            let is_told = told.as_mut().poll(cx).is_ready();
+            if is_told || self.cancelled.load(Ordering::Acquire) {
+                return Poll::Ready(Err(MkaError::Cancelled(format!("{operation}: cancelled"))));
+            }
+            work.as_mut().poll(cx).map_err(MkaError::from)
+        })
+        .await
     }
 }

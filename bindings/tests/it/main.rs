@@ -424,6 +424,48 @@ fn a_store_is_exported_imported_backed_up_checked_and_compacted() {
 }
 
 #[test]
+fn the_long_work_of_a_memorys_twin_is_cancelled_by_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let engine = NativeEngine::open_blocking(path("a"), EngineConfig::default()).unwrap();
+    let memory = engine.clone().memory();
+    let turn = NewTurn {
+        role: Role::User,
+        text: "The hotel is in Kyoto.".into(),
+        time_ms: 1,
+        source: None,
+        remember: None,
+        subject: None,
+        expires_ms: None,
+        metadata: HashMap::new(),
+    };
+    memory.remember_blocking(trip(), vec![turn]).unwrap();
+    memory.export_blocking(None, path("log.jsonl")).unwrap();
+    let twin = memory.twin();
+    let mut context = Context::from_waker(Waker::noop());
+    let mut begun = Box::pin(twin.doctor(false));
+    let is_under_way = begun.as_mut().poll(&mut context).is_pending();
+    twin.cancel();
+    if is_under_way {
+        let ended = begun.as_mut().poll(&mut context);
+        assert!(matches!(ended, Poll::Ready(Err(MkaError::Cancelled(_)))), "{ended:?}");
+    }
+    drop(begun);
+    let later = [
+        twin.export_blocking(None, path("b")).err(),
+        twin.import_log_blocking(path("log.jsonl")).err(),
+        twin.backup_blocking(path("c")).err(),
+        twin.doctor_blocking(false).err(),
+    ];
+    for error in later {
+        assert!(matches!(error, Some(MkaError::Cancelled(_))), "{error:?}");
+    }
+    assert!(!Path::new(&path("b")).exists() && !Path::new(&path("c")).exists());
+    assert!(memory.doctor_blocking(false).unwrap().problems.is_empty());
+    engine.close_blocking().unwrap();
+}
+
+#[test]
 fn recall_inside_attention_is_chosen_and_reported() {
     let folder = tempfile::tempdir().unwrap();
     let pages = PageConfig {

@@ -107,12 +107,12 @@ public final class Memory: Sendable {
         try await translated { [native] in try await native.embed(texts: texts).rows }
     }
 
-    /// Writes the log of every user into a file as lines of JSON.
+    /// Writes the log of every user into a file as lines of JSON. Throws `.cancelled` when its task is cancelled.
     public func export(to file: URL) async throws(MKAError) -> Exported {
         try await export(nil, to: file)
     }
 
-    /// Writes the log of a scope into a file as lines of JSON.
+    /// Writes the log of a scope into a file as lines of JSON. Throws `.cancelled` when its task is cancelled.
     public func export(
         user: String, agent: String? = nil, session: String? = nil, to file: URL
     ) async throws(MKAError) -> Exported {
@@ -120,26 +120,44 @@ public final class Memory: Sendable {
     }
 
     private func export(_ scope: Scope?, to file: URL) async throws(MKAError) -> Exported {
-        try await translated { [native] in
+        try await cancellable { native in
             try await native.export(scope: scope, path: file.path)
         }
     }
 
     /// Appends the turns of an exported file to the sessions that they come from; those that are held are skipped.
+    ///
+    /// Throws `.cancelled` when its task is cancelled: what was imported stays, and another import goes on from there.
     @discardableResult
     public func importLog(from file: URL) async throws(MKAError) -> Imported {
-        try await translated { [native] in try await native.importLog(path: file.path) }
+        try await cancellable { native in try await native.importLog(path: file.path) }
     }
 
     /// Copies the store as it is at one moment to a folder that does not exist yet; sessions go on meanwhile.
+    /// Throws `.cancelled` when its task is cancelled.
     @discardableResult
     public func backup(to folder: URL) async throws(MKAError) -> Backup {
-        try await translated { [native] in try await native.backup(path: folder.path) }
+        try await cancellable { native in try await native.backup(path: folder.path) }
     }
 
     /// Compares every checksum, and the indexes with the log; with `repair`, makes anew what can be derived.
+    /// Throws `.cancelled` when its task is cancelled.
     public func doctor(repair: Bool = false) async throws(MKAError) -> Checkup {
-        try await translated { [native] in try await native.doctor(repair: repair) }
+        try await cancellable { native in try await native.doctor(repair: repair) }
+    }
+
+    /// Awaits work that ends when the task is cancelled; the generated code tells the library nothing of that.
+    private func cancellable<T: Sendable>(
+        _ work: @Sendable (NativeMemory) async throws -> T
+    ) async throws(MKAError) -> T {
+        let twin = native.twin()
+        return try await translated {
+            try await withTaskCancellationHandler {
+                try await work(twin)
+            } onCancel: {
+                twin.cancel()
+            }
+        }
     }
 
     /// Gives all space on the disk back that nothing uses.

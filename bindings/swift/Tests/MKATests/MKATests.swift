@@ -356,6 +356,34 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     #expect(await failure { try await Engine.open(at: wrong, options: short) }?.kind == .invalidArgument)
 }
 
+@Test func cancellingTheTaskEndsLongWork() async throws {
+    let folder = try Folder()
+    let engine = try await Engine.open(at: folder.store)
+    let memory = engine.memory
+    try await memory.remember("The hotel is in Kyoto.", user: "ada", session: "trip")
+    let log = folder.url.appendingPathComponent("log.jsonl")
+    let copy = folder.url.appendingPathComponent("copy")
+    #expect(try await memory.export(to: log).turns == 1)
+    let works: [@Sendable () async throws -> Void] = [
+        { _ = try await memory.export(to: copy) },
+        { _ = try await memory.importLog(from: log) },
+        { _ = try await memory.backup(to: copy) },
+        { _ = try await memory.doctor() },
+    ]
+    for work in works {
+        let task = Task {
+            // Until it is cancelled: the work is short.
+            try? await Task.sleep(for: .seconds(60))
+            return await failure(work)
+        }
+        task.cancel()
+        #expect(await task.value?.kind == .cancelled)
+    }
+    #expect(!FileManager.default.fileExists(atPath: copy.path))
+    #expect(try await memory.doctor().problems.isEmpty)
+    try await engine.close()
+}
+
 @Test func metadataIsKeptAndAskedFor() async throws {
     let folder = try Folder()
     let engine = try await Engine.open(at: folder.store)

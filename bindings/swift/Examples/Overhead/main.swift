@@ -96,7 +96,7 @@ final class Ticks: @unchecked Sendable {
     }
 }
 
-/// What an AsyncThrowingStream takes on the main thread for an element that another thread announces: no stream costs less.
+/// What an AsyncThrowingStream takes on the main thread for an element that another thread announces, to compare with.
 @MainActor func streamAlone(_ elements: Int) async throws {
     let ticks = Ticks()
     ticks.start()

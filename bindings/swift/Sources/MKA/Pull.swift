@@ -1,12 +1,14 @@
-// Owns the bridge from the library's batches to AsyncThrowingStream, and how a task that is cancelled reaches the library.
+// Owns the bridge from the library's batches to single events, and how a task that is cancelled reaches the library.
 // Knows no event.
 
 import Foundation
 
 /// A stream of the library: the events that came with the last batch and were not asked for yet.
-final class Pull<Element: Unpacked>: @unchecked Sendable {
+final class Pull<Element: Sendable>: @unchecked Sendable {
     private let number: UInt64
-    private let cancel: @Sendable () -> Void
+    private let cancelling: @Sendable () -> Void
+    private let closing: @Sendable () async throws -> Void
+    private let read: (inout Packed) throws -> Element
     private let waiting = Waiting()
     private let lock = NSLock()
     /// The last batch, and how much of it was handed out; guarded by `lock`.
@@ -14,13 +16,36 @@ final class Pull<Element: Unpacked>: @unchecked Sendable {
     private var taken = 0
 
     /// `number` is that of a stream which `cancel` keeps open.
-    init(number: UInt64, cancel: @escaping @Sendable () -> Void) {
+    init(
+        number: UInt64, cancel: @escaping @Sendable () -> Void,
+        close: @escaping @Sendable () async throws -> Void
+    ) where Element: Unpacked {
         self.number = number
-        self.cancel = cancel
+        self.cancelling = cancel
+        self.closing = close
+        self.read = { bytes in try Element.next(from: &bytes) }
     }
 
     deinit {
-        cancel()
+        cancelling()
+    }
+
+    /// Stops the work; whoever reads sees what was on its way, then the end.
+    func cancel() {
+        cancelling()
+    }
+
+    /// Stops the work and waits for its end; what was on its way is dropped.
+    func close() async throws {
+        dropReady()
+        try await closing()
+    }
+
+    private func dropReady() {
+        lock.withLock {
+            ready = []
+            taken = 0
+        }
     }
 
     private enum Polled {
@@ -37,7 +62,7 @@ final class Pull<Element: Unpacked>: @unchecked Sendable {
                 taken = 0
                 let more: Void? = try Direct.poll(number, waiting) { bytes in
                     var bytes = Packed(bytes)
-                    while !bytes.isEmpty { ready.append(try Element.next(from: &bytes)) }
+                    while !bytes.isEmpty { ready.append(try read(&bytes)) }
                 }
                 if more == nil { return .end }
                 if ready.isEmpty { return .nothing }
@@ -72,17 +97,6 @@ final class Pull<Element: Unpacked>: @unchecked Sendable {
             // Whoever else waits sees the end.
             waiting.ring(ends: true)
             throw MKAError(error)
-        }
-    }
-
-    /// The stream; dropping it, or leaving the loop that holds it, cancels the work.
-    static func stream(_ make: () throws -> Pull) -> AsyncThrowingStream<Element, any Error> {
-        do {
-            let pull = try make()
-            return AsyncThrowingStream { try await pull.next() }
-        } catch {
-            let failure = MKAError(error)
-            return AsyncThrowingStream { throw failure }
         }
     }
 }

@@ -5,8 +5,9 @@ import MKABindings
 
 /// One conversation; one stream of it at a time.
 ///
-/// A stream ends its work when its task is cancelled or when nothing holds it any more: leaving a loop over `send` itself
-/// is enough. The model chooses at most one more token, and what was generated is kept as the turn's answer.
+/// A stream ends its work when its task is cancelled, when it is cancelled or closed itself, or when nothing holds it any
+/// more: leaving a loop over `send` itself is enough. The model chooses at most one more token, and what was generated is
+/// kept as the turn's answer.
 public final class Session: Sendable {
     private let native: NativeSession
 
@@ -18,16 +19,12 @@ public final class Session: Sendable {
     public var scope: Scope { native.scope() }
 
     /// Answers `message`: recalls what belongs to it, streams the answer, commits both.
-    public func send(
-        _ message: String, options: SendOptions = SendOptions()
-    ) -> AsyncThrowingStream<Event, any Error> {
+    public func send(_ message: String, options: SendOptions = SendOptions()) -> EventStream<Event> {
         events { try native.send(message: message, options: options) }
     }
 
     /// Answers the last message again, in place of its answer.
-    public func regenerate(
-        options: SendOptions = SendOptions()
-    ) -> AsyncThrowingStream<Event, any Error> {
+    public func regenerate(options: SendOptions = SendOptions()) -> EventStream<Event> {
         events { try native.regenerate(options: options) }
     }
 
@@ -47,31 +44,31 @@ public final class Session: Sendable {
         try await translated { [native] in Session(try await native.fork(name: id)) }
     }
 
-    private func events(_ start: () throws -> NativeEvents) -> AsyncThrowingStream<Event, any Error> {
-        Pull.stream {
+    private func events(_ start: () throws -> NativeEvents) -> EventStream<Event> {
+        EventStream {
             let events = try start()
-            return Pull(number: events.number(), cancel: { events.cancel() })
+            return Pull(
+                number: events.number(), cancel: { events.cancel() }, close: { try await events.close() })
         }
     }
 
     /// Takes in a document of any length at constant memory.
-    public func feed(
-        _ text: String, options: FeedOptions = FeedOptions()
-    ) -> AsyncThrowingStream<FeedEvent, any Error> {
-        Pull.stream {
-            let feed = try native.feed(text: text, options: options)
-            return Pull(number: feed.number(), cancel: { feed.cancel() })
+    public func feed(_ text: String, options: FeedOptions = FeedOptions()) -> EventStream<FeedEvent> {
+        progress { try native.feed(text: text, options: options) }
+    }
+
+    private func progress(_ start: () throws -> NativeFeed) -> EventStream<FeedEvent> {
+        EventStream {
+            let feed = try start()
+            return Pull(number: feed.number(), cancel: { feed.cancel() }, close: { try await feed.close() })
         }
     }
 
     /// Takes in what was said elsewhere as if it had been said here: the model reads it and answers nothing.
     ///
     /// Roles are user and assistant; before a new session's first message may stand instructions, of role system.
-    public func append(_ turns: [NewTurn]) -> AsyncThrowingStream<FeedEvent, any Error> {
-        Pull.stream {
-            let feed = try native.append(turns: turns.map(\.native))
-            return Pull(number: feed.number(), cancel: { feed.cancel() })
-        }
+    public func append(_ turns: [NewTurn]) -> EventStream<FeedEvent> {
+        progress { try native.append(turns: turns.map(\.native)) }
     }
 
     /// What every session of the user holds on `query`, laid out for another model, never above the budget.
@@ -99,30 +96,5 @@ public final class Session: Sendable {
     /// Gives the session back and cancels its stream; another handle may open it.
     public func close() {
         native.close()
-    }
-}
-
-extension AsyncThrowingStream where Element == Event, Failure == any Error {
-    /// Runs the turn to its end: the whole answer and its cost.
-    public func text() async throws -> (text: String, usage: Usage) {
-        var answer = ""
-        for try await event in self {
-            switch event {
-            case .token(let token): answer += token.text
-            case .done(let usage): return (answer, usage)
-            case .recalled: break
-            }
-        }
-        throw MKAError(.cancelled, "send: cancelled before the turn was done")
-    }
-}
-
-extension AsyncThrowingStream where Element == FeedEvent, Failure == any Error {
-    /// Feeds to the end.
-    public func finish() async throws -> FeedSummary {
-        for try await event in self {
-            if case .done(let summary) = event { return summary }
-        }
-        throw MKAError(.cancelled, "feed: cancelled before the document was done")
     }
 }

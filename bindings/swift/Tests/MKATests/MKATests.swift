@@ -226,6 +226,29 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     try await engine.close()
 }
 
+@Test func aStreamIsCancelledAndClosedByItself() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "trip")
+    let closed = chat.send("tell me", options: short(1_000_000))
+    let reader = closed.makeAsyncIterator()
+    let begins = try await reader.next() != nil
+    try await closed.close()
+    let ends = try await reader.next() == nil
+    #expect(begins && ends)
+    #expect(try chat.numTurns == 2)
+    let cancelled = chat.send("and again", options: short(1_000_000))
+    cancelled.cancel()
+    #expect(await failure { try await cancelled.text() }?.kind == .cancelled)
+    // An error of the work reaches who closes, once.
+    let failing = chat.send("x", options: SendOptions(topP: 1.5))
+    #expect(await failure { try await failing.close() }?.kind == .invalidArgument)
+    try await failing.close()
+    let summary = try await chat.feed("The sheep went up the hill. ").finish()
+    #expect(summary.bytes == 28)
+    try await engine.close()
+}
+
 @Test func errorsHaveTheirKindAndNameWhatTheySaw() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()

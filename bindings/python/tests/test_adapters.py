@@ -242,6 +242,54 @@ def test_the_langgraph_store_searches_by_words_within_a_namespace(store: Path) -
             items.put(("ada",), "k", {}, ttl=1)
 
 
+def test_the_langgraph_store_stands_as_the_disk_does_where_a_write_fails(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("langgraph")
+    from mka.langgraph import MkaStore
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise mka.StorageError("the disk is full")
+
+    def text(items: MkaStore) -> str:
+        item = items.get(("ada",), "hotel")
+        return item.value["text"] if item else "nothing"
+
+    sakura = {"text": "The hotel is the Sakura Inn."}
+    lotus = {"text": "The hotel is the Lotus."}
+    with mka.open_sync(store) as engine:
+        items = MkaStore(engine)
+        items.put(("ada",), "hotel", sakura)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.memory, "remember", fail)
+            with pytest.raises(mka.StorageError):
+                items.put(("ada",), "hotel", lotus)
+            assert text(items) == sakura["text"]
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.memory, "forget", fail)
+            with pytest.raises(mka.StorageError):
+                items.delete(("ada",), "hotel")
+            assert text(items) == sakura["text"]
+            # Written, beside what cannot be erased: as after a crash.
+            with pytest.raises(mka.StorageError):
+                items.put(("ada",), "hotel", lotus)
+            assert text(items) == lotus["text"]
+    with mka.open_sync(store) as engine:
+        items = MkaStore(engine)
+        assert text(items) == lotus["text"]
+        items.delete(("ada",), "hotel")
+        assert text(items) == "nothing"
+        assert engine.memory.chunks(user="langgraph") == []
+        items.put(("ada",), "langgraph:item", sakura)
+    with mka.open_sync(store) as engine:
+        items = MkaStore(engine)
+        assert text(items) == "nothing"
+        item = items.get(("ada",), "langgraph:item")
+        assert item is not None and item.value == sakura
+        items.delete(("ada",), "langgraph:item")
+        assert engine.memory.chunks(user="langgraph") == [] and items.list_namespaces() == []
+
+
 def test_the_mcp_server_remembers_across_processes_and_keeps_users_apart(store: Path) -> None:
     pytest.importorskip("mcp")
     from mcp.client.session import ClientSession

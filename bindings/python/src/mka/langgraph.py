@@ -48,7 +48,10 @@ Namespace = tuple[str, ...]
 
 @dataclass(slots=True)
 class _Stored:
-    """An item and the turns that hold it: its record, and its text if that is searched."""
+    """An item and the turns that hold it: its text, if that is searched, and its record.
+
+    Before them stand those of an item of the same key that it replaced, as far as they are not erased.
+    """
 
     item: Item
     turns: list[int]
@@ -86,11 +89,14 @@ class MkaStore(BaseStore):
                 ):
                     if turn.forgotten:
                         current = None
-                    elif turn.source == _ITEM:
+                    # A text has its key for a source, whatever the key is.
+                    elif turn.role == "system" and turn.source == _ITEM:
                         item = self._item(namespace, json.loads(turn.text))
-                        current = held[item.key] = _Stored(item, [turn.id])
+                        before = held.get(item.key)
+                        turns = [*(before.turns if before else ()), turn.id]
+                        current = held[item.key] = _Stored(item, turns)
                     elif current is not None:
-                        current.turns.append(turn.id)
+                        current.turns.insert(-1, turn.id)
             self._items = items
         return self._items
 
@@ -144,7 +150,8 @@ class MkaStore(BaseStore):
     def _put(self, op: PutOp) -> None:
         session = self._session(op.namespace)
         items = self._loaded()
-        old = items.get(op.namespace, {}).pop(op.key, None)
+        old = items.get(op.namespace, {}).get(op.key)
+        current, num_current = old, 0
         if op.value is not None:
             now = datetime.now(timezone.utc)
             created = old.item.created_at if old else now
@@ -176,13 +183,21 @@ class MkaStore(BaseStore):
                 if said := "\n".join(text for text in texts if text):
                     turns.append(NewTurn(said, role="document", source=op.key))
             done = self._memory.remember(turns, user=self._user, agent=_AGENT, session=session)
-            item = self._item(op.namespace, record)
-            items.setdefault(op.namespace, {})[op.key] = _Stored(item, list(done.turns))
-        # The new item stands before the old one goes: a crash between leaves both, and the later one counts.
-        for turn in old.turns if old else ():
+            held_by = [*(old.turns if old else ()), *reversed(done.turns)]
+            current, num_current = _Stored(self._item(op.namespace, record), held_by), len(turns)
+            items.setdefault(op.namespace, {})[op.key] = current
+        if current is None:
+            return
+        # The new item stands before the old one goes: a crash between leaves both, and the later one counts. What cannot be
+        # erased is still there, and goes with the next write of the key; a text goes before the record that it is found by.
+        while len(current.turns) > num_current:
+            turn = current.turns[0]
             self._memory.forget(user=self._user, agent=_AGENT, session=session, turn=turn)
-        if not items.get(op.namespace, True):
-            del items[op.namespace]
+            del current.turns[0]
+        if not current.turns:
+            del items[op.namespace][op.key]
+            if not items[op.namespace]:
+                del items[op.namespace]
 
     def _search(self, op: SearchOp) -> list[SearchItem]:
         found: dict[tuple[Namespace, str], tuple[_Stored, float | None]] = {}

@@ -242,6 +242,38 @@ def test_the_langgraph_store_searches_by_words_within_a_namespace(store: Path) -
             items.put(("ada",), "k", {}, ttl=1)
 
 
+def test_the_langgraph_store_ranks_items_whose_text_stands_elsewhere_too(store: Path) -> None:
+    pytest.importorskip("langgraph")
+    from mka.langgraph import MkaStore
+
+    same = {"text": "The hotel is the Sakura Inn."}
+    with mka.open_sync(store) as engine:
+        items = MkaStore(engine)
+        items.put(("ada",), "train", {"text": "The train leaves at nine."})
+        items.put(("ada",), "first", same)
+        items.put(("ada",), "second", same)
+        items.put(("bob",), "hotel", same)
+        items.put(("cleo",), "place", same | {"kind": "place"}, index=["text"])
+        items.put(("cleo",), "note", same | {"kind": "note"}, index=["text"])
+    # As it was written, and as it is read again.
+    with mka.open_sync(store) as engine:
+        items = MkaStore(engine)
+        found = items.search(("ada",), query="which hotel", limit=9)
+        assert [item.key for item in found] == ["first", "second", "train"]
+        assert found[0].score is not None and found[0].score == found[1].score
+        assert found[0].score > (found[2].score or 0)
+        everywhere = items.search((), query="which hotel", limit=9)
+        assert everywhere[-1].key == "train"
+        assert all(item.score is not None for item in everywhere[:5])
+        for kind in ("place", "note"):
+            (item,) = items.search(("cleo",), query="which hotel", filter={"kind": kind})
+            assert item.key == kind and item.score is not None
+        items.put(("ada",), "third", same)
+        found = items.search(("ada",), query="which hotel", limit=3)
+        assert {item.key for item in found} == {"first", "second", "third"}
+        assert len({item.score for item in found}) == 1
+
+
 def test_the_langgraph_store_stands_as_the_disk_does_where_a_write_fails(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from math import inf
 from typing import Any
 
 from langgraph.store.base import (
@@ -50,11 +51,13 @@ Namespace = tuple[str, ...]
 class _Stored:
     """An item and the turns that hold it: its text, if that is searched, and its record.
 
-    Before them stand those of an item of the same key that it replaced, as far as they are not erased.
+    Before them stand those of an item of the same key that it replaced, as far as they are not erased. `text` is what is
+    searched.
     """
 
     item: Item
     turns: list[int]
+    text: str = ""
 
 
 class MkaStore(BaseStore):
@@ -97,6 +100,7 @@ class MkaStore(BaseStore):
                         current = held[item.key] = _Stored(item, turns)
                     elif current is not None:
                         current.turns.insert(-1, turn.id)
+                        current.text = turn.text
             self._items = items
         return self._items
 
@@ -169,6 +173,7 @@ class MkaStore(BaseStore):
                     remember=False,
                 )
             ]
+            said = ""
             if op.index is not False:
                 paths = self._fields if op.index is None else op.index
                 texts = [
@@ -180,11 +185,13 @@ class MkaStore(BaseStore):
                         path if path == "$" else tokenize_path(path),
                     )
                 ]
-                if said := "\n".join(text for text in texts if text):
+                said = "\n".join(text for text in texts if text)
+                if said:
                     turns.append(NewTurn(said, role="document", source=op.key))
             done = self._memory.remember(turns, user=self._user, agent=_AGENT, session=session)
             held_by = [*(old.turns if old else ()), *reversed(done.turns)]
-            current, num_current = _Stored(self._item(op.namespace, record), held_by), len(turns)
+            current = _Stored(self._item(op.namespace, record), held_by, said)
+            num_current = len(turns)
             items.setdefault(op.namespace, {})[op.key] = current
         if current is None:
             return
@@ -200,7 +207,6 @@ class MkaStore(BaseStore):
                 del items[op.namespace]
 
     def _search(self, op: SearchOp) -> list[SearchItem]:
-        found: dict[tuple[Namespace, str], tuple[_Stored, float | None]] = {}
         prefix = op.namespace_prefix
         held = {
             (namespace, key): stored
@@ -209,34 +215,51 @@ class MkaStore(BaseStore):
             for key, stored in items.items()
             if _matches(stored.item.value, op.filter)
         }
-        if op.query and held:
-            by_turn = {
-                (self._session(namespace), turn): (namespace, key)
-                for (namespace, key), stored in held.items()
-                for turn in stored.turns
-            }
-            # Other namespaces and filtered items may stand between: ask for all of them.
-            everything = sum(len(items) for items in self._loaded().values())
-            for hit in self._memory.recall(
-                op.query, user=self._user, agent=_AGENT, k=max(4 * everything, 16)
-            ):
-                where = by_turn.get((hit.source.session, hit.source.turn))
-                if where is not None and where not in found:
-                    found[where] = (held[where], hit.score)
-        for where, stored in held.items():
-            found.setdefault(where, (stored, None))
-        page = list(found.values())[op.offset : op.offset + op.limit]
+        scores: dict[tuple[Namespace, str], float] = {}
+        if op.query:
+            for namespace in {namespace for namespace, _ in held}:
+                scores |= self._scores(namespace, op.query)
+        # What was not found stands behind what was, in its own order.
+        order = sorted(held, key=lambda where: scores.get(where, -inf), reverse=True)
+        page = order[op.offset : op.offset + op.limit]
         return [
             SearchItem(
-                namespace=stored.item.namespace,
-                key=stored.item.key,
-                value=stored.item.value,
-                created_at=stored.item.created_at,
-                updated_at=stored.item.updated_at,
-                score=score,
+                namespace=held[where].item.namespace,
+                key=held[where].item.key,
+                value=held[where].item.value,
+                created_at=held[where].item.created_at,
+                updated_at=held[where].item.updated_at,
+                score=scores.get(where),
             )
-            for stored, score in page
+            for where in page
         ]
+
+    def _scores(self, namespace: Namespace, query: str) -> dict[tuple[Namespace, str], float]:
+        """What the items of a namespace score, by their best piece.
+
+        A recall names one place of a text, so this namespace is asked alone, and a text that several items have counts for
+        each of them.
+        """
+        items = self._loaded()[namespace]
+        by_turn = {turn: key for key, stored in items.items() for turn in stored.turns}
+        scores: dict[tuple[Namespace, str], float] = {}
+        for hit in self._memory.recall(
+            query,
+            user=self._user,
+            agent=_AGENT,
+            session=self._session(namespace),
+            # Filtered items may stand between: ask for all of them.
+            k=max(4 * len(items), 16),
+            # A search has nothing to do with what was written last.
+            follow_up=False,
+        ):
+            found = {by_turn.get(hit.source.turn)}
+            if hit.count > 1:
+                found |= {key for key, stored in items.items() if hit.text in stored.text}
+            for key in found:
+                if key is not None:
+                    scores.setdefault((namespace, key), hit.score)
+        return scores
 
     def _namespaces(self, op: ListNamespacesOp) -> list[Namespace]:
         found = {

@@ -1,6 +1,6 @@
 """A LangGraph store in an mka memory: items by namespace and key, found by words and meaning.
 
-Needs `pip install mka[langgraph]`. Knows no graph.
+Needs the wheel's extra `langgraph`. Knows no graph.
 
 ```python
 store = mka.langgraph.MkaStore(engine)

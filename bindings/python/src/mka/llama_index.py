@@ -1,6 +1,6 @@
 """A memory block for LlamaIndex: what leaves the short-term memory is remembered, and recalled by what is asked.
 
-Needs `pip install mka[llama-index]`. Knows no model: the agent brings its own.
+Needs the wheel's extra `llama-index`. Knows no model: the agent brings its own.
 
 ```python
 block = mka.llama_index.MkaMemoryBlock(engine=engine, user="ada", session="trip")

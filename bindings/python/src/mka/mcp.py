@@ -1,6 +1,6 @@
 """An MCP server over stdio, by the official SDK: recall, remember, forget and context of one user's memory.
 
-Needs `pip install mka[mcp]`; run it as `python -m mka.mcp --store agent.mka --user ada`. Knows no model.
+Needs the wheel's extra `mcp`; run it as `python -m mka.mcp --store agent.mka --user ada`. Knows no model.
 """
 
 from __future__ import annotations

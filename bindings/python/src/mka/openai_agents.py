@@ -1,6 +1,6 @@
 """A session of the OpenAI Agents SDK that lives in an mka memory, and a tool by which an agent recalls.
 
-Needs `pip install mka[openai-agents]`. Knows no model: the SDK's agent brings its own.
+Needs the wheel's extra `openai-agents`. Knows no model: the SDK's agent brings its own.
 
 ```python
 session = mka.openai_agents.MkaSession(engine, user="ada", session_id="trip")

@@ -1,6 +1,6 @@
 """A history processor for Pydantic AI that puts what is remembered before the latest message.
 
-Needs `pip install mka[pydantic-ai]`. Knows no model: the agent brings its own.
+Needs the wheel's extra `pydantic-ai`. Knows no model: the agent brings its own.
 
 ```python
 memory = mka.pydantic_ai.MkaMemory(engine, user="ada", session="trip")

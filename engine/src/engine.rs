@@ -699,7 +699,8 @@ impl Engine {
         self.shared.device
     }
 
-    /// Bytes of keys and values that a session holds on the device for each token of its window; None without a model.
+    /// Bytes of keys and values of one token, f32; None without a model. A session holds half as much again on the device for
+    /// each token that it has room for, since keys lie there before RoPE, too: `docs/recall.md`, "What a session takes".
     pub fn kv_bytes_per_token(&self) -> Option<usize> {
         let config = &self.shared.model.as_ref()?.decoder.config;
         // Keys and values, f32.

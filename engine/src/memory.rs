@@ -128,6 +128,8 @@ impl MemoryHandle {
 
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries, and says what went.
     ///
+    /// Files that [`MemoryHandle::export`] or [`MemoryHandle::backup`] wrote before are not reached.
+    ///
     /// Sessions that are open drop what they hold in memory, and what they map of removed files, before their next turn and
     /// go on from what is left. A turn or feed of the same user that is under way ends with `Cancelled` if anything was
     /// erased: it may have read the words.
@@ -200,6 +202,8 @@ impl MemoryHandle {
     /// Writes the log of `scope`, or of every user if it is none, into the file `path` as lines of JSON.
     /// The file appears when all of it is on the disk. Dropping the future cancels.
     ///
+    /// It is clear text, of an encrypted store too, and no `forget` reaches it.
+    ///
     /// # Errors
     /// `InvalidArgument` if the scope is malformed; `Storage`.
     pub async fn export(
@@ -231,6 +235,8 @@ impl MemoryHandle {
 
     /// Copies the store as it is at one moment to the folder `path`, which does not exist yet; sessions go on meanwhile.
     /// The copy is a store to be opened. Dropping the future cancels.
+    ///
+    /// The copy of an encrypted store is encrypted, under the same key; of a plain one it is plain. No `forget` reaches it.
     ///
     /// # Errors
     /// `InvalidArgument` if there is something at `path`; `Storage`.

@@ -298,7 +298,8 @@ pub struct EngineConfig {
     /// How much of each recalled passage is quoted.
     #[uniffi(default)]
     pub quote: Option<Quote>,
-    /// Bytes of evicted key/value pages kept on disk for each session.
+    /// Bytes of evicted key/value pages kept on disk for each session; with 0, the default, a session that is opened again
+    /// recalls none of them inside attention.
     #[uniffi(default)]
     pub evicted_page_bytes: Option<u64>,
     /// How older tokens come back.

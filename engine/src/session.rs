@@ -373,7 +373,8 @@ impl Session {
         feed
     }
 
-    /// What memory holds on `query`, laid out for another model within `budget_tokens`, headers included.
+    /// What memory holds on `query`, laid out for another model within `budget_tokens`, headers included: out of every session
+    /// of the user, or of the user's agent where the scope names one.
     ///
     /// Counted with the model's own tokenizer; an engine without one counts a token for every two bytes.
     /// The future borrows nothing of the session.

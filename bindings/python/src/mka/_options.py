@@ -98,7 +98,10 @@ class EngineOptions(TypedDict, total=False):
     quote: Literal["sentences", "passage"]
     """How much of each recalled passage is quoted."""
     evicted_page_bytes: int
-    """Bytes of evicted key/value pages kept on disk for each session."""
+    """Bytes of evicted key/value pages kept on disk for each session.
+
+    With 0, the default, a session that is opened again recalls none of them inside attention.
+    """
     recall: RecallPolicy
     """How older tokens come back."""
     pages: PageOptions

@@ -83,7 +83,7 @@ mirrored! {
 mirrored! {
     /// How older tokens come back into a turn.
     pub enum RecallPolicy for mka::RecallPolicy {
-        /// Not at all: the first page of the stream and the window are attended.
+        /// Not at all: the window is attended, and the first page of the stream or those of its instructions.
         Off,
         /// As text put before the message.
         Text,
@@ -111,7 +111,7 @@ mirrored! {
 mirrored! {
     /// How tokens are chosen for recall inside attention.
     pub enum PageRule for mka::PageRule {
-        /// Landmarks first, then exact scores token by token.
+        /// Every key or its code, or landmarks, as the scan says; then exact scores token by token.
         Mka,
         /// Nothing: sinks and window, as StreamingLLM does.
         Streaming,

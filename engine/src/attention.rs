@@ -14,7 +14,7 @@ use mka_kernels::{
 };
 use std::sync::Arc;
 
-/// FastMKA's gate and router of one layer (design 3.4); closed for a pretrained model.
+/// FastMKA's gate and router of one layer (`docs/training.md`); closed for a pretrained model.
 pub(crate) enum Route {
     /// The gate is 0: keys and values come from the layer's own input, bit for bit.
     Closed,

@@ -509,9 +509,11 @@ impl EngineBuilder {
     /// Opens the engine, fetching the model first if it is not in the cache folder.
     ///
     /// # Errors
-    /// `Locked` with the holder's process id if the store is open elsewhere; `Incompatible` if it was made with
-    /// another embedder; `Corrupted`; `NotFound` naming every place where the model was looked for; `Model`; where
-    /// processes share the model, `InvalidArgument` for what they cannot share.
+    /// `Locked` with the holder's process id if the store is open elsewhere; `Incompatible` if it was made with another
+    /// embedder, or a later version, or if the tokenizer has more tokens than the model; `InvalidArgument` for a
+    /// [`MemoryConfig`] that the model's trained length has no room for, for a key that is not the store's, and, where
+    /// processes share the model, for what they cannot share; `NotFound` naming every place where the model was looked for;
+    /// `Model`, `Device` and `OutOfMemory` of the model; `Storage` and `Corrupted` of the store.
     pub async fn open(self) -> Result<Engine> {
         offload("open", move || self.open_blocking()).await
     }

@@ -13,7 +13,7 @@ pub enum ErrorKind {
     InvalidArgument,
     /// The thing asked for does not exist: a file, a model, a turn.
     NotFound,
-    /// Another process has the store open for writing.
+    /// Somebody else has it: another process the store, another handle or stream the session.
     Locked,
     /// Bytes on disk are damaged; the text says which file and what is lost.
     Corrupted,

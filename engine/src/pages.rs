@@ -45,7 +45,7 @@ use mka_kernels::PAGE_TOKENS;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum RecallPolicy {
-    /// Not at all: the first page of the stream and the window are attended.
+    /// Not at all: the window is attended, and the first page of the stream or those of its instructions.
     Off,
     /// As text put before the message.
     #[default]
@@ -74,8 +74,10 @@ impl RecallPolicy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum PageRule {
-    /// Landmarks of 8 keys with outliers, softmax a head and then the sum over a key/value head's group, four times
-    /// over-fetched, then exact scores token by token (ShadowKV, arXiv 2410.21465, and TokenSelect, arXiv 2411.02886).
+    /// Softmax a head, then the sum over a key/value head's group, over what is scored (TokenSelect, arXiv 2411.02886). A card
+    /// scores every key, up to the length that [`LandmarkScan`] says. The processor scores a code of every key, and the best twice as many tokens by their keys. With other
+    /// scans landmarks are scored, means of 8 keys with outliers (ShadowKV, arXiv 2410.21465), and four
+    /// times as many tokens by their keys.
     #[default]
     Mka,
     /// Nothing: sinks and window (StreamingLLM, arXiv 2309.17453).

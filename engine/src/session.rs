@@ -43,7 +43,8 @@ pub struct SendOptions {
     /// however long it becomes, in whole pages of 64 tokens: one at least, and no more than the trained length leaves beside
     /// the window and what pages recall.
     pub system: Option<String>,
-    /// How older tokens come back; None: as the engine's [`MemoryConfig`](crate::MemoryConfig) says.
+    /// How older tokens come back; None: as the engine's [`MemoryConfig`](crate::MemoryConfig) says. `Pages` and `Both` need an
+    /// engine that was opened with one of them, and are `InvalidArgument` in any other: it keeps no pages.
     pub recall: Option<RecallPolicy>,
     /// Memories to look up; None: the engine's `recall_k`.
     pub recall_k: Option<usize>,

@@ -35,7 +35,7 @@ pub(crate) struct DecoderConfig {
     pub(crate) mka: MkaConfig,
 }
 
-/// The `mka` block of config.json: how the EMA levels of FastMKA are formed (design 3.4).
+/// The `mka` block of config.json: how the EMA levels of FastMKA are formed (`docs/training.md`).
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct MkaConfig {
     pub(crate) rates: Vec<f32>,

@@ -1,4 +1,4 @@
-//! The choice of recalled tokens by landmarks and exact scores: design section 3.3, on stored keys before RoPE.
+//! The choice of recalled tokens by landmarks and exact scores (`docs/recall.md`), on stored keys before RoPE.
 //! Knows the store's index and rows; knows nothing of how the chosen tokens are attended.
 
 use super::index::{MARKS, SPAN};

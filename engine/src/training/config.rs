@@ -128,7 +128,7 @@ pub enum MemoryKind {
     Mka,
 }
 
-/// Gate, router and summary of every layer (design 3.4), and the window of attention.
+/// Gate, router and summary of every layer (`docs/training.md`), and the window of attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

@@ -1,4 +1,4 @@
-//! The memory beside attention: rates, levels of projected keys and values, gate and router (design 3.4).
+//! The memory beside attention: rates, levels of projected keys and values, gate and router (`docs/training.md`).
 //! Knows no attention: what the levels are mixed into is the caller's matter.
 
 use super::cache::Cached;
@@ -14,7 +14,7 @@ use mka_kernels::tape::Value;
 use mka_kernels::tape::ops::{self, Projection, RouteRest};
 use mka_kernels::{MAX_RATES, RouteParams, ema_scan_learned};
 
-/// Gate and router of one layer (design 3.4).
+/// Gate and router of one layer (`docs/training.md`).
 pub(super) struct Summary {
     pub(super) kind: MemoryKind,
     bias_correction: bool,

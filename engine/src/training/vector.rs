@@ -1,5 +1,5 @@
 //! The recalled memory vector: of the chunks behind a query's window the mean of their stored vectors, weighted by the
-//! query (design 3.4). Knows no gate and no router: it is one more level that they mix in.
+//! query (`docs/training.md`). Knows no gate and no router: it is one more level that they mix in.
 //!
 //! A chunk is 64 tokens, its stored vector the mean of the layer's projected keys and values, without bias. The weights
 //! are shared by all heads, so that the mean commutes with the projections as the summary does:

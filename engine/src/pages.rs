@@ -75,9 +75,9 @@ impl RecallPolicy {
 #[non_exhaustive]
 pub enum PageRule {
     /// Softmax a head, then the sum over a key/value head's group, over what is scored (TokenSelect, arXiv 2411.02886). A card
-    /// scores every key, up to the length that [`LandmarkScan`] says. The processor scores a code of every key, and the best twice as many tokens by their keys. With other
-    /// scans landmarks are scored, means of 8 keys with outliers (ShadowKV, arXiv 2410.21465), and four
-    /// times as many tokens by their keys.
+    /// scores every key, up to the length that [`LandmarkScan`] says. The processor scores a code of every key, and then
+    /// twice as many tokens as are recalled by their keys. With other scans landmarks are scored, means of 8 keys with
+    /// outliers (ShadowKV, arXiv 2410.21465), and then four times as many tokens by their keys.
     #[default]
     Mka,
     /// Nothing: sinks and window (StreamingLLM, arXiv 2309.17453).
@@ -132,9 +132,9 @@ pub enum Prefill {
 pub struct PageConfig {
     /// Tokens that each key/value head recalls, rounded up to whole pages of 64.
     pub tokens: usize,
-    /// Bytes of host memory, mapped files among it, for the stored pages of one session and their index, beside 4 for each query head and stored token
-    /// where the processor chooses; beyond it the least used pages stay
-    /// on disk alone (as far as `MemoryConfig::evicted_page_bytes` allows), or the oldest are let go.
+    /// Bytes of host memory, mapped files among it, for the stored pages of one session and their index. Beyond it the least
+    /// used pages stay on disk alone (as far as `MemoryConfig::evicted_page_bytes` allows), or the oldest are let go. Where the
+    /// processor chooses there are 4 bytes beside it for each query head and stored token.
     pub bytes: u64,
     /// Bytes of the model's own device, where that is not the processor, for the stored pages of one session: as long as
     /// they hold all of them, tokens are chosen and copied there; beyond, in host memory. What was reserved stays until

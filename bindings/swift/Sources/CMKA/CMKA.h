@@ -475,6 +475,11 @@ uint64_t uniffi_mka_bindings_fn_method_nativememory_backup(uint64_t ptr, RustBuf
 RustBuffer uniffi_mka_bindings_fn_method_nativememory_backup_blocking(uint64_t ptr, RustBuffer path, RustCallStatus *_Nonnull out_status
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CANCEL
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CANCEL
+void uniffi_mka_bindings_fn_method_nativememory_cancel(uint64_t ptr, RustCallStatus *_Nonnull out_status
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CHUNKS
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CHUNKS
 uint64_t uniffi_mka_bindings_fn_method_nativememory_chunks(uint64_t ptr, RustBuffer scope, uint64_t start, uint64_t end
@@ -613,6 +618,11 @@ uint64_t uniffi_mka_bindings_fn_method_nativememory_turns(uint64_t ptr, RustBuff
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_TURNS_BLOCKING
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_TURNS_BLOCKING
 RustBuffer uniffi_mka_bindings_fn_method_nativememory_turns_blocking(uint64_t ptr, RustBuffer scope, uint64_t start, uint64_t end, RustCallStatus *_Nonnull out_status
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_TWIN
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_TWIN
+uint64_t uniffi_mka_bindings_fn_method_nativememory_twin(uint64_t ptr, RustCallStatus *_Nonnull out_status
 );
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_VERIFY
@@ -1184,6 +1194,12 @@ uint16_t uniffi_mka_bindings_checksum_method_nativememory_backup_blocking(void
 
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_CANCEL
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_CANCEL
+uint16_t uniffi_mka_bindings_checksum_method_nativememory_cancel(void
+
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_CHUNKS
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_CHUNKS
 uint16_t uniffi_mka_bindings_checksum_method_nativememory_chunks(void
@@ -1349,6 +1365,12 @@ uint16_t uniffi_mka_bindings_checksum_method_nativememory_turns(void
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_TURNS_BLOCKING
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_TURNS_BLOCKING
 uint16_t uniffi_mka_bindings_checksum_method_nativememory_turns_blocking(void
+
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_TWIN
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_TWIN
+uint16_t uniffi_mka_bindings_checksum_method_nativememory_twin(void
 
 );
 #endif

@@ -1375,14 +1375,15 @@ public protocol NativeEventsProtocol: AnyObject, Sendable {
     func cancel()
 
     /**
-     * Stops the work and waits until the session stands at what was done.
+     * Stops the work and waits until the session stands at what was done; an error of the work that was not
+     * read is given here.
      */
-    func close() async
+    func close() async throws
 
     /**
      * `close`, blocking the thread.
      */
-    func closeBlocking()
+    func closeBlocking() throws
 
     /**
      * Every event that is ready, at least one; none after the last.
@@ -1469,11 +1470,12 @@ open func cancel()  {try! rustCall() {
 }
 
     /**
-     * Stops the work and waits until the session stands at what was done.
+     * Stops the work and waits until the session stands at what was done; an error of the work that was not
+     * read is given here.
      */
-open func close()async   {
+open func close()async throws   {
     return
-        try!  await uniffiRustCallAsync(
+        try  await uniffiRustCallAsync(
             rustFutureFunc: {
                 uniffi_mka_bindings_fn_method_nativeevents_close(
                         self.uniffiCloneHandle()
@@ -1483,15 +1485,14 @@ open func close()async   {
             completeFunc: ffi_mka_bindings_rust_future_complete_void,
             freeFunc: ffi_mka_bindings_rust_future_free_void,
             liftFunc: { $0 },
-            errorHandler: nil
-
+            errorHandler: FfiConverterTypeMkaError_lift
         )
 }
 
     /**
      * `close`, blocking the thread.
      */
-open func closeBlocking()  {try! rustCall() {
+open func closeBlocking()throws   {try rustCallWithError(FfiConverterTypeMkaError_lift) {
         uniffiCallStatus in
     uniffi_mka_bindings_fn_method_nativeevents_close_blocking(
             self.uniffiCloneHandle(),uniffiCallStatus
@@ -1605,14 +1606,15 @@ public protocol NativeFeedProtocol: AnyObject, Sendable {
     func cancel()
 
     /**
-     * Stops the work and waits until the session stands at what was done.
+     * Stops the work and waits until the session stands at what was done; an error of the work that was not
+     * read is given here.
      */
-    func close() async
+    func close() async throws
 
     /**
      * `close`, blocking the thread.
      */
-    func closeBlocking()
+    func closeBlocking() throws
 
     /**
      * Every event that is ready, at least one; none after the last.
@@ -1699,11 +1701,12 @@ open func cancel()  {try! rustCall() {
 }
 
     /**
-     * Stops the work and waits until the session stands at what was done.
+     * Stops the work and waits until the session stands at what was done; an error of the work that was not
+     * read is given here.
      */
-open func close()async   {
+open func close()async throws   {
     return
-        try!  await uniffiRustCallAsync(
+        try  await uniffiRustCallAsync(
             rustFutureFunc: {
                 uniffi_mka_bindings_fn_method_nativefeed_close(
                         self.uniffiCloneHandle()
@@ -1713,15 +1716,14 @@ open func close()async   {
             completeFunc: ffi_mka_bindings_rust_future_complete_void,
             freeFunc: ffi_mka_bindings_rust_future_free_void,
             liftFunc: { $0 },
-            errorHandler: nil
-
+            errorHandler: FfiConverterTypeMkaError_lift
         )
 }
 
     /**
      * `close`, blocking the thread.
      */
-open func closeBlocking()  {try! rustCall() {
+open func closeBlocking()throws   {try rustCallWithError(FfiConverterTypeMkaError_lift) {
         uniffiCallStatus in
     uniffi_mka_bindings_fn_method_nativefeed_close_blocking(
             self.uniffiCloneHandle(),uniffiCallStatus
@@ -1838,6 +1840,12 @@ public protocol NativeMemoryProtocol: AnyObject, Sendable {
      * `backup`, blocking the thread.
      */
     func backupBlocking(path: String) throws  -> Backup
+
+    /**
+     * Ends export, import, backup and doctor of this object with `Cancelled`, those that come later too; for a language
+     * whose cancelled tasks do not drop what they wait for.
+     */
+    func cancel()
 
     /**
      * Chunks of `scope` from number `start` to before `end`, in the order in which they were first said.
@@ -1980,6 +1988,11 @@ public protocol NativeMemoryProtocol: AnyObject, Sendable {
     func turnsBlocking(scope: Scope, start: UInt64, end: UInt64) throws  -> [Turn]
 
     /**
+     * The same memory as an object of its own, for work that its `cancel` ends.
+     */
+    func twin()  -> NativeMemory
+
+    /**
      * Checks that what the receipt names is in no file of the store; `record` is the receipt's own.
      */
     func verify(record: String) async throws
@@ -2076,6 +2089,18 @@ open func backupBlocking(path: String)throws  -> Backup  {
         FfiConverterString.lower(path),uniffiCallStatus
     )
 })
+}
+
+    /**
+     * Ends export, import, backup and doctor of this object with `Cancelled`, those that come later too; for a language
+     * whose cancelled tasks do not drop what they wait for.
+     */
+open func cancel()  {try! rustCall() {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativememory_cancel(
+            self.uniffiCloneHandle(),uniffiCallStatus
+    )
+}
 }
 
     /**
@@ -2522,6 +2547,18 @@ open func turnsBlocking(scope: Scope, start: UInt64, end: UInt64)throws  -> [Tur
         FfiConverterTypeScope_lower(scope),
         FfiConverterUInt64.lower(start),
         FfiConverterUInt64.lower(end),uniffiCallStatus
+    )
+})
+}
+
+    /**
+     * The same memory as an object of its own, for work that its `cancel` ends.
+     */
+open func twin() -> NativeMemory  {
+    return try!  FfiConverterTypeNativeMemory_lift(try! rustCall() {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativememory_twin(
+            self.uniffiCloneHandle(),uniffiCallStatus
     )
 })
 }
@@ -3496,7 +3533,15 @@ public struct DiskUsage: Equatable, Hashable {
      */
     public var databaseBytes: UInt64
     /**
-     * Bytes in use in both.
+     * Bytes of the graphs' files, which can be made anew.
+     */
+    public var graphBytes: UInt64
+    /**
+     * Bytes of the images of the index, which can be made anew.
+     */
+    public var imageBytes: UInt64
+    /**
+     * Bytes in use in segments and database.
      */
     public var liveBytes: UInt64
 
@@ -3510,10 +3555,18 @@ public struct DiskUsage: Equatable, Hashable {
          * Bytes of the database's files.
          */databaseBytes: UInt64,
         /**
-         * Bytes in use in both.
+         * Bytes of the graphs' files, which can be made anew.
+         */graphBytes: UInt64,
+        /**
+         * Bytes of the images of the index, which can be made anew.
+         */imageBytes: UInt64,
+        /**
+         * Bytes in use in segments and database.
          */liveBytes: UInt64) {
         self.segmentBytes = segmentBytes
         self.databaseBytes = databaseBytes
+        self.graphBytes = graphBytes
+        self.imageBytes = imageBytes
         self.liveBytes = liveBytes
     }
 
@@ -3535,6 +3588,8 @@ public struct FfiConverterTypeDiskUsage: FfiConverterRustBuffer {
             try DiskUsage(
                 segmentBytes: FfiConverterUInt64.read(from: &buf),
                 databaseBytes: FfiConverterUInt64.read(from: &buf),
+                graphBytes: FfiConverterUInt64.read(from: &buf),
+                imageBytes: FfiConverterUInt64.read(from: &buf),
                 liveBytes: FfiConverterUInt64.read(from: &buf)
         )
     }
@@ -3542,6 +3597,8 @@ public struct FfiConverterTypeDiskUsage: FfiConverterRustBuffer {
     public static func write(_ value: DiskUsage, into buf: inout [UInt8]) {
         FfiConverterUInt64.write(value.segmentBytes, into: &buf)
         FfiConverterUInt64.write(value.databaseBytes, into: &buf)
+        FfiConverterUInt64.write(value.graphBytes, into: &buf)
+        FfiConverterUInt64.write(value.imageBytes, into: &buf)
         FfiConverterUInt64.write(value.liveBytes, into: &buf)
     }
 }
@@ -3603,7 +3660,8 @@ public struct EngineConfig: Equatable, Hashable {
      */
     public var quote: Quote?
     /**
-     * Bytes of evicted key/value pages kept on disk for each session.
+     * Bytes of evicted key/value pages kept on disk for each session; with 0, the default, a session that is opened again
+     * recalls none of them inside attention.
      */
     public var evictedPageBytes: UInt64?
     /**
@@ -3671,7 +3729,8 @@ public struct EngineConfig: Equatable, Hashable {
          * How much of each recalled passage is quoted.
          */quote: Quote? = nil,
         /**
-         * Bytes of evicted key/value pages kept on disk for each session.
+         * Bytes of evicted key/value pages kept on disk for each session; with 0, the default, a session that is opened again
+         * recalls none of them inside attention.
          */evictedPageBytes: UInt64? = nil,
         /**
          * How older tokens come back.
@@ -4937,6 +4996,10 @@ public struct RecallOptions: Equatable, Hashable {
      */
     public var beforeTurn: UInt64?
     /**
+     * In the scope's own session, no chunks of these turns.
+     */
+    public var exceptTurns: [UInt64]
+    /**
      * Also look into the other sessions of the scope's user.
      */
     public var acrossSessions: Bool
@@ -4996,6 +5059,9 @@ public struct RecallOptions: Equatable, Hashable {
          * In the scope's own session, only chunks of turns before this one.
          */beforeTurn: UInt64? = nil,
         /**
+         * In the scope's own session, no chunks of these turns.
+         */exceptTurns: [UInt64] = [],
+        /**
          * Also look into the other sessions of the scope's user.
          */acrossSessions: Bool = false,
         /**
@@ -5034,6 +5100,7 @@ public struct RecallOptions: Equatable, Hashable {
          */followUp: Bool? = nil) {
         self.k = k
         self.beforeTurn = beforeTurn
+        self.exceptTurns = exceptTurns
         self.acrossSessions = acrossSessions
         self.roles = roles
         self.sinceMs = sinceMs
@@ -5066,6 +5133,7 @@ public struct FfiConverterTypeRecallOptions: FfiConverterRustBuffer {
             try RecallOptions(
                 k: FfiConverterOptionUInt64.read(from: &buf),
                 beforeTurn: FfiConverterOptionUInt64.read(from: &buf),
+                exceptTurns: FfiConverterSequenceUInt64.read(from: &buf),
                 acrossSessions: FfiConverterBool.read(from: &buf),
                 roles: FfiConverterSequenceTypeRole.read(from: &buf),
                 sinceMs: FfiConverterOptionInt64.read(from: &buf),
@@ -5084,6 +5152,7 @@ public struct FfiConverterTypeRecallOptions: FfiConverterRustBuffer {
     public static func write(_ value: RecallOptions, into buf: inout [UInt8]) {
         FfiConverterOptionUInt64.write(value.k, into: &buf)
         FfiConverterOptionUInt64.write(value.beforeTurn, into: &buf)
+        FfiConverterSequenceUInt64.write(value.exceptTurns, into: &buf)
         FfiConverterBool.write(value.acrossSessions, into: &buf)
         FfiConverterSequenceTypeRole.write(value.roles, into: &buf)
         FfiConverterOptionInt64.write(value.sinceMs, into: &buf)
@@ -5542,6 +5611,10 @@ public struct SessionInfo: Equatable, Hashable {
      * Tokens in its model's stream, if it has one.
      */
     public var streamTokens: UInt64?
+    /**
+     * Its stored key/value pages, evicted ones included.
+     */
+    public var numPages: UInt64
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -5557,11 +5630,15 @@ public struct SessionInfo: Equatable, Hashable {
          */lastTimeMs: Int64?,
         /**
          * Tokens in its model's stream, if it has one.
-         */streamTokens: UInt64?) {
+         */streamTokens: UInt64?,
+        /**
+         * Its stored key/value pages, evicted ones included.
+         */numPages: UInt64) {
         self.scope = scope
         self.numTurns = numTurns
         self.lastTimeMs = lastTimeMs
         self.streamTokens = streamTokens
+        self.numPages = numPages
     }
 
 
@@ -5583,7 +5660,8 @@ public struct FfiConverterTypeSessionInfo: FfiConverterRustBuffer {
                 scope: FfiConverterTypeScope.read(from: &buf),
                 numTurns: FfiConverterUInt64.read(from: &buf),
                 lastTimeMs: FfiConverterOptionInt64.read(from: &buf),
-                streamTokens: FfiConverterOptionUInt64.read(from: &buf)
+                streamTokens: FfiConverterOptionUInt64.read(from: &buf),
+                numPages: FfiConverterUInt64.read(from: &buf)
         )
     }
 
@@ -5592,6 +5670,7 @@ public struct FfiConverterTypeSessionInfo: FfiConverterRustBuffer {
         FfiConverterUInt64.write(value.numTurns, into: &buf)
         FfiConverterOptionInt64.write(value.lastTimeMs, into: &buf)
         FfiConverterOptionUInt64.write(value.streamTokens, into: &buf)
+        FfiConverterUInt64.write(value.numPages, into: &buf)
     }
 }
 
@@ -5771,6 +5850,14 @@ public struct Stats: Equatable, Hashable {
      */
     public var vectors: UInt64
     /**
+     * Those of them that an opening left on the disk, and that no recall has looked at since.
+     */
+    public var vectorsUnread: UInt64
+    /**
+     * Those of them that recalls without a filter find by a graph.
+     */
+    public var vectorsInGraphs: UInt64
+    /**
      * Distinct words.
      */
     public var terms: UInt64
@@ -5835,6 +5922,12 @@ public struct Stats: Equatable, Hashable {
          * Their sentence vectors.
          */vectors: UInt64,
         /**
+         * Those of them that an opening left on the disk, and that no recall has looked at since.
+         */vectorsUnread: UInt64,
+        /**
+         * Those of them that recalls without a filter find by a graph.
+         */vectorsInGraphs: UInt64,
+        /**
          * Distinct words.
          */terms: UInt64,
         /**
@@ -5874,6 +5967,8 @@ public struct Stats: Equatable, Hashable {
         self.turns = turns
         self.chunks = chunks
         self.vectors = vectors
+        self.vectorsUnread = vectorsUnread
+        self.vectorsInGraphs = vectorsInGraphs
         self.terms = terms
         self.turnsToEmbed = turnsToEmbed
         self.subjects = subjects
@@ -5908,6 +6003,8 @@ public struct FfiConverterTypeStats: FfiConverterRustBuffer {
                 turns: FfiConverterUInt64.read(from: &buf),
                 chunks: FfiConverterUInt64.read(from: &buf),
                 vectors: FfiConverterUInt64.read(from: &buf),
+                vectorsUnread: FfiConverterUInt64.read(from: &buf),
+                vectorsInGraphs: FfiConverterUInt64.read(from: &buf),
                 terms: FfiConverterUInt64.read(from: &buf),
                 turnsToEmbed: FfiConverterUInt64.read(from: &buf),
                 subjects: FfiConverterUInt64.read(from: &buf),
@@ -5928,6 +6025,8 @@ public struct FfiConverterTypeStats: FfiConverterRustBuffer {
         FfiConverterUInt64.write(value.turns, into: &buf)
         FfiConverterUInt64.write(value.chunks, into: &buf)
         FfiConverterUInt64.write(value.vectors, into: &buf)
+        FfiConverterUInt64.write(value.vectorsUnread, into: &buf)
+        FfiConverterUInt64.write(value.vectorsInGraphs, into: &buf)
         FfiConverterUInt64.write(value.terms, into: &buf)
         FfiConverterUInt64.write(value.turnsToEmbed, into: &buf)
         FfiConverterUInt64.write(value.subjects, into: &buf)
@@ -5988,6 +6087,10 @@ public struct Turn: Equatable, Hashable {
      */
     public var source: String?
     /**
+     * Whether it may be recalled, as it was committed.
+     */
+    public var remember: Bool
+    /**
      * What it is a fact about.
      */
     public var subject: String?
@@ -6030,6 +6133,9 @@ public struct Turn: Equatable, Hashable {
          * Where the text comes from.
          */source: String?,
         /**
+         * Whether it may be recalled, as it was committed.
+         */remember: Bool,
+        /**
          * What it is a fact about.
          */subject: String?,
         /**
@@ -6050,6 +6156,7 @@ public struct Turn: Equatable, Hashable {
         self.timeMs = timeMs
         self.numTokens = numTokens
         self.source = source
+        self.remember = remember
         self.subject = subject
         self.expiresMs = expiresMs
         self.metadata = metadata
@@ -6079,6 +6186,7 @@ public struct FfiConverterTypeTurn: FfiConverterRustBuffer {
                 timeMs: FfiConverterInt64.read(from: &buf),
                 numTokens: FfiConverterUInt64.read(from: &buf),
                 source: FfiConverterOptionString.read(from: &buf),
+                remember: FfiConverterBool.read(from: &buf),
                 subject: FfiConverterOptionString.read(from: &buf),
                 expiresMs: FfiConverterOptionInt64.read(from: &buf),
                 metadata: FfiConverterDictionaryStringTypeMetadataValue.read(from: &buf),
@@ -6094,6 +6202,7 @@ public struct FfiConverterTypeTurn: FfiConverterRustBuffer {
         FfiConverterInt64.write(value.timeMs, into: &buf)
         FfiConverterUInt64.write(value.numTokens, into: &buf)
         FfiConverterOptionString.write(value.source, into: &buf)
+        FfiConverterBool.write(value.remember, into: &buf)
         FfiConverterOptionString.write(value.subject, into: &buf)
         FfiConverterOptionInt64.write(value.expiresMs, into: &buf)
         FfiConverterDictionaryStringTypeMetadataValue.write(value.metadata, into: &buf)
@@ -7960,7 +8069,7 @@ public func FfiConverterTypePagePrecision_lower(_ value: PagePrecision) -> RustB
 public enum PageRule: Equatable, Hashable {
 
     /**
-     * Landmarks first, then exact scores token by token.
+     * Every key or its code, or landmarks, as the scan says; then exact scores token by token.
      */
     case mka
     /**
@@ -8310,7 +8419,7 @@ public func FfiConverterTypeQuote_lower(_ value: Quote) -> RustBuffer {
 public enum RecallPolicy: Equatable, Hashable {
 
     /**
-     * Not at all: the first page of the stream and the window are attended.
+     * Not at all: the window is attended, and the first page of the stream or those of its instructions.
      */
     case off
     /**
@@ -10167,10 +10276,10 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativeevents_cancel() != 50685) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativeevents_close() != 46329) {
+    if (uniffi_mka_bindings_checksum_method_nativeevents_close() != 36154) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativeevents_close_blocking() != 5077) {
+    if (uniffi_mka_bindings_checksum_method_nativeevents_close_blocking() != 50895) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativeevents_next_batch() != 23081) {
@@ -10185,10 +10294,10 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativefeed_cancel() != 19427) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativefeed_close() != 8525) {
+    if (uniffi_mka_bindings_checksum_method_nativefeed_close() != 15928) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativefeed_close_blocking() != 8217) {
+    if (uniffi_mka_bindings_checksum_method_nativefeed_close_blocking() != 28350) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativefeed_next_batch() != 12) {
@@ -10207,6 +10316,9 @@ private let initializationResult: InitializationResult = {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_backup_blocking() != 11660) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativememory_cancel() != 52866) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_chunks() != 30621) {
@@ -10291,6 +10403,9 @@ private let initializationResult: InitializationResult = {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_turns_blocking() != 55803) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativememory_twin() != 7613) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_verify() != 58451) {

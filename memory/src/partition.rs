@@ -292,7 +292,7 @@ impl Partition {
             rows.for_each(|&row| bits.insert(row as usize));
             bits
         });
-        let num_rows = wanted.num * ROWS_PER_CHUNK;
+        let num_rows = wanted.num.saturating_mul(ROWS_PER_CHUNK);
         let index = &self.rows.index;
         let rows = index.candidates(wanted.query, num_rows, allowed.as_ref(), wanted.threads);
         let mut best: HashMap<u32, f32> = HashMap::new();
@@ -452,7 +452,8 @@ impl Partition {
         let Some(versions) = self.subjects.get(subject).cloned() else { return };
         for (at, version) in versions.iter().enumerate() {
             let next = versions[at..].iter().find(|next| !next.is_same(version));
-            let superseded_ms = next.map_or(i64::MAX, |next| next.time_ms);
+            // The last of all times says that none came.
+            let superseded_ms = next.map_or(i64::MAX, |next| next.time_ms.min(i64::MAX - 1));
             for chunk in &version.chunks {
                 let Some(chunk) = self.get_mut(*chunk) else { continue };
                 let places = chunk.places.iter_mut();

@@ -39,12 +39,13 @@ impl Place {
     /// Whether the place existed and had not expired.
     pub(crate) fn exists(&self, moment: Moment) -> bool {
         moment.as_of_ms.is_none_or(|as_of| self.time_ms <= as_of)
-            && moment.as_of_ms.or(moment.now_ms).is_none_or(|at| at < self.expires_ms)
+            && (!self.expires()
+                || moment.as_of_ms.or(moment.now_ms).is_none_or(|at| at < self.expires_ms))
     }
 
     /// Whether a newer turn of the same subject had taken its place.
     pub(crate) fn is_stale(&self, moment: Moment) -> bool {
-        self.superseded_ms <= moment.as_of_ms.unwrap_or(i64::MAX - 1)
+        self.superseded_ms <= moment.as_of_ms.unwrap_or(i64::MAX).min(i64::MAX - 1)
     }
 }
 

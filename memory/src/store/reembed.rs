@@ -101,7 +101,7 @@ impl Store {
         let mut num_words = 0;
         for &turn in &state.without_vectors {
             // A sentence has about 25 words.
-            if num_words > max_sentences * 25 {
+            if num_words > max_sentences.saturating_mul(25) {
                 break;
             }
             let Some(session) = state.sessions.get(&turn.0) else { continue };

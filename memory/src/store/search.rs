@@ -86,13 +86,15 @@ impl Store {
             let scores = partition.words().scores(&weighted, collection);
             let visible = |chunk: &Chunk| chunk.places.iter().any(|place| view.sees(place));
             let fading = options.half_life_ms.map_or(1, |_| FADING_CANDIDATES);
-            let num = (CANDIDATES_PER_HIT * options.k).max(MIN_CANDIDATES) * fading;
+            // A caller who wants every hit may ask for more than there can be of anything.
+            let num = CANDIDATES_PER_HIT.saturating_mul(options.k).max(MIN_CANDIDATES);
+            let num = num.saturating_mul(fading);
             // A few chunks that may not be seen are passed over; many would leave no room for the others.
             let num_hidden = view.num_hidden(partition).filter(|hidden| *hidden <= num);
             let wanted = Wanted {
                 query: &vector,
                 scores: &scores,
-                num: num + num_hidden.unwrap_or(0),
+                num: num.saturating_add(num_hidden.unwrap_or(0)),
                 threads: self.options.scan_threads,
                 among: view.accepted.get(at),
                 visible: if num_hidden.is_some() { None } else { Some(&visible) },

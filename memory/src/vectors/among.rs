@@ -33,6 +33,7 @@ impl Graph {
     /// The walk keeps and goes on from positions of `among` alone. In place of a neighbour that is not one of them it
     /// looks at that one's neighbours, until there are enough (ACORN-1, Patel et al., arXiv 2403.04871, section 5.3).
     pub(crate) fn search_among(&self, words: &[i16], ef: usize, among: &Bits) -> Option<Vec<u32>> {
+        let ef = ef.min(self.len());
         let start = self.descend(words);
         if self.share_around(start, among) < LEAST_SHARE {
             return None;

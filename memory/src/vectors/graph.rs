@@ -159,7 +159,7 @@ impl Graph {
     /// The best-first walk of the base layer (Malkov and Yashunin, arXiv 1603.09320, algorithm 2).
     fn search_from(&self, words: &[i16], ef: usize, start: u32) -> Vec<(i64, u32)> {
         let mut visited = self.idle.take(self.len());
-        let mut front = Front::new(ef);
+        let mut front = Front::new(ef.min(self.len()));
         visited.enter(start);
         front.offer((dot_words(words, self.row(start)), start));
         let mut fresh = Vec::with_capacity(self.width);

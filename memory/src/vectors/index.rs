@@ -173,6 +173,9 @@ impl Index {
         if want == 0 || num_kept == 0 {
             return Vec::new();
         }
+        if num_kept <= want {
+            return kept.to_vec();
+        }
         let num_ranked = num_ranked(want, self.num_live, self.rotation.padded());
         if num_kept <= num_ranked && self.sealed.is_none() {
             return kept.to_vec();
@@ -189,7 +192,7 @@ impl Index {
         };
         let Some(sealed) = &self.sealed else { return scanned(&self.live).collect() };
         let (words, _) = to_words(&rotated);
-        let num_near = (want * WALK_CANDIDATES).max(want);
+        let num_near = want * WALK_CANDIDATES;
         let dead = sealed.num_dead as f64 / sealed.rows.len() as f64;
         let mut rows = if allowed.is_none() || num_kept == self.num_live {
             let ef = num_walked(want, sealed.rows.len()) / (1.0 - dead).max(0.1);

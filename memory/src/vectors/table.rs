@@ -256,6 +256,11 @@ mod tests {
             let set: RowSet = (0..3_000).filter(|&row| few(row)).collect();
             assert_eq!(recall(&index, few, Some(&set)), 1.0);
             assert!(recall(&index, |_| false, Some(&RowSet::default())).is_nan());
+            // More than there is: all of it, and room for no more.
+            for k in [3_000, usize::MAX / 4, usize::MAX] {
+                assert_eq!(index.search(&[1.0; DIM], k, None).unwrap().len(), 3_000);
+                assert_eq!(index.search(&[1.0; DIM], k, Some(&set)).unwrap().len(), 30);
+            }
         }
         // Removed rows are passed over by the walk, new ones are scanned beside it.
         let gone = |row: u32| row % 10 == 7;

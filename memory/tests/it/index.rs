@@ -208,6 +208,24 @@ fn filters_are_applied_before_the_best_are_taken() {
 }
 
 #[test]
+fn every_chunk_is_found_where_there_is_no_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let ada = Scope::user("ada");
+    let store = filled(folder.path(), &[(&ada, 1_200)]);
+    let mut expected: Vec<String> = (0..1_200).map(fact).collect();
+    expected.sort();
+    for k in [usize::MAX / 8 + 2, usize::MAX / 16 + 1, usize::MAX] {
+        let now = Recall { k, now_ms: Some(30_000), ..Recall::default() };
+        let mut found = top(&store, &ada, "the locker of a guest", &now);
+        found.sort();
+        assert_eq!(found, expected, "{k}");
+        let filter = Some(Filter::eq("digit", "d3"));
+        let fading = Recall { filter, half_life_ms: Some(1_000_000), ..now };
+        assert_eq!(top(&store, &ada, "the locker of a guest", &fading).len(), 120);
+    }
+}
+
+#[test]
 fn a_session_among_many_sees_its_own_chunks_alone() {
     let folder = tempfile::tempdir().unwrap();
     let (ada, bob) = (Scope::user("ada"), Scope::user("bob"));

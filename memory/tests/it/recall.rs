@@ -70,6 +70,8 @@ fn options_bound_what_is_returned() {
     assert!(recall(Recall { k: 0, ..Recall::default() }).is_empty());
     assert_eq!(recall(Recall { k: 2, ..Recall::default() }).len(), 2);
     assert_eq!(recall(Recall::default()).len(), 6);
+    let all = Recall { k: usize::MAX, half_life_ms: Some(u64::MAX), ..Recall::default() };
+    assert_eq!(recall(all).len(), 6);
     let early = recall(Recall { before_turn: Some(3), ..Recall::default() });
     assert!(early.len() == 3 && early.iter().all(|hit| hit.source.turn < 3));
     let except = recall(Recall { except_turns: vec![4, 1, 9, 4], ..Recall::default() });

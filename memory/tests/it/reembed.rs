@@ -148,6 +148,14 @@ fn every_word_gets_a_vector_where_a_text_was_cut_by_other_rules() {
 }
 
 #[test]
+fn everything_is_embedded_at_once_where_there_is_no_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    fill(&open(folder.path()));
+    let store = with_letters(folder.path(), true).0.unwrap();
+    assert_eq!(store.reembed(usize::MAX).unwrap().turns_left, 0);
+}
+
+#[test]
 fn chunks_that_go_or_move_while_they_wait_do_no_harm() {
     let folder = tempfile::tempdir().unwrap();
     fill(&open(folder.path()));

@@ -165,6 +165,29 @@ fn what_expired_is_left_out_until_it_is_erased() {
 }
 
 #[test]
+fn at_the_end_of_time_stands_what_never_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let mut turn = NewTurn::new(Role::User, "My home city is Lima this week.");
+    (turn.time_ms, turn.expires_ms) = (100, Some(200));
+    store.commit(&trip(), Commit { turns: vec![turn], ..Commit::default() }).unwrap();
+    told(&store, &trip(), "home", "My home city is Rome.", 100);
+    told(&store, &trip(), "home", "My home city is Oslo.", 200);
+    told(&store, &trip(), "work", "My work city is Turin.", 100);
+    told(&store, &trip(), "work", "My work city is Bern.", i64::MAX);
+    let latest = ["My home city is Oslo.", "My work city is Bern."];
+    let check = |store: &Store| {
+        assert_eq!(found(store, &trip(), as_of(i64::MAX)), latest);
+        let now = Recall { now_ms: Some(i64::MAX), ..Recall::default() };
+        assert_eq!(found(store, &trip(), now.clone()), latest);
+        assert_eq!(found(store, &trip(), Recall { stale: true, ..now }).len(), 4);
+    };
+    check(&store);
+    drop(store);
+    check(&open(folder.path()));
+}
+
+#[test]
 fn scores_fade_where_that_is_asked_for() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());

@@ -42,9 +42,17 @@ impl Store {
                 folder.display()
             )));
         }
-        let mut name = folder.as_os_str().to_owned();
-        name.push(".partial");
-        let partial = Path::new(&name);
+        let name = folder.file_name().ok_or_else(|| {
+            Error::invalid(format!(
+                "backup: expected the name of a folder at the end of {}",
+                folder.display()
+            ))
+        })?;
+        // Beside the folder, and not in it, if the path ends with a slash.
+        let folder = &folder.with_file_name(name);
+        let mut partial_name = name.to_owned();
+        partial_name.push(".partial");
+        let partial = &folder.with_file_name(partial_name);
         storage::remove_folder(partial)?;
         let done = self.copy_to(partial, cancel).and_then(|done| {
             std::fs::rename(partial, folder)

@@ -211,6 +211,22 @@ fn a_backup_that_is_cancelled_leaves_nothing() {
 }
 
 #[test]
+fn a_backup_to_a_path_that_ends_with_a_slash_is_the_folder_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder.path().join("store"));
+    fill(&store);
+    let slash = format!("{}/", folder.path().join("copy").display());
+    store.backup(Path::new(&slash), &Cancel::new()).unwrap();
+    let error = store.backup(Path::new(&slash), &Cancel::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert_eq!(contents(&open(&folder.path().join("copy"))), contents(&store));
+    let nowhere = folder.path().join("nowhere/..");
+    let error = store.backup(&nowhere, &Cancel::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
+#[test]
 fn a_backup_of_an_encrypted_store_is_encrypted() {
     let folder = tempfile::tempdir().unwrap();
     let store = keyed(&folder.path().join("store"), 7).unwrap();

@@ -15,7 +15,8 @@ use crate::{Error, NewTurn, Result, Role};
 pub struct Hygiene {
     /// Counts a chunk with the words of one that the session holds instead of storing it: the same words in the same
     /// order, where letter case, punctuation at a word's ends, white space, quote marks of lines and the articles
-    /// `a`, `an`, `the` do not count. Nothing that could change a fact does: not a number, a sign, a negation.
+    /// `a`, `an`, `the` do not count. What could change a fact does: a number with its sign, its point and its unit, a
+    /// negation, a question mark, a capital letter that is a name, as in `plan A`.
     /// A chunk with the very same text is never stored twice, whatever is chosen here.
     pub near_duplicates: bool,
     /// What to do with passwords, keys and tokens.
@@ -280,15 +281,9 @@ impl Hygiene {
 pub(crate) fn gist(text: &str) -> String {
     let mut gist = String::with_capacity(text.len());
     for line in text.lines() {
-        let line = line.trim_start_matches(['>', ' ', '\t']);
-        for token in line.split_whitespace() {
-            let word = if token.contains(char::is_alphanumeric) {
-                token.trim_matches(is_mark)
-            } else {
-                token
-            };
-            if word.is_empty() || ["a", "an", "the"].iter().any(|it| word.eq_ignore_ascii_case(it))
-            {
+        for (at, token) in unquoted(line).split_whitespace().enumerate() {
+            let (word, behind) = core(token);
+            if behind.is_empty() && is_article(word, at == 0) {
                 continue;
             }
             if word.is_ascii() {
@@ -299,16 +294,58 @@ pub(crate) fn gist(text: &str) -> String {
                 gist.extend(word.chars().flat_map(char::to_lowercase));
             }
             gist.push(' ');
+            if behind.contains('?') {
+                gist.push_str("? ");
+            }
         }
     }
     // Signs alone say too little to be told apart by.
     if gist.contains(char::is_alphanumeric) { gist } else { String::new() }
 }
 
+/// A line without the marks of a quotation before it. Before a number such a mark may say that something is more.
+fn unquoted(line: &str) -> &str {
+    let inner = line.trim_start_matches(['>', ' ', '\t']);
+    let first = inner.split_whitespace().next().unwrap_or_default();
+    let is_number =
+        first.trim_start_matches(|c: char| !c.is_alphanumeric()).starts_with(char::is_numeric);
+    if is_number { line } else { inner }
+}
+
+/// A token without the marks around it that say nothing, and what was cut off behind it.
+fn core(token: &str) -> (&str, &str) {
+    if !token.contains(char::is_alphanumeric) {
+        return (token, "");
+    }
+    let mut start = token.len() - token.trim_start_matches(is_mark).len();
+    let is_opened = token[..start].contains(|c: char| is_unit(c) || matches!(c, '“' | '‘'));
+    // Half of something: `.5`.
+    if token[start..].starts_with(char::is_numeric) && token[..start].ends_with('.') {
+        start -= 1;
+    }
+    let mut end = token.trim_end_matches(is_mark).len();
+    if !is_opened && token[..end].ends_with(char::is_numeric) {
+        end = token.len() - token[end..].trim_start_matches(is_unit).len();
+    }
+    (&token[start..end], &token[end..])
+}
+
+/// Whether a word says nothing: `is_first` in its line or not. A capital letter within a line is a name, as in `plan A`.
+fn is_article(word: &str, is_first: bool) -> bool {
+    matches!(word, "a" | "an" | "An")
+        || word.eq_ignore_ascii_case("the")
+        || (is_first && word == "A")
+}
+
 /// What may stand around a word and says nothing.
 fn is_mark(c: char) -> bool {
     matches!(c, '.' | ',' | ';' | ':' | '!' | '?' | '"' | '\'' | '(' | ')' | '[' | ']' | '{' | '}')
         || matches!(c, '*' | '_' | '`' | '“' | '”' | '‘' | '’' | '…')
+}
+
+/// Which of these behind a number may be its unit: inches, feet, stars.
+fn is_unit(c: char) -> bool {
+    matches!(c, '"' | '\'' | '*' | '”' | '’')
 }
 
 fn digits(text: &str) -> impl DoubleEndedIterator<Item = u32> + '_ {
@@ -427,8 +464,16 @@ mod tests {
             "We booked the Gion hotel in Kyoto.",
             "> we booked  a GION hotel, in Kyoto!",
             "*We booked Gion hotel\nin Kyoto*",
+            "> > WE BOOKED THE GION HOTEL\n> > IN KYOTO",
         ];
         assert!(same.iter().all(|text| gist(text) == gist(same[0])));
+        for (one, other) in [
+            ("A train leaves at 9.", "the train leaves at **9**"),
+            ("She said: \"Take 5.\"", "she said take (5)"),
+            ("An answer, is it?", "the answer is it ?"),
+        ] {
+            assert_eq!(gist(one), gist(other), "{one} {other}");
+        }
         for (one, other) in [
             ("I like C.", "I like C++."),
             ("I like tea.", "I do not like tea."),
@@ -438,6 +483,19 @@ mod tests {
             ("It is -5 here.", "It is 5 here."),
             ("Ada told Bob.", "Bob told Ada."),
             ("My passport.", "Your passport."),
+            ("Take 5 mg.", "Take .5 mg."),
+            ("Take (5 mg).", "Take (.5 mg)."),
+            ("The board is 6\" long.", "The board is 6' long."),
+            ("The board is 6\" long.", "The board is 6 long."),
+            ("It is 5'6\".", "It is 5'6."),
+            ("A hotel of 4*, I think.", "A hotel of 4, I think."),
+            ("100 ms is too slow.", "> 100 ms is too slow."),
+            ("$100 is too much.", "> $100 is too much."),
+            ("The flight is at nine?", "The flight is at nine."),
+            ("\"The flight is at nine?\"", "\"The flight is at nine.\""),
+            ("We chose plan A.", "We chose the plan."),
+            ("We chose plan A today.", "We chose the plan today."),
+            ("We chose plan a.", "We chose the plan."),
         ] {
             assert_ne!(gist(one), gist(other), "{one} {other}");
         }

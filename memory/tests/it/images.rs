@@ -201,7 +201,11 @@ fn a_lost_torn_or_foreign_image_is_made_from_the_log() {
         assert!(store.disk_usage().unwrap().image_bytes > 0);
         answers(&store)
     };
-    let mut damages: Vec<Vec<u8>> = vec![Vec::new(), b"junk".to_vec(), whole[..95].to_vec()];
+    // Of version 1, whose gists were others.
+    let mut earlier = whole.clone();
+    earlier[8..12].copy_from_slice(&1u32.to_le_bytes());
+    let mut damages: Vec<Vec<u8>> =
+        vec![Vec::new(), b"junk".to_vec(), whole[..95].to_vec(), earlier];
     for at in (0..whole.len()).step_by(whole.len() / 7) {
         let mut damaged = whole.clone();
         damaged[at] ^= 1;

@@ -4,6 +4,7 @@
 mod image;
 mod place;
 mod rows;
+mod subjects;
 mod vectors;
 
 use std::collections::HashMap;
@@ -12,9 +13,11 @@ use std::sync::Arc;
 use foldhash::fast::RandomState;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
-pub(crate) use self::place::{Moment, Place, Version};
-use self::place::{num_superseded, superseded};
+use self::place::supersede;
+pub(crate) use self::place::{Moment, Place};
 use self::rows::Rows;
+use self::subjects::Subjects;
+pub(crate) use self::subjects::{Version, VersionKey};
 pub(crate) use self::vectors::{Elsewhere, Vectors};
 use crate::filter::Metadata;
 use crate::hygiene::gist;
@@ -72,10 +75,7 @@ pub(crate) struct Partition {
     by_gist: HashMap<u64, u32, RandomState>,
     /// Hash of the gist of each slot; 0 if there is none.
     gists: Vec<u64>,
-    /// What was said about each subject, oldest first.
-    subjects: HashMap<Box<str>, Vec<Version>>,
-    /// Chunks of the versions that another one superseded, one chunk as often as it stands in them.
-    num_superseded_chunks: usize,
+    subjects: Subjects,
     /// Places that expire at some time.
     num_expiring: usize,
     tags: Tags,
@@ -100,8 +100,7 @@ impl Partition {
             gists: Vec::new(),
             num_changes: 0,
             saved: None,
-            subjects: HashMap::new(),
-            num_superseded_chunks: 0,
+            subjects: Subjects::default(),
             num_expiring: 0,
         }
     }
@@ -125,13 +124,12 @@ impl Partition {
 
     /// Subjects, and the turns about one that a newer turn superseded.
     pub(crate) fn num_subjects(&self) -> (usize, usize) {
-        let num = self.subjects.values().map(|versions| superseded(versions).count()).sum();
-        (self.subjects.len(), num)
+        self.subjects.counts()
     }
 
     /// Chunks of superseded turns, at least as many as there are.
     pub(crate) fn num_superseded_chunks(&self) -> usize {
-        self.num_superseded_chunks
+        self.subjects.num_superseded_chunks()
     }
 
     /// Places that expire at some time, or have.
@@ -425,43 +423,20 @@ impl Partition {
 
     /// Lets a turn speak about its subject: it supersedes older ones, and newer ones supersede it.
     pub(crate) fn add_version(&mut self, subject: &str, version: Version) {
-        let versions = self.subjects.entry(subject.into()).or_default();
-        self.num_superseded_chunks -= num_superseded(versions);
-        let at = versions.partition_point(|known| *known < version);
-        versions.insert(at, version);
-        self.num_superseded_chunks += num_superseded(versions);
-        self.supersede(subject);
+        let Self { subjects, by_id, slots, .. } = self;
+        subjects.add(subject, version, |version, time_ms| mark(by_id, slots, version, time_ms));
+    }
+
+    /// The same of many turns, in less time than one by one.
+    pub(crate) fn add_versions(&mut self, versions: Vec<(&str, Version)>) {
+        let Self { subjects, by_id, slots, .. } = self;
+        subjects.add_all(versions, |version, time_ms| mark(by_id, slots, version, time_ms));
     }
 
     /// Takes a turn's word about its subject back.
-    pub(crate) fn remove_version(&mut self, subject: &str, turn: (u64, u64)) {
-        if let Some(versions) = self.subjects.get_mut(subject) {
-            self.num_superseded_chunks -= num_superseded(versions);
-            versions.retain(|version| version.turn != turn);
-            self.num_superseded_chunks += num_superseded(versions);
-            if versions.is_empty() {
-                self.subjects.remove(subject);
-            } else {
-                self.supersede(subject);
-            }
-        }
-    }
-
-    /// Marks the places of every turn about a subject with the time at which the next one came.
-    fn supersede(&mut self, subject: &str) {
-        let Some(versions) = self.subjects.get(subject).cloned() else { return };
-        for (at, version) in versions.iter().enumerate() {
-            let next = versions[at..].iter().find(|next| !next.is_same(version));
-            // The last of all times says that none came.
-            let superseded_ms = next.map_or(i64::MAX, |next| next.time_ms.min(i64::MAX - 1));
-            for chunk in &version.chunks {
-                let Some(chunk) = self.get_mut(*chunk) else { continue };
-                let places = chunk.places.iter_mut();
-                places
-                    .filter(|place| (place.session, place.turn) == version.turn)
-                    .for_each(|place| place.superseded_ms = superseded_ms);
-            }
-        }
+    pub(crate) fn remove_version(&mut self, subject: &str, key: VersionKey) {
+        let Self { subjects, by_id, slots, .. } = self;
+        subjects.remove(subject, key, |version, time_ms| mark(by_id, slots, version, time_ms));
     }
 
     /// Gives a chunk that has none its vectors.
@@ -547,6 +522,20 @@ impl Partition {
         let texts: Vec<(u32, &str)> =
             removed.iter().map(|(slot, chunk)| (*slot, &*chunk.text)).collect();
         self.words.remove(terms, &texts);
+    }
+}
+
+/// Says in the places of a version's turn when the next one came.
+fn mark(
+    by_id: &HashMap<u128, u32, RandomState>,
+    slots: &mut [Option<Chunk>],
+    version: &Version,
+    superseded_ms: i64,
+) {
+    for id in &version.chunks {
+        let Some(&slot) = by_id.get(id) else { continue };
+        let Some(chunk) = &mut slots[slot as usize] else { continue };
+        supersede(&mut chunk.places, version.order, version.turn, superseded_ms);
     }
 }
 

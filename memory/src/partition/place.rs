@@ -1,4 +1,4 @@
-//! Where and when a text was said, until when it counts, and what came to stand in its place.
+//! Where and when a text was said, until when it counts, and when something else came to stand in its place.
 //! Knows nothing of texts, indexes or files.
 
 use crate::Role;
@@ -49,31 +49,51 @@ impl Place {
     }
 }
 
-/// A turn that says something about a subject.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Version {
-    pub(crate) time_ms: i64,
-    pub(crate) order: u64,
-    /// Session and turn.
-    pub(crate) turn: (u64, u64),
-    /// The turn's chunks.
-    pub(crate) chunks: Vec<u128>,
+/// Says in the places of one turn that another took its place at `superseded_ms`; they ascend by order and session.
+pub(super) fn supersede(
+    places: &mut [Place],
+    order: u64,
+    (session, turn): (u64, u64),
+    superseded_ms: i64,
+) {
+    let key = (order, session);
+    // Many turns may have said the very same.
+    let first = places.partition_point(|place| (place.order, place.session) < key);
+    let own = places[first..].iter_mut();
+    own.take_while(|place| (place.order, place.session) == key)
+        .filter(|place| place.turn == turn)
+        .for_each(|place| place.superseded_ms = superseded_ms);
 }
 
-impl Version {
-    /// Whether both are one statement, which a fork has as its original does.
-    pub(super) fn is_same(&self, other: &Self) -> bool {
-        (self.time_ms, self.order) == (other.time_ms, other.order)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_places_of_one_turn_are_superseded_and_no_others() {
+        let place = |session, turn, start, order| Place {
+            session,
+            turn,
+            start,
+            end: start + 2,
+            order,
+            role: Role::User,
+            time_ms: 0,
+            expires_ms: i64::MAX,
+            superseded_ms: i64::MAX,
+            near: false,
+        };
+        let mut places = [
+            place(1, 0, 0, 3),
+            place(1, 1, 0, 5),
+            place(1, 1, 9, 5),
+            place(2, 1, 0, 5),
+            place(1, 2, 0, 6),
+        ];
+        supersede(&mut places, 5, (1, 1), 20);
+        supersede(&mut places, 6, (3, 2), 30);
+        supersede(&mut places, 4, (1, 1), 30);
+        let never = i64::MAX;
+        assert_eq!(places.map(|place| place.superseded_ms), [never, 20, 20, never, never]);
     }
-}
-
-/// The versions that a newer one superseded, of those of one subject, oldest first.
-pub(super) fn superseded(versions: &[Version]) -> impl Iterator<Item = &Version> {
-    let newest = versions.last();
-    versions.iter().filter(move |version| newest.is_some_and(|newest| !version.is_same(newest)))
-}
-
-/// Chunks of those.
-pub(super) fn num_superseded(versions: &[Version]) -> usize {
-    superseded(versions).map(|version| version.chunks.len()).sum()
 }

@@ -364,7 +364,9 @@ impl Store {
                     continue;
                 };
                 let ids: Vec<u128> = turn_state.chunks.iter().map(|chunk| chunk.id).collect();
-                dropped.push((scope.clone(), id, turn, ids, turn_state.subject.clone()));
+                let key = turn_state.version_key(id, turn);
+                let told = turn_state.subject.clone().map(|subject| (subject, key));
+                dropped.push((scope.clone(), id, turn, ids, told));
             }
         }
         let mut guard = self.publish(writer, changes)?;
@@ -372,11 +374,11 @@ impl Store {
         let terms = self.terms();
         let mut affected = BTreeSet::new();
         let mut bare: BTreeMap<Scope, Vec<u128>> = BTreeMap::new();
-        for (scope, id, turn, ids, subject) in dropped {
+        for (scope, id, turn, ids, told) in dropped {
             let partition = state.partition_mut(&scope);
             let left = partition.remove_places(ids.into_iter(), id, turn);
-            if let Some(subject) = subject {
-                partition.remove_version(&subject, (id, turn));
+            if let Some((subject, key)) = told {
+                partition.remove_version(&subject, key);
             }
             bare.entry(scope).or_default().extend(left);
             affected.insert(id);

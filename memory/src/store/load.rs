@@ -16,7 +16,7 @@ use super::state::{PartitionKey, State, partition_key};
 use super::vectors::head;
 use crate::format::image::Image;
 use crate::format::{Body, ChunkSpan, Key, Kind, Record, StoreRecord, TurnRecord, decode_names};
-use crate::partition::{Partition, Place};
+use crate::partition::{Partition, Place, Version};
 use crate::summary::Summary;
 use crate::{Embedder, Error, Result, Scope};
 
@@ -204,15 +204,19 @@ impl Loader<'_> {
     fn versions(&mut self) {
         let dim = self.state.dim();
         let State { sessions, partitions, .. } = &mut self.state;
+        let mut told: BTreeMap<PartitionKey, Vec<(&str, Version)>> = BTreeMap::new();
         for (&id, session) in sessions.iter() {
             let Some(scope) = &session.scope else { continue };
-            for (&turn, state) in &session.turns {
-                if let Some((subject, version)) = state.version(id, turn) {
-                    let partition = partitions.entry(partition_key(scope));
-                    let partition = partition.or_insert_with(|| Partition::new(dim));
-                    partition.add_version(subject, version);
-                }
+            let turns = session.turns.iter();
+            let mut versions =
+                turns.filter_map(|(&turn, state)| state.version(id, turn)).peekable();
+            if versions.peek().is_some() {
+                told.entry(partition_key(scope)).or_default().extend(versions);
             }
+        }
+        for (key, versions) in told {
+            let partition = partitions.entry(key).or_insert_with(|| Partition::new(dim));
+            partition.add_versions(versions);
         }
     }
 

@@ -135,6 +135,7 @@ impl Store {
         turn_state.chunks = chunks;
         let places: Vec<_> =
             changed.iter().map(|span| (span.id, turn_state.place(turn.0, turn.1, span))).collect();
+        let key = turn_state.version_key(turn.0, turn.1);
         let version = turn_state
             .version(turn.0, turn.1)
             .map(|(subject, version)| (subject.to_owned(), version));
@@ -148,7 +149,7 @@ impl Store {
             partition.add_place(id, place);
         }
         if let Some((subject, version)) = version {
-            partition.remove_version(&subject, turn);
+            partition.remove_version(&subject, key);
             partition.add_version(&subject, version);
         }
         Ok(())

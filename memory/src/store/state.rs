@@ -14,7 +14,7 @@ use crate::format::{
     BlobRef, ChunkSpan, Key, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord,
     TurnRecord,
 };
-use crate::partition::{Partition, Place, Version};
+use crate::partition::{Partition, Place, Version, VersionKey};
 use crate::summary::Summary;
 use crate::{Error, Result, Role, Scope};
 
@@ -63,8 +63,13 @@ impl TurnState {
     pub(crate) fn version(&self, session: u64, turn: u64) -> Option<(&str, Version)> {
         let subject = self.subject.as_deref().filter(|_| !self.record.retracted)?;
         let chunks = self.chunks.iter().map(|span| span.id).collect();
-        let (time_ms, order) = (self.record.time_ms, self.record.order);
-        Some((subject, Version { time_ms, order, turn: (session, turn), chunks }))
+        let (time_ms, order, turn) = self.version_key(session, turn);
+        Some((subject, Version { time_ms, order, turn, chunks }))
+    }
+
+    /// Where that stands among all that is said about the subject.
+    pub(crate) fn version_key(&self, session: u64, turn: u64) -> VersionKey {
+        (self.record.time_ms, self.record.order, (session, turn))
     }
 }
 

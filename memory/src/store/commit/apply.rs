@@ -54,7 +54,8 @@ impl Store {
             for turn in &plan.retracted {
                 let Some(state) = session.turns.get(turn) else { continue };
                 dropped.extend(state.chunks.iter().map(|chunk| (*turn, chunk.id)));
-                silenced.extend(state.subject.clone().map(|subject| (subject, *turn)));
+                let key = state.version_key(plan.session, *turn);
+                silenced.extend(state.subject.clone().map(|subject| (subject, key)));
             }
             if let Some(summary) = plan.summary {
                 session.summary = summary;
@@ -93,8 +94,8 @@ impl Store {
             bare.extend(partition.remove_places(std::iter::once(id), plan.session, turn));
         }
         partition.remove(&writer.terms, &bare);
-        for (subject, turn) in silenced {
-            partition.remove_version(&subject, (plan.session, turn));
+        for (subject, key) in silenced {
+            partition.remove_version(&subject, key);
         }
         for (subject, version) in versions {
             partition.add_version(&subject, version);

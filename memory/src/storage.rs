@@ -30,6 +30,7 @@ pub trait Storage: Send {
     fn disk_bytes(&self) -> Result<u64>;
 
     /// Rewrites its files without what was overwritten or removed; a crash leaves the old ones or the new ones.
+    /// After an error the records are as they were, or every further call fails.
     fn compact(&mut self) -> Result<()>;
 
     /// Where it lies, for the text of errors.

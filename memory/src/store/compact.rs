@@ -58,8 +58,7 @@ impl Store {
         }
         self.purge(&mut writer)?;
         let compacted = writer.records.compact();
-        writer.broken |= compacted.is_err();
-        compacted
+        checked(&mut writer, compacted)
     }
 
     /// Moves what is alive in `number` to the active segment, and removes the file.
@@ -128,14 +127,22 @@ impl Store {
         self.rewrite_graphs()?;
         let store = StoreRecord { purge_pending: false, ..self.read().store.clone() };
         drop(self.publish(writer, &[Change::put(Key::Store, Record::Store(store))])?);
-        compact_records(writer)?;
+        if let Err(error) = compact_records(writer) {
+            // No text is in it, and what was to be done is done.
+            tracing::warn!(%error, "compaction of the database failed");
+        }
         Ok(impure)
     }
 }
 
 /// Compacts a database that takes several times what is alive in it.
 fn compact_records(writer: &mut Writer) -> Result<()> {
-    let compacted = writer.records.compact_if_grown();
-    writer.broken |= compacted.is_err();
-    compacted.map(|_| ())
+    let compacted = writer.records.compact_if_grown().map(|_| ());
+    checked(writer, compacted)
+}
+
+/// A database that could not be compacted is as it was, and written on, unless it was closed by then.
+fn checked(writer: &mut Writer, compacted: Result<()>) -> Result<()> {
+    writer.broken |= compacted.is_err() && !writer.records.can_be_read();
+    compacted
 }

@@ -178,12 +178,14 @@ impl Records {
 
     /// Compacts the files if they take more than four times what is alive in them, and half as much again as they took
     /// of it when they were compacted last.
-    /// After an error the store must be opened again to be written.
+    /// After an error the records are as they were, or [cannot be read](Self::can_be_read) any more.
     pub(crate) fn compact_if_grown(&mut self) -> Result<bool> {
         let mut disk = self.storage.disk_bytes()?;
         if disk < self.check_at_bytes {
             return Ok(false);
         }
+        // If it fails, as on a full disk, the next commits need not try it again.
+        self.check_at_bytes = ((disk as f64 * MIN_GROWTH) as u64).max(MIN_COMPACT_BYTES);
         let live = self.live_bytes()? as f64;
         let grown = disk as f64 > self.max_amplification() * live;
         if grown {
@@ -203,9 +205,15 @@ impl Records {
         MAX_AMPLIFICATION.max(self.compacted_amplification * MIN_GROWTH)
     }
 
-    /// Compacts the files whatever they take.
+    /// Compacts the files whatever they take; after an error it is as after one of
+    /// [`compact_if_grown`](Self::compact_if_grown).
     pub(crate) fn compact(&mut self) -> Result<()> {
         self.storage.compact()
+    }
+
+    /// Whether the database answers. After a compaction that failed it may be closed.
+    pub(crate) fn can_be_read(&self) -> bool {
+        self.storage.get(CIPHER_KEY).is_ok()
     }
 }
 

@@ -39,6 +39,24 @@ impl SledTree {
         Ok(Self { folder: folder.to_owned(), db: Some(db) })
     }
 
+    /// Copies every record to a new database in `new`, whose files are on the disk when this returns.
+    fn copy_to(&self, new: &Path) -> Result<()> {
+        remove_folder(new)?;
+        let mut copy = Self::open(new)?;
+        let mut batch = Vec::new();
+        self.scan(&[], &mut |key, value| {
+            batch.push((key.to_vec(), Some(value.to_vec())));
+            if batch.len() == COPY_RECORDS {
+                copy.write(&batch)?;
+                batch.clear();
+            }
+            Ok(())
+        })?;
+        copy.write(&batch)?;
+        drop(copy);
+        super::sync_files(new)
+    }
+
     fn db(&self) -> Result<&sled::Db> {
         self.db.as_ref().ok_or_else(|| {
             Error::new(
@@ -90,26 +108,21 @@ impl Storage for SledTree {
 
     /// sled never shrinks its files: what is alive is copied to a new folder that takes the old one's place.
     fn compact(&mut self) -> Result<()> {
-        let new = beside(&self.folder, "new");
-        remove_folder(&new)?;
-        {
-            let mut copy = Self::open(&new)?;
-            let mut batch = Vec::new();
-            self.scan(&[], &mut |key, value| {
-                batch.push((key.to_vec(), Some(value.to_vec())));
-                if batch.len() == COPY_RECORDS {
-                    copy.write(&batch)?;
-                    batch.clear();
-                }
-                Ok(())
-            })?;
-            copy.write(&batch)?;
-        }
+        let (new, old) = (beside(&self.folder, "new"), beside(&self.folder, "old"));
         let parent = self.folder.parent().unwrap_or(Path::new(".")).to_owned();
-        super::sync_files(&new)?;
-        sync_folder(&parent)?;
+        let copied = self.copy_to(&new).and_then(|()| sync_folder(&parent));
+        if copied.is_err() {
+            // It may have failed for lack of the room that the copy takes. The next one removes what stays.
+            let _ = remove_folder(&new);
+            return copied;
+        }
         self.db = None;
-        rename(&self.folder, &beside(&self.folder, "old"))?;
+        if let Err(error) = rename(&self.folder, &old) {
+            // Nothing was moved: the old one goes on.
+            *self = Self::open(&self.folder)?;
+            let _ = remove_folder(&new);
+            return Err(error);
+        }
         sync_folder(&parent)?;
         finish_swap(&parent)?;
         *self = Self::open(&self.folder)?;
@@ -205,5 +218,35 @@ fn guard<T>(operation: &str, path: &Path, call: impl FnOnce() -> sled::Result<T>
             Err(failed(kind, source.to_string()).with_source(source))
         }
         Err(_) => Err(failed(ErrorKind::Corrupted, "the database cannot be read".into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_that_fails_is_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let mut tree = SledTree::open(&parent.path().join("db")).unwrap();
+        tree.write(&[(vec![1], Some(vec![2]))]).unwrap();
+        let db = tree.db.take();
+        // What is to be copied cannot be read.
+        assert!(tree.compact().is_err());
+        assert!(!parent.path().join("db.new").exists());
+        tree.db = db;
+        tree.compact().unwrap();
+        assert_eq!(tree.get(&[1]).unwrap(), Some(vec![2]));
+    }
+
+    #[test]
+    fn a_database_that_cannot_be_moved_goes_on() {
+        let parent = tempfile::tempdir().unwrap();
+        let mut tree = SledTree::open(&parent.path().join("db")).unwrap();
+        std::fs::create_dir_all(parent.path().join("db.old/full")).unwrap();
+        assert!(tree.compact().is_err());
+        assert!(!parent.path().join("db.new").exists());
+        tree.write(&[(vec![1], Some(vec![2]))]).unwrap();
+        assert_eq!(tree.get(&[1]).unwrap(), Some(vec![2]));
     }
 }

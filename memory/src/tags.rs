@@ -1,7 +1,7 @@
 //! The turns of one partition by their metadata: an expression becomes a set of turns before anything is searched.
 //! Knows a turn by two numbers and a chunk by its slot.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 
 use crate::filter::{Filter, Metadata, Value};
@@ -25,7 +25,7 @@ pub(crate) struct Tags {
     free: Vec<u32>,
     /// Numbers in use.
     used: Bits,
-    keys: HashMap<String, BTreeMap<Value, Vec<u32>>>,
+    keys: HashMap<String, BTreeMap<Value, BTreeSet<u32>>>,
 }
 
 impl Tags {
@@ -43,7 +43,7 @@ impl Tags {
         let number = self.number(turn);
         for (key, value) in metadata {
             let values = self.keys.entry(key.clone()).or_default();
-            values.entry(value.clone()).or_default().push(number);
+            values.entry(value.clone()).or_default().insert(number);
         }
         self.turns[number as usize].metadata = metadata.clone();
     }
@@ -55,7 +55,7 @@ impl Tags {
         for (key, value) in &tagged.metadata {
             let Some(values) = self.keys.get_mut(key) else { continue };
             if let Some(numbers) = values.get_mut(value) {
-                numbers.retain(|&other| other != number);
+                numbers.remove(&number);
                 if numbers.is_empty() {
                     values.remove(value);
                 }
@@ -93,9 +93,9 @@ impl Tags {
         number
     }
 
-    fn gather<'a>(&self, lists: impl Iterator<Item = &'a Vec<u32>>) -> Bits {
+    fn gather<'a>(&self, sets: impl Iterator<Item = &'a BTreeSet<u32>>) -> Bits {
         let mut bits = Bits::none(self.used.len());
-        lists.flatten().for_each(|&number| bits.insert(number as usize));
+        sets.flatten().for_each(|&number| bits.insert(number as usize));
         bits
     }
 

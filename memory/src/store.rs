@@ -17,6 +17,7 @@ mod near;
 mod open;
 mod page_bytes;
 mod queries;
+mod quotes;
 mod read;
 mod records;
 mod reembed;

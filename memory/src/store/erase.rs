@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::quotes::Quotable;
 use super::read::{open, read_body};
 use super::records::Change;
 use super::state::{PartitionKey, Session, State, TurnState, partition_key};
@@ -13,7 +14,7 @@ use crate::format::{
     Body, Key, Kind, Record, StoreRecord, TurnChunks, TurnRecord, chunk_digest, turn_digest,
 };
 use crate::summary::Summary;
-use crate::{Error, Forget, Receipt, Result, Role, Scope, sentences};
+use crate::{Error, Forget, Receipt, Result, Role, Scope};
 
 /// Turns to erase, each with its text; none if the text is damaged and cannot be read.
 type Erased = BTreeMap<(u64, u64), Option<String>>;
@@ -213,13 +214,13 @@ impl Store {
     /// Adds the turns in which a chunk that will be gone was quoted back to a model.
     fn add_quotes(&self, scope: &Scope, erasure: &mut Erasure) -> Result<()> {
         let state = self.read();
-        let mut texts = BTreeSet::new();
+        let mut texts: Vec<&str> = Vec::new();
         for (session_id, id) in bare_chunks(&state, erasure) {
             let session =
                 state.sessions.get(&session_id).and_then(|session| session.scope.as_ref());
             let partition = session.and_then(|scope| state.partition(scope));
             if let Some(chunk) = partition.and_then(|partition| partition.get(id)) {
-                texts.extend(quotable(&chunk.text));
+                texts.push(&chunk.text);
             }
         }
         // A turn that was taken back has no chunk in memory any more, and may have been quoted before.
@@ -231,15 +232,16 @@ impl Store {
             let was_told = turn.record.remember && turn.record.role != Role::Recalled;
             if turn.chunks.is_empty() && turn.record.retracted && was_told {
                 // It came from an export.
-                texts.extend(quotable(text));
+                texts.push(text);
             }
             for span in &turn.chunks {
                 let is_gone = partition.is_none_or(|partition| partition.get(span.id).is_none());
                 let part = text.get(span.start as usize..span.end as usize);
-                texts.extend(part.filter(|_| is_gone).into_iter().flat_map(quotable));
+                texts.extend(part.filter(|_| is_gone));
             }
         }
-        if texts.is_empty() {
+        let quotable = Quotable::new(texts);
+        if quotable.is_empty() {
             return Ok(());
         }
         let user = Scope::user(scope.user_id());
@@ -251,11 +253,7 @@ impl Store {
                     continue;
                 }
                 let Some(body) = self.body(&state, session_scope, session, turn) else { continue };
-                let quoted = body.as_ref().is_none_or(|body| {
-                    let text = letters(&body.text);
-                    texts.iter().any(|erased| text.contains(erased.as_str()))
-                });
-                if quoted {
+                if body.as_ref().is_none_or(|body| quotable.is_in(&body.text)) {
                     erasure.turns.insert((id, turn), body.map(|body| body.text));
                 }
             }
@@ -408,11 +406,6 @@ impl Store {
     }
 }
 
-/// Letters of the shortest sentence that is looked for in quotations.
-const LEAST_LETTERS: usize = 8;
-/// The same of one with digits: a number, a date.
-const LEAST_WITH_DIGITS: usize = 4;
-
 /// The chunks of erased turns that no other turn holds: session of an erased turn, identity.
 fn bare_chunks(state: &State, erasure: &Erasure) -> Vec<(u64, u128)> {
     let is_erased = |session: u64, turn: u64| erasure.turns.contains_key(&(session, turn));
@@ -487,22 +480,6 @@ fn is_marked(body: &Body, needle: &str) -> bool {
             (holds(key) && body.head.role != Role::Recalled)
                 || matches!(value, crate::Value::Text(text) if holds(text))
         })
-}
-
-/// What of an erased text may stand in a quotation, as its letters: all of it, or a sentence. One of few letters and no digit
-/// is said everywhere.
-fn quotable(text: &str) -> impl Iterator<Item = String> {
-    let told = |sentence: &String| {
-        let has_digit = sentence.chars().any(char::is_numeric);
-        sentence.chars().count() >= if has_digit { LEAST_WITH_DIGITS } else { LEAST_LETTERS }
-    };
-    let parts = sentences(text).into_iter().map(|sentence| letters(&text[sentence]));
-    parts.filter(told).chain([letters(text)]).filter(|text| !text.is_empty())
-}
-
-/// Letters and digits of a text in lower case: what is left of a chunk however it was quoted.
-fn letters(text: &str) -> String {
-    text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
 }
 
 fn not_found(scope: &Scope, turn: u64, num_turns: u64) -> Error {

@@ -38,7 +38,7 @@ struct Cut<'a> {
     entry: Entry,
     /// Whether it may be recalled.
     remember: bool,
-    /// Its place among all turns of the user, if it is a copy of one; else behind them all.
+    /// Its place among all turns of the user, if it has one; else behind them all.
     order: Option<u64>,
     spans: Vec<chunk::Span>,
 }
@@ -187,7 +187,7 @@ impl Store {
         self.options.hygiene.examine(&commit.turns)
     }
 
-    /// Appends turns of another store's log as they stood there, copies with the order of their originals.
+    /// Appends turns of another store's log as they stood there, each with its order, if that is known.
     pub(super) fn append_log(
         &self,
         scope: &Scope,

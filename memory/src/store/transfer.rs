@@ -2,7 +2,7 @@
 //! Knows no bytes of the store's own format; chunks and vectors are made anew where the log is imported.
 
 use std::collections::hash_map::Entry as Told;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{BufRead, Read, Write};
 use std::path::Path;
 
@@ -17,11 +17,14 @@ use crate::{Cancel, Error, ErrorKind, NewTurn, Result, Role, Scope, TurnId, Valu
 
 /// What the first line says about the others.
 const FORMAT: &str = "mka-memory log";
-/// Version of the lines.
-const VERSION: u32 = 1;
+/// Version of the lines. Those of version 1 have no `order`.
+const VERSION: u32 = 2;
+const OLDEST_VERSION: u32 = 1;
 /// Turns of one session that are committed at once, and bytes of their text: bounds memory and the number of syncs.
 const BATCH_TURNS: usize = 64;
 const BATCH_BYTES: usize = 1 << 20;
+/// Places among the turns of a user are below this, whatever a line says: others come after them.
+const MAX_ORDER: u64 = 1 << 63;
 /// The longest line that is read: a turn of some hundred megabytes, escaped.
 const MAX_LINE_BYTES: u64 = 1 << 30;
 
@@ -66,6 +69,9 @@ struct Line {
     turn: TurnId,
     role: Role,
     time_ms: i64,
+    /// Its place among all turns of its user, in the store that it comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    order: Option<u64>,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     text: String,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -135,8 +141,43 @@ struct Listed {
     copy_of: Option<String>,
 }
 
-/// Turns of one session to be appended, each with its place among all turns of the user if it is a copy.
+/// Turns of one session to be appended, each with its place among all turns of the user if it has one.
 type Batch = Vec<(NewTurn, Entry, Option<u64>)>;
+
+/// Where the turns of one user that an import brings go among all of the user's.
+struct Orders {
+    /// What is added to the orders of lines; none before the first of them.
+    base: Option<u64>,
+    /// The order behind all turns that are there.
+    next: u64,
+    /// Orders that turns have. A forgotten one may share its own: nothing tells a copy of it from another one.
+    taken: HashSet<u64>,
+}
+
+impl Orders {
+    /// A turn of the import is there already, at `held`: the others go where they stood beside it.
+    fn hold(&mut self, held: u64, order: Option<u64>) {
+        self.base = self.base.or(order.and_then(|order| held.checked_sub(order)));
+    }
+
+    /// The order of a turn that is appended; none puts it behind all others.
+    fn place(&mut self, order: Option<u64>, forgotten: bool) -> Option<u64> {
+        let wanted = order.and_then(|order| {
+            let base = *self.base.get_or_insert(self.next);
+            base.checked_add(order).filter(|order| *order < MAX_ORDER)
+        });
+        let placed = wanted.filter(|order| forgotten || self.taken.insert(*order));
+        match placed {
+            Some(order) => self.next = self.next.max(order + 1),
+            None if forgotten => {}
+            None => {
+                self.taken.insert(self.next);
+                self.next += 1;
+            }
+        }
+        placed
+    }
+}
 
 impl Store {
     /// Writes the log of `scope` to `out`: one line of JSON for each turn, in order, session by session, older ones first.
@@ -211,7 +252,8 @@ impl Store {
     /// Appends the turns that an export wrote, to the sessions that they come from. What a session got by a
     /// [`fork`](Self::fork) belongs to the original as before, if that one is there by then.
     ///
-    /// Turns that the store holds already are skipped, so that an import that was interrupted can be repeated.
+    /// Turns that the store holds already are skipped, so that an import that was interrupted can be repeated. The others
+    /// keep their order among each other, across sessions, behind what the store holds of their user.
     /// Turns are cut, embedded and compared with what is there as new ones are; [`Hygiene`](crate::Hygiene)'s policies
     /// for secrets and personal data do not apply to them.
     ///
@@ -222,17 +264,18 @@ impl Store {
         let mut lines = Lines { input, number: 0 };
         let header: Header =
             lines.next()?.ok_or_else(|| Error::invalid("import: the input is empty"))?;
-        if header.format != FORMAT || header.version != VERSION {
+        if header.format != FORMAT || !(OLDEST_VERSION..=VERSION).contains(&header.version) {
             return Err(Error::new(
                 ErrorKind::Incompatible,
                 format!(
-                    "import: expected `{FORMAT}` of version {VERSION}, got `{}` of version {}",
+                    "import: expected `{FORMAT}` of version {OLDEST_VERSION} to {VERSION}, got `{}` of version {}",
                     header.format, header.version
                 ),
             ));
         }
         let mut imported = Imported::default();
         let mut batch: Option<(Scope, Batch)> = None;
+        let mut orders: HashMap<String, Orders> = HashMap::new();
         let mut bytes = 0;
         while let Some(line) = lines.next::<Line>()? {
             cancel.check("import")?;
@@ -245,8 +288,12 @@ impl Store {
             }
             let num_waiting = batch.as_ref().map_or(0, |(_, turns)| turns.len() as u64);
             let next = self.num_turns(&scope)? + num_waiting;
+            let orders = orders.entry(line.user.clone()).or_insert_with(|| self.orders(&line.user));
             if turn < next {
                 self.check_held(&scope, &line, lines.number)?;
+                if let Some(held) = self.order_held(&scope, turn) {
+                    orders.hold(held, line.order);
+                }
                 imported.skipped += 1;
                 continue;
             }
@@ -258,8 +305,9 @@ impl Store {
             }
             bytes += line.text.len();
             let original = line.copy_of.as_ref().map(|session| scope.clone().session(session));
-            let order =
-                original.and_then(|scope| self.order_of(&scope, turn, line.time_ms, line.role));
+            let order = original
+                .and_then(|scope| self.order_of(&scope, turn, line.time_ms, line.role))
+                .or_else(|| orders.place(line.order, line.forgotten));
             let (new, entry) = line.into_turn()?;
             batch.get_or_insert_with(|| (scope, Vec::new())).1.push((new, entry, order));
         }
@@ -303,6 +351,20 @@ impl Store {
         finished
     }
 
+    /// What an import needs to know of a user's turns.
+    fn orders(&self, user: &str) -> Orders {
+        let (state, user) = (self.read(), Scope::user(user));
+        let sessions = state.sessions_in(&user).map(|(_, _, session)| session);
+        let records = sessions.flat_map(|session| session.turns.values()).map(|turn| turn.record);
+        let taken = records.filter(|it| it.body.is_some()).map(|it| it.order).collect();
+        Orders { base: None, next: state.next_order(user.user_id()), taken }
+    }
+
+    fn order_held(&self, scope: &Scope, turn: TurnId) -> Option<u64> {
+        let state = self.read();
+        Some(state.session(scope)?.1.turns.get(&turn)?.record.order)
+    }
+
     fn import_batch(&self, batch: Option<(Scope, Batch)>, imported: &mut Imported) -> Result<()> {
         let Some((scope, turns)) = batch else { return Ok(()) };
         let done = self.append_log(&scope, &turns)?;
@@ -344,6 +406,7 @@ fn line(scope: &Scope, listed: Listed, lost: &mut Vec<String>) -> Line {
         turn: id,
         role: record.map_or(Role::System, |record| record.role),
         time_ms: record.map_or(0, |record| record.time_ms),
+        order: record.map(|record| record.order),
         text: String::new(),
         tokens: Vec::new(),
         source: None,

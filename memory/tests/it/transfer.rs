@@ -90,6 +90,83 @@ fn what_is_exported_can_be_imported_and_is_the_same() {
     assert!(other.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
 }
 
+fn told(store: &Store, session: &str, text: &str) {
+    let mut turn = NewTurn::new(Role::User, text);
+    turn.subject = Some("home".into());
+    let commit = Commit { turns: vec![turn], ..Commit::default() };
+    store.commit(&Scope::user("ada").session(session), commit).unwrap();
+}
+
+fn home(store: &Store) -> Vec<String> {
+    let options = Recall { follow_up: false, ..Recall::default() };
+    let hits = store.recall(&Scope::user("ada"), "which city is home", &options).unwrap();
+    hits.into_iter().map(|hit| hit.text).filter(|text| text.contains("home")).collect()
+}
+
+#[test]
+fn turns_of_several_sessions_keep_their_order() {
+    let folders = [(); 4].map(|()| tempfile::tempdir().unwrap());
+    let stores = folders.each_ref().map(|folder| open(folder.path()));
+    let [store, copy, other, again] = &stores;
+    told(store, "first", "My home city is Rome.");
+    told(store, "second", "My home city is Oslo.");
+    told(store, "third", "My home city is Bern.");
+    // All at one time: the one that was said last counts, and its session is the oldest one.
+    told(store, "first", "My home city is Lima.");
+    store.fork(&Scope::user("ada").session("first"), "fork").unwrap();
+    let lines = exported(store);
+    assert_eq!(home(store), ["My home city is Lima."]);
+    copy.import(&mut &lines[..], &Cancel::new()).unwrap();
+    assert_eq!(home(copy), ["My home city is Lima."]);
+    assert_eq!(exported(copy), lines);
+    // Behind what is there.
+    for number in 0..9 {
+        told(other, "own", &format!("My home city is number {number}."));
+    }
+    other.import(&mut &lines[..], &Cancel::new()).unwrap();
+    assert_eq!(home(other), ["My home city is Lima."]);
+    told(other, "own", "My home city is Cork.");
+    assert_eq!(home(other), ["My home city is Cork."]);
+    // In two parts.
+    let end = lines.iter().enumerate().filter(|(_, byte)| **byte == b'\n').nth(2).unwrap().0;
+    again.import(&mut &lines[..=end], &Cancel::new()).unwrap();
+    assert_eq!(again.import(&mut &lines[..], &Cancel::new()).unwrap().skipped, 2);
+    assert_eq!(home(again), ["My home city is Lima."]);
+    assert_eq!(exported(again), lines);
+    for store in &stores {
+        assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+    }
+    drop(stores);
+    assert_eq!(home(&open(folders[1].path())), ["My home city is Lima."]);
+    assert_eq!(home(&open(folders[2].path())), ["My home city is Cork."]);
+}
+
+#[test]
+fn lines_of_version_1_are_in_the_order_of_their_lines() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let mut lines = String::from("{\"format\":\"mka-memory log\",\"version\":1}\n");
+    for (session, city) in [("b", "Rome"), ("a", "Oslo")] {
+        lines += &format!(
+            r#"{{"user":"ada","session":"{session}","turn":0,"role":"User","time_ms":0,"text":"My home city is {city}.","subject":"home","remember":true}}"#
+        );
+        lines.push('\n');
+    }
+    store.import(&mut lines.as_bytes(), &Cancel::new()).unwrap();
+    assert_eq!(home(&store), ["My home city is Oslo."]);
+    // An order that there is no room behind, and one that another turn has.
+    let mut lines = String::from("{\"format\":\"mka-memory log\",\"version\":2}\n");
+    for (session, order, city) in [("c", u64::MAX, "Bern"), ("d", 0, "Lima"), ("e", 0, "Cork")] {
+        lines += &format!(
+            r#"{{"user":"ada","session":"{session}","turn":0,"role":"User","time_ms":0,"order":{order},"text":"My home city is {city}.","subject":"home","remember":true}}"#
+        );
+        lines.push('\n');
+    }
+    store.import(&mut lines.as_bytes(), &Cancel::new()).unwrap();
+    assert_eq!(home(&store), ["My home city is Cork."]);
+    assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+}
+
 #[test]
 fn an_export_of_one_scope_holds_nothing_of_another() {
     let folder = tempfile::tempdir().unwrap();

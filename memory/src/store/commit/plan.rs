@@ -224,7 +224,7 @@ impl<'a> Plan<'a> {
             body,
             chunks,
         };
-        self.next_order += u64::from(cut.order.is_none());
+        self.next_order = self.next_order.max(head.order + 1);
         self.put(Key::Turn(self.session, turn), Record::Turn(record));
         self.spans.push(spans);
         Ok(())

@@ -191,7 +191,9 @@ impl Store {
         changes: &[Change],
     ) -> Result<RwLockWriteGuard<'_, State>> {
         let created = writer.appender.finish()?;
-        if let Err(error) = writer.records.write(changes) {
+        if !changes.is_empty()
+            && let Err(error) = writer.records.write(changes)
+        {
             writer.broken = true;
             return Err(error);
         }

@@ -97,6 +97,9 @@ impl Store {
             drop(self.publish(writer, &changes)?);
             rest = after;
         }
+        if writer.appender.succeed(number)? {
+            drop(self.publish(writer, &[])?);
+        }
         {
             let mut state = self.write();
             state.segments.remove(&number);
@@ -113,7 +116,8 @@ impl Store {
             let state = self.read();
             for segment in state.segments.values() {
                 let live = state.live_bytes.get(&segment.number()).copied().unwrap_or(0);
-                if live == 0 || live + SEGMENT_HEADER_BYTES < segment.len()? {
+                // One without records keeps its number from being given again.
+                if live + SEGMENT_HEADER_BYTES < segment.len()? {
                     impure.push(segment.number());
                 }
             }

@@ -162,7 +162,7 @@ impl Store {
     /// After loading: finds the place to append, drops what nothing refers to, writes what was made anew.
     fn settle(&self, stale: &BTreeSet<(u64, u64)>, stale_summaries: &BTreeSet<u64>) -> Result<()> {
         let mut writer = self.writer()?;
-        let (unused, last, purge_pending) = {
+        let (mut unused, highest, last, purge_pending) = {
             let state = self.read();
             let unused: Vec<Arc<Segment>> = state
                 .segments
@@ -175,8 +175,12 @@ impl Store {
             let live_ends = state.live_ends();
             let end = |segment: &Arc<Segment>| live_ends.get(&segment.number()).copied();
             let last = last.and_then(|segment| Some((end(&segment)?, segment)));
-            (unused, last.filter(|_| !state.refs_lost), state.store.purge_pending)
+            let highest = state.segments.last_key_value().map(|(number, _)| *number);
+            let last = last.filter(|_| !state.refs_lost);
+            (unused, highest, last, state.store.purge_pending)
         };
+        // The one with the highest number stays: else that number would be given again, and a receipt may name it.
+        let empty = unused.pop_if(|segment| Some(segment.number()) == highest);
         for segment in unused {
             self.write().segments.remove(&segment.number());
             writer.appender.remove(&segment)?;
@@ -188,6 +192,13 @@ impl Store {
             {
                 writer.appender.resume(segment, end)?;
             }
+        }
+        if let Some(segment) = empty {
+            // A crash may have left it half made.
+            if !segment.header_is_intact() {
+                segment.mend_header()?;
+            }
+            writer.appender.resume(segment, SEGMENT_HEADER_BYTES)?;
         }
         let changes = self.made_anew(&mut writer, stale, stale_summaries)?;
         if !changes.is_empty() {

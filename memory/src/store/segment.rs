@@ -344,6 +344,18 @@ impl Appender {
         }
     }
 
+    /// Begins a segment if `number` is the last one that was given: once that segment is removed nothing else would say so,
+    /// and the next opening would give its number again. True if it did; it lasts from [`finish`](Self::finish) on.
+    pub(crate) fn succeed(&mut self, number: u32) -> Result<bool> {
+        let is_last = number + 1 == self.next_number;
+        if is_last {
+            self.write_buffer()?;
+            self.sync()?;
+            self.create()?;
+        }
+        Ok(is_last)
+    }
+
     /// Removes a segment's file; the bytes stay readable through handles that are open.
     pub(crate) fn remove(&self, segment: &Segment) -> Result<()> {
         std::fs::remove_file(&segment.path)

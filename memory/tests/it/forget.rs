@@ -1,8 +1,10 @@
 //! Forgetting: the bytes leave every file, and the receipt can be checked.
 
-use mka_memory::{Commit, ErrorKind, Forget, NewSnapshot, NewTurn, Recall, Receipt, Role, Scope};
+use mka_memory::{
+    Cancel, Commit, ErrorKind, Forget, NewSnapshot, NewTurn, Recall, Receipt, Role, Scope,
+};
 
-use crate::support::{files_with, open, prose, say, trip};
+use crate::support::{BACKENDS, files, files_with, open, open_as, prose, say, trip};
 
 const SECRET: &str = "passport XK-99-1234";
 
@@ -86,6 +88,45 @@ fn verify_refuses_a_receipt_whose_text_is_still_there() {
     let store = open(folder.path());
     store.verify(&receipt).unwrap();
     assert_eq!(files_with(folder.path(), SECRET), Vec::<std::path::PathBuf>::new());
+}
+
+#[test]
+fn a_receipt_holds_however_the_store_goes_on() {
+    for backend in BACKENDS {
+        let folder = tempfile::tempdir().unwrap();
+        let ada = Scope::user("ada");
+        let mut receipts: Vec<Receipt> = Vec::new();
+        let check = |store: &mka_memory::Store, receipts: &[Receipt]| {
+            receipts.iter().for_each(|receipt| store.verify(receipt).unwrap());
+            assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+        };
+        for round in 0..3 {
+            let store = open_as(folder.path(), backend);
+            check(&store, &receipts);
+            say(&store, &trip(), Role::User, &[&format!("This is round {round}.")]);
+            check(&store, &receipts);
+            let receipt = store.forget(&ada, &Forget::everything()).unwrap();
+            assert!(!receipt.segments.is_empty());
+            receipts.push(receipt);
+            check(&store, &receipts);
+            // There is nothing to erase, and no segment to rewrite.
+            let again = store.forget(&ada, &Forget::everything()).unwrap();
+            assert!(again.segments.is_empty());
+            store.compact_all().unwrap();
+            assert_eq!((store.stats().segments, store.stats().dead_bytes), (1, 0));
+        }
+        // As a crash leaves a segment that was begun.
+        let segment = files(&folder.path().join("segments")).pop().unwrap();
+        std::fs::write(&segment, b"mka").unwrap();
+        let store = open_as(folder.path(), backend);
+        say(&store, &trip(), Role::User, &["It goes on."]);
+        check(&store, &receipts);
+        drop(store);
+        assert_eq!(files(&folder.path().join("segments")), [segment]);
+        let store = open_as(folder.path(), backend);
+        assert_eq!(store.turns(&trip(), 0..9).unwrap()[0].text, "It goes on.");
+        check(&store, &receipts);
+    }
 }
 
 #[test]

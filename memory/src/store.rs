@@ -25,12 +25,13 @@ mod runs;
 mod search;
 mod segment;
 mod state;
+mod state_lock;
 mod storage;
 mod transfer;
 mod vectors;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
 pub use backup::Backup;
 pub use doctor::{Checkup, Problem, Repair};
@@ -45,6 +46,7 @@ use self::queries::Queries;
 use self::records::{Change, Records};
 use self::segment::Appender;
 use self::state::State;
+use self::state_lock::{LongRead, StateLock};
 use crate::words::Terms;
 use crate::{Backend, Embedder, EncryptionKey, Error, ErrorKind, Hygiene, Result, Storage};
 
@@ -106,7 +108,7 @@ pub struct Store {
     path: PathBuf,
     embedder: Arc<dyn Embedder>,
     options: StoreOptions,
-    state: Arc<RwLock<State>>,
+    state: Arc<StateLock<State>>,
     indexer: Indexer,
     queries: Queries,
     writer: Mutex<Writer>,
@@ -159,12 +161,16 @@ impl Store {
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
-        // State changes only by `apply`, which leaves it whole if a thread dies elsewhere.
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
+        self.state.read()
+    }
+
+    /// [`read`](Self::read) for a look of more than some milliseconds; see [`StateLock`].
+    fn read_long(&self) -> LongRead<'_, State> {
+        self.state.read_long()
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
+        self.state.write()
     }
 
     /// The writer, unless an earlier write left the disk in an unknown state.

@@ -136,7 +136,7 @@ impl Store {
         findings: &mut Findings,
         cancel: &Cancel,
     ) -> Result<()> {
-        let state = self.read();
+        let state = self.read_long();
         let mut present: BTreeSet<(u64, u64)> = BTreeSet::new();
         for (key_bytes, value) in entries {
             cancel.check("doctor")?;
@@ -187,7 +187,7 @@ impl Store {
 
     /// Turns of the segments that the database does not know: it lost its latest records.
     fn check_unknown(&self, checkup: &mut Checkup, findings: &mut Findings) -> Result<()> {
-        let state = self.read();
+        let state = self.read_long();
         let mut unknown = BTreeSet::new();
         for segment in state.segments.values() {
             // Every payload is read: a damaged length hides no turn behind it.
@@ -215,7 +215,7 @@ impl Store {
             (state.store.clone(), state.segments.clone())
         };
         let derived = load(store, segments, entries, &*self.embedder, &self.options, None)?.state;
-        let state = self.read();
+        let state = self.read_long();
         let keys: BTreeSet<&PartitionKey> =
             state.partitions.keys().chain(derived.partitions.keys()).collect();
         let empty = Partition::new(self.dim());

@@ -153,7 +153,7 @@ impl Store {
             Forget::Matching(text) => text.to_lowercase(),
             _ => String::new(),
         };
-        let state = self.read();
+        let state = self.read_long();
         for (id, session_scope, session) in state.sessions_in(scope) {
             if let Forget::Turn(turn) = selector
                 && *turn >= session.num_turns
@@ -213,7 +213,7 @@ impl Store {
 
     /// Adds the turns in which a chunk that will be gone was quoted back to a model.
     fn add_quotes(&self, scope: &Scope, erasure: &mut Erasure) -> Result<()> {
-        let state = self.read();
+        let state = self.read_long();
         let mut texts: Vec<&str> = Vec::new();
         for (session_id, id) in bare_chunks(&state, erasure) {
             let session =

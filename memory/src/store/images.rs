@@ -1,11 +1,10 @@
 //! The files that what recall searches is kept in, one a user and agent: written at closing and as the store grows.
 //! Knows no bytes (see `format::image`); an image that is lost, damaged or old costs time at the next opening.
 
-use std::sync::{PoisonError, RwLock};
-
 use super::Store;
 use super::folder::IndexFolder;
 use super::state::{PartitionKey, State};
+use super::state_lock::StateLock;
 use super::vectors::head;
 use crate::Result;
 use crate::format::image::{Image, ImageSpan, ImageTurn};
@@ -70,12 +69,12 @@ pub(super) fn next_due_open(state: &State, image_vectors: usize) -> Option<Parti
 /// Writes the image of a partition. The state can be read and not be changed while its bytes are made.
 pub(super) fn write_image(
     folder: &IndexFolder,
-    state: &RwLock<State>,
+    state: &StateLock<State>,
     key: &PartitionKey,
 ) -> Result<()> {
     let changing = folder.lock();
     let (head, bytes, num_changes) = {
-        let state = state.read().unwrap_or_else(PoisonError::into_inner);
+        let state = state.read_long();
         let Some(partition) = state.partitions.get(key) else { return Ok(()) };
         let head = head(&state, key);
         let (slots, codes, postings) = partition.image();
@@ -84,7 +83,7 @@ pub(super) fn write_image(
         (head, bytes, partition.num_changes())
     };
     changing.replace(&file_name(&head), |out| out(&bytes))?;
-    let mut state = state.write().unwrap_or_else(PoisonError::into_inner);
+    let mut state = state.write();
     if let Some(partition) = state.partitions.get_mut(key) {
         partition.set_saved(Some(num_changes));
     }

@@ -2,7 +2,7 @@
 //! Knows nothing of how a graph is built or walked.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use super::Store;
 use super::folder::IndexFolder;
 use super::images::{next_due_open, write_image};
 use super::state::{PartitionKey, State};
+use super::state_lock::StateLock;
 use super::vectors::write_graph;
 use crate::Result;
 use crate::vectors::{NotBuilt, build};
@@ -157,14 +158,14 @@ fn next_due(
 
 /// Makes what is due, until nothing is.
 fn work(
-    state: &RwLock<State>,
+    state: &StateLock<State>,
     least: (usize, usize),
     folder: Option<&IndexFolder>,
     shared: &Shared,
 ) -> Result<()> {
     let graph_vectors = least.0;
-    let read = || state.read().unwrap_or_else(PoisonError::into_inner);
-    let write = || state.write().unwrap_or_else(PoisonError::into_inner);
+    let read = || state.read();
+    let write = || state.write();
     loop {
         if shared.stop.load(Ordering::Relaxed) {
             return Ok(());

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 
 use super::folder::IndexFolder;
 use super::indexing::Indexer;
@@ -12,6 +12,7 @@ use super::lock::Lock;
 use super::queries::Queries;
 use super::records::{Change, Entry, Records};
 use super::segment::{Appender, SEGMENT_BYTES, Segment, sync_folder};
+use super::state_lock::StateLock;
 use super::{Store, StoreOptions, Writer, storage};
 use crate::format::{
     Key, Kind, Record, SEGMENT_HEADER_BYTES, SessionRecord, StoreRecord, TurnChunks, TurnRecord,
@@ -55,7 +56,7 @@ pub(super) fn open(
         path: path.to_owned(),
         embedder,
         options,
-        state: Arc::new(RwLock::new(state)),
+        state: Arc::new(StateLock::new(state)),
         indexer: Indexer::new(folder),
         queries: Queries::default(),
         writer: Mutex::new(Writer { appender, records, terms: Terms::new(), broken: false }),

@@ -2,12 +2,13 @@
 //! Knows no bytes (see `format::vectors`); a file that is lost or damaged is built anew.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use super::Store;
 use super::folder::IndexFolder;
 use super::images;
 use super::state::{PartitionKey, State};
+use super::state_lock::StateLock;
 use crate::format::vectors::{GraphFile, IndexHead};
 use crate::partition::VectorName;
 use crate::{Error, Result};
@@ -18,12 +19,12 @@ pub(super) const GRAPH_ENDING: &str = ".graph";
 /// The state is locked only while names are taken down: whoever forgets something meanwhile writes once more.
 pub(super) fn write_graph(
     folder: &IndexFolder,
-    state: &RwLock<State>,
+    state: &StateLock<State>,
     key: &PartitionKey,
 ) -> Result<()> {
     let changing = folder.lock();
     let (head, graph, names) = {
-        let state = state.read().unwrap_or_else(PoisonError::into_inner);
+        let state = state.read();
         let sealed = state.partitions.get(key).and_then(|partition| partition.sealed());
         let Some((graph, names)) = sealed else { return Ok(()) };
         (head(&state, key), graph, names)

@@ -298,7 +298,7 @@ pub struct EngineConfig {
     /// How much of each recalled passage is quoted.
     #[uniffi(default)]
     pub quote: Option<Quote>,
-    /// Bytes of evicted key/value pages kept on disk for each session; with 0, the default, a session that is opened again
+    /// Bytes of evicted key/value pages kept on disk for each session, 2 GiB by default; with 0 a session that is opened again
     /// recalls none of them inside attention.
     #[uniffi(default)]
     pub evicted_page_bytes: Option<u64>,

@@ -88,7 +88,7 @@ impl From<SendOptions> for mka::SendOptions {
 mirrored! {
     /// What of a document the model reads.
     pub enum FeedMode for mka::FeedMode {
-        /// By length.
+        /// By length; all of it in an engine that recalls pages and no text.
         Auto,
         /// Every token runs through the model.
         Model,

@@ -118,8 +118,8 @@ pub struct MemoryConfig {
     pub recall_tokens: usize,
     /// How much of each recalled passage a session quotes to its model; `context` quotes whole passages.
     pub quote: Quote,
-    /// Bytes of evicted key/value pages kept on disk for each session; 0, the default, keeps none: a session that is opened
-    /// again then recalls none of them inside attention, and goes on bit for bit only where none would be recalled.
+    /// Bytes of evicted key/value pages kept on disk for each session, 2 GiB by default; with 0 a session that is opened again
+    /// recalls none of them inside attention, and goes on bit for bit only where none would be recalled.
     pub evicted_page_bytes: u64,
     /// How older tokens come back, where [`SendOptions`](crate::SendOptions) does not say; pages are kept with
     /// [`RecallPolicy::Pages`] and [`RecallPolicy::Both`] alone.

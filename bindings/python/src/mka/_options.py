@@ -98,9 +98,9 @@ class EngineOptions(TypedDict, total=False):
     quote: Literal["sentences", "passage"]
     """How much of each recalled passage is quoted."""
     evicted_page_bytes: int
-    """Bytes of evicted key/value pages kept on disk for each session.
+    """Bytes of evicted key/value pages kept on disk for each session, 2 GiB by default.
 
-    With 0, the default, a session that is opened again recalls none of them inside attention.
+    With 0 a session that is opened again recalls none of them inside attention.
     """
     recall: RecallPolicy
     """How older tokens come back."""
@@ -165,7 +165,7 @@ class FeedOptions(TypedDict, total=False):
     """How a document is taken in; what is left out is the engine's default."""
 
     mode: Literal["auto", "model", "text"]
-    """What the model reads: by length, all of it, or its end."""
+    """What the model reads: by length (all of it with recall by pages alone), all of it, or its end."""
     name: str | None
     """Name of the document, shown beside what is recalled from it."""
     completion: bool

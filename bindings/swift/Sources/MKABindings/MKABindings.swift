@@ -3660,7 +3660,7 @@ public struct EngineConfig: Equatable, Hashable {
      */
     public var quote: Quote?
     /**
-     * Bytes of evicted key/value pages kept on disk for each session; with 0, the default, a session that is opened again
+     * Bytes of evicted key/value pages kept on disk for each session, 2 GiB by default; with 0 a session that is opened again
      * recalls none of them inside attention.
      */
     public var evictedPageBytes: UInt64?
@@ -3729,7 +3729,7 @@ public struct EngineConfig: Equatable, Hashable {
          * How much of each recalled passage is quoted.
          */quote: Quote? = nil,
         /**
-         * Bytes of evicted key/value pages kept on disk for each session; with 0, the default, a session that is opened again
+         * Bytes of evicted key/value pages kept on disk for each session, 2 GiB by default; with 0 a session that is opened again
          * recalls none of them inside attention.
          */evictedPageBytes: UInt64? = nil,
         /**
@@ -6980,7 +6980,7 @@ public func FfiConverterTypeFeedEvent_lower(_ value: FeedEvent) -> RustBuffer {
 public enum FeedMode: Equatable, Hashable {
 
     /**
-     * By length.
+     * By length; all of it in an engine that recalls pages and no text.
      */
     case auto
     /**

@@ -48,7 +48,7 @@ pub(crate) fn metadata(from: mka::Metadata) -> HashMap<String, MetadataValue> {
     known.collect()
 }
 
-/// Which turns a recall may see, by their metadata. A turn without a key is seen by no comparison of it.
+/// Which turns a recall may see, or a `Forget` erases, by their metadata. A turn without a key is accepted by no comparison of it.
 #[derive(Debug, Clone, PartialEq, uniffi::Enum)]
 pub enum Filter {
     /// All of them hold; of none, always.

@@ -249,6 +249,11 @@ pub enum Forget {
         /// The text.
         text: String,
     },
+    /// Every turn whose metadata this accepts.
+    Filter {
+        /// The filter.
+        filter: Filter,
+    },
     /// One turn of the scope's session.
     Turn {
         /// Its number.
@@ -274,6 +279,7 @@ impl From<Forget> for mka::Forget {
     fn from(forget: Forget) -> Self {
         match forget {
             Forget::Matching { text } => Self::matching(text),
+            Forget::Filter { filter } => Self::filter(filter.into()),
             Forget::Turn { turn } => Self::turn(turn),
             Forget::Before { time_ms } => Self::before(time_ms),
             Forget::Expired { time_ms } => Self::expired(time_ms),

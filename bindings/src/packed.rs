@@ -122,16 +122,19 @@ fn hits(hits: &[mka::Hit]) -> Vec<u8> {
     out
 }
 
-/// The identity, always of 32 digits, and five texts go to `text`; what is left is fixed.
+/// The identity, always of 32 digits, and seven texts go to `text`; what is left is fixed.
 ///
-/// First what most callers ask for, the length of the other four texts included: who does not ask for the rest skips it.
+/// First what most callers ask for, the length of the other six texts included: who does not ask for the rest skips it.
 fn pack_hit(hit: &mka::Hit, out: &mut Vec<u8>, text: &mut String) {
     let (source, why) = (&hit.source, &hit.why);
+    let metadata = marks(&source.metadata);
     let whose = [
         Some(source.user.as_str()),
         source.agent.as_deref(),
         Some(source.session.as_str()),
         source.name.as_deref(),
+        source.subject.as_deref(),
+        Some(metadata.as_str()),
     ];
     let lengths = whose.map(|part| part.map(|part| part.chars().count()));
     text.push_str(&hit.chunk.to_string());
@@ -164,6 +167,31 @@ fn pack_hit(hit: &mka::Hit, out: &mut Vec<u8>, text: &mut String) {
     out.extend(source.bytes.start.to_le_bytes());
     out.extend(source.bytes.end.to_le_bytes());
     out.extend(source.time_ms.to_le_bytes());
+    out.push(source.expires_ms.is_some().into());
+    out.extend(source.expires_ms.unwrap_or(0).to_le_bytes());
+}
+
+/// Metadata as one text: each key, a letter for its value's kind, and the value, each with its length and a colon before it.
+/// A value of a kind that this surface does not know is left out.
+fn marks(metadata: &mka::Metadata) -> String {
+    let mut out = String::new();
+    let mut text = |part: &str| {
+        out.push_str(&part.chars().count().to_string());
+        out.push(':');
+        out.push_str(part);
+    };
+    for (key, value) in metadata {
+        let (kind, value) = match value {
+            mka::Value::Flag(flag) => ("f", u8::from(*flag).to_string()),
+            mka::Value::Number(number) => ("n", number.to_string()),
+            mka::Value::Text(text) => ("t", text.clone()),
+            _ => continue,
+        };
+        text(key);
+        text(kind);
+        text(&value);
+    }
+    out
 }
 
 /// A length; what is longer than the format can say was cut by the store long before.

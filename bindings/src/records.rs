@@ -70,6 +70,12 @@ pub struct Source {
     pub time_ms: i64,
     /// Name of the document, if the turn has one.
     pub name: Option<String>,
+    /// What the turn is a fact about, if anything was named.
+    pub subject: Option<String>,
+    /// When the turn stops being recalled, milliseconds since 1970.
+    pub expires_ms: Option<i64>,
+    /// The turn's metadata.
+    pub metadata: HashMap<String, MetadataValue>,
 }
 
 impl From<mka::Source> for Source {
@@ -84,6 +90,9 @@ impl From<mka::Source> for Source {
             end: from.bytes.end,
             time_ms: from.time_ms,
             name: from.name,
+            subject: from.subject,
+            expires_ms: from.expires_ms,
+            metadata: metadata(from.metadata),
         }
     }
 }

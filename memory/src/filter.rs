@@ -99,8 +99,8 @@ impl From<String> for Value {
 /// Keys and values of a turn.
 pub type Metadata = BTreeMap<String, Value>;
 
-/// Which turns a recall may see, by their metadata. A turn without a key is seen by no comparison of it,
-/// and by the `not` of each.
+/// Which turns a recall may see, or a [`Forget`](crate::Forget) erases, by their metadata. A turn without a key is accepted
+/// by no comparison of it, and by the `not` of each.
 ///
 /// ```
 /// use mka_memory::Filter;
@@ -206,29 +206,29 @@ impl Filter {
     }
 
     /// Refuses expressions that are nested too deep or compare with what no turn can have.
-    pub(crate) fn check(&self) -> Result<()> {
-        self.check_at(0)
+    pub(crate) fn check(&self, operation: &str) -> Result<()> {
+        self.check_at(operation, 0)
     }
 
-    fn check_at(&self, depth: usize) -> Result<()> {
+    fn check_at(&self, operation: &str, depth: usize) -> Result<()> {
         if depth > MAX_DEPTH {
             return Err(Error::invalid(format!(
-                "recall: expected a filter nested at most {MAX_DEPTH} deep, got more"
+                "{operation}: expected a filter nested at most {MAX_DEPTH} deep, got more"
             )));
         }
         let mut values = match self {
             Self::And(parts) | Self::Or(parts) => {
-                return parts.iter().try_for_each(|part| part.check_at(depth + 1));
+                return parts.iter().try_for_each(|part| part.check_at(operation, depth + 1));
             }
-            Self::Not(part) => return part.check_at(depth + 1),
+            Self::Not(part) => return part.check_at(operation, depth + 1),
             Self::Has(_) => return Ok(()),
             Self::In(_, values) => values.iter(),
             Self::Range(_, from, to) => {
                 let mut bounds = from.iter().chain(to);
-                return bounds.try_for_each(|value| check_value("recall", value));
+                return bounds.try_for_each(|value| check_value(operation, value));
             }
         };
-        values.try_for_each(|value| check_value("recall", value))
+        values.try_for_each(|value| check_value(operation, value))
     }
 }
 
@@ -295,17 +295,17 @@ mod tests {
         ];
         for (filter, expected) in cases {
             assert_eq!(filter.accepts(&turn()), expected, "{filter:?}");
-            assert!(filter.check().is_ok());
+            assert!(filter.check("recall").is_ok());
         }
         assert_eq!(Value::from(0.0), Value::from(-0.0));
     }
 
     #[test]
     fn what_no_turn_can_have_is_refused() {
-        assert!(Filter::eq("x", f64::NAN).check().is_err());
-        assert!(Filter::at_least("x", f64::INFINITY).check().is_err());
+        assert!(Filter::eq("x", f64::NAN).check("recall").is_err());
+        assert!(Filter::at_least("x", f64::INFINITY).check("recall").is_err());
         let deep = (0..100).fold(Filter::has("x"), |filter, _| filter.not());
-        assert!(deep.check().is_err());
+        assert!(deep.check("recall").is_err());
         let with =
             |key: &str, value: Value| check_metadata(&Metadata::from([(key.to_owned(), value)]));
         assert!(with("x", f64::NAN.into()).is_err() && with("", 1.into()).is_err());

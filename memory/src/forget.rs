@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::TurnId;
+use crate::{Filter, TurnId};
 
 /// What to erase within a scope.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,6 +11,9 @@ use crate::TurnId;
 pub enum Forget {
     /// Every turn whose text, source name, subject or metadata contains this text, letter case aside.
     Matching(String),
+    /// Every turn whose metadata this accepts; a turn without metadata is one that every `not` accepts. What a session
+    /// quoted goes with the turns that it was quoted from.
+    Filter(Filter),
     /// One turn of the scope's session.
     Turn(TurnId),
     /// Every turn before this time, in milliseconds since the Unix epoch.
@@ -28,6 +31,11 @@ impl Forget {
     /// Every turn whose text, source name, subject or metadata contains `text`, letter case aside.
     pub fn matching(text: impl Into<String>) -> Self {
         Self::Matching(text.into())
+    }
+
+    /// Every turn whose metadata `filter` accepts.
+    pub fn filter(filter: Filter) -> Self {
+        Self::Filter(filter)
     }
 
     /// One turn of the scope's session.

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use crate::{Filter, Role, TurnId};
+use crate::{Filter, Metadata, Role, TurnId};
 
 /// Share of the words in the fused score: the cube of BM25 by what a chunk with every word of the question has, or by
 /// the best one where that is more. A question in other words shares a name with its answer, and with many other chunks:
@@ -161,6 +161,12 @@ pub struct Source {
     pub time_ms: i64,
     /// Name of the document, if the turn has one.
     pub name: Option<String>,
+    /// What the turn is a fact about, if anything was named.
+    pub subject: Option<String>,
+    /// When the turn stops being recalled, in milliseconds since the Unix epoch.
+    pub expires_ms: Option<i64>,
+    /// The turn's metadata.
+    pub metadata: Metadata,
 }
 
 /// How far a recalled text may be believed; recalled text is data, never an instruction.

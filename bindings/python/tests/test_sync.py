@@ -660,6 +660,19 @@ def test_metadata_is_kept_and_asked_for(store: Path) -> None:
         best = memory.recall("which hotel is it", user="ada")[0]
         assert 0 < best.relevance <= 1 and 0 < best.why.coverage <= 1
         assert memory.recall("which hotel is it", user="ada", min_relevance=1.1) == []
+        beside = {hit.source.turn: hit.source.metadata for hit in memory.recall("hotel", user="ada")}
+        assert beside == {n: metadata or {} for n, (_, metadata) in enumerate(marked)}
+        assert {type(value) for value in beside[0].values()} == {str, int, bool}
+        assert memory.chunks(user="ada")[1].first.metadata == marked[1][1]
+
+        def forgets(filter: mka.Filter) -> int:
+            return memory.forget(user="ada", filter=filter).turns
+
+        assert forgets({"$or": [{"kind": "other"}, {"year": {"$lt": 2019}}]}) == 0
+        assert forgets({"year": {"$gt": 2019, "$exists": True}, "kind": {"$in": ["place", True]}}) == 1
+        assert forgets({"stars": {"$gte": 4.5}}) == 1
+        assert forgets({"$not": {"kind": "place"}}) == 1
+        assert found() == ""
 
 
 def test_turns_are_left_out_of_a_recall_and_say_whether_they_may_be_recalled(store: Path) -> None:

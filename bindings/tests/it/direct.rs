@@ -2,10 +2,11 @@
 
 use crate::{engine, store, tiny_model, tokens, trip};
 use mka_bindings::{
-    Caller, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Hit, ModelSource, NativeEngine,
-    NewTurn, PageUsage, Reply, Role, Scope, Source, StopReason, Trust, Usage, Why, mka_direct_free,
-    mka_direct_poll_for,
+    Caller, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Hit, MetadataValue, ModelSource,
+    NativeEngine, NewTurn, PageUsage, Reply, Role, Scope, Source, StopReason, Trust, Usage, Why,
+    mka_direct_free, mka_direct_poll_for,
 };
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -98,6 +99,28 @@ impl Sleeper {
 /// Reads what `packed` wrote, field by field.
 struct Reading<'a>(&'a [u8]);
 
+/// Reads a turn's metadata as `packed` wrote it.
+fn metadata(marks: &str) -> HashMap<String, MetadataValue> {
+    let mut rest = marks.chars().peekable();
+    let mut part = || -> Option<String> {
+        let length: String = rest.by_ref().take_while(|it| *it != ':').collect();
+        let length = length.parse().ok()?;
+        Some(rest.by_ref().take(length).collect())
+    };
+    let mut values = HashMap::new();
+    while let Some(key) = part() {
+        let (kind, value) = (part().unwrap(), part().unwrap());
+        let value = match kind.as_str() {
+            "f" => MetadataValue::Flag { flag: value == "1" },
+            "n" => MetadataValue::Number { number: value.parse().unwrap() },
+            "t" => MetadataValue::Text { text: value },
+            other => panic!("{other}"),
+        };
+        values.insert(key, value);
+    }
+    values
+}
+
 impl Reading<'_> {
     fn take<const N: usize>(&mut self) -> [u8; N] {
         let (taken, rest) = self.0.split_first_chunk().unwrap();
@@ -138,7 +161,7 @@ impl Reading<'_> {
 
     fn hits(&mut self) -> Vec<Hit> {
         let count = self.u32() as usize;
-        let (fixed, text) = self.0.split_at(count * 96);
+        let (fixed, text) = self.0.split_at(count * 113);
         let mut text = std::str::from_utf8(text).unwrap().chars();
         let mut fixed = Reading(fixed);
         let hits = (0..count).map(|_| fixed.hit(&mut text)).collect();
@@ -158,9 +181,9 @@ impl Reading<'_> {
             u32::MAX => None,
             length => Some(text.take(length as usize).collect::<String>()),
         };
-        let whose = [cut(), cut(), cut(), cut()];
+        let whose = [cut(), cut(), cut(), cut(), cut(), cut()];
         assert_eq!(whose.iter().flatten().map(|part| part.chars().count()).sum::<usize>(), behind);
-        let [user, agent, session, name] = whose;
+        let [user, agent, session, name, subject, marks] = whose;
         let why = Why {
             bm25: self.f32(),
             coverage: self.f32(),
@@ -181,6 +204,12 @@ impl Reading<'_> {
             end: self.u64(),
             time_ms: self.u64() as i64,
             name,
+            subject,
+            expires_ms: match (self.u8(), self.u64()) {
+                (0, _) => None,
+                (_, time_ms) => Some(time_ms as i64),
+            },
+            metadata: metadata(&marks.unwrap()),
         };
         Hit { chunk, text: said, score, relevance, why, source, trust, count, stale }
     }
@@ -277,15 +306,25 @@ fn packed_events_are_those_of_the_plain_call() {
             ("The sheep, the märz.", None, None),
         ];
         for (time_ms, (text, agent, name)) in (6..).zip(facts) {
+            let marks = [
+                ("年:1", MetadataValue::Text { text: "5:märz".into() }),
+                ("n", MetadataValue::Number { number: -0.125e-7 }),
+                ("is it", MetadataValue::Flag { flag: true }),
+                ("leer", MetadataValue::Text { text: String::new() }),
+            ];
             let fact = NewTurn {
                 role: Role::User,
                 text: text.into(),
                 time_ms,
                 source: name.map(Into::into),
                 remember: None,
-                subject: None,
-                expires_ms: None,
-                metadata: Default::default(),
+                subject: name.map(|name| format!("{name}, {time_ms}")),
+                expires_ms: name.map(|_| i64::MAX - time_ms),
+                metadata: marks
+                    .into_iter()
+                    .skip(time_ms as usize % 5)
+                    .map(|(key, value)| (key.to_owned(), value))
+                    .collect(),
             };
             let session = Some("facts 宿".into());
             let scope = Scope { agent: agent.map(Into::into), session, ..trip() };

@@ -63,6 +63,9 @@ impl Store {
         if matches!(selector, Forget::Matching(text) if text.is_empty()) {
             return Err(Error::invalid("forget: expected a text to match, got an empty one"));
         }
+        if let Forget::Filter(filter) = selector {
+            filter.check("forget")?;
+        }
         let mut writer = self.writer()?;
         let mut erasure = self.select(scope, selector)?;
         self.add_copies(scope, &mut erasure)?;
@@ -170,23 +173,22 @@ impl Store {
                     Forget::Expired(now_ms) => {
                         turn_state.expires_ms.is_some_and(|expires| expires <= *now_ms)
                     }
+                    // A quotation's metadata is the engine's own.
+                    Forget::Filter(_) => turn_state.record.role != Role::Recalled,
                     Forget::Matching(_) | Forget::Session | Forget::Everything => true,
                 };
                 if !is_candidate {
                     continue;
                 }
                 let Some(body) = self.body(&state, session_scope, session, turn) else { continue };
-                let matches = needle.is_empty()
-                    || body.as_ref().is_none_or(|body| {
-                        let source = body
-                            .source
-                            .iter()
-                            .any(|source| source.to_lowercase().contains(&needle));
-                        source
-                            || body.text.to_lowercase().contains(&needle)
-                            || is_marked(body, &needle)
-                    });
-                if matches {
+                // What cannot be read may be what is meant.
+                let matches = |matches: &dyn Fn(&Body) -> bool| body.as_ref().is_none_or(matches);
+                let is_meant = match selector {
+                    Forget::Matching(_) => matches(&|body| holds(body, &needle)),
+                    Forget::Filter(filter) => matches(&|body| filter.accepts(&body.metadata)),
+                    _ => true,
+                };
+                if is_meant {
                     erasure.turns.insert((id, turn), body.map(|body| body.text));
                 }
             }
@@ -471,10 +473,12 @@ fn rehomed(state: &State, writer: &mut Writer, erasure: &Erasure) -> Result<Vec<
     Ok(changes)
 }
 
-/// Whether a turn's subject or metadata hold a text.
-fn is_marked(body: &Body, needle: &str) -> bool {
+/// Whether a turn's text or anything that stands beside it holds `needle`, which is in small letters.
+fn holds(body: &Body, needle: &str) -> bool {
     let holds = |text: &str| text.to_lowercase().contains(needle);
-    body.subject.as_deref().is_some_and(holds)
+    holds(&body.text)
+        || body.source.as_deref().is_some_and(holds)
+        || body.subject.as_deref().is_some_and(holds)
         || body.metadata.iter().any(|(key, value)| {
             // A quotation's are the engine's own.
             (holds(key) && body.head.role != Role::Recalled)

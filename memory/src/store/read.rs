@@ -11,7 +11,7 @@ use super::segment::Segment;
 use super::state::{Session, State};
 use super::vectors::GRAPH_ENDING;
 use crate::format::{BlobRef, Body, Key, Record, SEGMENT_HEADER_BYTES, TurnRecord};
-use crate::partition::{Chunk, Place};
+use crate::partition::{Chunk, Partition, Place};
 use crate::{ChunkId, Error, ErrorKind, Metadata, Result, Scope, Snapshot, Source, Turn, TurnId};
 
 /// Threads that read a snapshot at most: beyond them memory is the limit.
@@ -452,6 +452,8 @@ pub(super) fn source(state: &State, place: &Place) -> Option<Source> {
     let session = state.sessions.get(&place.session)?;
     let scope = session.scope.as_ref()?;
     let turn = session.turns.get(&place.turn);
+    let tags = state.partition(scope).map(Partition::tags);
+    let metadata = tags.and_then(|tags| tags.metadata((place.session, place.turn)));
     Some(Source {
         user: scope.user_id().to_owned(),
         agent: scope.agent_id().map(str::to_owned),
@@ -461,5 +463,8 @@ pub(super) fn source(state: &State, place: &Place) -> Option<Source> {
         bytes: place.start..place.end,
         time_ms: place.time_ms,
         name: turn.and_then(|turn| turn.source.as_deref()).map(str::to_owned),
+        subject: turn.and_then(|turn| turn.subject.as_deref()).map(str::to_owned),
+        expires_ms: turn.and_then(|turn| turn.expires_ms),
+        metadata: metadata.cloned().unwrap_or_default(),
     })
 }

@@ -12,7 +12,7 @@ use crate::summary::{FOLLOW_UP_TERM_WEIGHT, FOLLOW_UP_TERMS, FOLLOW_UP_WORDS};
 use crate::tags::Accepted;
 use crate::vectors::best;
 use crate::words::{Collection, Query};
-use crate::{ChunkId, Error, Filter, Hit, Recall, Result, Scope, Trust, TurnId};
+use crate::{ChunkId, Error, Hit, Recall, Result, Scope, Trust, TurnId};
 
 /// Chunks scored for each hit asked for, by words and as many by vectors, where there are too many to score them all;
 /// and the fewest. A chunk whose fused score is among the best is among the best of one of the two.
@@ -42,7 +42,7 @@ impl Store {
                 "recall: expected min_score and min_relevance to be numbers",
             ));
         }
-        options.filter.iter().try_for_each(Filter::check)?;
+        options.filter.iter().try_for_each(|filter| filter.check("recall"))?;
         if options.half_life_ms == Some(0) {
             return Err(Error::invalid("recall: expected half_life_ms of at least 1, got 0"));
         }

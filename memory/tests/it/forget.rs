@@ -1,7 +1,7 @@
 //! Forgetting: the bytes leave every file, and the receipt can be checked.
 
 use mka_memory::{
-    Cancel, Commit, ErrorKind, Forget, NewSnapshot, NewTurn, Recall, Receipt, Role, Scope,
+    Cancel, Commit, ErrorKind, Filter, Forget, NewSnapshot, NewTurn, Recall, Receipt, Role, Scope,
 };
 
 use crate::support::{BACKENDS, files, files_with, open, open_as, prose, say, trip};
@@ -225,4 +225,74 @@ fn a_text_in_the_subject_or_the_metadata_is_found_and_erased_with_its_turn() {
     assert!(files_with(folder.path(), "passport").is_empty());
     assert!(store.turns(&trip(), 0..1).unwrap()[0].metadata.is_empty());
     assert_eq!(store.turns(&trip(), 3..4).unwrap()[0].text, "Hi.");
+}
+
+#[test]
+fn what_a_filter_accepts_is_erased_whether_or_not_it_can_be_recalled() {
+    for backend in BACKENDS {
+        let folder = tempfile::tempdir().unwrap();
+        let turn = |text: &str, marks: &[(&str, i32)], remember: bool| {
+            let mut turn = NewTurn::new(Role::User, text);
+            turn.metadata =
+                marks.iter().map(|(key, it)| ((*key).to_owned(), (*it).into())).collect();
+            turn.remember = remember;
+            turn
+        };
+        let store = open_as(folder.path(), backend);
+        let turns = vec![
+            turn("The red team met in Oslo.", &[("team", 1), ("year", 2024)], true),
+            turn("The red team left nothing behind.", &[("team", 1)], false),
+            turn("The blue team met in Rome.", &[("team", 2), ("year", 2026)], true),
+            turn("Nobody met in Paris.", &[], true),
+        ];
+        store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
+        say(&store, &trip(), Role::Recalled, &["> The red team met in Oslo."]);
+        let ada = Scope::user("ada");
+        let none = store.forget(&ada, &Forget::filter(Filter::eq("team", 3))).unwrap();
+        assert_eq!(none.turns, 0);
+        let red = Forget::filter(Filter::eq("team", 1));
+        let receipt = store.forget(&ada, &red).unwrap();
+        // Both, and the quotation.
+        assert_eq!((receipt.turns, receipt.chunks), (3, 1), "{backend:?}");
+        store.verify(&receipt).unwrap();
+        assert_eq!(receipt.selector, red);
+        let written = serde_json::to_string(&receipt).unwrap();
+        assert_eq!(serde_json::from_str::<Receipt>(&written).unwrap(), receipt);
+        for left in ["Oslo", "nothing behind"] {
+            assert_eq!(files_with(folder.path(), left), Vec::<std::path::PathBuf>::new());
+        }
+        let turns = store.turns(&trip(), 0..9).unwrap();
+        let forgotten: Vec<bool> = turns.iter().map(|turn| turn.forgotten).collect();
+        assert_eq!(forgotten, [true, true, false, false, true]);
+        // A turn without the key is one that the `not` accepts.
+        let rest = Forget::filter(Filter::has("year").not());
+        assert_eq!(store.forget(&ada, &rest).unwrap().turns, 1);
+        let deep = (0..100).fold(Filter::has("x"), |filter, _| filter.not());
+        let error = store.forget(&ada, &Forget::filter(deep)).unwrap_err();
+        assert!(
+            error.kind() == ErrorKind::InvalidArgument && error.to_string().starts_with("forget:")
+        );
+        assert_eq!(store.recall(&ada, "team met", &Recall::default()).unwrap().len(), 1);
+    }
+}
+
+#[test]
+fn a_hit_says_what_stands_beside_its_turn() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut fact = NewTurn::new(Role::User, "The key lies under the mat.");
+    fact.metadata = [("room".to_owned(), "hall".into())].into();
+    (fact.subject, fact.expires_ms) = (Some("key".to_owned()), Some(9000));
+    let plain = NewTurn::new(Role::User, "The mat lies before the door.");
+    {
+        let store = open(folder.path());
+        let turns = vec![fact.clone(), plain];
+        store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
+    }
+    let store = open(folder.path());
+    let hits = store.recall(&trip(), "key under the mat", &Recall::default()).unwrap();
+    assert_eq!(hits[0].source.metadata, fact.metadata);
+    assert_eq!(hits[0].source.subject, fact.subject);
+    assert_eq!(hits[0].source.expires_ms, fact.expires_ms);
+    let source = &hits[1].source;
+    assert!(source.metadata.is_empty() && source.subject.is_none() && source.expires_ms.is_none());
 }

@@ -7,7 +7,7 @@ use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyAttributeError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyDict, PyList};
 
 static HIT: Class = Class::named("Hit");
 static WHY: Class = Class::named("Why");
@@ -75,6 +75,25 @@ fn why<'py>(py: Python<'py>, why: &mka::Why) -> PyResult<Bound<'py, PyAny>> {
     WHY.make(py, fields)
 }
 
+/// As `mka._filter.plain` has it: a number without a fraction is an int.
+fn metadata<'py>(py: Python<'py>, metadata: &mka::Metadata) -> PyResult<Bound<'py, PyDict>> {
+    /// Up to here each whole number is one of f64.
+    const EXACT: f64 = (1u64 << 53) as f64;
+    let dict = PyDict::new(py);
+    for (key, value) in metadata {
+        match value {
+            mka::Value::Flag(flag) => dict.set_item(key, flag)?,
+            mka::Value::Number(number) if number.fract() == 0.0 && number.abs() <= EXACT => {
+                dict.set_item(key, *number as i64)?;
+            }
+            mka::Value::Number(number) => dict.set_item(key, number)?,
+            mka::Value::Text(text) => dict.set_item(key, text)?,
+            _ => {}
+        }
+    }
+    Ok(dict)
+}
+
 fn source<'py>(py: Python<'py>, source: &mka::Source) -> PyResult<Bound<'py, PyAny>> {
     let fields = (
         &source.user,
@@ -86,6 +105,9 @@ fn source<'py>(py: Python<'py>, source: &mka::Source) -> PyResult<Bound<'py, PyA
         source.bytes.end,
         source.time_ms,
         source.name.as_deref(),
+        source.subject.as_deref(),
+        source.expires_ms,
+        metadata(py, &source.metadata)?,
     );
     SOURCE.make(py, fields)
 }

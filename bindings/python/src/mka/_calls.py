@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from mka import _convert, _options, _values
 from mka._errors import translated
 from mka._native import mka_bindings as _native
+from mka._filter import Filter
 from mka._options import EngineOptions, Path, Time
 
 T = TypeVar("T")
@@ -143,12 +144,13 @@ def forget(
     agent: str | None,
     session: str | None,
     matching: str | None,
+    filter: Filter | None,
     turn: int | None,
     before: Time | None,
     expired: Time | None,
     everything: bool,
 ) -> Call[_values.Receipt]:
-    selector = _options.forget(session, matching, turn, before, expired, everything)
+    selector = _options.forget(session, matching, filter, turn, before, expired, everything)
     scope = _options.scope(user, agent, session)
     return Call("forget", (scope, selector), _convert.receipt)
 

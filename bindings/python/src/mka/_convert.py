@@ -42,6 +42,9 @@ def source(native: Any) -> values.Source:
         native.end,
         native.time_ms,
         native.name,
+        native.subject,
+        native.expires_ms,
+        _filter.plain(native.metadata),
     )
 
 

@@ -14,7 +14,7 @@ from mka._native import mka_bindings as _native
 from mka._values import MetadataValue
 
 Filter: TypeAlias = Mapping[str, object]
-"""Which turns a recall may see, by their metadata: `{"kind": "decision", "year": {"$gte": 2024}}`.
+"""Which turns a recall may see, or `forget` erases, by their metadata: `{"kind": "decision", "year": {"$gte": 2024}}`.
 
 Keys hold together. A key is compared with a value, or by `$eq`, `$ne`, `$in`, `$nin`, `$gt`, `$gte`, `$lt`, `$lte` and
 `$exists`; `$and` and `$or` take a list of filters, `$not` one. A turn without a key is seen by no comparison of it, and
@@ -117,6 +117,36 @@ def _tree(given: object) -> object:
             case _:
                 parts.append(_compared(key, "$eq", asked))
     return parts[0] if len(parts) == 1 else {"And": parts}
+
+
+def _native_value(value: MetadataValue) -> Any:
+    return metadata({"": value})[""]
+
+
+def _native_tree(part: Any) -> Any:
+    kinds: Any = _native.Filter
+    ((kind, given),) = part.items()
+    match kind:
+        case "And":
+            return kinds.AND(filters=[_native_tree(each) for each in given])
+        case "Or":
+            return kinds.OR(filters=[_native_tree(each) for each in given])
+        case "Not":
+            return kinds.NOT(filters=[_native_tree(given)])
+        case "Has":
+            return kinds.HAS(key=given)
+        case "In":
+            key, values = given
+            return kinds.ONE_OF(key=key, values=[_native_value(each) for each in values])
+        case _:
+            key, least, most = given
+            bounds = [None if each is None else _native_value(each) for each in (least, most)]
+            return kinds.RANGE(key=key, _from=bounds[0], to=bounds[1])
+
+
+def native(given: Filter) -> Any:
+    """A filter as a native call takes it."""
+    return _native_tree(_tree(given))
 
 
 def to_json(given: Filter) -> str:

@@ -388,16 +388,19 @@ def export_scope(user: str | None, agent: str | None, session: str | None) -> An
 def forget(
     session: str | None,
     matching: str | None,
+    filter: Filter | None,
     turn: int | None,
     before: Time | None,
     expired: Time | None,
     everything: bool,
 ) -> Any:
-    """The native selector; exactly one of the five says what to erase."""
+    """The native selector; exactly one of the six says what to erase."""
     kinds: Any = _native.Forget
     named: list[Any] = []
     if matching is not None:
         named.append(kinds.MATCHING(text=matching))
+    if filter is not None:
+        named.append(kinds.FILTER(filter=_filter.native(filter)))
     if turn is not None:
         named.append(kinds.TURN(turn=turn))
     if before is not None:
@@ -409,6 +412,6 @@ def forget(
     if len(named) != 1:
         raise InvalidArgumentError(
             f"forget: {len(named)} selectors,"
-            " expected exactly one of matching, turn, before, expired, everything"
+            " expected exactly one of matching, filter, turn, before, expired, everything"
         )
     return named[0]

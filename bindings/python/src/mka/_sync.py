@@ -13,6 +13,7 @@ from mka import _calls, _direct, _options
 from mka._errors import translated
 from mka._handles import EngineHandle, MemoryHandle, SessionHandle
 from mka._native import mka_bindings as _native
+from mka._filter import Filter
 from mka._options import (
     EngineOptions,
     FeedOptions,
@@ -196,6 +197,7 @@ class Memory(MemoryHandle):
         agent: str | None = None,
         session: str | None = None,
         matching: str | None = None,
+        filter: Filter | None = None,
         turn: int | None = None,
         before: Time | None = None,
         expired: Time | None = None,
@@ -203,11 +205,12 @@ class Memory(MemoryHandle):
     ) -> Receipt:
         """Erases from log, chunks, vectors, words, pages and summaries; exactly one selector says what.
 
-        `matching` erases every turn whose text, source name, subject or metadata contains it, letter case aside.
+        `matching` erases every turn whose text, source name, subject or metadata contains it, letter case aside;
+        `filter` every turn whose metadata it accepts.
         If anything is erased, a stream of this user that is under way ends with `CancelledError`.
         """
         call = _calls.forget(
-            user, agent, session, matching, turn, before, expired, everything
+            user, agent, session, matching, filter, turn, before, expired, everything
         )
         return call.run(self._native)
 

@@ -94,7 +94,7 @@ class Why(_Value):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Source(_Value):
-    """Where a text was said: bytes `start` to `end` of a turn."""
+    """Where a text was said: bytes `start` to `end` of a turn, and what stands beside that turn."""
 
     user: str
     agent: str | None
@@ -105,6 +105,9 @@ class Source(_Value):
     end: int
     time_ms: int
     name: str | None
+    subject: str | None
+    expires_ms: int | None
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict, hash=False)
 
     @property
     def time(self) -> datetime:

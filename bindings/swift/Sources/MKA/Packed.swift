@@ -110,8 +110,14 @@ extension Packed {
         return hits
     }
 
+    /// A time, if there is one.
+    private mutating func time() throws(MKAError) -> Int64? {
+        let (isThere, milliseconds): (Bool, Int64) = (try flag(), try integer())
+        return isThere ? milliseconds : nil
+    }
+
     /// Bytes of the fixed part of a hit.
-    private static let fixedHit = 96
+    private static let fixedHit = 113
 
     /// What stands behind the fixed parts of `count` hits.
     private func behind(count: Int) throws(MKAError) -> UnsafeRawBufferPointer {
@@ -130,6 +136,7 @@ extension Packed {
         let (count, stale): (UInt32, Bool) = (try integer(), try flag())
         let (user, agent) = (texts.take(try integer()), texts.takeIfThere(try integer()))
         let (session, name) = (texts.take(try integer()), texts.takeIfThere(try integer()))
+        let (subject, marks) = (texts.takeIfThere(try integer()), texts.take(try integer()))
         let (bm25, coverage) = (try float(), try float())
         let bm25Rank: UInt32 = try integer()
         let why = Why(
@@ -138,11 +145,35 @@ extension Packed {
         let source = Source(
             user: user, agent: agent, session: session, turn: try integer(),
             role: try one(of: [.system, .user, .assistant, .document, .recalled]), start: try integer(),
-            end: try integer(), timeMs: try integer(), name: name)
+            end: try integer(), timeMs: try integer(), name: name, subject: subject, expiresMs: try time(),
+            metadata: metadata(marks))
         return Hit(
             chunk: chunk, text: text, score: score, relevance: relevance, why: why, source: source,
             trust: trust, count: count, stale: stale)
     }
+}
+
+/// The metadata that `marks` holds: each key, a letter for its value's kind, and the value, each with its length and a colon
+/// before it.
+private func metadata(_ marks: String) -> [String: MetadataValue] {
+    var rest = marks.unicodeScalars[...]
+    func part() -> String {
+        let length = rest.prefix { $0 != ":" }
+        rest = rest.dropFirst(length.count + 1)
+        let count = max(Int(String(Substring(length))) ?? 0, 0)
+        defer { rest = rest.dropFirst(count) }
+        return String(Substring(rest.prefix(count)))
+    }
+    var values: [String: MetadataValue] = [:]
+    while !rest.isEmpty {
+        let (key, kind, value) = (part(), part(), part())
+        switch kind {
+        case "f": values[key] = .flag(flag: value == "1")
+        case "n": values[key] = Double(value).map { .number(number: $0) }
+        default: values[key] = .text(text: value)
+        }
+    }
+    return values
 }
 
 /// One UTF-8 text that is cut from the front.

@@ -180,6 +180,8 @@ public struct NewTurn: Sendable {
 public enum Forget: Sendable {
     /// Every turn whose text, source name, subject or metadata contains this text, letter case aside.
     case matching(String)
+    /// Every turn whose metadata this accepts.
+    case filter(Filter)
     /// One turn of the session.
     case turn(UInt64)
     /// Every turn before a time.
@@ -194,6 +196,7 @@ public enum Forget: Sendable {
     var native: MKABindings.Forget {
         switch self {
         case .matching(let text): .matching(text: text)
+        case .filter(let filter): .filter(filter: filter)
         case .turn(let turn): .turn(turn: turn)
         case .before(let time): .before(timeMs: time.milliseconds)
         case .expired(let time): .expired(timeMs: time.milliseconds)

@@ -5730,6 +5730,18 @@ public struct Source: Equatable, Hashable {
      * Name of the document, if the turn has one.
      */
     public var name: String?
+    /**
+     * What the turn is a fact about, if anything was named.
+     */
+    public var subject: String?
+    /**
+     * When the turn stops being recalled, milliseconds since 1970.
+     */
+    public var expiresMs: Int64?
+    /**
+     * The turn's metadata.
+     */
+    public var metadata: [String: MetadataValue]
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -5760,7 +5772,16 @@ public struct Source: Equatable, Hashable {
          */timeMs: Int64,
         /**
          * Name of the document, if the turn has one.
-         */name: String?) {
+         */name: String?,
+        /**
+         * What the turn is a fact about, if anything was named.
+         */subject: String?,
+        /**
+         * When the turn stops being recalled, milliseconds since 1970.
+         */expiresMs: Int64?,
+        /**
+         * The turn's metadata.
+         */metadata: [String: MetadataValue]) {
         self.user = user
         self.agent = agent
         self.session = session
@@ -5770,6 +5791,9 @@ public struct Source: Equatable, Hashable {
         self.end = end
         self.timeMs = timeMs
         self.name = name
+        self.subject = subject
+        self.expiresMs = expiresMs
+        self.metadata = metadata
     }
 
 
@@ -5796,7 +5820,10 @@ public struct FfiConverterTypeSource: FfiConverterRustBuffer {
                 start: FfiConverterUInt64.read(from: &buf),
                 end: FfiConverterUInt64.read(from: &buf),
                 timeMs: FfiConverterInt64.read(from: &buf),
-                name: FfiConverterOptionString.read(from: &buf)
+                name: FfiConverterOptionString.read(from: &buf),
+                subject: FfiConverterOptionString.read(from: &buf),
+                expiresMs: FfiConverterOptionInt64.read(from: &buf),
+                metadata: FfiConverterDictionaryStringTypeMetadataValue.read(from: &buf)
         )
     }
 
@@ -5810,6 +5837,9 @@ public struct FfiConverterTypeSource: FfiConverterRustBuffer {
         FfiConverterUInt64.write(value.end, into: &buf)
         FfiConverterInt64.write(value.timeMs, into: &buf)
         FfiConverterOptionString.write(value.name, into: &buf)
+        FfiConverterOptionString.write(value.subject, into: &buf)
+        FfiConverterOptionInt64.write(value.expiresMs, into: &buf)
+        FfiConverterDictionaryStringTypeMetadataValue.write(value.metadata, into: &buf)
     }
 }
 
@@ -7059,7 +7089,7 @@ public func FfiConverterTypeFeedMode_lower(_ value: FeedMode) -> RustBuffer {
 
 
 /**
- * Which turns a recall may see, by their metadata. A turn without a key is seen by no comparison of it.
+ * Which turns a recall may see, or a `Forget` erases, by their metadata. A turn without a key is accepted by no comparison of it.
  */
 
 public indirect enum Filter: Equatable, Hashable {
@@ -7236,6 +7266,14 @@ public enum Forget: Equatable, Hashable {
          */text: String
     )
     /**
+     * Every turn whose metadata this accepts.
+     */
+    case filter(
+        /**
+         * The filter.
+         */filter: Filter
+    )
+    /**
      * One turn of the scope's session.
      */
     case turn(
@@ -7291,18 +7329,21 @@ public struct FfiConverterTypeForget: FfiConverterRustBuffer {
         case 1: return .matching(text: try FfiConverterString.read(from: &buf)
         )
 
-        case 2: return .turn(turn: try FfiConverterUInt64.read(from: &buf)
+        case 2: return .filter(filter: try FfiConverterTypeFilter.read(from: &buf)
         )
 
-        case 3: return .before(timeMs: try FfiConverterInt64.read(from: &buf)
+        case 3: return .turn(turn: try FfiConverterUInt64.read(from: &buf)
         )
 
-        case 4: return .expired(timeMs: try FfiConverterInt64.read(from: &buf)
+        case 4: return .before(timeMs: try FfiConverterInt64.read(from: &buf)
         )
 
-        case 5: return .session
+        case 5: return .expired(timeMs: try FfiConverterInt64.read(from: &buf)
+        )
 
-        case 6: return .everything
+        case 6: return .session
+
+        case 7: return .everything
 
         default: throw UniffiInternalError.unexpectedEnumCase
         }
@@ -7317,27 +7358,32 @@ public struct FfiConverterTypeForget: FfiConverterRustBuffer {
             FfiConverterString.write(text, into: &buf)
 
 
-        case let .turn(turn):
+        case let .filter(filter):
             writeInt(&buf, Int32(2))
+            FfiConverterTypeFilter.write(filter, into: &buf)
+
+
+        case let .turn(turn):
+            writeInt(&buf, Int32(3))
             FfiConverterUInt64.write(turn, into: &buf)
 
 
         case let .before(timeMs):
-            writeInt(&buf, Int32(3))
-            FfiConverterInt64.write(timeMs, into: &buf)
-
-
-        case let .expired(timeMs):
             writeInt(&buf, Int32(4))
             FfiConverterInt64.write(timeMs, into: &buf)
 
 
-        case .session:
+        case let .expired(timeMs):
             writeInt(&buf, Int32(5))
+            FfiConverterInt64.write(timeMs, into: &buf)
+
+
+        case .session:
+            writeInt(&buf, Int32(6))
 
 
         case .everything:
-            writeInt(&buf, Int32(6))
+            writeInt(&buf, Int32(7))
 
         }
     }

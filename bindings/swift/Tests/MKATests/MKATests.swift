@@ -434,6 +434,10 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     #expect(rest.map(\.source.turn) == [1])
     let hits = try await memory.recall("hotel", user: "ada")
     #expect(hits.allSatisfy { 0...1 ~= $0.relevance && 0...1 ~= $0.why.coverage })
+    let ritz = hits.first { $0.source.turn == 1 }
+    #expect(ritz?.source.metadata == ["kind": "place", "year": 2019])
+    let receipt = try await memory.forget(.filter(.equals("final", true)), user: "ada")
+    #expect(receipt.turns == 1)
     try await engine.close()
 }
 

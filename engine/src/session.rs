@@ -1,6 +1,9 @@
 //! One conversation: send, feed, regenerate, context.
 //! Knows neither weights nor bytes on disk; what changes the stream is in `conversation`.
 
+#[cfg(test)]
+mod tests;
+
 use crate::appending;
 use crate::conversation::{self, Conversation, LastPrompt, is_cancelled};
 use crate::engine::Shared;
@@ -134,11 +137,26 @@ pub(crate) struct Live {
     conversation: Mutex<Conversation>,
     /// Streams that were begun and may not be over.
     streams: Mutex<Vec<Canceller>>,
-    /// Last, for it gives back what the conversation took.
+    /// Behind the conversation, for it gives back what that took.
     _memory: GivesBack,
+    /// Last: whoever waits for the id wants the conversation's room, too.
+    _claim: Claim,
 }
 
-impl Drop for Live {
+/// The claim on the id of a session, given up when this is dropped.
+struct Claim {
+    shared: Arc<Shared>,
+    scope: Scope,
+}
+
+impl Claim {
+    fn new(shared: &Arc<Shared>, scope: &Scope) -> Result<Self> {
+        shared.claim(scope)?;
+        Ok(Self { shared: shared.clone(), scope: scope.clone() })
+    }
+}
+
+impl Drop for Claim {
     fn drop(&mut self) {
         self.shared.release(&self.scope);
     }
@@ -215,18 +233,11 @@ impl Session {
         scope: Scope,
         conversation: impl FnOnce(&Arc<Shared>, &Scope) -> Result<Conversation>,
     ) -> Result<Self> {
-        shared.claim(&scope)?;
-        match conversation(&shared, &scope) {
-            Ok(conversation) => {
-                let (conversation, streams) = (Mutex::new(conversation), Mutex::default());
-                let live = Live { shared, scope, conversation, streams, _memory: GivesBack };
-                Ok(Self { live: Arc::new(live) })
-            }
-            Err(error) => {
-                shared.release(&scope);
-                Err(shared.failed(error))
-            }
-        }
+        let claim = Claim::new(&shared, &scope)?;
+        let conversation = conversation(&shared, &scope).map_err(|error| shared.failed(error))?;
+        let (conversation, streams) = (Mutex::new(conversation), Mutex::default());
+        let live = Live { shared, scope, conversation, streams, _memory: GivesBack, _claim: claim };
+        Ok(Self { live: Arc::new(live) })
     }
 
     /// User, agent and session.

@@ -66,6 +66,9 @@ pub(crate) fn append(
                 message.tokens = text.take()?;
                 read.push(message);
             }
+            if is_answer {
+                text.scaffold(&model.scaffold.answer_lead)?;
+            }
             let trims = model.scaffold.trims;
             let trims = if is_answer { trims.answer } else { trims.user };
             text.content(prompt::shown(&turn.text, trims))?;

@@ -88,6 +88,7 @@ pub(crate) fn opening(
         OpenTurn::User => {
             // A question in the document's own message is taken for a part of the document.
             text.scaffold(&scaffold.to_answer)?;
+            text.scaffold(&scaffold.answer_lead)?;
             text.content(DOCUMENT_READ)?;
             text.scaffold(&scaffold.to_user)
         }

@@ -6,7 +6,8 @@ use crate::template::{ChatTemplate, Message};
 
 /// The fixed text around the contents of a conversation, so that a turn is appended and never rendered again.
 ///
-/// A conversation is `opening u B a C u B a C ..`: u and a are contents, B and C scaffold.
+/// A conversation is `opening u B a C u B a C ..`: u and a are contents, B and C scaffold. Between B and an answer that was
+/// not generated may stand a blank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Scaffold {
     /// Before the first user message, where no system message is given.
@@ -15,6 +16,9 @@ pub(crate) struct Scaffold {
     pub(crate) system: Option<(String, String)>,
     /// Between a user message and the answer.
     pub(crate) to_answer: String,
+    /// White space that the template writes before an answer and the prompt for one lacks: the model generates it, so it is
+    /// written before answers that it did not generate alone.
+    pub(crate) answer_lead: String,
     /// Between an answer and the next user message.
     pub(crate) to_user: String,
     /// Whose contents are shown without the white space around them.
@@ -45,6 +49,8 @@ impl Scaffold {
             // the model was trained to continue, so it stands before every answer.
             tracing::debug!(past = ?to_answer, prompt = ?again, "answer header differs");
         }
+        let lead = to_answer.strip_prefix(again.as_str());
+        let lead = lead.filter(|lead| lead.trim().is_empty()).unwrap_or_default();
         let mut trims = match trimmed(template, &roles)[..] {
             [first, answer, last] => Trims { system: false, user: first && last, answer },
             _ => Trims::default(),
@@ -60,6 +66,7 @@ impl Scaffold {
             opening: opening.clone(),
             system,
             to_answer: again.clone(),
+            answer_lead: lead.to_owned(),
             to_user: to_user.clone(),
             trims,
         })
@@ -71,6 +78,7 @@ impl Scaffold {
             opening: String::new(),
             system: Some((String::new(), "\n\n".into())),
             to_answer: "\n".into(),
+            answer_lead: String::new(),
             to_user: "\n\n".into(),
             trims: Trims::default(),
         }

@@ -546,6 +546,9 @@ fn send(
     }
     if !options.completion {
         written.scaffold(&model.scaffold.to_answer)?;
+        if !options.answer_prefix.is_empty() {
+            written.scaffold(&model.scaffold.answer_lead)?;
+        }
     }
     written.content(&options.answer_prefix)?;
     let prompt = written.take()?;

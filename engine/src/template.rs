@@ -169,9 +169,8 @@ mod tests {
         let messages: Vec<_> = [("user", "one"), ("assistant", "two"), ("user", "three")]
             .map(|(role, content)| Message::new(role, content))
             .into();
-        let appended =
-            [s.opening.as_str(), "one", &s.to_answer, "two", &s.to_user, "three", &s.to_answer]
-                .concat();
+        let answered = [s.opening.as_str(), "one", &s.to_answer, &s.answer_lead, "two"].concat();
+        let appended = [answered.as_str(), &s.to_user, "three", &s.to_answer].concat();
         assert_eq!(appended, template.render(&messages, true).unwrap());
     }
 
@@ -180,6 +179,9 @@ mod tests {
         check(SMOLLM2);
         check(LLAMA3);
         check(MISTRAL);
+        check(MISTRAL_LAST);
+        assert_eq!(scaffold(MISTRAL_LAST).answer_lead, " ");
+        assert_eq!(scaffold(MISTRAL).answer_lead, "");
     }
 
     #[test]

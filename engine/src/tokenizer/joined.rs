@@ -94,6 +94,10 @@ impl<'a> Joined<'a> {
     }
 
     fn write(&mut self, text: &str, special: bool) -> Result<()> {
+        // Of a blank alone nothing is left, and no tokenizer is to put one of its own there.
+        if text.is_empty() {
+            return Ok(());
+        }
         let ids = self.tokenizer.encode_behind(self.last, text, special)?;
         self.last = ids.last().copied().or(self.last);
         self.tokens.extend(ids);

@@ -197,9 +197,16 @@ impl Base {
                 })?,
             // The decoder's own description of a GGUF file, whose fingerprint runs hold to, knows no tokenizer.
             Files::Gguf(gguf) => {
-                let special = Tokenizer::from_gguf(gguf)?.special_ids();
-                let mut ends: Vec<u32> = [special.eos, special.eot].into_iter().flatten().collect();
-                ends.dedup();
+                let tokenizer = Tokenizer::from_gguf(gguf)?;
+                let special = tokenizer.special_ids();
+                // Those that the engine finds by name in a GGUF file it looks for in no other.
+                let named = tokenizer.ends_by_name().into_iter();
+                let mut ends: Vec<u32> = Vec::new();
+                for end in [special.eos, special.eot].into_iter().flatten().chain(named) {
+                    if !ends.contains(&end) {
+                        ends.push(end);
+                    }
+                }
                 huggingface_config(&DecoderConfig { eos_token_ids: ends, ..self.decoder.clone() })?
             }
             Files::Scratch { .. } => huggingface_config(&self.decoder)?,

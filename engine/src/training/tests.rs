@@ -416,7 +416,7 @@ fn an_exported_model_is_the_trained_one_in_the_engine() {
 }
 
 #[test]
-fn a_model_from_a_gguf_file_is_written_with_the_end_tokens_that_it_names() {
+fn a_model_from_a_gguf_file_is_written_with_every_end_token_that_it_has() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     let mut bytes = std::fs::read(golden("gguf/model.gguf")).unwrap();
@@ -433,9 +433,13 @@ fn a_model_from_a_gguf_file_is_written_with_the_end_tokens_that_it_names() {
         DecoderConfig::from_json(&text).unwrap().eos_token_ids
     };
     let (_, gguf) = Weights::open_gguf(&path).unwrap();
-    let special = Tokenizer::from_gguf(&gguf).unwrap().special_ids();
-    assert_eq!(written(&path), [special.eos.unwrap(), special.eot.unwrap()]);
-    assert_eq!(written(&golden("gguf/model.gguf")), [special.eos.unwrap()]);
+    let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+    let special = tokenizer.special_ids();
+    // The file names one of them, its vocabulary has both.
+    let both = [special.eos.unwrap(), tokenizer.id("<|endoftext|>").unwrap()];
+    assert_eq!(both, [special.eos.unwrap(), special.eot.unwrap()]);
+    assert_eq!(written(&path), both);
+    assert_eq!(written(&golden("gguf/model.gguf")), both);
 }
 
 /// Whatever the kind, a stream that is read at once, in chunks or token by token is the same.

@@ -505,8 +505,8 @@ fn send(
     // What was cut off a long message is its beginning.
     let mut joined = options.joined;
     if !document.is_empty() {
-        // What is not looked up must be read to be recalled.
-        let is_read = policy == RecallPolicy::Pages;
+        // What is not looked up must be read to be recalled: by this message, or by those after it.
+        let is_read = [policy, shared.config.recall].contains(&RecallPolicy::Pages);
         let mode = if is_read { FeedMode::Model } else { FeedMode::Text };
         let feed = FeedOptions { mode, ..FeedOptions::default() }.completion(options.completion);
         let before = Before { system: options.system.as_deref(), joined: options.joined };

@@ -260,6 +260,19 @@ fn a_turn_may_recall_less_than_the_engine_keeps_and_not_more() {
 }
 
 #[test]
+fn a_long_message_is_read_whole_though_its_own_turn_recalls_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let long: String = (0..40).map(|i| format!("item {i} is {}. ", i * i % 97)).collect();
+    let (_, usage) = finish(chat.send_with(&long, short().recall(RecallPolicy::Off))).unwrap();
+    assert!(usage.stream_tokens as usize > engine.count_tokens(&long).unwrap(), "{usage:?}");
+    // The turns after it recall what no text would bring back.
+    let (_, usage) = finish(chat.send_with("what is item 7", short())).unwrap();
+    assert!(usage.pages.unwrap().stored_tokens > 0);
+}
+
+#[test]
 fn an_answer_is_given_again_with_the_same_pages() {
     let folder = tempfile::tempdir().unwrap();
     let (_engine, mut chat) = fed(folder.path(), config(RecallPolicy::Pages));

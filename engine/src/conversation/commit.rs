@@ -234,12 +234,7 @@ struct Work(Option<JoinHandle<Result<Committed>>>);
 impl Work {
     fn join(mut self) -> Result<Committed> {
         let Some(thread) = self.0.take() else { return Err(Error::cancelled("commit")) };
-        thread.join().unwrap_or_else(|panic| {
-            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-            let text = text.unwrap_or_else(|| "no message".into());
-            Err(Error::new(ErrorKind::Storage, format!("commit: interrupted by a panic: {text}")))
-        })
+        thread.join().unwrap_or_else(|payload| Err(Error::panicked("commit", &*payload)))
     }
 }
 
@@ -249,5 +244,18 @@ impl Drop for Work {
             // Whatever comes of it, nobody is left to hear.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_a_commits_thread_is_a_fault_of_the_library() {
+        let work = Work(Some(std::thread::spawn(|| panic!("as the test wants"))));
+        let error = work.join().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Internal);
+        assert_eq!(error.to_string(), "commit: the library panicked: as the test wants");
     }
 }

@@ -278,7 +278,8 @@ fn from_hub(id: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
             format!("commit {:?}, expected a hash", info.sha),
         ));
     }
-    let snapshot = Cache::from_env().repo(Repo::model(id.to_owned())).pointer_path(&info.sha);
+    let cached = Cache::from_env().repo(Repo::model(id.to_owned()));
+    let snapshot = cached.pointer_path(&info.sha);
     let names: Vec<String> = info.siblings.into_iter().map(|file| file.rfilename).collect();
     let mut fetch = |name: &str| -> Result<PathBuf> {
         fetch(&repo, name, progress).map_err(|e| {
@@ -286,7 +287,12 @@ fn from_hub(id: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
             Error::new(ErrorKind::NotFound, text).with_source(e)
         })
     };
-    complete(&names, &snapshot, &mut fetch)
+    let folder = complete(&names, &snapshot, &mut fetch)?;
+    // A file that is fetched brings it along; where none is missing nothing else says which commit is meant.
+    if let Err(error) = cached.create_ref(&info.sha) {
+        tracing::warn!(%error, "the cache does not say which commit of {id} it holds");
+    }
+    Ok(folder)
 }
 
 /// Fetches what a model consists of, of the files `names` of a repository, as far as the folder `snapshot` lacks it, and

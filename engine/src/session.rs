@@ -6,14 +6,15 @@ mod tests;
 
 use crate::appending;
 use crate::conversation::{self, Conversation, LastPrompt, is_cancelled};
-use crate::engine::Shared;
+use crate::engine::{Model, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::feeding::{self, Before, FeedMode, FeedOptions, Taken};
-use crate::generation::{self, Stop};
+use crate::generation::{self, Answer, Stop};
 use crate::heap::GivesBack;
 use crate::memory::{self, Context};
 use crate::offload::offload;
 use crate::pages::{Message, RecallPolicy};
+use crate::prompt;
 use crate::quote::{self, Quotation};
 use crate::sampling::Sampling;
 use crate::snapshot::OpenTurn;
@@ -437,6 +438,11 @@ impl Session {
     }
 }
 
+/// Metadata of an answer in the log that was begun with words of the caller's, or goes on in text: how long those are.
+const PREFIX_BYTES: &str = "answer_prefix_bytes";
+/// Metadata of the same: whether the message has no chat template around it.
+const COMPLETION: &str = "answer_completion";
+
 /// Memories below this share of the best one's score stay out of the prompt.
 ///
 /// Where one passage answers, the others score a quarter of it, and a small model is led astray by them; where several
@@ -579,8 +585,7 @@ fn send(
     let own = [&prompt[..quotation.start], &prompt[quotation.end..]].concat();
     turns.push(turn(Role::User, said.to_owned(), time_ms, own));
     starts.push(Some(start));
-    let text = format!("{}{}", options.answer_prefix, answer.text);
-    turns.push(turn(Role::Assistant, text, time_ms, answer.tokens.clone()));
+    turns.push(turn_of(&answer, options, time_ms));
     starts.push(Some(start + prompt.len() as u64));
     let (answer_turn, usage) = finish(
         conversation,
@@ -607,14 +612,36 @@ fn send(
     Ok(usage)
 }
 
-/// The words that an answer in the log was begun with, its text less what its tokens say, and whether it goes on in text:
-/// a blank that its tokens begin with is then there.
+/// The turn of an answer that was generated. Text and tokens do not tell how it was begun, where a stop string cut it.
+fn turn_of(answer: &Answer, options: &SendOptions, time_ms: i64) -> NewTurn {
+    let prefix = options.answer_prefix.as_str();
+    let text = format!("{prefix}{}", answer.text);
+    let mut turn = turn(Role::Assistant, text, time_ms, answer.tokens.clone());
+    if options.completion || !prefix.is_empty() {
+        turn.metadata.insert(PREFIX_BYTES.to_owned(), Value::from(prefix.len() as f64));
+        turn.metadata.insert(COMPLETION.to_owned(), Value::from(options.completion));
+    }
+    turn
+}
+
+/// The words that an answer in the log was begun with, and whether it goes on in text: a blank that its tokens begin with is
+/// then there. Of an answer that does not say so, as none did once, the words are its text less what its tokens say.
 fn begun(shared: &Shared, turn: &Turn) -> Result<(String, bool)> {
-    let tokenizer = &shared.model("regenerate")?.tokenizer;
+    if let Some(Value::Number(bytes)) = turn.metadata.get(PREFIX_BYTES)
+        && let Some(Value::Flag(completion)) = turn.metadata.get(COMPLETION)
+    {
+        let prefix = turn.text.get(..*bytes as usize).unwrap_or_default();
+        return Ok((prefix.to_owned(), *completion));
+    }
+    let Model { tokenizer, scaffold, .. } = shared.model("regenerate")?;
     let inside = tokenizer.decode_inside(&turn.tokens);
     let alone = tokenizer.decode(&turn.tokens, true)?;
     let goes_on = inside != alone && turn.text.ends_with(&inside);
     let generated = if goes_on { inside } else { alone };
+    if prompt::shown(&turn.text, scaffold.trims.answer) == generated {
+        // White space that the template cuts off an answer that was appended began nothing.
+        return Ok((String::new(), goes_on));
+    }
     let prefix = turn.text.strip_suffix(generated.as_str()).unwrap_or_default();
     Ok((prefix.to_owned(), goes_on))
 }
@@ -701,8 +728,7 @@ fn answer_again(
         // There is nothing that could stand in its place.
         return Err(Error::cancelled("regenerate"));
     }
-    let text = format!("{}{}", options.answer_prefix, answer.text);
-    let turns = vec![turn(Role::Assistant, text, time_ms, answer.tokens.clone())];
+    let turns = vec![turn_of(&answer, &options, time_ms)];
     let (answer_turn, usage) = finish(
         conversation,
         (turns, vec![Some(start)], Some(answer_turn)),

@@ -748,6 +748,47 @@ fn white_space_that_the_template_cuts_off_a_message_is_not_read() {
 }
 
 #[test]
+fn white_space_of_an_appended_answer_does_not_begin_the_one_in_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = Engine::builder(folder.path().join("trims"))
+        .model(ModelSource::path(model_that_trims(folder.path())))
+        .memory(MemoryConfig::with_window(256))
+        .open_blocking()
+        .unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let said = [(Role::User, "hello there"), (Role::Assistant, "\n\nHi")];
+    let said = said.map(|(role, text)| mka::NewTurn::new(role, text));
+    wait(chat.append(said.into()).finish()).unwrap();
+    let (answer, _) = finish(chat.regenerate(short())).unwrap();
+    let turns = wait(engine.memory().turns(&trip(), 0..9)).unwrap();
+    assert_eq!(turns.last().map(|turn| turn.text.as_str()), Some(answer.as_str()));
+}
+
+#[test]
+fn an_answer_that_a_stop_string_ended_is_begun_again_as_it_was_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let scope = |name: &str| Scope::user("ada").session(name);
+    for (name, completion) in [("template", false), ("completion", true)] {
+        let begun = SendOptions::default().max_new_tokens(30).answer_prefix("Sure").recall_k(0);
+        let begun = begun.completion(completion);
+        let mut whole = engine.session_blocking(scope(&format!("whole {name}"))).unwrap();
+        let (long, _) = finish(whole.send_with("hello", begun.clone())).unwrap();
+        let stop: String = long.chars().skip(3).take(2).collect();
+        let mut chat = engine.session_blocking(scope(name)).unwrap();
+        let (_, usage) = finish(chat.send_with("hello", begun.stop(stop.as_str()))).unwrap();
+        assert_eq!(usage.stop, StopReason::StopString);
+        drop(chat);
+        let mut chat = engine.session_blocking(scope(name)).unwrap();
+        let options = SendOptions::default().max_new_tokens(30);
+        let (again, _) = finish(chat.regenerate(options)).unwrap();
+        assert_eq!(again, long);
+        let turns = wait(engine.memory().turns(&scope(name), 0..9)).unwrap();
+        assert_eq!(turns.last().map(|turn| &turn.text), Some(&format!("Sure{long}")));
+    }
+}
+
+#[test]
 fn stop_strings_and_limits_end_an_answer() {
     let folder = tempfile::tempdir().unwrap();
     let engine = engine(folder.path(), 256);

@@ -183,27 +183,30 @@ pub(super) struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// The newest checkpoint of the run in `output` that is whole; a damaged one is passed over.
+    /// The newest checkpoint of the run in `output` that is whole; a damaged one is passed over, and removed by the next save.
     ///
     /// # Errors
-    /// `Corrupted` if there are checkpoints and none is whole.
+    /// `Corrupted` if there are checkpoints and none is whole; `Storage` or `Incompatible` if one cannot be read now, or not
+    /// by this version: it may be whole.
     pub(super) fn newest(output: &Path) -> Result<Option<Self>> {
         let all = list(output)?;
         let mut first = None;
         for path in all.iter().rev() {
             match Self::open(path) {
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
-                Err(error) => {
+                Err(error) if error.kind() == ErrorKind::Corrupted => {
                     tracing::warn!("passed over: {error}");
                     first.get_or_insert(error);
                 }
+                Err(error) => return Err(error),
             }
         }
         first.map_or(Ok(None), Err)
     }
 
     /// # Errors
-    /// `Corrupted` naming the file that is missing, cut or changed.
+    /// `Corrupted` naming the file that is missing, cut or changed; `Storage` if one cannot be read; `Incompatible` if another
+    /// version wrote it.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let damaged = |file: &str, what: String| {
             Error::new(
@@ -212,12 +215,19 @@ impl Checkpoint {
             )
         };
         let read = |file: &str| {
-            fs::read(path.join(file)).map_err(|e| damaged(file, e.to_string()).with_source(e))
+            let path = path.join(file);
+            fs::read(&path).map_err(|e| match e.kind() {
+                std::io::ErrorKind::NotFound => damaged(file, e.to_string()).with_source(e),
+                _ => Error::io("read checkpoint", &path, e),
+            })
         };
         let state: State = serde_json::from_slice(&read(STATE)?)
             .map_err(|e| damaged(STATE, e.to_string()).with_source(e))?;
         if state.version != 1 {
-            return Err(damaged(STATE, format!("version {}, expected 1", state.version)));
+            return Err(Error::new(
+                ErrorKind::Incompatible,
+                format!("checkpoint {}: version {}, expected 1", path.display(), state.version),
+            ));
         }
         let tensors = |file: &str, hash: u64| {
             let bytes = read(file)?;

@@ -476,6 +476,32 @@ fn a_checkpoint_is_kept_though_damaged_ones_of_later_steps_are_there() {
 }
 
 #[test]
+fn a_checkpoint_that_cannot_be_read_now_is_an_error_and_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    (config.train.steps, config.train.save_every, config.train.keep) = (4, 2, 5);
+    run(config.clone()).unwrap();
+    let newest = config.output.join("checkpoints/step-00000004");
+    let (state, moments) = (newest.join("state.json"), newest.join("moments.safetensors"));
+    let text = std::fs::read_to_string(&state).unwrap();
+    let later = text.replace("\"version\": 1", "\"version\": 2");
+    assert_ne!(later, text);
+    std::fs::write(&state, later).unwrap();
+    let error = Trainer::open(config.clone()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Incompatible, "{error}");
+    std::fs::write(&state, text).unwrap();
+    // A folder in the place of a file cannot be read, and is there.
+    let bytes = std::fs::read(&moments).unwrap();
+    std::fs::remove_file(&moments).unwrap();
+    std::fs::create_dir(&moments).unwrap();
+    let error = Trainer::open(config.clone()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Storage, "{error}");
+    std::fs::remove_dir(&moments).unwrap();
+    std::fs::write(&moments, bytes).unwrap();
+    assert_eq!(Trainer::open(config).unwrap().steps_done(), 4);
+}
+
+#[test]
 fn a_loss_that_is_no_number_stops_the_run_and_names_the_last_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config(folder.path());

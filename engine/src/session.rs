@@ -23,6 +23,7 @@ use crate::stream::{
 };
 use crate::tokenizer::Joined;
 use mka_memory::{Hit, NewTurn, Recall, Role, Scope, Turn, TurnId, Value};
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -144,6 +145,40 @@ pub(crate) struct Live {
     _claim: Claim,
 }
 
+/// The conversation, to its holder alone.
+struct Held<'a> {
+    conversation: MutexGuard<'a, Conversation>,
+    _together: Together<'a>,
+}
+
+impl Deref for Held<'_> {
+    type Target = Conversation;
+
+    fn deref(&self) -> &Conversation {
+        &self.conversation
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut Conversation {
+        &mut self.conversation
+    }
+}
+
+/// Ends the group of those that share the model if its holder panics, as an error does: the others would wait for a process
+/// that goes on with nothing.
+struct Together<'a>(&'a Shared);
+
+impl Drop for Together<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(group) = self.0.group()
+        {
+            group.end();
+        }
+    }
+}
+
 /// The claim on the id of a session, given up when this is dropped.
 struct Claim {
     shared: Arc<Shared>,
@@ -166,17 +201,19 @@ impl Drop for Claim {
 impl Live {
     /// The conversation, once the stream before this one is done with it. Where a turn left it half-way it is what the store
     /// holds, and so it is after something was forgotten: window and pages may have held the words.
-    fn lock(&self) -> Result<MutexGuard<'_, Conversation>> {
-        let mut conversation = self.conversation.lock().unwrap_or_else(|poisoned| {
+    fn lock(&self) -> Result<Held<'_>> {
+        let together = Together(&self.shared);
+        let conversation = self.conversation.lock().unwrap_or_else(|poisoned| {
             self.conversation.clear_poison();
             let mut conversation = poisoned.into_inner();
             conversation.is_half_way = true;
             conversation
         });
-        if conversation.is_half_way || conversation.is_before_a_forget() {
-            conversation.reopen()?;
+        let mut held = Held { conversation, _together: together };
+        if held.is_half_way || held.is_before_a_forget() {
+            held.reopen()?;
         }
-        Ok(conversation)
+        Ok(held)
     }
 
     fn streams(&self) -> MutexGuard<'_, Vec<Canceller>> {
@@ -184,7 +221,7 @@ impl Live {
     }
 
     /// [`Live::lock`], unless a stream works that its holder wants to end by itself: it may wait to be read for ever.
-    fn lock_at_rest(&self, operation: &str) -> Result<MutexGuard<'_, Conversation>> {
+    fn lock_at_rest(&self, operation: &str) -> Result<Held<'_>> {
         if self.streams().iter().any(Canceller::is_awaited) {
             return Err(Error::new(
                 ErrorKind::Locked,
@@ -235,7 +272,11 @@ impl Session {
         conversation: impl FnOnce(&Arc<Shared>, &Scope) -> Result<Conversation>,
     ) -> Result<Self> {
         let claim = Claim::new(&shared, &scope)?;
-        let conversation = conversation(&shared, &scope).map_err(|error| shared.failed(error))?;
+        let opened = {
+            let _together = Together(&shared);
+            conversation(&shared, &scope)
+        };
+        let conversation = opened.map_err(|error| shared.failed(error))?;
         let (conversation, streams) = (Mutex::new(conversation), Mutex::default());
         let live = Live { shared, scope, conversation, streams, _memory: GivesBack, _claim: claim };
         Ok(Self { live: Arc::new(live) })

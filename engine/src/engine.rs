@@ -1,24 +1,24 @@
 //! The engine: weights, tokenizer and store of one memory folder, shared by its sessions.
 //! Knows no turn of a conversation; that is the session's.
 
+mod model;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use model::Model;
+
 use crate::cache::CacheShape;
 use crate::embedding::{EmbedderPrecision, EmbedderSource};
 use crate::error::{Error, ErrorKind, Result};
 use crate::forgets::Forgets;
-use crate::hub::{ModelFiles, ModelSource};
+use crate::hub::ModelSource;
 use crate::memory::MemoryHandle;
-use crate::models::config::{DecoderConfig, token_ids};
-use crate::models::decoder::Decoder;
-use crate::models::weights::Weights;
 use crate::offload::offload;
 use crate::pages::{PageConfig, PageRule, RecallPolicy};
 use crate::parallel::{self, Collective, TensorGroup};
-use crate::prompt::Scaffold;
 use crate::quote::Quote;
 use crate::session::{Session, now_ms};
 use crate::stream::Canceller;
-use crate::template::ChatTemplate;
-use crate::tokenizer::Tokenizer;
 use mka_memory::{Backend, EncryptionKey, Hygiene, Scope, Store, StoreOptions};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -161,97 +161,6 @@ impl MemoryConfig {
             return Err(Error::invalid("open: block_tokens 0, expected at least 1"));
         }
         Ok(())
-    }
-}
-
-/// A model, loaded: what sessions need of it.
-pub(crate) struct Model {
-    pub(crate) name: String,
-    pub(crate) decoder: Decoder,
-    pub(crate) tokenizer: Tokenizer,
-    pub(crate) scaffold: Scaffold,
-    pub(crate) end_of_turn: Vec<u32>,
-}
-
-impl Model {
-    fn load(files: &ModelFiles, device: &candle_core::Device, group: &TensorGroup) -> Result<Self> {
-        match files {
-            ModelFiles::Folder(folder) => Self::load_folder(folder, device, group),
-            ModelFiles::Gguf(path) => Self::load_gguf(path, device, group),
-        }
-    }
-
-    fn load_folder(
-        folder: &Path,
-        device: &candle_core::Device,
-        group: &TensorGroup,
-    ) -> Result<Self> {
-        let read = |name: &str| {
-            let path = folder.join(name);
-            std::fs::read_to_string(&path).map_err(|e| Error::io("read model file", &path, e))
-        };
-        let mut config = DecoderConfig::from_json(&read("config.json")?)?;
-        if let Ok(text) = read("generation_config.json")
-            && let Ok(json) = serde_json::from_str::<serde_json::Value>(&text)
-        {
-            config.eos_token_ids.extend(token_ids(json.get("eos_token_id")));
-        }
-        let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
-        let scaffold = match ChatTemplate::from_folder(folder)? {
-            Some(template) => Scaffold::new(&template)?,
-            None => Scaffold::plain(),
-        };
-        let weights = Weights::open_folder(folder)?;
-        let decoder = Decoder::load_part(config, &weights, device, group)?;
-        Self::new(folder, decoder, tokenizer, scaffold, &[])
-    }
-
-    fn load_gguf(path: &Path, device: &candle_core::Device, group: &TensorGroup) -> Result<Self> {
-        let (weights, gguf) = Weights::open_gguf(path)?;
-        let mut config = DecoderConfig::from_gguf(&gguf)?;
-        let tokenizer = Tokenizer::from_gguf(&gguf)?;
-        let special = tokenizer.special_ids();
-        config.eos_token_ids.extend([special.eos, special.eot].into_iter().flatten());
-        let scaffold = match ChatTemplate::from_gguf(&gguf)? {
-            Some(template) => Scaffold::new(&template)?,
-            None => Scaffold::plain(),
-        };
-        let decoder = Decoder::load_part(config, &weights, device, group)?;
-        // Not in the configuration, which is a part of what a snapshot is known by.
-        let ends = tokenizer.ends_by_name();
-        Self::new(path, decoder, tokenizer, scaffold, &ends)
-    }
-
-    fn new(
-        path: &Path,
-        decoder: Decoder,
-        tokenizer: Tokenizer,
-        scaffold: Scaffold,
-        other_ends: &[u32],
-    ) -> Result<Self> {
-        let (spoken, embedded) = (tokenizer.vocab_size(), decoder.config.vocab_size);
-        if spoken > embedded {
-            return Err(Error::new(
-                ErrorKind::Incompatible,
-                format!(
-                    "open model {}: tokenizer of {spoken} tokens, expected at most the model's {embedded}",
-                    path.display()
-                ),
-            ));
-        }
-        let mut end_of_turn = decoder.config.eos_token_ids.clone();
-        end_of_turn.extend(other_ends);
-        // A chat model ends its turn with the token that its template writes after an answer.
-        let after = tokenizer.encode_with_specials(scaffold.to_user.trim_start())?;
-        if let Some(first) = after.first()
-            && tokenizer.is_special(*first)
-        {
-            end_of_turn.push(*first);
-        }
-        end_of_turn.sort_unstable();
-        end_of_turn.dedup();
-        let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        Ok(Self { name, decoder, tokenizer, scaffold, end_of_turn })
     }
 }
 
@@ -718,102 +627,5 @@ impl Engine {
     /// Tokens that the model was trained on at once; None without a model.
     pub fn trained_tokens(&self) -> Option<usize> {
         self.shared.model.as_ref().map(|model| model.decoder.config.trained_tokens)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_answer_of_a_gguf_model_ends_with_every_end_that_its_vocabulary_has() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/gguf/model.gguf");
-        let files = ModelFiles::Gguf(path);
-        let model = Model::load(&files, &candle_core::Device::Cpu, &TensorGroup::alone()).unwrap();
-        let id = |token: &str| model.tokenizer.id(token).unwrap();
-        assert_eq!(model.end_of_turn, [id("<|endoftext|>"), id("<|im_end|>")]);
-        // A snapshot made when fewer tokens ended an answer is still this model's.
-        assert_eq!(model.decoder.config.eos_token_ids, [id("<|im_end|>")]);
-    }
-
-    /// An engine in `folder` over a model with a vocabulary of SentencePiece, and its tokenizer.
-    fn sentencepiece(folder: &Path, own_blank: &str, template: &str) -> (Engine, Tokenizer) {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/smollm2");
-        let model = folder.join("model");
-        std::fs::create_dir_all(&model).unwrap();
-        for name in ["config.json", "model.safetensors"] {
-            std::fs::copy(golden.join(name), model.join(name)).unwrap();
-        }
-        let tokenizer = crate::testing::sentencepiece(own_blank).to_string();
-        std::fs::write(model.join("tokenizer.json"), tokenizer).unwrap();
-        let settings = serde_json::json!({
-            "bos_token": "<s>", "eos_token": "</s>", "chat_template": template,
-        });
-        std::fs::write(model.join("tokenizer_config.json"), settings.to_string()).unwrap();
-        let engine = Engine::builder(folder.join("store"))
-            .model(ModelSource::path(&model))
-            .device(Device::Cpu)
-            .memory(MemoryConfig::with_window(128))
-            .open_blocking()
-            .unwrap();
-        (engine, Tokenizer::from_file(&model.join("tokenizer.json")).unwrap())
-    }
-
-    /// Sends `message` and asks for no more than the beginning of its answer.
-    fn send(chat: &mut Session, message: &str, answer_prefix: &str) {
-        let options = crate::SendOptions::default().max_new_tokens(0).recall_k(0);
-        let mut events = chat.send_with(message, options.answer_prefix(answer_prefix));
-        while let Some(event) = events.next_blocking() {
-            event.unwrap();
-        }
-    }
-
-    /// Tokens of all turns of `chat`.
-    fn stream(engine: &Engine, chat: &Session) -> Vec<u32> {
-        let turns = engine.shared.store.turns(chat.scope(), 0..99).unwrap();
-        turns.into_iter().flat_map(|turn| turn.tokens).collect()
-    }
-
-    #[test]
-    fn a_stream_of_sentencepiece_tokens_is_that_of_the_rendered_conversation() {
-        let template = "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}";
-        for own_blank in ["by its normalizer", "always", "first"] {
-            let folder = tempfile::tempdir().unwrap();
-            let (engine, tokenizer) = sentencepiece(folder.path(), own_blank, template);
-            let scope = Scope::user("ada").session("trip");
-            let mut chat = engine.session_blocking(scope).unwrap();
-            send(&mut chat, "Hello", "");
-            send(&mut chat, "a cat", "");
-            let text = "<s>[INST] Hello [/INST]</s>[INST] a cat [/INST]";
-            let rendered = tokenizer.encode_with_specials(text).unwrap();
-            assert_eq!(stream(&engine, &chat), rendered, "{own_blank}");
-        }
-    }
-
-    #[test]
-    fn an_answer_that_was_not_generated_has_the_blank_that_the_template_writes_before_it() {
-        use mka_memory::{NewTurn, Role};
-        let template = "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}";
-        for own_blank in ["by its normalizer", "always", "first"] {
-            let folder = tempfile::tempdir().unwrap();
-            let (engine, tokenizer) = sentencepiece(folder.path(), own_blank, template);
-            let open = |name: &str| engine.session_blocking(Scope::user("ada").session(name));
-            let rendered = |text: &str| tokenizer.encode_with_specials(text).unwrap();
-
-            let mut chat = open("appended").unwrap();
-            let turns = [(Role::User, "a cat"), (Role::Assistant, "Hello"), (Role::User, "a coat")];
-            let turns = turns.map(|(role, text)| NewTurn::new(role, text));
-            let mut feed = chat.append(turns.into());
-            while let Some(event) = feed.next_blocking() {
-                event.unwrap();
-            }
-            let text = "<s>[INST] a cat [/INST] Hello</s>[INST] a coat [/INST]";
-            assert_eq!(stream(&engine, &chat), rendered(text), "{own_blank}");
-
-            let mut chat = open("begun").unwrap();
-            send(&mut chat, "a cat", "Hello");
-            let text = "<s>[INST] a cat [/INST] Hello";
-            assert_eq!(stream(&engine, &chat), rendered(text), "{own_blank}");
-        }
     }
 }

@@ -31,6 +31,7 @@
 //!
 //! Models are trained in [`training`]. What it does not do yet: see Limits in the README.
 
+mod answering;
 mod appending;
 mod attention;
 mod cache;

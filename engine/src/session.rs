@@ -4,25 +4,19 @@
 #[cfg(test)]
 mod tests;
 
+use crate::answering;
 use crate::appending;
-use crate::conversation::{self, Conversation, LastPrompt, is_cancelled};
-use crate::engine::{Model, Shared};
+use crate::conversation::{Conversation, is_cancelled};
+use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
-use crate::feeding::{self, Before, FeedMode, FeedOptions, Taken};
-use crate::generation::{self, Answer, Stop};
+use crate::feeding::{self, FeedOptions};
 use crate::heap::GivesBack;
 use crate::memory::{self, Context};
 use crate::offload::offload;
-use crate::pages::{Message, RecallPolicy};
-use crate::prompt;
-use crate::quote::{self, Quotation};
+use crate::pages::RecallPolicy;
 use crate::sampling::Sampling;
-use crate::snapshot::OpenTurn;
-use crate::stream::{
-    Canceller, Event, Events, Feed, FeedEvent, FeedSummary, Sink, StopReason, Usage,
-};
-use crate::tokenizer::Joined;
-use mka_memory::{Hit, NewTurn, Recall, Role, Scope, Turn, TurnId, Value};
+use crate::stream::{Canceller, Event, Events, Feed, FeedEvent, FeedSummary, Sink, Usage};
+use mka_memory::{NewTurn, Scope, TurnId};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -299,7 +293,9 @@ impl Session {
     /// that document, if it was taken in.
     pub fn send_with(&mut self, message: impl Into<String>, options: SendOptions) -> Events {
         let message = message.into();
-        self.answer(move |conversation, sink| send(conversation, &message, &options, sink))
+        self.answer(move |conversation, sink| {
+            answering::send(conversation, &message, &options, sink)
+        })
     }
 
     /// Answers the last message again, in place of its answer, which stays in the log as retracted.
@@ -310,7 +306,7 @@ impl Session {
     /// Errors are the stream's last item, `NotFound` where the last turn is no answer, `Cancelled` where it ended before its
     /// first token: the answer is then the one before.
     pub fn regenerate(&mut self, options: SendOptions) -> Events {
-        self.answer(move |conversation, sink| regenerate(conversation, &options, sink))
+        self.answer(move |conversation, sink| answering::regenerate(conversation, &options, sink))
     }
 
     /// The events of a turn, which is taken back if it fails.
@@ -477,313 +473,4 @@ impl Session {
             logits
         })
     }
-}
-
-/// Metadata of an answer in the log that was begun with words of the caller's, or goes on in text: how long those are.
-const PREFIX_BYTES: &str = "answer_prefix_bytes";
-/// Metadata of the same: whether the message has no chat template around it.
-const COMPLETION: &str = "answer_completion";
-
-/// Memories below this share of the best one's score stay out of the prompt.
-///
-/// Where one passage answers, the others score a quarter of it, and a small model is led astray by them; where several
-/// answer, their scores are close.
-const RECALL_FLOOR: f32 = 0.5;
-
-/// What is recalled for a message, as text and hits.
-fn recall(
-    conversation: &Conversation,
-    message: &str,
-    options: &SendOptions,
-    coming_tokens: usize,
-    now_ms: i64,
-) -> Result<(String, Vec<Hit>)> {
-    let shared = &conversation.shared;
-    let k = options.recall_k.unwrap_or(shared.config.recall_k);
-    // Recalled text may take half the window at most, so that the message and an answer fit beside it.
-    let budget = shared.config.recall_tokens.min(shared.config.window_tokens / 2);
-    let has_text = options.recall.unwrap_or(shared.config.recall).has_text();
-    if !has_text || k == 0 || budget == 0 {
-        return Ok((String::new(), Vec::new()));
-    }
-    let query = Recall {
-        k,
-        across_sessions: options.across_sessions,
-        except_turns: conversation.turns_in_window(coming_tokens + budget),
-        now_ms: Some(now_ms),
-        ..Recall::default()
-    };
-    let mut hits = shared.store.recall(&conversation.scope, message, &query)?;
-    let floor = hits.first().map_or(0.0, |best| best.score * RECALL_FLOOR);
-    hits.retain(|hit| hit.score >= floor);
-    let quotations = Quotation::of(&hits, message, shared.config.quote);
-    let (text, chosen) = quote::assemble(&quotations, budget, |text| shared.count_tokens(text))?;
-    // An index that is built in the background may find other hits in another process: the prompt is one.
-    let text = shared.model("recall")?.decoder.group.first_text(text)?;
-    Ok((text, chosen.into_iter().map(|i| hits[i].clone()).collect()))
-}
-
-fn send(
-    conversation: &mut Conversation,
-    message: &str,
-    options: &SendOptions,
-    sink: &Sink<Event>,
-) -> Result<Option<Usage>> {
-    if message.is_empty() {
-        return Err(Error::invalid("send: message is empty, expected text"));
-    }
-    options.sampling.check()?;
-    let shared = conversation.shared.clone();
-    let model = shared.model("send")?;
-    let now_ms = shared.now_ms()?;
-    let time_ms = options.time_ms.unwrap_or(now_ms);
-
-    let policy = options.recall.unwrap_or(shared.config.recall);
-    conversation.set_policy("send", policy)?;
-    // As the template would show it; of a message that goes on in a document the beginning stands there.
-    let said = message;
-    let goes_on = options.joined && conversation.state.open == OpenTurn::User;
-    let shown = if goes_on { said.trim_end() } else { said.trim() };
-    let trims = model.scaffold.trims.user && !options.completion && !shown.is_empty();
-    let message = if trims { shown } else { said };
-    let longest = shared.config.window_tokens / 2;
-    let (document, message) = feeding::split_long(model, message, longest)?;
-    let said = if document.is_empty() { said } else { message };
-    // What was cut off a long message is its beginning.
-    let mut joined = options.joined;
-    if !document.is_empty() {
-        // What is not looked up must be read to be recalled: by this message, or by those after it.
-        let is_read = [policy, shared.config.recall].contains(&RecallPolicy::Pages);
-        let mode = if is_read { FeedMode::Model } else { FeedMode::Text };
-        let feed = FeedOptions { mode, ..FeedOptions::default() }.completion(options.completion);
-        let before = Before { system: options.system.as_deref(), joined: options.joined };
-        let go_on = &mut |_: &Taken| !sink.is_cancelled();
-        let taken = feeding::take_in(conversation, document, &feed, time_ms, before, go_on)?;
-        joined |= taken.model_tokens > 0;
-    }
-
-    let message_tokens = model.tokenizer.count(message)?;
-    let (recalled, hits) = recall(conversation, message, options, message_tokens, now_ms)?;
-    if !hits.is_empty() {
-        // A caller who is gone is noticed before the first block.
-        sink.send(Event::Recalled(hits));
-    }
-
-    // The prompt: scaffold, quoted memories, message, scaffold. Contents are encoded so that no text in them can
-    // become a control token.
-    let open = conversation.state.open;
-    let mut written = Joined::behind(&model.tokenizer, conversation.last_token());
-    match options.completion {
-        true => generation::bare_opening(&mut written, open),
-        false => {
-            let system = options.system.as_deref();
-            generation::opening(&mut written, model, open, system, joined)?;
-        }
-    }
-    conversation.keep_opening(written.num_tokens())?;
-    if written.num_tokens() == 0 && open == OpenTurn::User && !recalled.is_empty() {
-        written.content("\n\n")?;
-    }
-    let quotation_start = written.num_tokens();
-    written.content(&recalled)?;
-    let quotation = quotation_start..written.num_tokens();
-    match recalled.is_empty() {
-        true => written.content(message)?,
-        false => written.content(&format!("\n{message}"))?,
-    }
-    if !options.completion {
-        written.scaffold(&model.scaffold.to_answer)?;
-        if !options.answer_prefix.is_empty() {
-            written.scaffold(&model.scaffold.answer_lead)?;
-        }
-    }
-    written.content(&options.answer_prefix)?;
-    let prompt = written.take()?;
-    let recalled_tokens = prompt[quotation.clone()].to_vec();
-    let own_tokens = model.tokenizer.encode(message, false)?;
-
-    let start = conversation.position();
-    let reused = conversation.attended_tokens();
-    let Some((last_token, head)) = prompt.split_last() else {
-        return Err(Error::invalid("send: message gives no token, expected at least one"));
-    };
-    let mut go_on = || !sink.is_cancelled();
-    conversation.prefill_message(&own_tokens, head, &mut go_on)?;
-    let (before_last, asked) = (conversation.save(), conversation.message());
-    let prompt_tokens = conversation.attended_tokens() + 1;
-    let answer = generation::generate(conversation, *last_token, options, sink)?;
-
-    let mut turns = Vec::new();
-    let mut starts = Vec::new();
-    if !recalled.is_empty() {
-        // A turn of its own, which is forgotten with what it quotes, to the last token: the message stands without it.
-        let mut quoted = turn(Role::Recalled, recalled, time_ms, recalled_tokens.clone());
-        let before = Value::from(quotation.start as f64);
-        quoted.metadata.insert(conversation::TOKENS_BEFORE.to_owned(), before);
-        turns.push(quoted);
-        starts.push(None);
-    }
-    let own = [&prompt[..quotation.start], &prompt[quotation.end..]].concat();
-    turns.push(turn(Role::User, said.to_owned(), time_ms, own));
-    starts.push(Some(start));
-    turns.push(turn_of(&answer, options, time_ms));
-    starts.push(Some(start + prompt.len() as u64));
-    let (answer_turn, usage) = finish(
-        conversation,
-        (turns, starts, None),
-        &answer.stop,
-        Usage {
-            prompt_tokens,
-            reused_tokens: reused.min(prompt_tokens),
-            recalled_tokens: recalled_tokens.len(),
-            generated_tokens: answer.tokens.len(),
-            stream_tokens: conversation.position(),
-            stop: StopReason::MaxTokens,
-            pages: conversation.page_usage()?,
-        },
-    )?;
-    conversation.last_prompt = answer_turn.map(|answer| LastPrompt {
-        answer,
-        before_last,
-        last_token: *last_token,
-        answer_prefix: options.answer_prefix.clone(),
-        completion: options.completion,
-        message: asked,
-    });
-    Ok(usage)
-}
-
-/// The turn of an answer that was generated. Text and tokens do not tell how it was begun, where a stop string cut it.
-fn turn_of(answer: &Answer, options: &SendOptions, time_ms: i64) -> NewTurn {
-    let prefix = options.answer_prefix.as_str();
-    let text = format!("{prefix}{}", answer.text);
-    let mut turn = turn(Role::Assistant, text, time_ms, answer.tokens.clone());
-    if options.completion || !prefix.is_empty() {
-        turn.metadata.insert(PREFIX_BYTES.to_owned(), Value::from(prefix.len() as f64));
-        turn.metadata.insert(COMPLETION.to_owned(), Value::from(options.completion));
-    }
-    turn
-}
-
-/// The words that an answer in the log was begun with, and whether it goes on in text: a blank that its tokens begin with is
-/// then there. Of an answer that does not say so, as none did once, the words are its text less what its tokens say.
-fn begun(shared: &Shared, turn: &Turn) -> Result<(String, bool)> {
-    if let Some(Value::Number(bytes)) = turn.metadata.get(PREFIX_BYTES)
-        && let Some(Value::Flag(completion)) = turn.metadata.get(COMPLETION)
-    {
-        let prefix = turn.text.get(..*bytes as usize).unwrap_or_default();
-        return Ok((prefix.to_owned(), *completion));
-    }
-    let Model { tokenizer, scaffold, .. } = shared.model("regenerate")?;
-    let inside = tokenizer.decode_inside(&turn.tokens);
-    let alone = tokenizer.decode(&turn.tokens, true)?;
-    let goes_on = inside != alone && turn.text.ends_with(&inside);
-    let generated = if goes_on { inside } else { alone };
-    if prompt::shown(&turn.text, scaffold.trims.answer) == generated {
-        // White space that the template cuts off an answer that was appended began nothing.
-        return Ok((String::new(), goes_on));
-    }
-    let prefix = turn.text.strip_suffix(generated.as_str()).unwrap_or_default();
-    Ok((prefix.to_owned(), goes_on))
-}
-
-fn turn(role: Role, text: String, time_ms: i64, tokens: Vec<u32>) -> NewTurn {
-    let mut turn = NewTurn::new(role, text);
-    turn.time_ms = time_ms;
-    turn.tokens = tokens;
-    turn
-}
-
-/// Commits a finished or cancelled answer, the last of `turns`: its number, and what to tell the caller, if there is one.
-fn finish(
-    conversation: &mut Conversation,
-    (turns, starts, retract): (Vec<NewTurn>, Vec<Option<u64>>, Option<TurnId>),
-    stop: &Stop,
-    usage: Usage,
-) -> Result<(Option<TurnId>, Option<Usage>)> {
-    conversation.state.open = OpenTurn::Answered { closed_by: stop.closed_by() };
-    let committed = conversation.commit(turns, &starts, retract)?;
-    Ok((committed.turns.last().copied(), stop.reason().map(|stop| Usage { stop, ..usage })))
-}
-
-fn no_answer() -> Error {
-    Error::new(ErrorKind::NotFound, "regenerate: no answer, expected one as the last turn")
-}
-
-fn regenerate(
-    conversation: &mut Conversation,
-    options: &SendOptions,
-    sink: &Sink<Event>,
-) -> Result<Option<Usage>> {
-    options.sampling.check()?;
-    let shared = conversation.shared.clone();
-    shared.model("regenerate")?;
-    let time_ms = options.time_ms.map_or_else(|| shared.now_ms(), Ok)?;
-    conversation.set_policy("regenerate", options.recall.unwrap_or(shared.config.recall))?;
-    let last = conversation.last_turn()?.filter(|turn| turn.role == Role::Assistant);
-    let before = last.ok_or_else(no_answer)?;
-    let answered = answer_again(conversation, options, sink, (&before, time_ms));
-    // The stream stood before the old answer's end: no point behind it can be gone back to.
-    conversation.is_half_way = answered.is_err();
-    answered
-}
-
-/// Answers the message whose answer was the turn `before`, in place of it.
-fn answer_again(
-    conversation: &mut Conversation,
-    options: &SendOptions,
-    sink: &Sink<Event>,
-    (before, time_ms): (&Turn, i64),
-) -> Result<Option<Usage>> {
-    let shared = conversation.shared.clone();
-    let answer_turn = before.id;
-    // Behind the answer there may stand one that was remembered, which answers nothing that the stream holds.
-    let kept = conversation.last_prompt.clone().filter(|last| last.answer == answer_turn);
-    let here = kept.filter(|last| conversation.try_take_back(&last.before_last));
-    let last = match here {
-        Some(last) => last,
-        None => {
-            // The prompt's pages are gone: fill the window again from the log, up to the prompt's last token.
-            let last_token = conversation.refill(answer_turn, true)?.ok_or_else(no_answer)?;
-            let (answer_prefix, completion) = begun(&shared, before)?;
-            LastPrompt {
-                answer: answer_turn,
-                before_last: conversation.save(),
-                last_token,
-                answer_prefix,
-                completion,
-                message: Message::default(),
-            }
-        }
-    };
-    conversation.set_message(&last.message);
-    let reused = conversation.attended_tokens();
-    let start = conversation.position() + 1;
-    let options = SendOptions {
-        answer_prefix: last.answer_prefix.clone(),
-        completion: last.completion,
-        ..options.clone()
-    };
-    let answer = generation::generate(conversation, last.last_token, &options, sink)?;
-    if answer.tokens.is_empty() && matches!(answer.stop, Stop::Cancelled) {
-        // There is nothing that could stand in its place.
-        return Err(Error::cancelled("regenerate"));
-    }
-    let turns = vec![turn_of(&answer, &options, time_ms)];
-    let (answer_turn, usage) = finish(
-        conversation,
-        (turns, vec![Some(start)], Some(answer_turn)),
-        &answer.stop,
-        Usage {
-            prompt_tokens: reused + 1,
-            reused_tokens: reused,
-            recalled_tokens: 0,
-            generated_tokens: answer.tokens.len(),
-            stream_tokens: conversation.position(),
-            stop: StopReason::MaxTokens,
-            pages: conversation.page_usage()?,
-        },
-    )?;
-    conversation.last_prompt = answer_turn.map(|answer| LastPrompt { answer, ..last });
-    Ok(usage)
 }

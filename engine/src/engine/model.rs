@@ -1,0 +1,108 @@
+//! A model with its tokenizer and chat template, from its files.
+//! Knows neither a session nor a store.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::hub::ModelFiles;
+use crate::models::config::{DecoderConfig, token_ids};
+use crate::models::decoder::Decoder;
+use crate::models::weights::Weights;
+use crate::parallel::TensorGroup;
+use crate::prompt::Scaffold;
+use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
+use std::path::Path;
+
+/// A model, loaded: what sessions need of it.
+pub(crate) struct Model {
+    pub(crate) name: String,
+    pub(crate) decoder: Decoder,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) scaffold: Scaffold,
+    pub(crate) end_of_turn: Vec<u32>,
+}
+
+impl Model {
+    pub(super) fn load(
+        files: &ModelFiles,
+        device: &candle_core::Device,
+        group: &TensorGroup,
+    ) -> Result<Self> {
+        match files {
+            ModelFiles::Folder(folder) => Self::load_folder(folder, device, group),
+            ModelFiles::Gguf(path) => Self::load_gguf(path, device, group),
+        }
+    }
+
+    fn load_folder(
+        folder: &Path,
+        device: &candle_core::Device,
+        group: &TensorGroup,
+    ) -> Result<Self> {
+        let read = |name: &str| {
+            let path = folder.join(name);
+            std::fs::read_to_string(&path).map_err(|e| Error::io("read model file", &path, e))
+        };
+        let mut config = DecoderConfig::from_json(&read("config.json")?)?;
+        if let Ok(text) = read("generation_config.json")
+            && let Ok(json) = serde_json::from_str::<serde_json::Value>(&text)
+        {
+            config.eos_token_ids.extend(token_ids(json.get("eos_token_id")));
+        }
+        let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
+        let scaffold = match ChatTemplate::from_folder(folder)? {
+            Some(template) => Scaffold::new(&template)?,
+            None => Scaffold::plain(),
+        };
+        let weights = Weights::open_folder(folder)?;
+        let decoder = Decoder::load_part(config, &weights, device, group)?;
+        Self::new(folder, decoder, tokenizer, scaffold, &[])
+    }
+
+    fn load_gguf(path: &Path, device: &candle_core::Device, group: &TensorGroup) -> Result<Self> {
+        let (weights, gguf) = Weights::open_gguf(path)?;
+        let mut config = DecoderConfig::from_gguf(&gguf)?;
+        let tokenizer = Tokenizer::from_gguf(&gguf)?;
+        let special = tokenizer.special_ids();
+        config.eos_token_ids.extend([special.eos, special.eot].into_iter().flatten());
+        let scaffold = match ChatTemplate::from_gguf(&gguf)? {
+            Some(template) => Scaffold::new(&template)?,
+            None => Scaffold::plain(),
+        };
+        let decoder = Decoder::load_part(config, &weights, device, group)?;
+        // Not in the configuration, which is a part of what a snapshot is known by.
+        let ends = tokenizer.ends_by_name();
+        Self::new(path, decoder, tokenizer, scaffold, &ends)
+    }
+
+    fn new(
+        path: &Path,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        scaffold: Scaffold,
+        other_ends: &[u32],
+    ) -> Result<Self> {
+        let (spoken, embedded) = (tokenizer.vocab_size(), decoder.config.vocab_size);
+        if spoken > embedded {
+            return Err(Error::new(
+                ErrorKind::Incompatible,
+                format!(
+                    "open model {}: tokenizer of {spoken} tokens, expected at most the model's {embedded}",
+                    path.display()
+                ),
+            ));
+        }
+        let mut end_of_turn = decoder.config.eos_token_ids.clone();
+        end_of_turn.extend(other_ends);
+        // A chat model ends its turn with the token that its template writes after an answer.
+        let after = tokenizer.encode_with_specials(scaffold.to_user.trim_start())?;
+        if let Some(first) = after.first()
+            && tokenizer.is_special(*first)
+        {
+            end_of_turn.push(*first);
+        }
+        end_of_turn.sort_unstable();
+        end_of_turn.dedup();
+        let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        Ok(Self { name, decoder, tokenizer, scaffold, end_of_turn })
+    }
+}

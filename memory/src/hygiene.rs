@@ -378,7 +378,32 @@ fn digits(text: &str) -> impl DoubleEndedIterator<Item = u32> + '_ {
     text.chars().filter_map(|c| c.to_digit(10))
 }
 
-/// Luhn's check digit (ISO/IEC 7812-1), and a length and a first digit that cards have.
+/// How the digits of cards are grouped where they stand in groups.
+const CARD_GROUPS: [&[usize]; 6] = [
+    // Visa, Mastercard, Discover, JCB, UnionPay, Mir, Maestro.
+    &[4, 4, 4, 4],
+    // American Express, and Maestro of 15 digits.
+    &[4, 6, 5],
+    // Diners Club.
+    &[4, 6, 4],
+    // Maestro of 13 digits.
+    &[4, 4, 5],
+    // Visa and Maestro of 19 digits.
+    &[4, 4, 4, 4, 3],
+    // UnionPay of 19 digits.
+    &[6, 13],
+];
+
+/// Whether a number is written as cards are: in one piece, or in the groups of a card with one kind of mark between them.
+/// One number in ten has a valid check digit, and a list of dates or scores holds many that begin and end somewhere in it.
+fn is_grouped_as_card(text: &str) -> bool {
+    let groups = || text.split([' ', '-']).map(str::len);
+    let is_mixed = text.contains(' ') && text.contains('-');
+    let is_known = || CARD_GROUPS.iter().any(|known| groups().eq(known.iter().copied()));
+    groups().count() == 1 || (!is_mixed && is_known())
+}
+
+/// Luhn's check digit (ISO/IEC 7812-1), and a length, groups and first digits that cards have.
 fn is_card(text: &str) -> bool {
     let sum: u32 = digits(text)
         .rev()
@@ -389,13 +414,22 @@ fn is_card(text: &str) -> bool {
             (_, doubled) => doubled,
         })
         .sum();
+    // Of those that begin with 2 only Mir and Mastercard, which leaves the years of these times out.
+    let issuer = digits(text).take(4).fold(0, |number, digit| number * 10 + digit);
     sum.is_multiple_of(10)
         && (13..=19).contains(&digits(text).count())
-        && matches!(digits(text).next(), Some(2..=6))
+        && matches!(issuer, 2200..=2720 | 3000..=6999)
+        && is_grouped_as_card(text)
 }
 
 /// The check digits of ISO 13616: letters are numbers from 10, the first four characters go last, modulo 97 gives 1.
+/// It stands in one piece, or in groups of four with a last one of what is left.
 fn is_bank_account(text: &str) -> bool {
+    let (full, last) = text.rsplit_once(' ').unwrap_or_default();
+    let is_grouped = full.split(' ').all(|group| group.len() == 4) && last.len() <= 4;
+    if !full.is_empty() && !is_grouped {
+        return false;
+    }
     let plain: Vec<char> = text.chars().filter(|c| *c != ' ').collect();
     if !(15..=34).contains(&plain.len()) {
         return false;
@@ -462,6 +496,7 @@ mod tests {
             ("4111 1111 1111 1111", Sensitive::Card),
             ("4111-1111-1111-1111", Sensitive::Card),
             ("378282246310005", Sensitive::Card),
+            ("3782 822463 10005", Sensitive::Card),
             ("ES91 2100 0418 4502 0005 1332", Sensitive::BankAccount),
             ("BE68 5390 0754 7034", Sensitive::BankAccount),
         ];
@@ -494,6 +529,47 @@ mod tests {
         ] {
             assert_eq!(kinds(text), [], "{text}");
         }
+    }
+
+    #[test]
+    fn lists_of_ordinary_numbers_are_no_cards() {
+        let mut seed = 7u64;
+        // Knuth's generator (MMIX).
+        let mut from = |first: u64, last: u64| {
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            first + (seed >> 33) % (last - first + 1)
+        };
+        for _ in 0..300 {
+            for form in 0..8 {
+                let mut number = || {
+                    let (year, month, day) = (from(1950, 2050), from(1, 12), from(1, 28));
+                    match form {
+                        0 => format!("{year}-{month:02}-{day:02}"),
+                        1 => format!("{day:02} {month:02} {year}"),
+                        2 => format!("{year}{month:02}{day:02}"),
+                        3 => format!("{year}"),
+                        4 => format!("{}-{}", from(0, 130), from(0, 130)),
+                        5 => format!("{}-{}-{:04}", from(201, 989), from(201, 989), from(0, 9999)),
+                        6 => format!("{}-{:04}", from(201, 989), from(0, 9999)),
+                        _ => format!("0{} {}", from(150, 179), from(100_000, 999_999)),
+                    }
+                };
+                let numbers: Vec<String> = (0..8).map(|_| number()).collect();
+                for between in [" ", "-", ", "] {
+                    let text = numbers.join(between);
+                    let found = sensitive(&text, |kind| kind == Sensitive::Card);
+                    assert_eq!(found, [], "{text}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_account_stands_in_one_piece_or_in_fours() {
+        assert_eq!(kinds("DE89370400440532013000"), [Sensitive::BankAccount]);
+        assert_eq!(kinds("DE89 3704004405320130 00"), []);
     }
 
     #[test]

@@ -338,8 +338,12 @@ impl Appender {
             self.end = end;
             self.active = Some(segment);
         }
+        if let Some(first) = self.created.first() {
+            // Their numbers were never given: `succeed` would take one of them for the last.
+            self.next_number = first.number;
+        }
         for segment in self.created.drain(..) {
-            // Nothing refers to it; if it stays, the next open removes it.
+            // Nothing refers to it; if it stays, the next segment of its number or the next open replaces it.
             let _ = std::fs::remove_file(&segment.path);
         }
     }
@@ -365,8 +369,8 @@ impl Appender {
 
     fn create(&mut self) -> Result<u32> {
         let number = self.next_number;
-        self.next_number += 1;
         let segment = Arc::new(Segment::create(&self.folder, number, self.cipher.clone())?);
+        self.next_number += 1;
         self.created.push(segment.clone());
         (self.active, self.end) = (Some(segment), SEGMENT_HEADER_BYTES);
         Ok(number)

@@ -130,6 +130,32 @@ fn a_receipt_holds_however_the_store_goes_on() {
 }
 
 #[test]
+fn a_number_is_given_once_though_a_commit_that_began_a_segment_was_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    say(&store, &trip(), Role::User, &["It is about to be forgotten."]);
+    // More than a segment holds, and a page of the window that nobody gave.
+    let text = "-".repeat(8 << 20);
+    let turns = (0..10).map(|_| NewTurn::new(Role::Recalled, text.as_str())).collect();
+    let snapshot = NewSnapshot {
+        fingerprint: [1; 16],
+        position: 0,
+        state: Vec::new(),
+        pages: Vec::new(),
+        window: vec![3],
+    };
+    let refused = Commit { turns, snapshot: Some(snapshot), ..Commit::default() };
+    let error = store.commit(&trip(), refused).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    let receipt = store.forget(&Scope::user("ada"), &Forget::everything()).unwrap();
+    assert!(!receipt.segments.is_empty());
+    drop(store);
+    let store = open(folder.path());
+    say(&store, &trip(), Role::User, &["It goes on."]);
+    store.verify(&receipt).unwrap();
+}
+
+#[test]
 fn a_chunk_that_another_turn_holds_survives_with_its_vectors() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());

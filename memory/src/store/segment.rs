@@ -249,7 +249,12 @@ impl Appender {
 
     /// Goes on in `segment` after `end`; what lies behind is referred to by nothing and is cut off.
     pub(crate) fn resume(&mut self, segment: Arc<Segment>, end: u64) -> Result<()> {
+        let is_longer = segment.len()? > end;
         segment.file.set_len(end).map_err(|source| Error::io("truncate", &segment.path, source))?;
+        if is_longer {
+            // It may hold what was erased: a power loss would bring it back after the erasure counts as done.
+            segment.file.sync_all().map_err(|source| Error::io("sync", &segment.path, source))?;
+        }
         self.mark = (segment.number, end);
         (self.active, self.end) = (Some(segment), end);
         Ok(())

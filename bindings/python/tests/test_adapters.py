@@ -274,6 +274,20 @@ def test_the_langgraph_store_ranks_items_whose_text_stands_elsewhere_too(store: 
         assert len({item.score for item in found}) == 1
 
 
+def test_the_langgraph_store_keeps_the_order_that_the_disk_has(store: Path) -> None:
+    pytest.importorskip("langgraph")
+    from mka.langgraph import MkaStore
+
+    with mka.open_sync(store) as engine:
+        items = MkaStore(engine)
+        for key in ("first", "second", "third", "first"):
+            items.put(("ada",), key, {"text": f"The {key} one."})
+        written = [item.key for item in items.search(("ada",))]
+        assert written == ["second", "third", "first"]
+    with mka.open_sync(store) as engine:
+        assert [item.key for item in MkaStore(engine).search(("ada",))] == written
+
+
 def test_the_langgraph_store_stands_as_the_disk_does_where_a_write_fails(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

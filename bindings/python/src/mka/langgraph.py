@@ -97,6 +97,8 @@ class MkaStore(BaseStore):
                         item = self._item(namespace, json.loads(turn.text))
                         before = held.get(item.key)
                         turns = [*(before.turns if before else ()), turn.id]
+                        # What is written anew comes last, as it does while the store is written.
+                        held.pop(item.key, None)
                         current = held[item.key] = _Stored(item, turns)
                     elif current is not None:
                         current.turns.insert(-1, turn.id)
@@ -192,7 +194,10 @@ class MkaStore(BaseStore):
             held_by = [*(old.turns if old else ()), *reversed(done.turns)]
             current = _Stored(self._item(op.namespace, record), held_by, said)
             num_current = len(turns)
-            items.setdefault(op.namespace, {})[op.key] = current
+            held = items.setdefault(op.namespace, {})
+            # Last, as it is where the store is read from the disk.
+            held.pop(op.key, None)
+            held[op.key] = current
         if current is None:
             return
         # The new item stands before the old one goes: a crash between leaves both, and the later one counts. What cannot be

@@ -1,6 +1,8 @@
 // Owns the stream that a session gives: events to be read, and how their work is stopped.
 // Knows no call of the library; Pull.swift does.
 
+import Foundation
+
 /// The events of a turn, or the progress of what is taken in, to be read with `for try await` by one task at a time.
 ///
 /// Its work ends when the task that reads is cancelled, by ``cancel()`` or ``close()``, and when nothing holds the stream any
@@ -8,7 +10,7 @@
 public struct EventStream<Element: Sendable>: AsyncSequence, Sendable {
     fileprivate enum Source: Sendable {
         case pull(Pull<Element>)
-        case failed(MKAError)
+        case failed(Refusal)
     }
 
     private let source: Source
@@ -18,7 +20,7 @@ public struct EventStream<Element: Sendable>: AsyncSequence, Sendable {
         do {
             source = .pull(try make())
         } catch {
-            source = .failed(MKAError(error))
+            source = .failed(Refusal(MKAError(error)))
         }
     }
 
@@ -30,7 +32,7 @@ public struct EventStream<Element: Sendable>: AsyncSequence, Sendable {
         public func next() async throws -> Element? {
             switch source {
             case .pull(let pull): return try await pull.next()
-            case .failed(let error): throw error
+            case .failed(let failure): throw failure.read()
             }
         }
     }
@@ -50,7 +52,33 @@ public struct EventStream<Element: Sendable>: AsyncSequence, Sendable {
     public func close() async throws(MKAError) {
         switch source {
         case .pull(let pull): try await translated { try await pull.close() }
-        case .failed(let error): throw error
+        case .failed(let failure): if let error = failure.taken() { throw error }
+        }
+    }
+}
+
+/// Why a stream never began, and whether somebody was told: whoever closes is told only if nobody was.
+private final class Refusal: @unchecked Sendable {
+    private let error: MKAError
+    private let lock = NSLock()
+    /// Guarded by `lock`.
+    private var isTold = false
+
+    init(_ error: MKAError) {
+        self.error = error
+    }
+
+    /// The error, for a reader, each time.
+    func read() -> MKAError {
+        lock.withLock { isTold = true }
+        return error
+    }
+
+    /// The error, unless somebody was told.
+    func taken() -> MKAError? {
+        lock.withLock {
+            defer { isTold = true }
+            return isTold ? nil : error
         }
     }
 }

@@ -174,6 +174,15 @@ impl FeedEvent {
     }
 }
 
+/// Does something when it is dropped, after what was made later.
+struct AtEnd<F: Fn()>(F);
+
+impl<F: Fn()> Drop for AtEnd<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
 /// A stream that a foreign caller pulls: one object for each kind of event, with the same calls.
 macro_rules! pulled {
     ($(#[$doc:meta])* pub struct $name:ident of $stream:ty, $event:ident in $batch:ident) => {
@@ -248,9 +257,9 @@ macro_rules! pulled {
             /// Stops the work and waits until the session stands at what was done; an error of the work that was not
             /// read is given here.
             pub async fn close(&self) -> Result<(), MkaError> {
-                let closed = counted(self.pull.close()).await;
-                self.wake();
-                closed
+                // A close that is itself cancelled has taken the place of the waiter, too.
+                let _woken = AtEnd(|| self.wake());
+                counted(self.pull.close()).await
             }
 
             /// `close`, blocking the thread.

@@ -8,7 +8,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use tokio::sync::Mutex;
 
 /// A stream of the engine, as far as it is pulled here.
@@ -157,16 +157,12 @@ impl<S: Source> Pull<S> {
     }
 
     /// Stops the work and waits for its end; an error of the work that nobody has read yet is given here.
+    /// One that is itself cancelled leaves the stream to the next call; who polled the stream before it is to be woken.
     pub(crate) async fn close(&self) -> Result<(), MkaError> {
         self.activity.cancel();
         let mut state = self.state.lock().await;
-        let mut failed = state.failed.take();
-        if let Some(mut stream) = state.stream.take() {
-            while let Some(item) = poll_fn(|cx| Pin::new(&mut stream).poll_next(cx)).await {
-                failed = item.err().or(failed);
-            }
-        }
-        match failed {
+        poll_fn(|cx| state.poll_end(cx)).await;
+        match state.failed.take() {
             Some(error) if !is_cancelled(&error) => Err(error.into()),
             _ => Ok(()),
         }
@@ -229,5 +225,65 @@ impl<S: Source> State<S> {
             }
         }
         Poll::Ready(Ok(Batch::Events(events)))
+    }
+
+    /// Drops the events until the stream has ended; an error among them waits in `failed`.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while let Some(stream) = &mut self.stream {
+            match ready!(Pin::new(stream).poll_next(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => self.failed = Some(error),
+                None => self.stream = None,
+            }
+        }
+        Poll::Ready(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+
+    /// What each poll gives, then the end.
+    struct Pieces(VecDeque<Poll<Option<mka::Result<u32>>>>);
+
+    impl Stream for Pieces {
+        type Item = mka::Result<u32>;
+
+        fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+            self.0.pop_front().unwrap_or(Poll::Ready(None))
+        }
+    }
+
+    impl Source for Pieces {
+        type Event = u32;
+        const OPERATION: &'static str = "send";
+
+        fn canceller(&self) -> Canceller {
+            unreachable!("no pull holds it")
+        }
+
+        fn is_last(_: &u32) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn a_close_that_is_left_keeps_the_stream_and_its_error_for_the_next_one() {
+        let error = "none".parse::<mka::Device>().unwrap_err();
+        let kind = error.kind();
+        let pieces = [
+            Poll::Ready(Some(Ok(1))),
+            Poll::Pending,
+            Poll::Ready(Some(Err(error))),
+            Poll::Pending,
+            Poll::Ready(Some(Ok(2))),
+        ];
+        let mut state = State { stream: Some(Pieces(pieces.into())), failed: None };
+        let mut close = || state.poll_end(&mut Context::from_waker(Waker::noop()));
+        assert_eq!([close(), close(), close()], [Poll::Pending, Poll::Pending, Poll::Ready(())]);
+        assert!(state.stream.is_none());
+        assert_eq!(state.failed.map(|error| error.kind()), Some(kind));
     }
 }

@@ -16,6 +16,7 @@ mod lock;
 mod near;
 mod open;
 mod page_bytes;
+mod partial;
 mod queries;
 mod quotes;
 mod read;

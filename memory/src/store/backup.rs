@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
+use super::lock::Lock;
 use super::segment::{Segment, sync_folder};
-use super::{Store, storage};
+use super::{Store, partial, storage};
 use crate::{Cancel, Error, Result};
 
 /// Bytes copied at once.
@@ -29,7 +30,8 @@ pub struct Backup {
 impl Store {
     /// Copies the store to `folder`, which does not exist yet: whole commits only, as of one moment during the call.
     ///
-    /// The copy is a store: open it to restore it. It appears under its name when all of it is on the disk.
+    /// The copy is a store: open it to restore it. It appears under its name when all of it is on the disk; until then it is
+    /// beside it, as `NAME.PROCESS-NUMBER.partial`. What processes that died left under such a name of it is removed.
     /// Readers and writers go on meanwhile; writers wait while the database's records are read.
     /// [`forget`](Self::forget) does not reach into backups.
     ///
@@ -50,22 +52,26 @@ impl Store {
         })?;
         // Beside the folder, and not in it, if the path ends with a slash.
         let folder = &folder.with_file_name(name);
-        let mut partial_name = name.to_owned();
-        partial_name.push(".partial");
-        let partial = &folder.with_file_name(partial_name);
-        storage::remove_folder(partial)?;
-        let done = self.copy_to(partial, cancel).and_then(|done| {
-            std::fs::rename(partial, folder)
-                .map_err(|source| Error::io("rename", partial, source))?;
-            let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty());
-            sync_folder(parent.unwrap_or(Path::new(".")))?;
-            Ok(done)
-        });
+        partial::remove_left(folder);
+        let partial = &partial::beside(folder)?;
+        let done = self.copy_as(partial, folder, cancel);
         if done.is_err() {
             // The error that counts is the first one.
             let _ = storage::remove_folder(partial);
         }
         done
+    }
+
+    /// Copies to `partial`, which then is called `folder`.
+    fn copy_as(&self, partial: &Path, folder: &Path, cancel: &Cancel) -> Result<Backup> {
+        std::fs::create_dir_all(partial).map_err(|source| Error::io("create", partial, source))?;
+        // Says that somebody writes here. A file system without locks needs none: nobody removes what cannot be locked.
+        let _lock = Lock::take(partial).ok();
+        let done = self.copy_to(partial, cancel)?;
+        std::fs::rename(partial, folder).map_err(|source| Error::io("rename", partial, source))?;
+        let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty());
+        sync_folder(parent.unwrap_or(Path::new(".")))?;
+        Ok(done)
     }
 
     fn copy_to(&self, folder: &Path, cancel: &Cancel) -> Result<Backup> {

@@ -8,10 +8,10 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::Store;
 use super::commit::Entry;
 use super::fork::{Said, said};
 use super::read::{OpenBlob, open, read_body};
+use super::{Store, partial};
 use crate::format::{Body, TurnRecord};
 use crate::{Cancel, Error, ErrorKind, NewTurn, Result, Role, Scope, TurnId, Value};
 
@@ -315,7 +315,9 @@ impl Store {
         Ok(imported)
     }
 
-    /// [`Store::export`] of `scope`, or of every user if it is none, into a file, which is on the disk when this returns; an existing one is replaced.
+    /// [`Store::export`] of `scope`, or of every user if it is none, into a file, which is on the disk when this returns; an
+    /// existing one is replaced. Until then it is beside it, as `NAME.PROCESS-NUMBER.partial`; what processes that died left
+    /// under such a name of it is removed.
     ///
     /// # Errors
     /// As [`Store::export`]; after one the file that was there is untouched.
@@ -325,11 +327,12 @@ impl Store {
         path: &Path,
         cancel: &Cancel,
     ) -> Result<Exported> {
-        let mut name = path.as_os_str().to_owned();
-        name.push(".partial");
-        let partial = Path::new(&name);
+        partial::remove_left(path);
+        let partial = &partial::beside(path)?;
         let file = std::fs::File::create(partial)
             .map_err(|source| Error::io("create", partial, source))?;
+        // Says that somebody writes it. A file system without locks needs none: nobody removes what cannot be locked.
+        let _ = file.try_lock();
         let mut out = std::io::BufWriter::new(&file);
         let exported = match scope {
             Some(scope) => self.export(scope, &mut out, cancel),

@@ -197,6 +197,36 @@ fn an_export_to_a_file_appears_whole_or_not_at_all() {
 }
 
 #[test]
+fn what_another_process_left_is_removed_and_what_it_still_writes_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder.path().join("store"));
+    fill(&store);
+    let partial = |name: &str, number: u64| {
+        folder.path().join(format!("{name}.{}-{number}.partial", u32::MAX))
+    };
+    let mut locked = Vec::new();
+    for number in 0..2 {
+        let copy = partial("copy", number);
+        std::fs::create_dir(&copy).unwrap();
+        for path in [partial("log", number), copy.join("LOCK")] {
+            let file = std::fs::File::create(path).unwrap();
+            if number == 1 {
+                file.lock().unwrap();
+                locked.push(file);
+            }
+        }
+    }
+    store.export_file(None, &folder.path().join("log"), &Cancel::new()).unwrap();
+    store.backup(&folder.path().join("copy"), &Cancel::new()).unwrap();
+    for name in ["log", "copy"] {
+        assert!(!partial(name, 0).exists() && partial(name, 1).exists(), "{name}");
+    }
+    // The store, what was written, and what is still being written.
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 5);
+    drop(locked);
+}
+
+#[test]
 fn an_import_that_was_interrupted_is_gone_on_with() {
     let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let store = open(folders[0].path());

@@ -272,6 +272,15 @@ def test_the_langgraph_store_ranks_items_whose_text_stands_elsewhere_too(store: 
         found = items.search(("ada",), query="which hotel", limit=3)
         assert {item.key for item in found} == {"first", "second", "third"}
         assert len({item.score for item in found}) == 1
+        # Said in nearly the same words, and within a longer text, which scores for itself.
+        text = same["text"]
+        items.put(("dora",), "plain", {"text": text}, index=["text"])
+        items.put(("dora",), "loud", {"text": "the hotel is the SAKURA inn!"}, index=["text"])
+        rest = " Behind it lies a garden with old stones and a pond where nobody goes in winter."
+        items.put(("dora",), "long", {"text": text + rest}, index=["text"])
+        by_key = {item.key: item.score for item in items.search(("dora",), query="which hotel")}
+        assert by_key["plain"] is not None and by_key["plain"] == by_key["loud"]
+        assert by_key["long"] is not None and by_key["long"] < by_key["plain"]
 
 
 def test_the_langgraph_store_keeps_the_order_that_the_disk_has(store: Path) -> None:

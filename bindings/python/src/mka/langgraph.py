@@ -51,13 +51,11 @@ Namespace = tuple[str, ...]
 class _Stored:
     """An item and the turns that hold it: its text, if that is searched, and its record.
 
-    Before them stand those of an item of the same key that it replaced, as far as they are not erased. `text` is what is
-    searched.
+    Before them stand those of an item of the same key that it replaced, as far as they are not erased.
     """
 
     item: Item
     turns: list[int]
-    text: str = ""
 
 
 class MkaStore(BaseStore):
@@ -102,7 +100,6 @@ class MkaStore(BaseStore):
                         current = held[item.key] = _Stored(item, turns)
                     elif current is not None:
                         current.turns.insert(-1, turn.id)
-                        current.text = turn.text
             self._items = items
         return self._items
 
@@ -175,7 +172,6 @@ class MkaStore(BaseStore):
                     remember=False,
                 )
             ]
-            said = ""
             if op.index is not False:
                 paths = self._fields if op.index is None else op.index
                 texts = [
@@ -192,7 +188,7 @@ class MkaStore(BaseStore):
                     turns.append(NewTurn(said, role="document", source=op.key))
             done = self._memory.remember(turns, user=self._user, agent=_AGENT, session=session)
             held_by = [*(old.turns if old else ()), *reversed(done.turns)]
-            current = _Stored(self._item(op.namespace, record), held_by, said)
+            current = _Stored(self._item(op.namespace, record), held_by)
             num_current = len(turns)
             held = items.setdefault(op.namespace, {})
             # Last, as it is where the store is read from the disk.
@@ -242,29 +238,36 @@ class MkaStore(BaseStore):
     def _scores(self, namespace: Namespace, query: str) -> dict[tuple[Namespace, str], float]:
         """What the items of a namespace score, by their best piece.
 
-        A recall names one place of a text, so this namespace is asked alone, and a text that several items have counts for
-        each of them.
+        A recall names one place of a text, so this namespace is asked alone, and asked again without the places that it
+        named until it has named every place of a text that stands in several, word for word or nearly.
         """
         items = self._loaded()[namespace]
         by_turn = {turn: key for key, stored in items.items() for turn in stored.turns}
         scores: dict[tuple[Namespace, str], float] = {}
-        for hit in self._memory.recall(
-            query,
-            user=self._user,
-            agent=_AGENT,
-            session=self._session(namespace),
-            # Filtered items may stand between: ask for all of them.
-            k=max(4 * len(items), 16),
-            # A search has nothing to do with what was written last.
-            follow_up=False,
-        ):
-            found = {by_turn.get(hit.source.turn)}
-            if hit.count > 1:
-                found |= {key for key, stored in items.items() if hit.text in stored.text}
-            for key in found:
+        # A text counts as much for each item that has it: how new its place is would tell them apart.
+        by_chunk: dict[str, float] = {}
+        named: set[int] = set()
+        while True:
+            hits = self._memory.recall(
+                query,
+                user=self._user,
+                agent=_AGENT,
+                session=self._session(namespace),
+                # Filtered items may stand between: ask for all of them.
+                k=max(4 * len(items), 16),
+                except_turns=sorted(named),
+                # A search has nothing to do with what was written last.
+                follow_up=False,
+            )
+            for hit in hits:
+                score = by_chunk.setdefault(hit.chunk, hit.score)
+                key = by_turn.get(hit.source.turn)
                 if key is not None:
-                    scores.setdefault((namespace, key), hit.score)
-        return scores
+                    scores[namespace, key] = max(score, scores.get((namespace, key), -inf))
+            more = {hit.source.turn for hit in hits if hit.count > 1} - named
+            if not more:
+                return scores
+            named |= more
 
     def _namespaces(self, op: ListNamespacesOp) -> list[Namespace]:
         found = {

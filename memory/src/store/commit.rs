@@ -100,7 +100,7 @@ impl Store {
         let verdict = self.examine(&commit)?;
         let turns = commit.turns.iter().zip(&verdict.withheld);
         let cuts = turns.map(|(turn, withheld)| self.cut(turn, Entry::New, *withheld)).collect();
-        let mut done = self.commit_cuts(scope, &commit, cuts, Embedded::default())?;
+        let mut done = self.commit_cuts(scope, &commit, cuts, Embedded::default(), |_| {})?;
         done.findings = verdict.findings;
         Ok(done)
     }
@@ -175,7 +175,7 @@ impl Store {
             }
             cuts.push(Cut { turn, entry: Entry::New, remember, order: None, spans });
         }
-        let mut done = self.commit_cuts(scope, &commit, cuts, embedded)?;
+        let mut done = self.commit_cuts(scope, &commit, cuts, embedded, |_| {})?;
         done.findings = verdict.findings;
         Ok(done)
     }
@@ -187,30 +187,36 @@ impl Store {
         self.options.hygiene.examine(&commit.turns)
     }
 
-    /// Appends turns of another store's log as they stood there, each with its order, if that is known.
+    /// Appends turns of another store's log as they stood there. `orders` gives each its order, if that is known; it is
+    /// asked while nobody else writes.
     pub(super) fn append_log(
         &self,
         scope: &Scope,
-        turns: &[(NewTurn, Entry, Option<u64>)],
+        turns: &[(NewTurn, Entry)],
+        orders: impl FnOnce() -> Vec<Option<u64>>,
     ) -> Result<Committed> {
-        turns.iter().try_for_each(|(turn, ..)| check_metadata(&turn.metadata))?;
-        let turns = turns.iter();
-        let cuts = turns
-            .map(|(turn, entry, order)| Cut { order: *order, ..self.cut(turn, *entry, false) })
-            .collect();
-        self.commit_cuts(scope, &Commit::default(), cuts, Embedded::default())
+        turns.iter().try_for_each(|(turn, _)| check_metadata(&turn.metadata))?;
+        let cuts = turns.iter().map(|(turn, entry)| self.cut(turn, *entry, false)).collect();
+        self.commit_cuts(scope, &Commit::default(), cuts, Embedded::default(), |cuts| {
+            for (cut, order) in cuts.iter_mut().zip(orders()) {
+                cut.order = order;
+            }
+        })
     }
 
-    /// `embedded`: vectors of chunks, by their text, that the embedder need not make.
+    /// `embedded`: vectors of chunks, by their text, that the embedder need not make. `place` is called while nobody else
+    /// writes, before anything is planned.
     fn commit_cuts<'a>(
         &self,
         scope: &Scope,
         commit: &'a Commit,
-        cuts: Vec<Cut<'a>>,
+        mut cuts: Vec<Cut<'a>>,
         mut embedded: Embedded<'a>,
+        place: impl FnOnce(&mut [Cut<'a>]),
     ) -> Result<Committed> {
         self.embed_unknown(scope, &cuts, commit.retract, &mut embedded)?;
         let mut writer = self.writer()?;
+        place(&mut cuts);
         // A chunk that was known may have been forgotten meanwhile.
         self.embed_unknown(scope, &cuts, commit.retract, &mut embedded)?;
         let planned = self.plan(&mut writer, scope, commit, &cuts, embedded);

@@ -141,14 +141,26 @@ struct Listed {
     copy_of: Option<String>,
 }
 
-/// Turns of one session to be appended, each with its place among all turns of the user if it has one.
-type Batch = Vec<(NewTurn, Entry, Option<u64>)>;
+/// Turns of one session to be appended, and where each is to go among all turns of the user.
+#[derive(Default)]
+struct Batch {
+    turns: Vec<(NewTurn, Entry)>,
+    wanted: Vec<Wanted>,
+}
+
+/// Where a turn is to go among all turns of its user.
+enum Wanted {
+    /// Where the original is that it is a copy of.
+    Original(u64),
+    /// Where it stood beside the others of the import, if that is known.
+    Line(Option<u64>),
+}
 
 /// Where the turns of one user that an import brings go among all of the user's.
 struct Orders {
     /// What is added to the orders of lines; none before the first of them.
     base: Option<u64>,
-    /// The order behind all turns that are there.
+    /// The order behind all turns that are there: the store's own, unless somebody else has written since.
     next: u64,
     /// Orders that turns have. A forgotten one may share its own: nothing tells a copy of it from another one.
     taken: HashSet<u64>,
@@ -161,20 +173,21 @@ impl Orders {
     }
 
     /// The order of a turn that is appended; none puts it behind all others.
-    fn place(&mut self, order: Option<u64>, forgotten: bool) -> Option<u64> {
-        let wanted = order.and_then(|order| {
-            let base = *self.base.get_or_insert(self.next);
-            base.checked_add(order).filter(|order| *order < MAX_ORDER)
-        });
-        let placed = wanted.filter(|order| forgotten || self.taken.insert(*order));
-        match placed {
-            Some(order) => self.next = self.next.max(order + 1),
-            None if forgotten => {}
-            None => {
-                self.taken.insert(self.next);
-                self.next += 1;
+    fn place(&mut self, wanted: &Wanted, forgotten: bool) -> Option<u64> {
+        let placed = match *wanted {
+            Wanted::Original(order) => Some(order),
+            Wanted::Line(order) => {
+                let wanted = order.and_then(|order| {
+                    let base = *self.base.get_or_insert(self.next);
+                    base.checked_add(order).filter(|order| *order < MAX_ORDER)
+                });
+                wanted.filter(|order| forgotten || self.taken.insert(*order))
             }
+        };
+        if placed.is_none() && !forgotten {
+            self.taken.insert(self.next);
         }
+        self.next = self.next.max(placed.unwrap_or(self.next) + 1);
         placed
     }
 }
@@ -281,18 +294,17 @@ impl Store {
             cancel.check("import")?;
             let (scope, turn) = (line.scope(), line.turn);
             let is_full = bytes > BATCH_BYTES
-                || batch.as_ref().is_some_and(|(_, turns)| turns.len() == BATCH_TURNS);
+                || batch.as_ref().is_some_and(|(_, batch)| batch.turns.len() == BATCH_TURNS);
             if is_full || batch.as_ref().is_some_and(|(known, _)| *known != scope) {
-                self.import_batch(batch.take(), &mut imported)?;
+                self.import_batch(batch.take(), &mut orders, &mut imported)?;
                 bytes = 0;
             }
-            let num_waiting = batch.as_ref().map_or(0, |(_, turns)| turns.len() as u64);
+            let num_waiting = batch.as_ref().map_or(0, |(_, batch)| batch.turns.len() as u64);
             let next = self.num_turns(&scope)? + num_waiting;
-            let orders = orders.entry(line.user.clone()).or_insert_with(|| self.orders(&line.user));
             if turn < next {
                 self.check_held(&scope, &line, lines.number)?;
                 if let Some(held) = self.order_held(&scope, turn) {
-                    orders.hold(held, line.order);
+                    self.orders_in(&mut orders, &line.user).hold(held, line.order);
                 }
                 imported.skipped += 1;
                 continue;
@@ -305,13 +317,15 @@ impl Store {
             }
             bytes += line.text.len();
             let original = line.copy_of.as_ref().map(|session| scope.clone().session(session));
-            let order = original
+            let wanted = original
                 .and_then(|scope| self.order_of(&scope, turn, line.time_ms, line.role))
-                .or_else(|| orders.place(line.order, line.forgotten));
-            let (new, entry) = line.into_turn()?;
-            batch.get_or_insert_with(|| (scope, Vec::new())).1.push((new, entry, order));
+                .map_or(Wanted::Line(line.order), Wanted::Original);
+            let new = line.into_turn()?;
+            let (_, batch) = batch.get_or_insert_with(|| (scope, Batch::default()));
+            batch.turns.push(new);
+            batch.wanted.push(wanted);
         }
-        self.import_batch(batch, &mut imported)?;
+        self.import_batch(batch, &mut orders, &mut imported)?;
         Ok(imported)
     }
 
@@ -368,9 +382,28 @@ impl Store {
         Some(state.session(scope)?.1.turns.get(&turn)?.record.order)
     }
 
-    fn import_batch(&self, batch: Option<(Scope, Batch)>, imported: &mut Imported) -> Result<()> {
-        let Some((scope, turns)) = batch else { return Ok(()) };
-        let done = self.append_log(&scope, &turns)?;
+    fn orders_in<'a>(&self, orders: &'a mut HashMap<String, Orders>, user: &str) -> &'a mut Orders {
+        orders.entry(user.to_owned()).or_insert_with(|| self.orders(user))
+    }
+
+    fn import_batch(
+        &self,
+        batch: Option<(Scope, Batch)>,
+        orders: &mut HashMap<String, Orders>,
+        imported: &mut Imported,
+    ) -> Result<()> {
+        let Some((scope, Batch { turns, wanted })) = batch else { return Ok(()) };
+        let orders = self.orders_in(orders, scope.user_id());
+        let done = self.append_log(&scope, &turns, || {
+            // Somebody else may have written since: an order is given once.
+            if self.read().next_order(scope.user_id()) != orders.next {
+                *orders = Orders { base: orders.base, ..self.orders(scope.user_id()) };
+            }
+            let turns = turns.iter().zip(&wanted);
+            turns
+                .map(|((_, entry), wanted)| orders.place(wanted, *entry == Entry::Forgotten))
+                .collect()
+        })?;
         imported.turns += done.turns.len() as u64;
         imported.chunks_added += done.chunks_added;
         Ok(())

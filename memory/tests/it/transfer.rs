@@ -141,6 +141,46 @@ fn turns_of_several_sessions_keep_their_order() {
     assert_eq!(home(&open(folders[2].path())), ["My home city is Cork."]);
 }
 
+/// Lines that an import reads while another writes to its store: before each one a turn is told.
+struct Beside<'a> {
+    store: &'a Store,
+    lines: &'a [u8],
+}
+
+impl std::io::Read for Beside<'_> {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        told(self.store, "live", &format!("My home city is {} lines away.", self.lines.len()));
+        let line = self.lines.split_inclusive(|byte| *byte == b'\n').next().unwrap_or_default();
+        let len = line.len().min(out.len());
+        out[..len].copy_from_slice(&line[..len]);
+        self.lines = &self.lines[len..];
+        Ok(len)
+    }
+}
+
+#[test]
+fn an_import_beside_another_writer_gives_an_order_once() {
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let (store, other) = (open(folders[0].path()), open(folders[1].path()));
+    for (session, city) in [("a", "Rome"), ("b", "Oslo"), ("a", "Bern"), ("c", "Lima")] {
+        told(&store, session, &format!("My home city is {city}."));
+    }
+    let lines = exported(&store);
+    let mut input = std::io::BufReader::new(Beside { store: &other, lines: &lines });
+    assert_eq!(other.import(&mut input, &Cancel::new()).unwrap().turns, 4);
+    let all = exported(&other);
+    let orders = all.split(|byte| *byte == b'\n').skip(1).filter(|line| !line.is_empty());
+    let orders: Vec<u64> = orders
+        .map(|line| {
+            let line: serde_json::Value = serde_json::from_slice(line).unwrap();
+            line["order"].as_u64().unwrap()
+        })
+        .collect();
+    let given_once: std::collections::BTreeSet<u64> = orders.iter().copied().collect();
+    assert_eq!(given_once.len(), orders.len(), "{orders:?}");
+    assert!(other.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+}
+
 #[test]
 fn lines_of_version_1_are_in_the_order_of_their_lines() {
     let folder = tempfile::tempdir().unwrap();

@@ -271,7 +271,6 @@ impl Gguf {
     }
 
     /// An array of floats.
-    #[cfg(test)]
     pub(crate) fn f32s(&self, key: &str) -> Result<&[f32]> {
         match self.value(key, "array of f32")? {
             Value::Array(Array::F32(values)) => Ok(values),

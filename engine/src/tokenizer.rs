@@ -16,6 +16,7 @@ mod joined;
 mod json;
 mod pieces;
 mod pipeline;
+mod sentencepiece;
 mod shared;
 mod stream;
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Rebuilds a byte-level BPE tokenizer from the metadata of a GGUF file.
+//! Rebuilds a tokenizer from the metadata of a GGUF file: byte-level BPE here, SentencePiece beside it.
 //! Knows the pipelines that `tokenizer.ggml.pre` names, and refuses the ones it does not.
 //!
 //! GGUF stores the vocabulary and merges but only the name of what splits the text before them.
@@ -17,7 +17,7 @@ use tokenizers::{
     Tokenizer as HfTokenizer,
 };
 
-use super::SpecialIds;
+use super::{SpecialIds, sentencepiece};
 use crate::gguf::Gguf;
 use crate::{Error, ErrorKind, Result};
 
@@ -27,6 +27,7 @@ const LLAMA_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Values of `tokenizer.ggml.token_type`. Source: `llama_token_type` in llama.cpp, `llama.h`.
+pub(super) const TYPE_NORMAL: i32 = 1;
 const TYPE_UNKNOWN: i32 = 2;
 const TYPE_CONTROL: i32 = 3;
 const TYPE_USER_DEFINED: i32 = 4;
@@ -82,11 +83,17 @@ impl Pipeline {
 pub(super) fn build(gguf: &Gguf) -> Result<Built> {
     let refuse =
         |what: String| Error::model(format!("tokenizer {}: {what}", gguf.path().display()));
-    let model = gguf.str("tokenizer.ggml.model")?;
-    if model != "gpt2" {
-        return Err(refuse(format!(
-            "tokenizer.ggml.model {model:?}, expected \"gpt2\" (byte-level BPE)"
-        )));
+    match gguf.str("tokenizer.ggml.model")? {
+        "gpt2" => {}
+        "llama" => {
+            let named = special_ids(gguf, gguf.strs("tokenizer.ggml.tokens")?.len())?;
+            return sentencepiece::build(gguf, named);
+        }
+        model => {
+            return Err(refuse(format!(
+                "tokenizer.ggml.model {model:?}, expected \"gpt2\" (byte-level BPE) or \"llama\" (SentencePiece)"
+            )));
+        }
     }
     let pre = gguf.str("tokenizer.ggml.pre")?;
     let pipeline = Pipeline::named(pre).ok_or_else(|| {
@@ -122,7 +129,7 @@ pub(super) fn build(gguf: &Gguf) -> Result<Built> {
     Ok(Built { tokenizer, special, prefix })
 }
 
-fn vocabulary(gguf: &Gguf, tokens: &[String]) -> Result<Vocab> {
+pub(super) fn vocabulary(gguf: &Gguf, tokens: &[String]) -> Result<Vocab> {
     let mut vocab = Vocab::new();
     for (id, token) in tokens.iter().enumerate() {
         // A header holds at least eight bytes per token, so ids of a real file fit 32 bits.
@@ -176,17 +183,12 @@ fn special_ids(gguf: &Gguf, num_tokens: usize) -> Result<SpecialIds> {
 }
 
 /// Control tokens, and user-defined ones, which are matched in text but are not special.
-fn added_tokens(gguf: &Gguf, tokens: &[String], special: SpecialIds) -> Result<Vec<AddedToken>> {
-    let types = match gguf.contains("tokenizer.ggml.token_type") {
-        true => gguf.i32s("tokenizer.ggml.token_type")?,
-        false => vec![0; tokens.len()],
-    };
-    if types.len() != tokens.len() {
-        return Err(corrupted(
-            gguf,
-            format!("{} token types, expected {}", types.len(), tokens.len()),
-        ));
-    }
+pub(super) fn added_tokens(
+    gguf: &Gguf,
+    tokens: &[String],
+    special: SpecialIds,
+) -> Result<Vec<AddedToken>> {
+    let types = token_types(gguf, tokens)?;
     let SpecialIds { bos, eos, eot, eom, unk: _, pad } = special;
     let mut added = HashMap::new();
     for (id, &kind) in types.iter().enumerate() {
@@ -206,7 +208,22 @@ fn added_tokens(gguf: &Gguf, tokens: &[String], special: SpecialIds) -> Result<V
         .collect())
 }
 
-fn corrupted(gguf: &Gguf, what: impl std::fmt::Display) -> Error {
+/// What kind each token is; all are normal where the file does not say.
+pub(super) fn token_types(gguf: &Gguf, tokens: &[String]) -> Result<Vec<i32>> {
+    let types = match gguf.contains("tokenizer.ggml.token_type") {
+        true => gguf.i32s("tokenizer.ggml.token_type")?,
+        false => vec![TYPE_NORMAL; tokens.len()],
+    };
+    match types.len() == tokens.len() {
+        true => Ok(types),
+        false => {
+            let what = format!("{} token types, expected {}", types.len(), tokens.len());
+            Err(corrupted(gguf, what))
+        }
+    }
+}
+
+pub(super) fn corrupted(gguf: &Gguf, what: impl std::fmt::Display) -> Error {
     let path = gguf.path().display();
     Error::new(ErrorKind::Corrupted, format!("tokenizer {path}: {what}"))
 }

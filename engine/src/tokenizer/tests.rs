@@ -258,7 +258,7 @@ fn vocabularies_that_are_not_read_here_are_refused_by_name() {
         Value::Array(Array::Str(values.iter().map(|v| (*v).to_owned()).collect()))
     };
     let cases = [
-        ("tokenizer.ggml.model", Value::Str("llama".into()), ErrorKind::Model, "expected \"gpt2\""),
+        ("tokenizer.ggml.model", Value::Str("bert".into()), ErrorKind::Model, "expected \"gpt2\""),
         (
             "tokenizer.ggml.pre",
             Value::Str("deepseek-llm".into()),

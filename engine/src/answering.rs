@@ -16,9 +16,9 @@ use crate::tokenizer::Joined;
 use mka_memory::{Hit, NewTurn, Recall, Role, Turn, TurnId, Value};
 
 /// Metadata of an answer in the log that was begun with words of the caller's, or goes on in text: how long those are.
-const PREFIX_BYTES: &str = "answer_prefix_bytes";
+const PREFIX_BYTES: &str = "mka.answer_prefix_bytes";
 /// Metadata of the same: whether the message has no chat template around it.
-const COMPLETION: &str = "answer_completion";
+const COMPLETION: &str = "mka.answer_completion";
 
 /// Memories below this share of the best one's score stay out of the prompt.
 ///

@@ -32,10 +32,10 @@ pub struct SendOptions {
     /// The answer ends before the first of these.
     pub stop: Vec<String>,
     /// Words that the answer begins with; they are part of the turn but are not streamed. How many bytes they are stands in
-    /// the turn's metadata (`answer_prefix_bytes`), for the answer to be given again.
+    /// the turn's metadata (`mka.answer_prefix_bytes`), for the answer to be given again.
     pub answer_prefix: String,
     /// Whether the message is the prompt as it stands, without the chat template around it; the answer's metadata says so
-    /// (`answer_completion`).
+    /// (`mka.answer_completion`).
     pub completion: bool,
     /// Whether the message goes on in the message of the document fed before it, with nothing between: for a prompt
     /// of which a part was fed. Otherwise the document's message is closed first.

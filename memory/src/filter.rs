@@ -96,6 +96,10 @@ impl From<String> for Value {
     }
 }
 
+/// What keys begin with that an engine writes beside the caller's: [`Forget::Matching`](crate::Forget::Matching) does not look
+/// at them.
+pub const ENGINE_KEYS: &str = "mka.";
+
 /// Keys and values of a turn.
 pub type Metadata = BTreeMap<String, Value>;
 

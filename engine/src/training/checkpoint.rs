@@ -224,14 +224,21 @@ impl Checkpoint {
                 _ => Error::io("read checkpoint", &path, e),
             })
         };
-        let state: State = serde_json::from_slice(&read(STATE)?)
-            .map_err(|e| damaged(STATE, e.to_string()).with_source(e))?;
-        if state.version != 1 {
+        #[derive(serde::Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let state = read(STATE)?;
+        let unread = |e: serde_json::Error| damaged(STATE, e.to_string()).with_source(e);
+        // First, for another version may have other fields.
+        let Version { version } = serde_json::from_slice(&state).map_err(unread)?;
+        if version != 1 {
             return Err(Error::new(
                 ErrorKind::Incompatible,
-                format!("checkpoint {}: version {}, expected 1", path.display(), state.version),
+                format!("checkpoint {}: version {version}, expected 1", path.display()),
             ));
         }
+        let state: State = serde_json::from_slice(&state).map_err(unread)?;
         let tensors = |file: &str, hash: u64| {
             let bytes = read(file)?;
             if xxh3_64(&bytes) != hash {

@@ -52,8 +52,14 @@ impl Store {
         })?;
         // Beside the folder, and not in it, if the path ends with a slash.
         let folder = &folder.with_file_name(name);
-        partial::remove_left(folder);
-        let partial = &partial::beside(folder)?;
+        let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new("."));
+        std::fs::create_dir_all(parent).map_err(|source| Error::io("create", parent, source))?;
+        // The lock says that somebody writes here. A file system without locks needs none: nobody removes what cannot be locked.
+        let (partial, _lock) = &partial::beside(folder, |partial| {
+            std::fs::create_dir(partial)?;
+            Ok(Lock::take(partial).ok())
+        })?;
         let done = self.copy_as(partial, folder, cancel);
         if done.is_err() {
             // The error that counts is the first one.
@@ -64,9 +70,6 @@ impl Store {
 
     /// Copies to `partial`, which then is called `folder`.
     fn copy_as(&self, partial: &Path, folder: &Path, cancel: &Cancel) -> Result<Backup> {
-        std::fs::create_dir_all(partial).map_err(|source| Error::io("create", partial, source))?;
-        // Says that somebody writes here. A file system without locks needs none: nobody removes what cannot be locked.
-        let _lock = Lock::take(partial).ok();
         let done = self.copy_to(partial, cancel)?;
         std::fs::rename(partial, folder).map_err(|source| Error::io("rename", partial, source))?;
         let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty());

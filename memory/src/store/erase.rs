@@ -10,6 +10,7 @@ use super::read::{open, read_body};
 use super::records::Change;
 use super::state::{PartitionKey, Session, State, TurnState, partition_key};
 use super::{Store, Writer};
+use crate::filter::ENGINE_KEYS;
 use crate::format::{
     Body, Key, Kind, Record, StoreRecord, TurnChunks, TurnRecord, chunk_digest, turn_digest,
 };
@@ -185,7 +186,18 @@ impl Store {
                 let matches = |matches: &dyn Fn(&Body) -> bool| body.as_ref().is_none_or(matches);
                 let is_meant = match selector {
                     Forget::Matching(_) => matches(&|body| holds(body, &needle)),
-                    Forget::Filter(filter) => matches(&|body| filter.accepts(&body.metadata)),
+                    // Of a text that cannot be read the metadata may be in memory: what it says counts, and no guess.
+                    Forget::Filter(filter) => {
+                        let known = || {
+                            let tags = state.partition(session_scope)?.tags();
+                            tags.metadata((id, turn))
+                        };
+                        let metadata = match &body {
+                            Some(body) => Some(&body.metadata),
+                            None => known(),
+                        };
+                        metadata.is_some_and(|metadata| filter.accepts(metadata))
+                    }
                     _ => true,
                 };
                 if is_meant {
@@ -481,8 +493,8 @@ fn holds(body: &Body, needle: &str) -> bool {
         || body.subject.as_deref().is_some_and(holds)
         || body.metadata.iter().any(|(key, value)| {
             // A quotation's are the engine's own.
-            (holds(key) && body.head.role != Role::Recalled)
-                || matches!(value, crate::Value::Text(text) if holds(text))
+            let is_callers = body.head.role != Role::Recalled && !key.starts_with(ENGINE_KEYS);
+            (is_callers && holds(key)) || matches!(value, crate::Value::Text(text) if holds(text))
         })
 }
 

@@ -4,30 +4,50 @@
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::{Error, Result};
 
 /// Calls of this process so far.
 static NUM_NAMED: AtomicU64 = AtomicU64::new(0);
+/// Held from looking for leftovers until what is made is locked.
+static MAKING: Mutex<()> = Mutex::new(());
 
-/// A path beside `path` that no other call has: one that was cancelled may write on beside the one that follows it.
-pub(super) fn beside(path: &Path) -> Result<PathBuf> {
-    let mut name = path.file_name().map(ToOwned::to_owned).ok_or_else(|| {
+/// What is made beside `path` under a name that nothing has: one that was cancelled may write on beside the one that follows
+/// it, and one that died may have left what it wrote under the same number of a process.
+///
+/// `make` makes it at the path that it is given, which must not be there, and says by a lock that somebody writes it. What
+/// others left is removed first, for none of this process is between making and locking then.
+pub(super) fn beside<T>(
+    path: &Path,
+    make: impl Fn(&Path) -> std::io::Result<T>,
+) -> Result<(PathBuf, T)> {
+    let name = path.file_name().ok_or_else(|| {
         Error::invalid(format!("write: expected a name at the end of {}", path.display()))
     })?;
-    let number = NUM_NAMED.fetch_add(1, Ordering::Relaxed);
-    name.push(format!(".{}-{number}.partial", std::process::id()));
-    Ok(path.with_file_name(name))
+    let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+    remove_left(path);
+    loop {
+        let number = NUM_NAMED.fetch_add(1, Ordering::Relaxed);
+        let mut name = name.to_owned();
+        name.push(format!(".{}-{number}.partial", std::process::id()));
+        let partial = path.with_file_name(name);
+        match make(&partial) {
+            Ok(made) => return Ok((partial, made)),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(source) => return Err(Error::io("create", &partial, source)),
+        }
+    }
 }
 
-/// Removes what other processes left beside `path` for it: who still writes there holds a lock, on the file itself or on
-/// `LOCK` in the folder. What cannot be locked, read or removed stays.
-pub(super) fn remove_left(path: &Path) {
+/// Removes what was left beside `path` for it: who still writes there holds a lock, on the file itself or on `LOCK` in the
+/// folder. What cannot be locked, read or removed stays.
+fn remove_left(path: &Path) {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let Ok(entries) = std::fs::read_dir(parent.unwrap_or(Path::new("."))) else { return };
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return };
     for entry in entries.flatten() {
-        if !entry.file_name().to_str().is_some_and(|left| is_of_another(name, left)) {
+        if !entry.file_name().to_str().is_some_and(|left| is_partial(name, left)) {
             continue;
         }
         let left = entry.path();
@@ -44,14 +64,13 @@ pub(super) fn remove_left(path: &Path) {
     }
 }
 
-/// Whether `left` is what another process names a partial `name`. Calls of this one clear up by themselves.
-fn is_of_another(name: &str, left: &str) -> bool {
+/// Whether `left` is what a process names a partial `name`.
+fn is_partial(name: &str, left: &str) -> bool {
     let middle = left.strip_prefix(name).and_then(|rest| rest.strip_prefix('.'));
     let middle = middle.and_then(|rest| rest.strip_suffix(".partial"));
     let numbers = middle.and_then(|middle| middle.split_once('-'));
     numbers.is_some_and(|(process, number)| {
-        number.parse::<u64>().is_ok()
-            && process.parse::<u32>().is_ok_and(|process| process != std::process::id())
+        process.parse::<u32>().is_ok() && number.parse::<u64>().is_ok()
     })
 }
 

@@ -341,13 +341,13 @@ impl Store {
         path: &Path,
         cancel: &Cancel,
     ) -> Result<Exported> {
-        partial::remove_left(path);
-        let partial = &partial::beside(path)?;
-        let file = std::fs::File::create(partial)
-            .map_err(|source| Error::io("create", partial, source))?;
-        // Says that somebody writes it. A file system without locks needs none: nobody removes what cannot be locked.
-        let _ = file.try_lock();
-        let mut out = std::io::BufWriter::new(&file);
+        let (partial, file) = &partial::beside(path, |partial| {
+            let file = std::fs::OpenOptions::new().write(true).create_new(true).open(partial)?;
+            // Says that somebody writes it. A file system without locks needs none: nobody removes what cannot be locked.
+            let _ = file.try_lock();
+            Ok(file)
+        })?;
+        let mut out = std::io::BufWriter::new(file);
         let exported = match scope {
             Some(scope) => self.export(scope, &mut out, cancel),
             None => self.export_all(&mut out, cancel),

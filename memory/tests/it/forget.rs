@@ -322,3 +322,19 @@ fn a_hit_says_what_stands_beside_its_turn() {
     let source = &hits[1].source;
     assert!(source.metadata.is_empty() && source.subject.is_none() && source.expires_ms.is_none());
 }
+
+#[test]
+fn keys_of_an_engine_match_no_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let mut answer = NewTurn::new(Role::Assistant, "It is in Oslo.");
+    answer.metadata =
+        [(format!("{}answer_completion", mka_memory::ENGINE_KEYS), true.into())].into();
+    let mut told = NewTurn::new(Role::User, "Where is it?");
+    told.metadata = [("answered".to_owned(), true.into())].into();
+    let turns = vec![answer, told];
+    store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
+    let receipt = store.forget(&Scope::user("ada"), &Forget::matching("answer")).unwrap();
+    assert_eq!(receipt.turns, 1);
+    assert_eq!(store.turns(&trip(), 0..1).unwrap()[0].text, "It is in Oslo.");
+}

@@ -388,3 +388,25 @@ fn a_backup_of_an_encrypted_store_is_encrypted() {
 fn open_plain(path: &Path) -> mka_memory::Result<Store> {
     Store::open(path, Arc::new(HashedEmbedder::new()), StoreOptions::default())
 }
+
+#[test]
+fn nothing_is_written_into_what_a_process_of_the_same_number_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder.path().join("store"));
+    say(&store, &trip(), Role::User, &["The hotel is the Sakura Inn."]);
+    let copy = folder.path().join("copy");
+    let left: Vec<_> = (0..50)
+        .map(|number| {
+            let left = folder.path().join(format!("copy.{}-{number}.partial", std::process::id()));
+            std::fs::create_dir_all(left.join("segments")).unwrap();
+            std::fs::write(left.join("segments/000009.seg"), "what was forgotten").unwrap();
+            left
+        })
+        .collect();
+    store.backup(&copy, &Cancel::new()).unwrap();
+    assert!(copy.join("segments").exists() && !copy.join("segments/000009.seg").exists());
+    // Those that nobody's lock says to be at work at are gone; without a lock of theirs they stay, and are not written to.
+    for left in left.iter().filter(|left| left.exists()) {
+        assert_eq!(std::fs::read_dir(left.join("segments")).unwrap().count(), 1);
+    }
+}

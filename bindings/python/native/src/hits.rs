@@ -7,7 +7,7 @@ use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyAttributeError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyFloat, PyList};
 
 static HIT: Class = Class::named("Hit");
 static WHY: Class = Class::named("Why");
@@ -77,14 +77,13 @@ fn why<'py>(py: Python<'py>, why: &mka::Why) -> PyResult<Bound<'py, PyAny>> {
 
 /// As `mka._filter.plain` has it: a number without a fraction is an int.
 fn metadata<'py>(py: Python<'py>, metadata: &mka::Metadata) -> PyResult<Bound<'py, PyDict>> {
-    /// Up to here each whole number is one of f64.
-    const EXACT: f64 = (1u64 << 53) as f64;
     let dict = PyDict::new(py);
     for (key, value) in metadata {
         match value {
             mka::Value::Flag(flag) => dict.set_item(key, flag)?,
-            mka::Value::Number(number) if number.fract() == 0.0 && number.abs() <= EXACT => {
-                dict.set_item(key, *number as i64)?;
+            mka::Value::Number(number) if number.fract() == 0.0 => {
+                let whole = PyFloat::new(py, *number).call_method0(intern!(py, "__int__"))?;
+                dict.set_item(key, whole)?;
             }
             mka::Value::Number(number) => dict.set_item(key, number)?,
             mka::Value::Text(text) => dict.set_item(key, text)?,

@@ -43,6 +43,8 @@ from mka._values import NewTurn
 _AGENT = "langgraph"
 _ITEM = "langgraph:item"
 _MAX_NAMESPACE_BYTES = 256
+_MOST_RECALLS = 32
+"""Recalls of one search: one more than the places that one text is looked for in."""
 
 Namespace = tuple[str, ...]
 
@@ -247,7 +249,8 @@ class MkaStore(BaseStore):
         # A text counts as much for each item that has it: how new its place is would tell them apart.
         by_chunk: dict[str, float] = {}
         named: set[int] = set()
-        while True:
+        # What stands in more places than that is too common to tell items apart.
+        for _ in range(_MOST_RECALLS):
             hits = self._memory.recall(
                 query,
                 user=self._user,
@@ -266,8 +269,9 @@ class MkaStore(BaseStore):
                     scores[namespace, key] = max(score, scores.get((namespace, key), -inf))
             more = {hit.source.turn for hit in hits if hit.count > 1} - named
             if not more:
-                return scores
+                break
             named |= more
+        return scores
 
     def _namespaces(self, op: ListNamespacesOp) -> list[Namespace]:
         found = {

@@ -52,8 +52,8 @@ impl Pipeline {
     fn named(pre: &str) -> Option<Self> {
         Some(match pre {
             "smollm" => Self::SmolLm,
-            "llama-bpe" | "llama3" | "llama-v3" => Self::Llama3,
-            "qwen2" => Self::Qwen2,
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => Self::Llama3,
+            "qwen2" | "deepseek-r1-qwen" => Self::Qwen2,
             _ => return None,
         })
     }

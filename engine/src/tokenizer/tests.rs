@@ -253,6 +253,21 @@ fn length_limits_of_the_file_are_lifted() {
 }
 
 #[test]
+fn other_names_of_a_pipeline_are_that_pipeline() {
+    for (other, pre) in
+        [("llama3", "llama-bpe"), ("falcon3", "llama-bpe"), ("deepseek-r1-qwen", "qwen2")]
+    {
+        let named = with(writer(pre), "tokenizer.ggml.pre", Value::Str(other.into()));
+        let (own, other) = (try_gguf(&writer(pre)).unwrap(), try_gguf(&named).unwrap());
+        for golden in goldens() {
+            let text = golden["text"].as_str().unwrap();
+            assert_eq!(own.encode(text, false).unwrap(), other.encode(text, false).unwrap());
+        }
+        assert_eq!(own.special_ids(), other.special_ids());
+    }
+}
+
+#[test]
 fn vocabularies_that_are_not_read_here_are_refused_by_name() {
     let tokens = |values: &[&str]| {
         Value::Array(Array::Str(values.iter().map(|v| (*v).to_owned()).collect()))

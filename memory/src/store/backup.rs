@@ -52,8 +52,7 @@ impl Store {
         })?;
         // Beside the folder, and not in it, if the path ends with a slash.
         let folder = &folder.with_file_name(name);
-        let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let parent = parent.unwrap_or(Path::new("."));
+        let parent = partial::folder_of(folder);
         std::fs::create_dir_all(parent).map_err(|source| Error::io("create", parent, source))?;
         // The lock says that somebody writes here. A file system without locks needs none: nobody removes what cannot be locked.
         let (partial, _lock) = &partial::beside(folder, |partial| {
@@ -72,8 +71,7 @@ impl Store {
     fn copy_as(&self, partial: &Path, folder: &Path, cancel: &Cancel) -> Result<Backup> {
         let done = self.copy_to(partial, cancel)?;
         std::fs::rename(partial, folder).map_err(|source| Error::io("rename", partial, source))?;
-        let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty());
-        sync_folder(parent.unwrap_or(Path::new(".")))?;
+        sync_folder(partial::folder_of(folder))?;
         Ok(done)
     }
 

@@ -40,11 +40,16 @@ pub(super) fn beside<T>(
     }
 }
 
+/// The folder that `path` lies in.
+pub(super) fn folder_of(path: &Path) -> &Path {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    parent.unwrap_or(Path::new("."))
+}
+
 /// Removes what was left beside `path` for it: who still writes there holds a lock, on the file itself or on `LOCK` in the
 /// folder. What cannot be locked, read or removed stays.
 fn remove_left(path: &Path) {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let Ok(entries) = std::fs::read_dir(parent.unwrap_or(Path::new("."))) else { return };
+    let Ok(entries) = std::fs::read_dir(folder_of(path)) else { return };
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return };
     for entry in entries.flatten() {
         if !entry.file_name().to_str().is_some_and(|left| is_partial(name, left)) {

@@ -357,8 +357,7 @@ impl Store {
             file.sync_all().map_err(|source| Error::io("sync", partial, source))?;
             std::fs::rename(partial, path)
                 .map_err(|source| Error::io("rename", partial, source))?;
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-            super::segment::sync_folder(parent.unwrap_or(Path::new(".")))?;
+            super::segment::sync_folder(partial::folder_of(path))?;
             Ok(exported)
         });
         if finished.is_err() {

@@ -2,6 +2,7 @@
 //! Knows no format; it hands over paths.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::models::weights::{is_file_name, shard_names};
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -221,37 +222,9 @@ fn cached_snapshot(id: &str) -> Option<PathBuf> {
     let config = repo.get("config.json")?;
     let weights = repo.get(WEIGHTS).is_some()
         || repo.get(WEIGHTS_INDEX).is_some_and(|index| {
-            shards(&index).is_ok_and(|names| names.iter().all(|name| repo.get(name).is_some()))
+            shard_names(&index).is_ok_and(|names| names.iter().all(|name| repo.get(name).is_some()))
         });
     weights.then(|| config.parent().map(Path::to_owned)).flatten()
-}
-
-/// The files that an index of weights names.
-///
-/// # Errors
-/// `Model` where it is no index, or names what is no plain file name: a path could lead out of the cache.
-fn shards(index: &Path) -> Result<Vec<String>> {
-    let text = fs::read_to_string(index).map_err(|e| Error::io("read", index, e))?;
-    let json: serde_json::Value = serde_json::from_str(&text)
-        .map_err(|e| Error::model(format!("{}: {e}", index.display())).with_source(e))?;
-    let map = json.get("weight_map").and_then(serde_json::Value::as_object);
-    let mut names: Vec<String> = map
-        .into_iter()
-        .flat_map(|map| map.values())
-        .filter_map(|name| name.as_str().map(str::to_owned))
-        .collect();
-    names.sort_unstable();
-    names.dedup();
-    match names.iter().find(|name| !is_file_name(name)) {
-        Some(name) => {
-            Err(Error::model(format!("{}: shard {name:?}, expected a file name", index.display())))
-        }
-        None => Ok(names),
-    }
-}
-
-fn is_file_name(name: &str) -> bool {
-    Path::new(name).file_name().and_then(|own| own.to_str()) == Some(name)
 }
 
 fn from_hub(id: &str, progress: &mut dyn FnMut(Progress)) -> Result<PathBuf> {
@@ -318,7 +291,7 @@ fn complete(
     if has(WEIGHTS) {
         get(WEIGHTS)?;
     } else if has(WEIGHTS_INDEX) {
-        for name in shards(&get(WEIGHTS_INDEX)?)? {
+        for name in shard_names(&get(WEIGHTS_INDEX)?)? {
             get(&name)?;
         }
     } else {

@@ -42,6 +42,36 @@ fn map(path: &Path) -> Result<Mmap> {
     unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map model file", path, e))
 }
 
+/// The files that an index of weights names, each once.
+///
+/// # Errors
+/// `Model` where it is no index, or names what is no plain file name: that is data from outside, and may not lead out of
+/// the folder.
+pub(crate) fn shard_names(index: &Path) -> Result<Vec<String>> {
+    let wrong = |what: String| Error::model(format!("{}: {what}", index.display()));
+    let text =
+        std::fs::read_to_string(index).map_err(|e| Error::io("read shard index", index, e))?;
+    let json: Value =
+        serde_json::from_str(&text).map_err(|e| wrong(e.to_string()).with_source(e))?;
+    let map = json
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| wrong("weight_map, found none".into()))?;
+    let mut names: Vec<String> =
+        map.values().filter_map(Value::as_str).map(str::to_owned).collect();
+    names.sort_unstable();
+    names.dedup();
+    match names.iter().find(|name| !is_file_name(name)) {
+        Some(name) => Err(wrong(format!("shard {name:?}, expected a file name"))),
+        None => Ok(names),
+    }
+}
+
+/// Whether `name` names a file of the folder that it is looked for in.
+pub(crate) fn is_file_name(name: &str) -> bool {
+    Path::new(name).file_name().and_then(|own| own.to_str()) == Some(name)
+}
+
 impl Weights {
     /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, and `mka.safetensors` if there.
     pub(crate) fn open_folder(folder: &Path) -> Result<Self> {
@@ -56,24 +86,7 @@ impl Weights {
         if single.exists() {
             weights.add_safetensors(&single)?;
         } else if index.exists() {
-            let text = std::fs::read_to_string(&index)
-                .map_err(|e| Error::io("read shard index", &index, e))?;
-            let json: Value = serde_json::from_str(&text)
-                .map_err(|e| Error::model(format!("{}: {e}", index.display())).with_source(e))?;
-            let map = json.get("weight_map").and_then(Value::as_object).ok_or_else(|| {
-                Error::model(format!("{}: weight_map, found none", index.display()))
-            })?;
-            let mut shards: Vec<&str> = map.values().filter_map(Value::as_str).collect();
-            shards.sort_unstable();
-            shards.dedup();
-            for shard in shards {
-                // A shard name is data from outside: it may not leave the folder.
-                if Path::new(shard).file_name().and_then(|name| name.to_str()) != Some(shard) {
-                    return Err(Error::model(format!(
-                        "{}: shard {shard:?}, expected a file name",
-                        index.display()
-                    )));
-                }
+            for shard in shard_names(&index)? {
                 weights.add_safetensors(&folder.join(shard))?;
             }
         } else {

@@ -83,9 +83,8 @@ pub(crate) fn send(
     // As the template would show it; of a message that goes on in a document the beginning stands there.
     let said = message;
     let goes_on = options.joined && conversation.state.open == OpenTurn::User;
-    let shown = if goes_on { said.trim_end() } else { said.trim() };
-    let trims = model.scaffold.trims.user && !options.completion && !shown.is_empty();
-    let message = if trims { shown } else { said };
+    let trims = model.scaffold.trims.user && !options.completion;
+    let message = if goes_on { prompt::shown_end(said, trims) } else { prompt::shown(said, trims) };
     let longest = shared.config.window_tokens / 2;
     let (document, message) = feeding::split_long(model, message, longest)?;
     let said = if document.is_empty() { said } else { message };
@@ -102,8 +101,8 @@ pub(crate) fn send(
         joined |= taken.model_tokens > 0;
     }
 
-    let message_tokens = model.tokenizer.count(message)?;
-    let (recalled, hits) = recall(conversation, message, options, message_tokens, now_ms)?;
+    let own_tokens = model.tokenizer.encode(message, false)?;
+    let (recalled, hits) = recall(conversation, message, options, own_tokens.len(), now_ms)?;
     if !hits.is_empty() {
         // A caller who is gone is noticed before the first block.
         sink.send(Event::Recalled(hits));
@@ -139,8 +138,6 @@ pub(crate) fn send(
     }
     written.content(&options.answer_prefix)?;
     let prompt = written.take()?;
-    let recalled_tokens = prompt[quotation.clone()].to_vec();
-    let own_tokens = model.tokenizer.encode(message, false)?;
 
     let start = conversation.position();
     let reused = conversation.attended_tokens();
@@ -157,7 +154,8 @@ pub(crate) fn send(
     let mut starts = Vec::new();
     if !recalled.is_empty() {
         // A turn of its own, which is forgotten with what it quotes, to the last token: the message stands without it.
-        let mut quoted = turn(Role::Recalled, recalled, time_ms, recalled_tokens.clone());
+        let tokens = prompt[quotation.clone()].to_vec();
+        let mut quoted = turn(Role::Recalled, recalled, time_ms, tokens);
         let before = Value::from(quotation.start as f64);
         quoted.metadata.insert(conversation::TOKENS_BEFORE.to_owned(), before);
         turns.push(quoted);
@@ -175,7 +173,7 @@ pub(crate) fn send(
         Usage {
             prompt_tokens,
             reused_tokens: reused.min(prompt_tokens),
-            recalled_tokens: recalled_tokens.len(),
+            recalled_tokens: quotation.len(),
             generated_tokens: answer.tokens.len(),
             stream_tokens: conversation.position(),
             stop: StopReason::MaxTokens,

@@ -94,6 +94,14 @@ pub(crate) fn shown(content: &str, trims: bool) -> &str {
     }
 }
 
+/// [`shown`] of a content whose beginning stands elsewhere already.
+pub(crate) fn shown_end(content: &str, trims: bool) -> &str {
+    match content.trim_end() {
+        inner if trims && !inner.is_empty() => inner,
+        _ => content,
+    }
+}
+
 /// No template holds these, and they carry no blank that a template could trim.
 const MARKS: [&str; 3] = ["@mka:0@", "@mka:1@", "@mka:2@"];
 

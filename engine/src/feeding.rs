@@ -142,8 +142,9 @@ pub(crate) fn take_in(
         None => (FeedMode::Text, sections.len()),
         Some(model) => match options.mode {
             FeedMode::Model => (FeedMode::Model, 0),
-            // Four bytes a token is English prose; only the default rests on it.
+            // What is not looked up must be read to be recalled.
             FeedMode::Auto if shared.config.recall == RecallPolicy::Pages => (FeedMode::Model, 0),
+            // Four bytes a token is English prose; only the default rests on it.
             FeedMode::Auto if text.len() / 4 <= 4 * window => (FeedMode::Model, 0),
             // A quarter of the window stays free for the question and what is recalled for it.
             _ => (FeedMode::Text, tail(model, text, &sections, window - window / 4)?),

@@ -121,6 +121,10 @@ pub(crate) struct PageOptions {
     /// MiB of a CUDA device for the stored pages of a session.
     #[arg(long)]
     pub(crate) page_device_mib: Option<u64>,
+    /// MiB of host memory for the stored pages of a session and their index; all of them fit the default, 32768.
+    #[arg(long)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) page_host_mib: Option<u64>,
     /// How stored keys and values are held.
     #[arg(long)]
     pub(crate) page_precision: Option<Precision>,
@@ -150,6 +154,9 @@ impl PageOptions {
         config.compact &= !self.page_exact;
         if let Some(mib) = self.page_device_mib {
             config.device_bytes = mib << 20;
+        }
+        if let Some(mib) = self.page_host_mib {
+            config.bytes = mib << 20;
         }
         if let Some(precision) = self.page_precision {
             config.precision = match precision {

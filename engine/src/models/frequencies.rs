@@ -3,6 +3,7 @@
 
 use mka_kernels::RotaryAngles;
 use std::f64::consts::PI;
+use std::sync::Arc;
 
 /// How a model's RoPE was stretched after its first training.
 #[derive(Debug, Clone, PartialEq)]
@@ -130,5 +131,51 @@ impl Frequencies {
                 Self { inv_freq: inv_freq.collect(), scale }
             }
         }
+    }
+}
+
+/// The frequencies that each layer rotates by. Most models have one set for all of them.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct LayerFrequencies {
+    sets: Vec<Frequencies>,
+    /// Of each layer its place in `sets`.
+    of_layer: Arc<[usize]>,
+}
+
+impl LayerFrequencies {
+    /// `sets[of_layer[i]]` for layer i.
+    pub(crate) fn new(sets: Vec<Frequencies>, of_layer: Vec<usize>) -> Self {
+        debug_assert!(of_layer.iter().all(|set| *set < sets.len()));
+        Self { sets, of_layer: of_layer.into() }
+    }
+
+    /// One set for every layer.
+    pub(crate) fn uniform(set: Frequencies, num_layers: usize) -> Self {
+        Self::new(vec![set], vec![0; num_layers])
+    }
+
+    /// Cosines and sines of `positions` for every layer.
+    pub(crate) fn angles(&self, positions: impl IntoIterator<Item = u64> + Clone) -> LayerAngles {
+        let sets = self.sets.iter().map(|set| set.angles(positions.clone())).collect();
+        LayerAngles { sets, of_layer: self.of_layer.clone() }
+    }
+}
+
+/// Cosines and sines of the same positions, by layer.
+#[derive(Debug, Clone)]
+pub(crate) struct LayerAngles {
+    sets: Vec<RotaryAngles>,
+    of_layer: Arc<[usize]>,
+}
+
+impl LayerAngles {
+    /// Those of `layer`.
+    pub(crate) fn of(&self, layer: usize) -> &RotaryAngles {
+        &self.sets[self.of_layer[layer]]
+    }
+
+    /// How many positions there are.
+    pub(crate) fn len(&self) -> usize {
+        self.sets.first().map_or(0, RotaryAngles::len)
     }
 }

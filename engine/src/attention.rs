@@ -4,7 +4,7 @@
 use crate::cache::Cache;
 use crate::error::Result;
 use crate::models::decoder::{Linear, Loader, SummedLinear};
-use crate::models::frequencies::Frequencies;
+use crate::models::frequencies::{LayerAngles, LayerFrequencies};
 use crate::pages::{PageStore, RecallScope, Recalled, Together};
 use candle_core::{D, Tensor};
 use mka_kernels::{
@@ -58,7 +58,7 @@ impl Route {
 /// What the seam must know of the stream's model.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SeamConfig<'a> {
-    pub(crate) frequencies: &'a Frequencies,
+    pub(crate) frequencies: &'a LayerFrequencies,
     pub(crate) rates: &'a [f32],
     pub(crate) bias_correction: bool,
     /// Positions that the model was trained on.
@@ -120,7 +120,7 @@ struct CompactAngles {
     query_start: u64,
     /// Run by run, how many queries there are and how many tokens are recalled before them.
     runs: Vec<(usize, usize)>,
-    angles: RotaryAngles,
+    angles: LayerAngles,
 }
 
 /// One forward pass's handle on a session's cache: `count` tokens at the cache's position.
@@ -129,7 +129,7 @@ pub(crate) struct AttentionSeam<'a> {
     cache: &'a mut Cache,
     start: u64,
     count: usize,
-    angles: RotaryAngles,
+    angles: LayerAngles,
     /// Positions are compact: what a query attends to lies, in stream order, at 0..n - 1, itself last
     /// (StreamingLLM, section 3.2).
     compact: bool,
@@ -198,7 +198,7 @@ impl<'a> AttentionSeam<'a> {
         let last_first_page = self.cache.first_window_page(end.saturating_sub(1));
         // What `open` could not hand over: pages that this pass itself has written.
         self.cache.absorb(layer..layer + 1, last_first_page)?;
-        let rotated = rotate(q, &self.angles)?;
+        let rotated = rotate(q, self.angles.of(layer))?;
         if let Some(pages) = self.cache.pages_mut() {
             pages.note_queries(layer, self.start, q)?;
         }
@@ -344,7 +344,10 @@ impl<'a> AttentionSeam<'a> {
         };
         let num_recalled = recalled.as_ref().map_or(0, |recalled| recalled.tokens);
         let query = match self.compact {
-            true => rotate(q, &self.compact_angles(query_start, vec![(q.dim(0)?, num_recalled)]))?,
+            true => {
+                let runs = vec![(q.dim(0)?, num_recalled)];
+                rotate(q, &self.compact_angles(layer, query_start, runs))?
+            }
             false => rotated,
         };
         let sinks = self.sink_params(&query, query_start, sliding_window)?;
@@ -431,7 +434,7 @@ impl<'a> AttentionSeam<'a> {
                     }
                     None => vec![(count, 0)],
                 };
-                rotate(&q, &self.compact_angles(query_start, parts))?
+                rotate(&q, &self.compact_angles(layer, query_start, parts))?
             }
         };
         let mut params = self.sink_params(&query, query_start, sliding_window)?;
@@ -444,12 +447,17 @@ impl<'a> AttentionSeam<'a> {
         Ok(Some(merge_states(&sinks, &far)?))
     }
 
-    /// Angles of queries from `query_start` on, on the axis of what they attend to: of each run how many there are, and
-    /// how many tokens they recall.
-    fn compact_angles(&mut self, query_start: u64, runs: Vec<(usize, usize)>) -> RotaryAngles {
+    /// Angles of queries of `layer` from `query_start` on, on the axis of what they attend to: of each run how many there
+    /// are, and how many tokens they recall.
+    fn compact_angles(
+        &mut self,
+        layer: usize,
+        query_start: u64,
+        runs: Vec<(usize, usize)>,
+    ) -> RotaryAngles {
         let is_it = |own: &&CompactAngles| own.query_start == query_start && own.runs == runs;
         if let Some(known) = self.compact_angles.iter().find(is_it) {
-            return known.angles.clone();
+            return known.angles.of(layer).clone();
         }
         let sinks = self.cache.sink_pages() * PAGE_TOKENS as u64;
         let recalled =
@@ -458,10 +466,11 @@ impl<'a> AttentionSeam<'a> {
             let window = (self.cache.first_window_page(t) * PAGE_TOKENS as u64).max(sinks);
             (t - window.min(t)) + sinks.min(t) + recalled as u64
         };
-        let positions = (query_start..).zip(recalled).map(compact);
-        let angles = self.config.frequencies.angles(positions);
-        self.compact_angles.push(CompactAngles { query_start, runs, angles: angles.clone() });
-        angles
+        let positions: Vec<u64> = (query_start..).zip(recalled).map(compact).collect();
+        let angles = self.config.frequencies.angles(positions.iter().copied());
+        let of_layer = angles.of(layer).clone();
+        self.compact_angles.push(CompactAngles { query_start, runs, angles });
+        of_layer
     }
 
     /// Ends the pass: its tokens are part of the stream now.

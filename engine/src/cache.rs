@@ -2,10 +2,11 @@
 //! Knows no attention rule and no file; a page leaves it as bytes.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::models::frequencies::LayerAngles;
 use crate::pages::{Number, PageShape, PageStore};
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use mka_kernels::{Landing, PAGE_TOKENS, PagePool, PageRef, RotaryAngles};
+use mka_kernels::{Landing, PAGE_TOKENS, PagePool, PageRef};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -269,7 +270,7 @@ impl Cache {
         Ok(())
     }
 
-    /// Writes keys and values of the reserved tokens into one layer, keys rotated to `angles`.
+    /// Writes keys and values of the reserved tokens into one layer, keys rotated to its `angles`.
     ///
     /// Shapes: `keys` (before RoPE), `values` (t, num_kv_heads, head_dim).
     pub(crate) fn write(
@@ -277,13 +278,13 @@ impl Cache {
         layer: usize,
         keys: &Tensor,
         values: &Tensor,
-        angles: &RotaryAngles,
+        angles: &LayerAngles,
     ) -> Result<()> {
         let page = PAGE_TOKENS as u64;
         let pages = self.position / page..(self.position + keys.dim(0)? as u64).div_ceil(page);
         let slots: Vec<usize> = pages.map(|page| self.slot(page)).collect::<Result<_>>()?;
         let offset = (self.position % page) as usize;
-        Ok(self.pools[layer].append(&slots, offset, keys, values, angles)?)
+        Ok(self.pools[layer].append(&slots, offset, keys, values, angles.of(layer))?)
     }
 
     fn slot(&self, page: u64) -> Result<usize> {
@@ -427,7 +428,7 @@ impl Cache {
         position: u64,
         ema: &[u8],
         pages: &[(u64, Vec<u8>)],
-        angles: impl Fn(Range<u64>) -> RotaryAngles,
+        angles: impl Fn(Range<u64>) -> LayerAngles,
     ) -> Result<Self> {
         let (shape, device) = (self.shape, self.device.clone());
         self.position = position;
@@ -465,7 +466,7 @@ impl Cache {
     fn restore_run(
         &self,
         run: &[(u64, &[u8])],
-        angles: impl Fn(Range<u64>) -> RotaryAngles,
+        angles: impl Fn(Range<u64>) -> LayerAngles,
     ) -> Result<()> {
         let (g, d) = (self.shape.num_kv_heads, self.shape.head_dim);
         // The last page may have no token yet.
@@ -500,7 +501,7 @@ impl Cache {
             for (layer, (keys, values)) in layers.iter().zip(laid_out) {
                 let tensor = |numbers| Tensor::from_vec(numbers, (tokens, g, d), &self.device);
                 let (keys, values) = (tensor(keys)?, tensor(values)?);
-                self.pools[*layer].append(&slots, 0, &keys, &values, &angles)?;
+                self.pools[*layer].append(&slots, 0, &keys, &values, angles.of(*layer))?;
             }
         }
         Ok(())

@@ -5,7 +5,7 @@
 //! modeling_qwen3.py, biases as in modeling_qwen2.py.
 
 use super::config::DecoderConfig;
-use super::frequencies::Frequencies;
+use super::frequencies::{Frequencies, LayerFrequencies};
 use super::weights::Weights;
 use crate::attention::{AttentionSeam, Route, SeamConfig};
 use crate::cache::CacheShape;
@@ -146,7 +146,7 @@ pub(crate) struct Decoder {
     pub(crate) config: DecoderConfig,
     /// The processes that share the model.
     pub(crate) group: TensorGroup,
-    pub(crate) frequencies: Frequencies,
+    pub(crate) frequencies: LayerFrequencies,
     pub(crate) fingerprint: [u8; 16],
     device: Device,
     /// On the CPU, whatever the device: a row a token is decoded and uploaded.
@@ -237,7 +237,7 @@ impl Decoder {
         Ok(Self {
             fingerprint,
             group: group.clone(),
-            frequencies,
+            frequencies: LayerFrequencies::uniform(frequencies, config.num_layers),
             device: device.clone(),
             embedding,
             layers,

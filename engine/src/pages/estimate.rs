@@ -25,7 +25,7 @@ impl PageStore {
         let group = h / self.shape.num_kv_heads;
         let scale = 1.0 / (d as f32).sqrt();
         let mut queries = q.flatten_all()?.to_vec1::<f32>()?;
-        if let Some((cos, sin)) = self.angles_at(self.shape.window_tokens as u64) {
+        if let Some((cos, sin)) = self.angles_at(layer, self.shape.window_tokens as u64) {
             queries.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
         }
         queries.iter_mut().for_each(|x| *x *= scale);

@@ -304,7 +304,7 @@ impl PageStore {
                         true => sinks + (first + i) as u64,
                         false => self.order[row] * PAGE_TOKENS as u64 + offset as u64,
                     };
-                    if let Some((cos, sin)) = self.angles_at(position) {
+                    if let Some((cos, sin)) = self.angles_at(layer, position) {
                         rows::rotate_row(&mut rotated, cos, sin);
                     }
                     if !K::write(&rotated, key) {

@@ -12,6 +12,7 @@ use super::selection::POOLED;
 use super::store::{PageShape, PageStore};
 use super::vote::{Ballot, Queries, soft_vote};
 use crate::error::Result;
+use crate::models::frequencies::LayerAngles;
 use candle_core::Tensor;
 use mka_kernels::{PAGE_TOKENS, rows};
 use rayon::prelude::*;
@@ -45,8 +46,8 @@ pub(super) struct Following {
     /// By layer, queries (t, h, d) before RoPE that are not summed yet, and the position of the first: on a device they
     /// are fetched once a page leaves, so that no token waits for them.
     waiting: Vec<Vec<(u64, Tensor)>>,
-    /// Cosines and sines of the position that the queries are rotated to, once there were some.
-    angles: Option<(Vec<f32>, Vec<f32>)>,
+    /// Angles up to the window's length, the position that queries are rotated to, once there were some.
+    angles: Option<LayerAngles>,
     /// By layer and block's first page: the mean of the representative keys, (g · d).
     means: Vec<BTreeMap<u64, Vec<f32>>>,
 }
@@ -58,16 +59,17 @@ impl Following {
         Self { shape, sums: layers(), waiting, angles: None, means: layers() }
     }
 
-    /// Has queries (t, h, d) that begin at `position` wait; `angles` are those that all queries are rotated by.
+    /// Has queries (t, h, d) that begin at `position` wait; `angles` are those from position 0 on, as far as there are any.
     fn note(
         &mut self,
         layer: usize,
         position: u64,
         q: &Tensor,
-        angles: Option<(&[f32], &[f32])>,
+        angles: Option<&LayerAngles>,
     ) -> Result<()> {
         if self.angles.is_none() {
-            self.angles = angles.map(|(cos, sin)| (cos.to_vec(), sin.to_vec()));
+            let reaches = |angles: &&LayerAngles| self.shape.window_tokens < angles.len();
+            self.angles = angles.filter(reaches).cloned();
         }
         self.waiting[layer].push((position, q.clone()));
         let counts = self.waiting[layer].iter().map(|(_, q)| q.dim(0));
@@ -85,7 +87,8 @@ impl Following {
         let h = first.dim(1)?;
         let all: Vec<&Tensor> = waiting.iter().map(|(_, q)| q).collect();
         let mut values = Tensor::cat(&all, 0)?.flatten_all()?.to_vec1::<f32>()?;
-        if let Some((cos, sin)) = &self.angles {
+        if let Some(angles) = &self.angles {
+            let (cos, sin) = angles.of(layer).at(self.shape.window_tokens);
             values.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
         }
         let counts = waiting.iter().map(|(first, q)| Ok((*first, q.dim(0)? as u64)));
@@ -213,8 +216,7 @@ impl PageStore {
         let Some(mut following) = self.following.take() else { return Ok(()) };
         let mut summed = Ok(());
         if layer >= self.config.first_layer {
-            let angles = self.angles_at(self.shape.window_tokens as u64);
-            summed = following.note(layer, position, q, angles);
+            summed = following.note(layer, position, q, self.angles.as_ref());
         }
         self.following = Some(following);
         summed

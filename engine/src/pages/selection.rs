@@ -37,7 +37,7 @@ impl PageStore {
         rows: usize,
         budget: usize,
     ) -> Result<Selection> {
-        let queries = self.queries(q, self.pooled(q.dim(0)?, q.dim(1)?))?;
+        let queries = self.queries(layer, q, self.pooled(q.dim(0)?, q.dim(1)?))?;
         match self.config.rule {
             PageRule::Mka => {
                 let standing = self.standing(layer, rows, q.dim(0)?);
@@ -51,14 +51,15 @@ impl PageStore {
         }
     }
 
-    /// Queries as if they stood a window behind the keys, each `pooled` as their mean, and scaled: q̃ = RoPE(q, window),
-    /// keys unrotated (TokenSelect and InfLLM). Distances beyond the window would be ones that the model never saw.
-    pub(super) fn queries(&self, q: &Tensor, pooled: usize) -> Result<Queries> {
+    /// Queries of `layer` as if they stood a window behind the keys, each `pooled` as their mean, and scaled:
+    /// q̃ = RoPE(q, window), keys unrotated (TokenSelect and InfLLM). Distances beyond the window would be ones that the
+    /// model never saw.
+    pub(super) fn queries(&self, layer: usize, q: &Tensor, pooled: usize) -> Result<Queries> {
         let (t, h, d) = q.dims3()?;
         let group = h / self.shape.num_kv_heads;
         let scale = self.config.rule.scale(d);
         let mut values = q.flatten_all()?.to_vec1::<f32>()?;
-        if let Some((cos, sin)) = self.angles_at(self.shape.window_tokens as u64) {
+        if let Some((cos, sin)) = self.angles_at(layer, self.shape.window_tokens as u64) {
             values.chunks_exact_mut(d).for_each(|row| rows::rotate_row(row, cos, sin));
         }
         let mut heads = vec![Vec::new(); self.shape.num_kv_heads];

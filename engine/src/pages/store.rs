@@ -13,9 +13,10 @@ use super::shares::Tally;
 use super::signs::Planes;
 use super::vote::Ballot;
 use super::{LandmarkScan, PageConfig, PageRule, Prefill};
+use crate::models::frequencies::LayerAngles;
 use candle_core::{Device, Tensor};
+use mka_kernels::PAGE_TOKENS;
 use mka_kernels::key_codes::Rotation;
-use mka_kernels::{PAGE_TOKENS, RotaryAngles};
 use mka_memory::PageBytes;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -81,7 +82,7 @@ pub(crate) struct PageStore {
     clock: u64,
     pub(super) held: Vec<Held>,
     /// Angles of positions from 0 on, as far as they were needed.
-    pub(super) angles: Option<RotaryAngles>,
+    pub(super) angles: Option<LayerAngles>,
     /// What InfLLM's rule keeps; None for the others.
     pub(super) following: Option<Following>,
     /// What the message that is answered asks for beside what each query asks for.
@@ -430,16 +431,16 @@ impl PageStore {
     }
 
     /// Makes sure that angles of positions below `end` are there.
-    pub(crate) fn need_angles(&mut self, end: u64, angles: impl Fn(Range<u64>) -> RotaryAngles) {
-        let have = self.angles.as_ref().map_or(0, RotaryAngles::len) as u64;
+    pub(crate) fn need_angles(&mut self, end: u64, angles: impl Fn(Range<u64>) -> LayerAngles) {
+        let have = self.angles.as_ref().map_or(0, LayerAngles::len) as u64;
         if have < end {
             self.angles = Some(angles(0..end.next_power_of_two().max(1024)));
         }
     }
 
-    /// Cosines and sines of a position that [`PageStore::need_angles`] covered.
-    pub(super) fn angles_at(&self, position: u64) -> Option<(&[f32], &[f32])> {
-        let angles = self.angles.as_ref()?;
+    /// Cosines and sines by which `layer` rotates to a position that [`PageStore::need_angles`] covered.
+    pub(super) fn angles_at(&self, layer: usize, position: u64) -> Option<(&[f32], &[f32])> {
+        let angles = self.angles.as_ref()?.of(layer);
         (position < angles.len() as u64).then(|| angles.at(position as usize))
     }
 }

@@ -123,6 +123,7 @@ impl PageStore {
         let (Some(own), Some(angles)) = (&mirror.layers[layer], &self.angles) else {
             return Ok(None);
         };
+        let angles = angles.of(layer);
         let (first, last) = (self.order[0], self.order[rows - 1]);
         // Places in the stream are counted from the first page: a page that is missing would shift them.
         if last - first != rows as u64 - 1
@@ -135,7 +136,7 @@ impl PageStore {
         let choice = match (all, self.config.rule) {
             (true, _) => Some(Choice::all(rows * PAGE_TOKENS)),
             (false, PageRule::InfLlm | PageRule::Quest) => {
-                self.choose_by_table(q, own, rows, budget)?
+                self.choose_by_table(layer, q, own, rows, budget)?
             }
             (false, _) => {
                 let params = self.vote_params(
@@ -214,16 +215,17 @@ impl PageStore {
         }
     }
 
-    /// The choice of one run among the first `rows` pages by InfLLM's or Quest's rule; None where the processor must
-    /// choose.
+    /// The choice of one run of `layer` among the first `rows` pages by InfLLM's or Quest's rule; None where the processor
+    /// must choose.
     fn choose_by_table(
         &self,
+        layer: usize,
         q: &Tensor,
         own: &Layer,
         rows: usize,
         budget: usize,
     ) -> Result<Option<Choice>> {
-        let Some(angles) = self.angles_at(self.shape.window_tokens as u64) else {
+        let Some(angles) = self.angles_at(layer, self.shape.window_tokens as u64) else {
             return Ok(None);
         };
         let queries = pooled_queries(q, angles, self.config.rule.pooled(q.dim(0)?))?;

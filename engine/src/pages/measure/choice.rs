@@ -2,7 +2,7 @@
 //! number of stored tokens.
 //! Knows the store and its scan, no model; keys, values and queries are made up.
 
-use crate::models::frequencies::{Frequencies, RopeScaling};
+use crate::models::frequencies::{Frequencies, LayerFrequencies, RopeScaling};
 use crate::pages::gather::RecallScope;
 use crate::pages::scan::Scan;
 use crate::pages::selection::{OVER_FETCH_BY_CODES, POOLED};
@@ -36,6 +36,7 @@ fn store(pages: u64) -> PageStore {
         store.absorb(0..SHAPE.num_layers, page..page + 1, &numbers[..count]);
     }
     let frequencies = Frequencies::new(1e5, SHAPE.head_dim, &RopeScaling::None);
+    let frequencies = LayerFrequencies::uniform(frequencies, SHAPE.num_layers);
     store.need_angles(8192, |positions| frequencies.angles(positions));
     store
 }
@@ -68,7 +69,7 @@ fn a_choice_by_codes_part_by_part() {
             Tensor::from_vec(q, (1, SHAPE.num_kv_heads * GROUP, d), &Device::Cpu).unwrap()
         })
         .collect();
-    let queries: Vec<_> = asked.iter().map(|q| store.queries(q, POOLED).unwrap()).collect();
+    let queries: Vec<_> = asked.iter().map(|q| store.queries(layer, q, POOLED).unwrap()).collect();
     let budget = store.config.tokens;
     let scope = RecallScope { before_page: u64::MAX, compact: true, sliding: false };
     let mut parts = Vec::new();

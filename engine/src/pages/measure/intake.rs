@@ -3,7 +3,7 @@
 //! Knows the cache, its store of pages and the memory store; keys and values are made up.
 
 use crate::cache::{Cache, CacheShape};
-use crate::models::frequencies::{Frequencies, RopeScaling};
+use crate::models::frequencies::{Frequencies, LayerFrequencies, RopeScaling};
 use crate::pages::{LandmarkScan, PageConfig, PageStore};
 use candle_core::{Device, Tensor};
 use mka_kernels::PAGE_TOKENS;
@@ -93,6 +93,7 @@ pub(super) fn feed(
         ..PageConfig::default()
     };
     let frequencies = Frequencies::new(1e5, SHAPE.head_dim, &RopeScaling::None);
+    let frequencies = LayerFrequencies::uniform(frequencies, SHAPE.num_layers);
     let device = device();
     let mut cache = Cache::new(SHAPE, &device).unwrap();
     cache.keep_pages(PageStore::new(SHAPE.pages(), config, &device));

@@ -1,5 +1,6 @@
 //! Recall inside attention against dense attention, against itself however the stream is cut, and within its budget.
 
+mod layers;
 mod mirror;
 
 use super::{

@@ -1,30 +1,41 @@
 """Writes the tiny seeded models of this folder and their golden logits.
 
     pip install torch transformers safetensors tokenizers gguf
-    python make_golden.py
+    python make_golden.py [FOLDER ...]
 
+Without folders named, all: another version of torch may change their last bits.
 One folder a family: config.json, model.safetensors (f32), golden.safetensors with `ids` (t,), `logits` (t, vocab) and
 `greedy` (16,): the continuation that `transformers` gives, eager attention, float32, on the CPU.
 """
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 HERE = pathlib.Path(__file__).parent
+NAMED = set(sys.argv[1:])
 VOCAB, HIDDEN, INNER, LAYERS = 128, 32, 48, 2
 COMMON = dict(
     vocab_size=VOCAB,
@@ -38,20 +49,24 @@ COMMON = dict(
 )
 
 
-def randomise(model, seed):
+def wanted(name):
+    return not NAMED or name in NAMED
+
+
+def randomise(model, seed, neutral_norm=1, size=0.3):
     """Weights large enough that the logits are far from flat, norms and biases off their neutral values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if "norm" in name:
-                p.copy_(1 + 0.2 * noise)
+                p.copy_(neutral_norm + 0.2 * noise)
             elif name.endswith("bias"):
                 p.copy_(0.3 * noise)
             elif "embed" in name or "lm_head" in name:
                 p.copy_(noise)
             else:
-                p.copy_(0.3 * noise)
+                p.copy_(size * noise)
     return model.float().eval()
 
 
@@ -79,6 +94,8 @@ def old_form(config, rope_scaling=None):
 
 
 def save(name, model, config_json, ids, tied=False):
+    if not wanted(name):
+        return
     folder = HERE / name
     folder.mkdir(exist_ok=True)
     state = {k: v.clone().contiguous() for k, v in model.state_dict().items()}
@@ -152,6 +169,8 @@ def families():
     ids = ids_of(17, 40)
     save("smollm2", model, old_form(config), ids, tied=True)
     shard(model, old_form(config), ids)
+    if not wanted("smollm2_bf16"):
+        return
     # The same shape in bf16: golden logits in float32 from the rounded weights.
     rounded = LlamaForCausalLM(config).float().eval()
     rounded.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
@@ -165,6 +184,8 @@ def families():
 
 
 def shard(model, config_json, ids):
+    if not wanted("smollm2_sharded"):
+        return
     save("smollm2_sharded", model, config_json, ids, tied=True)
     folder = HERE / "smollm2_sharded"
     state = load_file(folder / "model.safetensors")
@@ -175,6 +196,56 @@ def shard(model, config_json, ids):
         save_file({k: state[k] for k in keys}, folder / part, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {k: part for part, keys in parts.items() for k in keys}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def other_families():
+    """Those that change something in the Llama layout."""
+    wide = dict(COMMON, hidden_size=64, pad_token_id=0)
+    # Beyond the original length transformers takes the long factors, as a session does from its first token on.
+    factors = dict(long_factor=[1.0, 1.5, 2.25, 4.0], short_factor=[1.0, 1.25, 1.5, 2.0])
+    config = Phi3Config(
+        **wide, **heads(4, 2), max_position_embeddings=128, original_max_position_embeddings=32,
+        rope_parameters=dict(rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.5, **factors),
+    )
+    old = dict(old_form(config, dict(type="longrope", **factors)), partial_rotary_factor=0.5)
+    save("phi3", randomise(Phi3ForCausalLM(config), 20, size=0.15), old, ids_of(20, 100))
+
+    config = Phi3Config(
+        **wide, **heads(4, 2), max_position_embeddings=256, sliding_window=16,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+    )
+    save("phi3_plain", randomise(Phi3ForCausalLM(config), 21, size=0.15), new_form(config), ids_of(21, 48))
+
+    config = GraniteConfig(
+        **COMMON, **heads(4, 2), max_position_embeddings=256, tie_word_embeddings=True,
+        embedding_multiplier=3.0, attention_multiplier=0.25, residual_multiplier=0.5, logits_scaling=4.0,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+    )
+    save("granite", randomise(GraniteForCausalLM(config), 22), old_form(config), ids_of(22, 48), tied=True)
+
+    config = SmolLM3Config(
+        **dict(COMMON, num_hidden_layers=4, pad_token_id=0), **heads(4, 2), max_position_embeddings=256,
+        no_rope_layers=[1, 1, 1, 0], rope_parameters=dict(rope_type="default", rope_theta=5000000.0),
+    )
+    published = new_form(config)
+    # The model that is published leaves out what is the family's default.
+    published.pop("tie_word_embeddings")
+    save("smollm3", randomise(SmolLM3ForCausalLM(config), 23), published, ids_of(23, 48), tied=True)
+
+    config = Gemma3TextConfig(
+        **dict(COMMON, num_hidden_layers=6, pad_token_id=0), **heads(4, 2, head_dim=16), max_position_embeddings=256,
+        query_pre_attn_scalar=24, sliding_window=16,
+        layer_types=["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(6)],
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=4.0, rope_theta=1000000.0),
+            sliding_attention=dict(rope_type="default", rope_theta=10000.0),
+        ),
+    )
+    old = old_form(config, dict(rope_type="linear", factor=4.0))
+    old.pop("layer_types")
+    old.update(rope_theta=1000000.0, rope_local_base_freq=10000.0, sliding_window_pattern=3)
+    # Its norms multiply by one more than they store.
+    save("gemma3", randomise(Gemma3ForCausalLM(config), 24, neutral_norm=0), old, ids_of(24, 60), tied=True)
 
 
 # FastMKA (arXiv 2603.20586, algorithm 2) with multi-rate EMA, bias correction and a per-layer gate, in plain PyTorch.
@@ -355,5 +426,7 @@ def gguf_model():
 
 if __name__ == "__main__":
     families()
-    fastmka_models()
-    gguf_model()
+    other_families()
+    if not NAMED:
+        fastmka_models()
+        gguf_model()

@@ -20,7 +20,8 @@ pub struct RotaryAngles {
 }
 
 impl RotaryAngles {
-    /// Angles of `positions` under `inv_freq` (d/2 frequencies), cos and sin scaled by `scale` (1.0 but for YaRN).
+    /// Angles of `positions` under `inv_freq` (d/2 frequencies), cos and sin scaled by `scale` (1.0 but for YaRN and
+    /// LongRoPE). A pair of frequency 0 is neither turned nor scaled: cos 1, sin 0.
     ///
     /// Angles are reduced in f64: at position 10^7 an f32 angle is off by more than half a radian.
     pub fn new(positions: impl IntoIterator<Item = u64>, inv_freq: &[f64], scale: f64) -> Self {
@@ -28,6 +29,8 @@ impl RotaryAngles {
         for position in positions {
             for freq in inv_freq {
                 let (s, c) = (position as f64 * freq).sin_cos();
+                // Models that turn a part of each head scale that part alone.
+                let scale = if *freq == 0.0 { 1.0 } else { scale };
                 cos.push((c * scale) as f32);
                 sin.push((s * scale) as f32);
             }
@@ -102,7 +105,7 @@ pub fn rotate(x: &Tensor, angles: &RotaryAngles) -> Result<Tensor> {
 
 /// Undoes [`rotate`], and is the gradient of its input from that of its result: x (t, h, d). No gradient flows.
 ///
-/// Angles that are scaled (YaRN) scale once more: what comes back is scale² times what was rotated.
+/// Angles that are scaled (YaRN, LongRoPE) scale once more: what comes back is scale² times what was rotated.
 ///
 /// # Errors
 /// As [`rotate`].

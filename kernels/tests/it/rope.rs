@@ -23,3 +23,20 @@ fn rotating_back_undoes_a_rotation_but_for_the_square_of_its_scale() {
     let error = rotate_back(&x, &few).unwrap_err().to_string();
     assert!(error.contains("rotate_back") && error.contains("2 positions"), "{error}");
 }
+
+#[test]
+fn pairs_of_frequency_0_are_neither_turned_nor_scaled() {
+    let values: Vec<f32> = (0..3 * 2 * 8).map(|i| (i as f32 * 0.37).sin()).collect();
+    let x = Tensor::from_vec(values, (3, 2, 8), &Device::Cpu).unwrap();
+    let positions = [0, 9, 8191];
+    let angles = RotaryAngles::new(positions, &[1.0, 0.0, 0.01, 0.0], 1.3);
+    let rotated = rotate(&x, &angles).unwrap();
+    let all = rotate(&x, &RotaryAngles::new(positions, &[1.0, 0.1, 0.01, 0.1], 1.3)).unwrap();
+    for pair in 0..4 {
+        for channel in [pair, pair + 4] {
+            let of = |x: &Tensor| floats(&x.narrow(2, channel, 1).unwrap());
+            let expected = if pair % 2 == 0 { of(&all) } else { of(&x) };
+            assert_eq!(of(&rotated), expected, "channel {channel}");
+        }
+    }
+}

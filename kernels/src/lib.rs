@@ -22,7 +22,7 @@
 //! | [`linear`] | x Wᵀ, W in its ggml layout | x (.., in), W (out, in) | ggml, `docs/packed.md` |
 //! | [`PanelLinear`] | x Wᵀ + b, W in panels of f32 or 8-bit integers | x (m, in), W (out, in), b (out) | `docs/panels.md` |
 //! | [`encoder`] | attention, layer norm and GELU of a text encoder on rows of f32 | qkv (t, 3, h, d), x (t, c) | BERT, arXiv 1810.04805 |
-//! | [`silu_mul`] | silu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
+//! | [`silu_mul`], [`gelu_mul`] | silu(gate) · up, gelu(gate) · up | (t, f) | GLU variants, arXiv 2002.05202 |
 //! | [`rms_norm_forward`] | x / √(mean x² + eps) · w, forward and backward | x (.., c), w (c) | RMSNorm, arXiv 1910.07467 |
 //! | [`cross_entropy`] | log Σ e^logits - logit of the target, and its gradient | logits (n, words) | `cross_entropy` |
 //! | [`tape`] | the ops of a layer with gradients, without candle's graph | - | `tape` |
@@ -63,7 +63,7 @@ pub use attention::{
     paged_attention_parts, paged_attention_runs, paged_attention_union,
 };
 pub use cross_entropy::cross_entropy;
-pub use elementwise::{silu_bias, silu_bias_backward, silu_mul, silu_mul_backward};
+pub use elementwise::{gelu_mul, silu_bias, silu_bias_backward, silu_mul, silu_mul_backward};
 pub use error::{Error, ErrorKind, Result};
 pub use flash::{DenseAttentionParams, attention, attention_backward, attention_forward};
 pub use norm::{NormGradients, NormOutputs, rms_norm_backward, rms_norm_forward};

@@ -3,6 +3,7 @@
 mod attention;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod elementwise;
 mod encoder;
 mod flash;
 mod key_codes;

@@ -1,15 +1,17 @@
 //! What a checkpoint says of itself: config.json in its old and new form, or GGUF metadata, as one description.
 //! Knows no tensor. A setting that is not understood is an error, never a default.
 
+use super::families::{self, Variant};
 use super::frequencies::RopeScaling;
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use serde_json::Value;
+use std::fmt;
 
 /// A decoder of the Llama layout, whatever family it came from.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub(crate) struct DecoderConfig {
-    /// Family as the checkpoint names it: llama, mistral, qwen2, qwen3.
+    /// Family as the checkpoint names it: one of `FAMILIES`, or of `ARCHITECTURES` from a GGUF file.
     pub(crate) family: String,
     pub(crate) vocab_size: usize,
     pub(crate) hidden_size: usize,
@@ -33,6 +35,66 @@ pub(crate) struct DecoderConfig {
     pub(crate) eos_token_ids: Vec<u32>,
     pub(crate) bos_token_id: Option<u32>,
     pub(crate) mka: MkaConfig,
+    /// What the family changes in the layout.
+    pub(crate) variant: Variant,
+}
+
+/// Its text is hashed into the fingerprint of a model (`Weights::fingerprint`), which pages on users' disks carry: a model
+/// of the plain layout has the text that it always had, and only what changes the layout adds to it.
+impl fmt::Debug for DecoderConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Taken apart, so that no field can be forgotten.
+        let Self {
+            family,
+            vocab_size,
+            hidden_size,
+            intermediate_size,
+            num_layers,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rms_norm_eps,
+            rope_theta,
+            rope_scaling,
+            trained_tokens,
+            tied_embeddings,
+            qkv_bias,
+            output_bias,
+            mlp_bias,
+            qk_norm,
+            sliding_window,
+            eos_token_ids,
+            bos_token_id,
+            mka,
+            variant,
+        } = self;
+        let mut text = f.debug_struct("DecoderConfig");
+        text.field("family", family)
+            .field("vocab_size", vocab_size)
+            .field("hidden_size", hidden_size)
+            .field("intermediate_size", intermediate_size)
+            .field("num_layers", num_layers)
+            .field("num_heads", num_heads)
+            .field("num_kv_heads", num_kv_heads)
+            .field("head_dim", head_dim)
+            .field("rms_norm_eps", rms_norm_eps)
+            .field("rope_theta", rope_theta)
+            .field("rope_scaling", rope_scaling)
+            .field("trained_tokens", trained_tokens)
+            .field("tied_embeddings", tied_embeddings)
+            .field("qkv_bias", qkv_bias)
+            .field("output_bias", output_bias)
+            .field("mlp_bias", mlp_bias)
+            .field("qk_norm", qk_norm)
+            .field("sliding_window", sliding_window)
+            .field("eos_token_ids", eos_token_ids)
+            .field("bos_token_id", bos_token_id)
+            .field("mka", mka);
+        if *variant != Variant::default() {
+            text.field("variant", variant);
+        }
+        text.finish()
+    }
 }
 
 /// The `mka` block of config.json: how the EMA levels of FastMKA are formed (`docs/training.md`).
@@ -49,28 +111,33 @@ impl Default for MkaConfig {
     }
 }
 
-const FAMILIES: &[&str] = &["llama", "mistral", "qwen2", "qwen3"];
+/// Values of `model_type` in config.json.
+const FAMILIES: &[&str] =
+    &["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "gemma3_text"];
+
+/// Values of `general.architecture` in a GGUF file; llama is Mistral and SmolLM2 too.
+const ARCHITECTURES: &[&str] = &["llama", "qwen2", "qwen3", "phi3", "granite", "smollm3", "gemma3"];
 
 /// Most layers of a model, some thirty times those of the deepest one published: memory is set aside for each layer that a
 /// file names, before its weights are looked for.
 const MAX_LAYERS: usize = 4096;
 
 /// Typed access to one JSON object, with errors that name the key, what was expected and what was found.
-struct Fields<'a> {
-    object: &'a Value,
-    place: &'a str,
+pub(super) struct Fields<'a> {
+    pub(super) object: &'a Value,
+    pub(super) place: &'a str,
 }
 
 impl Fields<'_> {
-    fn value(&self, key: &str) -> Option<&Value> {
+    pub(super) fn value(&self, key: &str) -> Option<&Value> {
         self.object.get(key).filter(|value| !value.is_null())
     }
 
-    fn wrong(&self, key: &str, expected: &str, found: &Value) -> Error {
+    pub(super) fn wrong(&self, key: &str, expected: &str, found: &Value) -> Error {
         Error::model(format!("{}: {key}, expected {expected}, found {found}", self.place))
     }
 
-    fn opt_f64(&self, key: &str) -> Result<Option<f64>> {
+    pub(super) fn opt_f64(&self, key: &str) -> Result<Option<f64>> {
         let Some(value) = self.value(key) else { return Ok(None) };
         match value.as_f64() {
             Some(number) if number.is_finite() => Ok(Some(number)),
@@ -78,7 +145,7 @@ impl Fields<'_> {
         }
     }
 
-    fn opt_usize(&self, key: &str) -> Result<Option<usize>> {
+    pub(super) fn opt_usize(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.value(key) else { return Ok(None) };
         match value.as_u64() {
             // 2^32 bounds every count of a model, so that products of two stay inside a usize.
@@ -87,25 +154,47 @@ impl Fields<'_> {
         }
     }
 
-    fn opt_bool(&self, key: &str) -> Result<Option<bool>> {
+    pub(super) fn opt_bool(&self, key: &str) -> Result<Option<bool>> {
         let Some(value) = self.value(key) else { return Ok(None) };
         value.as_bool().map(Some).ok_or_else(|| self.wrong(key, "true or false", value))
     }
 
-    fn opt_str(&self, key: &str) -> Result<Option<&str>> {
+    pub(super) fn opt_str(&self, key: &str) -> Result<Option<&str>> {
         let Some(value) = self.value(key) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a string", value))
     }
 
-    fn missing(&self, key: &str) -> Error {
+    pub(super) fn missing(&self, key: &str) -> Error {
         Error::model(format!("{}: {key}, expected, found none", self.place))
     }
 
-    fn positive(&self, key: &str) -> Result<usize> {
+    pub(super) fn positive(&self, key: &str) -> Result<usize> {
         match self.opt_usize(key)? {
             Some(0) => Err(self.wrong(key, "a count above 0", &Value::from(0))),
             Some(count) => Ok(count),
             None => Err(self.missing(key)),
+        }
+    }
+
+    pub(super) fn check_object(&self) -> Result<()> {
+        match self.object.is_object() {
+            true => Ok(()),
+            false => Err(Error::model(format!(
+                "{}: expected an object, found {}",
+                self.place, self.object
+            ))),
+        }
+    }
+
+    /// `len` numbers above 0.
+    pub(super) fn numbers(&self, key: &str, len: usize) -> Result<Vec<f64>> {
+        let value = self.value(key).ok_or_else(|| self.missing(key))?;
+        let entries: &[Value] = value.as_array().map_or(&[], Vec::as_slice);
+        let numbers: Vec<f64> = entries.iter().filter_map(Value::as_f64).collect();
+        let are_factors = numbers.iter().all(|x| *x > 0.0 && x.is_finite());
+        match are_factors && numbers.len() == len && entries.len() == len {
+            true => Ok(numbers),
+            false => Err(self.wrong(key, &format!("{len} numbers above 0"), value)),
         }
     }
 }
@@ -128,17 +217,17 @@ impl DecoderConfig {
         let fields = Fields { object: &json, place: "config.json" };
         let family = fields.opt_str("model_type")?.ok_or_else(|| fields.missing("model_type"))?;
         if !FAMILIES.contains(&family) {
+            let instead = match family {
+                "gemma3" => {
+                    ": of Gemma 3 its text models are read, whose model_type is \"gemma3_text\""
+                }
+                _ => "",
+            };
             return Err(Error::model(format!(
-                "config.json: model_type {family:?}, expected one of {FAMILIES:?}"
+                "config.json: model_type {family:?}, expected one of {FAMILIES:?}{instead}"
             )));
         }
-        if let Some(act) = fields.opt_str("hidden_act")?
-            && act != "silu"
-        {
-            return Err(Error::model(format!(
-                "config.json: hidden_act {act:?}, expected \"silu\""
-            )));
-        }
+        families::check_activation(&fields, family)?;
         let hidden_size = fields.positive("hidden_size")?;
         let num_layers = bounded_layers(
             "config.json: num_hidden_layers",
@@ -146,41 +235,50 @@ impl DecoderConfig {
         )?;
         let num_heads = fields.positive("num_attention_heads")?;
         let attention_bias = fields.opt_bool("attention_bias")?.unwrap_or(false);
-        let (rope_theta, rope_scaling) = rope(&json, &fields, family)?;
-        let config = Self {
+        let head_dim = match fields.opt_usize("head_dim")? {
+            Some(dim) => dim,
+            // What the family's own configuration leaves out and means.
+            None if family == "gemma3_text" => 256,
+            None => hidden_size / num_heads,
+        };
+        let is_tied = matches!(family, "smollm3" | "gemma3_text");
+        let rope = rope(&fields, family, head_dim)?;
+        let mut config = Self {
             vocab_size: fields.positive("vocab_size")?,
             hidden_size,
             intermediate_size: fields.positive("intermediate_size")?,
             num_layers,
             num_heads,
             num_kv_heads: fields.opt_usize("num_key_value_heads")?.unwrap_or(num_heads),
-            head_dim: fields.opt_usize("head_dim")?.unwrap_or(hidden_size / num_heads),
+            head_dim,
             rms_norm_eps: fields
                 .opt_f64("rms_norm_eps")?
                 .ok_or_else(|| fields.missing("rms_norm_eps"))?,
-            rope_theta,
-            rope_scaling,
+            rope_theta: rope.theta,
+            rope_scaling: rope.scaling,
             trained_tokens: fields.positive("max_position_embeddings")?,
-            tied_embeddings: fields.opt_bool("tie_word_embeddings")?.unwrap_or(false),
+            tied_embeddings: fields.opt_bool("tie_word_embeddings")?.unwrap_or(is_tied),
             qkv_bias: attention_bias || family == "qwen2",
             output_bias: attention_bias,
             mlp_bias: fields.opt_bool("mlp_bias")?.unwrap_or(false),
-            qk_norm: family == "qwen3",
+            qk_norm: matches!(family, "qwen3" | "gemma3_text"),
             sliding_window: sliding_windows(&json, &fields, family, num_layers)?,
             eos_token_ids: token_ids(json.get("eos_token_id")),
             bos_token_id: token_ids(json.get("bos_token_id")).first().copied(),
             mka: mka_block(json.get("mka"))?,
             family: family.to_owned(),
+            variant: Variant::default(),
         };
+        config.variant = Variant::from_json(&fields, &config, rope.rotary_dim)?;
         config.check("config.json")
     }
 
-    /// Reads GGUF metadata of the architectures llama (Llama, Mistral, SmolLM2), qwen2 and qwen3.
+    /// Reads GGUF metadata.
     pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Self> {
         let arch = gguf.str("general.architecture")?.to_owned();
-        if !["llama", "qwen2", "qwen3"].contains(&arch.as_str()) {
+        if !ARCHITECTURES.contains(&arch.as_str()) {
             return Err(Error::model(format!(
-                "gguf: general.architecture {arch:?}, expected llama, qwen2 or qwen3"
+                "gguf: general.architecture {arch:?}, expected one of {ARCHITECTURES:?}"
             )));
         }
         let key = |name: &str| format!("{arch}.{name}");
@@ -195,11 +293,10 @@ impl DecoderConfig {
             Some(dim) => dim,
             None => hidden_size.checked_div(num_heads).unwrap_or(0),
         };
-        if let Some(rotary) = optional("rope.dimension_count")?
-            && rotary != head_dim
-        {
+        let rotary_dim = optional("rope.dimension_count")?.unwrap_or(head_dim);
+        if rotary_dim != head_dim && arch != "phi3" {
             return Err(Error::model(format!(
-                "gguf: {arch}.rope.dimension_count {rotary}, expected the head dimension {head_dim}"
+                "gguf: {arch}.rope.dimension_count {rotary_dim}, expected the head dimension {head_dim}"
             )));
         }
         // The llama architecture may leave the base out and means 10,000 by it (ggml documentation, `rope.freq_base`).
@@ -213,7 +310,8 @@ impl DecoderConfig {
             .get("token_embd.weight")
             .and_then(|tensor| tensor.shape.first().copied())
             .ok_or_else(|| Error::model("gguf: tensor token_embd.weight, found none"))?;
-        let config = Self {
+        let trained_tokens = count("context_length")?;
+        let mut config = Self {
             vocab_size,
             hidden_size,
             intermediate_size: count("feed_forward_length")?,
@@ -223,19 +321,26 @@ impl DecoderConfig {
             head_dim,
             rms_norm_eps: number("attention.layer_norm_rms_epsilon")?,
             rope_theta,
-            rope_scaling: gguf_rope_scaling(gguf, &arch)?,
-            trained_tokens: count("context_length")?,
+            rope_scaling: gguf_rope_scaling(gguf, &arch, trained_tokens)?,
+            trained_tokens,
             tied_embeddings: !gguf.tensors.contains_key("output.weight"),
             qkv_bias: gguf.tensors.contains_key("blk.0.attn_q.bias"),
             output_bias: gguf.tensors.contains_key("blk.0.attn_output.bias"),
             mlp_bias: gguf.tensors.contains_key("blk.0.ffn_up.bias"),
             qk_norm: gguf.tensors.contains_key("blk.0.attn_q_norm.weight"),
-            sliding_window: vec![None; num_layers],
+            sliding_window: families::gguf_sliding_windows(
+                gguf,
+                &arch,
+                num_layers,
+                trained_tokens,
+            )?,
             eos_token_ids: Vec::new(),
             bos_token_id: None,
             mka: MkaConfig::default(),
             family: arch,
+            variant: Variant::default(),
         };
+        config.variant = Variant::from_gguf(gguf, &config, rotary_dim)?;
         config.check("gguf")
     }
 
@@ -250,6 +355,13 @@ impl DecoderConfig {
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return fail(format!("head_dim {}, expected an even number above 0", self.head_dim));
+        }
+        let rotary_dim = self.rotary_dim();
+        if rotary_dim == 0 || rotary_dim > self.head_dim || !rotary_dim.is_multiple_of(2) {
+            return fail(format!(
+                "{rotary_dim} rotated channels of a head, expected an even number of its {}",
+                self.head_dim
+            ));
         }
         if self.num_layers == 0 || self.trained_tokens == 0 || self.hidden_size == 0 {
             return fail("layers, trained length and hidden size, expected above 0".into());
@@ -274,48 +386,71 @@ fn bounded_layers(place: &str, num_layers: usize) -> Result<usize> {
     }
 }
 
-/// RoPE settings in either form: `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling`.
-fn rope(json: &Value, fields: &Fields<'_>, family: &str) -> Result<(f64, RopeScaling)> {
-    let scaling = |key: &'static str| json.get(key).filter(|value| !value.is_null());
-    let trained = fields.positive("max_position_embeddings")?;
-    if let Some(parameters) = scaling("rope_parameters") {
-        let inner = Fields { object: parameters, place: "config.json: rope_parameters" };
-        let theta = match inner.opt_f64("rope_theta")? {
-            Some(theta) => theta,
-            None => fields.opt_f64("rope_theta")?.ok_or_else(|| inner.missing("rope_theta"))?,
-        };
-        return Ok((theta, rope_scaling(&inner, trained)?));
-    }
-    let scaling = match scaling("rope_scaling") {
-        Some(object) => {
-            rope_scaling(&Fields { object, place: "config.json: rope_scaling" }, trained)?
-        }
-        None => RopeScaling::None,
-    };
-    let theta = match fields.opt_f64("rope_theta")? {
-        Some(theta) => theta,
-        // Llama 1 and 2 were published before the key existed; 10,000 is the constant of their paper's RoPE.
-        None if family == "llama" && scaling == RopeScaling::None => 10_000.0,
-        None => return Err(fields.missing("rope_theta")),
-    };
-    Ok((theta, scaling))
+/// RoPE's settings.
+pub(super) struct Rope {
+    pub(super) theta: f64,
+    pub(super) scaling: RopeScaling,
+    /// Channels of a head that are turned.
+    pub(super) rotary_dim: usize,
 }
 
-fn rope_scaling(fields: &Fields<'_>, trained: usize) -> Result<RopeScaling> {
-    if !fields.object.is_object() {
-        return Err(Error::model(format!(
-            "{}: expected an object, found {}",
-            fields.place, fields.object
-        )));
+/// RoPE settings in either form: `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling`.
+fn rope(fields: &Fields<'_>, family: &str, head_dim: usize) -> Result<Rope> {
+    if family == "gemma3_text" {
+        return families::gemma3_rope(fields, head_dim);
     }
-    if let Some(part) = fields.opt_f64("partial_rotary_factor")?
-        && part != 1.0
-    {
-        return Err(Error::model(format!(
-            "{}: partial_rotary_factor {part}, expected 1",
-            fields.place
-        )));
+    let inner = |key, place| fields.value(key).map(|object| Fields { object, place });
+    let parameters = inner("rope_parameters", "config.json: rope_parameters");
+    let settings = match parameters {
+        Some(_) => None,
+        None => inner("rope_scaling", "config.json: rope_scaling"),
+    };
+    let settings = parameters.as_ref().or(settings.as_ref());
+    if let Some(settings) = settings {
+        settings.check_object()?;
     }
+    let rotary_dim = rotary_dim(settings, fields, family, head_dim)?;
+    let scaling = match settings {
+        None => RopeScaling::None,
+        Some(settings) if family == "phi3" => families::phi3_scaling(settings, fields, rotary_dim)?,
+        Some(settings) => rope_scaling(settings, fields.positive("max_position_embeddings")?)?,
+    };
+    let inner_theta = match &parameters {
+        Some(parameters) => parameters.opt_f64("rope_theta")?,
+        None => None,
+    };
+    let theta = match (inner_theta, fields.opt_f64("rope_theta")?) {
+        (Some(theta), _) | (None, Some(theta)) => theta,
+        // Llama 1 and 2 were published before the key existed; 10,000 is the constant of their paper's RoPE.
+        _ if family == "llama" && parameters.is_none() && scaling == RopeScaling::None => 10_000.0,
+        _ => return Err(parameters.as_ref().unwrap_or(fields).missing("rope_theta")),
+    };
+    Ok(Rope { theta, scaling, rotary_dim })
+}
+
+/// Channels of a head that RoPE turns, from `partial_rotary_factor` among its settings or beside them.
+pub(super) fn rotary_dim(
+    settings: Option<&Fields<'_>>,
+    fields: &Fields<'_>,
+    family: &str,
+    head_dim: usize,
+) -> Result<usize> {
+    const KEY: &str = "partial_rotary_factor";
+    let place = settings.filter(|settings| settings.value(KEY).is_some()).unwrap_or(fields);
+    match place.opt_f64(KEY)?.unwrap_or(1.0) {
+        part if part == 1.0 => Ok(head_dim),
+        // Whole channels, as transformers counts them.
+        part if family == "phi3" && part > 0.0 && part < 1.0 => {
+            Ok((head_dim as f64 * part) as usize)
+        }
+        part => {
+            let expected = if family == "phi3" { "above 0 and at most 1" } else { "1" };
+            Err(Error::model(format!("{}: {KEY} {part}, expected {expected}", place.place)))
+        }
+    }
+}
+
+pub(super) fn rope_scaling(fields: &Fields<'_>, trained: usize) -> Result<RopeScaling> {
     let kind = match fields.opt_str("rope_type")? {
         Some(kind) => Some(kind),
         None => fields.opt_str("type")?,
@@ -362,8 +497,8 @@ fn rope_scaling(fields: &Fields<'_>, trained: usize) -> Result<RopeScaling> {
 }
 
 /// RoPE's scaling in GGUF metadata, read as llama.cpp reads it (`load_hparams` in `llama-model.cpp`): a factor without a
-/// type divides positions, and YaRN's ramp has keys of its own.
-fn gguf_rope_scaling(gguf: &Gguf, arch: &str) -> Result<RopeScaling> {
+/// type divides positions, YaRN's ramp has keys of its own, and LongRoPE's factors are tensors.
+fn gguf_rope_scaling(gguf: &Gguf, arch: &str, trained: usize) -> Result<RopeScaling> {
     let key = |name: &str| format!("{arch}.rope.{name}");
     let number = |name: &str| -> Result<Option<f64>> {
         let key = key(name);
@@ -380,7 +515,8 @@ fn gguf_rope_scaling(gguf: &Gguf, arch: &str) -> Result<RopeScaling> {
     };
     let kind_key = key("scaling.type");
     let kind = gguf.contains(&kind_key).then(|| gguf.str(&kind_key)).transpose()?;
-    if kind == Some("none") {
+    let is_long_rope = arch == "phi3" && gguf.tensors.contains_key("rope_factors_long.weight");
+    if kind == Some("none") && !is_long_rope {
         return Ok(RopeScaling::None);
     }
     // What else llama.cpp applies: each at the value that changes nothing, or the file is refused by its name.
@@ -394,7 +530,8 @@ fn gguf_rope_scaling(gguf: &Gguf, arch: &str) -> Result<RopeScaling> {
         let Some(found) = number(name)? else { continue };
         // An extrapolation factor below 0 is llama.cpp's way of writing none.
         let is_unset = name == "scaling.yarn_ext_factor" && found < 0.0;
-        if found != neutral && !is_unset {
+        let is_read = name == "scaling.attn_factor" && is_long_rope;
+        if found != neutral && !is_unset && !is_read {
             return Err(Error::model(format!("gguf: {} {found}, expected {neutral}", key(name))));
         }
     }
@@ -407,6 +544,23 @@ fn gguf_rope_scaling(gguf: &Gguf, arch: &str) -> Result<RopeScaling> {
         let missing = || Error::model(format!("gguf: {}, found none", key("scaling.factor")));
         factor.ok_or_else(missing)
     };
+    if is_long_rope {
+        if !matches!(kind, None | Some("longrope")) || factor.is_some_and(|factor| factor != 1.0) {
+            return Err(Error::model(format!(
+                "gguf: {kind_key} {kind:?} of factor {factor:?}, expected longrope by rope_factors_long alone"
+            )));
+        }
+        let original_key = key("scaling.original_context_length");
+        let original = match gguf.contains(&original_key) {
+            true => gguf.u32(&original_key)? as usize,
+            false => trained,
+        };
+        return Ok(RopeScaling::LongRope {
+            factors: Vec::new(),
+            is_long: trained > original,
+            scale: positive("scaling.attn_factor")?.unwrap_or(1.0),
+        });
+    }
     match kind {
         None => Ok(match factor {
             Some(factor) if factor != 1.0 => RopeScaling::Linear { factor },
@@ -457,8 +611,14 @@ fn sliding_windows(
             })
             .collect();
     }
+    if family == "gemma3_text" {
+        let window = window.ok_or_else(|| fields.missing("sliding_window"))?;
+        return families::gemma3_windows(fields, window, num_layers);
+    }
+    let trained = fields.positive("max_position_embeddings")?;
     let from = match family {
         "mistral" => 0,
+        "phi3" if window.is_none_or(|window| !families::hides_nothing(window, trained)) => 0,
         "qwen2" | "qwen3" if fields.opt_bool("use_sliding_window")?.unwrap_or(false) => {
             fields.opt_usize("max_window_layers")?.unwrap_or(0)
         }

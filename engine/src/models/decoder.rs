@@ -2,17 +2,19 @@
 //! Knows no session, window or page: the attention seam is the only way from here to memory.
 //!
 //! Source: LLaMA (arXiv 2302.13971) section 2.2 with the reference of `transformers` modeling_llama.py; q/k norm as in
-//! modeling_qwen3.py, biases as in modeling_qwen2.py.
+//! modeling_qwen3.py, biases as in modeling_qwen2.py; what `families` lists as in modeling_phi3.py, modeling_granite.py,
+//! modeling_smollm3.py and modeling_gemma3.py.
 
 use super::config::DecoderConfig;
-use super::frequencies::{Frequencies, LayerFrequencies};
+use super::families::LayerRope;
+use super::frequencies::{Frequencies, LayerFrequencies, RopeScaling};
 use super::weights::Weights;
 use crate::attention::{AttentionSeam, Route, SeamConfig};
 use crate::cache::CacheShape;
 use crate::error::{Error, Result};
 use crate::parallel::TensorGroup;
 use candle_core::{Device, Tensor};
-use mka_kernels::{PackedMatrix, linear, silu_mul};
+use mka_kernels::{PackedMatrix, gelu_mul, linear, silu_mul};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// y = x Wᵀ + b.
@@ -59,6 +61,8 @@ pub(crate) struct Loader<'a> {
     pub(crate) weights: &'a Weights,
     pub(crate) group: &'a TensorGroup,
     pub(crate) device: &'a Device,
+    /// Of the whole model.
+    config: &'a DecoderConfig,
 }
 
 impl Loader<'_> {
@@ -70,26 +74,33 @@ impl Loader<'_> {
         cols: usize,
         bias: bool,
     ) -> Result<Linear> {
-        let matrix = self.weights.matrix(&format!("{name}.weight"), rows, cols)?;
+        let matrix = self.matrix(&format!("{name}.weight"), rows, cols)?;
         let bias = bias.then(|| self.weights.vector(&format!("{name}.bias"), rows)).transpose()?;
         self.part(name, matrix, bias)
     }
 
-    /// The query or key projection `name`, rows in HuggingFace order.
-    fn heads(
-        &self,
-        name: &str,
-        rows: usize,
-        cols: usize,
-        head_dim: usize,
-        bias: bool,
-    ) -> Result<Linear> {
+    /// The query or key projection `name`, its rows as RoPE turns them.
+    fn heads(&self, name: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear> {
+        let (head_dim, rotary_dim) = (self.config.head_dim, self.config.rotary_dim());
         let weight = format!("{name}.weight");
-        let matrix = self.weights.head_matrix(&weight, rows, cols, head_dim)?;
+        let matrix = self.matrix(&weight, rows, cols)?;
+        let matrix = self.weights.head_matrix(&weight, matrix, head_dim, rotary_dim)?;
+        let name_of_bias = format!("{name}.bias");
         let bias = bias
-            .then(|| self.weights.head_vector(&format!("{name}.bias"), rows, head_dim))
+            .then(|| self.weights.head_vector(&name_of_bias, rows, head_dim, rotary_dim))
             .transpose()?;
         self.part(name, matrix, bias)
+    }
+
+    /// The matrix `name`: its own, or rows of one that has others too, over the same bytes.
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix> {
+        let Some(stored) = self.config.stored_rows(name) else {
+            return self.weights.matrix(name, rows, cols);
+        };
+        let whole = self.weights.matrix(&stored.name, stored.num_rows, cols)?;
+        whole.select_rows(stored.rows).map_err(|source| {
+            Error::model(format!("{name} in {}: {source}", stored.name)).with_source(source)
+        })
     }
 
     /// The projection `name`, of which this process may have some columns.
@@ -135,6 +146,8 @@ struct Layer {
     gate: Linear,
     up: Linear,
     down: SummedLinear,
+    /// Of what attention and MLP add.
+    post_norms: Option<(Norm, Norm)>,
 }
 
 /// A loaded model: weights in their stored type, everything computed in f32.
@@ -147,6 +160,8 @@ pub(crate) struct Decoder {
     /// The processes that share the model.
     pub(crate) group: TensorGroup,
     pub(crate) frequencies: LayerFrequencies,
+    /// See [`DecoderConfig::query_scale`].
+    query_scale: Option<f64>,
     pub(crate) fingerprint: [u8; 16],
     device: Device,
     /// On the CPU, whatever the device: a row a token is decoded and uploaded.
@@ -184,14 +199,16 @@ impl Decoder {
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (q_size, kv_size) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let norm = |name: &str, len: usize| -> Result<Norm> {
-            Ok(Norm {
-                weight: weights.vector(&format!("{name}.weight"), len)?.to_device(device)?,
-                eps: c.rms_norm_eps as f32,
-            })
+            let weight = weights.vector(&format!("{name}.weight"), len)?;
+            let weight = if c.variant.has_offset_norms { (weight + 1.0)? } else { weight };
+            Ok(Norm { weight: weight.to_device(device)?, eps: c.rms_norm_eps as f32 })
         };
-        let loader = Loader { weights, group, device };
-        let heads =
-            |name: String, rows: usize| loader.heads(&name, rows, hidden, c.head_dim, c.qkv_bias);
+        let loader = Loader { weights, group, device, config: c };
+        let heads = |name: String, rows: usize| loader.heads(&name, rows, hidden, c.qkv_bias);
+        let mlp_norm = match c.variant.has_post_norms {
+            true => "pre_feedforward_layernorm",
+            false => "post_attention_layernorm",
+        };
         let mut layers = Vec::with_capacity(c.num_layers);
         for i in 0..c.num_layers {
             let at = |part: &str| format!("model.layers.{i}.{part}");
@@ -199,6 +216,13 @@ impl Decoder {
                 true => Some((
                     norm(&at("self_attn.q_norm"), c.head_dim)?,
                     norm(&at("self_attn.k_norm"), c.head_dim)?,
+                )),
+                false => None,
+            };
+            let post_norms = match c.variant.has_post_norms {
+                true => Some((
+                    norm(&at("post_attention_layernorm"), hidden)?,
+                    norm(&at("post_feedforward_layernorm"), hidden)?,
                 )),
                 false => None,
             };
@@ -210,10 +234,11 @@ impl Decoder {
                 o: loader.summed(&at("self_attn.o_proj"), hidden, q_size, c.output_bias)?,
                 qk_norm,
                 route: Route::load(i, q_size, c.mka.rates.len(), &loader)?,
-                mlp_norm: norm(&at("post_attention_layernorm"), hidden)?,
+                mlp_norm: norm(&at(mlp_norm), hidden)?,
                 gate: loader.linear(&at("mlp.gate_proj"), inner, hidden, c.mlp_bias)?,
                 up: loader.linear(&at("mlp.up_proj"), inner, hidden, c.mlp_bias)?,
                 down: loader.summed(&at("mlp.down_proj"), hidden, inner, c.mlp_bias)?,
+                post_norms,
             });
         }
         let embedding = weights.matrix("model.embed_tokens.weight", c.vocab_size, hidden)?;
@@ -222,14 +247,7 @@ impl Decoder {
             false => weights.matrix("lm_head.weight", c.vocab_size, hidden)?,
         };
         let head = head.to_device(device)?;
-        let mut frequencies = Frequencies::new(c.rope_theta, c.head_dim, &c.rope_scaling);
-        if weights.contains("rope_freqs.weight") {
-            // llama.cpp folds llama3 scaling into a divisor per frequency.
-            let divisors = weights.values("rope_freqs.weight", c.head_dim / 2)?;
-            for (freq, divisor) in frequencies.inv_freq.iter_mut().zip(divisors) {
-                *freq /= f64::from(divisor);
-            }
-        }
+        let (frequencies, query_scale) = (layer_frequencies(c, weights)?, c.query_scale());
         let (hidden_norm, fingerprint) = (norm("model.norm", hidden)?, group.part_of_id(whole));
         config.num_heads /= group.size();
         config.num_kv_heads /= group.size();
@@ -237,7 +255,8 @@ impl Decoder {
         Ok(Self {
             fingerprint,
             group: group.clone(),
-            frequencies: LayerFrequencies::uniform(frequencies, config.num_layers),
+            frequencies,
+            query_scale,
             device: device.clone(),
             embedding,
             layers,
@@ -268,16 +287,38 @@ impl Decoder {
                 .dequantize_rows(token..token + 1, row)
                 .map_err(|e| Error::model(format!("forward: embedding: {e}")).with_source(e))?;
         }
+        if c.variant.embedding_scale != 1.0 {
+            let scale = c.variant.embedding_scale as f32;
+            rows.iter_mut().for_each(|x| *x *= scale);
+        }
         let mut hidden = Tensor::from_vec(rows, (t, c.hidden_size), &self.device)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let x = layer.attention_norm.forward(&hidden)?;
             let attended = self.attend(i, layer, &x, seam)?;
-            hidden = (hidden + layer.o.forward(&attended)?)?;
+            let post_norms = layer.post_norms.as_ref();
+            let added = layer.o.forward(&attended)?;
+            hidden = self.add(hidden, added, post_norms.map(|(norm, _)| norm))?;
             let x = layer.mlp_norm.forward(&hidden)?;
-            let inner = silu_mul(&layer.gate.forward(&x)?, &layer.up.forward(&x)?)?;
-            hidden = (hidden + layer.down.forward(&inner)?)?;
+            let (gate, up) = (layer.gate.forward(&x)?, layer.up.forward(&x)?);
+            let inner = match c.variant.has_gelu {
+                true => gelu_mul(&gate, &up)?,
+                false => silu_mul(&gate, &up)?,
+            };
+            let added = layer.down.forward(&inner)?;
+            hidden = self.add(hidden, added, post_norms.map(|(_, norm)| norm))?;
         }
         Ok(hidden)
+    }
+
+    /// The stream `hidden` (t, hidden) with what a part of a layer adds to it.
+    fn add(&self, hidden: Tensor, added: Tensor, norm: Option<&Norm>) -> Result<Tensor> {
+        let added = match norm {
+            Some(norm) => norm.forward(&added)?,
+            None => added,
+        };
+        let scale = self.config.variant.residual_scale;
+        let added = if scale == 1.0 { added } else { (added * scale)? };
+        Ok((hidden + added)?)
     }
 
     /// x (t, hidden) -> (t, num_heads · head_dim).
@@ -298,6 +339,10 @@ impl Decoder {
         if let Some((q_norm, k_norm)) = &layer.qk_norm {
             q = q_norm.forward(&q)?;
             k = k_norm.forward(&k)?;
+        }
+        // The seam scales by 1/√head_dim wherever it scores; what else the family has is in the queries.
+        if let Some(scale) = self.query_scale {
+            q = (q * scale)?;
         }
         let out = seam.attend(index, c.sliding_window[index], &q, &k, &v)?;
         Ok(out.reshape((t, c.num_heads * c.head_dim))?)
@@ -336,6 +381,48 @@ impl Decoder {
 
     /// Logits of hidden states (t, hidden): (t, vocab).
     pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(linear(&self.norm.forward(hidden)?, &self.head)?)
+        let logits = linear(&self.norm.forward(hidden)?, &self.head)?;
+        let divisor = self.config.variant.logits_divisor;
+        Ok(if divisor == 1.0 { logits } else { (logits / divisor)? })
     }
+}
+
+/// What each layer rotates by.
+///
+/// # Errors
+/// Names a tensor of the checkpoint's own factors that is missing or has another length.
+fn layer_frequencies(c: &DecoderConfig, weights: &Weights) -> Result<LayerFrequencies> {
+    let rotary_dim = c.rotary_dim();
+    let model = Frequencies::new(c.rope_theta, rotary_dim, &c.rope_scaling);
+    // llama.cpp folds llama3 scaling into a divisor per frequency, and has LongRoPE's factors as tensors.
+    let divisors = match &c.rope_scaling {
+        RopeScaling::LongRope { factors, is_long, .. } if factors.is_empty() => match is_long {
+            true => Some("rope_factors_long.weight"),
+            false => Some("rope_factors_short.weight"),
+        },
+        _ => Some("rope_freqs.weight").filter(|name| weights.contains(name)),
+    };
+    let model = match divisors {
+        Some(name) => {
+            let divisors = weights.values(name, rotary_dim / 2)?;
+            model.divided(divisors.into_iter().map(f64::from))
+        }
+        None => model,
+    };
+    let mut sets: Vec<Frequencies> = Vec::new();
+    let mut of_layer = Vec::with_capacity(c.num_layers);
+    for layer in 0..c.num_layers {
+        let set = match c.variant.rope_of(layer) {
+            LayerRope::Model => model.clone(),
+            LayerRope::Local { theta } => Frequencies::new(theta, rotary_dim, &RopeScaling::None),
+            LayerRope::Off => Frequencies { inv_freq: Vec::new(), scale: 1.0 },
+        };
+        let set = set.over(c.head_dim);
+        let known = sets.iter().position(|other| *other == set);
+        of_layer.push(known.unwrap_or(sets.len()));
+        if known.is_none() {
+            sets.push(set);
+        }
+    }
+    Ok(LayerFrequencies::new(sets, of_layer))
 }

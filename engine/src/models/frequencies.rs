@@ -31,6 +31,15 @@ pub(crate) enum RopeScaling {
         mscale_all_dim: Option<f64>,
         truncate: bool,
     },
+    /// LongRoPE (arXiv 2402.13753): every frequency divided by a factor of its own.
+    LongRope {
+        /// Of the pairs in their order; empty where they are a tensor of the checkpoint, as in GGUF files.
+        factors: Vec<f64>,
+        /// Whether they are those for streams beyond the original length.
+        is_long: bool,
+        /// On cosines and sines.
+        scale: f64,
+    },
 }
 
 impl RopeScaling {
@@ -54,7 +63,7 @@ impl RopeScaling {
 pub(crate) struct Frequencies {
     /// head_dim / 2 inverse frequencies, radians a token.
     pub(crate) inv_freq: Vec<f64>,
-    /// 1.0 but for YaRN, whose attention temperature is folded into cos and sin.
+    /// 1.0 but for YaRN and LongRoPE, whose attention temperature is folded into cos and sin.
     pub(crate) scale: f64,
 }
 
@@ -62,6 +71,18 @@ impl Frequencies {
     /// Cosines and sines of `positions`.
     pub(crate) fn angles(&self, positions: impl IntoIterator<Item = u64>) -> RotaryAngles {
         RotaryAngles::new(positions, &self.inv_freq, self.scale)
+    }
+
+    /// The same over heads of `head_dim`, of which the first frequencies turn a part and nothing the rest.
+    pub(crate) fn over(mut self, head_dim: usize) -> Self {
+        self.inv_freq.resize(head_dim / 2, 0.0);
+        self
+    }
+
+    /// Every frequency divided by its own of `divisors`.
+    pub(crate) fn divided(mut self, divisors: impl IntoIterator<Item = f64>) -> Self {
+        self.inv_freq.iter_mut().zip(divisors).for_each(|(freq, divisor)| *freq /= divisor);
+        self
     }
 
     pub(crate) fn new(theta: f64, head_dim: usize, scaling: &RopeScaling) -> Self {
@@ -129,6 +150,9 @@ impl Frequencies {
                     _ => temperature(1.0),
                 };
                 Self { inv_freq: inv_freq.collect(), scale }
+            }
+            RopeScaling::LongRope { ref factors, scale, .. } => {
+                Self { inv_freq: plain, scale }.divided(factors.iter().copied())
             }
         }
     }

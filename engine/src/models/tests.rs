@@ -14,6 +14,8 @@ use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+mod families;
+
 /// Folders of tests/data/golden with a HuggingFace model in them.
 const FOLDERS: &[&str] = &[
     "llama3",
@@ -27,6 +29,11 @@ const FOLDERS: &[&str] = &[
     "smollm2_bf16",
     "fastmka",
     "fastmka_paper",
+    "phi3",
+    "phi3_plain",
+    "granite",
+    "smollm3",
+    "gemma3",
 ];
 
 fn golden(name: &str) -> PathBuf {
@@ -517,7 +524,7 @@ fn device_memory_is_constant_in_the_length_of_the_stream() {
 
 #[test]
 fn a_restored_cache_continues_bit_for_bit() {
-    for name in ["fastmka", "mistral", "smollm2"] {
+    for name in ["fastmka", "mistral", "smollm2", "phi3", "smollm3", "gemma3"] {
         let decoder = load(name);
         let tokens: Vec<u32> = (0..400u32).map(|i| (i * 17 + i / 3) % 128).collect();
         for stop in [1usize, 63, 64, 65, 200, 333] {

@@ -30,7 +30,7 @@ struct Entry {
 pub(crate) struct Weights {
     files: Vec<(PathBuf, Bytes)>,
     entries: HashMap<String, Entry>,
-    /// llama.cpp stores the query and key rows of its llama architecture interleaved for its own RoPE.
+    /// llama.cpp stores the query and key rows of some architectures interleaved for its own RoPE.
     interleaved_heads: bool,
     place: String,
 }
@@ -146,9 +146,10 @@ impl Weights {
     pub(crate) fn open_gguf(path: &Path) -> Result<(Self, Gguf)> {
         let mmap = map(path)?;
         let gguf = Gguf::parse(&mmap, path)?;
+        let arch = gguf.str("general.architecture")?;
         let mut entries = HashMap::new();
         for (name, info) in &gguf.tensors {
-            let Some(name) = huggingface_name(name) else { continue };
+            let Some(name) = huggingface_name(name, arch) else { continue };
             let ty = packed_type(info.ggml_type).ok_or_else(|| {
                 Error::model(format!(
                     "gguf: tensor {name} is {:?}, which is not supported",
@@ -158,7 +159,7 @@ impl Weights {
             let (shape, range) = (info.shape.clone(), info.range.clone());
             entries.insert(name, Entry { file: 0, ty, shape, range });
         }
-        let interleaved_heads = gguf.str("general.architecture")? == "llama";
+        let interleaved_heads = matches!(arch, "llama" | "granite" | "smollm3");
         let files: Vec<(PathBuf, Bytes)> = vec![(path.to_owned(), Arc::new(mmap))];
         let place = path.display().to_string();
         Ok((Self { files, entries, interleaved_heads, place }, gguf))
@@ -228,22 +229,31 @@ impl Weights {
         })
     }
 
-    /// The query or key projection `name`, rows in HuggingFace order (half-split RoPE).
+    /// The query or key projection `name`, which is `matrix`, its rows as RoPE turns them here: a row of a head and the one
+    /// half a head on. Of its `head_dim` rows the file has the first `rotary_dim` turned.
     pub(crate) fn head_matrix(
         &self,
         name: &str,
-        rows: usize,
-        cols: usize,
+        matrix: PackedMatrix,
         head_dim: usize,
+        rotary_dim: usize,
     ) -> Result<PackedMatrix> {
-        let matrix = self.matrix(name, rows, cols)?;
-        if !self.interleaved_heads {
+        let Some(order) = self.head_order(matrix.rows(), head_dim, rotary_dim) else {
             return Ok(matrix);
-        }
-        let order: Vec<usize> = (0..rows).map(|row| interleaved_row(row, head_dim)).collect();
+        };
         matrix.permute_rows(&order).map_err(|source| {
             Error::model(format!("{}: tensor {name}: {source}", self.place)).with_source(source)
         })
+    }
+
+    /// Which stored row each of `rows` rows of heads is; None where they are in place.
+    fn head_order(&self, rows: usize, head_dim: usize, rotary_dim: usize) -> Option<Vec<usize>> {
+        let stored = |row: usize| match self.interleaved_heads {
+            true => interleaved_row(row, head_dim),
+            false => partly_rotated_row(row, head_dim, rotary_dim),
+        };
+        let is_moved = self.interleaved_heads || rotary_dim != head_dim;
+        is_moved.then(|| (0..rows).map(stored).collect())
     }
 
     /// The vector `name` of `len` values, as f32.
@@ -251,12 +261,18 @@ impl Weights {
         Ok(Tensor::from_vec(self.values(name, len)?, len, &Device::Cpu)?)
     }
 
-    /// The bias of a query or key projection, values in HuggingFace order.
-    pub(crate) fn head_vector(&self, name: &str, len: usize, head_dim: usize) -> Result<Tensor> {
+    /// The bias of a query or key projection, its values as [`Weights::head_matrix`] has its rows.
+    pub(crate) fn head_vector(
+        &self,
+        name: &str,
+        len: usize,
+        head_dim: usize,
+        rotary_dim: usize,
+    ) -> Result<Tensor> {
         let values = self.values(name, len)?;
-        let ordered = match self.interleaved_heads {
-            true => (0..len).map(|row| values[interleaved_row(row, head_dim)]).collect(),
-            false => values,
+        let ordered = match self.head_order(len, head_dim, rotary_dim) {
+            Some(order) => order.into_iter().map(|row| values[row]).collect(),
+            None => values,
         };
         Ok(Tensor::from_vec(ordered, len, &Device::Cpu)?)
     }
@@ -304,6 +320,19 @@ fn interleaved_row(row: usize, head_dim: usize) -> usize {
     head * head_dim + 2 * j + half
 }
 
+/// Where HuggingFace has the row that is at `row` here, of a head whose first `rotary_dim` rows are turned: its pairs are
+/// (j, j + rotary_dim/2), ours (j, j + head_dim/2), and rows that are not turned stand behind those that are in each half.
+fn partly_rotated_row(row: usize, head_dim: usize, rotary_dim: usize) -> usize {
+    let (head, within) = (row / head_dim, row % head_dim);
+    let (half, j) = (within / (head_dim / 2), within % (head_dim / 2));
+    let turned = rotary_dim / 2;
+    let within = match j < turned {
+        true => half * turned + j,
+        false => rotary_dim + half * (head_dim / 2 - turned) + (j - turned),
+    };
+    head * head_dim + within
+}
+
 fn packed_type(ty: GgmlType) -> Option<PackedType> {
     Some(match ty {
         GgmlType::F32 => PackedType::F32,
@@ -323,13 +352,15 @@ fn packed_type(ty: GgmlType) -> Option<PackedType> {
     })
 }
 
-/// The HuggingFace name of a GGUF tensor; None for tensors that the decoder does not read.
-fn huggingface_name(name: &str) -> Option<String> {
+/// The HuggingFace name of a tensor of a GGUF file of architecture `arch`; None for tensors that the decoder does not read.
+fn huggingface_name(name: &str, arch: &str) -> Option<String> {
     const TOP: &[(&str, &str)] = &[
         ("token_embd", "model.embed_tokens"),
         ("output_norm", "model.norm"),
         ("output", "lm_head"),
         ("rope_freqs", "rope_freqs"),
+        ("rope_factors_long", "rope_factors_long"),
+        ("rope_factors_short", "rope_factors_short"),
     ];
     const LAYER: &[(&str, &str)] = &[
         ("attn_norm", "input_layernorm"),
@@ -344,13 +375,27 @@ fn huggingface_name(name: &str) -> Option<String> {
         ("ffn_up", "mlp.up_proj"),
         ("ffn_down", "mlp.down_proj"),
     ];
+    // Names that mean something else there, or that no other architecture has.
+    const PHI3: &[(&str, &str)] =
+        &[("attn_qkv", "self_attn.qkv_proj"), ("ffn_up", "mlp.gate_up_proj")];
+    const GEMMA3: &[(&str, &str)] = &[
+        ("post_attention_norm", "post_attention_layernorm"),
+        ("ffn_norm", "pre_feedforward_layernorm"),
+        ("post_ffw_norm", "post_feedforward_layernorm"),
+    ];
+    let own = match arch {
+        "phi3" => PHI3,
+        "gemma3" => GEMMA3,
+        _ => &[],
+    };
     let find = |table: &[(&str, &'static str)], stem: &str| {
         table.iter().find(|(gguf, _)| *gguf == stem).map(|(_, name)| *name)
     };
     let (stem, kind) = name.rsplit_once('.')?;
     if let Some(rest) = stem.strip_prefix("blk.") {
         let (layer, stem) = rest.split_once('.')?;
-        return Some(format!("model.layers.{layer}.{}.{kind}", find(LAYER, stem)?));
+        let place = find(own, stem).or_else(|| find(LAYER, stem))?;
+        return Some(format!("model.layers.{layer}.{place}.{kind}"));
     }
     Some(format!("{}.{kind}", find(TOP, stem)?))
 }

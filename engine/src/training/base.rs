@@ -7,6 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gguf::Gguf;
 use crate::hub::{ModelFiles, ModelSource, resolve};
 use crate::models::config::{DecoderConfig, MkaConfig};
+use crate::models::families::Variant;
 use crate::models::frequencies::RopeScaling;
 use crate::models::weights::Weights;
 use crate::tokenizer::Tokenizer;
@@ -28,6 +29,9 @@ enum Files {
     Gguf(Box<Gguf>),
     Scratch { tokenizer: Option<PathBuf> },
 }
+
+/// The families whose layout training has: `model_type`, or a GGUF file's architecture.
+const FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
 /// Beside config.json and the weights: what a folder's tokenizer and chat consist of.
 const COMPANIONS: [&str; 8] = [
@@ -122,7 +126,7 @@ impl Base {
                         Vocabulary::Model { tokenizer, end }
                     }
                 };
-                Ok(Self::new(decoder, weights, vocabulary, Files::Gguf(Box::new(gguf))))
+                Self::new(decoder, weights, vocabulary, Files::Gguf(Box::new(gguf)))
             }
         }
     }
@@ -138,12 +142,27 @@ impl Base {
                 Vocabulary::Model { tokenizer, end: decoder.eos_token_ids.first().copied() }
             }
         };
-        Ok(Self::new(decoder, weights, vocabulary, Files::Folder(folder.to_owned())))
+        Self::new(decoder, weights, vocabulary, Files::Folder(folder.to_owned()))
     }
 
-    fn new(decoder: DecoderConfig, weights: Weights, vocabulary: Vocabulary, files: Files) -> Self {
+    /// The base of what `files` holds.
+    ///
+    /// # Errors
+    /// `Model` for a family that sessions run and training does not.
+    fn new(
+        decoder: DecoderConfig,
+        weights: Weights,
+        vocabulary: Vocabulary,
+        files: Files,
+    ) -> Result<Self> {
+        if !FAMILIES.contains(&decoder.family.as_str()) {
+            return Err(Error::model(format!(
+                "training: model_type {:?}, expected one of {FAMILIES:?}: sessions run it, training does not",
+                decoder.family
+            )));
+        }
         let fingerprint = hex(&weights.fingerprint(&decoder));
-        Self { decoder, weights: Some(weights), fingerprint, vocabulary, files }
+        Ok(Self { decoder, weights: Some(weights), fingerprint, vocabulary, files })
     }
 
     fn scratch(shape: &ScratchSettings, config: &TrainingConfig) -> Result<Self> {
@@ -176,6 +195,7 @@ impl Base {
             },
             bos_token_id: None,
             mka: MkaConfig::default(),
+            variant: Variant::default(),
         };
         let identity = format!("{decoder:?} {shape:?} {}", config.seed);
         let fingerprint = hex(&xxhash_rust::xxh3::xxh3_128(identity.as_bytes()).to_le_bytes());
@@ -362,6 +382,11 @@ fn huggingface_config(c: &DecoderConfig) -> Result<Value> {
             }
             yarn
         }
+        RopeScaling::LongRope { .. } => {
+            return Err(Error::model(
+                "config.json: longrope, expected a scaling of the families that are trained",
+            ));
+        }
     };
     let mut json = json!({
         "architectures": [class], "model_type": c.family, "hidden_act": "silu",
@@ -393,6 +418,20 @@ fn huggingface_config(c: &DecoderConfig) -> Result<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn families_that_only_sessions_run_are_refused_by_name() {
+        for (name, family) in [("phi3", "phi3"), ("granite", "granite"), ("gemma3", "gemma3_text")]
+        {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(name);
+            let error = Base::folder(&folder, Some(Vocabulary::Bytes)).err().unwrap();
+            assert_eq!(error.kind(), ErrorKind::Model);
+            let expected = format!(
+                "training: model_type {family:?}, expected one of [\"llama\", \"mistral\", \"qwen2\", \"qwen3\"]"
+            );
+            assert!(error.to_string().contains(&expected), "{error}");
+        }
+    }
 
     #[test]
     fn every_setting_of_yarn_is_in_the_config_that_is_written() {

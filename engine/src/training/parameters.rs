@@ -158,14 +158,15 @@ impl<'a> Builder<'a> {
         let values = match (&self.source, shape) {
             (Source::Scratch(seed), _) => random(name, shape, init, *seed),
             (Source::Pretrained(weights), [len]) => match head_dim {
-                Some(dim) => weights.head_vector(name, *len, dim)?.to_vec1()?,
+                Some(dim) => weights.head_vector(name, *len, dim, dim)?.to_vec1()?,
                 None => weights.values(name, *len)?,
             },
             (Source::Pretrained(weights), _) => {
                 let (rows, cols) = (shape[0], shape[1]);
+                let matrix = weights.matrix(name, rows, cols)?;
                 let matrix = match head_dim {
-                    Some(dim) => weights.head_matrix(name, rows, cols, dim)?,
-                    None => weights.matrix(name, rows, cols)?,
+                    Some(dim) => weights.head_matrix(name, matrix, dim, dim)?,
+                    None => matrix,
                 };
                 let mut values = vec![0f32; rows * cols];
                 matrix.dequantize_rows(0..rows, &mut values).map_err(|source| {

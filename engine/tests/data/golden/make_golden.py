@@ -230,7 +230,7 @@ def other_families():
     published = new_form(config)
     # The model that is published leaves out what is the family's default.
     published.pop("tie_word_embeddings")
-    save("smollm3", randomise(SmolLM3ForCausalLM(config), 23), published, ids_of(23, 48), tied=True)
+    save("smollm3", randomise(SmolLM3ForCausalLM(config), 23, size=0.2), published, ids_of(23, 48), tied=True)
 
     config = Gemma3TextConfig(
         **dict(COMMON, num_hidden_layers=6, pad_token_id=0), **heads(4, 2, head_dim=16), max_position_embeddings=256,

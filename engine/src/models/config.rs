@@ -438,7 +438,7 @@ pub(super) fn rotary_dim(
     const KEY: &str = "partial_rotary_factor";
     let place = settings.filter(|settings| settings.value(KEY).is_some()).unwrap_or(fields);
     match place.opt_f64(KEY)?.unwrap_or(1.0) {
-        part if part == 1.0 => Ok(head_dim),
+        1.0 => Ok(head_dim),
         // Whole channels, as transformers counts them.
         part if family == "phi3" && part > 0.0 && part < 1.0 => {
             Ok((head_dim as f64 * part) as usize)

@@ -174,6 +174,7 @@ impl LayerFrequencies {
     }
 
     /// One set for every layer.
+    #[cfg(test)]
     pub(crate) fn uniform(set: Frequencies, num_layers: usize) -> Self {
         Self::new(vec![set], vec![0; num_layers])
     }

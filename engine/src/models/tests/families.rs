@@ -65,7 +65,7 @@ fn both_forms_of_settings_give_the_same_model_of_phi3_and_gemma3() {
     let kinds = ["sliding_attention", "sliding_attention", "full_attention"];
     let moved = json!({
         "rope_parameters": {"full_attention": full, "sliding_attention": local},
-        "layer_types": [kinds, kinds].concat(), "rope_scaling": null, "rope_theta": null,
+        "layer_types": (kinds.repeat(2)), "rope_scaling": null, "rope_theta": null,
         "rope_local_base_freq": null, "sliding_window_pattern": null,
     });
     assert_eq!(changed("gemma3", moved).unwrap(), unchanged("gemma3"));

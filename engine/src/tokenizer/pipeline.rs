@@ -26,6 +26,11 @@ const LLAMA_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}
 /// The same of Qwen2 and Qwen2.5: digits one by one.
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// The same of Phi-4-mini, which is that of o200k_base: words end where a capital follows a small letter.
+const GPT4O_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The same of Mistral Nemo: like it, digits one by one and no English endings.
+const TEKKEN_SPLIT: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
 /// Values of `tokenizer.ggml.token_type`. Source: `llama_token_type` in llama.cpp, `llama.h`.
 pub(super) const TYPE_NORMAL: i32 = 1;
 const TYPE_UNKNOWN: i32 = 2;
@@ -42,20 +47,36 @@ pub(super) struct Built {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pipeline {
+    Gpt2,
+    /// Digits one by one: SmolLM2, Granite.
     SmolLm,
     Llama3,
+    /// Llama 3's without its exceptions: Phi-4, SmolLM3.
+    Dbrx,
     Qwen2,
+    Gpt4o,
+    Tekken,
 }
 
 impl Pipeline {
     /// Source of the aliases: `llama_vocab::impl::load` in llama.cpp, `llama-vocab.cpp`.
     fn named(pre: &str) -> Option<Self> {
         Some(match pre {
-            "smollm" => Self::SmolLm,
+            "gpt-2" => Self::Gpt2,
+            "smollm" | "refact" | "starcoder" => Self::SmolLm,
             "llama-bpe" | "llama3" | "llama-v3" | "falcon3" => Self::Llama3,
+            "dbrx" | "smaug-bpe" => Self::Dbrx,
             "qwen2" | "deepseek-r1-qwen" => Self::Qwen2,
+            "gpt-4o" => Self::Gpt4o,
+            "tekken" => Self::Tekken,
             _ => return None,
         })
+    }
+
+    /// Whether a piece that is in the vocabulary is a token whatever the merges say. Files with these often leave out whether
+    /// a document has a first token, and mean yes.
+    fn is_of_tiktoken(self) -> bool {
+        matches!(self, Self::Llama3 | Self::Tekken)
     }
 
     fn pre_tokenizer(self) -> tokenizers::Result<PreTokenizerWrapper> {
@@ -64,12 +85,14 @@ impl Pipeline {
             let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?;
             Ok(vec![split.into(), ByteLevel::new(false, true, false).into()])
         };
+        let gpt2: PreTokenizerWrapper = ByteLevel::new(false, true, true).into();
         let steps = match self {
-            Self::SmolLm => {
-                vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]
-            }
-            Self::Llama3 => split_then_bytes(LLAMA_SPLIT)?,
+            Self::Gpt2 => vec![gpt2],
+            Self::SmolLm => vec![Digits::new(true).into(), gpt2],
+            Self::Llama3 | Self::Dbrx => split_then_bytes(LLAMA_SPLIT)?,
             Self::Qwen2 => split_then_bytes(QWEN2_SPLIT)?,
+            Self::Gpt4o => split_then_bytes(GPT4O_SPLIT)?,
+            Self::Tekken => split_then_bytes(TEKKEN_SPLIT)?,
         };
         Ok(Sequence::new(steps).into())
     }
@@ -97,7 +120,9 @@ pub(super) fn build(gguf: &Gguf) -> Result<Built> {
     }
     let pre = gguf.str("tokenizer.ggml.pre")?;
     let pipeline = Pipeline::named(pre).ok_or_else(|| {
-        refuse(format!("tokenizer.ggml.pre {pre:?}, expected smollm, llama-bpe or qwen2"))
+        refuse(format!(
+            "tokenizer.ggml.pre {pre:?}, expected gpt-2, smollm, refact, starcoder, llama-bpe, dbrx, smaug-bpe, qwen2, gpt-4o or tekken"
+        ))
     })?;
     let tokens = gguf.strs("tokenizer.ggml.tokens")?;
     let vocab = vocabulary(gguf, tokens)?;
@@ -107,7 +132,7 @@ pub(super) fn build(gguf: &Gguf) -> Result<Built> {
 
     let bpe = BPE::builder()
         .vocab_and_merges(vocab, merges)
-        .ignore_merges(pipeline == Pipeline::Llama3)
+        .ignore_merges(pipeline.is_of_tiktoken())
         .build()
         .map_err(|source| refuse(format!("vocabulary: {source}")))?;
     let mut tokenizer = HfTokenizer::new(bpe);
@@ -120,10 +145,9 @@ pub(super) fn build(gguf: &Gguf) -> Result<Built> {
         .with_decoder(Some(ByteLevel::default()));
     tokenizer.add_tokens(added).map_err(|source| refuse(format!("special tokens: {source}")))?;
 
-    // Files of Llama 3 often leave the key out and mean yes.
     let add_bos = match gguf.contains("tokenizer.ggml.add_bos_token") {
         true => gguf.bool("tokenizer.ggml.add_bos_token")?,
-        false => pipeline == Pipeline::Llama3,
+        false => pipeline.is_of_tiktoken(),
     };
     let prefix = special.bos.filter(|_| add_bos).into_iter().collect();
     Ok(Built { tokenizer, special, prefix })
@@ -226,4 +250,40 @@ pub(super) fn token_types(gguf: &Gguf, tokens: &[String]) -> Result<Vec<i32>> {
 pub(super) fn corrupted(gguf: &Gguf, what: impl std::fmt::Display) -> Error {
     let path = gguf.path().display();
     Error::new(ErrorKind::Corrupted, format!("tokenizer {path}: {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+
+    /// Pieces by the `regex` package of Python with the patterns of each tokenizer.json.
+    #[test]
+    fn each_pipeline_splits_as_its_pattern_does() {
+        let text = "aParrot's 12345 eggs,  HTTP/\n don'T";
+        let gpt2: &[&str] = &["aParrot", "'s", " 12345", " eggs", ",", " ", " HTTP", "/", "\n"];
+        let gpt2 = [gpt2, &[" don", "'", "T"]].concat();
+        let llama: &[&str] = &["aParrot", "'s", " ", "123", "45", " eggs", ",", " ", " HTTP"];
+        let llama = [llama, &["/\n", " don", "'T"]].concat();
+        let gpt4o: &[&str] = &["a", "Parrot's", " ", "123", "45", " eggs", ",", " ", " HTTP"];
+        let gpt4o = [gpt4o, &["/\n", " don'T"]].concat();
+        let tekken: &[&str] = &["a", "Parrot", "'s", " ", "1", "2", "3", "4", "5", " eggs", ","];
+        let tekken = [tekken, &[" ", " HTTP", "/\n", " don", "'T"]].concat();
+        for (name, expected) in [
+            ("gpt-2", gpt2),
+            ("llama-bpe", llama.clone()),
+            ("dbrx", llama.clone()),
+            ("smaug-bpe", llama),
+            ("gpt-4o", gpt4o),
+            ("tekken", tekken),
+        ] {
+            let splitter = Pipeline::named(name).unwrap().pre_tokenizer().unwrap();
+            let mut split = PreTokenizedString::from(text);
+            splitter.pre_tokenize(&mut split).unwrap();
+            let pieces = split.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            let pieces: Vec<&str> =
+                pieces.iter().map(|(_, (from, to), _)| &text[*from..*to]).collect();
+            assert_eq!(pieces, expected, "{name}");
+        }
+    }
 }

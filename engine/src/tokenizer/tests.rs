@@ -254,9 +254,12 @@ fn length_limits_of_the_file_are_lifted() {
 
 #[test]
 fn other_names_of_a_pipeline_are_that_pipeline() {
-    for (other, pre) in
-        [("llama3", "llama-bpe"), ("falcon3", "llama-bpe"), ("deepseek-r1-qwen", "qwen2")]
-    {
+    for (other, pre) in [
+        ("llama3", "llama-bpe"),
+        ("falcon3", "llama-bpe"),
+        ("deepseek-r1-qwen", "qwen2"),
+        ("refact", "smollm"),
+    ] {
         let named = with(writer(pre), "tokenizer.ggml.pre", Value::Str(other.into()));
         let (own, other) = (try_gguf(&writer(pre)).unwrap(), try_gguf(&named).unwrap());
         for golden in goldens() {
@@ -278,7 +281,7 @@ fn vocabularies_that_are_not_read_here_are_refused_by_name() {
             "tokenizer.ggml.pre",
             Value::Str("deepseek-llm".into()),
             ErrorKind::Model,
-            "\"deepseek-llm\", expected smollm, llama-bpe or qwen2",
+            "\"deepseek-llm\", expected gpt-2, smollm, refact",
         ),
         ("tokenizer.ggml.pre", Value::U32(1), ErrorKind::Model, "expected string, got u32"),
         ("tokenizer.ggml.merges", tokens(&["a b c"]), ErrorKind::Corrupted, "merge 0"),

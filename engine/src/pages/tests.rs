@@ -190,6 +190,24 @@ fn more_sinks_are_seen_by_every_token_and_stored_nowhere() {
     }
 }
 
+#[test]
+fn a_layers_own_window_hides_the_sinks_wherever_it_is_the_shorter_one() {
+    // Both of its layers see 16 tokens, so that 600 tokens are far beyond what two of them reach.
+    for name in ["phi3_plain", "mistral"] {
+        let decoder = load(name);
+        assert!(decoder.config.sliding_window.iter().all(|own| *own == Some(16)));
+        assert!(decoder.config.trained_tokens < 600);
+        let told = tokens(600);
+        let mut other = told.clone();
+        other[3] += 1;
+        let last = |tokens: &[u32]| {
+            let mut own = cache(&decoder, 64, Some(config()));
+            run(&decoder, &mut own, tokens, &[64]).split_off(tokens.len() - 1)
+        };
+        assert_eq!(last(&told), last(&other), "{name}");
+    }
+}
+
 /// The default model, its weights decoded to f32 so that no rounding of an activation hides or makes a difference, and
 /// the ids of some prose; None, with a line that says so, where the model is not in the cache.
 fn real_model(test: &str) -> Option<(Decoder, Vec<u32>)> {

@@ -33,15 +33,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("step {i}");
         let time_ms = START_MS + 1000 * i as i64;
         if let Some(text) = step["remember"].as_str() {
-            let mut turn = NewTurn::new(Role::User, text);
-            turn.time_ms = time_ms;
+            let turn = NewTurn::new(Role::User, text).at(time_ms);
             let scope = Scope::user("ada").session("facts");
             let remembered = wait::wait(engine.memory().remember(&scope, vec![turn]))?;
             println!("remembered {}", remembered.chunks_added);
         } else if let Some(text) = step["feed"].as_str() {
-            let mut options = FeedOptions::default();
-            options.mode = if step["mode"] == "model" { FeedMode::Model } else { FeedMode::Text };
-            options.time_ms = Some(time_ms);
+            let mode = if step["mode"] == "model" { FeedMode::Model } else { FeedMode::Text };
+            let options = FeedOptions::default().mode(mode).time_ms(time_ms);
             let times = step["times"].as_u64().unwrap_or(1) as usize;
             let mut feed = chat.feed_with(text.repeat(times), options);
             while let Some(event) = feed.next_blocking() {

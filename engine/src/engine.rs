@@ -105,6 +105,14 @@ impl std::str::FromStr for Device {
 }
 
 /// How much of a session is attended exactly, and how much is recalled.
+///
+/// ```
+/// use mka::{MemoryConfig, PageConfig, PagePrecision, RecallPolicy};
+///
+/// let pages = PageConfig::default().tokens(1024).precision(PagePrecision::Int8);
+/// let config = MemoryConfig::with_window(1024).recall(RecallPolicy::Both).recall_k(4).pages(pages);
+/// assert_eq!((config.window_tokens, config.pages.tokens), (1024, 1024));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryConfig {

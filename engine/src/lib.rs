@@ -48,6 +48,7 @@ mod hub;
 mod memory;
 mod models;
 mod offload;
+mod options;
 mod pages;
 pub mod parallel;
 mod prompt;

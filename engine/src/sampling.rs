@@ -6,6 +6,14 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// How the next token is chosen.
+///
+/// ```
+/// use mka::{Sampling, SendOptions};
+///
+/// let sampling = Sampling::default().temperature(0.7).top_p(0.9).min_p(0.05).seed(7);
+/// let options = SendOptions::default().sampling(sampling).max_new_tokens(256);
+/// assert_eq!(options.sampling.seed, 7);
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Sampling {
@@ -20,7 +28,7 @@ pub struct Sampling {
     pub min_p: f32,
     /// Divide (multiply) positive (negative) logits of recent tokens by this; 1 changes none (arXiv 1909.05858).
     pub repetition_penalty: f32,
-    /// Two runs with one seed draw the same.
+    /// Two runs with one seed draw the same, and so do two that leave it at 0: give another for another answer.
     pub seed: u64,
 }
 

@@ -11,6 +11,13 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, NewTurn, Result, Role};
 
 /// What is not stored twice, and what is not stored at all.
+///
+/// ```
+/// use mka_memory::{Hygiene, Policy};
+///
+/// let hygiene = Hygiene::default().secrets(Policy::Refuse).personal(Policy::Withhold);
+/// assert!(hygiene.near_duplicates);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Hygiene {
@@ -30,6 +37,29 @@ impl Default for Hygiene {
     /// Near duplicates are counted; secrets and personal data are flagged.
     fn default() -> Self {
         Self { near_duplicates: true, secrets: Policy::Flag, personal: Policy::Flag }
+    }
+}
+
+impl Hygiene {
+    /// Says whether near duplicates are counted instead of stored.
+    #[must_use]
+    pub fn near_duplicates(mut self, are_counted: bool) -> Self {
+        self.near_duplicates = are_counted;
+        self
+    }
+
+    /// Does with passwords, keys and tokens what `policy` says.
+    #[must_use]
+    pub fn secrets(mut self, policy: Policy) -> Self {
+        self.secrets = policy;
+        self
+    }
+
+    /// Does with personal data what `policy` says.
+    #[must_use]
+    pub fn personal(mut self, policy: Policy) -> Self {
+        self.personal = policy;
+        self
     }
 }
 

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Finding, Metadata, NewPage};
+use crate::{Finding, Metadata, NewPage, Value};
 
 /// Who produced a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -25,6 +25,13 @@ pub enum Role {
 pub type TurnId = u64;
 
 /// A turn to be appended to a session's log.
+///
+/// ```
+/// use mka_memory::{NewTurn, Role};
+///
+/// let turn = NewTurn::new(Role::User, "I live in Oslo.").subject("home city").metadata("kind", "fact");
+/// assert_eq!(turn.subject.as_deref(), Some("home city"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewTurn {
     /// Who produced it.
@@ -52,7 +59,8 @@ pub struct NewTurn {
 }
 
 impl NewTurn {
-    /// A turn at time 0 without tokens; remembered if a user, the assistant or a document speaks.
+    /// A turn at time 0, which an engine's calls take for now, without tokens; remembered if a user, the assistant or a
+    /// document speaks.
     pub fn new(role: Role, text: impl Into<String>) -> Self {
         Self {
             role,
@@ -65,6 +73,48 @@ impl NewTurn {
             expires_ms: None,
             metadata: Metadata::new(),
         }
+    }
+
+    /// Says when it was said, in milliseconds since the Unix epoch.
+    #[must_use]
+    pub fn at(mut self, time_ms: i64) -> Self {
+        self.time_ms = time_ms;
+        self
+    }
+
+    /// Says where the text comes from: a file name, a URL.
+    #[must_use]
+    pub fn source(mut self, source: impl Into<String>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// Says whether it can be recalled later.
+    #[must_use]
+    pub fn remember(mut self, remember: bool) -> Self {
+        self.remember = remember;
+        self
+    }
+
+    /// Says what it is a fact about.
+    #[must_use]
+    pub fn subject(mut self, subject: impl Into<String>) -> Self {
+        self.subject = Some(subject.into());
+        self
+    }
+
+    /// Says when it stops being recalled, in milliseconds since the Unix epoch.
+    #[must_use]
+    pub fn expires_ms(mut self, time_ms: i64) -> Self {
+        self.expires_ms = Some(time_ms);
+        self
+    }
+
+    /// Sets one key of its metadata.
+    #[must_use]
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.metadata.insert(key.into(), value.into());
+        self
     }
 }
 

@@ -4,8 +4,7 @@
 
 use clap::Parser;
 use mka::{
-    Device, Engine, Event, Events, Forget, MemoryConfig, Recall, Sampling, Scope, SendOptions,
-    Session,
+    Device, Engine, Event, Events, Forget, MemoryConfig, Recall, Scope, SendOptions, Session,
 };
 use std::io::{BufRead, IsTerminal, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -91,10 +90,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             "" => {}
             "/quit" => return Ok(()),
             "/again" => {
-                let mut options = options(&args);
                 // The most likely tokens would be the same ones.
-                options.sampling.temperature = args.temperature.max(AGAIN_TEMPERATURE);
-                options.sampling.seed = now_ms();
+                let temperature = args.temperature.max(AGAIN_TEMPERATURE);
+                let options = options(&args).temperature(temperature).seed(now_ms());
                 report(print(chat.regenerate(options), &args).await);
             }
             "/memory" => report(show(&engine, &scope, rest.trim()).await),
@@ -115,9 +113,7 @@ async fn reopen(engine: &Engine, scope: &Scope) -> Result<Session, mka::Error> {
 }
 
 fn options(args: &Args) -> SendOptions {
-    let mut sampling = Sampling::default();
-    sampling.temperature = args.temperature;
-    SendOptions::default().sampling(sampling).max_new_tokens(args.max_new_tokens)
+    SendOptions::default().temperature(args.temperature).max_new_tokens(args.max_new_tokens)
 }
 
 /// Whether another process is the first.

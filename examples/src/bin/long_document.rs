@@ -58,11 +58,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         // Bytes that are no UTF-8 are replaced: a document is data from outside.
         let text = String::from_utf8_lossy(&std::fs::read(path)?).into_owned();
         let mut session = engine.session(scope.clone()).await?;
-        let mut options = FeedOptions::default();
-        options.name = path.file_name().map(|name| name.to_string_lossy().into_owned());
-        if args.through_model {
-            options.mode = FeedMode::Model;
-        }
+        let mode = if args.through_model { FeedMode::Model } else { FeedMode::Auto };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let options = FeedOptions::default().mode(mode).name(name);
         let bar = mka_examples::bytes_bar(text.len() as u64);
         let mut feed = session.feed_with(text, options);
         while let Some(event) = feed.next().await {

@@ -8,10 +8,6 @@ use mka::{
 };
 use serde_json::Value;
 
-#[allow(dead_code)]
-#[path = "../src/wait.rs"]
-mod wait;
-
 /// The first step's time; each is a second later. Milliseconds since 1970.
 const START_MS: i64 = 1_700_000_000_000;
 
@@ -21,8 +17,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("expected STORE MODEL SCRIPT FROM TO".into());
     };
     let steps: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(script)?)?;
-    let mut memory = MemoryConfig::with_window(128);
-    memory.block_tokens = 64;
+    let memory = MemoryConfig::with_window(128).block_tokens(64);
     let engine = Engine::builder(store)
         .model(model.parse()?)
         .device(Device::Cpu)
@@ -35,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if let Some(text) = step["remember"].as_str() {
             let turn = NewTurn::new(Role::User, text).at(time_ms);
             let scope = Scope::user("ada").session("facts");
-            let remembered = wait::wait(engine.memory().remember(&scope, vec![turn]))?;
+            let remembered = engine.memory().remember_blocking(&scope, vec![turn])?;
             println!("remembered {}", remembered.chunks_added);
         } else if let Some(text) = step["feed"].as_str() {
             let mode = if step["mode"] == "model" { FeedMode::Model } else { FeedMode::Text };

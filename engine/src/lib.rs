@@ -34,6 +34,7 @@
 mod answering;
 mod appending;
 mod attention;
+mod blocking;
 mod cache;
 mod conversation;
 mod embedding;

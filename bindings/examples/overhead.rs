@@ -6,10 +6,6 @@ use mka::{
 use std::hint::black_box;
 use std::time::Instant;
 
-#[allow(dead_code)]
-#[path = "../src/wait.rs"]
-mod wait;
-
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let model = std::env::args().nth(1).ok_or("expected MODEL")?;
     let max_new_tokens = std::env::args().nth(2).map_or(Ok(2000), |tokens| tokens.parse())?;
@@ -53,7 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     while events.next_blocking().is_some() {}
     let (stopped, after) = (start.elapsed().as_micros(), canceller.generated_tokens());
     let scope = Scope::user("ada").session("trip");
-    let answer = wait::wait(engine.memory().turns(&scope, before + 1..before + 2))?;
+    let answer = engine.memory().turns_blocking(&scope, before + 1..before + 2)?;
     let kept = answer.first().map_or(0, |turn| turn.tokens.len());
     println!(
         "cancelled at token {seen}: {chosen} chosen then, {after} in all, {kept} kept, {stopped} us to stop"
@@ -66,7 +62,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 NewTurn::new(Role::User, fact)
             })
             .collect();
-        wait::wait(engine.memory().remember(&owner.clone().session("facts"), turns))?;
+        engine.memory().remember_blocking(&owner.clone().session("facts"), turns)?;
         // A thousand recalls; the least of twenty runs is what other work on the machine disturbs least.
         let (mut least, mut read) = (f64::INFINITY, 0.0);
         for _ in 0..20 {

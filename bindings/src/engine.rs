@@ -59,7 +59,7 @@ impl NativeEngine {
         Arc::new(NativeMemory::new(self))
     }
 
-    /// Tokens of `text` as the model counts them.
+    /// Tokens of `text` as the model counts them; without a model one for every two bytes, as `context` counts.
     pub fn count_tokens(&self, text: String) -> Result<u64, MkaError> {
         Ok(self.open_engine("count_tokens")?.count_tokens(&text)? as u64)
     }

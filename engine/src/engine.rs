@@ -605,12 +605,11 @@ impl Engine {
         MemoryHandle::new(self.shared.clone())
     }
 
-    /// Tokens of `text` as the model counts them.
+    /// Tokens of `text` as the model counts them; without a model one for every two bytes, as [`MemoryHandle::context`] counts.
     ///
     /// # Errors
-    /// `InvalidArgument` without a model.
+    /// `Model` if the model's tokenizer fails.
     pub fn count_tokens(&self, text: &str) -> Result<usize> {
-        self.shared.model("count_tokens")?;
         self.shared.count_tokens(text)
     }
 

@@ -207,6 +207,9 @@ fn memory_alone_works_without_a_model() {
     wait(session.feed(document()).finish()).unwrap();
     let context = wait(session.context("fuzzy-badger", 500)).unwrap();
     assert!(context.text.contains("7654321") && context.tokens <= 500, "{context:?}");
+    // By the estimate that the budget is kept by.
+    assert_eq!(engine.count_tokens(&context.text).unwrap(), context.tokens);
+    assert_eq!(engine.count_tokens("hello").unwrap(), 3);
 }
 
 #[test]

@@ -18,7 +18,7 @@ class EngineHandle:
         self._native = native
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of `text` as the model counts them."""
+        """Tokens of `text` as the model counts them; without a model one for every two bytes, as `context` counts."""
         count: int = _calls.now(self._native, "count_tokens", text)
         return count
 

@@ -44,7 +44,7 @@ public final class Engine: Sendable {
         return try await translated { [native] in Session(try await native.session(scope: scope)) }
     }
 
-    /// Tokens of `text` as the model counts them.
+    /// Tokens of `text` as the model counts them; without a model one for every two bytes, as `context` counts.
     public func countTokens(_ text: String) throws(MKAError) -> UInt64 {
         try translated { try native.countTokens(text: text) }
     }

@@ -1,5 +1,5 @@
 //! How a foreign caller opens an engine: every field may be left out, and the engine's defaults hold.
-//! Knows no default value.
+//! Knows no default value; the docs repeat the engine's.
 
 use crate::error::MkaError;
 use crate::mirrored::{count, mirrored, set};
@@ -153,43 +153,44 @@ mirrored! {
 /// Recall inside attention: budgets and rules.
 #[derive(Debug, Clone, Default, uniffi::Record)]
 pub struct PageConfig {
-    /// Tokens that each key/value head recalls.
+    /// Tokens that each key/value head recalls; 2048 if left out.
     #[uniffi(default)]
     pub tokens: Option<u64>,
-    /// Bytes of host memory for the stored pages of one session and their index.
+    /// Bytes of host memory for the stored pages of one session and their index; 2 GiB if left out.
     #[uniffi(default)]
     pub bytes: Option<u64>,
-    /// Bytes of device memory for them, where the model runs on a device.
+    /// Bytes of device memory for them, where the model runs on a device; 4 GiB if left out.
     #[uniffi(default)]
     pub device_bytes: Option<u64>,
-    /// How stored keys and values are held.
+    /// How stored keys and values are held; bf16 if left out.
     #[uniffi(default)]
     pub precision: Option<PagePrecision>,
-    /// How tokens are chosen.
+    /// How tokens are chosen; by mka's rule if left out.
     #[uniffi(default)]
     pub rule: Option<PageRule>,
-    /// What is scored for a choice before keys are.
+    /// What is scored for a choice before keys are; `Auto` if left out.
     #[uniffi(default)]
     pub scan: Option<LandmarkScan>,
-    /// What a prompt's blocks attend to.
+    /// What a prompt's blocks attend to; `Selected` if left out.
     #[uniffi(default)]
     pub prefill: Option<Prefill>,
-    /// Decoded tokens that one choice serves; left out, 4 on a card and 16 to 64 on the processor.
+    /// Decoded tokens that one choice serves; left out, 4 on a card and for other systems' rules, and 16 to 64 on the
+    /// processor.
     #[uniffi(default)]
     pub reuse_steps: Option<u64>,
-    /// Layers below this one choose nothing.
+    /// Layers below this one choose nothing; 3 if left out.
     #[uniffi(default)]
     pub first_layer: Option<u64>,
-    /// Tokens to either side of a stored one whose votes count for it.
+    /// Tokens to either side of a stored one whose votes count for it; 16 if left out.
     #[uniffi(default)]
     pub vote_reach: Option<u64>,
-    /// Whether what a message's queries asked for stays asked for while it is answered.
+    /// Whether what a message's queries asked for stays asked for while it is answered; true if left out.
     #[uniffi(default)]
     pub keep_votes: Option<bool>,
-    /// Whether the rare words of a message pin the places where they stand.
+    /// Whether the rare words of a message pin the places where they stand; true if left out.
     #[uniffi(default)]
     pub lexical: Option<bool>,
-    /// Whether tokens that are not recalled enter the softmax too, each page as its means.
+    /// Whether tokens that are not recalled enter the softmax too, each page as its means; false if left out.
     #[uniffi(default)]
     pub estimate: Option<bool>,
     /// Whether positions are counted over what is attended as soon as not every stored token is recalled (the default); else
@@ -246,13 +247,13 @@ mirrored! {
 /// What memory does not store twice, and what it does not store at all.
 #[derive(Debug, Clone, Default, uniffi::Record)]
 pub struct Hygiene {
-    /// Counts text with the words of text that the session holds instead of storing it.
+    /// Counts text with the words of text that the session holds instead of storing it; true if left out.
     #[uniffi(default)]
     pub near_duplicates: Option<bool>,
-    /// What to do with passwords, keys and tokens.
+    /// What to do with passwords, keys and tokens; `Flag` if left out.
     #[uniffi(default)]
     pub secrets: Option<Policy>,
-    /// What to do with addresses of mail, phone, card, account and social security numbers.
+    /// What to do with addresses of mail, phone, card, account and social security numbers; `Flag` if left out.
     #[uniffi(default)]
     pub personal: Option<Policy>,
 }
@@ -274,41 +275,41 @@ pub struct EngineConfig {
     /// The language model; without one, memory alone works.
     #[uniffi(default)]
     pub model: Option<ModelSource>,
-    /// `auto`, `cpu`, `cuda` or `cuda:N`.
+    /// `auto`, `cpu`, `cuda` or `cuda:N`; `auto` if left out, or the process's own where several share the model.
     #[uniffi(default)]
     pub device: Option<String>,
-    /// What turns sentences into vectors.
+    /// What turns sentences into vectors; `Hashed` if left out.
     #[uniffi(default)]
     pub embedder: Option<EmbedderSource>,
-    /// How a sentence encoder multiplies.
+    /// How a sentence encoder multiplies; in f32 if left out.
     #[uniffi(default)]
     pub embedder_precision: Option<EmbedderPrecision>,
-    /// Recent tokens attended exactly.
+    /// Recent tokens attended exactly; 2048 if left out.
     #[uniffi(default)]
     pub window_tokens: Option<u64>,
-    /// Most tokens of one forward pass while a prompt is read.
+    /// Most tokens of one forward pass while a prompt is read; 512 if left out.
     #[uniffi(default)]
     pub block_tokens: Option<u64>,
-    /// Memories looked up for each message.
+    /// Memories looked up for each message; 8 if left out, and 0 recalls nothing.
     #[uniffi(default)]
     pub recall_k: Option<u64>,
-    /// Most tokens of recalled text put before a message.
+    /// Most tokens of recalled text put before a message; 768 if left out, and never more than half the window.
     #[uniffi(default)]
     pub recall_tokens: Option<u64>,
-    /// How much of each recalled passage is quoted.
+    /// How much of each recalled passage is quoted; `Sentences` if left out.
     #[uniffi(default)]
     pub quote: Option<Quote>,
     /// Bytes of evicted key/value pages kept on disk for each session, 2 GiB by default; with 0 a session that is opened again
     /// recalls none of them inside attention.
     #[uniffi(default)]
     pub evicted_page_bytes: Option<u64>,
-    /// How older tokens come back.
+    /// How older tokens come back; `Text` if left out.
     #[uniffi(default)]
     pub recall: Option<RecallPolicy>,
     /// Recall inside attention.
     #[uniffi(default)]
     pub pages: Option<PageConfig>,
-    /// Which database keeps the small records of a new store.
+    /// Which database keeps the small records of a new store; sled if left out.
     #[uniffi(default)]
     pub backend: Option<Backend>,
     /// 32 bytes that encrypt everything that memory writes.
@@ -317,7 +318,8 @@ pub struct EngineConfig {
     /// What memory does not store twice, and what it does not store at all.
     #[uniffi(default)]
     pub hygiene: Option<Hygiene>,
-    /// Takes another embedder over than the one that the store was made with, working this share of the time.
+    /// Takes another embedder over than the one that the store was made with, working this share of the time, more than 0 and
+    /// at most 1; left out, another one is refused.
     #[uniffi(default)]
     pub reembed: Option<f32>,
     /// Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name: all
@@ -380,4 +382,30 @@ fn encryption_key(bytes: &[u8]) -> Result<mka::EncryptionKey, MkaError> {
         ))
     })?;
     Ok(mka::EncryptionKey::new(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    /// A default that changes is to be changed in the docs of its field.
+    #[test]
+    fn the_engines_defaults_are_those_that_the_docs_repeat() {
+        let memory = mka::MemoryConfig::default();
+        let tokens = [memory.window_tokens, memory.block_tokens, memory.recall_tokens];
+        assert_eq!((tokens, memory.recall_k), ([2048, 512, 768], 8));
+        assert_eq!(memory.evicted_page_bytes, 2u64 << 30);
+        assert_eq!((memory.quote, memory.recall), (mka::Quote::Sentences, mka::RecallPolicy::Text));
+        let pages = memory.pages;
+        assert_eq!((pages.tokens, pages.first_layer, pages.vote_reach), (2048, 3, 16));
+        assert_eq!((pages.bytes, pages.device_bytes), (2u64 << 30, 4u64 << 30));
+        assert_eq!((pages.precision, pages.rule), (mka::PagePrecision::Bf16, mka::PageRule::Mka));
+        assert_eq!((pages.scan, pages.prefill), (mka::LandmarkScan::Auto, mka::Prefill::Selected));
+        assert!(pages.keep_votes && pages.lexical && pages.compact && !pages.estimate);
+        assert_eq!(pages.reuse_steps, None);
+        let hygiene = mka::Hygiene::default();
+        assert!(hygiene.near_duplicates);
+        assert_eq!((hygiene.secrets, hygiene.personal), (mka::Policy::Flag, mka::Policy::Flag));
+        assert_eq!(mka::EmbedderSource::default(), mka::EmbedderSource::Hashed);
+        assert_eq!(mka::EmbedderPrecision::default(), mka::EmbedderPrecision::F32);
+        assert_eq!(mka::Backend::default(), mka::Backend::Sled);
+    }
 }

@@ -95,7 +95,7 @@ impl NativeMemory {
         Ok(all(memory.recall_blocking(&scope.into(), &query, options.into())?))
     }
 
-    /// What `scope` holds on `query`, laid out for another model within `budget_tokens`.
+    /// What `scope` holds on `query`, laid out for another model within `budget_tokens`: the 32 best memories at most.
     pub async fn context(
         &self,
         scope: Scope,

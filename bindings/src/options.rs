@@ -1,5 +1,5 @@
 //! What a foreign caller passes to one call: every field may be left out, and the engine's defaults hold.
-//! Knows no default value.
+//! Knows no default value; the docs repeat the engine's.
 
 use crate::config::RecallPolicy;
 use crate::filter::{Filter, MetadataValue};
@@ -10,31 +10,31 @@ use std::collections::HashMap;
 /// How one message is answered.
 #[derive(Debug, Clone, Default, uniffi::Record)]
 pub struct SendOptions {
-    /// 0 takes the most likely token.
+    /// 0, the default, takes the most likely token; above, logits are divided by it.
     #[uniffi(default)]
     pub temperature: Option<f32>,
-    /// Keep the k most likely tokens; 0 keeps all.
+    /// Keep the k most likely tokens; 0, the default, keeps all.
     #[uniffi(default)]
     pub top_k: Option<u64>,
-    /// Keep the smallest set of tokens whose probability reaches this.
+    /// Keep the smallest set of tokens whose probability reaches this; 1, the default, keeps all.
     #[uniffi(default)]
     pub top_p: Option<f32>,
-    /// Drop tokens less likely than this share of the most likely one.
+    /// Drop tokens less likely than this share of the most likely one; 0, the default, drops none.
     #[uniffi(default)]
     pub min_p: Option<f32>,
-    /// What the logits of recent tokens are divided by.
+    /// Positive logits of recent tokens are divided by this, negative ones multiplied; 1, the default, changes none.
     #[uniffi(default)]
     pub repetition_penalty: Option<f32>,
-    /// Two runs with one seed draw the same.
+    /// Two runs with one seed draw the same, and so do two that leave it out: it is 0 then.
     #[uniffi(default)]
     pub seed: Option<u64>,
-    /// Most tokens to generate.
+    /// Most tokens to generate; 512 if left out.
     #[uniffi(default)]
     pub max_new_tokens: Option<u64>,
     /// The answer ends before the first of these.
     #[uniffi(default)]
     pub stop: Vec<String>,
-    /// Words that the answer begins with.
+    /// Words that the answer begins with; they are part of the turn but are not streamed.
     #[uniffi(default)]
     pub answer_prefix: Option<String>,
     /// Whether the message is the prompt as it stands, without the chat template.
@@ -43,16 +43,17 @@ pub struct SendOptions {
     /// Whether the message goes on in the message of the document fed before it.
     #[uniffi(default)]
     pub joined: bool,
-    /// Instructions before a session's first message; they stay in sight, as far as the trained length has room.
+    /// Instructions before a session's first message, ignored later; they stay in sight, as far as the trained length has
+    /// room.
     #[uniffi(default)]
     pub system: Option<String>,
-    /// How older tokens come back.
+    /// How older tokens come back; as the engine was opened if left out.
     #[uniffi(default)]
     pub recall: Option<RecallPolicy>,
-    /// Memories to look up.
+    /// Memories to look up; as the engine was opened if left out.
     #[uniffi(default)]
     pub recall_k: Option<u64>,
-    /// Whether other sessions of the same user are searched too.
+    /// Whether other sessions of the same user, or of the agent if the session has one, are searched too.
     #[uniffi(default)]
     pub across_sessions: bool,
     /// When the message was said, milliseconds since 1970; now if left out.
@@ -88,7 +89,7 @@ impl From<SendOptions> for mka::SendOptions {
 mirrored! {
     /// What of a document the model reads.
     pub enum FeedMode for mka::FeedMode {
-        /// By length; all of it in an engine that recalls pages and no text.
+        /// All of it up to four windows, and in an engine that recalls pages and no text; beyond, as `Text`. The default.
         Auto,
         /// Every token runs through the model.
         Model,
@@ -100,7 +101,7 @@ mirrored! {
 /// How a document is taken in.
 #[derive(Debug, Clone, Default, uniffi::Record)]
 pub struct FeedOptions {
-    /// What the model reads.
+    /// What the model reads; by length if left out.
     #[uniffi(default)]
     pub mode: Option<FeedMode>,
     /// Name of the document, shown beside what is recalled from it.
@@ -132,7 +133,7 @@ impl From<FeedOptions> for mka::FeedOptions {
 /// How to recall.
 #[derive(Debug, Clone, Default, uniffi::Record)]
 pub struct RecallOptions {
-    /// The most hits to return.
+    /// The most hits to return; 8 if left out.
     #[uniffi(default)]
     pub k: Option<u64>,
     /// In the scope's own session, only chunks of turns before this one.
@@ -141,7 +142,7 @@ pub struct RecallOptions {
     /// In the scope's own session, no chunks of these turns.
     #[uniffi(default)]
     pub except_turns: Vec<u64>,
-    /// Also look into the other sessions of the scope's user.
+    /// Also look into the other sessions of the scope's user, or of the agent if it names one.
     #[uniffi(default)]
     pub across_sessions: bool,
     /// Only turns in these roles; all if empty.
@@ -163,19 +164,19 @@ pub struct RecallOptions {
     /// Also return what a newer turn of the same subject superseded.
     #[uniffi(default)]
     pub stale: bool,
-    /// Halves a score for every so many milliseconds of age.
+    /// Halves a score for every so many milliseconds of age; left out, age counts next to nothing.
     #[uniffi(default)]
     pub half_life_ms: Option<u64>,
-    /// Hits that score less are left out.
+    /// Hits that score less are left out; 0, the default, keeps all.
     #[uniffi(default)]
     pub min_score: Option<f32>,
-    /// Hits less relevant are left out.
+    /// Hits less relevant are left out; 0, the default, keeps all.
     #[uniffi(default)]
     pub min_relevance: Option<f32>,
     /// Only turns whose metadata this accepts.
     #[uniffi(default)]
     pub filter: Option<Filter>,
-    /// Let a short question lean on what its session was about just now.
+    /// Let a short question lean on what its session was about just now; true if left out.
     #[uniffi(default)]
     pub follow_up: Option<bool>,
 }
@@ -209,12 +210,12 @@ pub struct NewTurn {
     pub role: Role,
     /// Its text.
     pub text: String,
-    /// When, milliseconds since 1970.
+    /// When, milliseconds since 1970; 0 is now.
     pub time_ms: i64,
     /// Where the text comes from: a file name, a URL.
     #[uniffi(default)]
     pub source: Option<String>,
-    /// Whether it can be recalled later; by role if left out.
+    /// Whether it can be recalled later; left out, what a user, the assistant or a document says can.
     #[uniffi(default)]
     pub remember: Option<bool>,
     /// What it is a fact about: the newest turn of a subject wins.
@@ -286,5 +287,20 @@ impl From<Forget> for mka::Forget {
             Forget::Session => Self::session(),
             Forget::Everything => Self::everything(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// A default that changes is to be changed in the docs of its field.
+    #[test]
+    fn the_engines_defaults_are_those_that_the_docs_repeat() {
+        let sampling = mka::Sampling::default();
+        assert_eq!((sampling.temperature, sampling.top_k, sampling.top_p), (0.0, 0, 1.0));
+        let rest = (sampling.min_p, sampling.repetition_penalty, sampling.seed);
+        assert_eq!(rest, (0.0, 1.0, 0));
+        let recall = mka::Recall::default();
+        assert_eq!((recall.k, recall.min_score, recall.min_relevance), (8, 0.0, 0.0));
+        assert!(recall.follow_up && mka::SendOptions::default().max_new_tokens.is_none());
     }
 }

@@ -120,7 +120,8 @@ impl NativeSession {
         Ok(Arc::new(NativeEvents::new(self.begun(&mut live, events))))
     }
 
-    /// Answers the last message again.
+    /// Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `recall_k`,
+    /// `across_sessions`, `answer_prefix`, `completion` and `joined` are ignored.
     pub fn regenerate(&self, options: SendOptions) -> Result<Arc<NativeEvents>, MkaError> {
         let mut live = self.live();
         let events = live.idle("regenerate")?.regenerate(options.into());
@@ -164,7 +165,8 @@ impl NativeSession {
         Ok(Arc::new(NativeFeed::new(self.begun(&mut live, feed))))
     }
 
-    /// What memory holds on `query`, laid out for another model within `budget_tokens`.
+    /// What memory holds on `query`, laid out for another model within `budget_tokens`: out of every session of the user, or of
+    /// the agent if the session has one, the 32 best memories at most.
     pub async fn context(&self, query: String, budget_tokens: u64) -> Result<Context, MkaError> {
         let context = self.live().session("context")?.context(&query, count(budget_tokens));
         Ok(counted(context).await?.into())

@@ -110,7 +110,8 @@ impl MemoryHandle {
         Ok(self.shared.store.recall(scope, query, &options)?)
     }
 
-    /// What `scope` holds on `query`, laid out for another model within `budget_tokens`, headers included.
+    /// What `scope` holds on `query`, laid out for another model within `budget_tokens`, headers included: the 32 best memories
+    /// at most.
     ///
     /// As in `recall`, a scope with a session is confined to that session; one without sees every session of its user.
     /// Counted with the model's own tokenizer; an engine without one counts a token for every two bytes.

@@ -49,7 +49,7 @@ pub struct SendOptions {
     pub recall: Option<RecallPolicy>,
     /// Memories to look up; None: the engine's `recall_k`.
     pub recall_k: Option<usize>,
-    /// Whether other sessions of the same user are searched too.
+    /// Whether other sessions of the same user, or of the agent if the session has one, are searched too.
     pub across_sessions: bool,
     /// When the message was said, milliseconds since 1970; None: now.
     pub time_ms: Option<i64>,
@@ -302,8 +302,9 @@ impl Session {
 
     /// Answers the last message again, in place of its answer, which stays in the log as retracted.
     ///
-    /// The prompt stays as it was: of `options` the sampling, the limits, the time and `recall` count. Greedily, or with the
-    /// same [`Sampling::seed`], the answer is the same.
+    /// The prompt stays as it was, and so does what the answer begins with: of `options` the sampling, the limits, the time
+    /// and `recall` count; `system`, `recall_k`, `across_sessions`, `answer_prefix`, `completion` and `joined` are ignored.
+    /// Greedily, or with the same [`Sampling::seed`], the answer is the same.
     ///
     /// Errors are the stream's last item, `NotFound` where the last turn is no answer, `Cancelled` where it ended before its
     /// first token: the answer is then the one before.
@@ -426,7 +427,7 @@ impl Session {
     }
 
     /// What memory holds on `query`, laid out for another model within `budget_tokens`, headers included: out of every session
-    /// of the user, or of the user's agent where the scope names one.
+    /// of the user, or of the user's agent where the scope names one; the 32 best memories at most.
     ///
     /// Counted with the model's own tokenizer; an engine without one counts a token for every two bytes.
     /// The future borrows nothing of the session.

@@ -281,7 +281,8 @@ impl Events {
         self.0.channel.blocking_recv()
     }
 
-    /// Runs the turn to its end: the whole answer and its cost.
+    /// Runs the turn to its end: the whole answer as it was streamed, without
+    /// [`SendOptions::answer_prefix`](crate::SendOptions), and its cost.
     ///
     /// # Errors
     /// The turn's own error.

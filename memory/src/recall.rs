@@ -41,7 +41,7 @@ pub struct Recall {
     /// counts as superseded or expired if it was by then.
     pub as_of_ms: Option<i64>,
     /// The caller's clock, in milliseconds since the Unix epoch: what expired by then is left out.
-    /// None leaves nothing out for having expired.
+    /// None leaves nothing out for having expired; an engine's calls take the system's clock for it.
     pub now_ms: Option<i64>,
     /// Also return what a newer turn of the same subject superseded, marked by [`Hit::stale`].
     pub stale: bool,

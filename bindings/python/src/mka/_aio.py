@@ -153,7 +153,10 @@ class AsyncSession(SessionHandle):
         return AsyncFeed(_calls.now(self._native, "append", _options.new_turns(turns)))
 
     async def context(self, query: str, *, budget_tokens: int) -> Context:
-        """What every session of the user holds on `query`, laid out for another model, never above the budget."""
+        """What memory holds on `query`, laid out for another model, never above the budget.
+
+        Every session of the user is looked into, or of the agent if the session has one.
+        """
         return await _calls.session_context(query, budget_tokens).awaited(self._native)
 
     async def rewind(self, turn: int) -> None:

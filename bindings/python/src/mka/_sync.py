@@ -108,7 +108,10 @@ class Session(SessionHandle):
         return Feed(_calls.now(self._native, "append", _options.new_turns(turns)))
 
     def context(self, query: str, *, budget_tokens: int) -> Context:
-        """What every session of the user holds on `query`, laid out for another model, never above the budget."""
+        """What memory holds on `query`, laid out for another model, never above the budget.
+
+        Every session of the user is looked into, or of the agent if the session has one.
+        """
         return _calls.session_context(query, budget_tokens).run(self._native)
 
     def rewind(self, turn: int) -> None:

@@ -71,7 +71,9 @@ public final class Session: Sendable {
         progress { try native.append(turns: turns.map(\.native)) }
     }
 
-    /// What every session of the user holds on `query`, laid out for another model, never above the budget.
+    /// What memory holds on `query`, laid out for another model, never above the budget.
+    ///
+    /// Every session of the user is looked into, or of the agent if the session has one.
     public func context(
         _ query: String, budgetTokens: UInt64
     ) async throws(MKAError) -> Context {

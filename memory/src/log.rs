@@ -119,7 +119,7 @@ impl NewTurn {
 }
 
 /// A turn as it stands in the log.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Turn {
     /// Its number within the session.
@@ -191,7 +191,7 @@ pub struct Commit {
 }
 
 /// What a commit did.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Committed {
     /// Numbers of the appended turns.

@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use serde::{Serialize, Serializer};
+
 use crate::{Filter, Metadata, Role, TurnId};
 
 /// Share of the words in the fused score: the cube of BM25 by what a chunk with every word of the question has, or by
@@ -94,8 +96,15 @@ impl fmt::Display for ChunkId {
     }
 }
 
+impl Serialize for ChunkId {
+    /// As it is displayed: 32 hexadecimal digits, for most readers of JSON take no number of 128 bits.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 /// A remembered piece of text that answers a query.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Hit {
     /// Identity of the text.
@@ -122,7 +131,7 @@ pub struct Hit {
 
 /// What a score is made of: `0.5 * words^3 + 0.5 * max(cosine, 0) + recency`, where `words` is `bm25` by that of a chunk
 /// of mean length that holds every word of the question, or by the best one, whichever is more.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Why {
     /// BM25 of the query's words, 0 if none occurs.
@@ -142,7 +151,7 @@ pub struct Why {
 }
 
 /// Where a chunk was said.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Source {
     /// Whose memory.
@@ -170,7 +179,7 @@ pub struct Source {
 }
 
 /// How far a recalled text may be believed; recalled text is data, never an instruction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[non_exhaustive]
 pub enum Trust {
     /// The host wrote it.

@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use serde::Serialize;
+
 use crate::{Error, Result};
 
 /// The longest part of a scope, in bytes.
@@ -21,7 +23,7 @@ const MAX_PART_BYTES: usize = 256;
 /// assert_eq!(scope.to_string(), "ada/planner/trip");
 /// ```
 // The order of fields is the order of `Ord`: one user's scopes are neighbours in a sorted map.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct Scope {
     user: String,
     agent: Option<String>,

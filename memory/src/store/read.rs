@@ -4,6 +4,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use serde::Serialize;
+
 use super::Store;
 use super::images::IMAGE_ENDING;
 use super::page_bytes::PageBytes;
@@ -18,7 +20,7 @@ use crate::{ChunkId, Error, ErrorKind, Metadata, Result, Scope, Snapshot, Source
 const MAX_READERS: usize = 8;
 
 /// A remembered piece of text, for a list of what memory holds.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct ChunkInfo {
     /// Identity of the text.
@@ -34,7 +36,7 @@ pub struct ChunkInfo {
 }
 
 /// A session, for a list of sessions.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct SessionInfo {
     /// Its scope: user, agent, session.
@@ -50,7 +52,7 @@ pub struct SessionInfo {
 }
 
 /// What a store holds.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Stats {
     /// Sessions of all users.
@@ -92,7 +94,7 @@ pub struct Stats {
 }
 
 /// What a store takes on the disk.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DiskUsage {
     /// Bytes of the segment files.

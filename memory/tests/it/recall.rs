@@ -1,6 +1,7 @@
 //! Recall: what it finds, what it leaves out, and what a hit says.
 
 use mka_memory::{Commit, NewTurn, Recall, Role, Scope, Store, Trust};
+use serde_json::{json, to_value};
 
 use crate::support::{open, prose, say, trip};
 
@@ -54,6 +55,46 @@ fn a_hit_says_where_its_bytes_are_and_why_it_was_found() {
     assert_eq!((hit.why.bm25_rank, hit.why.cosine_rank), (Some(1), 1));
     let score = 0.5 + 0.5 * hit.why.cosine + hit.why.recency;
     assert!((hit.score - score).abs() < 1e-6);
+}
+
+#[test]
+fn what_memory_answers_is_written_as_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let text = "The ferry leaves at nine.";
+    let turn = NewTurn::new(Role::User, text).at(42).source("ferry.txt").metadata("kind", "fact");
+    let commit = Commit { turns: vec![turn], ..Commit::default() };
+    let committed = to_value(store.commit(&trip(), commit).unwrap()).unwrap();
+    assert_eq!((&committed["turns"], &committed["chunks_added"]), (&json!([0]), &json!(1)));
+    let hit = store.recall(&trip(), "ferry", &Recall::default()).unwrap().remove(0);
+    let written = to_value(&hit).unwrap();
+    let source = json!({
+        "user": "ada",
+        "agent": null,
+        "session": "trip",
+        "turn": 0,
+        "role": "User",
+        "bytes": { "start": 0, "end": text.len() },
+        "time_ms": 42,
+        "name": "ferry.txt",
+        "subject": null,
+        "expires_ms": null,
+        "metadata": { "kind": "fact" },
+    });
+    assert_eq!((&written["text"], &written["source"]), (&json!(text), &source));
+    assert_eq!((&written["trust"], &written["why"]["bm25_rank"]), (&json!("User"), &json!(1)));
+    let id = written["chunk"].as_str().unwrap();
+    assert_eq!((id.len(), id), (32, hit.chunk.to_string().as_str()));
+
+    let sessions = to_value(store.sessions(&Scope::user("ada")).unwrap()).unwrap();
+    let scope = json!({ "user": "ada", "agent": null, "session": "trip" });
+    assert_eq!((&sessions[0]["scope"], &sessions[0]["num_turns"]), (&scope, &json!(1)));
+    let chunks = to_value(store.chunks(&trip(), 0..1).unwrap()).unwrap();
+    assert_eq!((&chunks[0]["id"], &chunks[0]["latest"]), (&json!(id), &source));
+    let turns = to_value(store.turns(&trip(), 0..1).unwrap()).unwrap();
+    assert_eq!((&turns[0]["text"], &turns[0]["forgotten"]), (&json!(text), &json!(false)));
+    assert_eq!(to_value(store.stats()).unwrap()["chunks"], 1);
+    assert!(to_value(store.disk_usage().unwrap()).unwrap()["live_bytes"].is_u64());
 }
 
 #[test]

@@ -138,6 +138,9 @@ async def waiting(store: mka.Path, options: mka.EngineOptions) -> None:
             print((await feed.finish()).bytes)
             async with chat.fork("a third trip") as fork:
                 print(fork.num_turns)
+        twin: mka.Engine = engine.blocking
+        same: mka.AsyncEngine = twin.asyncio
+        print(twin.device, same.model_name)
 
 
 def main() -> None:

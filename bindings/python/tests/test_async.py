@@ -64,6 +64,44 @@ def test_a_turn_streams_and_memory_answers(store: Path, tiny_model: Path) -> Non
     asyncio.run(main())
 
 
+def test_blocking_and_awaiting_code_share_one_open_folder(store: Path, tiny_model: Path) -> None:
+    async def awaiting() -> None:
+        async with opened(store, tiny_model) as engine:
+            blocking = engine.blocking
+            assert isinstance(blocking, mka.Engine) and blocking.device == "cpu"
+            await asyncio.to_thread(
+                blocking.memory.remember, "The hotel is in Kyoto.", user="ada", session="trip"
+            )
+            hits = await engine.memory.recall("hotel", user="ada")
+            assert hits == await asyncio.to_thread(blocking.memory.recall, "hotel", user="ada")
+            async with engine.session(user="ada", session="trip") as chat:
+                with pytest.raises(mka.LockedError):
+                    await asyncio.to_thread(blocking.session, user="ada", session="trip")
+                events = chat.send("tell me", max_new_tokens=100_000)
+                await anext(events)
+                await asyncio.to_thread(blocking.close)
+                with pytest.raises(mka.InvalidArgumentError, match="closed"):
+                    await engine.memory.recall("hotel", user="ada")
+
+    asyncio.run(awaiting())
+    # Closed by its twin: the folder is free.
+    with mka.open_sync(store) as engine:
+        twin = engine.asyncio
+        assert isinstance(twin, mka.AsyncEngine)
+        for _ in range(2):
+            hits = asyncio.run(twin.memory.recall("hotel", user="ada"))
+            assert hits == engine.memory.recall("hotel", user="ada") and hits
+        asyncio.run(twin.close())
+        with pytest.raises(mka.InvalidArgumentError, match="closed"):
+            engine.memory.recall("hotel", user="ada")
+    # A twin keeps the folder open as the engine does, and both let go of it.
+    twin = mka.open_sync(store).asyncio
+    assert asyncio.run(twin.memory.recall("hotel", user="ada"))
+    with pytest.raises(mka.LockedError):
+        mka.open_sync(store)
+    asyncio.run(twin.close())
+
+
 def test_leaving_and_closing_cancel_the_turn(store: Path, tiny_model: Path) -> None:
     async def main() -> None:
         async with opened(store, tiny_model) as engine:

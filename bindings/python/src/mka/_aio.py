@@ -1,6 +1,6 @@
 """The classes for asyncio: engine, session, memory.
 
-Waits, never works: work runs on threads of the library. `_sync` holds the twins.
+Waits, never works: work runs on threads of the library. `_sync` holds the twins, over the same native objects.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mka._options import (
     SendOptions,
     Time,
 )
+from mka._sync import Engine
 from mka._values import (
     Backup,
     Checkup,
@@ -84,6 +85,14 @@ class AsyncEngine(EngineHandle):
         super().__init__(native)
         self.memory = AsyncMemory(native.memory())
         """The memory of every user: remember, recall, forget."""
+
+    @property
+    def blocking(self) -> Engine:
+        """The same open folder with blocking calls, for code that does not await; call it from threads of its own.
+
+        Closing one engine closes the other, and the folder is free; a session is open through one handle of either.
+        """
+        return Engine(self._native)
 
     def session(
         self, *, user: str, session: str, agent: str | None = None

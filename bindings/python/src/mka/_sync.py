@@ -1,6 +1,6 @@
 """The blocking classes: engine, session, memory.
 
-Knows no event loop; `_aio` holds the twins.
+Knows no event loop; `_aio` holds the twins, over the same native objects.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from numpy import float32
     from numpy.typing import NDArray
 
+    from mka._aio import AsyncEngine
+
 
 class Engine(EngineHandle):
     """An open memory folder with its model; made by `open_sync`, closed by leaving `with`."""
@@ -51,6 +53,17 @@ class Engine(EngineHandle):
         super().__init__(native)
         self.memory = Memory(native.memory())
         """The memory of every user: remember, recall, forget."""
+
+    @property
+    def asyncio(self) -> AsyncEngine:
+        """The same open folder with calls that are awaited, in any event loop.
+
+        Closing one engine closes the other, and the folder is free; a session is open through one handle of either.
+        """
+        # Imported here: an import of mka is for many half as long without asyncio.
+        from mka._aio import AsyncEngine
+
+        return AsyncEngine(self._native)
 
     def session(self, *, user: str, session: str, agent: str | None = None) -> Session:
         """Opens a conversation, new or continued where it stopped; one handle of it at a time."""

@@ -46,6 +46,7 @@ def test_a_turn_streams_and_memory_answers(store: Path, tiny_model: Path) -> Non
             assert hits[0].text == "The hotel is in Kyoto."
             receipt = await memory.forget(user="ada", matching="hotel")
             await memory.verify(receipt)
+            await memory.verify(receipt.record)
             assert len(await memory.sessions(user="ada")) == 2
             assert await memory.chunks(user="ada", session="trip")
             assert (await memory.turns(user="ada", session="other"))[0].forgotten

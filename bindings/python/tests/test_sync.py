@@ -427,6 +427,11 @@ def test_memory_remembers_recalls_forgets_and_verifies(store: Path) -> None:
         receipt = memory.forget(user="ada", matching="passport")
         assert receipt.turns == 1
         memory.verify(pickle.loads(pickle.dumps(receipt)))
+        memory.verify(receipt.record)
+        with pytest.raises(mka.InvalidArgumentError, match="record is no receipt"):
+            memory.verify("nothing")
+        with pytest.raises(TypeError, match="verify: bytes, expected a Receipt or its record"):
+            memory.verify(receipt.record.encode())  # type: ignore[arg-type]
         assert not any("X1234567" in chunk.text for chunk in memory.chunks(user="ada"))
         names = [(info.scope.agent, info.scope.session) for info in memory.sessions(user="ada")]
         assert sorted(names, key=str) == sorted([("planner", "trip"), (None, "trip")], key=str)

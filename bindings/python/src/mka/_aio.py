@@ -276,8 +276,11 @@ class AsyncMemory(MemoryHandle):
         )
         return await call.awaited(self._native)
 
-    async def verify(self, receipt: Receipt) -> None:
-        """Checks that what was erased is in no file; `CorruptedError` if it is."""
+    async def verify(self, receipt: Receipt | str) -> None:
+        """Checks that what was erased is in no file; `CorruptedError` if it is.
+
+        Of a receipt its `record` is enough, as it was kept.
+        """
         await _calls.verify(receipt).awaited(self._native)
 
     async def chunks(

@@ -155,8 +155,12 @@ def forget(
     return Call("forget", (scope, selector), _convert.receipt)
 
 
-def verify(receipt: _values.Receipt) -> Call[None]:
-    return Call("verify", (receipt.record,), _as_it_is)
+def verify(receipt: _values.Receipt | str) -> Call[None]:
+    if isinstance(receipt, _values.Receipt):
+        receipt = receipt.record
+    if not isinstance(receipt, str):
+        raise TypeError(f"verify: {type(receipt).__name__}, expected a Receipt or its record, a str")
+    return Call("verify", (receipt,), _as_it_is)
 
 
 def chunks(

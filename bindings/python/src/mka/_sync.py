@@ -230,8 +230,11 @@ class Memory(MemoryHandle):
         )
         return call.run(self._native)
 
-    def verify(self, receipt: Receipt) -> None:
-        """Checks that what was erased is in no file; `CorruptedError` if it is."""
+    def verify(self, receipt: Receipt | str) -> None:
+        """Checks that what was erased is in no file; `CorruptedError` if it is.
+
+        Of a receipt its `record` is enough, as it was kept.
+        """
         _calls.verify(receipt).run(self._native)
 
     def chunks(

@@ -300,10 +300,14 @@ def test_what_was_said_elsewhere_is_taken_in(store: Path, tiny_model: Path) -> N
         summary = chat.append(turns).finish()
         assert summary.model_tokens > 20 and summary.chunks_added > 0
         chat.append("and the hat").finish()
+        again = ["the hat is red", mka.NewTurn("the hat is blue", role="assistant")]
+        chat.append(again).finish()
         assert [turn.role for turn in engine.memory.turns(user="ada", session="trip")] == [
             "user",
             "assistant",
             "user",
+            "user",
+            "assistant",
         ]
         _, usage = chat.send("go on", max_new_tokens=4).text()
         assert usage.reused_tokens > summary.model_tokens
@@ -342,6 +346,15 @@ def test_what_was_said_elsewhere_is_taken_in(store: Path, tiny_model: Path) -> N
         (lambda c, e: e.memory.remember(
             mka.NewTurn("x", metadata={"kind": "\ud800"}), user="ada", session="s"),
          mka.InvalidArgumentError, "surrogates"),
+        (lambda c, e: e.memory.remember(42, user="ada", session="s"),
+         TypeError, "turns: int, expected str, NewTurn or a sequence of them"),
+        (lambda c, e: e.memory.remember({"role": "user"}, user="ada", session="s"),
+         TypeError, "turns: dict, expected str"),
+        (lambda c, e: e.memory.remember(["x", None], user="ada", session="s"),
+         TypeError, r"turns\[1\]: NoneType, expected str or NewTurn"),
+        (lambda c, e: c.append([{"content": "x"}]),
+         TypeError, r"turns\[0\]: dict, expected str or NewTurn"),
+        (lambda c, e: c.append(mka.NewTurn(b"x")), TypeError, r"turns\[0\].text: bytes, expected str"),
     ],
 )  # fmt: skip
 def test_errors_have_their_kind_and_name_what_they_saw(
@@ -415,6 +428,10 @@ def test_memory_remembers_recalls_forgets_and_verifies(store: Path) -> None:
             agent="planner",
         )
         assert committed.turns == (0, 1) and committed.chunks_added == 2
+        texts = ["The plums are ripe.", mka.NewTurn("The goats are in the field.")]
+        assert memory.remember(texts, user="cleo", session="farm").turns == (0, 1)
+        assert [turn.role for turn in memory.turns(user="cleo", session="farm")] == ["user", "user"]
+        memory.forget(user="cleo", everything=True)
         hits = memory.recall("which hotel", user="ada", k=1)
         assert hits[0].text == "The hotel is the Sakura Inn." and hits[0].score > 0
         assert abs(hits[0].source.time - now) < timedelta(minutes=5)

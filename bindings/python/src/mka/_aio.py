@@ -153,7 +153,7 @@ class AsyncSession(SessionHandle):
         given = _options.feed_options(options)
         return AsyncFeed(_calls.now(self._native, "feed", text, given))
 
-    def append(self, turns: str | NewTurn | Sequence[NewTurn]) -> AsyncFeed:
+    def append(self, turns: str | NewTurn | Sequence[str | NewTurn]) -> AsyncFeed:
         """Takes in what was said elsewhere as if it had been said here: the model reads it and answers nothing.
 
         Roles are user and assistant; before a new session's first message may stand instructions, of role system. A `str`
@@ -213,13 +213,16 @@ class AsyncMemory(MemoryHandle):
 
     async def remember(
         self,
-        turns: str | NewTurn | Sequence[NewTurn],
+        turns: str | NewTurn | Sequence[str | NewTurn],
         *,
         user: str,
         session: str,
         agent: str | None = None,
     ) -> Committed:
-        """Appends turns to a session as text memory, on disk when it returns; no model reads them."""
+        """Appends turns to a session as text memory, on disk when it returns; no model reads them.
+
+        A `str` is what the user said now.
+        """
         return await _calls.remember(turns, user, agent, session).awaited(self._native)
 
     async def recall(

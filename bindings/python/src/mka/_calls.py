@@ -107,7 +107,7 @@ CLOSE: Call[None] = Call("close", (), _as_it_is)
 
 
 def remember(
-    turns: str | _values.NewTurn | Sequence[_values.NewTurn],
+    turns: str | _values.NewTurn | Sequence[str | _values.NewTurn],
     user: str,
     agent: str | None,
     session: str,

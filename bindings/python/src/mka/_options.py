@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from datetime import datetime, timedelta
 from math import inf
 from typing import Any, Literal, TypeAlias, TypedDict
@@ -349,12 +349,29 @@ def recall_options(options: RecallOptions) -> dict[str, Any]:
     return given
 
 
-def new_turns(turns: str | NewTurn | Sequence[NewTurn]) -> list[Any]:
-    """The native records of `turns`; a string is something that the user said now."""
-    if isinstance(turns, str):
-        turns = NewTurn(turns)
-    if isinstance(turns, NewTurn):
+def _each_turn(turns: str | NewTurn | Sequence[str | NewTurn]) -> list[NewTurn]:
+    """`turns` one by one; what is neither text nor turn is refused before the library sees any."""
+    if isinstance(turns, (str, NewTurn)):
         turns = [turns]
+    # A mapping or a set can be walked through, and bytes too: what comes would be keys, no order, numbers.
+    elif isinstance(turns, (bytes, bytearray, Mapping, Set)) or not isinstance(turns, Iterable):
+        raise TypeError(
+            f"turns: {type(turns).__name__}, expected str, NewTurn or a sequence of them"
+        )
+    each_turn: list[NewTurn] = []
+    for place, turn in enumerate(turns):
+        if isinstance(turn, str):
+            turn = NewTurn(turn)
+        if not isinstance(turn, NewTurn):
+            raise TypeError(f"turns[{place}]: {type(turn).__name__}, expected str or NewTurn")
+        if not isinstance(turn.text, str):
+            raise TypeError(f"turns[{place}].text: {type(turn.text).__name__}, expected str")
+        each_turn.append(turn)
+    return each_turn
+
+
+def new_turns(turns: str | NewTurn | Sequence[str | NewTurn]) -> list[Any]:
+    """The native records of `turns`; a string is something that the user said now."""
     now = now_ms()
     return [
         _native.NewTurn(
@@ -367,7 +384,7 @@ def new_turns(turns: str | NewTurn | Sequence[NewTurn]) -> list[Any]:
             expires_ms=None if turn.expires is None else to_ms(turn.expires),
             metadata=_filter.metadata(turn.metadata),
         )
-        for turn in turns
+        for turn in _each_turn(turns)
     ]
 
 

@@ -112,7 +112,7 @@ class Session(SessionHandle):
         given = _options.feed_options(options)
         return Feed(_calls.now(self._native, "feed", text, given))
 
-    def append(self, turns: str | NewTurn | Sequence[NewTurn]) -> Feed:
+    def append(self, turns: str | NewTurn | Sequence[str | NewTurn]) -> Feed:
         """Takes in what was said elsewhere as if it had been said here: the model reads it and answers nothing.
 
         Roles are user and assistant; before a new session's first message may stand instructions, of role system. A `str`
@@ -167,13 +167,16 @@ class Memory(MemoryHandle):
 
     def remember(
         self,
-        turns: str | NewTurn | Sequence[NewTurn],
+        turns: str | NewTurn | Sequence[str | NewTurn],
         *,
         user: str,
         session: str,
         agent: str | None = None,
     ) -> Committed:
-        """Appends turns to a session as text memory, on disk when it returns; no model reads them."""
+        """Appends turns to a session as text memory, on disk when it returns; no model reads them.
+
+        A `str` is what the user said now.
+        """
         return _calls.remember(turns, user, agent, session).run(self._native)
 
     def recall(

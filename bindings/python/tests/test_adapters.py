@@ -375,6 +375,48 @@ def test_the_mcp_server_remembers_across_processes_and_keeps_users_apart(store: 
     asyncio.run(main())
 
 
+NOT_DONE: list[tuple[str, Any]] = [
+    ("tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("tool_choice", "required"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+    ("functions", [{"name": "f"}]),
+    ("function_call", {"name": "f"}),
+    ("response_format", {"type": "json_object"}),
+    ("logprobs", True),
+    ("top_logprobs", 3),
+    ("n", 2),
+    ("n", 0),
+    ("logit_bias", {"50256": -100}),
+    ("presence_penalty", 0.5),
+    ("frequency_penalty", "0"),
+]
+ASKS_NOTHING: dict[str, Any] = {
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": None,
+    "function_call": "none",
+    "response_format": {"type": "text"},
+    "logprobs": False,
+    "top_logprobs": None,
+    "n": 1,
+    "logit_bias": {},
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+}
+
+
+def test_the_openai_endpoint_reads_the_limit_that_is_set() -> None:
+    from mka.openai_server import _options
+
+    for limits, tokens in (
+        ({"max_tokens": 6}, 6),
+        ({"max_completion_tokens": None, "max_tokens": 6}, 6),
+        ({"max_completion_tokens": 0, "max_tokens": 6}, 0),
+        ({"max_completion_tokens": None, "max_tokens": None}, None),
+    ):
+        assert _options(limits, None).get("max_new_tokens") == tokens
+
+
 def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart(
     store: Path, tiny_model: Path
 ) -> None:
@@ -427,6 +469,12 @@ def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart
                 with pytest.raises(urllib.error.HTTPError) as error:
                     post(bad)
                 assert error.value.code == 400
+            for key, value in NOT_DONE:
+                with pytest.raises(urllib.error.HTTPError) as error:
+                    post({key: value})
+                assert error.value.code == 400
+                assert json.load(error.value)["error"]["message"].startswith(f"{key}: ")
+            post(ASKS_NOTHING).read()
             connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
             for method, path, sent, status in (
                 ("POST", "/v1/nowhere", json.dumps(body), 404),

@@ -1,7 +1,8 @@
 """A chat endpoint with OpenAI's interface on loopback, so that any client can talk to a session that remembers.
 
 Needs nothing but mka; run it as `python -m mka.openai_server --store chat.mka`. The session keeps the history: of a
-request, the last user message is answered, and what stands before it is the client's own copy.
+request, the last user message is answered, and what stands before it is the client's own copy. What a request asks for
+and this endpoint does not do (tools, formats, log probabilities, several answers) is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,20 @@ from mka._sync import Engine, Session
 from mka._values import Done, Token, Usage
 
 _MAX_REQUEST_BYTES = 8 << 20
+# What would change an answer and is not done here, with the values besides null that ask for nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "n": (1,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
 _STATUS: dict[type[mka.Error], int] = {
     mka.InvalidArgumentError: 400,
     mka.NotFoundError: 404,
@@ -55,9 +70,20 @@ def _message(request: dict[str, Any]) -> tuple[str, str | None]:
     return text, system
 
 
+def _refuse_what_is_not_done(request: dict[str, Any]) -> None:
+    for key, neutral in _NEUTRAL.items():
+        value = request.get(key)
+        if value is not None and value not in neutral:
+            asks_nothing = " or ".join(json.dumps(each) for each in neutral)
+            raise _BadRequest(f"{key}: not supported, expected null or {asks_nothing}")
+
+
 def _options(request: dict[str, Any], system: str | None) -> mka.SendOptions:
+    _refuse_what_is_not_done(request)
     options: mka.SendOptions = {"system": system}
-    limit = request.get("max_completion_tokens", request.get("max_tokens"))
+    limit = request.get("max_completion_tokens")
+    if limit is None:
+        limit = request.get("max_tokens")
     if limit is not None:
         options["max_new_tokens"] = int(limit)
     # OpenAI's default temperature is 1; a small local model answers better greedily.

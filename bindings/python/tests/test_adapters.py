@@ -405,6 +405,16 @@ ASKS_NOTHING: dict[str, Any] = {
 }
 
 
+def test_the_openai_endpoint_draws_a_seed_where_a_request_has_none() -> None:
+    from mka.openai_server import _options
+
+    seeds = {_options({"temperature": 1}, None).get("seed") for _ in range(8)}
+    assert len(seeds) == 8 and all(seed is not None and 0 <= seed < 1 << 63 for seed in seeds)
+    assert _options({"temperature": 1, "seed": 0}, None).get("seed") == 0
+    for greedy in ({}, {"temperature": 0}, {"temperature": None, "seed": None}):
+        assert "seed" not in _options(greedy, None)
+
+
 def test_the_openai_endpoint_reads_the_limit_that_is_set() -> None:
     from mka.openai_server import _options
 

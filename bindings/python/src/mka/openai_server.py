@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import secrets
 import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -91,6 +92,9 @@ def _options(request: dict[str, Any], system: str | None) -> mka.SendOptions:
     options["top_p"] = float(request.get("top_p") or 1.0)
     if request.get("seed") is not None:
         options["seed"] = int(request["seed"])
+    elif options["temperature"] > 0:
+        # The engine's own default is one seed, and one answer to a message that is sent again.
+        options["seed"] = secrets.randbits(63)
     if stop := request.get("stop"):
         stops = [stop] if isinstance(stop, str) else list(stop)
         if not all(isinstance(each, str) for each in stops):

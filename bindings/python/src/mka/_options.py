@@ -1,6 +1,6 @@
 """What a caller passes in, and the native records that it becomes.
 
-Knows no default value: what is left out is the engine's.
+Holds no default value: what is left out is the engine's, which the documentation of each option names.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ class PageOptions(TypedDict, total=False):
     """Recall inside attention; what is left out is the engine's default."""
 
     tokens: int
-    """Tokens that each key/value head recalls."""
+    """Tokens that each key/value head recalls, 2048 by default."""
     bytes: int
-    """Bytes of host memory for the stored pages of one session and their index."""
+    """Bytes of host memory for the stored pages of one session and their index, 2 GiB by default."""
     device_bytes: int
-    """Bytes of device memory for them, where the model runs on a device."""
+    """Bytes of device memory for them, where the model runs on a device, 4 GiB by default."""
     precision: Literal["f32", "bf16", "int8", "int4"]
-    """How stored keys and values are held."""
+    """How stored keys and values are held; `bf16` by default."""
     rule: Literal["mka", "streaming", "inf_llm", "quest", "token_select"]
-    """How tokens are chosen."""
+    """How tokens are chosen; `mka` by default."""
     scan: Literal["auto", "flat", "two_level", "sign_hash", "key_codes"]
-    """What is scored on the processor for a choice before keys are."""
+    """What is scored on the processor for a choice before keys are; `auto` by default."""
     prefill: Literal["selected", "dense"]
-    """What a block of a prompt attends to while the stream fits the model's trained length."""
+    """What a block of a prompt attends to while the stream fits the model's trained length; `selected` by default."""
     reuse_steps: int
     """Decoded tokens that one choice serves; left out, 4 on a card and 16 to 64 on the processor."""
     first_layer: int
-    """Layers below this one choose nothing."""
+    """Layers below this one choose nothing; 3 by default."""
     vote_reach: int
-    """Tokens to either side of a stored one whose votes count for it."""
+    """Tokens to either side of a stored one whose votes count for it, 16 by default."""
     keep_votes: bool
-    """Whether what a message's queries asked for stays asked for while it is answered."""
+    """Whether what a message's queries asked for stays asked for while it is answered (the default)."""
     lexical: bool
-    """Whether the rare words of a message pin the places where they stand."""
+    """Whether the rare words of a message pin the places where they stand (the default)."""
     estimate: bool
-    """Whether tokens that are not recalled enter the softmax too, each page as its means."""
+    """Whether tokens that are not recalled enter the softmax too, each page as its means; False by default."""
     compact: bool
     """Whether positions are counted over what is attended as soon as not every stored token is recalled (the default)."""
 
@@ -69,94 +69,101 @@ class HygieneOptions(TypedDict, total=False):
     """What memory does not store twice, and what not at all; what is left out is the engine's default."""
 
     near_duplicates: bool
-    """Counts text with the words of text that the session holds instead of storing it."""
+    """Counts text with the words of text that the session holds instead of storing it (the default)."""
     secrets: Policy
-    """What to do with passwords, keys and tokens."""
+    """What to do with passwords, keys and tokens; `flag` by default."""
     personal: Policy
-    """What to do with addresses of mail, phone, card, account and social security numbers."""
+    """What to do with addresses of mail, phone, card, account and social security numbers; `flag` by default."""
 
 
 class EngineOptions(TypedDict, total=False):
     """How an engine is opened; what is left out is the engine's default."""
 
     model: Path | None
-    """A folder, a GGUF file, or the id of a repository; without one, memory alone works."""
+    """A folder, a GGUF file, or the id of a repository; without one, the default, memory alone works."""
     device: str
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """`auto`, the default, `cpu`, `cuda` or `cuda:N`."""
     embedder: Literal["hashed", "minilm"] | os.PathLike[str]
-    """What turns sentences into vectors: built in, fetched, or a folder."""
+    """What turns sentences into vectors: built in (`hashed`, the default), fetched, or a folder."""
     embedder_precision: Literal["f32", "int8"]
-    """How a sentence encoder multiplies; a store takes the two for different embedders."""
+    """How a sentence encoder multiplies, `f32` by default; a store takes the two for different embedders."""
     window_tokens: int
-    """Recent tokens attended exactly."""
+    """Recent tokens attended exactly, 2048 by default."""
     block_tokens: int
-    """Most tokens of one forward pass while a prompt is read."""
+    """Most tokens of one forward pass while a prompt is read, 512 by default."""
     recall_k: int
-    """Memories looked up for each message."""
+    """Memories looked up for each message, 8 by default; 0 looks up none."""
     recall_tokens: int
-    """Most tokens of recalled text put before a message."""
+    """Most tokens of recalled text put before a message, 768 by default."""
     quote: Literal["sentences", "passage"]
-    """How much of each recalled passage is quoted."""
+    """How much of each recalled passage is quoted; `sentences` by default."""
     evicted_page_bytes: int
     """Bytes of evicted key/value pages kept on disk for each session, 2 GiB by default.
 
     With 0 a session that is opened again recalls none of them inside attention.
     """
     recall: RecallPolicy
-    """How older tokens come back."""
+    """How older tokens come back; `text` by default."""
     pages: PageOptions
     """Recall inside attention."""
     backend: Literal["sled", "redb"]
-    """Which database keeps the small records of a new store."""
+    """Which database keeps the small records of a new store; `sled` by default."""
     encryption_key: bytes | None
-    """32 bytes that encrypt everything that memory writes, from the store's creation on."""
+    """32 bytes that encrypt everything that memory writes, from the store's creation on; none by default."""
     hygiene: HygieneOptions
     """What memory does not store twice, and what not at all."""
     reembed: float
-    """Takes another embedder over than the store's, working this share of the time, above 0 and at most 1."""
+    """Takes another embedder over than the store's, working this share of the time, above 0 and at most 1.
+
+    Left out, a store of another embedder is refused.
+    """
     tensor_parallel: bool
-    """Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name.
+    """Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name; False by default.
 
     All of them make the same calls in the same order, each on its own device (`LOCAL_RANK`'s card, if `device` is left
     out) and with a memory folder of its own: process `n` puts `.n` behind the path.
     """
     quiet: bool
-    """Shows no progress bar while files are fetched."""
+    """Shows no progress bar while files are fetched; False by default."""
 
 
 class SendOptions(TypedDict, total=False):
     """How one message is answered; what is left out is the engine's default."""
 
     temperature: float
-    """0 takes the most likely token."""
+    """0, the default, takes the most likely token; above it, one is drawn by `seed`."""
     top_k: int
-    """Keep the k most likely tokens; 0 keeps all."""
+    """Keep the k most likely tokens; 0, the default, keeps all."""
     top_p: float
-    """Keep the smallest set of tokens whose probability reaches this."""
+    """Keep the smallest set of tokens whose probability reaches this; 1, the default, keeps all."""
     min_p: float
-    """Drop tokens less likely than this share of the most likely one."""
+    """Drop tokens less likely than this share of the most likely one; 0, the default, drops none."""
     repetition_penalty: float
-    """What the logits of recent tokens are divided by."""
-    seed: int
-    """Two runs with one seed draw the same."""
-    max_new_tokens: int
-    """Most tokens to generate."""
+    """What the logits of recent tokens are divided by; 1, the default, changes none."""
+    seed: int | None
+    """What tokens are drawn by: two runs with one seed draw the same.
+
+    It is 0 by default, whatever the temperature: a message that is answered again with `regenerate` gets the same answer.
+    Give a number of your own, as `random.getrandbits(63)`, for other words.
+    """
+    max_new_tokens: int | None
+    """Most tokens to generate, 512 by default."""
     stop: Sequence[str]
     """The answer ends before the first of these."""
     answer_prefix: str
-    """Words that the answer begins with; they are not streamed."""
+    """Words that the answer begins with; they are in the turn, and neither streamed nor in what `text()` returns."""
     completion: bool
-    """Whether the message is the prompt as it stands, without the chat template."""
+    """Whether the message is the prompt as it stands, without the chat template; False by default."""
     joined: bool
-    """Whether the message goes on in the message of the document fed before it."""
+    """Whether the message goes on in the message of the document fed before it; False by default."""
     system: str | None
     """Instructions before a session's first message; they stay in sight, as far as the trained length has room."""
     recall: RecallPolicy
-    """How older tokens come back."""
+    """How older tokens come back; as the engine was opened if left out."""
     recall_k: int
-    """Memories to look up."""
+    """Memories to look up; as the engine was opened if left out."""
     across_sessions: bool
-    """Whether other sessions of the same user are searched too."""
+    """Whether other sessions of the same user are searched too; False by default."""
     time: Time
     """When the message was said; now if left out."""
 
@@ -165,11 +172,11 @@ class FeedOptions(TypedDict, total=False):
     """How a document is taken in; what is left out is the engine's default."""
 
     mode: Literal["auto", "model", "text"]
-    """What the model reads: by length (all of it with recall by pages alone), all of it, or its end."""
+    """What the model reads: `auto`, the default, by length (all of it with recall by pages alone), all of it, or its end."""
     name: str | None
     """Name of the document, shown beside what is recalled from it."""
     completion: bool
-    """Whether the text stands outside the chat template."""
+    """Whether the text stands outside the chat template; False by default."""
     time: Time
     """When the document was given; now if left out."""
     recall: RecallPolicy
@@ -180,15 +187,15 @@ class RecallOptions(TypedDict, total=False):
     """How to recall; what is left out is the engine's default."""
 
     k: int
-    """The most hits to return."""
+    """The most hits to return, 8 by default."""
     before_turn: int | None
     """In the scope's own session, only chunks of turns before this one."""
     except_turns: Iterable[int]
     """In the scope's own session, no chunks of these turns."""
     across_sessions: bool
-    """Also look into the other sessions of the user."""
+    """Also look into the other sessions of the user; False by default."""
     roles: Sequence[Role]
-    """Only turns in these roles."""
+    """Only turns in these roles; all if left out."""
     since: Time | None
     """Only turns at this time or later."""
     until: Time | None
@@ -198,17 +205,20 @@ class RecallOptions(TypedDict, total=False):
     now: Time | None
     """What expired by this time is left out; the system's clock if left out."""
     stale: bool
-    """Also return what a newer turn of the same subject superseded."""
+    """Also return what a newer turn of the same subject superseded; False by default."""
     half_life: timedelta | int | None
-    """Halves a score for every so much age, in milliseconds if it is a number."""
+    """Halves a score for every so much age, in milliseconds if it is a number; none by default: age breaks ties alone."""
     min_score: float
-    """Hits that score less are left out."""
+    """Hits that score less are left out; 0 by default."""
     min_relevance: float
-    """Hits less relevant are left out, so that what nothing answers gives no hits; a threshold is chosen by trial."""
+    """Hits less relevant are left out, so that what nothing answers gives no hits; 0 by default.
+
+    A threshold is chosen by trial.
+    """
     filter: Filter | None
     """Only turns whose metadata this accepts."""
     follow_up: bool
-    """Let a short question lean on what its session was about just now."""
+    """Let a short question lean on what its session was about just now (the default)."""
 
 
 def to_ms(when: Time) -> int:

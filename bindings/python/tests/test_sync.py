@@ -42,6 +42,22 @@ def test_a_session_is_taken_back_to_an_earlier_turn(store: Path, tiny_model: Pat
         assert chat.num_turns == 5
 
 
+def test_an_answer_begins_with_its_prefix_and_is_answered_again_with_it(
+    store: Path, tiny_model: Path
+) -> None:
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        options: mka.SendOptions = {"temperature": 1.0, "max_new_tokens": 6, "seed": None}
+        text, _ = chat.send("the cat is red", answer_prefix="Well, ", **options).text()
+        # Of these none has an effect, and the seed is the same where there is none.
+        options |= {"system": "Be brief.", "recall_k": 0, "across_sessions": True}
+        options |= {"answer_prefix": "No, ", "completion": True, "joined": True}
+        assert chat.regenerate(**options).text()[0] == text
+        *_, before, again = engine.memory.turns(user="ada", session="trip")
+        assert before.retracted and again.text == before.text == f"Well, {text}"
+        others = {chat.regenerate(**options | {"seed": seed}).text()[0] for seed in range(1, 5)}
+        assert others - {text}
+
+
 def test_a_fork_goes_on_as_its_original_and_then_its_own_way(
     store: Path, tiny_model: Path
 ) -> None:
@@ -325,6 +341,7 @@ def test_what_was_said_elsewhere_is_taken_in(store: Path, tiny_model: Path) -> N
         (lambda c, e: e.session(user="", session="x"), mka.InvalidArgumentError, "user"),
         (lambda c, e: c.regenerate().text(), mka.NotFoundError, "no answer"),
         (lambda c, e: e.memory.forget(user="ada"), mka.InvalidArgumentError, "exactly one"),
+        (lambda c, e: e.memory.forget(user="ada", turn=0), mka.InvalidArgumentError, "session"),
         (lambda c, e: e.memory.recall("x", user="ada", since=datetime(2026, 1, 1)),
          mka.InvalidArgumentError, "zone"),
         (lambda c, e: e.memory.recall("x", user="ada", roles=["nobody"]),
@@ -470,6 +487,50 @@ def test_vectors_are_unit_rows_over_the_librarys_bytes(store: Path) -> None:
         assert (rows[0] == rows[2]).all() and rows[0] @ rows[1] < 0.99
         assert not rows.flags.owndata and not rows.flags.writeable
         assert engine.memory.embed([]).size == 0
+
+
+def test_vectors_without_numpy_name_the_extra(
+    store: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with opened(store, tiny_model) as engine, engine.session(user="ada", session="trip") as chat:
+        with pytest.raises(ImportError, match=r"embed: .*pip install 'mka\[numpy\]'") as error:
+            engine.memory.embed(["a cat"])
+        assert error.value.name == "numpy"
+        with pytest.raises(ImportError, match=r"peek_logits: .*pip install 'mka\[numpy\]'"):
+            chat.peek_logits("a cat")
+
+
+def test_a_finding_names_its_turn_by_its_place_in_the_call(store: Path) -> None:
+    with mka.open_sync(store) as engine:
+        for first in (0, 2):
+            turns = ["The plums are ripe.", "Write to ada@example.org."]
+            committed = engine.memory.remember(turns, user="ada", session="farm")
+            (finding,) = committed.findings
+            assert finding.turn == 1 and committed.turns[finding.turn] == first + 1
+            assert turns[1][finding.start : finding.end] == "ada@example.org"
+
+
+def test_times_are_moments_with_a_zone(store: Path) -> None:
+    said = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+    until = said + timedelta(days=36_500)
+    with mka.open_sync(store) as engine:
+        memory = engine.memory
+        began = datetime.now(timezone.utc) - timedelta(milliseconds=1)
+        turns = [
+            mka.NewTurn("The plums are ripe.", time=said, expires=until),
+            # A time of 0 is no time: it was said now.
+            mka.NewTurn("The goats are out.", time=0),
+        ]
+        memory.remember(turns, user="ada", session="farm")
+        first, second = memory.turns(user="ada", session="farm")
+        assert (first.time, first.expires) == (said, until)
+        assert second.expires is None and began <= second.time <= datetime.now(timezone.utc)
+        source = memory.recall("plums", user="ada", k=1)[0].source
+        assert (source.time, source.expires) == (said, until)
+        (info,) = memory.sessions(user="ada")
+        assert info.last_time == second.time
+        assert dataclasses.replace(info, last_time_ms=None).last_time is None
 
 
 def test_eight_threads_on_one_engine_lose_no_turn(store: Path, tiny_model: Path) -> None:

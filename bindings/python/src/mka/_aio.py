@@ -144,7 +144,11 @@ class AsyncSession(SessionHandle):
         return AsyncEvents(_calls.now(self._native, "send", message, given))
 
     def regenerate(self, **options: Unpack[SendOptions]) -> AsyncEvents:
-        """Answers the last message again, in place of its answer."""
+        """Answers the last message again, in place of its answer.
+
+        The prompt stays as it was, with its beginning of an answer: `system`, `recall_k`, `across_sessions`,
+        `answer_prefix`, `completion` and `joined` are without effect. With the same `seed`, the answer is the same.
+        """
         given = _options.send_options(options)
         return AsyncEvents(_calls.now(self._native, "regenerate", given))
 
@@ -165,6 +169,7 @@ class AsyncSession(SessionHandle):
         """What memory holds on `query`, laid out for another model, never above the budget.
 
         Every session of the user is looked into, or of the agent if the session has one.
+        At most 32 memories are looked up for it.
         """
         return await _calls.session_context(query, budget_tokens).awaited(self._native)
 
@@ -188,7 +193,10 @@ class AsyncSession(SessionHandle):
         return Opening(work)
 
     async def peek_logits(self, text: str) -> NDArray[float32]:
-        """Logits of the token after `text`, without changing the session: `(vocabulary,)`."""
+        """Logits of the token after `text`, without changing the session: `(vocabulary,)`.
+
+        Needs the wheel's extra `numpy`, and raises `ImportError` without it.
+        """
         row: NDArray[float32] = await _calls.peek_logits(text).awaited(self._native)
         return row
 
@@ -250,7 +258,8 @@ class AsyncMemory(MemoryHandle):
     ) -> Context:
         """What memory holds on `query`, laid out for another model, never above the budget.
 
-        With `session` that session alone is looked into, without it every session of the user.
+        With `session` that session alone is looked into, without it every session of the user; at most 32 memories are
+        looked up for it.
         """
         call = _calls.memory_context(query, budget_tokens, user, agent, session)
         return await call.awaited(self._native)
@@ -270,6 +279,8 @@ class AsyncMemory(MemoryHandle):
     ) -> Receipt:
         """Erases from log, chunks, vectors, words, pages and summaries; exactly one selector says what.
 
+        `turn` is a number in the log of `session`, which must be given with it. `everything` is that session, or every
+        one without it.
         `matching` erases every turn whose text, source name, subject or metadata contains it, letter case aside;
         `filter` every turn whose metadata it accepts.
         If anything is erased, a stream of this user that is under way ends with `CancelledError`.
@@ -315,7 +326,10 @@ class AsyncMemory(MemoryHandle):
         return await _calls.sessions(user, agent).awaited(self._native)
 
     async def embed(self, texts: Sequence[str]) -> NDArray[float32]:
-        """One unit vector a text, by the store's embedder: `(texts, dim)`, read-only."""
+        """One unit vector a text, by the store's embedder: `(texts, dim)`, read-only.
+
+        Needs the wheel's extra `numpy`, and raises `ImportError` without it.
+        """
         rows: NDArray[float32] = await _calls.embed(texts).awaited(self._native)
         return rows
 

@@ -108,7 +108,7 @@ class AsyncEvents(_AsyncStream[_values.Event]):
     """
 
     async def text(self) -> tuple[str, _values.Usage]:
-        """Runs the turn to its end: the whole answer and its cost."""
+        """Runs the turn to its end: the whole answer and its cost, without an `answer_prefix`, which is not streamed."""
         return await self._run(Answer())
 
 

@@ -136,6 +136,7 @@ def fork(session: str) -> Call[Any]:
 
 
 def peek_logits(text: str) -> Call[Any]:
+    _convert.numpy("peek_logits")
     return Call("peek_logits", (text,), lambda native: _convert.vectors(native)[0])
 
 
@@ -180,6 +181,8 @@ def sessions(user: str, agent: str | None) -> Call[list[_values.SessionInfo]]:
 
 
 def embed(texts: Sequence[str]) -> Call[Any]:
+    # Before the library works on what could not be handed out.
+    _convert.numpy("embed")
     return Call("embed", (list(texts),), _convert.vectors)
 
 

@@ -201,10 +201,19 @@ def checkup(native: Any) -> values.Checkup:
     )
 
 
+def numpy(operation: str) -> Any:
+    """The module, which is an extra of the wheel."""
+    # Imported here: most programs never ask for vectors, and numpy takes longer to import than mka.
+    try:
+        import numpy
+    except ImportError as error:
+        text = f"{operation}: numpy is not installed, expected the wheel's extra: pip install 'mka[numpy]'"
+        raise ImportError(text, name="numpy") from error
+    return numpy
+
+
 def vectors(native: Any) -> NDArray[float32]:
     """Rows of float32 over the library's own bytes, read-only: no number is copied."""
-    # Imported here: most programs never ask for vectors, and numpy takes longer to import than mka.
-    import numpy
-
-    rows: NDArray[float32] = numpy.frombuffer(native.data, dtype=numpy.float32)
+    module = numpy("vectors")
+    rows: NDArray[float32] = module.frombuffer(native.data, dtype=module.float32)
     return rows.reshape(-1, native.dim) if native.dim else rows.reshape(0, 0)

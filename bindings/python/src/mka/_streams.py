@@ -135,7 +135,7 @@ class Events(_SyncStream[_values.Event]):
     """
 
     def text(self) -> tuple[str, _values.Usage]:
-        """Runs the turn to its end: the whole answer and its cost."""
+        """Runs the turn to its end: the whole answer and its cost, without an `answer_prefix`, which is not streamed."""
         return self._run(Answer())
 
 

@@ -103,7 +103,11 @@ class Session(SessionHandle):
         return Events(_calls.now(self._native, "send", message, given))
 
     def regenerate(self, **options: Unpack[SendOptions]) -> Events:
-        """Answers the last message again, in place of its answer."""
+        """Answers the last message again, in place of its answer.
+
+        The prompt stays as it was, with its beginning of an answer: `system`, `recall_k`, `across_sessions`,
+        `answer_prefix`, `completion` and `joined` are without effect. With the same `seed`, the answer is the same.
+        """
         given = _options.send_options(options)
         return Events(_calls.now(self._native, "regenerate", given))
 
@@ -124,6 +128,7 @@ class Session(SessionHandle):
         """What memory holds on `query`, laid out for another model, never above the budget.
 
         Every session of the user is looked into, or of the agent if the session has one.
+        At most 32 memories are looked up for it.
         """
         return _calls.session_context(query, budget_tokens).run(self._native)
 
@@ -142,7 +147,10 @@ class Session(SessionHandle):
         return Session(_calls.fork(session).run(self._native))
 
     def peek_logits(self, text: str) -> NDArray[float32]:
-        """Logits of the token after `text`, without changing the session: `(vocabulary,)`."""
+        """Logits of the token after `text`, without changing the session: `(vocabulary,)`.
+
+        Needs the wheel's extra `numpy`, and raises `ImportError` without it.
+        """
         row: NDArray[float32] = _calls.peek_logits(text).run(self._native)
         return row
 
@@ -204,7 +212,8 @@ class Memory(MemoryHandle):
     ) -> Context:
         """What memory holds on `query`, laid out for another model, never above the budget.
 
-        With `session` that session alone is looked into, without it every session of the user.
+        With `session` that session alone is looked into, without it every session of the user; at most 32 memories are
+        looked up for it.
         """
         call = _calls.memory_context(query, budget_tokens, user, agent, session)
         return call.run(self._native)
@@ -224,6 +233,8 @@ class Memory(MemoryHandle):
     ) -> Receipt:
         """Erases from log, chunks, vectors, words, pages and summaries; exactly one selector says what.
 
+        `turn` is a number in the log of `session`, which must be given with it. `everything` is that session, or every
+        one without it.
         `matching` erases every turn whose text, source name, subject or metadata contains it, letter case aside;
         `filter` every turn whose metadata it accepts.
         If anything is erased, a stream of this user that is under way ends with `CancelledError`.
@@ -269,7 +280,10 @@ class Memory(MemoryHandle):
         return _calls.sessions(user, agent).run(self._native)
 
     def embed(self, texts: Sequence[str]) -> NDArray[float32]:
-        """One unit vector a text, by the store's embedder: `(texts, dim)`, read-only."""
+        """One unit vector a text, by the store's embedder: `(texts, dim)`, read-only.
+
+        Needs the wheel's extra `numpy`, and raises `ImportError` without it.
+        """
         rows: NDArray[float32] = _calls.embed(texts).run(self._native)
         return rows
 

@@ -114,6 +114,11 @@ class Source(_Value):
         """When it was said."""
         return _time(self.time_ms)
 
+    @property
+    def expires(self) -> datetime | None:
+        """When it is recalled no more; None if it stays."""
+        return None if self.expires_ms is None else _time(self.expires_ms)
+
 
 class _ReadLater(_Value):
     """A hit of the library's has `text`, `score` and `relevance`; each other field is made when it is asked for first."""
@@ -235,7 +240,7 @@ FeedEvent: TypeAlias = Union[Progress, Fed]
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class NewTurn(_Value):
-    """A turn to be remembered; `remember=None` decides by role, `time=None` is now.
+    """A turn to be remembered; `remember=None` decides by role, `time=None` is now, and so is a time of 0.
 
     Among turns with the same `subject` the newest wins; after `expires` a turn is recalled no more. `metadata` is what
     the `filter` of a recall asks for.
@@ -253,7 +258,10 @@ class NewTurn(_Value):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Finding(_Value):
-    """Bytes `start` to `end` of one of a call's turns that look sensitive."""
+    """Bytes `start` to `end` of one of a call's turns that look sensitive.
+
+    `turn` counts from 0 in the call, not in the log: `Committed.turns[finding.turn]` is its number there.
+    """
 
     turn: int
     kind: Sensitive
@@ -318,6 +326,11 @@ class Turn(_Value):
         """When it was said."""
         return _time(self.time_ms)
 
+    @property
+    def expires(self) -> datetime | None:
+        """When it is recalled no more; None if it stays."""
+        return None if self.expires_ms is None else _time(self.expires_ms)
+
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class SessionInfo(_Value):
@@ -328,6 +341,11 @@ class SessionInfo(_Value):
     last_time_ms: int | None
     stream_tokens: int | None
     num_pages: int
+
+    @property
+    def last_time(self) -> datetime | None:
+        """When its latest turn was said; None if it holds none."""
+        return None if self.last_time_ms is None else _time(self.last_time_ms)
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

@@ -28,6 +28,6 @@ echo "wheel: $(basename "$wheel"), $(($(stat -c %s "$wheel") / 1024)) KiB, profi
 
 rm -rf "$work/clean"
 venv "$work/clean"
-"$work/clean/bin/pip" install -q "$wheel[numpy,langgraph,openai-agents,llama-index,pydantic-ai,mcp]" -r "$here/tests/requirements.txt"
+"$work/clean/bin/pip" install -q "$wheel[numpy,langchain,langgraph,openai-agents,llama-index,pydantic-ai,mcp]" -r "$here/tests/requirements.txt"
 cd "$here"
 exec "$work/clean/bin/python" -m pytest -q -p no:cacheprovider "$@"

@@ -100,6 +100,28 @@ async def llama_index(store: str, user: str, message: str) -> str:
         return str(reply)
 
 
+async def langchain(store: str, user: str, message: str) -> str:
+    """The model answers with the documents that were retrieved for it and with the history."""
+    from langchain_core.messages import AIMessage, HumanMessage
+    from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+
+    from mka.langchain import MkaChatMessageHistory, MkaRetriever
+
+    async with mka.open(store) as engine:
+        history = MkaChatMessageHistory(engine, user=user, session_id=SESSION)
+        said = str(await history.aget_messages())
+
+        def model(given: dict[str, Any]) -> AIMessage:
+            found = [document.page_content for document in given["context"]]
+            return AIMessage(json.dumps([found, said]))
+
+        retrieved = {"context": MkaRetriever(engine=engine, user=user)}
+        chain = retrieved | RunnablePassthrough() | RunnableLambda(model)
+        reply = await chain.ainvoke(message)
+        await history.aadd_messages([HumanMessage(message), reply])
+        return str(reply.text)
+
+
 async def langgraph(store: str, user: str, message: str) -> str:
     """A graph of one node that searches its store for the message, then puts the message there."""
     from langgraph.graph import START, MessagesState, StateGraph

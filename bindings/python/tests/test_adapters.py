@@ -12,6 +12,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def process(framework: str, store: Path, user: str, message: str) -> str:
         ("openai_agents", "agents"),
         ("pydantic_ai", "pydantic_ai"),
         ("llama_index", "llama_index.core"),
+        ("langchain", "langchain_core"),
         ("langgraph", "langgraph"),
     ],
 )
@@ -163,6 +165,102 @@ def test_a_memory_block_shrinks_to_its_budget(store: Path) -> None:
             assert await block.aget([]) == ""
 
     asyncio.run(main())
+
+
+def test_a_retriever_gives_documents_with_what_memory_says_of_them(store: Path) -> None:
+    pytest.importorskip("langchain_core")
+    from langchain_core.runnables import ConfigurableField
+
+    from mka.langchain import MkaRetriever
+
+    said = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+    inn = mka.NewTurn(
+        "The hotel is the Sakura Inn.",
+        role="document",
+        time=said,
+        source="plan.txt",
+        metadata={"kind": "place", "user": "eve"},
+    )
+    ritz = mka.NewTurn("The hotel was the Ritz.", metadata={"kind": "past"})
+    with mka.open_sync(store) as engine:
+        engine.memory.remember([inn, ritz], user="ada", session="trip")
+        retriever = MkaRetriever(engine=engine, user="ada", search_kwargs={"filter": {"kind": "place"}})
+        (document,) = retriever.invoke("which hotel")
+        (hit,) = engine.memory.recall("which hotel", user="ada", filter={"kind": "place"})
+        assert document.page_content == inn.text and document.id == hit.chunk
+        assert document.metadata == {
+            "kind": "place",
+            "user": "ada",
+            "agent": None,
+            "session": "trip",
+            "turn": 0,
+            "role": "document",
+            "time": said.isoformat(),
+            "trust": "document",
+            "score": hit.score,
+            "relevance": hit.relevance,
+            "source": "plan.txt",
+        }
+        # Either engine, both kinds of calls; an option of one call comes before the retriever's.
+        for each in (retriever, MkaRetriever(engine=engine.asyncio, user="ada", k=1)):
+            for options in ({"k": 2, "filter": None}, {"k": 0}):
+                found = each.invoke("which hotel", **options)
+                assert len(found) == options["k"]
+                assert found == asyncio.run(each.ainvoke("which hotel", **options))
+        anyones = retriever.configurable_fields(user=ConfigurableField(id="user"))
+        assert anyones.invoke("which hotel", config={"configurable": {"user": "bob"}}) == []
+        assert "engine" not in retriever.model_dump()
+        with pytest.raises(ValueError, match="engine"):
+            MkaRetriever(engine="agent.mka", user="ada")  # type: ignore[arg-type]
+
+
+def test_a_chat_history_keeps_messages_whole_and_in_order(store: Path, tiny_model: Path) -> None:
+    pytest.importorskip("langchain_core")
+    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+
+    from mka.langchain import MkaChatMessageHistory
+
+    call = {"name": "f", "args": {"place": "Kyoto"}, "id": "1", "type": "tool_call"}
+    messages: list[Any] = [
+        SystemMessage("Be brief."),
+        HumanMessage('the hotel is the "Sakura\nInn"', id="first", name="ada"),
+        AIMessage("", tool_calls=[call]),
+        ToolMessage("done", tool_call_id="1"),
+        AIMessage([{"type": "text", "text": "ä🐑"}, {"type": "image", "url": "https://example.org"}]),
+        AIMessage("noted", response_metadata={"n": 1.5}),
+    ]
+    with mka.open_sync(store, model=tiny_model, window_tokens=128, device="cpu") as engine:
+        history = MkaChatMessageHistory(engine, user="ada", session_id="s")
+        other = MkaChatMessageHistory(engine.asyncio, user="bob", session_id="s")
+        assert history.messages == []
+        history.add_messages([])
+        history.add_messages(messages[:2])
+        asyncio.run(history.aadd_messages(messages[2:]))
+        assert history.messages == messages and asyncio.run(history.aget_messages()) == messages
+        other.add_user_message("hello")
+        assert other.messages == [HumanMessage("hello")]
+        assert asyncio.run(other.aget_messages()) == other.messages
+    with mka.open_sync(store, model=tiny_model, window_tokens=128, device="cpu") as engine:
+        history = MkaChatMessageHistory(engine, user="ada", session_id="s")
+        assert history.messages == messages
+        assert [hit.text for hit in engine.memory.recall("Sakura", user="ada", k=1)] == [messages[1].text]
+        # What a session of the same name says is part of it, and what is taken back is not.
+        with engine.session(user="ada", session="s") as chat:
+            answer, _ = chat.send("and now?", max_new_tokens=4).text()
+            said = [HumanMessage("and now?"), AIMessage(answer)]
+            assert history.messages == messages + said
+            chat.rewind(chat.num_turns - 2)
+        assert history.messages == messages
+        # The words of a message stand in one place, quotes and line breaks as they are.
+        receipt = engine.memory.forget(user="ada", matching='"sakura\ninn"')
+        assert receipt.turns == 1
+        assert history.messages == messages[:1] + messages[2:]
+        history.clear()
+        assert history.messages == []
+        history.add_messages(messages)
+        assert history.messages == messages
+        asyncio.run(history.aclear())
+        assert asyncio.run(history.aget_messages()) == []
 
 
 def test_the_langgraph_store_does_what_langgraphs_own_does(store: Path) -> None:

@@ -71,7 +71,12 @@ public final class Memory: Sendable {
 
     /// Checks that what was erased is in no file; throws `.corrupted` if it is.
     public func verify(_ receipt: Receipt) async throws(MKAError) {
-        try await translated { [native] in try await native.verify(record: receipt.record) }
+        try await verify(record: receipt.record)
+    }
+
+    /// The same by a receipt's `record`, which is all that needs to be kept of it; throws `.invalidArgument` if it is none.
+    public func verify(record: String) async throws(MKAError) {
+        try await translated { [native] in try await native.verify(record: record) }
     }
 
     /// What memory holds, in the order in which it was first said.

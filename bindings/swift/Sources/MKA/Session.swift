@@ -71,6 +71,11 @@ public final class Session: Sendable {
         progress { try native.append(turns: turns.map(\.native)) }
     }
 
+    /// Takes in something that the user said now, and answers nothing.
+    public func append(_ text: String) -> EventStream<FeedEvent> {
+        append([NewTurn(text)])
+    }
+
     /// What memory holds on `query`, laid out for another model, never above the budget.
     ///
     /// Every session of the user is looked into, or of the agent if the session has one.

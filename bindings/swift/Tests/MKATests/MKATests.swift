@@ -315,6 +315,8 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     #expect(try chat.numTurns == 2)
     let hits = try await engine.memory.recall("the key", user: "ada", session: "moved", limit: 2)
     #expect(hits.contains { $0.text.contains("under the stone") })
+    _ = try await chat.append("which stone").finish()
+    #expect(try chat.numTurns == 3)
     try await engine.close()
 }
 
@@ -336,6 +338,8 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     let receipt = try await memory.forget(.matching("passport"), user: "ada")
     #expect(receipt.turns == 1)
     try await memory.verify(receipt)
+    try await memory.verify(record: receipt.record)
+    #expect(await failure { try await memory.verify(record: "none") }?.kind == .invalidArgument)
     #expect(try await !memory.chunks(user: "ada").contains { $0.text.contains("X1234567") })
     #expect(try await memory.sessions(user: "ada").count == 2)
     let rows = try await memory.embed(["a cat", "a dog"])

@@ -31,14 +31,14 @@ public final class Memory: Sendable {
         try await remember([NewTurn(text)], user: user, session: session, agent: agent)
     }
 
-    /// The memories that answer `query` best, best first; `limit` stands before `options.k`.
+    /// The memories that answer `query` best, best first; `k` stands before `options.k`.
     public func recall(
         _ query: String, user: String, agent: String? = nil, session: String? = nil,
-        limit: UInt64? = nil, options: RecallOptions = RecallOptions()
+        k: UInt64? = nil, options: RecallOptions = RecallOptions()
     ) async throws(MKAError) -> [Hit] {
         let scope = Scope(user: user, agent: agent, session: session)
         var asked = options
-        if let limit { asked.k = limit }
+        if let k { asked.k = k }
         let given = asked
         return try await translated { [native] in
             try await native.recall(scope: scope, query: query, options: given)

@@ -297,7 +297,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
         }
     }
     #expect(summary?.bytes == UInt64(text.utf8.count))
-    let hits = try await engine.memory.recall("sheep on the hill", user: "ada", session: "book", limit: 2)
+    let hits = try await engine.memory.recall("sheep on the hill", user: "ada", session: "book", k: 2)
     #expect(hits.first?.source.name == "hill.txt" && hits.first?.trust == .document)
     try await engine.close()
 }
@@ -313,7 +313,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     let summary = try await chat.append(turns).finish()
     #expect(summary.modelTokens > 20 && summary.chunksAdded > 0)
     #expect(try chat.numTurns == 2)
-    let hits = try await engine.memory.recall("the key", user: "ada", session: "moved", limit: 2)
+    let hits = try await engine.memory.recall("the key", user: "ada", session: "moved", k: 2)
     #expect(hits.contains { $0.text.contains("under the stone") })
     _ = try await chat.append("which stone").finish()
     #expect(try chat.numTurns == 3)
@@ -328,7 +328,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     let old = NewTurn("The passport is X1234567.", time: Date(timeIntervalSince1970: 1000))
     let done = try await memory.remember([old], user: "ada", session: "trip", agent: "planner")
     #expect(done.turns == [0] && done.chunksAdded == 1)
-    #expect(try await memory.recall("hotel", user: "ada", limit: 1).first?.text == "The hotel is the Sakura Inn.")
+    #expect(try await memory.recall("hotel", user: "ada", k: 1).first?.text == "The hotel is the Sakura Inn.")
     #expect(try await memory.recall("hotel", user: "bob").isEmpty)
     let recent = RecallOptions(sinceMs: 2_000_000)
     #expect(try await memory.recall("passport", user: "ada", options: recent).allSatisfy { $0.source.timeMs > 2_000_000 })

@@ -16,7 +16,7 @@ func readme(at url: URL) async throws {
         case .done(let usage): print("reused \(usage.reusedTokens) of \(usage.promptTokens) tokens")
         }
     }  // leaving the loop, or cancelling its task, cancels
-    let hits = try await engine.memory.recall("hotel in Kyoto", user: "ada", limit: 8)
+    let hits = try await engine.memory.recall("hotel in Kyoto", user: "ada", k: 8)
     let receipt = try await engine.memory.forget(.matching("passport"), user: "ada")
     // README
     print(hits.count, receipt.turns)

@@ -22,7 +22,7 @@ let memory = engine.memory
 let done = try await memory.remember(
     facts.map { NewTurn($0) }, user: "ada", session: "trip", agent: "planner")
 print("remembered \(done.chunksAdded) chunks")
-let chat = try await engine.session(user: "ada", id: "trip", agent: "planner")
+let chat = try await engine.session(user: "ada", agent: "planner", session: "trip")
 for question in ["Where do we stay in Kyoto?", "When does the train leave?"] {
     print(languageModel(try await chat.context(question, budgetTokens: 200), question))
 }

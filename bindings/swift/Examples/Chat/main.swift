@@ -12,7 +12,7 @@ let model: ModelSource =
 var options = EngineOptions()
 options.windowTokens = ProcessInfo.processInfo.environment["MKA_WINDOW"].flatMap(UInt64.init)
 let engine = try await Engine.open(at: store, model: model, options: options)
-let chat = try await engine.session(user: "me", id: "chat")
+let chat = try await engine.session(user: "me", session: "chat")
 while let message = readLine() {
     do {
         for try await event in chat.send(message, options: SendOptions(maxNewTokens: 256)) {

@@ -49,7 +49,7 @@ let engine = try await Engine.open(
     at: URL(fileURLWithPath: arguments[1]),
     model: .path(URL(fileURLWithPath: arguments[2])),
     options: EngineOptions(device: "cpu", windowTokens: 128, blockTokens: 64))
-let chat = try await engine.session(user: "ada", id: "trip")
+let chat = try await engine.session(user: "ada", session: "trip")
 for i in from..<min(to, steps.count) {
     print("step", i)
     let step = steps[i]

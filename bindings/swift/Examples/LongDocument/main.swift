@@ -15,7 +15,7 @@ options.windowTokens = ProcessInfo.processInfo.environment["MKA_WINDOW"].flatMap
 let engine = try await Engine.open(
     at: URL(fileURLWithPath: arguments[1]), model: .path(URL(fileURLWithPath: arguments[2])),
     options: options)
-let chat = try await engine.session(user: "reader", id: "document")
+let chat = try await engine.session(user: "reader", session: "document")
 let name = URL(fileURLWithPath: arguments[3]).lastPathComponent
 for try await event in chat.feed(text, options: FeedOptions(name: name)) {
     switch event {

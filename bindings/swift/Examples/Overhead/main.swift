@@ -10,7 +10,7 @@ let folder = FileManager.default.temporaryDirectory.appendingPathComponent("mka-
 defer { try? FileManager.default.removeItem(at: folder) }
 let engine = try await Engine.open(
     at: folder, model: .path(model), options: EngineOptions(device: "cpu", windowTokens: 128))
-let chat = try await engine.session(user: "ada", id: "trip")
+let chat = try await engine.session(user: "ada", session: "trip")
 
 func since(_ start: ContinuousClock.Instant) -> Double {
     let spent = ContinuousClock.now - start

@@ -38,9 +38,9 @@ public final class Engine: Sendable {
 
     /// Opens a conversation, new or continued where it stopped; one handle of it at a time.
     public func session(
-        user: String, id: String, agent: String? = nil
+        user: String, agent: String? = nil, session: String
     ) async throws(MKAError) -> Session {
-        let scope = Scope(user: user, agent: agent, session: id)
+        let scope = Scope(user: user, agent: agent, session: session)
         return try await translated { [native] in Session(try await native.session(scope: scope)) }
     }
 

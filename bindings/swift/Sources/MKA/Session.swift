@@ -36,12 +36,12 @@ public final class Session: Sendable {
         try await translated { [native] in try await native.rewind(turn: turn) }
     }
 
-    /// Begins the session `id` of the same user and agent, which knows all that this one does and then goes its own way.
+    /// Begins `session`, of the same user and agent, which knows all that this one does and then goes its own way.
     ///
     /// Keys and values are shared, not copied. A turn from before the fork is one turn: forgetting it erases it in both.
-    /// Throws `.invalidArgument` if `id` is taken, `.locked` while a stream of this session is open.
-    public func fork(id: String) async throws(MKAError) -> Session {
-        try await translated { [native] in Session(try await native.fork(name: id)) }
+    /// Throws `.invalidArgument` if `session` is taken, `.locked` while a stream of this session is open.
+    public func fork(session: String) async throws(MKAError) -> Session {
+        try await translated { [native] in Session(try await native.fork(name: session)) }
     }
 
     private func events(_ start: () throws -> NativeEvents) -> EventStream<Event> {

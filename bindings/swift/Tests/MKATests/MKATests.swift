@@ -45,7 +45,7 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
 @Test func aTurnStreamsItsAnswerAndSaysWhatItCost() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     var answer = ""
     var usage: Usage?
     for try await event in chat.send("hello there", options: short(6)) {
@@ -74,7 +74,7 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
     var logits: [[Float]] = []
     for round in 0..<2 {
         let engine = try await folder.engine()
-        let chat = try await engine.session(user: "ada", id: "trip")
+        let chat = try await engine.session(user: "ada", session: "trip")
         if round == 0 {
             _ = try await chat.send("the one", options: short(4)).text()
             let text = String(repeating: "the end and the beginning. ", count: 40)
@@ -89,7 +89,7 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
 @Test func aSessionIsTakenBackToAnEarlierTurn() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     for message in ["the cat is red", "the dog is blue"] {
         _ = try await chat.send(message, options: short(4)).text()
     }
@@ -105,24 +105,24 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
 @Test func aForkGoesOnAsItsOriginalAndThenItsOwnWay() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     _ = try await chat.send("the cat is red", options: short(4)).text()
-    let fork = try await chat.fork(id: "other")
+    let fork = try await chat.fork(session: "other")
     #expect(fork.scope.session == "other")
     let (left, right) = (try await chat.peekLogits("the next"), try await fork.peekLogits("the next"))
     #expect(left == right && !left.isEmpty)
     _ = try await fork.send("the dog is blue", options: short(4)).text()
     #expect(try fork.numTurns == 4)
     #expect(try chat.numTurns == 2)
-    #expect(await failure { try await chat.fork(id: "trip") }?.kind == .invalidArgument)
+    #expect(await failure { try await chat.fork(session: "trip") }?.kind == .invalidArgument)
     try await engine.close()
-    #expect(await failure { try await fork.fork(id: "third") } != nil)
+    #expect(await failure { try await fork.fork(session: "third") } != nil)
 }
 
 @Test func leavingTheLoopCancelsAndTheSessionGoesOn() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     for try await event in chat.send("tell me", options: short(1_000_000)) {
         if case .token = event { break }
     }
@@ -136,7 +136,7 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
 @Test func cancellingTheTaskStopsTheModelAndKeepsTheStoreConsistent() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     let task = Task {
         var seen: UInt64 = 0
         do {
@@ -173,7 +173,7 @@ func models() -> [URL] {
 func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     let folder = try Folder()
     let engine = try await folder.engine(model: .path(model))
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     // By leaving the loop, and by cancelling the task that waits for the next token: the tiny model's comes too fast to wait.
     for byTask in model == tinyModel ? [false] : [false, true] {
         let before = try chat.numTurns
@@ -215,13 +215,13 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
 @Test func aSecondStreamIsRefusedWhileTheFirstIsOpen() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     let first = chat.send("one", options: short(1_000_000))
     #expect(await failure { try await chat.send("two").text() }?.kind == .locked)
     chat.close()
     #expect(await failure { try await chat.send("two").text() }?.kind == .invalidArgument)
     _ = try? await first.text()
-    let again = try await engine.session(user: "ada", id: "trip")
+    let again = try await engine.session(user: "ada", session: "trip")
     _ = try await again.send("three", options: short(2)).text()
     try await engine.close()
 }
@@ -229,7 +229,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
 @Test func aStreamIsCancelledAndClosedByItself() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     let closed = chat.send("tell me", options: short(1_000_000))
     let reader = closed.makeAsyncIterator()
     let begins = try await reader.next() != nil
@@ -245,7 +245,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     #expect(await failure { try await failing.close() }?.kind == .invalidArgument)
     try await failing.close()
     // So does that of a stream that never began, unless it was read.
-    let gone = try await engine.session(user: "ada", id: "gone")
+    let gone = try await engine.session(user: "ada", session: "gone")
     gone.close()
     let unread = gone.send("x")
     #expect(await failure { try await unread.close() }?.kind == .invalidArgument)
@@ -261,14 +261,14 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
 @Test func errorsHaveTheirKindAndNameWhatTheySaw() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     let bad = await failure { try await chat.send("x", options: SendOptions(topP: 1.5)).text() }
     #expect(bad?.kind == .invalidArgument && bad?.message.contains("top_p") == true)
     #expect(bad?.localizedDescription.contains("top_p") == true)
-    #expect(await failure { try await engine.session(user: "ada", id: "trip") }?.kind == .locked)
+    #expect(await failure { try await engine.session(user: "ada", session: "trip") }?.kind == .locked)
     #expect(await failure { try await folder.engine() }?.kind == .locked)
     #expect(await failure { try await chat.regenerate().text() }?.kind == .notFound)
-    #expect(await failure { try await engine.session(user: "", id: "x") }?.kind == .invalidArgument)
+    #expect(await failure { try await engine.session(user: "", session: "x") }?.kind == .invalidArgument)
     do throws(MKAError) {
         _ = try await Engine.open(
             at: folder.url.appendingPathComponent("b"), model: .path(folder.url.appendingPathComponent("none.gguf")))
@@ -284,7 +284,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
 @Test func aDocumentIsFedWithProgress() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "book")
+    let chat = try await engine.session(user: "ada", session: "book")
     let text = String(repeating: "The sheep and the goats went up the hill in the rain. ", count: 500)
     var last: UInt64 = 0
     var summary: FeedSummary?
@@ -305,7 +305,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
 @Test func whatWasSaidElsewhereIsTakenIn() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "moved")
+    let chat = try await engine.session(user: "ada", session: "moved")
     let turns = [
         NewTurn("Be brief.", role: .system), NewTurn("where is the key"),
         NewTurn("the key is under the stone", role: .assistant),
@@ -332,7 +332,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     #expect(try await memory.recall("hotel", user: "bob").isEmpty)
     let recent = RecallOptions(sinceMs: 2_000_000)
     #expect(try await memory.recall("passport", user: "ada", options: recent).allSatisfy { $0.source.timeMs > 2_000_000 })
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     let context = try await chat.context("hotel", budgetTokens: 100)
     #expect(context.text.contains("Sakura") && context.tokens <= 100)
     let receipt = try await memory.forget(.matching("passport"), user: "ada")
@@ -462,7 +462,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
             device: "cpu", windowTokens: 64, blockTokens: 64, recall: .pages,
             pages: PageConfig(tokens: 64, precision: .int8, scan: .twoLevel, firstLayer: 0)))
     #expect(try engine.kvBytesPerToken != nil)
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     let text = String(repeating: "The sheep went up the hill. ", count: 20)
     _ = try await chat.feed(text, options: FeedOptions(mode: .model)).finish()
     // Read with the window alone, recalled all the same.
@@ -478,7 +478,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     try await withThrowingTaskGroup(of: Void.self) { group in
         for number in 0..<8 {
             group.addTask {
-                let chat = try await engine.session(user: "ada", id: "s\(number)")
+                let chat = try await engine.session(user: "ada", session: "s\(number)")
                 for turn in 0..<3 {
                     _ = try await chat.send("turn \(turn)", options: short(4)).text()
                     _ = try await engine.memory.recall("turn", user: "ada")

@@ -8,7 +8,7 @@ import Testing
 func readme(at url: URL) async throws {
     // README
     let engine = try await Engine.open(at: url, model: .hub("HuggingFaceTB/SmolLM2-135M-Instruct"))
-    let chat = try await engine.session(user: "ada", id: "trip")  // continues where it stopped
+    let chat = try await engine.session(user: "ada", session: "trip")  // continues where it stopped
     for try await event in chat.send("What did we decide about Kyoto?") {
         switch event {
         case .recalled(let hits): print("\(hits.count) memories")

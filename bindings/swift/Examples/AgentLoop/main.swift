@@ -20,7 +20,7 @@ let store = CommandLine.arguments.count > 1 ? CommandLine.arguments[1] : "agent.
 let engine = try await Engine.open(at: URL(fileURLWithPath: store))
 let memory = engine.memory
 let done = try await memory.remember(
-    facts.map { NewTurn($0) }, user: "ada", session: "trip", agent: "planner")
+    facts.map { NewTurn($0) }, user: "ada", agent: "planner", session: "trip")
 print("remembered \(done.chunksAdded) chunks")
 let chat = try await engine.session(user: "ada", agent: "planner", session: "trip")
 for question in ["Where do we stay in Kyoto?", "When does the train leave?"] {

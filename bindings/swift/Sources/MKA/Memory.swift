@@ -15,7 +15,7 @@ public final class Memory: Sendable {
     /// Appends turns to a session as text memory, on disk when it returns; no model reads them.
     @discardableResult
     public func remember(
-        _ turns: [NewTurn], user: String, session: String, agent: String? = nil
+        _ turns: [NewTurn], user: String, agent: String? = nil, session: String
     ) async throws(MKAError) -> Committed {
         let scope = Scope(user: user, agent: agent, session: session)
         return try await translated { [native] in
@@ -26,9 +26,9 @@ public final class Memory: Sendable {
     /// Appends something that the user said now.
     @discardableResult
     public func remember(
-        _ text: String, user: String, session: String, agent: String? = nil
+        _ text: String, user: String, agent: String? = nil, session: String
     ) async throws(MKAError) -> Committed {
-        try await remember([NewTurn(text)], user: user, session: session, agent: agent)
+        try await remember([NewTurn(text)], user: user, agent: agent, session: session)
     }
 
     /// The memories that answer `query` best, best first; `k` stands before `options.k`.
@@ -92,7 +92,7 @@ public final class Memory: Sendable {
 
     /// The log of a session.
     public func turns(
-        user: String, session: String, agent: String? = nil,
+        user: String, agent: String? = nil, session: String,
         range: Range<UInt64> = 0..<UInt64.max
     ) async throws(MKAError) -> [Turn] {
         let scope = Scope(user: user, agent: agent, session: session)

@@ -326,7 +326,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     let memory = engine.memory
     try await memory.remember("The hotel is the Sakura Inn.", user: "ada", session: "trip")
     let old = NewTurn("The passport is X1234567.", time: Date(timeIntervalSince1970: 1000))
-    let done = try await memory.remember([old], user: "ada", session: "trip", agent: "planner")
+    let done = try await memory.remember([old], user: "ada", agent: "planner", session: "trip")
     #expect(done.turns == [0] && done.chunksAdded == 1)
     #expect(try await memory.recall("hotel", user: "ada", k: 1).first?.text == "The hotel is the Sakura Inn.")
     #expect(try await memory.recall("hotel", user: "bob").isEmpty)

@@ -241,11 +241,6 @@ extension Filter {
     public static func no(_ filters: Filter...) -> Filter { .not(filters: filters) }
 }
 
-extension Date {
-    /// Milliseconds since 1970, the library's clock.
-    public var milliseconds: Int64 { Int64((timeIntervalSince1970 * 1000).rounded()) }
-}
-
 extension MKABindings.Vectors {
     /// One array a row.
     var rows: [[Float]] {

@@ -454,6 +454,49 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     try await engine.close()
 }
 
+@Test func timesAreDatesToo() async throws {
+    let monday = Date(timeIntervalSince1970: 1_772_409_600.125)
+    #expect(Date(milliseconds: monday.milliseconds) == monday)
+    #expect(Date.distantPast.milliseconds < 0 && Date(milliseconds: .max).milliseconds > monday.milliseconds)
+    #expect(Date(timeIntervalSince1970: .infinity).milliseconds == Int64.max)
+    var options = RecallOptions()
+    options.since = monday
+    options.until = monday + 1
+    options.asOf = monday + 2
+    options.now = monday + 3
+    let start = monday.milliseconds
+    let expected = RecallOptions(sinceMs: start, untilMs: start + 1000, asOfMs: start + 2000, nowMs: start + 3000)
+    #expect(options == expected)
+    #expect(options.since == monday && options.until == monday + 1)
+    #expect(options.asOf == monday + 2 && options.now == monday + 3)
+    options.until = nil
+    options.asOf = nil
+    #expect(options.untilMs == nil && options.asOfMs == nil)
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", session: "trip")
+    var said = short(2)
+    said.time = monday
+    _ = try await chat.send("hello there", options: said).text()
+    var given = FeedOptions(mode: .text)
+    given.time = monday + 60
+    _ = try await chat.feed("The sheep and the goats went up the hill in the rain.", options: given).finish()
+    let fact = NewTurn("The market is closed.", time: monday + 120, expires: monday + 180)
+    try await engine.memory.remember([fact], user: "ada", session: "facts")
+    let turns = try await engine.memory.turns(user: "ada", session: "trip")
+    #expect(turns[0].time == monday && turns[0].expires == nil)
+    let facts = try await engine.memory.turns(user: "ada", session: "facts")
+    #expect(facts[0].time == monday + 120 && facts[0].expires == monday + 180)
+    options.since = monday + 30
+    options.now = monday + 150
+    let hits = try await engine.memory.recall("the sheep, the hill", user: "ada", options: options)
+    #expect(hits.first?.source.time == monday + 60)
+    let market = try await engine.memory.recall("the market", user: "ada", session: "facts", options: options)
+    #expect(market.first?.source.expires == monday + 180)
+    #expect(try await engine.memory.sessions(user: "ada").first?.lastTime == monday + 120)
+    try await engine.close()
+}
+
 @Test func recallInsideAttentionIsChosenAndReported() async throws {
     let folder = try Folder()
     let engine = try await Engine.open(

@@ -29,7 +29,7 @@ public final class Engine: Sendable {
         at url: URL, model: ModelSource? = nil, options: EngineOptions = EngineOptions()
     ) async throws(MKAError) -> Engine {
         var config = options
-        if let model { config.model = model.native }
+        if let model { config.model = model }
         let given = config
         return try await translated {
             Engine(try await NativeEngine.open(path: url.path, config: given))

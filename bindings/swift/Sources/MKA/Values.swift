@@ -56,6 +56,8 @@ public typealias Problem = MKABindings.Problem
 public typealias Repair = MKABindings.Repair
 /// User, agent and session.
 public typealias Scope = MKABindings.Scope
+/// Which model to load.
+public typealias ModelSource = MKABindings.ModelSource
 /// How an engine is opened; what is left out is the engine's default.
 public typealias EngineOptions = MKABindings.EngineConfig
 /// What turns sentences into vectors.
@@ -94,21 +96,6 @@ public typealias RecallOptions = MKABindings.RecallOptions
 public typealias MetadataValue = MKABindings.MetadataValue
 /// Which turns a recall may see, by their metadata; a turn without a key is seen by no comparison of it.
 public typealias Filter = MKABindings.Filter
-
-/// Which model to load.
-public enum ModelSource: Sendable, Equatable {
-    /// A repository of the HuggingFace hub, `owner/name`.
-    case hub(String)
-    /// A HuggingFace folder or a GGUF file.
-    case path(URL)
-
-    var native: MKABindings.ModelSource {
-        switch self {
-        case .hub(let id): .hub(id: id)
-        case .path(let url): .path(path: url.path)
-        }
-    }
-}
 
 /// A piece of an answer: whole UTF-8.
 public struct Token: Sendable, Hashable {
@@ -213,6 +200,17 @@ extension MetadataValue: ExpressibleByBooleanLiteral, ExpressibleByIntegerLitera
     public init(integerLiteral number: Int) { self = .number(number: Double(number)) }
     public init(floatLiteral number: Double) { self = .number(number: number) }
     public init(stringLiteral text: String) { self = .text(text: text) }
+}
+
+extension ModelSource {
+    /// A repository of the HuggingFace hub, `owner/name`.
+    public static func hub(_ id: String) -> ModelSource { .hub(id: id) }
+
+    /// A HuggingFace folder or a GGUF file.
+    public static func path(_ url: URL) -> ModelSource { .path(path: url.path) }
+
+    /// A path if it exists, or else the id of a repository.
+    public static func named(_ name: String) -> ModelSource { .named(name: name) }
 }
 
 extension Filter {

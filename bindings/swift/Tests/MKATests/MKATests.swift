@@ -69,6 +69,19 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
     try await engine.close()
 }
 
+@Test func aModelIsNamedAlikeInTheCallAndInTheOptions() async throws {
+    let given: [ModelSource] = [.hub("owner/name"), .path(tinyModel), .named("owner/name")]
+    let expected: [ModelSource] = [.hub(id: "owner/name"), .path(path: tinyModel.path), .named(name: "owner/name")]
+    #expect(given == expected)
+    let folder = try Folder()
+    let options = EngineOptions(model: .path(tinyModel), device: "cpu", windowTokens: 128)
+    let engine = try await Engine.open(at: folder.store, options: options)
+    #expect(try engine.modelName == "model.gguf")
+    try await engine.close()
+    let missing = EngineOptions(model: .named(folder.url.appendingPathComponent("none.gguf").path))
+    #expect(await failure { try await Engine.open(at: folder.store, options: missing) }?.message.contains("none.gguf") == true)
+}
+
 @Test func aReopenedSessionContinuesBitForBit() async throws {
     let folder = try Folder()
     var logits: [[Float]] = []

@@ -84,7 +84,7 @@ private final class Refusal: @unchecked Sendable {
 }
 
 extension EventStream where Element == Event {
-    /// Runs the turn to its end: the whole answer and its cost.
+    /// Runs the turn to its end: the whole answer as it was streamed, which is without `answerPrefix`, and its cost.
     public func text() async throws -> (text: String, usage: Usage) {
         var answer = ""
         for try await event in self {

@@ -24,6 +24,10 @@ public final class Session: Sendable {
     }
 
     /// Answers the last message again, in place of its answer.
+    ///
+    /// The prompt and the words that the answer begins with stay as they were: `system`, `recallK`, `acrossSessions`,
+    /// `answerPrefix`, `completion` and `joined` of `options` are ignored. Other words need a temperature and another seed.
+    /// Reading it throws `.notFound` where the last turn is no answer.
     public func regenerate(options: SendOptions = SendOptions()) -> EventStream<Event> {
         events { try native.regenerate(options: options) }
     }

@@ -84,7 +84,7 @@ public typealias Backend = MKABindings.Backend
 public typealias Hygiene = MKABindings.Hygiene
 /// What to do with a turn that holds something sensitive.
 public typealias Policy = MKABindings.Policy
-/// How one message is answered; what is left out is the engine's default.
+/// How one message is answered; what is left out is the engine's default. `seed` is 0 if left out: two runs draw the same.
 public typealias SendOptions = MKABindings.SendOptions
 /// How a document is taken in; what is left out is the engine's default.
 public typealias FeedOptions = MKABindings.FeedOptions
@@ -127,7 +127,7 @@ public struct NewTurn: Sendable {
     public var text: String
     /// Who produced it.
     public var role: Role
-    /// When it was said.
+    /// When it was said; the first moment of 1970, the library's 0, means now.
     public var time: Date
     /// Where the text comes from: a file name, a URL.
     public var source: String?
@@ -169,13 +169,13 @@ public enum Forget: Sendable {
     case matching(String)
     /// Every turn whose metadata this accepts.
     case filter(Filter)
-    /// One turn of the session.
+    /// One turn of the session that the call names; `.invalidArgument` without one.
     case turn(UInt64)
     /// Every turn before a time.
     case before(Date)
     /// Every turn whose time to be recalled was over at a time.
     case expired(Date)
-    /// The whole session.
+    /// The whole session that the call names; `.invalidArgument` without one.
     case session
     /// Every session.
     case everything

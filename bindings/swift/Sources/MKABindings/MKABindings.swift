@@ -1051,7 +1051,7 @@ public protocol NativeEngineProtocol: AnyObject, Sendable {
     func closeBlocking() throws
 
     /**
-     * Tokens of `text` as the model counts them.
+     * Tokens of `text` as the model counts them; without a model one for every two bytes, as `context` counts.
      */
     func countTokens(text: String) throws  -> UInt64
 
@@ -1210,7 +1210,7 @@ open func closeBlocking()throws   {try rustCallWithError(FfiConverterTypeMkaErro
 }
 
     /**
-     * Tokens of `text` as the model counts them.
+     * Tokens of `text` as the model counts them; without a model one for every two bytes, as `context` counts.
      */
 open func countTokens(text: String)throws  -> UInt64  {
     return try  FfiConverterUInt64.lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
@@ -1868,7 +1868,7 @@ public protocol NativeMemoryProtocol: AnyObject, Sendable {
     func compactBlocking() throws
 
     /**
-     * What `scope` holds on `query`, laid out for another model within `budget_tokens`.
+     * What `scope` holds on `query`, laid out for another model within `budget_tokens`: the 32 best memories at most.
      */
     func context(scope: Scope, query: String, budgetTokens: UInt64) async throws  -> Context
 
@@ -2168,7 +2168,7 @@ open func compactBlocking()throws   {try rustCallWithError(FfiConverterTypeMkaEr
 }
 
     /**
-     * What `scope` holds on `query`, laid out for another model within `budget_tokens`.
+     * What `scope` holds on `query`, laid out for another model within `budget_tokens`: the 32 best memories at most.
      */
 open func context(scope: Scope, query: String, budgetTokens: UInt64)async throws  -> Context  {
     return
@@ -2661,7 +2661,8 @@ public protocol NativeSessionProtocol: AnyObject, Sendable {
     func close()
 
     /**
-     * What memory holds on `query`, laid out for another model within `budget_tokens`.
+     * What memory holds on `query`, laid out for another model within `budget_tokens`: out of every session of the user, or of
+     * the agent if the session has one, the 32 best memories at most.
      */
     func context(query: String, budgetTokens: UInt64) async throws  -> Context
 
@@ -2706,7 +2707,8 @@ public protocol NativeSessionProtocol: AnyObject, Sendable {
     func peekLogitsBlocking(text: String) throws  -> Vectors
 
     /**
-     * Answers the last message again.
+     * Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `recall_k`,
+     * `across_sessions`, `answer_prefix`, `completion` and `joined` are ignored.
      */
     func regenerate(options: SendOptions) throws  -> NativeEvents
 
@@ -2813,7 +2815,8 @@ open func close()  {try! rustCall() {
 }
 
     /**
-     * What memory holds on `query`, laid out for another model within `budget_tokens`.
+     * What memory holds on `query`, laid out for another model within `budget_tokens`: out of every session of the user, or of
+     * the agent if the session has one, the 32 best memories at most.
      */
 open func context(query: String, budgetTokens: UInt64)async throws  -> Context  {
     return
@@ -2948,7 +2951,8 @@ open func peekLogitsBlocking(text: String)throws  -> Vectors  {
 }
 
     /**
-     * Answers the last message again.
+     * Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `recall_k`,
+     * `across_sessions`, `answer_prefix`, `completion` and `joined` are ignored.
      */
 open func regenerate(options: SendOptions)throws  -> NativeEvents  {
     return try  FfiConverterTypeNativeEvents_lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
@@ -3628,35 +3632,35 @@ public struct EngineConfig: Equatable, Hashable {
      */
     public var model: ModelSource?
     /**
-     * `auto`, `cpu`, `cuda` or `cuda:N`.
+     * `auto`, `cpu`, `cuda` or `cuda:N`; `auto` if left out, or the process's own where several share the model.
      */
     public var device: String?
     /**
-     * What turns sentences into vectors.
+     * What turns sentences into vectors; `Hashed` if left out.
      */
     public var embedder: EmbedderSource?
     /**
-     * How a sentence encoder multiplies.
+     * How a sentence encoder multiplies; in f32 if left out.
      */
     public var embedderPrecision: EmbedderPrecision?
     /**
-     * Recent tokens attended exactly.
+     * Recent tokens attended exactly; 2048 if left out.
      */
     public var windowTokens: UInt64?
     /**
-     * Most tokens of one forward pass while a prompt is read.
+     * Most tokens of one forward pass while a prompt is read; 512 if left out.
      */
     public var blockTokens: UInt64?
     /**
-     * Memories looked up for each message.
+     * Memories looked up for each message; 8 if left out, and 0 recalls nothing.
      */
     public var recallK: UInt64?
     /**
-     * Most tokens of recalled text put before a message.
+     * Most tokens of recalled text put before a message; 768 if left out, and never more than half the window.
      */
     public var recallTokens: UInt64?
     /**
-     * How much of each recalled passage is quoted.
+     * How much of each recalled passage is quoted; `Sentences` if left out.
      */
     public var quote: Quote?
     /**
@@ -3665,7 +3669,7 @@ public struct EngineConfig: Equatable, Hashable {
      */
     public var evictedPageBytes: UInt64?
     /**
-     * How older tokens come back.
+     * How older tokens come back; `Text` if left out.
      */
     public var recall: RecallPolicy?
     /**
@@ -3673,7 +3677,7 @@ public struct EngineConfig: Equatable, Hashable {
      */
     public var pages: PageConfig?
     /**
-     * Which database keeps the small records of a new store.
+     * Which database keeps the small records of a new store; sled if left out.
      */
     public var backend: Backend?
     /**
@@ -3685,7 +3689,8 @@ public struct EngineConfig: Equatable, Hashable {
      */
     public var hygiene: Hygiene?
     /**
-     * Takes another embedder over than the one that the store was made with, working this share of the time.
+     * Takes another embedder over than the one that the store was made with, working this share of the time, more than 0 and
+     * at most 1; left out, another one is refused.
      */
     public var reembed: Float?
     /**
@@ -3705,41 +3710,41 @@ public struct EngineConfig: Equatable, Hashable {
          * The language model; without one, memory alone works.
          */model: ModelSource? = nil,
         /**
-         * `auto`, `cpu`, `cuda` or `cuda:N`.
+         * `auto`, `cpu`, `cuda` or `cuda:N`; `auto` if left out, or the process's own where several share the model.
          */device: String? = nil,
         /**
-         * What turns sentences into vectors.
+         * What turns sentences into vectors; `Hashed` if left out.
          */embedder: EmbedderSource? = nil,
         /**
-         * How a sentence encoder multiplies.
+         * How a sentence encoder multiplies; in f32 if left out.
          */embedderPrecision: EmbedderPrecision? = nil,
         /**
-         * Recent tokens attended exactly.
+         * Recent tokens attended exactly; 2048 if left out.
          */windowTokens: UInt64? = nil,
         /**
-         * Most tokens of one forward pass while a prompt is read.
+         * Most tokens of one forward pass while a prompt is read; 512 if left out.
          */blockTokens: UInt64? = nil,
         /**
-         * Memories looked up for each message.
+         * Memories looked up for each message; 8 if left out, and 0 recalls nothing.
          */recallK: UInt64? = nil,
         /**
-         * Most tokens of recalled text put before a message.
+         * Most tokens of recalled text put before a message; 768 if left out, and never more than half the window.
          */recallTokens: UInt64? = nil,
         /**
-         * How much of each recalled passage is quoted.
+         * How much of each recalled passage is quoted; `Sentences` if left out.
          */quote: Quote? = nil,
         /**
          * Bytes of evicted key/value pages kept on disk for each session, 2 GiB by default; with 0 a session that is opened again
          * recalls none of them inside attention.
          */evictedPageBytes: UInt64? = nil,
         /**
-         * How older tokens come back.
+         * How older tokens come back; `Text` if left out.
          */recall: RecallPolicy? = nil,
         /**
          * Recall inside attention.
          */pages: PageConfig? = nil,
         /**
-         * Which database keeps the small records of a new store.
+         * Which database keeps the small records of a new store; sled if left out.
          */backend: Backend? = nil,
         /**
          * 32 bytes that encrypt everything that memory writes.
@@ -3748,7 +3753,8 @@ public struct EngineConfig: Equatable, Hashable {
          * What memory does not store twice, and what it does not store at all.
          */hygiene: Hygiene? = nil,
         /**
-         * Takes another embedder over than the one that the store was made with, working this share of the time.
+         * Takes another embedder over than the one that the store was made with, working this share of the time, more than 0 and
+         * at most 1; left out, another one is refused.
          */reembed: Float? = nil,
         /**
          * Shares the model with the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name: all
@@ -3936,7 +3942,7 @@ public func FfiConverterTypeExported_lower(_ value: Exported) -> RustBuffer {
  */
 public struct FeedOptions: Equatable, Hashable {
     /**
-     * What the model reads.
+     * What the model reads; by length if left out.
      */
     public var mode: FeedMode?
     /**
@@ -3960,7 +3966,7 @@ public struct FeedOptions: Equatable, Hashable {
     // declare one manually.
     public init(
         /**
-         * What the model reads.
+         * What the model reads; by length if left out.
          */mode: FeedMode? = nil,
         /**
          * Name of the document, shown beside what is recalled from it.
@@ -4352,15 +4358,15 @@ public func FfiConverterTypeHit_lower(_ value: Hit) -> RustBuffer {
  */
 public struct Hygiene: Equatable, Hashable {
     /**
-     * Counts text with the words of text that the session holds instead of storing it.
+     * Counts text with the words of text that the session holds instead of storing it; true if left out.
      */
     public var nearDuplicates: Bool?
     /**
-     * What to do with passwords, keys and tokens.
+     * What to do with passwords, keys and tokens; `Flag` if left out.
      */
     public var secrets: Policy?
     /**
-     * What to do with addresses of mail, phone, card, account and social security numbers.
+     * What to do with addresses of mail, phone, card, account and social security numbers; `Flag` if left out.
      */
     public var personal: Policy?
 
@@ -4368,13 +4374,13 @@ public struct Hygiene: Equatable, Hashable {
     // declare one manually.
     public init(
         /**
-         * Counts text with the words of text that the session holds instead of storing it.
+         * Counts text with the words of text that the session holds instead of storing it; true if left out.
          */nearDuplicates: Bool? = nil,
         /**
-         * What to do with passwords, keys and tokens.
+         * What to do with passwords, keys and tokens; `Flag` if left out.
          */secrets: Policy? = nil,
         /**
-         * What to do with addresses of mail, phone, card, account and social security numbers.
+         * What to do with addresses of mail, phone, card, account and social security numbers; `Flag` if left out.
          */personal: Policy? = nil) {
         self.nearDuplicates = nearDuplicates
         self.secrets = secrets
@@ -4518,7 +4524,7 @@ public struct NewTurn: Equatable, Hashable {
      */
     public var text: String
     /**
-     * When, milliseconds since 1970.
+     * When, milliseconds since 1970; 0 is now.
      */
     public var timeMs: Int64
     /**
@@ -4526,7 +4532,7 @@ public struct NewTurn: Equatable, Hashable {
      */
     public var source: String?
     /**
-     * Whether it can be recalled later; by role if left out.
+     * Whether it can be recalled later; left out, what a user, the assistant or a document says can.
      */
     public var remember: Bool?
     /**
@@ -4552,13 +4558,13 @@ public struct NewTurn: Equatable, Hashable {
          * Its text.
          */text: String,
         /**
-         * When, milliseconds since 1970.
+         * When, milliseconds since 1970; 0 is now.
          */timeMs: Int64,
         /**
          * Where the text comes from: a file name, a URL.
          */source: String? = nil,
         /**
-         * Whether it can be recalled later; by role if left out.
+         * Whether it can be recalled later; left out, what a user, the assistant or a document says can.
          */remember: Bool? = nil,
         /**
          * What it is a fact about: the newest turn of a subject wins.
@@ -4639,55 +4645,56 @@ public func FfiConverterTypeNewTurn_lower(_ value: NewTurn) -> RustBuffer {
  */
 public struct PageConfig: Equatable, Hashable {
     /**
-     * Tokens that each key/value head recalls.
+     * Tokens that each key/value head recalls; 2048 if left out.
      */
     public var tokens: UInt64?
     /**
-     * Bytes of host memory for the stored pages of one session and their index.
+     * Bytes of host memory for the stored pages of one session and their index; 2 GiB if left out.
      */
     public var bytes: UInt64?
     /**
-     * Bytes of device memory for them, where the model runs on a device.
+     * Bytes of device memory for them, where the model runs on a device; 4 GiB if left out.
      */
     public var deviceBytes: UInt64?
     /**
-     * How stored keys and values are held.
+     * How stored keys and values are held; bf16 if left out.
      */
     public var precision: PagePrecision?
     /**
-     * How tokens are chosen.
+     * How tokens are chosen; by mka's rule if left out.
      */
     public var rule: PageRule?
     /**
-     * What is scored for a choice before keys are.
+     * What is scored for a choice before keys are; `Auto` if left out.
      */
     public var scan: LandmarkScan?
     /**
-     * What a prompt's blocks attend to.
+     * What a prompt's blocks attend to; `Selected` if left out.
      */
     public var prefill: Prefill?
     /**
-     * Decoded tokens that one choice serves; left out, 4 on a card and 16 to 64 on the processor.
+     * Decoded tokens that one choice serves; left out, 4 on a card and for other systems' rules, and 16 to 64 on the
+     * processor.
      */
     public var reuseSteps: UInt64?
     /**
-     * Layers below this one choose nothing.
+     * Layers below this one choose nothing; 3 if left out.
      */
     public var firstLayer: UInt64?
     /**
-     * Tokens to either side of a stored one whose votes count for it.
+     * Tokens to either side of a stored one whose votes count for it; 16 if left out.
      */
     public var voteReach: UInt64?
     /**
-     * Whether what a message's queries asked for stays asked for while it is answered.
+     * Whether what a message's queries asked for stays asked for while it is answered; true if left out.
      */
     public var keepVotes: Bool?
     /**
-     * Whether the rare words of a message pin the places where they stand.
+     * Whether the rare words of a message pin the places where they stand; true if left out.
      */
     public var lexical: Bool?
     /**
-     * Whether tokens that are not recalled enter the softmax too, each page as its means.
+     * Whether tokens that are not recalled enter the softmax too, each page as its means; false if left out.
      */
     public var estimate: Bool?
     /**
@@ -4700,43 +4707,44 @@ public struct PageConfig: Equatable, Hashable {
     // declare one manually.
     public init(
         /**
-         * Tokens that each key/value head recalls.
+         * Tokens that each key/value head recalls; 2048 if left out.
          */tokens: UInt64? = nil,
         /**
-         * Bytes of host memory for the stored pages of one session and their index.
+         * Bytes of host memory for the stored pages of one session and their index; 2 GiB if left out.
          */bytes: UInt64? = nil,
         /**
-         * Bytes of device memory for them, where the model runs on a device.
+         * Bytes of device memory for them, where the model runs on a device; 4 GiB if left out.
          */deviceBytes: UInt64? = nil,
         /**
-         * How stored keys and values are held.
+         * How stored keys and values are held; bf16 if left out.
          */precision: PagePrecision? = nil,
         /**
-         * How tokens are chosen.
+         * How tokens are chosen; by mka's rule if left out.
          */rule: PageRule? = nil,
         /**
-         * What is scored for a choice before keys are.
+         * What is scored for a choice before keys are; `Auto` if left out.
          */scan: LandmarkScan? = nil,
         /**
-         * What a prompt's blocks attend to.
+         * What a prompt's blocks attend to; `Selected` if left out.
          */prefill: Prefill? = nil,
         /**
-         * Decoded tokens that one choice serves; left out, 4 on a card and 16 to 64 on the processor.
+         * Decoded tokens that one choice serves; left out, 4 on a card and for other systems' rules, and 16 to 64 on the
+         * processor.
          */reuseSteps: UInt64? = nil,
         /**
-         * Layers below this one choose nothing.
+         * Layers below this one choose nothing; 3 if left out.
          */firstLayer: UInt64? = nil,
         /**
-         * Tokens to either side of a stored one whose votes count for it.
+         * Tokens to either side of a stored one whose votes count for it; 16 if left out.
          */voteReach: UInt64? = nil,
         /**
-         * Whether what a message's queries asked for stays asked for while it is answered.
+         * Whether what a message's queries asked for stays asked for while it is answered; true if left out.
          */keepVotes: Bool? = nil,
         /**
-         * Whether the rare words of a message pin the places where they stand.
+         * Whether the rare words of a message pin the places where they stand; true if left out.
          */lexical: Bool? = nil,
         /**
-         * Whether tokens that are not recalled enter the softmax too, each page as its means.
+         * Whether tokens that are not recalled enter the softmax too, each page as its means; false if left out.
          */estimate: Bool? = nil,
         /**
          * Whether positions are counted over what is attended as soon as not every stored token is recalled (the default); else
@@ -4988,7 +4996,7 @@ public func FfiConverterTypeProblem_lower(_ value: Problem) -> RustBuffer {
  */
 public struct RecallOptions: Equatable, Hashable {
     /**
-     * The most hits to return.
+     * The most hits to return; 8 if left out.
      */
     public var k: UInt64?
     /**
@@ -5000,7 +5008,7 @@ public struct RecallOptions: Equatable, Hashable {
      */
     public var exceptTurns: [UInt64]
     /**
-     * Also look into the other sessions of the scope's user.
+     * Also look into the other sessions of the scope's user, or of the agent if it names one.
      */
     public var acrossSessions: Bool
     /**
@@ -5029,15 +5037,15 @@ public struct RecallOptions: Equatable, Hashable {
      */
     public var stale: Bool
     /**
-     * Halves a score for every so many milliseconds of age.
+     * Halves a score for every so many milliseconds of age; left out, age counts next to nothing.
      */
     public var halfLifeMs: UInt64?
     /**
-     * Hits that score less are left out.
+     * Hits that score less are left out; 0, the default, keeps all.
      */
     public var minScore: Float?
     /**
-     * Hits less relevant are left out.
+     * Hits less relevant are left out; 0, the default, keeps all.
      */
     public var minRelevance: Float?
     /**
@@ -5045,7 +5053,7 @@ public struct RecallOptions: Equatable, Hashable {
      */
     public var filter: Filter?
     /**
-     * Let a short question lean on what its session was about just now.
+     * Let a short question lean on what its session was about just now; true if left out.
      */
     public var followUp: Bool?
 
@@ -5053,7 +5061,7 @@ public struct RecallOptions: Equatable, Hashable {
     // declare one manually.
     public init(
         /**
-         * The most hits to return.
+         * The most hits to return; 8 if left out.
          */k: UInt64? = nil,
         /**
          * In the scope's own session, only chunks of turns before this one.
@@ -5062,7 +5070,7 @@ public struct RecallOptions: Equatable, Hashable {
          * In the scope's own session, no chunks of these turns.
          */exceptTurns: [UInt64] = [],
         /**
-         * Also look into the other sessions of the scope's user.
+         * Also look into the other sessions of the scope's user, or of the agent if it names one.
          */acrossSessions: Bool = false,
         /**
          * Only turns in these roles; all if empty.
@@ -5084,19 +5092,19 @@ public struct RecallOptions: Equatable, Hashable {
          * Also return what a newer turn of the same subject superseded.
          */stale: Bool = false,
         /**
-         * Halves a score for every so many milliseconds of age.
+         * Halves a score for every so many milliseconds of age; left out, age counts next to nothing.
          */halfLifeMs: UInt64? = nil,
         /**
-         * Hits that score less are left out.
+         * Hits that score less are left out; 0, the default, keeps all.
          */minScore: Float? = nil,
         /**
-         * Hits less relevant are left out.
+         * Hits less relevant are left out; 0, the default, keeps all.
          */minRelevance: Float? = nil,
         /**
          * Only turns whose metadata this accepts.
          */filter: Filter? = nil,
         /**
-         * Let a short question lean on what its session was about just now.
+         * Let a short question lean on what its session was about just now; true if left out.
          */followUp: Bool? = nil) {
         self.k = k
         self.beforeTurn = beforeTurn
@@ -5387,31 +5395,31 @@ public func FfiConverterTypeScope_lower(_ value: Scope) -> RustBuffer {
  */
 public struct SendOptions: Equatable, Hashable {
     /**
-     * 0 takes the most likely token.
+     * 0, the default, takes the most likely token; above, logits are divided by it.
      */
     public var temperature: Float?
     /**
-     * Keep the k most likely tokens; 0 keeps all.
+     * Keep the k most likely tokens; 0, the default, keeps all.
      */
     public var topK: UInt64?
     /**
-     * Keep the smallest set of tokens whose probability reaches this.
+     * Keep the smallest set of tokens whose probability reaches this; 1, the default, keeps all.
      */
     public var topP: Float?
     /**
-     * Drop tokens less likely than this share of the most likely one.
+     * Drop tokens less likely than this share of the most likely one; 0, the default, drops none.
      */
     public var minP: Float?
     /**
-     * What the logits of recent tokens are divided by.
+     * Positive logits of recent tokens are divided by this, negative ones multiplied; 1, the default, changes none.
      */
     public var repetitionPenalty: Float?
     /**
-     * Two runs with one seed draw the same.
+     * Two runs with one seed draw the same, and so do two that leave it out: it is 0 then.
      */
     public var seed: UInt64?
     /**
-     * Most tokens to generate.
+     * Most tokens to generate; 512 if left out.
      */
     public var maxNewTokens: UInt64?
     /**
@@ -5419,7 +5427,7 @@ public struct SendOptions: Equatable, Hashable {
      */
     public var stop: [String]
     /**
-     * Words that the answer begins with.
+     * Words that the answer begins with; they are part of the turn but are not streamed.
      */
     public var answerPrefix: String?
     /**
@@ -5431,19 +5439,20 @@ public struct SendOptions: Equatable, Hashable {
      */
     public var joined: Bool
     /**
-     * Instructions before a session's first message; they stay in sight, as far as the trained length has room.
+     * Instructions before a session's first message, ignored later; they stay in sight, as far as the trained length has
+     * room.
      */
     public var system: String?
     /**
-     * How older tokens come back.
+     * How older tokens come back; as the engine was opened if left out.
      */
     public var recall: RecallPolicy?
     /**
-     * Memories to look up.
+     * Memories to look up; as the engine was opened if left out.
      */
     public var recallK: UInt64?
     /**
-     * Whether other sessions of the same user are searched too.
+     * Whether other sessions of the same user, or of the agent if the session has one, are searched too.
      */
     public var acrossSessions: Bool
     /**
@@ -5455,31 +5464,31 @@ public struct SendOptions: Equatable, Hashable {
     // declare one manually.
     public init(
         /**
-         * 0 takes the most likely token.
+         * 0, the default, takes the most likely token; above, logits are divided by it.
          */temperature: Float? = nil,
         /**
-         * Keep the k most likely tokens; 0 keeps all.
+         * Keep the k most likely tokens; 0, the default, keeps all.
          */topK: UInt64? = nil,
         /**
-         * Keep the smallest set of tokens whose probability reaches this.
+         * Keep the smallest set of tokens whose probability reaches this; 1, the default, keeps all.
          */topP: Float? = nil,
         /**
-         * Drop tokens less likely than this share of the most likely one.
+         * Drop tokens less likely than this share of the most likely one; 0, the default, drops none.
          */minP: Float? = nil,
         /**
-         * What the logits of recent tokens are divided by.
+         * Positive logits of recent tokens are divided by this, negative ones multiplied; 1, the default, changes none.
          */repetitionPenalty: Float? = nil,
         /**
-         * Two runs with one seed draw the same.
+         * Two runs with one seed draw the same, and so do two that leave it out: it is 0 then.
          */seed: UInt64? = nil,
         /**
-         * Most tokens to generate.
+         * Most tokens to generate; 512 if left out.
          */maxNewTokens: UInt64? = nil,
         /**
          * The answer ends before the first of these.
          */stop: [String] = [],
         /**
-         * Words that the answer begins with.
+         * Words that the answer begins with; they are part of the turn but are not streamed.
          */answerPrefix: String? = nil,
         /**
          * Whether the message is the prompt as it stands, without the chat template.
@@ -5488,16 +5497,17 @@ public struct SendOptions: Equatable, Hashable {
          * Whether the message goes on in the message of the document fed before it.
          */joined: Bool = false,
         /**
-         * Instructions before a session's first message; they stay in sight, as far as the trained length has room.
+         * Instructions before a session's first message, ignored later; they stay in sight, as far as the trained length has
+         * room.
          */system: String? = nil,
         /**
-         * How older tokens come back.
+         * How older tokens come back; as the engine was opened if left out.
          */recall: RecallPolicy? = nil,
         /**
-         * Memories to look up.
+         * Memories to look up; as the engine was opened if left out.
          */recallK: UInt64? = nil,
         /**
-         * Whether other sessions of the same user are searched too.
+         * Whether other sessions of the same user, or of the agent if the session has one, are searched too.
          */acrossSessions: Bool = false,
         /**
          * When the message was said, milliseconds since 1970; now if left out.
@@ -7010,7 +7020,7 @@ public func FfiConverterTypeFeedEvent_lower(_ value: FeedEvent) -> RustBuffer {
 public enum FeedMode: Equatable, Hashable {
 
     /**
-     * By length; all of it in an engine that recalls pages and no text.
+     * All of it up to four windows, and in an engine that recalls pages and no text; beyond, as `Text`. The default.
      */
     case auto
     /**
@@ -10295,7 +10305,7 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativeengine_close_blocking() != 31925) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativeengine_count_tokens() != 38685) {
+    if (uniffi_mka_bindings_checksum_method_nativeengine_count_tokens() != 6845) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativeengine_device() != 15064) {
@@ -10379,7 +10389,7 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativememory_compact_blocking() != 43050) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativememory_context() != 14505) {
+    if (uniffi_mka_bindings_checksum_method_nativememory_context() != 427) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_context_blocking() != 45574) {
@@ -10466,7 +10476,7 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativesession_close() != 60319) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativesession_context() != 19166) {
+    if (uniffi_mka_bindings_checksum_method_nativesession_context() != 24802) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativesession_context_blocking() != 41547) {
@@ -10493,7 +10503,7 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativesession_peek_logits_blocking() != 4778) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativesession_regenerate() != 9259) {
+    if (uniffi_mka_bindings_checksum_method_nativesession_regenerate() != 30281) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativesession_rewind() != 18965) {

@@ -1,8 +1,8 @@
 //! What a model folder costs to run, with memory and without: speed, time to the first token, memory by phase.
 //! Knows no task; every measurement is a process of its own.
 
-use crate::job::{self, Ask, Job, Outcome, Result, Scratch};
-use std::path::PathBuf;
+use crate::job::{self, Ask, Job, Memory, Outcome, Result, Scratch};
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug, Clone)]
 pub(crate) struct Args {
@@ -67,18 +67,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn measure(args: &Args, text: &str, bytes: usize, memory: bool) -> Result<Phases> {
-    let window = if memory { args.window } else { args.full_window };
     let phase = |name: &str, fed: bool, asked: bool| -> Result<Outcome> {
         let scratch = Scratch::new(&format!("inference-{bytes}-{memory}-{name}"))?;
         let path = scratch.path().join("prompt.txt");
         std::fs::write(&path, text.chars().take(bytes).collect::<String>())?;
         let job = Job {
-            store: scratch.path().join("store"),
-            model: args.model.clone(),
-            window,
-            device: Some(args.device.clone()),
-            tensor_parallel: args.tensor_parallel,
-            recall_k: if memory { args.recall_k } else { 0 },
             feed: fed.then_some(path),
             through_model: true,
             ask: asked.then(|| Ask {
@@ -86,7 +79,7 @@ fn measure(args: &Args, text: &str, bytes: usize, memory: bool) -> Result<Phases
                 max_new_tokens: args.decode,
                 ..Ask::default()
             }),
-            ..Job::default()
+            ..base(args, memory, scratch.path())
         };
         job::spawn(&job, 0)
     };
@@ -95,6 +88,20 @@ fn measure(args: &Args, text: &str, bytes: usize, memory: bool) -> Result<Phases
         fed: phase("fed", true, false)?,
         asked: phase("asked", true, true)?,
     })
+}
+
+/// What the processes of a row have in common.
+fn base(args: &Args, memory: bool, folder: &Path) -> Job {
+    Job {
+        store: folder.join("store"),
+        model: args.model.clone(),
+        window: if memory { args.window } else { args.full_window },
+        device: Some(args.device.clone()),
+        tensor_parallel: args.tensor_parallel,
+        memory: if memory { Memory::Text } else { Memory::Off },
+        recall_k: memory.then_some(args.recall_k),
+        ..Job::default()
+    }
 }
 
 fn row(args: &Args, memory: bool, phases: &Phases) -> String {
@@ -117,4 +124,24 @@ fn row(args: &Args, memory: bool, phases: &Phases) -> String {
         (attended * per_token) as f64 / f64::from(1u32 << 20),
         asked.device,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn with_memory_text_is_recalled_and_without_nothing_is() {
+        let args = Line::parse_from(["inference", "--text", "book.txt", "--recall-k", "5"]).args;
+        let [with, without] = [true, false].map(|memory| base(&args, memory, Path::new("scratch")));
+        assert_eq!((with.memory, with.recall_k, with.window), (Memory::Text, Some(5), 1024));
+        assert_eq!((without.memory, without.recall_k, without.window), (Memory::Off, None, 8192));
+    }
 }

@@ -195,8 +195,9 @@ pub(crate) struct Job {
     #[serde(default)]
     pub(crate) tensor_parallel: bool,
     pub(crate) memory: Memory,
-    /// Memories looked up for the question, where text is recalled.
-    pub(crate) recall_k: usize,
+    /// Memories looked up for the question, where text is recalled; none: the engine's own number.
+    #[serde(default)]
+    pub(crate) recall_k: Option<usize>,
     /// Tokens that attention recalls, where pages are; 0 is the engine's own number.
     pub(crate) page_tokens: usize,
     #[serde(default)]
@@ -265,17 +266,10 @@ pub(crate) struct Outcome {
 /// Runs `job` in this process.
 pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     let mut outcome = Outcome::default();
-    let mut config = MemoryConfig::with_window(job.window);
-    job.memory.configure(&mut config);
-    config.recall_k = job.recall_k;
-    if job.page_tokens > 0 {
-        config.pages.tokens = job.page_tokens;
-    }
-    job.page_options.configure(&mut config.pages);
     let started = Instant::now();
     let mut builder = Engine::builder(&job.store)
         .model(job.model.parse::<ModelSource>()?)
-        .memory(config)
+        .memory(memory_config(job))
         .quiet(true);
     if let Some(device) = job.named_device() {
         builder = builder.device(device.parse()?);
@@ -337,6 +331,20 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     }
     outcome.peak_rss_bytes = peak_rss_bytes();
     Ok(outcome)
+}
+
+/// How the engine of `job` remembers.
+fn memory_config(job: &Job) -> MemoryConfig {
+    let mut config = MemoryConfig::with_window(job.window);
+    job.memory.configure(&mut config);
+    if let Some(k) = job.recall_k {
+        config.recall_k = k;
+    }
+    if job.page_tokens > 0 {
+        config.pages.tokens = job.page_tokens;
+    }
+    job.page_options.configure(&mut config.pages);
+    config
 }
 
 /// Asks, and notes what the answer was and how long it took.
@@ -434,5 +442,23 @@ pub(crate) fn revision() -> String {
             _ => format!("{revision}+changes"),
         },
         _ => format!("version {}", env!("CARGO_PKG_VERSION")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_looked_up_as_often_as_the_engine_does_unless_it_is_said() {
+        let engines_own = MemoryConfig::default().recall_k;
+        assert!(engines_own > 0);
+        for memory in [Memory::Text, Memory::Both] {
+            for (recall_k, expected) in [(None, engines_own), (Some(3), 3), (Some(0), 0)] {
+                let config = memory_config(&Job { memory, recall_k, ..Job::default() });
+                assert_eq!(config.recall_k, expected, "{memory:?} {recall_k:?}");
+                assert_ne!(config.recall, RecallPolicy::Off);
+            }
+        }
     }
 }

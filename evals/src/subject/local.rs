@@ -176,7 +176,7 @@ impl Local {
             window: self.options.window,
             device: devices.get(turn).cloned(),
             memory: self.way.memory,
-            recall_k: self.options.recall_k,
+            recall_k: Some(self.options.recall_k),
             page_tokens: self.options.page_tokens,
             page_options: self.options.page_options.clone(),
             completion: !sample.chat,

@@ -24,7 +24,7 @@ pub(crate) mod summary;
 
 use crate::job::Result;
 use crate::sample::{Benchmark, Cell, Metric, Sample};
-use crate::subject::{Fed, Subject};
+use crate::subject::{Answer, Fed, Subject};
 use indicatif::{ProgressBar, ProgressStyle};
 use log::{Failure, Key, Log, Record};
 use serde::de::DeserializeOwned;
@@ -206,13 +206,16 @@ fn answer(
     }
     let first = subject.answer(sample, fed)?;
     let next = benchmark.follow_up(&sample.cell, &first.output)?;
-    let (reasoning, sample, answer) = match &next {
+    let (reasoning, asked, answer) = match &next {
         None => (String::new(), sample, first),
-        // Asked apart: what `fed` holds was asked the first question.
-        Some(next) => (first.output, next, subject.answer(next, &mut None)?),
+        Some(next) => {
+            // Asked apart: what `fed` holds was asked the first question.
+            let second = subject.answer(next, &mut None)?;
+            (first.output.clone(), next, both(first, second))
+        }
     };
     let scored = |metric: &Metric| -> Result<f64> {
-        let score = (metric.score)(&answer.output, &sample.references, &sample.classes);
+        let score = (metric.score)(&answer.output, &asked.references, &asked.classes);
         if !(0.0..=1.0).contains(&score) {
             return Err(format!("metric {}: score {score}, expected 0 to 1", metric.name).into());
         }
@@ -220,17 +223,28 @@ fn answer(
     };
     Ok(Some(Record {
         key: key(subject, &sample.cell),
-        metric: sample.metric.name.to_owned(),
-        score: scored(&sample.metric)?,
-        also: match sample.metric.also {
+        metric: asked.metric.name.to_owned(),
+        score: scored(&asked.metric)?,
+        also: match asked.metric.also {
             Some(metric) => Some((metric.name.to_owned(), scored(metric)?)),
             None => None,
         },
-        references: sample.references.clone(),
+        references: asked.references.clone(),
         tokens: sample.tokens,
         reasoning,
         answer,
     }))
+}
+
+/// The second answer with the prompt and the times of the first, which had the text before it; tokens said and memory are of
+/// both.
+fn both(first: Answer, second: Answer) -> Answer {
+    Answer {
+        output: second.output,
+        generated_tokens: first.generated_tokens + second.generated_tokens,
+        peak_rss_bytes: first.peak_rss_bytes.max(second.peak_rss_bytes),
+        ..first
+    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ mod task;
 mod tests;
 
 use crate::job::Result;
-use crate::sample::{Benchmark, Cell, Sample};
+use crate::sample::{Benchmark, Cell, Pool, Sample};
 use multiple_choice::Prompting;
 use records::{Place, Records};
 use std::collections::HashMap;
@@ -163,6 +163,13 @@ impl Benchmark for LongBench {
 
     fn cells(&self) -> Vec<Cell> {
         self.samples.iter().map(|sample| sample.cell.clone()).collect()
+    }
+
+    fn pools(&self) -> Vec<Pool> {
+        match self.version {
+            Version::V1 | Version::V1E => Vec::new(),
+            Version::V2 => multiple_choice::pools(),
+        }
     }
 
     /// The prompt is whole, whatever its length: cutting it is the subject's, which knows its window.

@@ -140,7 +140,7 @@ pub(crate) fn run(
     })?;
     bar.finish_and_clear();
 
-    let summary = Summary::new(&log::read(out)?);
+    let summary = Summary::new(&log::read(out)?, benchmark.pools());
     let table = summary.render(benchmark.name(), &revisions, options.threshold);
     let path = out.join("table.md");
     std::fs::write(&path, &table).map_err(|e| format!("{}: {e}", path.display()))?;

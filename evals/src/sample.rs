@@ -62,6 +62,22 @@ impl std::fmt::Debug for Metric {
     }
 }
 
+/// Samples whose mean the official table shows: of some tasks together, all of them or those of one group.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pool {
+    /// What its tasks have in common, and the column of the official table.
+    pub(crate) names: [&'static str; 2],
+    pub(crate) tasks: &'static [&'static str],
+    /// None: all groups.
+    pub(crate) group: Option<&'static str>,
+}
+
+impl Pool {
+    pub(crate) fn holds(&self, task: &str, group: &str) -> bool {
+        self.tasks.contains(&task) && self.group.is_none_or(|own| own == group)
+    }
+}
+
 /// A set of samples that a run goes through.
 pub(crate) trait Benchmark: Sync {
     /// The name that logs and tables carry.
@@ -69,6 +85,11 @@ pub(crate) trait Benchmark: Sync {
 
     /// Every sample, in the order of the run.
     fn cells(&self) -> Vec<Cell>;
+
+    /// In the order of the official table, where that has means over samples; empty: it has averages over tasks.
+    fn pools(&self) -> Vec<Pool> {
+        Vec::new()
+    }
 
     /// Makes one sample; `count_tokens` is the model's own tokenizer without special tokens.
     ///

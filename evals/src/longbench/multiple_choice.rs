@@ -3,7 +3,7 @@
 
 use super::metric::ACCURACY;
 use super::rouge::is_space;
-use crate::sample::{Cell, Sample};
+use crate::sample::{Cell, Pool, Sample};
 use regex::Regex;
 use serde::Deserialize;
 use std::sync::LazyLock;
@@ -49,6 +49,33 @@ pub(super) const TASKS: [Task; 6] = [
     task("v2_easy_cot", Difficulty::Easy, Prompting::Cot),
     task("v2_hard_cot", Difficulty::Hard, Prompting::Cot),
 ];
+
+/// The columns of the official table, for each way to put the question.
+///
+/// Source: `result.py` of LongBench v2, which counts right answers among samples, whatever their task.
+pub(super) fn pools() -> Vec<Pool> {
+    static PROMPTINGS: [(&str, [&str; 2]); 3] = [
+        ("zero-shot", ["v2_easy", "v2_hard"]),
+        ("without the text", ["v2_easy_no_context", "v2_hard_no_context"]),
+        ("with reasoning", ["v2_easy_cot", "v2_hard_cot"]),
+    ];
+    let of = |(name, tasks): &'static (&'static str, [&'static str; 2])| {
+        let pool = |column, tasks: &'static [&'static str], group| Pool {
+            names: [*name, column],
+            tasks,
+            group,
+        };
+        [
+            pool("overall", &tasks[..], None),
+            pool("easy", &tasks[..1], None),
+            pool("hard", &tasks[1..], None),
+            pool("short", &tasks[..], Some("short")),
+            pool("medium", &tasks[..], Some("medium")),
+            pool("long", &tasks[..], Some("long")),
+        ]
+    };
+    PROMPTINGS.iter().flat_map(of).collect()
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -216,6 +243,30 @@ mod tests {
         let reasoning = sample(&cell(), &record(), Prompting::Cot);
         assert!(reasoning.question.ends_with("Let’s think step by step:"));
         assert_eq!(reasoning.max_new_tokens, 1024);
+    }
+
+    #[test]
+    fn every_task_is_in_the_pools_of_its_prompting() {
+        let pools = pools();
+        let named: Vec<_> = pools.iter().map(|pool| pool.names[1]).collect();
+        assert_eq!(named[..6], ["overall", "easy", "hard", "short", "medium", "long"]);
+        for task in &TASKS {
+            let of = |group| {
+                let pools = pools.iter().filter(|pool| pool.holds(task.name, group));
+                pools.map(|pool| pool.names).collect::<Vec<_>>()
+            };
+            let prompting = match task.prompting {
+                Prompting::ZeroShot => "zero-shot",
+                Prompting::NoContext => "without the text",
+                Prompting::Cot => "with reasoning",
+            };
+            let difficulty = match task.difficulty {
+                Difficulty::Easy => "easy",
+                Difficulty::Hard => "hard",
+            };
+            let expected = ["overall", difficulty, "medium"].map(|column| [prompting, column]);
+            assert_eq!(of(Length::Medium.name()), expected);
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Curves of a run by length, one a subject, as SVG and PNG.
 //! Knows no sample; the font lies in the source, so that a plot needs none of the system.
 
-use super::summary::{Cost, Mean, Summary};
+use super::summary::{Cost, Group, Mean, Summary};
 use crate::job::Result;
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
@@ -42,7 +42,9 @@ struct Plot {
 
 /// Writes the plots of `summary` into `folder`; none where the groups are no lengths.
 pub(super) fn write(folder: &Path, benchmark: &str, summary: &Summary) -> Result<()> {
-    if summary.averages.keys().any(|group| group.length().is_none()) {
+    // Pooled samples have no averages by length.
+    let is_length = |group: &Group| group.length().is_some();
+    if summary.averages.is_empty() || !summary.averages.keys().all(is_length) {
         return Ok(());
     }
     let mut scores = Lines::new();

@@ -2,6 +2,7 @@
 //! Knows only what the log holds, in sorted order: a run that was killed and went on has the same summary.
 
 use super::log::Record;
+use crate::sample::Pool;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -104,20 +105,25 @@ pub(super) struct Summary {
     scores: BTreeMap<(String, Group), BTreeMap<String, Mean>>,
     /// The same for scores computed another way, with their name behind the task's.
     also: BTreeMap<(String, Group), BTreeMap<String, Mean>>,
-    /// By group, then subject: over the means of the tasks.
+    /// By group, then subject: over the means of the tasks; empty where samples are pooled.
     pub(super) averages: BTreeMap<Group, BTreeMap<String, Mean>>,
+    /// Means over samples by subject, in the order of the benchmark's pools.
+    pooled: Vec<(Pool, BTreeMap<String, Mean>)>,
     /// By subject and group.
     pub(super) costs: BTreeMap<(String, Group), Cost>,
 }
 
 impl Summary {
-    /// `records` in sorted order, so that sums are rounded the same way every time.
-    pub(super) fn new(records: &[Record]) -> Self {
+    /// `records` in sorted order, so that sums are rounded the same way every time; `pools` of the benchmark, in the place of
+    /// averages over tasks.
+    pub(super) fn new(records: &[Record], pools: Vec<Pool>) -> Self {
+        let is_averaged = pools.is_empty();
         let mut summary = Self {
             subjects: BTreeSet::new(),
             scores: BTreeMap::new(),
             also: BTreeMap::new(),
             averages: BTreeMap::new(),
+            pooled: pools.into_iter().map(|pool| (pool, BTreeMap::new())).collect(),
             costs: BTreeMap::new(),
         };
         for record in records {
@@ -129,10 +135,17 @@ impl Summary {
                 let row = summary.also.entry((task, group.clone())).or_default();
                 row.entry(subject.clone()).or_default().add(*score);
             }
+            let key = &record.key;
+            for (pool, row) in &mut summary.pooled {
+                if pool.holds(&key.task, &key.group) {
+                    row.entry(subject.clone()).or_default().add(record.score);
+                }
+            }
             summary.costs.entry((subject.clone(), group)).or_default().add(record);
             summary.subjects.insert(subject);
         }
-        for ((_, group), row) in &summary.scores {
+        summary.pooled.retain(|(_, row)| !row.is_empty());
+        for ((_, group), row) in summary.scores.iter().filter(|_| is_averaged) {
             let averages = summary.averages.entry(group.clone()).or_default();
             for (subject, mean) in row {
                 if let Some(mean) = mean.value() {
@@ -168,13 +181,25 @@ impl Summary {
         for ((task, group), row) in self.scores.iter().chain(&self.also) {
             let _ = writeln!(text, "| {task} | {group} |{}", self.row(row));
         }
-        let _ = writeln!(
-            text,
-            "\n## Average over tasks x100 (tasks)\n\n| average | group |{}",
-            self.header()
-        );
+        if !self.averages.is_empty() {
+            let _ = writeln!(
+                text,
+                "\n## Average over tasks x100 (tasks)\n\n| average | group |{}",
+                self.header()
+            );
+        }
         for (group, row) in &self.averages {
             let _ = writeln!(text, "| average | {group} |{}", self.row(row));
+        }
+        if !self.pooled.is_empty() {
+            let _ = writeln!(
+                text,
+                "\n## Mean over samples x100 (samples)\n\n| asked | samples |{}",
+                self.header()
+            );
+        }
+        for (Pool { names: [asked, column], .. }, row) in &self.pooled {
+            let _ = writeln!(text, "| {asked} | {column} |{}", self.row(row));
         }
         if let Some(threshold) = threshold {
             let _ = writeln!(
@@ -226,7 +251,50 @@ impl Summary {
 
 #[cfg(test)]
 mod tests {
+    use super::super::log::Key;
     use super::*;
+    use crate::subject::Answer;
+
+    #[test]
+    fn pooled_samples_weigh_alike_whatever_their_task() {
+        let record = |task: &str, index, score| Record {
+            key: Key { subject: "full".into(), task: task.into(), group: "short".into(), index },
+            metric: "accuracy".into(),
+            score,
+            also: None,
+            references: vec!["A".into()],
+            tokens: 0,
+            reasoning: String::new(),
+            answer: Answer::default(),
+        };
+        let mut records = vec![record("v2_easy", 0, 1.0)];
+        records.extend((1..4).map(|index| record("v2_hard", index, 0.0)));
+        let pool = |column, tasks: &'static [&'static str], group| Pool {
+            names: ["zero-shot", column],
+            tasks,
+            group,
+        };
+        let pools = vec![
+            pool("overall", &["v2_easy", "v2_hard"], None),
+            pool("hard", &["v2_hard"], None),
+            pool("short", &["v2_easy", "v2_hard"], Some("short")),
+            pool("long", &["v2_easy", "v2_hard"], Some("long")),
+        ];
+        let table = Summary::new(&records, pools).render("longbench_v2", &[], None);
+        for line in [
+            "## Mean over samples x100 (samples)",
+            "| zero-shot | overall | 25.0 (4) |",
+            "| zero-shot | hard | 0.0 (3) |",
+            "| zero-shot | short | 25.0 (4) |",
+            "| v2_easy | short | 100.0 (1) |",
+        ] {
+            assert!(table.lines().any(|l| l == line), "{line} in\n{table}");
+        }
+        assert!(!table.contains("average") && !table.contains("| zero-shot | long |"), "{table}");
+        // Without pools it is the mean of the means of the tasks.
+        let table = Summary::new(&records, Vec::new()).render("longbench_v2", &[], None);
+        assert!(table.contains("| average | short | 50.0 (2) |"), "{table}");
+    }
 
     #[test]
     fn lengths_stand_in_the_order_of_numbers_before_names() {

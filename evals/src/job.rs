@@ -240,6 +240,8 @@ pub(crate) struct Ask {
 pub(crate) struct Outcome {
     /// Of engine and session, the model among it.
     pub(crate) open_s: f64,
+    /// Of the session alone: its window, and what its pages need.
+    pub(crate) session_s: f64,
     /// The same of the session alone, by an engine that runs, and from the question to its first token then.
     pub(crate) reopen_s: f64,
     pub(crate) reopened_first_token_s: f64,
@@ -279,7 +281,9 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     }
     let engine = builder.open().await?;
     let name = job.session.as_deref().unwrap_or("sample");
+    let opening = Instant::now();
     let mut session = engine.session(Scope::user("evals").session(name)).await?;
+    outcome.session_s = opening.elapsed().as_secs_f64();
     outcome.open_s = started.elapsed().as_secs_f64();
     outcome.device = engine.device().to_string();
     outcome.kv_bytes_per_token = engine.kv_bytes_per_token().unwrap_or(0);

@@ -47,8 +47,12 @@ pub(crate) struct Answer {
     pub(crate) reused_tokens: usize,
     pub(crate) recalled_tokens: usize,
     pub(crate) generated_tokens: usize,
-    /// From the question to the first token of the answer: reading of what was not fed before and recall included.
+    /// From the question to the first token of the answer: opening of a session that was fed before, reading of what was not
+    /// and recall included.
     pub(crate) first_token_s: f64,
+    /// Of that the opening of the session; 0 where the question finds none to open.
+    #[serde(default)]
+    pub(crate) session_s: f64,
     pub(crate) decode_tokens_per_s: f64,
     /// Taking in the context before the question.
     pub(crate) feed_s: f64,

@@ -112,6 +112,7 @@ impl Subject for Parrot {
             recalled_tokens: sample.cell.index,
             generated_tokens: 3,
             first_token_s: 0.1 * (sample.cell.index + 1) as f64,
+            session_s: 0.05,
             decode_tokens_per_s: 20.0 + 1.0 / (sample.cell.index + 1) as f64,
             feed_s: length / 1e4,
             peak_rss_bytes: (300 + length.sqrt() as u64) << 20,

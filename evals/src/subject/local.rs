@@ -105,7 +105,7 @@ impl Local {
         let ask = Some(ask(sample, sample.question.clone(), self.options.joined));
         let outcome = self.run(&Job { ask, ..job })?;
         let peak_rss_bytes = fed.peak_rss_bytes.max(outcome.peak_rss_bytes);
-        Ok(Answer { feed_s: fed.feed_s, peak_rss_bytes, ..answer(sample, outcome) })
+        Ok(Answer { feed_s: fed.feed_s, peak_rss_bytes, ..answer_later(sample, outcome) })
     }
 
     /// [`Local::ask_later`] of what one process fed for all subjects that share it.
@@ -123,7 +123,7 @@ impl Local {
         };
         let outcome = self.run(&job)?;
         let peak_rss_bytes = outcome.peak_rss_bytes.max(*peak);
-        Ok(Answer { feed_s: *feed_s, peak_rss_bytes, ..answer(sample, outcome) })
+        Ok(Answer { feed_s: *feed_s, peak_rss_bytes, ..answer_later(sample, outcome) })
     }
 
     /// Feeds the sample's context once, into a session for each subject that shares it.
@@ -228,6 +228,13 @@ fn ask(sample: &Sample, message: String, joined: bool) -> Ask {
     }
 }
 
+/// [`answer`] of a process that found its session fed: who comes back with a question waits for the session, too.
+fn answer_later(sample: &Sample, outcome: Outcome) -> Answer {
+    let session_s = outcome.session_s;
+    let answer = answer(sample, outcome);
+    Answer { first_token_s: session_s + answer.first_token_s, session_s, ..answer }
+}
+
 fn answer(sample: &Sample, outcome: Outcome) -> Answer {
     Answer {
         output: outcome.output,
@@ -237,6 +244,7 @@ fn answer(sample: &Sample, outcome: Outcome) -> Answer {
         recalled_tokens: outcome.recalled_tokens,
         generated_tokens: outcome.generated_tokens,
         first_token_s: outcome.first_token_s,
+        session_s: 0.0,
         decode_tokens_per_s: outcome.decode_tokens_per_s,
         feed_s: outcome.feed_s,
         peak_rss_bytes: outcome.peak_rss_bytes,
@@ -297,6 +305,15 @@ mod tests {
             metric: Metric::new("none", |_, _, _| 0.0),
             tokens: 0,
         }
+    }
+
+    #[test]
+    fn who_comes_back_waits_for_the_session_too() {
+        let outcome = Outcome { session_s: 1.5, first_token_s: 0.25, ..Outcome::default() };
+        let later = answer_later(&sample("", "?"), outcome.clone());
+        assert_eq!((later.first_token_s, later.session_s), (1.75, 1.5));
+        let at_once = answer(&sample("", "?"), outcome);
+        assert_eq!((at_once.first_token_s, at_once.session_s), (0.25, 0.0));
     }
 
     fn chars(text: &str) -> Result<usize> {

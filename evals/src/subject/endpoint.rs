@@ -47,9 +47,12 @@ struct Choice {
     finish_reason: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Delta {
     content: Option<String>,
+    /// What is thought before the answer and no part of it, by either name; a server may send both.
+    reasoning_content: Option<String>,
+    reasoning: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -146,7 +149,8 @@ impl Endpoint {
             return Err(format!("{path}: status {status}, expected 200: {}", said.trim()).into());
         }
         let mut answer = Answer { prompt_hash: prompt_hash(sample), ..Answer::default() };
-        let mut first = None;
+        // When the first and the last piece came, of the answer or of what is thought before it.
+        let mut came: Option<(Duration, Duration)> = None;
         let mut pieces = 0;
         let reader = BufReader::new(response.body_mut().as_reader().take(MOST_ANSWER_BYTES));
         let mut ended = false;
@@ -165,12 +169,17 @@ impl Endpoint {
                 return Err(format!("{path}: {error}").into());
             }
             if let Some(choice) = chunk.choices.into_iter().next() {
-                let text = choice.delta.and_then(|delta| delta.content).or(choice.text);
-                if let Some(text) = text.filter(|text| !text.is_empty()) {
-                    first.get_or_insert_with(|| started.elapsed().as_secs_f64());
+                let delta = choice.delta.unwrap_or_default();
+                let text = delta.content.or(choice.text).unwrap_or_default();
+                let thought = [delta.reasoning_content, delta.reasoning];
+                if thought.into_iter().flatten().any(|thought| !thought.is_empty())
+                    || !text.is_empty()
+                {
+                    let now = started.elapsed();
+                    came = Some((came.map_or(now, |(first, _)| first), now));
                     pieces += 1;
-                    answer.output.push_str(&text);
                 }
+                answer.output.push_str(&text);
                 ended |= choice.finish_reason.is_some();
             }
             if let Some(usage) = chunk.usage {
@@ -186,14 +195,14 @@ impl Endpoint {
             )
             .into());
         }
-        let total = started.elapsed().as_secs_f64();
         // Servers that count nothing send about a token a piece.
         if answer.generated_tokens == 0 {
             answer.generated_tokens = pieces;
         }
-        answer.first_token_s = first.unwrap_or(total);
-        let decoded = answer.generated_tokens.saturating_sub(1) as f64;
-        answer.decode_tokens_per_s = decoded / (total - answer.first_token_s).max(1e-9);
+        let end = started.elapsed();
+        let (first, last) = came.unwrap_or((end, end));
+        answer.first_token_s = first.as_secs_f64();
+        answer.decode_tokens_per_s = decode_speed(answer.generated_tokens, last - first);
         Ok(answer)
     }
 }
@@ -211,6 +220,11 @@ impl Subject for Endpoint {
     fn answer(&self, sample: &Sample, _: &mut Option<Fed>) -> Result<Answer> {
         self.ask(sample).map_err(|e| format!("endpoint {} ({}): {e}", self.name, self.url).into())
     }
+}
+
+/// Tokens a second behind the first one; 0 where they took no time, for they came in one piece or unseen.
+fn decode_speed(tokens: usize, taken: Duration) -> f64 {
+    if taken.is_zero() { 0.0 } else { tokens.saturating_sub(1) as f64 / taken.as_secs_f64() }
 }
 
 /// Samples may hold what must not leave the machine, and scores over a network measure the network.

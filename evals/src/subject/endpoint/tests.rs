@@ -108,6 +108,31 @@ fn a_completion_is_the_bare_text_with_its_prefix_and_stops() {
 }
 
 #[test]
+fn what_is_thought_counts_in_time_and_is_no_answer() {
+    let thought = |name: &str, text: &str| {
+        format!("data: {{\"choices\":[{{\"delta\":{{\"{name}\":\"{text}\"}}}}]}}\n\n")
+    };
+    let end = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"length\"}],\"usage\":{\"completion_tokens\":100}}\n\n";
+    let cases = [
+        // Nothing of the hundred tokens is seen, or all of them at once: no speed can be told.
+        (end.to_owned(), false),
+        (thought("reasoning_content", "Hm.") + end, false),
+        (thought("reasoning_content", "Hm, ") + &thought("reasoning_content", "yes.") + end, true),
+        (thought("reasoning", "Hm, ") + &thought("reasoning", "yes.") + end, true),
+    ];
+    for (stream, is_measured) in cases {
+        let (url, served) = serve(format!("{HEADERS}{stream}").leak());
+        let answer = endpoint(&url, false).answer(&sample(true), &mut None).unwrap();
+        assert_eq!((answer.output.as_str(), answer.generated_tokens), ("", 100), "{stream}");
+        assert_eq!(answer.decode_tokens_per_s > 0.0, is_measured, "{stream}");
+        assert!(answer.first_token_s > 0.0, "{stream}");
+        served.join().unwrap();
+    }
+    let speed = decode_speed(101, Duration::from_millis(500));
+    assert_eq!((speed, decode_speed(101, Duration::ZERO)), (200.0, 0.0));
+}
+
+#[test]
 fn prefill_sends_the_prefix_as_the_assistants() {
     let endpoint = endpoint("http://localhost:1/v1", true);
     let (_, body) = endpoint.request(&sample(true));

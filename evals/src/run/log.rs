@@ -6,7 +6,7 @@ use crate::subject::Answer;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -54,16 +54,16 @@ pub(crate) struct Failure {
 /// The log of a run that goes on; another process cannot open it meanwhile.
 pub(crate) struct Log {
     path: PathBuf,
-    file: Mutex<File>,
+    lines: Mutex<Lines<File>>,
 }
 
 impl Drop for Log {
     /// Unlocks before the file closes: a process that this one is just starting holds a copy of the file until it runs
     /// its program, and the lock with it.
     fn drop(&mut self) {
-        let file = self.file.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let lines = self.lines.get_mut().unwrap_or_else(PoisonError::into_inner);
         // A lock that is not given back now goes with the last copy.
-        let _ = file.unlock();
+        let _ = lines.file.unlock();
     }
 }
 
@@ -88,7 +88,8 @@ impl Log {
             file.set_len(whole.len() as u64).map_err(|e| named(&e))?;
         }
         let records = parse(whole).map_err(|e| named(&e))?;
-        Ok((Self { path, file: Mutex::new(file) }, records))
+        let lines = Lines { file, whole_bytes: whole.len() as u64, is_torn: false };
+        Ok((Self { path, lines: Mutex::new(lines) }, records))
     }
 
     /// Appends one line, which is on the disk when this returns.
@@ -96,9 +97,53 @@ impl Log {
         let mut text = serde_json::to_vec(line)?;
         text.push(b'\n');
         // Every line goes to the file whole or not at all, so that a worker's panic leaves nothing to repair.
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let written = file.write_all(&text).and_then(|()| file.sync_data());
-        written.map_err(|e| format!("{}: {e}", self.path.display()).into())
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.append(&text).map_err(|e| format!("{}: {e}", self.path.display()).into())
+    }
+}
+
+/// What lines are appended to.
+trait Tail: Write {
+    /// Waits until what was written is on the disk.
+    fn sync(&mut self) -> io::Result<()>;
+
+    /// Leaves the first `len` bytes.
+    fn cut(&mut self, len: u64) -> io::Result<()>;
+}
+
+impl Tail for File {
+    fn sync(&mut self) -> io::Result<()> {
+        self.sync_data()
+    }
+
+    fn cut(&mut self, len: u64) -> io::Result<()> {
+        self.set_len(len)
+    }
+}
+
+/// A file of whole lines, open at its end.
+struct Lines<F> {
+    file: F,
+    /// Length of the lines that were appended whole.
+    whole_bytes: u64,
+    /// Whether more may stand there: the next line would go on in it.
+    is_torn: bool,
+}
+
+impl<F: Tail> Lines<F> {
+    /// # Errors
+    /// If `line` is not on the disk; of it nothing stays in the file then, or nothing is appended before that is cut off.
+    fn append(&mut self, line: &[u8]) -> io::Result<()> {
+        if self.is_torn {
+            self.file.cut(self.whole_bytes)?;
+            self.is_torn = false;
+        }
+        let written = self.file.write_all(line).and_then(|()| self.file.sync());
+        match &written {
+            Ok(()) => self.whole_bytes += line.len() as u64,
+            Err(_) => self.is_torn = self.file.cut(self.whole_bytes).is_err(),
+        }
+        written
     }
 }
 
@@ -135,4 +180,67 @@ fn parse<R: DeserializeOwned>(text: &[u8]) -> Result<Vec<R>> {
         }
     }
     Ok(records)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk with room for so many bytes, of which a line that is too long takes what is left.
+    struct Disk {
+        bytes: Vec<u8>,
+        room: usize,
+        can_cut: bool,
+    }
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let taken = bytes.len().min(self.room - self.bytes.len());
+            self.bytes.extend(&bytes[..taken]);
+            if taken == 0 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(taken) }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Tail for Disk {
+        fn sync(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn cut(&mut self, len: u64) -> io::Result<()> {
+            if !self.can_cut {
+                return Err(io::ErrorKind::Other.into());
+            }
+            self.bytes.truncate(len as usize);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_that_has_no_room_leaves_nothing_behind() {
+        let file = Disk { bytes: Vec::new(), room: 10, can_cut: true };
+        let mut lines = Lines { file, whole_bytes: 0, is_torn: false };
+        lines.append(b"first\n").unwrap();
+        lines.append(b"second\n").unwrap_err();
+        assert_eq!(lines.file.bytes, b"first\n");
+        lines.append(b"abc\n").unwrap();
+        assert_eq!(lines.file.bytes, b"first\nabc\n");
+    }
+
+    #[test]
+    fn half_a_line_that_cannot_be_cut_off_yet_is_cut_off_before_the_next() {
+        let file = Disk { bytes: Vec::new(), room: 10, can_cut: false };
+        let mut lines = Lines { file, whole_bytes: 0, is_torn: false };
+        lines.append(b"first\n").unwrap();
+        lines.append(b"second\n").unwrap_err();
+        lines.file.room = 20;
+        lines.append(b"third\n").unwrap_err();
+        assert_eq!(lines.file.bytes, b"first\nseco");
+        lines.file.can_cut = true;
+        lines.append(b"third\n").unwrap();
+        assert_eq!(lines.file.bytes, b"first\nthird\n");
+    }
 }

@@ -39,7 +39,7 @@ pub(crate) struct Config {
     /// also be named itself.
     pub(crate) data: PathBuf,
     pub(crate) version: Version,
-    /// All if empty; for v2 those with the text and without reasoning.
+    /// If empty all whose file is there; for v2 those with the text and without reasoning.
     pub(crate) tasks: Vec<String>,
     /// Samples of each task and group, the first of the file.
     pub(crate) limit: Option<usize>,
@@ -64,7 +64,7 @@ impl LongBench {
     /// Goes through the data files once, so that a run of hours does not end at a bad record.
     ///
     /// # Errors
-    /// If a task is unknown, a file is missing, a record is malformed or no sample is left.
+    /// If a task is unknown, the file of one that is named is missing, a record is malformed or no sample is left.
     ///
     /// # Cost
     /// Reads every file that is asked for, up to the limit; keeps places, not texts.
@@ -92,7 +92,12 @@ impl LongBench {
         check_names(&config.tasks, tasks().map(|task| task.name))?;
         for task in tasks().filter(|task| is_wanted(&config.tasks, task.name)) {
             let suffix = if has_lengths { "_e" } else { "" };
-            let records = Records::new(config.data.join(format!("{}{suffix}.jsonl", task.name)));
+            let path = config.data.join(format!("{}{suffix}.jsonl", task.name));
+            // A task that is named must be there; of the others who has some runs those.
+            if config.tasks.is_empty() && !path.exists() {
+                continue;
+            }
+            let records = Records::new(path);
             let group = |record: &task::Record| match has_lengths {
                 true => length_group(record.length),
                 false => "all",

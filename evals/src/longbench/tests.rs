@@ -61,6 +61,21 @@ fn samples_of_v1_are_the_lines_of_their_file() {
 }
 
 #[test]
+fn without_names_the_tasks_are_those_whose_file_is_there() {
+    let text = lines(&[v1_record(5)]);
+    for (file, version) in [("qasper.jsonl", Version::V1), ("qasper_e.jsonl", Version::V1E)] {
+        let (_folder, bench) = open(file, &text, version, &[], None);
+        let tasks: Vec<_> = cells(&bench.unwrap()).into_iter().map(|cell| cell.0).collect();
+        assert_eq!(tasks, ["qasper"]);
+        let (_folder, bench) = open(file, &text, version, &["qasper", "hotpotqa"], None);
+        let error = bench.err().unwrap().to_string();
+        assert!(error.contains("open ") && error.contains("hotpotqa"), "{error}");
+        let (_folder, bench) = open("other.jsonl", &text, version, &[], None);
+        assert!(bench.err().unwrap().to_string().contains("no samples in "));
+    }
+}
+
+#[test]
 fn samples_of_longbench_e_are_grouped_by_length() {
     let lengths = [3999, 4000, 3, 7999, 8000];
     let text = lines(&lengths.map(v1_record));

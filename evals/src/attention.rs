@@ -133,6 +133,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("{}", serde_json::to_string(&train(args, kind, seed.parse()?)?)?);
         return Ok(());
     }
+    let args = &Args {
+        attention: run::each_once(&args.attention),
+        seeds: run::each_once(&args.seeds),
+        ..args.clone()
+    };
     let header = header_of(args)?;
     let (log, done, revisions) =
         run::begin::<Row>(&args.out, FILE, ("attention", &header), (None, 1))?;
@@ -358,7 +363,8 @@ mod tests {
             run::begin::<Row>(&args.out, FILE, ("attention", &header), (None, 1)).unwrap();
         rows.iter().for_each(|row| log.append(row).unwrap());
         drop(log);
-        run(&args).unwrap();
+        let twice = [args.attention.clone(), vec![Kind::Mha]].concat();
+        run(&Args { attention: twice, seeds: vec![1, 1], ..args.clone() }).unwrap();
         let json = std::fs::read_to_string(args.out.join("attention.json")).unwrap();
         let written: Value = serde_json::from_str(&json).unwrap();
         let kinds: Vec<&Value> =

@@ -2,6 +2,7 @@
 //! Knows no task and no score.
 
 use crate::job::{self, Ask, Job, Memory, Outcome, PageOptions, Result, Scratch};
+use crate::run::each_once;
 use crate::subject::Model;
 use std::path::PathBuf;
 
@@ -71,8 +72,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .iter()
         .flat_map(|length| args.memory.iter().map(move |memory| (true, *memory, *length)));
     let text_alone = args.text_lengths.iter().map(|length| (false, Memory::Off, *length));
+    // Each once: a stream's folder has its name.
+    let asked: Vec<_> = model.chain(text_alone).collect();
     let mut streams = Vec::new();
-    for (through_model, memory, length) in model.chain(text_alone) {
+    for (through_model, memory, length) in each_once(&asked) {
         let scratch = Scratch::new(&format!("cost-{through_model}-{memory:?}-{length}"))?;
         let path = scratch.path().join("text.txt");
         let (cut, tokens) = beginning(&text, length, &tokenizer)?;

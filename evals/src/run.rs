@@ -166,8 +166,13 @@ fn work<'a>(
     done: &HashSet<Key>,
 ) -> Vec<Work<'a>> {
     let mut taken: HashMap<(String, String), usize> = HashMap::new();
+    let mut seen = HashSet::new();
     let mut work = Vec::new();
     for cell in cells {
+        // A task or length that is asked for twice has its samples once.
+        if !seen.insert(cell.clone()) {
+            continue;
+        }
         let taken = taken.entry((cell.task.clone(), cell.group.clone())).or_default();
         *taken += 1;
         if limit.is_some_and(|limit| *taken > limit) {
@@ -183,6 +188,17 @@ fn work<'a>(
         }
     }
     work
+}
+
+/// `values` without repetitions, in their order.
+pub(crate) fn each_once<T: Clone + PartialEq>(values: &[T]) -> Vec<T> {
+    let mut once: Vec<T> = Vec::new();
+    for value in values {
+        if !once.contains(value) {
+            once.push(value.clone());
+        }
+    }
+    once
 }
 
 fn key(subject: &dyn Subject, cell: &Cell) -> Key {

@@ -213,6 +213,18 @@ fn a_limit_counts_by_task_and_group_and_can_be_raised() {
 }
 
 #[test]
+fn what_is_asked_for_twice_runs_once() {
+    let out = tempfile::tempdir().unwrap();
+    let options = Options { out: out.path().into(), jobs: 2, limit: Some(2), threshold: None };
+    let benchmark = Letters { groups: vec!["4096", "16384", "4096"] };
+    let count = |text: &str| -> Result<usize> { Ok(text.len()) };
+    run(&benchmark, &parrots()[..1], &count, &options, json!({})).unwrap();
+    assert_eq!(read(out.path(), log::FILE).lines().count(), 8);
+    assert!(read(out.path(), "table.md").contains("| copy | 4096 | "));
+    assert_eq!(each_once(&[2, 1, 2, 3, 1]), [2, 1, 3]);
+}
+
+#[test]
 fn jobs_side_by_side_give_the_same_table() {
     let (one, many) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     go(one.path(), 1, None, &parrots()).unwrap();

@@ -1,10 +1,15 @@
-//! Cutting a prompt in its middle, where the benchmark expects the least to be lost.
+//! Cutting a prompt: its beginning, or its two ends, where the benchmark expects the least to be lost.
 //! Knows no tokenizer: it counts with the one that is given.
 
 use crate::job::Result;
 
 /// Bytes a token of text takes at least on average: where the search for a cut starts.
 const BYTES_PER_TOKEN: usize = 4;
+
+/// The first `bytes` of `text` or, where these end within a character, what is before it.
+pub(crate) fn beginning(text: &str, bytes: usize) -> &str {
+    &text[..text.floor_char_boundary(bytes)]
+}
 
 /// The first and the last `max_tokens` / 2 tokens of `prompt`; None if it has no more than `max_tokens`.
 ///
@@ -89,6 +94,14 @@ mod tests {
         assert_eq!(middle_cut("abcdefghijklm", 3, &count).unwrap(), "abcklm");
         assert_eq!(middle_cut("abcdefghijklm", 1, &count).unwrap(), "");
         assert_eq!(middle_cut("天气很好，我们去公园", 2, &count).unwrap(), "天气很去公园");
+    }
+
+    #[test]
+    fn a_beginning_is_counted_in_bytes_and_splits_no_character() {
+        for (bytes, expected) in [(0, ""), (1, "a"), (2, "a"), (3, "aé"), (4, "aéb"), (9, "aéb")]
+        {
+            assert_eq!(beginning("aéb", bytes), expected, "{bytes}");
+        }
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! What a model folder costs to run, with memory and without: speed, time to the first token, memory by phase.
 //! Knows no task; every measurement is a process of its own.
 
+use crate::cut;
 use crate::job::{self, Ask, Job, Memory, Outcome, Result, Scratch};
+use crate::subject::SCAFFOLD_TOKENS;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug, Clone)]
@@ -18,7 +20,7 @@ pub(crate) struct Args {
     /// Tokens attended exactly, with memory.
     #[arg(long, default_value_t = 1024)]
     window: usize,
-    /// Tokens attended exactly without memory: the window that holds the prompt, at most the model's trained length.
+    /// Tokens attended exactly without memory: the window must hold the prompt, and is at most the model's trained length.
     #[arg(long, default_value_t = 8192)]
     full_window: usize,
     /// Memories looked up for the question, with memory.
@@ -60,7 +62,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for &bytes in &args.bytes {
         for memory in [false, true] {
             let phases = measure(args, &text, bytes, memory)?;
-            say(&row(args, memory, &phases));
+            say(&row(memory, &phases));
         }
     }
     Ok(())
@@ -70,7 +72,7 @@ fn measure(args: &Args, text: &str, bytes: usize, memory: bool) -> Result<Phases
     let phase = |name: &str, fed: bool, asked: bool| -> Result<Outcome> {
         let scratch = Scratch::new(&format!("inference-{bytes}-{memory}-{name}"))?;
         let path = scratch.path().join("prompt.txt");
-        std::fs::write(&path, text.chars().take(bytes).collect::<String>())?;
+        std::fs::write(&path, cut::beginning(text, bytes))?;
         let job = Job {
             feed: fed.then_some(path),
             through_model: true,
@@ -83,11 +85,13 @@ fn measure(args: &Args, text: &str, bytes: usize, memory: bool) -> Result<Phases
         };
         job::spawn(&job, 0)
     };
-    Ok(Phases {
-        opened: phase("opened", false, false)?,
-        fed: phase("fed", true, false)?,
-        asked: phase("asked", true, true)?,
-    })
+    let opened = phase("opened", false, false)?;
+    let fed = phase("fed", true, false)?;
+    if !memory {
+        fed.check_window(args.decode + SCAFFOLD_TOKENS)
+            .map_err(|e| format!("--bytes {bytes} without memory (--full-window): {e}"))?;
+    }
+    Ok(Phases { opened, fed, asked: phase("asked", true, true)? })
 }
 
 /// What the processes of a row have in common.
@@ -104,9 +108,9 @@ fn base(args: &Args, memory: bool, folder: &Path) -> Job {
     }
 }
 
-fn row(args: &Args, memory: bool, phases: &Phases) -> String {
+fn row(memory: bool, phases: &Phases) -> String {
     let Phases { opened, fed, asked } = phases;
-    let window = if memory { args.window } else { args.full_window };
+    let window = asked.window;
     let attended = (asked.fed_tokens as usize).min(window);
     let per_token = asked.kv_bytes_per_token;
     let mib = |bytes: u64| bytes >> 20;

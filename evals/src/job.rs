@@ -238,6 +238,8 @@ pub(crate) struct Ask {
 /// What came of it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Outcome {
+    /// Tokens attended exactly: those of the job, at most the model's trained length.
+    pub(crate) window: usize,
     /// Of engine and session, the model among it.
     pub(crate) open_s: f64,
     /// Of the session alone: its window, and what its pages need.
@@ -265,6 +267,25 @@ pub(crate) struct Outcome {
     pub(crate) device: String,
 }
 
+impl Outcome {
+    /// Refuses a text that was fed to be attended to whole and is not.
+    ///
+    /// # Errors
+    /// If what was fed and `more_tokens` are longer than the window: its beginning would be left out, and what is measured
+    /// would be of another prompt.
+    pub(crate) fn check_window(&self, more_tokens: usize) -> Result<()> {
+        let tokens = self.fed_tokens as usize + more_tokens;
+        if tokens <= self.window {
+            return Ok(());
+        }
+        Err(format!(
+            "prompt: {} tokens and {more_tokens} for the question and its answer, expected at most {} together: the window",
+            self.fed_tokens, self.window
+        )
+        .into())
+    }
+}
+
 /// Runs `job` in this process.
 pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     let mut outcome = Outcome::default();
@@ -285,6 +306,7 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     let mut session = engine.session(Scope::user("evals").session(name)).await?;
     outcome.session_s = opening.elapsed().as_secs_f64();
     outcome.open_s = started.elapsed().as_secs_f64();
+    outcome.window = engine.trained_tokens().map_or(job.window, |most| most.min(job.window));
     outcome.device = engine.device().to_string();
     outcome.kv_bytes_per_token = engine.kv_bytes_per_token().unwrap_or(0);
     if let Some(path) = &job.feed {
@@ -452,6 +474,14 @@ pub(crate) fn revision() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_prompt_longer_than_the_window_is_refused() {
+        let outcome = Outcome { fed_tokens: 4000, window: 4096, ..Outcome::default() };
+        outcome.check_window(96).unwrap();
+        let error = outcome.check_window(97).unwrap_err().to_string();
+        assert!(error.contains("4000 tokens and 97") && error.contains("at most 4096"), "{error}");
+    }
 
     #[test]
     fn text_is_looked_up_as_often_as_the_engine_does_unless_it_is_said() {

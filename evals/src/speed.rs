@@ -1,7 +1,9 @@
 //! Prefill and decode speed of a model through the public API, to stand beside a peer's in the same run.
 //! Knows no memory: recall is off and the window holds the prompt.
 
+use crate::cut;
 use crate::job::{self, Ask, Job, Result, Scratch};
+use crate::subject::SCAFFOLD_TOKENS;
 use std::path::PathBuf;
 
 #[derive(clap::Args, Debug, Clone)]
@@ -12,7 +14,7 @@ pub(crate) struct Args {
     /// Text file that the prompts are cut from.
     #[arg(long)]
     text: PathBuf,
-    /// Bytes of each prompt.
+    /// Bytes of each prompt, which the window of 4,096 tokens must hold.
     #[arg(long, value_delimiter = ',', default_value = "2200,8800")]
     bytes: Vec<usize>,
     /// Tokens decoded after each prompt.
@@ -26,19 +28,22 @@ pub(crate) struct Args {
     repeat: usize,
 }
 
+const WINDOW: usize = 4096;
+
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let text = std::fs::read_to_string(&args.text)?;
+    let text = std::fs::read_to_string(&args.text)
+        .map_err(|e| format!("text {}: {e}", args.text.display()))?;
     for &bytes in &args.bytes {
         let (mut prefill, mut decode, mut tokens) = (0f64, 0f64, 0);
         let mut device = String::new();
         for repeat in 0..args.repeat.max(1) {
             let scratch = Scratch::new(&format!("speed-{bytes}-{repeat}"))?;
             let path = scratch.path().join("prompt.txt");
-            std::fs::write(&path, text.chars().take(bytes).collect::<String>())?;
+            std::fs::write(&path, cut::beginning(&text, bytes))?;
             let job = Job {
                 store: scratch.path().join("store"),
                 model: args.model.clone(),
-                window: 4096,
+                window: WINDOW,
                 device: Some(args.device.clone()),
                 feed: Some(path),
                 through_model: true,
@@ -50,6 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 ..Job::default()
             };
             let outcome = job::spawn(&job, 0)?;
+            outcome.check_window(args.decode + SCAFFOLD_TOKENS)?;
             tokens = outcome.fed_tokens;
             device = outcome.device;
             prefill = prefill.max(outcome.fed_tokens as f64 / outcome.feed_s);

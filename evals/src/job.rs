@@ -12,7 +12,6 @@ use mka::{
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Instant;
 
 pub(crate) type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -455,19 +454,13 @@ impl Drop for Scratch {
     }
 }
 
-/// Revision of the sources, with a mark if they were changed since.
+/// Revision of the sources that this program was built from, with a mark if they were changed since; the environment's
+/// MKA_REVISION where it says one.
 pub(crate) fn revision() -> String {
-    let git = |args: &[&str]| -> Option<String> {
-        let output = Command::new("git").args(args).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    match (std::env::var("MKA_REVISION"), git(&["rev-parse", "--short=12", "HEAD"])) {
+    match (std::env::var("MKA_REVISION"), env!("MKA_BUILD_REVISION")) {
         (Ok(revision), _) => revision,
-        (_, Some(revision)) => match git(&["status", "--porcelain"]) {
-            Some(changes) if changes.is_empty() => revision,
-            _ => format!("{revision}+changes"),
-        },
-        _ => format!("version {}", env!("CARGO_PKG_VERSION")),
+        (_, "") => format!("version {}", env!("CARGO_PKG_VERSION")),
+        (_, built) => built.to_owned(),
     }
 }
 

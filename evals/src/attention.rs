@@ -161,9 +161,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     }
     let header = serde_json::json!({"revision": revisions, "settings": args, "rows": rows});
-    std::fs::write(args.out.join("attention.json"), serde_json::to_string_pretty(&header)?)?;
+    let write = |name: &str, text: &str| {
+        let path = args.out.join(name);
+        std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))
+    };
+    write("attention.json", &serde_json::to_string_pretty(&header)?)?;
     let table = table(args, &revisions, &rows);
-    std::fs::write(args.out.join("attention.md"), &table)?;
+    write("attention.md", &table)?;
     print!("{table}");
     let lines: Vec<Line> = rows
         .iter()

@@ -77,9 +77,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut streams = Vec::new();
     for (through_model, memory, length) in each_once(&asked) {
         let scratch = Scratch::new(&format!("cost-{through_model}-{memory:?}-{length}"))?;
-        let path = scratch.path().join("text.txt");
         let (cut, tokens) = beginning(&text, length, &tokenizer)?;
-        std::fs::write(&path, cut)?;
+        let path = scratch.write("text.txt", &cut)?;
         let base = Job {
             store: scratch.path().join("store"),
             model: args.model.clone(),

@@ -71,8 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn measure(args: &Args, text: &str, bytes: usize, memory: bool) -> Result<Phases> {
     let phase = |name: &str, fed: bool, asked: bool| -> Result<Outcome> {
         let scratch = Scratch::new(&format!("inference-{bytes}-{memory}-{name}"))?;
-        let path = scratch.path().join("prompt.txt");
-        std::fs::write(&path, cut::beginning(text, bytes))?;
+        let path = scratch.write("prompt.txt", cut::beginning(text, bytes))?;
         let job = Job {
             feed: fed.then_some(path),
             through_model: true,

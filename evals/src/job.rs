@@ -309,7 +309,7 @@ pub(crate) async fn run(job: &Job) -> Result<Outcome> {
     outcome.device = engine.device().to_string();
     outcome.kv_bytes_per_token = engine.kv_bytes_per_token().unwrap_or(0);
     if let Some(path) = &job.feed {
-        let text = std::fs::read_to_string(path)?;
+        let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
         let options = match job.through_model {
             true => FeedOptions::through_model(),
             false => FeedOptions::text(),
@@ -438,12 +438,19 @@ impl Scratch {
         let path = std::env::temp_dir().join(format!("mka-evals-{}-{name}", std::process::id()));
         // What an earlier run with this process id left is not ours to keep.
         let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir_all(&path)?;
+        std::fs::create_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         Ok(Self(path))
     }
 
     pub(crate) fn path(&self) -> &std::path::Path {
         &self.0
+    }
+
+    /// Writes a file of the folder.
+    pub(crate) fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
+        let path = self.0.join(name);
+        std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(path)
     }
 }
 
@@ -452,6 +459,21 @@ impl Drop for Scratch {
         // A folder that cannot be removed is the system's to clean: it lies in its temporary folder.
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// An error and what caused it, but for causes that the text before them says already.
+pub(crate) fn described(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        cause = error.source();
+    }
+    text
 }
 
 /// Revision of the sources that this program was built from, with a mark if they were changed since; the environment's
@@ -467,6 +489,32 @@ pub(crate) fn revision() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What an error says, and its cause.
+    #[derive(Debug)]
+    struct Caused(&'static str, Option<Box<Caused>>);
+
+    impl std::fmt::Display for Caused {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str(self.0)
+        }
+    }
+
+    impl std::error::Error for Caused {
+        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            self.1.as_ref().map(|cause| cause.as_ref() as &(dyn std::error::Error + 'static))
+        }
+    }
+
+    #[test]
+    fn an_error_is_told_with_the_causes_that_it_does_not_name() {
+        let disk = Caused("disk full", None);
+        let write = Caused("write a.txt: disk full", Some(Box::new(disk)));
+        let save = Caused("save", Some(Box::new(write)));
+        assert_eq!(described(&save), "save: write a.txt: disk full");
+        let plain: Box<dyn std::error::Error> = "book.txt: \"quoted\"".into();
+        assert_eq!(described(plain.as_ref()), "book.txt: \"quoted\"");
+    }
 
     #[test]
     fn a_prompt_longer_than_the_window_is_refused() {

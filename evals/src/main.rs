@@ -18,6 +18,7 @@ mod subject;
 mod training;
 
 use clap::{Parser, Subcommand};
+use std::process::ExitCode;
 
 #[derive(Parser)]
 #[command(about = "Does memory help, and what does it cost?")]
@@ -55,8 +56,18 @@ enum Command {
     Job,
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    match Args::parse().command {
+fn main() -> ExitCode {
+    match start(Args::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", job::described(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(command: Command) -> job::Result<()> {
+    match command {
         Command::Ruler(args) => {
             let tasks = ruler::TASKS.each_ref().map(|task| task.name);
             benchmark::run_ruler(args, &tasks)

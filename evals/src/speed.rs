@@ -38,8 +38,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let mut device = String::new();
         for repeat in 0..args.repeat.max(1) {
             let scratch = Scratch::new(&format!("speed-{bytes}-{repeat}"))?;
-            let path = scratch.path().join("prompt.txt");
-            std::fs::write(&path, cut::beginning(&text, bytes))?;
+            let path = scratch.write("prompt.txt", cut::beginning(&text, bytes))?;
             let job = Job {
                 store: scratch.path().join("store"),
                 model: args.model.clone(),

@@ -113,7 +113,8 @@ pub(crate) fn serve() -> Result<()> {
     for line in std::io::stdin().lock().lines() {
         let job: Job = serde_json::from_str(&line?)?;
         super::forget_peak_rss();
-        let outcome = runtime.block_on(run(&job)).map_err(|error| format!("{error:?}"));
+        let outcome = runtime.block_on(run(&job));
+        let outcome = outcome.map_err(|error| super::described(error.as_ref()));
         let mut out = std::io::stdout().lock();
         writeln!(out, "{}", serde_json::to_string(&outcome)?)?;
         out.flush()?;

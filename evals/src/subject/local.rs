@@ -262,9 +262,7 @@ fn feed_file(scratch: &Scratch, text: &str) -> Result<Option<PathBuf>> {
     if text.is_empty() {
         return Ok(None);
     }
-    let path = scratch.path().join("context.txt");
-    std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
-    Ok(Some(path))
+    scratch.write("context.txt", text).map(Some)
 }
 
 /// Context and question of the sample's prompt, of which the first and the last `room` / 2 tokens are left where it is

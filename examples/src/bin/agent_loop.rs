@@ -3,6 +3,7 @@
 use clap::Parser;
 use mka::{Context, Engine, Forget, NewTurn, Recall, Role, Scope};
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 #[derive(Parser)]
 #[command(about = "An agent's memory, with a rule in place of a language model")]
@@ -21,8 +22,11 @@ fn answer(context: &Context, question: &str) -> String {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let args = Args::parse();
+async fn main() -> ExitCode {
+    mka_examples::exit(run(Args::parse()).await)
+}
+
+async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let engine = Engine::builder(&args.store).open().await?;
     let scope = Scope::user("ada").agent("planner").session("trip");
     let memory = engine.memory();

@@ -7,6 +7,7 @@ use mka::{
     Device, Engine, Event, Events, Forget, MemoryConfig, Recall, Scope, SendOptions, Session,
 };
 use std::io::{BufRead, IsTerminal, Write};
+use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 #[derive(Parser)]
@@ -57,8 +58,11 @@ fn now_ms() -> u64 {
 const AGAIN_TEMPERATURE: f32 = 0.7;
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let args = Args::parse();
+async fn main() -> ExitCode {
+    mka_examples::exit(run(Args::parse()).await)
+}
+
+async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let mut builder = Engine::builder(&args.store)
         .model(mka_examples::model(&args.model)?)
         .memory(MemoryConfig::with_window(args.window));
@@ -124,7 +128,7 @@ fn is_another() -> bool {
 /// A turn that failed is told; the conversation goes on.
 fn report(result: Result<(), Box<dyn std::error::Error>>) {
     if let Err(error) = result {
-        eprintln!("error: {error}");
+        eprintln!("error: {}", mka_examples::described(error.as_ref()));
     }
 }
 

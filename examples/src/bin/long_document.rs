@@ -11,6 +11,7 @@ use mka::{
 };
 use std::io::Write;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 #[derive(Parser)]
 #[command(about = "Feed a document of any length, ask about it later")]
@@ -42,8 +43,11 @@ struct Args {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let args = Args::parse();
+async fn main() -> ExitCode {
+    mka_examples::exit(run(Args::parse()).await)
+}
+
+async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     if args.text.is_none() && args.ask.is_empty() {
         return Err("expected --text FILE to feed, --ask QUESTION to answer, or both".into());
     }
@@ -56,7 +60,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let scope = Scope::user("reader").session("document");
     if let Some(path) = &args.text {
         // Bytes that are no UTF-8 are replaced: a document is data from outside.
-        let text = String::from_utf8_lossy(&std::fs::read(path)?).into_owned();
+        let bytes = std::fs::read(path).map_err(|e| format!("text {}: {e}", path.display()))?;
+        let text = String::from_utf8_lossy(&bytes).into_owned();
         let mut session = engine.session(scope.clone()).await?;
         let mode = if args.through_model { FeedMode::Model } else { FeedMode::Auto };
         let name = path.file_name().unwrap_or_default().to_string_lossy();

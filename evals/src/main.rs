@@ -85,3 +85,6 @@ fn start(command: Command) -> job::Result<()> {
         Command::Job => job::serve(),
     }
 }
+
+#[cfg(test)]
+mod tests;

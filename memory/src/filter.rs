@@ -209,6 +209,15 @@ impl Filter {
         }
     }
 
+    /// Whether there is a key anywhere in the expression: without one it accepts every turn, or none.
+    pub(crate) fn names_a_key(&self) -> bool {
+        match self {
+            Self::And(parts) | Self::Or(parts) => parts.iter().any(Self::names_a_key),
+            Self::Not(part) => part.names_a_key(),
+            Self::Has(_) | Self::In(..) | Self::Range(..) => true,
+        }
+    }
+
     /// Refuses expressions that are nested too deep or compare with what no turn can have.
     pub(crate) fn check(&self, operation: &str) -> Result<()> {
         self.check_at(operation, 0)
@@ -300,7 +309,13 @@ mod tests {
         for (filter, expected) in cases {
             assert_eq!(filter.accepts(&turn()), expected, "{filter:?}");
             assert!(filter.check("recall").is_ok());
+            let is_bare =
+                matches!(&filter, Filter::And(parts) | Filter::Or(parts) if parts.is_empty());
+            assert_eq!(filter.names_a_key(), !is_bare, "{filter:?}");
         }
+        let bare = Filter::Or(Vec::new()).not();
+        assert!(!bare.names_a_key() && !bare.clone().and(bare.clone()).names_a_key());
+        assert!(bare.and(Filter::has("year")).names_a_key());
         assert_eq!(Value::from(0.0), Value::from(-0.0));
     }
 

@@ -303,6 +303,28 @@ fn what_a_filter_accepts_is_erased_whether_or_not_it_can_be_recalled() {
 }
 
 #[test]
+fn a_filter_that_names_no_key_erases_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    say(&store, &trip(), Role::User, &["The key lies under the mat."]);
+    let all = Filter::And(Vec::new());
+    let none = Filter::Or(Vec::new());
+    for (filter, got) in [
+        (all.clone(), "every"),
+        (none.clone(), "no"),
+        (none.clone().not(), "every"),
+        (all.clone().and(all.not()), "no"),
+    ] {
+        let error = store.forget(&trip(), &Forget::filter(filter)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        let expected =
+            format!("forget: expected a filter that names a key, got one that accepts {got} turn");
+        assert!(error.to_string().contains(&expected), "{error}");
+    }
+    assert!(!store.turns(&trip(), 0..1).unwrap()[0].forgotten);
+}
+
+#[test]
 fn a_hit_says_what_stands_beside_its_turn() {
     let folder = tempfile::tempdir().unwrap();
     let mut fact = NewTurn::new(Role::User, "The key lies under the mat.");

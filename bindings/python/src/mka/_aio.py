@@ -282,7 +282,8 @@ class AsyncMemory(MemoryHandle):
         `turn` is a number in the log of `session`, which must be given with it. `everything` is that session, or every
         one without it.
         `matching` erases every turn whose text, source name, subject or metadata contains it, letter case aside;
-        `filter` every turn whose metadata it accepts.
+        `filter` every turn whose metadata it accepts: turns without the key, those of a chat too, are what `$ne`, `$nin`
+        and `$not` accept. A filter that names no key is refused.
         If anything is erased, a stream of this user that is under way ends with `CancelledError`.
         """
         call = _calls.forget(

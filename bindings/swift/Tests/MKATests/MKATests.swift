@@ -462,6 +462,7 @@ func afterACancelTheModelChoosesAtMostOneMoreToken(model: URL) async throws {
     #expect(hits.allSatisfy { 0...1 ~= $0.relevance && 0...1 ~= $0.why.coverage })
     let ritz = hits.first { $0.source.turn == 1 }
     #expect(ritz?.source.metadata == ["kind": "place", "year": 2019])
+    #expect(await failure { try await memory.forget(.filter(.all()), user: "ada") }?.kind == .invalidArgument)
     let receipt = try await memory.forget(.filter(.equals("final", true)), user: "ada")
     #expect(receipt.turns == 1)
     try await engine.close()

@@ -260,6 +260,11 @@ pub enum Forget {
         /// Its number.
         turn: u64,
     },
+    /// These turns of the scope's session, one at least.
+    Turns {
+        /// Their numbers.
+        turns: Vec<u64>,
+    },
     /// Every turn before a time.
     Before {
         /// Milliseconds since 1970.
@@ -282,6 +287,7 @@ impl From<Forget> for mka::Forget {
             Forget::Matching { text } => Self::matching(text),
             Forget::Filter { filter } => Self::filter(filter.into()),
             Forget::Turn { turn } => Self::turn(turn),
+            Forget::Turns { turns } => Self::turns(turns),
             Forget::Before { time_ms } => Self::before(time_ms),
             Forget::Expired { time_ms } => Self::expired(time_ms),
             Forget::Session => Self::session(),

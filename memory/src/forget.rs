@@ -18,6 +18,8 @@ pub enum Forget {
     Filter(Filter),
     /// One turn of the scope's session.
     Turn(TurnId),
+    /// These turns of the scope's session, one at least, at the price of one.
+    Turns(Vec<TurnId>),
     /// Every turn before this time, in milliseconds since the Unix epoch.
     Before(i64),
     /// Every turn whose time to be recalled was over at this time, in milliseconds since the Unix epoch.
@@ -43,6 +45,11 @@ impl Forget {
     /// One turn of the scope's session.
     pub fn turn(turn: TurnId) -> Self {
         Self::Turn(turn)
+    }
+
+    /// These turns of the scope's session.
+    pub fn turns(turns: impl IntoIterator<Item = TurnId>) -> Self {
+        Self::Turns(turns.into_iter().collect())
     }
 
     /// Every turn before `time_ms`, in milliseconds since the Unix epoch.

@@ -15,7 +15,7 @@ use crate::format::{
     Body, Key, Kind, Record, StoreRecord, TurnChunks, TurnRecord, chunk_digest, turn_digest,
 };
 use crate::summary::Summary;
-use crate::{Error, Forget, Metadata, Receipt, Result, Role, Scope};
+use crate::{Error, Forget, Metadata, Receipt, Result, Role, Scope, TurnId};
 
 /// Turns to erase, each with its text; none if the text is damaged and cannot be read.
 type Erased = BTreeMap<(u64, u64), Option<String>>;
@@ -51,16 +51,21 @@ impl Store {
     /// segment lasts, without a name, as long as a page of it is mapped ([`map_page`](Self::map_page)).
     ///
     /// # Errors
-    /// `InvalidArgument` for an empty text, a filter that names no key, or a selector that needs a session and a scope
-    /// without one; `NotFound` for a turn beyond the log. If it fails half-way, the rest is done when the store is opened
-    /// next.
+    /// `InvalidArgument` for an empty text, a filter that names no key, no turns, or a selector that needs a session and a
+    /// scope without one; `NotFound` for a turn beyond the log, and then none of the others goes. If it fails half-way, the
+    /// rest is done when the store is opened next.
     ///
     /// # Cost
     /// Reads every turn of the scope for `Matching`; rewrites every segment that holds unused bytes.
     pub fn forget(&self, scope: &Scope, selector: &Forget) -> Result<Receipt> {
         match selector {
-            Forget::Turn(_) | Forget::Session => scope.check_session("forget")?,
+            Forget::Turn(_) | Forget::Turns(_) | Forget::Session => {
+                scope.check_session("forget")?;
+            }
             _ => scope.check("forget")?,
+        }
+        if matches!(selector, Forget::Turns(turns) if turns.is_empty()) {
+            return Err(Error::invalid("forget: expected one turn at least, got none"));
         }
         if matches!(selector, Forget::Matching(text) if text.is_empty()) {
             return Err(Error::invalid("forget: expected a text to match, got an empty one"));
@@ -164,19 +169,24 @@ impl Store {
             Forget::Matching(text) => text.to_lowercase(),
             _ => String::new(),
         };
+        let wanted: BTreeSet<TurnId> = match selector {
+            Forget::Turn(turn) => [*turn].into(),
+            Forget::Turns(turns) => turns.iter().copied().collect(),
+            _ => BTreeSet::new(),
+        };
         let state = self.read_long();
         for (id, session_scope, session) in state.sessions_in(scope) {
-            if let Forget::Turn(turn) = selector
-                && *turn >= session.num_turns
+            if let Some(&last) = wanted.last()
+                && last >= session.num_turns
             {
-                return Err(not_found(session_scope, *turn, session.num_turns));
+                return Err(not_found(session_scope, last, session.num_turns));
             }
             if matches!(selector, Forget::Session | Forget::Everything) {
                 erasure.whole.insert(id);
             }
             for (&turn, turn_state) in &session.turns {
                 let is_candidate = match selector {
-                    Forget::Turn(wanted) => turn == *wanted,
+                    Forget::Turn(_) | Forget::Turns(_) => wanted.contains(&turn),
                     Forget::Before(time_ms) => turn_state.record.time_ms < *time_ms,
                     Forget::Expired(now_ms) => {
                         turn_state.expires_ms.is_some_and(|expires| expires <= *now_ms)
@@ -212,10 +222,10 @@ impl Store {
                 }
             }
         }
-        if let Forget::Turn(turn) = selector
+        if let Some(&last) = wanted.last()
             && state.session(scope).is_none()
         {
-            return Err(not_found(scope, *turn, 0));
+            return Err(not_found(scope, last, 0));
         }
         Ok(erasure)
     }

@@ -215,7 +215,39 @@ fn forgetting_by_time_and_bad_selectors() {
     assert_eq!(kind(trip(), Forget::matching("")), ErrorKind::InvalidArgument);
     assert_eq!(kind(Scope::user("ada"), Forget::session()), ErrorKind::InvalidArgument);
     assert_eq!(kind(trip(), Forget::turn(4)), ErrorKind::NotFound);
+    assert_eq!(kind(trip(), Forget::turns([2, 4])), ErrorKind::NotFound);
+    assert_eq!(kind(Scope::user("bob").session("trip"), Forget::turns([0])), ErrorKind::NotFound);
+    assert_eq!(kind(trip(), Forget::turns([])), ErrorKind::InvalidArgument);
+    assert_eq!(kind(Scope::user("ada"), Forget::turns([2])), ErrorKind::InvalidArgument);
+    assert!(!store.turns(&trip(), 2..3).unwrap()[0].forgotten);
     assert_eq!(store.forget(&Scope::user("eve"), &Forget::everything()).unwrap().turns, 0);
+}
+
+#[test]
+fn several_turns_are_erased_at_once() {
+    for backend in BACKENDS {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open_as(folder.path(), backend);
+        let told = ["The otter is 1.", "The heron is 2.", "The badger is 3.", "The wolf is 4."];
+        say(&store, &trip(), Role::User, &told);
+        let home = Scope::user("ada").session("home");
+        say(&store, &home, Role::User, &["The lynx is 5."]);
+        // One is named twice.
+        let both = Forget::turns([2, 0, 2]);
+        let receipt = store.forget(&trip(), &both).unwrap();
+        assert_eq!((receipt.turns, receipt.chunks), (2, 2), "{backend:?}");
+        assert_eq!(receipt.selector, both);
+        store.verify(&receipt).unwrap();
+        let written = serde_json::to_string(&receipt).unwrap();
+        assert_eq!(serde_json::from_str::<Receipt>(&written).unwrap(), receipt);
+        for gone in ["otter", "badger"] {
+            assert_eq!(files_with(folder.path(), gone), Vec::<std::path::PathBuf>::new());
+        }
+        let turns = store.turns(&trip(), 0..9).unwrap();
+        let forgotten: Vec<bool> = turns.iter().map(|turn| turn.forgotten).collect();
+        assert_eq!(forgotten, [true, false, true, false]);
+        assert!(!store.turns(&home, 0..1).unwrap()[0].forgotten);
+    }
 }
 
 #[test]

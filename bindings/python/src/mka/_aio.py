@@ -272,7 +272,7 @@ class AsyncMemory(MemoryHandle):
         session: str | None = None,
         matching: str | None = None,
         filter: Filter | None = None,
-        turn: int | None = None,
+        turn: int | Sequence[int] | None = None,
         before: Time | None = None,
         expired: Time | None = None,
         everything: bool = False,
@@ -283,7 +283,7 @@ class AsyncMemory(MemoryHandle):
         one without it.
         `matching` erases every turn whose text, source name, subject or metadata contains it, letter case aside;
         `filter` every turn whose metadata it accepts: turns without the key, those of a chat too, are what `$ne`, `$nin`
-        and `$not` accept. A filter that names no key is refused.
+        and `$not` accept. A filter that names no key is refused. `turn` is a turn of the session, or several.
         If anything is erased, a stream of this user that is under way ends with `CancelledError`.
         """
         call = _calls.forget(

@@ -146,7 +146,7 @@ def forget(
     session: str | None,
     matching: str | None,
     filter: Filter | None,
-    turn: int | None,
+    turn: int | Sequence[int] | None,
     before: Time | None,
     expired: Time | None,
     everything: bool,

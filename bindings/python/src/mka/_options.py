@@ -416,7 +416,7 @@ def forget(
     session: str | None,
     matching: str | None,
     filter: Filter | None,
-    turn: int | None,
+    turn: int | Sequence[int] | None,
     before: Time | None,
     expired: Time | None,
     everything: bool,
@@ -428,7 +428,9 @@ def forget(
         named.append(kinds.MATCHING(text=matching))
     if filter is not None:
         named.append(kinds.FILTER(filter=_filter.native(filter)))
-    if turn is not None:
+    if isinstance(turn, Sequence):
+        named.append(kinds.TURNS(turns=list(turn)))
+    elif turn is not None:
         named.append(kinds.TURN(turn=turn))
     if before is not None:
         named.append(kinds.BEFORE(time_ms=to_ms(before)))

@@ -171,6 +171,8 @@ public enum Forget: Sendable {
     case filter(Filter)
     /// One turn of the session that the call names; `.invalidArgument` without one.
     case turn(UInt64)
+    /// These turns of the session, one at least.
+    case turns([UInt64])
     /// Every turn before a time.
     case before(Date)
     /// Every turn whose time to be recalled was over at a time.
@@ -185,6 +187,7 @@ public enum Forget: Sendable {
         case .matching(let text): .matching(text: text)
         case .filter(let filter): .filter(filter: filter)
         case .turn(let turn): .turn(turn: turn)
+        case .turns(let turns): .turns(turns: turns)
         case .before(let time): .before(timeMs: time.milliseconds)
         case .expired(let time): .expired(timeMs: time.milliseconds)
         case .session: .session

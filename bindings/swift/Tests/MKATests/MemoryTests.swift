@@ -1,0 +1,23 @@
+// Memory beside the basics of MKATests: what is erased, replaced, listed and marked.
+// Knows no folder and no model of its own: those are in MKATests.
+
+import MKA
+import Testing
+
+@Test func severalTurnsAreErasedAtOnce() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine(model: nil)
+    let memory = engine.memory
+    let texts = ["The otter is 1.", "The heron is 2.", "The badger is 3."]
+    try await memory.remember(texts.map { NewTurn($0) }, user: "ada", session: "trip")
+    #expect(
+        await failure { try await memory.forget(.turns([0, 3]), user: "ada", session: "trip") }?.kind == .notFound)
+    #expect(
+        await failure { try await memory.forget(.turns([]), user: "ada", session: "trip") }?.kind == .invalidArgument)
+    let receipt = try await memory.forget(.turns([2, 0]), user: "ada", session: "trip")
+    #expect(receipt.turns == 2)
+    try await memory.verify(receipt)
+    let turns = try await memory.turns(user: "ada", session: "trip")
+    #expect(turns.map(\.forgotten) == [true, false, true])
+    try await engine.close()
+}

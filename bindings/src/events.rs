@@ -50,6 +50,8 @@ pub struct Usage {
     pub stop: StopReason,
     /// What was recalled inside attention; none where the turn's policy recalls no pages.
     pub pages: Option<PageUsage>,
+    /// The answer's turn in the session's log, behind that of its message.
+    pub answer_turn: Option<u64>,
 }
 
 /// What recall inside attention did for a turn.
@@ -86,6 +88,7 @@ impl From<mka::Usage> for Usage {
             stream_tokens: from.stream_tokens,
             stop: from.stop.into(),
             pages: from.pages.map(Into::into),
+            answer_turn: from.answer_turn,
         }
     }
 }

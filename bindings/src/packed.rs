@@ -78,6 +78,8 @@ fn pack_usage(usage: mka::Usage, out: &mut Vec<u8>) {
     ] {
         out.extend(tokens.to_le_bytes());
     }
+    out.push(usage.answer_turn.is_some().into());
+    out.extend(usage.answer_turn.unwrap_or(0).to_le_bytes());
     let Some(pages) = usage.pages else { return out.push(0) };
     out.push(1);
     out.extend((pages.stored_tokens as u64).to_le_bytes());

@@ -178,6 +178,7 @@ pub(crate) fn send(
             stream_tokens: conversation.position(),
             stop: StopReason::MaxTokens,
             pages: conversation.page_usage()?,
+            answer_turn: None,
         },
     )?;
     conversation.last_prompt = answer_turn.map(|answer| LastPrompt {
@@ -241,7 +242,8 @@ fn finish(
 ) -> Result<(Option<TurnId>, Option<Usage>)> {
     conversation.state.open = OpenTurn::Answered { closed_by: stop.closed_by() };
     let committed = conversation.commit(turns, &starts, retract)?;
-    Ok((committed.turns.last().copied(), stop.reason().map(|stop| Usage { stop, ..usage })))
+    let answer_turn = committed.turns.last().copied();
+    Ok((answer_turn, stop.reason().map(|stop| Usage { stop, answer_turn, ..usage })))
 }
 
 fn no_answer() -> Error {
@@ -324,6 +326,7 @@ fn answer_again(
             stream_tokens: conversation.position(),
             stop: StopReason::MaxTokens,
             pages: conversation.page_usage()?,
+            answer_turn: None,
         },
     )?;
     conversation.last_prompt = answer_turn.map(|answer| LastPrompt { answer, ..last });

@@ -4,7 +4,7 @@
 use crate::error::{Error, Result};
 use crate::pages::PageUsage;
 use futures_core::Stream;
-use mka_memory::Hit;
+use mka_memory::{Hit, TurnId};
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
@@ -53,6 +53,8 @@ pub struct Usage {
     pub stop: StopReason,
     /// What was recalled inside attention; None where the turn's policy recalls no pages.
     pub pages: Option<PageUsage>,
+    /// The answer's turn in the session's log, behind that of its message; None where the log has none.
+    pub answer_turn: Option<TurnId>,
 }
 
 /// What happens while a turn is answered.

@@ -133,7 +133,8 @@ async def waiting(store: mka.Path, options: mka.EngineOptions) -> None:
         async with engine.session(user="ada", session="trip") as chat:
             events: mka.AsyncEvents = chat.send("When?", max_new_tokens=4)
             answer, usage = await events.text()
-            print(answer, usage.stream_tokens, attention(usage))
+            answer_turn: int | None = usage.answer_turn
+            print(answer, answer_turn, usage.stream_tokens, attention(usage))
             feed: mka.AsyncFeed = chat.feed("The goats too. " * 20)
             print((await feed.finish()).bytes)
             async with chat.fork("a third trip") as fork:

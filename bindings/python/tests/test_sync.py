@@ -96,11 +96,11 @@ def test_a_turn_streams_its_answer_and_says_what_it_cost(store: Path, tiny_model
         assert isinstance(events[-1], mka.Done)
         assert all(isinstance(event, mka.Token) for event in events[:-1])
         usage = events[-1].usage
-        assert usage.generated_tokens <= 6 and usage.reused_tokens == 0
+        assert usage.generated_tokens <= 6 and usage.reused_tokens == 0 and usage.answer_turn == 1
         assert usage.stop in ("max_tokens", "end_of_turn")
         again, usage = chat.regenerate(max_new_tokens=6).text()
         assert again == "".join(e.text for e in events if isinstance(e, mka.Token))
-        assert usage.reused_tokens > 0
+        assert usage.reused_tokens > 0 and usage.answer_turn == 2
         assert chat.num_turns == 3
         assert chat.scope == mka.Scope("ada", None, "trip")
         assert engine.count_tokens("hello") == 5

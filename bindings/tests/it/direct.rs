@@ -224,6 +224,10 @@ impl Reading<'_> {
             generated_tokens: self.u64(),
             stream_tokens: self.u64(),
             stop,
+            answer_turn: match (self.u8(), self.u64()) {
+                (0, _) => None,
+                (_, turn) => Some(turn),
+            },
             pages: (self.u8() != 0).then(|| PageUsage {
                 stored_tokens: self.u64(),
                 recalled_tokens: self.u64(),

@@ -37,9 +37,15 @@ fn a_turn_streams_its_answer_and_says_what_it_cost() {
     let mut chat = engine.session_blocking(trip()).unwrap();
     let (first, usage) = finish(chat.send_with("hello there", short())).unwrap();
     assert!(usage.generated_tokens <= 6 && usage.reused_tokens == 0);
-    assert_eq!(usage.recalled_tokens, 0);
+    assert_eq!((usage.recalled_tokens, usage.answer_turn), (0, Some(1)));
     let (_, usage) = finish(chat.send_with("and now", short())).unwrap();
     assert!(usage.reused_tokens > 0 && usage.prompt_tokens > usage.reused_tokens);
+    let (_, again) = finish(chat.regenerate(short())).unwrap();
+    let turns = wait(engine.memory().turns(&trip(), 0..9)).unwrap();
+    for (usage, retracted) in [(usage, true), (again, false)] {
+        let turn = &turns[usage.answer_turn.unwrap() as usize];
+        assert_eq!((turn.role, turn.retracted), (Role::Assistant, retracted));
+    }
     // The same again in another store gives the same answer: nothing depends on a clock.
     let other = tempfile::tempdir().unwrap();
     let engine = crate::engine(other.path(), 256);

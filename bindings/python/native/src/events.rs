@@ -112,6 +112,7 @@ fn usage(py: Python<'_>, usage: mka::Usage) -> PyResult<Bound<'_, PyAny>> {
         usage.stream_tokens,
         stop,
         usage.pages.map(pages).transpose()?,
+        usage.answer_turn,
     );
     USAGE.make(py, fields)
 }

@@ -179,7 +179,10 @@ class PageUsage(_Value):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Usage(_Value):
-    """What one turn cost, in tokens; `pages` is None where the turn recalled nothing inside attention."""
+    """What one turn cost, in tokens; `pages` is None where the turn recalled nothing inside attention.
+
+    `answer_turn` is the answer's turn in the session's log, behind that of its message.
+    """
 
     prompt_tokens: int
     reused_tokens: int
@@ -188,6 +191,7 @@ class Usage(_Value):
     stream_tokens: int
     stop: StopReason
     pages: PageUsage | None = None
+    answer_turn: int | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

@@ -92,12 +92,19 @@ extension Packed {
         let stop = try one(of: [StopReason.endOfTurn, .maxTokens, .stopString])
         var usage = Usage(
             promptTokens: try integer(), reusedTokens: try integer(), recalledTokens: try integer(),
-            generatedTokens: try integer(), streamTokens: try integer(), stop: stop, pages: nil)
+            generatedTokens: try integer(), streamTokens: try integer(), stop: stop, pages: nil,
+            answerTurn: try turn())
         if try flag() {
             usage.pages = PageUsage(
                 storedTokens: try integer(), recalledTokens: try integer(), share: try floats(), recovered: try floats())
         }
         return usage
+    }
+
+    /// A turn, if there is one.
+    private mutating func turn() throws(MKAError) -> UInt64? {
+        let (isThere, number): (Bool, UInt64) = (try flag(), try integer())
+        return isThere ? number : nil
     }
 
     /// The fixed parts of all hits stand before the texts of all, whose lengths are counted in Unicode scalars.

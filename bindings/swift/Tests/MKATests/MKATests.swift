@@ -56,9 +56,9 @@ func short(_ tokens: UInt64) -> SendOptions { SendOptions(maxNewTokens: tokens) 
         }
     }
     let first = try #require(usage)
-    #expect(first.generatedTokens <= 6 && first.reusedTokens == 0)
+    #expect(first.generatedTokens <= 6 && first.reusedTokens == 0 && first.answerTurn == 1)
     let again = try await chat.regenerate(options: short(6)).text()
-    #expect(again.text == answer && again.usage.reusedTokens > 0)
+    #expect(again.text == answer && again.usage.reusedTokens > 0 && again.usage.answerTurn == 2)
     #expect(try chat.numTurns == 3)
     #expect(chat.scope == Scope(user: "ada", agent: nil, session: "trip"))
     #expect(try engine.countTokens("hello") == 5)

@@ -73,6 +73,27 @@ impl NativeMemory {
         wait(self.remember(scope, turns))
     }
 
+    /// Remembers `new_turn` in the session of `scope`, then erases `turn` of it.
+    pub async fn replace(
+        &self,
+        scope: Scope,
+        turn: u64,
+        new_turn: NewTurn,
+    ) -> Result<Committed, MkaError> {
+        let memory = self.handle("replace")?;
+        Ok(counted(memory.replace(&scope.into(), turn, new_turn.into())).await?.into())
+    }
+
+    /// `replace`, blocking the thread.
+    pub fn replace_blocking(
+        &self,
+        scope: Scope,
+        turn: u64,
+        new_turn: NewTurn,
+    ) -> Result<Committed, MkaError> {
+        wait(self.replace(scope, turn, new_turn))
+    }
+
     /// The memories of `scope` that answer `query` best, best first.
     pub async fn recall(
         &self,

@@ -2,11 +2,10 @@
 //! Knows no model.
 
 use crate::engine::Shared;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::offload::offload;
 use crate::quote::{self, Quotation, Quote};
 use crate::session::now_ms;
-use mka_memory::ErrorKind::{InvalidArgument, NotFound};
 use mka_memory::{
     Backup, Cancel, Checkup, ChunkInfo, Commit, Committed, DiskUsage, Exported, Forget, Hit,
     Imported, NewTurn, Recall, Receipt, Scope, SessionInfo, Stats, Turn, TurnId,
@@ -84,11 +83,40 @@ impl MemoryHandle {
     ///
     /// # Errors
     /// `InvalidArgument` if the scope names no session; `Storage`.
-    pub async fn remember(&self, scope: &Scope, mut turns: Vec<NewTurn>) -> Result<Committed> {
+    pub async fn remember(&self, scope: &Scope, turns: Vec<NewTurn>) -> Result<Committed> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
-        said_now(&mut turns, now_ms());
-        let commit = Commit { turns, ..Commit::default() };
-        offload("remember", move || Ok(shared.store.commit(&scope, commit)?)).await
+        offload("remember", move || remember(&shared, &scope, turns)).await
+    }
+
+    /// Remembers `new` in the session of `scope`, as [`MemoryHandle::remember`] does, then erases `turn` of that session, as
+    /// [`MemoryHandle::forget`] does: a fact that is put right, whose old words are in no file afterwards.
+    ///
+    /// `new` is on the disk before anything is erased: where that fails both are there, and the turn can be forgotten again.
+    /// It stands at the end of the log and has a number of its own; `turn` keeps its number, role and time.
+    ///
+    /// # Errors
+    /// `NotFound` if the log does not reach to `turn`, and then nothing is remembered; those of `remember` and `forget`.
+    pub async fn replace(&self, scope: &Scope, turn: TurnId, new: NewTurn) -> Result<Committed> {
+        let (shared, scope) = (self.shared.clone(), scope.clone());
+        // Both in one piece of work, which goes on if nobody waits any more.
+        offload("replace", move || {
+            let num_turns = match scope.session_id() {
+                Some(_) => shared.store.num_turns(&scope)?,
+                None => {
+                    let what = format!("replace: scope {scope}, expected one that names a session");
+                    return Err(Error::invalid(what));
+                }
+            };
+            if turn >= num_turns {
+                let what =
+                    format!("replace: turn {turn} of {scope}, expected one below {num_turns}");
+                return Err(Error::new(ErrorKind::NotFound, what));
+            }
+            let committed = remember(&shared, &scope, vec![new])?;
+            forget(&shared, &scope, &Forget::Turn(turn))?;
+            Ok(committed)
+        })
+        .await
     }
 
     /// The memories of `scope` that answer `query` best, best first.
@@ -139,16 +167,7 @@ impl MemoryHandle {
     /// `Storage`.
     pub async fn forget(&self, scope: &Scope, selector: Forget) -> Result<Receipt> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
-        offload("forget", move || {
-            let forget = || shared.store.forget(&scope, &selector);
-            let receipt = shared.forgets.during(&scope, forget, |receipt| match receipt {
-                Ok(receipt) => receipt.turns + receipt.chunks + receipt.pages > 0,
-                // It may have failed behind what it erased.
-                Err(error) => !matches!(error.kind(), InvalidArgument | NotFound),
-            });
-            receipt.map_err(|error| shared.failed(error.into()))
-        })
-        .await
+        offload("forget", move || forget(&shared, &scope, &selector)).await
     }
 
     /// Checks that what `receipt` names is in no file of the store.
@@ -227,8 +246,8 @@ impl MemoryHandle {
     pub async fn import(&self, path: impl Into<PathBuf>) -> Result<Imported> {
         let (shared, path) = (self.shared.clone(), path.into());
         cancellable("import", move |cancel| {
-            let file = std::fs::File::open(&path)
-                .map_err(|source| crate::Error::io("import", &path, source))?;
+            let file =
+                std::fs::File::open(&path).map_err(|source| Error::io("import", &path, source))?;
             Ok(shared.store.import(&mut BufReader::new(file), cancel)?)
         })
         .await
@@ -280,6 +299,24 @@ impl MemoryHandle {
     }
 }
 
+/// [`MemoryHandle::remember`] on the thread that calls.
+fn remember(shared: &Shared, scope: &Scope, mut turns: Vec<NewTurn>) -> Result<Committed> {
+    said_now(&mut turns, now_ms());
+    Ok(shared.store.commit(scope, Commit { turns, ..Commit::default() })?)
+}
+
+/// [`MemoryHandle::forget`] on the thread that calls.
+fn forget(shared: &Shared, scope: &Scope, selector: &Forget) -> Result<Receipt> {
+    use mka_memory::ErrorKind::{InvalidArgument, NotFound};
+    let forget = || shared.store.forget(scope, selector);
+    let receipt = shared.forgets.during(scope, forget, |receipt| match receipt {
+        Ok(receipt) => receipt.turns + receipt.chunks + receipt.pages > 0,
+        // It may have failed behind what it erased.
+        Err(error) => !matches!(error.kind(), InvalidArgument | NotFound),
+    });
+    receipt.map_err(|error| shared.failed(error.into()))
+}
+
 /// Cancels the work once the caller's future is dropped.
 struct CancelOnDrop(Cancel);
 
@@ -322,7 +359,6 @@ pub(crate) fn reembed_in_background(shared: Weak<Shared>, share: f32) -> Result<
     };
     let spawned = std::thread::Builder::new().name("mka-reembed".into()).spawn(work);
     spawned.map(|_| ()).map_err(|source| {
-        crate::Error::new(crate::ErrorKind::OutOfMemory, format!("open: {source}"))
-            .with_source(source)
+        Error::new(ErrorKind::OutOfMemory, format!("open: {source}")).with_source(source)
     })
 }

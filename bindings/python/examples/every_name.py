@@ -114,6 +114,7 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
         hits: list[mka.Hit] = memory.recall("hotel", user="ada", **recalling)
         print(describe(hits[0].source, hits[0].why, hits[0].trust))
         print(memory.embed(["hotel"]).shape)
+        memory.replace(committed.turns[0], "The hotel is in Nara.", user="ada", session="plans")
         chunks: list[mka.Chunk] = memory.chunks(user="ada")
         turns: list[mka.Turn] = memory.turns(user="ada", session="plans")
         sessions: list[mka.SessionInfo] = memory.sessions(user="ada")
@@ -122,6 +123,7 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
         print(len(chunks), len(turns), len(sessions), stats.chunks)
         receipt: mka.Receipt = memory.forget(user="ada", matching="hotel")
         memory.verify(receipt)
+        memory.forget(user="ada", session="plans", turn=[*committed.turns])
 
 
 async def waiting(store: mka.Path, options: mka.EngineOptions) -> None:

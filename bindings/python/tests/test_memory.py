@@ -36,3 +36,27 @@ def test_several_turns_are_erased_at_once(store: Path) -> None:
         left = memory.turns(user="ada", session="trip")
         assert [turn.forgotten for turn in left] == [True, False, False, True]
     asyncio.run(main())
+
+
+def test_a_turn_is_replaced_by_one_that_is_remembered_first(store: Path) -> None:
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            memory = engine.memory
+            turn = mka.NewTurn("The hotel is in Kobe.", metadata={"kind": "place"})
+            done = await memory.replace(1, turn, user="ada", session="trip")
+            assert done.turns == (2,) and done.chunks_added == 1
+            hits = await memory.recall("hotel", user="ada")
+            assert [hit.text for hit in hits] == ["The hotel is in Kobe."]
+            assert hits[0].source.metadata == {"kind": "place"}
+
+    with mka.open_sync(store) as engine:
+        memory = engine.memory
+        memory.remember("The hotel is in Kyoto.", user="ada", session="trip")
+        done = memory.replace(0, "The hotel is in Nara.", user="ada", session="trip")
+        assert done.turns == (1,)
+        assert [hit.text for hit in memory.recall("hotel", user="ada")] == ["The hotel is in Nara."]
+        with pytest.raises(mka.NotFoundError, match="turn 2 of ada/\\*/trip, expected one below 2"):
+            memory.replace(2, "The hotel is in Osaka.", user="ada", session="trip")
+        turns = memory.turns(user="ada", session="trip")
+        assert [turn.forgotten for turn in turns] == [True, False]
+    asyncio.run(main())

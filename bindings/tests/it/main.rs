@@ -303,7 +303,9 @@ fn memory_without_a_model_remembers_recalls_forgets_and_verifies() {
     assert!(matches!(error, MkaError::InvalidArgument(_)));
     let turns = memory.turns_blocking(trip(), 0, 9).unwrap();
     assert_eq!(turns.iter().map(|turn| turn.forgotten).collect::<Vec<_>>(), [false, true]);
-    let both = Forget::Turns { turns: vec![0, 1] };
+    let replaced = memory.replace_blocking(trip(), 0, turn("the hotel is in Nara")).unwrap();
+    assert_eq!((replaced.turns, recall("hotel")[0].source.turn), (vec![2], 2));
+    let both = Forget::Turns { turns: vec![1, 2] };
     assert_eq!(memory.forget_blocking(trip(), both).unwrap().turns, 1);
     let vectors = memory.embed_blocking(vec!["a cat".into()]).unwrap();
     assert_eq!(vectors.data.len() as u64, 4 * vectors.dim);

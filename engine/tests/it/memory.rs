@@ -3,7 +3,7 @@
 use crate::{engine, finish, trip, wait};
 use mka::{
     Backend, EmbedderPrecision, EmbedderSource, EncryptionKey, Engine, ErrorKind, Event,
-    FeedOptions, Forget, NewTurn, Recall, Role, Scope, SendOptions, Session,
+    FeedOptions, Forget, NewTurn, Recall, Role, Scope, SendOptions, Session, Value,
 };
 use std::path::Path;
 
@@ -455,4 +455,47 @@ fn a_turn_without_a_time_was_said_now() {
     );
     let receipt = wait(memory.forget(&Scope::user("ada"), Forget::before(1001))).unwrap();
     assert_eq!(receipt.turns, 1);
+}
+
+#[test]
+fn a_turn_is_replaced_by_one_that_is_remembered_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let memory = engine.memory();
+    let told = |text: &str| NewTurn::new(Role::User, text);
+    let turns = vec![told("The badger hides at Elm Street."), told("The weather is fine.")];
+    wait(memory.remember(&trip(), turns)).unwrap();
+    let mut new = told("The badger hides at Oak Street.");
+    new.metadata = [("kind".to_owned(), "place".into())].into();
+    let done = wait(memory.replace(&trip(), 0, new)).unwrap();
+    assert_eq!((done.turns, done.chunks_added), (vec![2], 1));
+    let texts = || -> Vec<String> {
+        let hits = wait(memory.recall(&trip(), "the badger", Recall::default())).unwrap();
+        hits.into_iter().map(|hit| hit.text).filter(|text| text.contains("adger")).collect()
+    };
+    assert_eq!(texts(), ["The badger hides at Oak Street."]);
+    let turns = wait(memory.turns(&trip(), 0..9)).unwrap();
+    assert!(turns[0].forgotten && turns[2].time_ms > 1_600_000_000_000);
+    assert_eq!(turns[2].metadata["kind"], Value::from("place"));
+    // What nearly says the same is a text of its own once the first is gone.
+    wait(memory.replace(&trip(), 2, told("the BADGER hides, at Oak Street"))).unwrap();
+    assert_eq!(texts(), ["the BADGER hides, at Oak Street"]);
+    // The same words again: they stay.
+    wait(memory.replace(&trip(), 3, told("the BADGER hides, at Oak Street"))).unwrap();
+    assert_eq!(texts(), ["the BADGER hides, at Oak Street"]);
+    assert_eq!(wait(memory.doctor(false)).unwrap().problems, []);
+    // What cannot be remembered takes nothing away, and of no turn nothing is remembered.
+    let kind = |scope: &Scope, turn: u64, new: NewTurn| {
+        wait(memory.replace(scope, turn, new)).unwrap_err().kind()
+    };
+    let mut refused = told("The badger is gone.");
+    refused.metadata = [(String::new(), true.into())].into();
+    assert_eq!(kind(&trip(), 4, refused), ErrorKind::InvalidArgument);
+    assert_eq!(kind(&trip(), 5, told("No.")), ErrorKind::NotFound);
+    assert_eq!(kind(&Scope::user("ada"), 4, told("No.")), ErrorKind::InvalidArgument);
+    let turns = wait(memory.turns(&trip(), 0..9)).unwrap();
+    let forgotten: Vec<bool> = turns.iter().map(|turn| turn.forgotten).collect();
+    assert_eq!(forgotten, [true, false, true, true, false]);
+    let files = [&b"Elm Street"[..], b"The badger hides"];
+    assert!(files.iter().all(|words| !holds(folder.path(), words)));
 }

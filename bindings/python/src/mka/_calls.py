@@ -116,6 +116,14 @@ def remember(
     return Call("remember", (scope, _options.new_turns(turns)), _convert.committed)
 
 
+def replace(
+    turn: int, new: str | _values.NewTurn, user: str, agent: str | None, session: str
+) -> Call[_values.Committed]:
+    scope = _options.scope(user, agent, session)
+    (new_turn,) = _options.new_turns(new)
+    return Call("replace", (scope, turn, new_turn), _convert.committed)
+
+
 def memory_context(
     query: str, budget_tokens: int, user: str, agent: str | None, session: str | None
 ) -> Call[_values.Context]:

@@ -187,6 +187,22 @@ class Memory(MemoryHandle):
         """
         return _calls.remember(turns, user, agent, session).run(self._native)
 
+    def replace(
+        self,
+        turn: int,
+        new: str | NewTurn,
+        *,
+        user: str,
+        session: str,
+        agent: str | None = None,
+    ) -> Committed:
+        """Puts a fact right: remembers `new` in a session, then erases `turn` of it, as `forget` does.
+
+        `new` has a number of its own, and is on disk before anything is erased: if that fails, both are there. Of what
+        `turn` said nothing is left.
+        """
+        return _calls.replace(turn, new, user, agent, session).run(self._native)
+
     def recall(
         self,
         query: str,

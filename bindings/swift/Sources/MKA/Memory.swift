@@ -31,6 +31,20 @@ public final class Memory: Sendable {
         try await remember([NewTurn(text)], user: user, agent: agent, session: session)
     }
 
+    /// Puts a fact right: remembers `new` in a session, then erases `turn` of it, as `forget` does.
+    ///
+    /// `new` has a number of its own, and is on disk before anything is erased: if that fails, both are there. Of what `turn`
+    /// said nothing is left.
+    @discardableResult
+    public func replace(
+        _ turn: UInt64, with new: NewTurn, user: String, agent: String? = nil, session: String
+    ) async throws(MKAError) -> Committed {
+        let scope = Scope(user: user, agent: agent, session: session)
+        return try await translated { [native] in
+            try await native.replace(scope: scope, turn: turn, newTurn: new.native)
+        }
+    }
+
     /// The memories that answer `query` best, best first; `k` stands before `options.k`.
     public func recall(
         _ query: String, user: String, agent: String? = nil, session: String? = nil,

@@ -21,3 +21,18 @@ import Testing
     #expect(turns.map(\.forgotten) == [true, false, true])
     try await engine.close()
 }
+
+@Test func aTurnIsReplacedByOneThatIsRememberedFirst() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine(model: nil)
+    let memory = engine.memory
+    try await memory.remember("The hotel is in Kyoto.", user: "ada", session: "trip")
+    let done = try await memory.replace(0, with: NewTurn("The hotel is in Nara."), user: "ada", session: "trip")
+    #expect(done.turns == [1])
+    #expect(try await memory.recall("hotel", user: "ada").map(\.text) == ["The hotel is in Nara."])
+    let missing = await failure { try await memory.replace(2, with: NewTurn("No."), user: "ada", session: "trip") }
+    #expect(missing?.kind == .notFound)
+    let turns = try await memory.turns(user: "ada", session: "trip")
+    #expect(turns.map(\.forgotten) == [true, false])
+    try await engine.close()
+}

@@ -245,22 +245,26 @@ impl Filter {
     }
 }
 
-/// Refuses metadata that is out of bounds.
-pub(crate) fn check_metadata(metadata: &Metadata) -> Result<()> {
+/// Refuses metadata that no turn can have, as [`Store::commit`](crate::Store::commit) does: for a caller who is to hear of it
+/// before other work is done. `operation` is what the error names.
+///
+/// # Errors
+/// `InvalidArgument` for more than 256 entries, a key of other than 1 to 256 bytes, or a number that is not finite.
+pub fn check_metadata(operation: &str, metadata: &Metadata) -> Result<()> {
     if metadata.len() > MAX_ENTRIES {
         return Err(Error::invalid(format!(
-            "commit: expected at most {MAX_ENTRIES} entries of metadata in one turn, got {}",
+            "{operation}: expected at most {MAX_ENTRIES} entries of metadata in one turn, got {}",
             metadata.len()
         )));
     }
     for (key, value) in metadata {
         if key.is_empty() || key.len() > MAX_KEY_BYTES {
             return Err(Error::invalid(format!(
-                "commit: expected a key of metadata of 1 to {MAX_KEY_BYTES} bytes, got {}",
+                "{operation}: expected a key of metadata of 1 to {MAX_KEY_BYTES} bytes, got {}",
                 key.len()
             )));
         }
-        check_value("commit", value)?;
+        check_value(operation, value)?;
     }
     Ok(())
 }
@@ -325,8 +329,9 @@ mod tests {
         assert!(Filter::at_least("x", f64::INFINITY).check("recall").is_err());
         let deep = (0..100).fold(Filter::has("x"), |filter, _| filter.not());
         assert!(deep.check("recall").is_err());
-        let with =
-            |key: &str, value: Value| check_metadata(&Metadata::from([(key.to_owned(), value)]));
+        let with = |key: &str, value: Value| {
+            check_metadata("commit", &Metadata::from([(key.to_owned(), value)]))
+        };
         assert!(with("x", f64::NAN.into()).is_err() && with("", 1.into()).is_err());
         assert!(with(&"x".repeat(300), 1.into()).is_err() && with("x", 1.into()).is_ok());
     }

@@ -182,7 +182,7 @@ impl Store {
 
     /// Checks what is asked of every new turn, and looks for what is not to be stored.
     fn examine(&self, commit: &Commit) -> Result<Verdict> {
-        commit.turns.iter().try_for_each(|turn| check_metadata(&turn.metadata))?;
+        commit.turns.iter().try_for_each(|turn| check_metadata("commit", &turn.metadata))?;
         commit.turns.iter().try_for_each(check_subject)?;
         self.options.hygiene.examine(&commit.turns)
     }
@@ -195,7 +195,7 @@ impl Store {
         turns: &[(NewTurn, Entry)],
         orders: impl FnOnce() -> Vec<Option<u64>>,
     ) -> Result<Committed> {
-        turns.iter().try_for_each(|(turn, _)| check_metadata(&turn.metadata))?;
+        turns.iter().try_for_each(|(turn, _)| check_metadata("commit", &turn.metadata))?;
         let cuts = turns.iter().map(|(turn, entry)| self.cut(turn, *entry, false)).collect();
         self.commit_cuts(scope, &Commit::default(), cuts, Embedded::default(), |cuts| {
             for (cut, order) in cuts.iter_mut().zip(orders()) {

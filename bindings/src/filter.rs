@@ -34,6 +34,11 @@ impl From<MetadataValue> for mka::Value {
     }
 }
 
+/// What a caller marks turns with.
+pub(crate) fn marks(from: HashMap<String, MetadataValue>) -> mka::Metadata {
+    from.into_iter().map(|(key, value)| (key, value.into())).collect()
+}
+
 /// The metadata of a turn; a value of a kind that this surface does not know is left out.
 pub(crate) fn metadata(from: mka::Metadata) -> HashMap<String, MetadataValue> {
     let known = from.into_iter().filter_map(|(key, value)| {

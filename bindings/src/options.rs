@@ -2,7 +2,7 @@
 //! Knows no default value; the docs repeat the engine's.
 
 use crate::config::RecallPolicy;
-use crate::filter::{Filter, MetadataValue};
+use crate::filter::{Filter, MetadataValue, marks};
 use crate::mirrored::{count, mirrored, set};
 use crate::scope::Role;
 use std::collections::HashMap;
@@ -59,6 +59,9 @@ pub struct SendOptions {
     /// When the message was said, milliseconds since 1970; now if left out.
     #[uniffi(default)]
     pub time_ms: Option<i64>,
+    /// What the turns of the message and of its answer are marked with: at most 254 keys, none of which begins with `mka.`.
+    #[uniffi(default)]
+    pub metadata: HashMap<String, MetadataValue>,
 }
 
 impl From<SendOptions> for mka::SendOptions {
@@ -82,6 +85,7 @@ impl From<SendOptions> for mka::SendOptions {
         options.recall_k = from.recall_k.map(count);
         options.across_sessions = from.across_sessions;
         options.time_ms = from.time_ms;
+        options.metadata = marks(from.metadata);
         options
     }
 }
@@ -116,6 +120,9 @@ pub struct FeedOptions {
     /// By what the tokens that the model reads recall older ones; as the engine was opened if left out.
     #[uniffi(default)]
     pub recall: Option<RecallPolicy>,
+    /// What the document's turns are marked with: at most 256 keys, none of which begins with `mka.`.
+    #[uniffi(default)]
+    pub metadata: HashMap<String, MetadataValue>,
 }
 
 impl From<FeedOptions> for mka::FeedOptions {
@@ -126,6 +133,7 @@ impl From<FeedOptions> for mka::FeedOptions {
         options.completion = from.completion;
         options.time_ms = from.time_ms;
         options.recall = from.recall.map(Into::into);
+        options.metadata = marks(from.metadata);
         options
     }
 }
@@ -237,7 +245,7 @@ impl From<NewTurn> for mka::NewTurn {
         set(&mut turn.remember, from.remember);
         turn.subject = from.subject;
         turn.expires_ms = from.expires_ms;
-        turn.metadata = from.metadata.into_iter().map(|(key, value)| (key, value.into())).collect();
+        turn.metadata = marks(from.metadata);
         turn
     }
 }

@@ -6,6 +6,7 @@ use crate::engine::{Model, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::feeding::{self, Before, FeedMode, FeedOptions, Taken};
 use crate::generation::{self, Answer, Stop};
+use crate::memory::check_metadata;
 use crate::pages::{Message, RecallPolicy};
 use crate::prompt;
 use crate::quote::{self, Quotation};
@@ -13,7 +14,7 @@ use crate::session::SendOptions;
 use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Sink, StopReason, Usage};
 use crate::tokenizer::Joined;
-use mka_memory::{Hit, NewTurn, Recall, Role, Turn, TurnId, Value};
+use mka_memory::{ENGINE_KEYS, Hit, Metadata, NewTurn, Recall, Role, Turn, TurnId, Value};
 
 /// Metadata of an answer in the log that was begun with words of the caller's, or goes on in text: how long those are.
 const PREFIX_BYTES: &str = "mka.answer_prefix_bytes";
@@ -73,6 +74,7 @@ pub(crate) fn send(
         return Err(Error::invalid("send: message is empty, expected text"));
     }
     options.sampling.check()?;
+    check_marks(&options.metadata)?;
     let shared = conversation.shared.clone();
     let model = shared.model("send")?;
     let now_ms = shared.now_ms()?;
@@ -94,7 +96,9 @@ pub(crate) fn send(
         // What is not looked up must be read to be recalled: by this message, or by those after it.
         let is_read = [policy, shared.config.recall].contains(&RecallPolicy::Pages);
         let mode = if is_read { FeedMode::Model } else { FeedMode::Text };
-        let feed = FeedOptions { mode, ..FeedOptions::default() }.completion(options.completion);
+        let metadata = options.metadata.clone();
+        let feed = FeedOptions { mode, metadata, ..FeedOptions::default() };
+        let feed = feed.completion(options.completion);
         let before = Before { system: options.system.as_deref(), joined: options.joined };
         let go_on = &mut |_: &Taken| !sink.is_cancelled();
         let taken = feeding::take_in(conversation, document, &feed, time_ms, before, go_on)?;
@@ -162,7 +166,9 @@ pub(crate) fn send(
         starts.push(None);
     }
     let own = [&prompt[..quotation.start], &prompt[quotation.end..]].concat();
-    turns.push(turn(Role::User, said.to_owned(), time_ms, own));
+    let mut asking = turn(Role::User, said.to_owned(), time_ms, own);
+    asking.metadata = options.metadata.clone();
+    turns.push(asking);
     starts.push(Some(start));
     turns.push(turn_of(&answer, options, time_ms));
     starts.push(Some(start + prompt.len() as u64));
@@ -192,11 +198,20 @@ pub(crate) fn send(
     Ok(usage)
 }
 
+/// Refuses metadata of a message that leaves no room for the engine's own beside it, in the turn of the answer.
+fn check_marks(metadata: &Metadata) -> Result<()> {
+    check_metadata("send", metadata)?;
+    let mut all = metadata.clone();
+    all.extend([PREFIX_BYTES, COMPLETION].map(|key| (key.to_owned(), Value::from(true))));
+    Ok(mka_memory::check_metadata("send", &all)?)
+}
+
 /// The turn of an answer that was generated. Text and tokens do not tell how it was begun, where a stop string cut it.
 fn turn_of(answer: &Answer, options: &SendOptions, time_ms: i64) -> NewTurn {
     let prefix = options.answer_prefix.as_str();
     let text = format!("{prefix}{}", answer.text);
     let mut turn = turn(Role::Assistant, text, time_ms, answer.tokens.clone());
+    turn.metadata = options.metadata.clone();
     if options.completion || !prefix.is_empty() {
         turn.metadata.insert(PREFIX_BYTES.to_owned(), Value::from(prefix.len() as f64));
         turn.metadata.insert(COMPLETION.to_owned(), Value::from(options.completion));
@@ -303,9 +318,12 @@ fn answer_again(
     conversation.set_message(&last.message);
     let reused = conversation.attended_tokens();
     let start = conversation.position() + 1;
+    let mut metadata = before.metadata.clone();
+    metadata.retain(|key, _| !key.starts_with(ENGINE_KEYS));
     let options = SendOptions {
         answer_prefix: last.answer_prefix.clone(),
         completion: last.completion,
+        metadata,
         ..options.clone()
     };
     let answer = generation::generate(conversation, last.last_token, &options, sink)?;

@@ -5,11 +5,12 @@ use crate::conversation::{Conversation, Pending};
 use crate::engine::Model;
 use crate::error::{Error, Result};
 use crate::generation;
+use crate::memory::check_metadata;
 use crate::pages::RecallPolicy;
 use crate::snapshot::OpenTurn;
 use crate::stream::{FeedEvent, FeedSummary, Sink};
 use crate::tokenizer::Joined;
-use mka_memory::{NewTurn, Role};
+use mka_memory::{Metadata, NewTurn, Role};
 use std::iter::{once, repeat};
 use std::ops::Range;
 
@@ -43,6 +44,9 @@ pub struct FeedOptions {
     /// document at the window's speed: what it leaves behind can be recalled all the same, but was written with the window
     /// alone in sight.
     pub recall: Option<RecallPolicy>,
+    /// What the document's turns are marked with, for a filter of [`Recall`](crate::Recall) or [`Forget`](crate::Forget) to
+    /// ask for: as [`NewTurn::metadata`], without keys that begin with `mka.`.
+    pub metadata: Metadata,
 }
 
 impl FeedOptions {
@@ -98,6 +102,7 @@ pub(crate) fn feed(
     now_ms: i64,
     sink: &Sink<FeedEvent>,
 ) -> Result<FeedSummary> {
+    check_metadata("feed", &options.metadata)?;
     let time_ms = options.time_ms.unwrap_or(now_ms);
     conversation.set_policy("feed", options.recall.unwrap_or(conversation.shared.config.recall))?;
     let before = Before { system: None, joined: true };
@@ -263,6 +268,7 @@ impl Feeding<'_> {
         let mut turn = NewTurn::new(Role::Document, &self.text[section.clone()]);
         turn.time_ms = self.time_ms;
         turn.source = self.options.name.clone();
+        turn.metadata = self.options.metadata.clone();
         turn.tokens = tokens;
         self.turns.push(turn);
         self.starts.push(start);

@@ -7,8 +7,9 @@ use crate::offload::offload;
 use crate::quote::{self, Quotation, Quote};
 use crate::session::now_ms;
 use mka_memory::{
-    Backup, Cancel, Checkup, ChunkInfo, Commit, Committed, DiskUsage, Exported, Forget, Hit,
-    Imported, NewTurn, Recall, Receipt, Scope, SessionInfo, Stats, Turn, TurnId,
+    Backup, Cancel, Checkup, ChunkInfo, Commit, Committed, DiskUsage, ENGINE_KEYS, Exported,
+    Forget, Hit, Imported, Metadata, NewTurn, Recall, Receipt, Scope, SessionInfo, Stats, Turn,
+    TurnId,
 };
 use std::io::BufReader;
 use std::ops::Range;
@@ -65,6 +66,16 @@ fn assemble(
 /// Gives turns without a time that of now: a half-life, `since_ms` and [`Forget::before`] would take them for the oldest.
 pub(crate) fn said_now(turns: &mut [NewTurn], now_ms: i64) {
     turns.iter_mut().filter(|turn| turn.time_ms == 0).for_each(|turn| turn.time_ms = now_ms);
+}
+
+/// Refuses metadata that no turn can have, and keys that are the engine's own.
+pub(crate) fn check_metadata(operation: &str, metadata: &Metadata) -> Result<()> {
+    if let Some(key) = metadata.keys().find(|key| key.starts_with(ENGINE_KEYS)) {
+        return Err(Error::invalid(format!(
+            "{operation}: metadata {key:?}, expected a key that does not begin with {ENGINE_KEYS:?}, as the engine's own do"
+        )));
+    }
+    Ok(mka_memory::check_metadata(operation, metadata)?)
 }
 
 /// Remember, recall and forget, over every session of the engine.

@@ -16,7 +16,7 @@ use crate::offload::offload;
 use crate::pages::RecallPolicy;
 use crate::sampling::Sampling;
 use crate::stream::{Canceller, Event, Events, Feed, FeedEvent, FeedSummary, Sink, Usage};
-use mka_memory::{NewTurn, Scope, TurnId};
+use mka_memory::{Metadata, NewTurn, Scope, TurnId};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -53,6 +53,9 @@ pub struct SendOptions {
     pub across_sessions: bool,
     /// When the message was said, milliseconds since 1970; None: now.
     pub time_ms: Option<i64>,
+    /// What the turns of the message and of its answer are marked with, for a filter of [`Recall`](crate::Recall) or
+    /// [`Forget`](crate::Forget) to ask for: as [`NewTurn::metadata`], but at most 254 keys, none of which begins with `mka.`.
+    pub metadata: Metadata,
 }
 
 impl SendOptions {
@@ -303,8 +306,9 @@ impl Session {
     /// Answers the last message again, in place of its answer, which stays in the log as retracted.
     ///
     /// The prompt stays as it was, and so does what the answer begins with: of `options` the sampling, the limits, the time
-    /// and `recall` count; `system`, `recall_k`, `across_sessions`, `answer_prefix`, `completion` and `joined` are ignored.
-    /// Greedily, or with the same [`Sampling::seed`], the answer is the same.
+    /// and `recall` count; `system`, `recall_k`, `recall_filter`, `across_sessions`, `answer_prefix`, `completion`, `joined`
+    /// and `metadata` are ignored. Greedily, or with the same [`Sampling::seed`], the answer is the same. It is marked as the
+    /// one in whose place it stands.
     ///
     /// Errors are the stream's last item, `NotFound` where the last turn is no answer, `Cancelled` where it ended before its
     /// first token: the answer is then the one before.

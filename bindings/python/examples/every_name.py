@@ -95,11 +95,15 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
         print([found(each) for each in committed.findings])
         chat: mka.Session
         with engine.session(user="ada", session="trip") as chat:
-            sending: mka.SendOptions = {"max_new_tokens": 4, "across_sessions": True}
+            sending: mka.SendOptions = {
+                "max_new_tokens": 4,
+                "across_sessions": True,
+                "metadata": {"kind": "chat", "year": year},
+            }
             events: mka.Events = chat.send("Where is the hotel?", **sending)
             for event in events:
                 print(show(event), end="")
-            feeding: mka.FeedOptions = {"name": "hill.txt"}
+            feeding: mka.FeedOptions = {"name": "hill.txt", "metadata": {"kind": "page"}}
             feed: mka.Feed = chat.feed("The sheep went up the hill. " * 200, **feeding)
             print(fed(list(feed)))
             context: mka.Context = chat.context("hotel", budget_tokens=200)

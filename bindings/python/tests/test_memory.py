@@ -60,3 +60,30 @@ def test_a_turn_is_replaced_by_one_that_is_remembered_first(store: Path) -> None
         turns = memory.turns(user="ada", session="trip")
         assert [turn.forgotten for turn in turns] == [True, False]
     asyncio.run(main())
+
+
+def test_what_is_sent_and_fed_is_marked(store: Path, tiny_model: Path) -> None:
+    async def main() -> None:
+        async with mka.open(store, model=tiny_model, window_tokens=128, device="cpu") as engine:
+            async with engine.session(user="ada", session="trip") as chat:
+                await chat.send("and now?", max_new_tokens=2, metadata={"kind": "late"}).text()
+                await chat.feed("The wolf is 4.", metadata={"kind": "late"}).finish()
+            late = await engine.memory.forget(user="ada", filter={"kind": "late"})
+            assert late.turns == 3
+
+    with mka.open_sync(store, model=tiny_model, window_tokens=128, device="cpu") as engine:
+        with engine.session(user="ada", session="trip") as chat:
+            chat.send("hello there", max_new_tokens=2, metadata={"kind": "chat", "year": 2025}).text()
+            chat.feed("The otter is 1.", mode="model", metadata={"kind": "page"}).finish()
+            for refused in ({"mka.kind": 1}, {"": 1}):
+                with pytest.raises(mka.InvalidArgumentError, match="^send: "):
+                    chat.send("hello", metadata=refused).text()
+                with pytest.raises(mka.InvalidArgumentError, match="^feed: "):
+                    chat.feed("hello", metadata=refused).finish()
+            with pytest.raises(TypeError, match="metadata 'kind': list"):
+                chat.send("hello", metadata={"kind": []})  # type: ignore[dict-item]
+        turns = engine.memory.turns(user="ada", session="trip")
+        assert [turn.metadata for turn in turns] == [{"kind": "chat", "year": 2025}] * 2 + [{"kind": "page"}]
+        hits = engine.memory.recall("otter", user="ada", filter={"kind": "page"})
+        assert [hit.text for hit in hits] == ["The otter is 1."]
+    asyncio.run(main())

@@ -3,7 +3,8 @@
 use crate::{engine, finish, trip, wait};
 use mka::{
     Backend, EmbedderPrecision, EmbedderSource, EncryptionKey, Engine, ErrorKind, Event,
-    FeedOptions, Forget, NewTurn, Recall, Role, Scope, SendOptions, Session, Value,
+    FeedOptions, Filter, Forget, Metadata, NewTurn, Recall, Role, Scope, SendOptions, Session,
+    Value,
 };
 use std::path::Path;
 
@@ -498,4 +499,98 @@ fn a_turn_is_replaced_by_one_that_is_remembered_first() {
     assert_eq!(forgotten, [true, false, true, true, false]);
     let files = [&b"Elm Street"[..], b"The badger hides"];
     assert!(files.iter().all(|words| !holds(folder.path(), words)));
+}
+
+fn marked(kind: &str) -> Metadata {
+    [("kind".to_owned(), kind.into())].into()
+}
+
+#[test]
+fn what_is_sent_and_fed_is_marked_and_found_by_its_marks() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let memory = engine.memory();
+    let other = Scope::user("ada").session("other");
+    wait(memory.remember(&other, vec![NewTurn::new(Role::User, "fuzzy-badger: 7654321")])).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let mut options = SendOptions::default().max_new_tokens(2).across_sessions(true);
+    options.metadata = marked("chat");
+    finish(chat.send_with("fuzzy-badger?", options.clone())).unwrap();
+    // Given again, an answer has the marks of the first, whatever the options say.
+    let (_, usage) = finish(chat.regenerate(SendOptions::default().max_new_tokens(2))).unwrap();
+    let begun = options.clone().answer_prefix("It is");
+    finish(chat.send_with("and now?", begun.recall_k(0))).unwrap();
+    for name in ["text", "model"] {
+        let mut feed =
+            if name == "text" { FeedOptions::text() } else { FeedOptions::through_model() };
+        feed.metadata = marked(name);
+        wait(chat.feed_with(document(), feed).finish()).unwrap();
+    }
+    let marks = |turn: &mka::Turn| turn.metadata.get("kind").cloned();
+    let turns = wait(memory.turns(&trip(), 0..99)).unwrap();
+    let roles: Vec<Role> = turns[..6].iter().map(|turn| turn.role).collect();
+    let expected = [Role::Recalled, Role::User, Role::Assistant, Role::Assistant];
+    assert_eq!((&roles[..4], usage.answer_turn), (&expected[..], Some(3)));
+    assert_eq!(marks(&turns[0]), None);
+    assert!(turns[1..6].iter().all(|turn| marks(turn) == Some(Value::from("chat"))), "{turns:?}");
+    assert_eq!((turns[3].metadata.len(), turns[5].metadata.len()), (1, 3));
+    let (text, model): (Vec<_>, Vec<_>) =
+        turns[6..].iter().partition(|turn| marks(turn) == Some(Value::from("text")));
+    assert!(text.len() > 1 && text.len() == model.len());
+    assert!(model.iter().all(|turn| marks(turn) == Some(Value::from("model"))));
+    // A message that is longer than half the window is a document first.
+    let long = format!("{} What is it?", "The lynx sleeps all day long. ".repeat(20));
+    finish(chat.send_with(long, options.clone())).unwrap();
+    let turns = wait(memory.turns(&trip(), turns.len() as u64..99)).unwrap();
+    assert!(turns.iter().any(|turn| turn.role == Role::Document));
+    let own = |turn: &&mka::Turn| turn.role != Role::Recalled;
+    assert!(turns.iter().filter(own).all(|turn| marks(turn) == Some(Value::from("chat"))));
+
+    let found = |filter: Filter| {
+        let recall = Recall { filter: Some(filter), k: 99, ..Recall::default() };
+        let hits = wait(memory.recall(&trip(), "fuzzy-badger sheep hill", recall)).unwrap();
+        hits.into_iter().map(|hit| hit.source.role).collect::<Vec<_>>()
+    };
+    let pages = found(Filter::eq("kind", "model"));
+    assert!(!pages.is_empty() && pages.iter().all(|role| *role == Role::Document));
+    assert!(!found(Filter::eq("kind", "chat")).is_empty());
+    let receipt = wait(memory.forget(&trip(), Forget::filter(Filter::eq("kind", "text")))).unwrap();
+    assert_eq!(receipt.turns, text.len());
+}
+
+#[test]
+fn marks_that_no_turn_may_have_are_refused_before_anything_is_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let many = |count: usize| -> Metadata {
+        (0..count).map(|i| (format!("k{i}"), Value::from(true))).collect()
+    };
+    let own: Metadata = [("mka.answer_completion".to_owned(), true.into())].into();
+    let endless: Metadata = [("x".to_owned(), f64::NAN.into())].into();
+    for (marks, words) in [
+        (own, "does not begin with \"mka.\""),
+        (endless, "expected finite numbers"),
+        (many(257), "at most 256 entries"),
+    ] {
+        let mut options = SendOptions::default();
+        options.metadata = marks.clone();
+        let sent = finish(chat.send_with("hello", options)).map(drop).unwrap_err();
+        let mut options = FeedOptions::through_model();
+        options.metadata = marks;
+        let fed = wait(chat.feed_with("hello", options).finish()).map(drop).unwrap_err();
+        for (error, operation) in [(sent, "send:"), (fed, "feed:")] {
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            let text = error.to_string();
+            assert!(text.starts_with(operation) && text.contains(words), "{text}");
+        }
+    }
+    // The answer's turn may have two of the engine's own beside.
+    let mut options = SendOptions::default().max_new_tokens(1).answer_prefix("So");
+    options.metadata = many(255);
+    assert!(finish(chat.send_with("hello", options.clone())).is_err());
+    assert_eq!(chat.num_turns().unwrap(), 0);
+    options.metadata = many(254);
+    finish(chat.send_with("hello", options)).unwrap();
+    assert_eq!(chat.num_turns().unwrap(), 2);
 }

@@ -144,10 +144,11 @@ class AsyncSession(SessionHandle):
         return AsyncEvents(_calls.now(self._native, "send", message, given))
 
     def regenerate(self, **options: Unpack[SendOptions]) -> AsyncEvents:
-        """Answers the last message again, in place of its answer.
+        """Answers the last message again, in place of its answer, whose metadata the new one has.
 
-        The prompt stays as it was, with its beginning of an answer: `system`, `recall_k`, `across_sessions`,
-        `answer_prefix`, `completion` and `joined` are without effect. With the same `seed`, the answer is the same.
+        The prompt stays as it was, with its beginning of an answer: `system`, `recall_k`, `recall_filter`,
+        `across_sessions`, `answer_prefix`, `completion`, `joined` and `metadata` are without effect. With the same
+        `seed`, the answer is the same.
         """
         given = _options.send_options(options)
         return AsyncEvents(_calls.now(self._native, "regenerate", given))

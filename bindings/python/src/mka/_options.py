@@ -16,7 +16,7 @@ from mka import _filter
 from mka._errors import InvalidArgumentError
 from mka._filter import Filter
 from mka._native import mka_bindings as _native
-from mka._values import NewTurn, Role
+from mka._values import MetadataValue, NewTurn, Role
 
 Time: TypeAlias = datetime | int
 """A moment: a datetime that knows its zone, or milliseconds since 1970."""
@@ -166,6 +166,8 @@ class SendOptions(TypedDict, total=False):
     """Whether other sessions of the same user are searched too; False by default."""
     time: Time
     """When the message was said; now if left out."""
+    metadata: Mapping[str, MetadataValue]
+    """What message and answer are marked with, for a `filter` to ask for; no key begins with `mka.`."""
 
 
 class FeedOptions(TypedDict, total=False):
@@ -181,6 +183,8 @@ class FeedOptions(TypedDict, total=False):
     """When the document was given; now if left out."""
     recall: RecallPolicy
     """By what the tokens that the model reads recall older ones; as the engine was opened if left out."""
+    metadata: Mapping[str, MetadataValue]
+    """What the document's turns are marked with, for a `filter` to ask for; no key begins with `mka.`."""
 
 
 class RecallOptions(TypedDict, total=False):
@@ -321,6 +325,8 @@ def send_options(options: SendOptions) -> Any:
         given["stop"] = [stop] if isinstance(stop, str) else list(stop)
     if "time" in given:
         given["time_ms"] = to_ms(given.pop("time"))
+    if "metadata" in given:
+        given["metadata"] = _filter.metadata(given["metadata"])
     _choose(given, "recall", _RECALLS)
     return _native.SendOptions(**given)
 
@@ -332,6 +338,8 @@ def feed_options(options: FeedOptions) -> Any:
     _choose(given, "recall", _RECALLS)
     if "time" in given:
         given["time_ms"] = to_ms(given.pop("time"))
+    if "metadata" in given:
+        given["metadata"] = _filter.metadata(given["metadata"])
     return _native.FeedOptions(**given)
 
 

@@ -23,10 +23,11 @@ public final class Session: Sendable {
         events { try native.send(message: message, options: options) }
     }
 
-    /// Answers the last message again, in place of its answer.
+    /// Answers the last message again, in place of its answer, whose metadata the new one has.
     ///
-    /// The prompt and the words that the answer begins with stay as they were: `system`, `recallK`, `acrossSessions`,
-    /// `answerPrefix`, `completion` and `joined` of `options` are ignored. Other words need a temperature and another seed.
+    /// The prompt and the words that the answer begins with stay as they were: `system`, `recallK`, `recallFilter`,
+    /// `acrossSessions`, `answerPrefix`, `completion`, `joined` and `metadata` of `options` are ignored. Other words need a
+    /// temperature and another seed.
     /// Reading it throws `.notFound` where the last turn is no answer.
     public func regenerate(options: SendOptions = SendOptions()) -> EventStream<Event> {
         events { try native.regenerate(options: options) }

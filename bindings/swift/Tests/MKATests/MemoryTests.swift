@@ -36,3 +36,21 @@ import Testing
     #expect(turns.map(\.forgotten) == [true, false])
     try await engine.close()
 }
+
+@Test func whatIsSentAndFedIsMarked() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine()
+    let chat = try await engine.session(user: "ada", id: "trip")
+    let sending = SendOptions(maxNewTokens: 2, metadata: ["kind": "chat", "year": 2025])
+    _ = try await chat.send("hello there", options: sending).text()
+    let feeding = FeedOptions(mode: .model, metadata: ["kind": "page"])
+    _ = try await chat.feed("The otter is 1.", options: feeding).finish()
+    let turns = try await engine.memory.turns(user: "ada", session: "trip")
+    let kinds: [MetadataValue?] = ["chat", "chat", "page"]
+    #expect(turns.map { $0.metadata["kind"] } == kinds)
+    let refused = SendOptions(metadata: ["mka.kind": true])
+    #expect(await failure { try await chat.send("hello", options: refused).text() }?.kind == .invalidArgument)
+    let receipt = try await engine.memory.forget(.filter(.equals("kind", "chat")), user: "ada")
+    #expect(receipt.turns == 2)
+    try await engine.close()
+}

@@ -3,6 +3,7 @@
 
 use crate::engine::NativeEngine;
 use crate::error::MkaError;
+use crate::filter::Filter;
 use crate::foreign::counted;
 use crate::mirrored::count;
 use crate::numbered::Entry;
@@ -159,15 +160,19 @@ impl NativeMemory {
         wait(self.verify(record))
     }
 
-    /// Chunks of `scope` from number `start` to before `end`, in the order in which they were first said.
+    /// Chunks of `scope` from number `start` to before `end`, in the order in which they were first said; with a `filter`
+    /// those of turns whose metadata it accepts.
     pub async fn chunks(
         &self,
         scope: Scope,
         start: u64,
         end: u64,
+        filter: Option<Filter>,
     ) -> Result<Vec<ChunkInfo>, MkaError> {
         let memory = self.handle("chunks")?;
-        Ok(all(counted(memory.chunks(&scope.into(), count(start)..count(end))).await?))
+        let (scope, filter) = (mka::Scope::from(scope), filter.map(mka::Filter::from));
+        let chunks = memory.chunks(&scope, count(start)..count(end), filter.as_ref());
+        Ok(all(counted(chunks).await?))
     }
 
     /// `chunks`, blocking the thread.
@@ -176,8 +181,9 @@ impl NativeMemory {
         scope: Scope,
         start: u64,
         end: u64,
+        filter: Option<Filter>,
     ) -> Result<Vec<ChunkInfo>, MkaError> {
-        wait(self.chunks(scope, start, end))
+        wait(self.chunks(scope, start, end, filter))
     }
 
     /// Turns of the session of `scope` from number `start` to before `end`.
@@ -194,6 +200,11 @@ impl NativeMemory {
         end: u64,
     ) -> Result<Vec<Turn>, MkaError> {
         wait(self.turns(scope, start, end))
+    }
+
+    /// The users of whom there is a session, in the order of their names.
+    pub fn users(&self) -> Result<Vec<String>, MkaError> {
+        Ok(self.handle("users")?.users())
     }
 
     /// The sessions of `scope`, by name.

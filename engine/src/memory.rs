@@ -8,8 +8,8 @@ use crate::quote::{self, Quotation, Quote};
 use crate::session::now_ms;
 use mka_memory::{
     Backup, Cancel, Checkup, ChunkInfo, Commit, Committed, DiskUsage, ENGINE_KEYS, Exported,
-    Forget, Hit, Imported, Metadata, NewTurn, Recall, Receipt, Scope, SessionInfo, Stats, Turn,
-    TurnId,
+    Filter, Forget, Hit, Imported, Metadata, NewTurn, Recall, Receipt, Scope, SessionInfo, Stats,
+    Turn, TurnId,
 };
 use std::io::BufReader;
 use std::ops::Range;
@@ -190,13 +190,19 @@ impl MemoryHandle {
         offload("verify", move || Ok(shared.store.verify(&receipt)?)).await
     }
 
-    /// Chunks of `scope` in the order in which they were first said; `range` counts from 0.
+    /// Chunks of `scope` in the order in which they were first said; `range` counts from 0. With a `filter` those of turns
+    /// whose metadata it accepts, which `first`, `latest` and `count` of a chunk then know alone.
     ///
     /// # Errors
-    /// `InvalidArgument` if the scope is malformed.
-    pub async fn chunks(&self, scope: &Scope, range: Range<usize>) -> Result<Vec<ChunkInfo>> {
-        let (shared, scope) = (self.shared.clone(), scope.clone());
-        offload("chunks", move || Ok(shared.store.chunks(&scope, range)?)).await
+    /// `InvalidArgument` if the scope or the filter is malformed.
+    pub async fn chunks(
+        &self,
+        scope: &Scope,
+        range: Range<usize>,
+        filter: Option<&Filter>,
+    ) -> Result<Vec<ChunkInfo>> {
+        let (shared, scope, filter) = (self.shared.clone(), scope.clone(), filter.cloned());
+        offload("chunks", move || Ok(shared.store.chunks(&scope, range, filter.as_ref())?)).await
     }
 
     /// The turns of the scope's session in `range`, as far as there are any; a forgotten turn has no text left.
@@ -206,6 +212,11 @@ impl MemoryHandle {
     pub async fn turns(&self, scope: &Scope, range: Range<TurnId>) -> Result<Vec<Turn>> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         offload("turns", move || Ok(shared.store.turns(&scope, range)?)).await
+    }
+
+    /// The users of whom there is a session, in the order of their names.
+    pub fn users(&self) -> Vec<String> {
+        self.shared.store.users()
     }
 
     /// The sessions of `scope`, by name.

@@ -228,7 +228,7 @@ const METHODS: [&str; 14] = [
 
 fn ask_all(store: &Store, cases: &[Case], embedder: &dyn Embedder) {
     let scope = Scope::user("bench").session("bench");
-    let all = store.chunks(&scope, 0..usize::MAX).expect("chunks");
+    let all = store.chunks(&scope, 0..usize::MAX, None).expect("chunks");
     let texts: Vec<&str> = all.iter().map(|chunk| chunk.text.as_str()).collect();
     let dim = embedder.dim();
     let mut chunk_rows = Vec::new();

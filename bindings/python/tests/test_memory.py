@@ -87,3 +87,31 @@ def test_what_is_sent_and_fed_is_marked(store: Path, tiny_model: Path) -> None:
         hits = engine.memory.recall("otter", user="ada", filter={"kind": "page"})
         assert [hit.text for hit in hits] == ["The otter is 1."]
     asyncio.run(main())
+
+
+def test_chunks_are_listed_by_their_marks_and_users_by_name(store: Path) -> None:
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            assert engine.memory.users() == ["ada", "bob"]
+            drafts = await engine.memory.chunks(user="ada", filter={"kind": "draft"})
+            assert [chunk.text for chunk in drafts] == ["The wolf is 4."]
+            await engine.memory.forget(user="bob", everything=True)
+            assert engine.memory.users() == ["ada"]
+
+    with mka.open_sync(store) as engine:
+        memory = engine.memory
+        assert memory.users() == []
+        turns = [
+            mka.NewTurn("The otter is 1.", metadata={"kind": "note"}),
+            mka.NewTurn("The wolf is 4.", metadata={"kind": "draft"}),
+            mka.NewTurn("The heron is 2."),
+        ]
+        memory.remember(turns, user="ada", session="trip")
+        memory.remember("The lynx is 5.", user="bob", session="trip")
+        notes = memory.chunks(user="ada", filter={"kind": "note"})
+        assert [chunk.text for chunk in notes] == ["The otter is 1."]
+        assert len(memory.chunks(user="ada", filter={"kind": {"$ne": "note"}}, end=1)) == 1
+        assert len(memory.chunks(user="ada", filter={})) == len(memory.chunks(user="ada")) == 3
+        with pytest.raises(mka.InvalidArgumentError, match=r"\$above"):
+            memory.chunks(user="ada", filter={"year": {"$above": 1}})
+    asyncio.run(main())

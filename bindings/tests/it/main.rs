@@ -4,10 +4,10 @@ mod direct;
 mod open;
 
 use mka_bindings::{
-    Backend, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Forget, Hygiene, LandmarkScan,
-    LogLevel, LogSink, MkaError, ModelSource, NativeEngine, NativeEvents, NativeSession, NewTurn,
-    PageConfig, PagePrecision, PageRule, Policy, Prefill, RecallOptions, RecallPolicy, Role, Scope,
-    SendOptions, Sensitive, forward_logs,
+    Backend, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Filter, Forget, Hygiene,
+    LandmarkScan, LogLevel, LogSink, MetadataValue, MkaError, ModelSource, NativeEngine,
+    NativeEvents, NativeSession, NewTurn, PageConfig, PagePrecision, PageRule, Policy, Prefill,
+    RecallOptions, RecallPolicy, Role, Scope, SendOptions, Sensitive, forward_logs,
 };
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -307,6 +307,15 @@ fn memory_without_a_model_remembers_recalls_forgets_and_verifies() {
     assert_eq!((replaced.turns, recall("hotel")[0].source.turn), (vec![2], 2));
     let both = Forget::Turns { turns: vec![1, 2] };
     assert_eq!(memory.forget_blocking(trip(), both).unwrap().turns, 1);
+    let marked = NewTurn {
+        metadata: HashMap::from([("kind".into(), MetadataValue::Flag { flag: true })]),
+        ..turn("the train is late")
+    };
+    memory.remember_blocking(trip(), vec![marked]).unwrap();
+    let filter = Some(Filter::Has { key: "kind".into() });
+    let chunks = memory.chunks_blocking(trip(), 0, 9, filter).unwrap();
+    assert_eq!(chunks.iter().map(|it| it.text.as_str()).collect::<Vec<_>>(), ["the train is late"]);
+    assert_eq!(memory.users().unwrap(), ["ada"]);
     let vectors = memory.embed_blocking(vec!["a cat".into()]).unwrap();
     assert_eq!(vectors.data.len() as u64, 4 * vectors.dim);
     let error = chat.send("hi".into(), SendOptions::default()).unwrap();

@@ -66,7 +66,7 @@ fn a_full_disk_stops_feed_and_send_with_an_error_and_loses_nothing() {
         // The disk has room again.
         let engine = engine(folder.path(), 128);
         let mut chat = engine.session_blocking(trip()).unwrap();
-        let chunks = wait(engine.memory().chunks(&trip(), 0..usize::MAX)).unwrap();
+        let chunks = wait(engine.memory().chunks(&trip(), 0..usize::MAX, None)).unwrap();
         for number in acknowledged {
             for said in [format!("message {number} here"), format!("document {number} says")] {
                 assert!(chunks.iter().any(|chunk| chunk.text.contains(&said)), "lost {said}");

@@ -98,7 +98,8 @@ fn kill(test: &str, open: &dyn Fn(&Path) -> Engine, sentences: usize) -> Option<
 
         let engine = open(folder.path());
         let mut chat = engine.session_blocking(trip()).unwrap();
-        let chunks = wait(engine.memory().chunks(&Scope::user("ada"), 0..usize::MAX)).unwrap();
+        let chunks =
+            wait(engine.memory().chunks(&Scope::user("ada"), 0..usize::MAX, None)).unwrap();
         let texts: HashSet<&str> = chunks.iter().map(|chunk| chunk.text.as_str()).collect();
         assert_eq!(texts.len(), chunks.len(), "a chunk is stored twice");
         for number in &acknowledged {

@@ -88,7 +88,7 @@ fn recalled_text_is_shown_and_not_stored_again() {
     let turns = vec![NewTurn::new(Role::User, fact)];
     let other = Scope::user("ada").session("other");
     wait(engine.memory().remember(&other, turns)).unwrap();
-    let before = wait(engine.memory().chunks(&Scope::user("ada"), 0..1000)).unwrap().len();
+    let before = wait(engine.memory().chunks(&Scope::user("ada"), 0..1000, None)).unwrap().len();
     for _ in 0..5 {
         let options = SendOptions::default().max_new_tokens(2).across_sessions(true);
         let mut events = chat.send_with("fuzzy-badger?", options);
@@ -102,7 +102,7 @@ fn recalled_text_is_shown_and_not_stored_again() {
         }
         assert!(recalled);
     }
-    let chunks = wait(engine.memory().chunks(&Scope::user("ada"), 0..1000)).unwrap();
+    let chunks = wait(engine.memory().chunks(&Scope::user("ada"), 0..1000, None)).unwrap();
     let facts = chunks.iter().filter(|chunk| chunk.text.contains("7654321"));
     assert_eq!(facts.map(|chunk| chunk.count).collect::<Vec<_>>(), [1]);
     // The question, and answers that differ: nothing else.
@@ -427,6 +427,13 @@ fn the_log_and_the_sessions_of_a_user_can_be_read_and_texts_become_unit_vectors(
     let names: Vec<_> = sessions.iter().filter_map(|info| info.scope.session_id()).collect();
     assert_eq!(names, ["a", "b"]);
     assert!(wait(memory.sessions(&Scope::user("bob"))).unwrap().is_empty());
+    assert_eq!(memory.users(), ["ada"]);
+    let mut marked = NewTurn::new(Role::User, "three");
+    marked.metadata = [("kind".to_owned(), "note".into())].into();
+    wait(memory.remember(&scope, vec![marked])).unwrap();
+    let filter = Filter::eq("kind", "note");
+    let chunks = wait(memory.chunks(&Scope::user("ada"), 0..9, Some(&filter))).unwrap();
+    assert_eq!(chunks.iter().map(|it| it.text.as_str()).collect::<Vec<_>>(), ["three"]);
     let (rows, dim) = wait(memory.embed(vec!["a cat".into(), "a dog".into()])).unwrap();
     assert_eq!(rows.len(), 2 * dim);
     for row in rows.chunks(dim) {

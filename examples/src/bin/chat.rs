@@ -167,7 +167,7 @@ async fn show(
     words: &str,
 ) -> Result<(), Box<dyn std::error::Error>> {
     if words.is_empty() {
-        for chunk in engine.memory().chunks(scope, 0..100).await? {
+        for chunk in engine.memory().chunks(scope, 0..100, None).await? {
             println!("turn {}: {}", chunk.latest.turn, chunk.text.trim());
         }
         return Ok(());

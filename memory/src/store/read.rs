@@ -14,7 +14,10 @@ use super::state::{Session, State};
 use super::vectors::GRAPH_ENDING;
 use crate::format::{BlobRef, Body, Key, Record, SEGMENT_HEADER_BYTES, TurnRecord};
 use crate::partition::{Chunk, Partition, Place};
-use crate::{ChunkId, Error, ErrorKind, Metadata, Result, Scope, Snapshot, Source, Turn, TurnId};
+use crate::tags::Accepted;
+use crate::{
+    ChunkId, Error, ErrorKind, Filter, Metadata, Result, Scope, Snapshot, Source, Turn, TurnId,
+};
 
 /// Threads that read a snapshot at most: beyond them memory is the limit.
 const MAX_READERS: usize = 8;
@@ -265,12 +268,34 @@ impl Store {
     }
 
     /// The chunks of a scope in the order in which they were first said; `range` counts from 0.
-    pub fn chunks(&self, scope: &Scope, range: Range<usize>) -> Result<Vec<ChunkInfo>> {
+    ///
+    /// With a `filter` those of turns whose metadata it accepts: `first`, `latest` and `count` of a chunk then know no
+    /// other turn.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a malformed scope, or a filter as [`Store::recall`] refuses it.
+    pub fn chunks(
+        &self,
+        scope: &Scope,
+        range: Range<usize>,
+        filter: Option<&Filter>,
+    ) -> Result<Vec<ChunkInfo>> {
         scope.check("chunks")?;
+        filter.map_or(Ok(()), |filter| filter.check("chunks"))?;
         let state = self.read();
         let mut sessions: Vec<u64> = state.sessions_in(scope).map(|(id, ..)| id).collect();
         sessions.sort_unstable();
-        let visible = |place: &&Place| sessions.binary_search(&place.session).is_ok();
+        let mut accepted: Vec<Accepted<'_>> = Vec::new();
+        if let Some(filter) = filter {
+            let partitions = state.partitions_in(scope);
+            accepted.extend(partitions.map(|(_, partition)| partition.tags().accepted(filter)));
+        }
+        let visible = |place: &&Place| {
+            sessions.binary_search(&place.session).is_ok()
+                // A session's turns are those of one partition.
+                && (filter.is_none()
+                    || accepted.iter().any(|accepted| accepted.contains(place.session, place.turn)))
+        };
         let mut chunks: Vec<(&Place, &Chunk)> = state
             .partitions_in(scope)
             .flat_map(|(_, partition)| partition.iter())
@@ -290,6 +315,14 @@ impl Store {
             })
         };
         Ok(chunks.filter_map(info).collect())
+    }
+
+    /// The users of whom there is a session, in the order of their names.
+    pub fn users(&self) -> Vec<String> {
+        let state = self.read();
+        let mut users: Vec<&str> = state.by_scope.keys().map(Scope::user_id).collect();
+        users.dedup();
+        users.into_iter().map(str::to_owned).collect()
     }
 
     /// The sessions of a scope, by name.

@@ -71,7 +71,7 @@ fn check(store: &Store) -> u64 {
     for turn in store.turns(&trip(), 0..num_turns).unwrap() {
         assert_eq!(turn.text, prose(turn.id, 150));
     }
-    let chunks = store.chunks(&Scope::user("ada"), 0..usize::MAX).unwrap();
+    let chunks = store.chunks(&Scope::user("ada"), 0..usize::MAX, None).unwrap();
     assert!(chunks.iter().all(|chunk| chunk.count == 1), "a chunk is there twice");
     let mut turns: Vec<u64> = chunks.iter().map(|chunk| chunk.first.turn).collect();
     turns.dedup();

@@ -196,7 +196,7 @@ fn check_truth(path: &Path, texts: &[String]) {
     if let Ok(Some(snapshot)) = store.snapshot(&trip(), [1; 16]) {
         assert_eq!((snapshot.state, snapshot.pages.len()), (vec![5; 300], 2));
     }
-    for chunk in store.chunks(&Scope::user("bob"), 0..9).unwrap() {
+    for chunk in store.chunks(&Scope::user("bob"), 0..9, None).unwrap() {
         assert_eq!(chunk.text, "Bob likes the seaside.");
     }
     let turns = vec![NewTurn::new(Role::User, "After the damage.")];

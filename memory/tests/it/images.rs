@@ -35,7 +35,7 @@ fn ask(store: &Store, scope: &Scope, query: &str, recall: Recall) -> Vec<Hit> {
 /// What a store answers, in every way that an index has a part in.
 fn answers(store: &Store) -> String {
     let user = Scope::user("ada");
-    let mut all = format!("{:?}", store.chunks(&user, 0..9_999).unwrap());
+    let mut all = format!("{:?}", store.chunks(&user, 0..9_999, None).unwrap());
     for query in
         ["what did the engine carry in winter", "note 7", "seven copper letters", "zebra-11"]
     {

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mka_memory::{
-    Commit, Embedder, ErrorKind, HashedEmbedder, NewTurn, Recall, Role, Scope, Store, StoreOptions,
+    Commit, Embedder, ErrorKind, Filter, Forget, HashedEmbedder, NewTurn, Recall, Role, Scope,
+    Store, StoreOptions,
 };
 
 use crate::support::{open, prose, say, trip, try_open};
@@ -132,7 +133,7 @@ fn a_retracted_turn_stays_in_the_log_and_is_not_recalled() {
         assert!(hits.iter().all(|hit| !hit.text.contains("badger")));
         let thanks = hits.iter().find(|hit| hit.text == "Thanks.").unwrap();
         assert_eq!((thanks.source.turn, thanks.count), (4, 1));
-        assert_eq!(store.chunks(&trip(), 0..9).unwrap().len(), 3);
+        assert_eq!(store.chunks(&trip(), 0..9, None).unwrap().len(), 3);
     };
     check(&store);
     drop(store);
@@ -201,4 +202,76 @@ fn many_threads_read_while_one_writes() {
         }
     });
     assert_eq!(store.num_turns(&trip()).unwrap(), 16);
+}
+
+#[test]
+fn chunks_are_listed_by_the_metadata_of_their_turns() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let turn = |text: &str, kind: &str| {
+        let mut turn = NewTurn::new(Role::User, text);
+        turn.metadata = [("kind".to_owned(), kind.into())].into();
+        turn
+    };
+    let planner = Scope::user("ada").agent("planner").session("trip");
+    for (scope, turns) in [
+        (trip(), vec![turn("The heron nests here.", "note"), turn("The wolf left.", "draft")]),
+        (planner, vec![turn("The otter swims.", "note"), turn("The heron nests here.", "draft")]),
+        (Scope::user("bob").session("trip"), vec![turn("The lynx sleeps.", "note")]),
+        (trip(), vec![turn("The heron nests here.", "draft")]),
+    ] {
+        store.commit(&scope, Commit { turns, ..Commit::default() }).unwrap();
+    }
+    say(&store, &trip(), Role::User, &["Nobody is marked."]);
+    let check = |store: &Store| {
+        let listed = |scope: &Scope, filter: &Filter| -> Vec<(String, u64, u64, u32)> {
+            let chunks = store.chunks(scope, 0..99, Some(filter)).unwrap().into_iter();
+            chunks.map(|it| (it.text, it.first.turn, it.latest.turn, it.count)).collect()
+        };
+        let ada = Scope::user("ada");
+        let heron = || "The heron nests here.".to_owned();
+        let notes = Filter::eq("kind", "note");
+        let expected = [(heron(), 0, 0, 1), ("The otter swims.".to_owned(), 0, 0, 1)];
+        assert_eq!(listed(&ada, &notes), expected);
+        let drafts = Filter::eq("kind", "draft");
+        assert_eq!(
+            listed(&trip(), &drafts),
+            [("The wolf left.".to_owned(), 1, 1, 1), (heron(), 2, 2, 1)]
+        );
+        assert_eq!(listed(&trip(), &notes.clone().or(drafts))[0], (heron(), 0, 2, 2));
+        let unmarked = Filter::has("kind").not();
+        assert_eq!(listed(&ada, &unmarked), [("Nobody is marked.".to_owned(), 3, 3, 1)]);
+        // The range counts what is accepted.
+        let second = store.chunks(&ada, 1..2, Some(&notes)).unwrap();
+        assert_eq!(second[0].text, "The otter swims.");
+        let deep = (0..100).fold(Filter::has("x"), |filter, _| filter.not());
+        let error = store.chunks(&ada, 0..9, Some(&deep)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.to_string().starts_with("chunks:"), "{error}");
+    };
+    check(&store);
+    drop(store);
+    check(&open(folder.path()));
+}
+
+#[test]
+fn users_are_listed_while_a_session_of_them_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    assert!(store.users().is_empty());
+    for scope in [
+        Scope::user("bob").agent("planner").session("a"),
+        Scope::user("ada").session("b"),
+        Scope::user("bob").session("a"),
+        Scope::user("ada").session("a"),
+    ] {
+        say(&store, &scope, Role::User, &["Hello."]);
+    }
+    assert_eq!(store.users(), ["ada", "bob"]);
+    store.forget(&Scope::user("ada").session("a"), &Forget::session()).unwrap();
+    assert_eq!(store.users(), ["ada", "bob"]);
+    store.forget(&Scope::user("ada"), &Forget::everything()).unwrap();
+    assert_eq!(store.users(), ["bob"]);
+    drop(store);
+    assert_eq!(open(folder.path()).users(), ["bob"]);
 }

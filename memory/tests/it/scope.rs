@@ -152,7 +152,7 @@ fn look_for_leaks(store: &Store, rng: &mut ChaCha8Rng, operation: u64) {
         let own = hit.source.session == scope.session_id().unwrap_or(&hit.source.session);
         assert!(own || options.across_sessions, "operation {operation}");
     }
-    for chunk in store.chunks(&scope, 0..50).unwrap() {
+    for chunk in store.chunks(&scope, 0..50, None).unwrap() {
         assert!(chunk.first.user == owner && !chunk.text.contains(other), "operation {operation}");
     }
     for session in store.sessions(&scope).unwrap() {

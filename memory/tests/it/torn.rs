@@ -69,7 +69,7 @@ fn contents(store: &Store) -> String {
     for session in store.sessions(&Scope::user("ada")).unwrap() {
         let scope = session.scope;
         let turns = store.turns(&scope, 0..99).unwrap();
-        let chunks = store.chunks(&scope, 0..99).unwrap();
+        let chunks = store.chunks(&scope, 0..99, None).unwrap();
         // A session that lost a turn has no snapshot until the next one.
         let snapshot = store.snapshot(&scope, [7; 16]).unwrap();
         all += &format!("{scope}\n{turns:?}\n{chunks:?}\n{snapshot:?}\n");

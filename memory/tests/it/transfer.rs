@@ -49,7 +49,7 @@ fn contents(store: &Store) -> String {
         Scope::user("bob").session("trip"),
     ] {
         contents += &format!("{:?}\n", store.turns(&scope, 0..99).unwrap());
-        contents += &format!("{:?}\n", store.chunks(&scope, 0..99).unwrap());
+        contents += &format!("{:?}\n", store.chunks(&scope, 0..99, None).unwrap());
         let hits = store.recall(&scope, "hotel ferry tomatoes Bob", &Recall::default()).unwrap();
         contents += &format!("{hits:?}\n");
         let marked = Recall {

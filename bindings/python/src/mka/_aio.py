@@ -323,9 +323,11 @@ class AsyncMemory(MemoryHandle):
         session: str | None = None,
         start: int = 0,
         end: int = _calls.ALL,
+        filter: Filter | None = None,
     ) -> list[Chunk]:
-        """What memory holds, in the order in which it was first said."""
-        return await _calls.chunks(user, agent, session, start, end).awaited(self._native)
+        """What memory holds, in the order in which it was first said; with `filter`, of turns whose metadata it accepts."""
+        call = _calls.chunks(user, agent, session, start, end, filter)
+        return await call.awaited(self._native)
 
     async def turns(
         self,

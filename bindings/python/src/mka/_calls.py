@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
-from mka import _convert, _options, _values
+from mka import _convert, _filter, _options, _values
 from mka._errors import translated
 from mka._native import mka_bindings as _native
 from mka._filter import Filter
@@ -173,9 +173,16 @@ def verify(receipt: _values.Receipt | str) -> Call[None]:
 
 
 def chunks(
-    user: str, agent: str | None, session: str | None, start: int, end: int
+    user: str,
+    agent: str | None,
+    session: str | None,
+    start: int,
+    end: int,
+    filter: Filter | None,
 ) -> Call[list[_values.Chunk]]:
-    return Call("chunks", (_options.scope(user, agent, session), start, end), _convert.chunks)
+    scope = _options.scope(user, agent, session)
+    given = None if filter is None else _filter.native(filter)
+    return Call("chunks", (scope, start, end, given), _convert.chunks)
 
 
 def turns(

@@ -78,6 +78,10 @@ class MemoryHandle:
         self._native = native
         self._number: int = native.number()
 
+    def users(self) -> list[str]:
+        """The users of whom there is a session, in the order of their names."""
+        return list(_calls.now(self._native, "users"))
+
     def stats(self) -> Stats:
         """Counts and bytes of the store."""
         return _convert.stats(_calls.now(self._native, "stats"))

@@ -277,9 +277,11 @@ class Memory(MemoryHandle):
         session: str | None = None,
         start: int = 0,
         end: int = _calls.ALL,
+        filter: Filter | None = None,
     ) -> list[Chunk]:
-        """What memory holds, in the order in which it was first said."""
-        return _calls.chunks(user, agent, session, start, end).run(self._native)
+        """What memory holds, in the order in which it was first said; with `filter`, of turns whose metadata it accepts."""
+        call = _calls.chunks(user, agent, session, start, end, filter)
+        return call.run(self._native)
 
     def turns(
         self,

@@ -95,14 +95,15 @@ public final class Memory: Sendable {
         try await translated { [native] in try await native.verify(record: record) }
     }
 
-    /// What memory holds, in the order in which it was first said.
+    /// What memory holds, in the order in which it was first said; with `filter`, of turns whose metadata it accepts.
     public func chunks(
         user: String, agent: String? = nil, session: String? = nil,
-        range: Range<UInt64> = 0..<UInt64.max
+        range: Range<UInt64> = 0..<UInt64.max, filter: Filter? = nil
     ) async throws(MKAError) -> [ChunkInfo] {
         let scope = Scope(user: user, agent: agent, session: session)
         return try await translated { [native] in
-            try await native.chunks(scope: scope, start: range.lowerBound, end: range.upperBound)
+            try await native.chunks(
+                scope: scope, start: range.lowerBound, end: range.upperBound, filter: filter)
         }
     }
 
@@ -115,6 +116,11 @@ public final class Memory: Sendable {
         return try await translated { [native] in
             try await native.turns(scope: scope, start: range.lowerBound, end: range.upperBound)
         }
+    }
+
+    /// The users of whom there is a session, in the order of their names.
+    public var users: [String] {
+        get throws(MKAError) { try translated { try native.users() } }
     }
 
     /// The sessions of a user, by name.

@@ -54,3 +54,17 @@ import Testing
     #expect(receipt.turns == 2)
     try await engine.close()
 }
+
+@Test func chunksAreListedByTheirMarksAndUsersByName() async throws {
+    let folder = try Folder()
+    let engine = try await folder.engine(model: nil)
+    let memory = engine.memory
+    let turns = [NewTurn("The otter is 1.", metadata: ["kind": "note"]), NewTurn("The heron is 2.")]
+    try await memory.remember(turns, user: "bob", session: "trip")
+    try await memory.remember("The lynx is 5.", user: "ada", session: "trip")
+    let notes = try await memory.chunks(user: "bob", filter: .equals("kind", "note"))
+    #expect(notes.map(\.text) == ["The otter is 1."])
+    #expect(try await memory.chunks(user: "bob").count == 2)
+    #expect(try memory.users == ["ada", "bob"])
+    try await engine.close()
+}

@@ -123,6 +123,9 @@ pub struct FeedOptions {
     /// What the document's turns are marked with: at most 256 keys, none of which begins with `mka.`.
     #[uniffi(default)]
     pub metadata: HashMap<String, MetadataValue>,
+    /// Instructions before a session's first message, if the document begins it and the model reads of it; ignored later.
+    #[uniffi(default)]
+    pub system: Option<String>,
 }
 
 impl From<FeedOptions> for mka::FeedOptions {
@@ -134,6 +137,7 @@ impl From<FeedOptions> for mka::FeedOptions {
         options.time_ms = from.time_ms;
         options.recall = from.recall.map(Into::into);
         options.metadata = marks(from.metadata);
+        options.system = from.system;
         options
     }
 }

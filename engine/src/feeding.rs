@@ -47,6 +47,9 @@ pub struct FeedOptions {
     /// What the document's turns are marked with, for a filter of [`Recall`](crate::Recall) or [`Forget`](crate::Forget) to
     /// ask for: as [`NewTurn::metadata`], without keys that begin with `mka.`.
     pub metadata: Metadata,
+    /// Instructions that stand before the first message of a session, which the document begins if the model reads of it;
+    /// ignored later, as [`SendOptions::system`](crate::SendOptions::system) is.
+    pub system: Option<String>,
 }
 
 impl FeedOptions {
@@ -105,7 +108,7 @@ pub(crate) fn feed(
     check_metadata("feed", &options.metadata)?;
     let time_ms = options.time_ms.unwrap_or(now_ms);
     conversation.set_policy("feed", options.recall.unwrap_or(conversation.shared.config.recall))?;
-    let before = Before { system: None, joined: true };
+    let before = Before { system: options.system.as_deref(), joined: true };
     take_in(conversation, text, options, time_ms, before, &mut |taken| {
         sink.send(FeedEvent::Progress {
             fed_bytes: taken.fed_bytes,

@@ -103,7 +103,11 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
             events: mka.Events = chat.send("Where is the hotel?", **sending)
             for event in events:
                 print(show(event), end="")
-            feeding: mka.FeedOptions = {"name": "hill.txt", "metadata": {"kind": "page"}}
+            feeding: mka.FeedOptions = {
+                "name": "hill.txt",
+                "metadata": {"kind": "page"},
+                "system": "Be brief.",
+            }
             feed: mka.Feed = chat.feed("The sheep went up the hill. " * 200, **feeding)
             print(fed(list(feed)))
             context: mka.Context = chat.context("hotel", budget_tokens=200)

@@ -75,6 +75,12 @@ def test_what_is_sent_and_fed_is_marked(store: Path, tiny_model: Path) -> None:
         with engine.session(user="ada", session="trip") as chat:
             chat.send("hello there", max_new_tokens=2, metadata={"kind": "chat", "year": 2025}).text()
             chat.feed("The otter is 1.", mode="model", metadata={"kind": "page"}).finish()
+            with engine.session(user="ada", session="told") as told:
+                fed = told.feed("The otter is 1.", mode="model", system="Say red.").finish()
+            with engine.session(user="ada", session="bare") as bare:
+                assert bare.feed("The otter is 1.", mode="model").finish().model_tokens < fed.model_tokens
+            engine.memory.forget(user="ada", session="told", everything=True)
+            engine.memory.forget(user="ada", session="bare", everything=True)
             for refused in ({"mka.kind": 1}, {"": 1}):
                 with pytest.raises(mka.InvalidArgumentError, match="^send: "):
                     chat.send("hello", metadata=refused).text()

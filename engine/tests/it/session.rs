@@ -521,6 +521,42 @@ fn instructions_stay_in_sight_however_long_the_session_becomes() {
 }
 
 #[test]
+fn a_document_that_begins_a_session_has_the_instructions_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let open = |name: &str| engine.session_blocking(Scope::user("ada").session(name)).unwrap();
+    let turns = |chat: &Session| wait(engine.memory().turns(chat.scope(), 0..9)).unwrap();
+    let system = "Say red.";
+    let feed = |system: Option<&str>| {
+        let mut options = FeedOptions::through_model();
+        options.system = system.map(str::to_owned);
+        options
+    };
+    let mut sent = open("sent");
+    finish(sent.send_with("the sea", short().system(system))).unwrap();
+    let mut fed = open("fed");
+    wait(fed.feed_with("the sea", feed(Some(system))).finish()).unwrap();
+    let mut plain = open("plain");
+    wait(plain.feed_with("the sea", feed(None)).finish()).unwrap();
+    let first = |chat: &Session| turns(chat)[0].tokens.clone();
+    assert!(first(&sent).starts_with(&first(&fed)) && first(&fed).len() > first(&plain).len());
+    // Later they are ignored, in a feed as in a message; and where nothing was read none are there yet.
+    for chat in [&mut fed, &mut plain] {
+        wait(chat.feed_with(" was calm", feed(Some("Say blue."))).finish()).unwrap();
+    }
+    assert_eq!(turns(&fed)[1].tokens, turns(&plain)[1].tokens);
+    let mut text = open("text");
+    let mut options = feed(Some(system));
+    options.mode = mka::FeedMode::Text;
+    let far = "the hall was cold and the king was old. ".repeat(60);
+    assert_eq!(wait(text.feed_with(far, options).finish()).unwrap().model_tokens, 0);
+    let options = short().system(system).recall_k(0);
+    finish(text.send_with("the sea", options)).unwrap();
+    let asked = turns(&text).into_iter().find(|turn| turn.role == Role::User).unwrap();
+    assert_eq!(asked.tokens, first(&sent));
+}
+
+#[test]
 fn a_session_is_taken_back_to_an_earlier_turn_and_goes_on_from_there() {
     let folder = tempfile::tempdir().unwrap();
     let (empty, at_two) = {

@@ -185,6 +185,8 @@ class FeedOptions(TypedDict, total=False):
     """By what the tokens that the model reads recall older ones; as the engine was opened if left out."""
     metadata: Mapping[str, MetadataValue]
     """What the document's turns are marked with, for a `filter` to ask for; no key begins with `mka.`."""
+    system: str | None
+    """Instructions before a session's first message, if the document begins it and the model reads of it."""
 
 
 class RecallOptions(TypedDict, total=False):

@@ -48,6 +48,12 @@ import Testing
     let turns = try await engine.memory.turns(user: "ada", session: "trip")
     let kinds: [MetadataValue?] = ["chat", "chat", "page"]
     #expect(turns.map { $0.metadata["kind"] } == kinds)
+    let told = try await engine.session(user: "ada", id: "told")
+    let instructed = FeedOptions(mode: .model, system: "Say red.")
+    let fed = try await told.feed("The otter is 1.", options: instructed).finish()
+    let bare = try await engine.session(user: "ada", id: "bare")
+    let plain = try await bare.feed("The otter is 1.", options: FeedOptions(mode: .model)).finish()
+    #expect(fed.modelTokens > plain.modelTokens)
     let refused = SendOptions(metadata: ["mka.kind": true])
     #expect(await failure { try await chat.send("hello", options: refused).text() }?.kind == .invalidArgument)
     let receipt = try await engine.memory.forget(.filter(.equals("kind", "chat")), user: "ada")

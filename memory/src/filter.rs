@@ -218,8 +218,12 @@ impl Filter {
         }
     }
 
-    /// Refuses expressions that are nested too deep or compare with what no turn can have.
-    pub(crate) fn check(&self, operation: &str) -> Result<()> {
+    /// Refuses expressions that are nested too deep or compare with what no turn can have, as every call that takes a filter
+    /// does. `operation` is what the error names.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for more than 64 levels, or a number that is not finite.
+    pub fn check(&self, operation: &str) -> Result<()> {
         self.check_at(operation, 0)
     }
 

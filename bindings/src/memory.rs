@@ -117,15 +117,18 @@ impl NativeMemory {
         Ok(all(memory.recall_blocking(&scope.into(), &query, options.into())?))
     }
 
-    /// What `scope` holds on `query`, laid out for another model within `budget_tokens`: the 32 best memories at most.
+    /// What a recall with `options` finds on `query` in `scope`, laid out for another model within `budget_tokens`.
     pub async fn context(
         &self,
         scope: Scope,
         query: String,
         budget_tokens: u64,
+        options: RecallOptions,
     ) -> Result<Context, MkaError> {
         let memory = self.handle("context")?;
-        Ok(counted(memory.context(&scope.into(), &query, count(budget_tokens))).await?.into())
+        let (scope, budget) = (mka::Scope::from(scope), count(budget_tokens));
+        let options = options.over(mka::Context::recall());
+        Ok(counted(memory.context_with(&scope, &query, budget, options)).await?.into())
     }
 
     /// `context`, blocking the thread.
@@ -134,8 +137,9 @@ impl NativeMemory {
         scope: Scope,
         query: String,
         budget_tokens: u64,
+        options: RecallOptions,
     ) -> Result<Context, MkaError> {
-        wait(self.context(scope, query, budget_tokens))
+        wait(self.context(scope, query, budget_tokens, options))
     }
 
     /// Erases what `selector` names, and says what went.

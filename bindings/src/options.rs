@@ -62,6 +62,9 @@ pub struct SendOptions {
     /// What the turns of the message and of its answer are marked with: at most 254 keys, none of which begins with `mka.`.
     #[uniffi(default)]
     pub metadata: HashMap<String, MetadataValue>,
+    /// The memories that are looked up are of turns whose metadata this accepts.
+    #[uniffi(default)]
+    pub recall_filter: Option<Filter>,
 }
 
 impl From<SendOptions> for mka::SendOptions {
@@ -86,6 +89,7 @@ impl From<SendOptions> for mka::SendOptions {
         options.across_sessions = from.across_sessions;
         options.time_ms = from.time_ms;
         options.metadata = marks(from.metadata);
+        options.recall_filter = from.recall_filter.map(Into::into);
         options
     }
 }
@@ -193,25 +197,31 @@ pub struct RecallOptions {
     pub follow_up: Option<bool>,
 }
 
+impl RecallOptions {
+    /// The engine's options, those that are left out as `recall` has them.
+    pub(crate) fn over(self, mut recall: mka::Recall) -> mka::Recall {
+        set(&mut recall.k, self.k.map(count));
+        recall.before_turn = self.before_turn;
+        recall.except_turns = self.except_turns;
+        recall.across_sessions = self.across_sessions;
+        recall.roles = self.roles.into_iter().map(Into::into).collect();
+        recall.since_ms = self.since_ms;
+        recall.until_ms = self.until_ms;
+        recall.as_of_ms = self.as_of_ms;
+        recall.now_ms = self.now_ms;
+        recall.stale = self.stale;
+        recall.half_life_ms = self.half_life_ms;
+        set(&mut recall.min_score, self.min_score);
+        set(&mut recall.min_relevance, self.min_relevance);
+        recall.filter = self.filter.map(Into::into);
+        set(&mut recall.follow_up, self.follow_up);
+        recall
+    }
+}
+
 impl From<RecallOptions> for mka::Recall {
     fn from(from: RecallOptions) -> Self {
-        let mut recall = Self::default();
-        set(&mut recall.k, from.k.map(count));
-        recall.before_turn = from.before_turn;
-        recall.except_turns = from.except_turns;
-        recall.across_sessions = from.across_sessions;
-        recall.roles = from.roles.into_iter().map(Into::into).collect();
-        recall.since_ms = from.since_ms;
-        recall.until_ms = from.until_ms;
-        recall.as_of_ms = from.as_of_ms;
-        recall.now_ms = from.now_ms;
-        recall.stale = from.stale;
-        recall.half_life_ms = from.half_life_ms;
-        set(&mut recall.min_score, from.min_score);
-        set(&mut recall.min_relevance, from.min_relevance);
-        recall.filter = from.filter.map(Into::into);
-        set(&mut recall.follow_up, from.follow_up);
-        recall
+        from.over(Self::default())
     }
 }
 

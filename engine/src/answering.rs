@@ -48,6 +48,7 @@ fn recall(
         across_sessions: options.across_sessions,
         except_turns: conversation.turns_in_window(coming_tokens + budget),
         now_ms: Some(now_ms),
+        filter: options.recall_filter.clone(),
         ..Recall::default()
     };
     let mut hits = shared.store.recall(&conversation.scope, message, &query)?;
@@ -75,6 +76,7 @@ pub(crate) fn send(
     }
     options.sampling.check()?;
     check_marks(&options.metadata)?;
+    options.recall_filter.iter().try_for_each(|filter| filter.check("send"))?;
     let shared = conversation.shared.clone();
     let model = shared.model("send")?;
     let now_ms = shared.now_ms()?;

@@ -32,6 +32,20 @@ pub struct Context {
     pub hits: Vec<Hit>,
 }
 
+impl Context {
+    /// How [`MemoryHandle::context`] recalls: 32 memories at most, however many fit the budget. What
+    /// [`MemoryHandle::context_with`] is to do otherwise is set in it.
+    ///
+    /// ```
+    /// use mka::{Context, Filter, Recall};
+    ///
+    /// let notes = Recall { filter: Some(Filter::eq("kind", "note")), ..Context::recall() };
+    /// ```
+    pub fn recall() -> Recall {
+        Recall { k: 32, ..Recall::default() }
+    }
+}
+
 /// [`crate::Session::context`], which looks into every session of its user; the future borrows nothing.
 pub(crate) fn context(
     shared: Arc<Shared>,
@@ -39,7 +53,8 @@ pub(crate) fn context(
     query: &str,
     budget_tokens: usize,
 ) -> impl Future<Output = Result<Context>> + Send + use<> {
-    assemble(shared, scope, query, budget_tokens, true)
+    let options = Recall { across_sessions: true, ..Context::recall() };
+    assemble(shared, scope, query, budget_tokens, options)
 }
 
 /// What is recalled on `query`, as text within the budget; the future borrows nothing.
@@ -48,12 +63,11 @@ fn assemble(
     scope: Scope,
     query: &str,
     budget_tokens: usize,
-    across_sessions: bool,
+    options: Recall,
 ) -> impl Future<Output = Result<Context>> + Send + use<> {
     let query = query.to_owned();
     offload("context", move || {
-        let options =
-            Recall { k: 32, across_sessions, now_ms: Some(now_ms()), ..Recall::default() };
+        let options = said_by_now(options);
         let hits = shared.store.recall(&scope, &query, &options)?;
         let quotations = Quotation::of(&hits, &query, Quote::Passage);
         let count = |text: &str| shared.count_tokens(text);
@@ -61,6 +75,11 @@ fn assemble(
         let hits = chosen.into_iter().map(|i| hits[i].clone()).collect();
         Ok(Context { tokens: shared.count_tokens(&text)?, text, hits })
     })
+}
+
+/// Gives a recall without a clock the system's.
+fn said_by_now(options: Recall) -> Recall {
+    Recall { now_ms: options.now_ms.or_else(|| Some(now_ms())), ..options }
 }
 
 /// Gives turns without a time that of now: a half-life, `since_ms` and [`Forget::before`] would take them for the oldest.
@@ -145,8 +164,7 @@ impl MemoryHandle {
     /// # Errors
     /// Those of `recall`.
     pub fn recall_blocking(&self, scope: &Scope, query: &str, options: Recall) -> Result<Vec<Hit>> {
-        let options = Recall { now_ms: options.now_ms.or_else(|| Some(now_ms())), ..options };
-        Ok(self.shared.store.recall(scope, query, &options)?)
+        Ok(self.shared.store.recall(scope, query, &said_by_now(options))?)
     }
 
     /// What `scope` holds on `query`, laid out for another model within `budget_tokens`, headers included: the 32 best memories
@@ -163,7 +181,22 @@ impl MemoryHandle {
         query: &str,
         budget_tokens: usize,
     ) -> Result<Context> {
-        assemble(self.shared.clone(), scope.clone(), query, budget_tokens, false).await
+        self.context_with(scope, query, budget_tokens, Context::recall()).await
+    }
+
+    /// [`MemoryHandle::context`] of what a recall with `options` finds: among certain turns, from a time on, with a least
+    /// relevance; `k` is how many memories may be in it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the scope or the options are malformed.
+    pub async fn context_with(
+        &self,
+        scope: &Scope,
+        query: &str,
+        budget_tokens: usize,
+        options: Recall,
+    ) -> Result<Context> {
+        assemble(self.shared.clone(), scope.clone(), query, budget_tokens, options).await
     }
 
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries, and says what went.

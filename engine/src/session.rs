@@ -16,7 +16,7 @@ use crate::offload::offload;
 use crate::pages::RecallPolicy;
 use crate::sampling::Sampling;
 use crate::stream::{Canceller, Event, Events, Feed, FeedEvent, FeedSummary, Sink, Usage};
-use mka_memory::{Metadata, NewTurn, Scope, TurnId};
+use mka_memory::{Filter, Metadata, NewTurn, Scope, TurnId};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -51,6 +51,9 @@ pub struct SendOptions {
     pub recall_k: Option<usize>,
     /// Whether other sessions of the same user, or of the agent if the session has one, are searched too.
     pub across_sessions: bool,
+    /// The memories that are looked up are of turns whose metadata this accepts; None: of all. Of what comes back inside
+    /// attention it says nothing.
+    pub recall_filter: Option<Filter>,
     /// When the message was said, milliseconds since 1970; None: now.
     pub time_ms: Option<i64>,
     /// What the turns of the message and of its answer are marked with, for a filter of [`Recall`](crate::Recall) or

@@ -99,6 +99,7 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
                 "max_new_tokens": 4,
                 "across_sessions": True,
                 "metadata": {"kind": "chat", "year": year},
+                "recall_filter": {"kind": {"$ne": "draft"}},
             }
             events: mka.Events = chat.send("Where is the hotel?", **sending)
             for event in events:
@@ -121,7 +122,8 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
         recalling: mka.RecallOptions = {"k": 2, "since": when, "filter": since_2024}
         hits: list[mka.Hit] = memory.recall("hotel", user="ada", **recalling)
         print(describe(hits[0].source, hits[0].why, hits[0].trust))
-        print(memory.embed(["hotel"]).shape)
+        assembled: mka.Context = memory.context("hotel", user="ada", budget_tokens=200, **recalling)
+        print(assembled.tokens, memory.embed(["hotel"]).shape)
         memory.replace(committed.turns[0], "The hotel is in Nara.", user="ada", session="plans")
         chunks: list[mka.Chunk] = memory.chunks(user="ada")
         marked: list[mka.Chunk] = memory.chunks(user="ada", filter=since_2024)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import mka
 import pytest
@@ -120,4 +122,56 @@ def test_chunks_are_listed_by_their_marks_and_users_by_name(store: Path) -> None
         assert len(memory.chunks(user="ada", filter={})) == len(memory.chunks(user="ada")) == 3
         with pytest.raises(mka.InvalidArgumentError, match=r"\$above"):
             memory.chunks(user="ada", filter={"year": {"$above": 1}})
+    asyncio.run(main())
+
+
+def test_a_message_and_a_context_look_up_what_a_filter_accepts(store: Path, tiny_model: Path) -> None:
+    turns = [
+        mka.NewTurn("heron: 7654321", metadata={"kind": "note"}, time=1000),
+        mka.NewTurn("heron: 1234567", metadata={"kind": "draft"}, time=2000),
+    ]
+
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            context = await engine.memory.context(
+                "heron", user="ada", budget_tokens=400, filter={"kind": "note"}
+            )
+            assert [hit.text for hit in context.hits] == ["heron: 7654321"]
+
+    with mka.open_sync(store, model=tiny_model, window_tokens=256, device="cpu") as engine:
+        memory = engine.memory
+        memory.remember(turns, user="ada", session="other")
+        with engine.session(user="ada", session="trip") as chat:
+            found: list[list[str]] = []
+            for kind in ("note", "draft"):
+                asked: mka.SendOptions = {"across_sessions": True, "recall_filter": {"kind": kind}}
+                for event in chat.send("heron?", max_new_tokens=2, **asked):
+                    if isinstance(event, mka.Recalled):
+                        found.append([hit.text for hit in event.hits])
+            assert found == [["heron: 7654321"], ["heron: 1234567"]]
+            with pytest.raises(mka.InvalidArgumentError, match=r"\$above"):
+                chat.send("heron?", recall_filter={"year": {"$above": 1}})
+
+        def texts(**options: Any) -> list[str]:
+            context = memory.context("heron", user="ada", session="other", budget_tokens=400, **options)
+            assert all(hit.text in context.text for hit in context.hits)
+            return sorted(hit.text for hit in context.hits)
+
+        both = ["heron: 1234567", "heron: 7654321"]
+        assert texts() == both and len(texts(k=1)) == 1
+        assert texts(since=1500) == both[:1] and texts(until=1500) == both[1:]
+        assert texts(except_turns=[0]) == both[:1] and texts(before_turn=1) == both[1:]
+        assert texts(roles=["user"], as_of=2500, now=3000, half_life=timedelta(days=1)) == both
+        assert texts(roles=("document",)) == texts(min_relevance=1.1) == texts(min_score=2.0) == []
+        assert texts(across_sessions=True, stale=True, follow_up=False, filter={"kind": "note"}) == both[1:]
+        assert set(mka.RecallOptions.__annotations__) == {
+            "k", "before_turn", "except_turns", "across_sessions", "roles", "since", "until", "as_of",
+            "now", "stale", "half_life", "min_score", "min_relevance", "filter", "follow_up",
+        }  # fmt: skip
+        with pytest.raises(TypeError, match="context: unexpected option nonsense"):
+            texts(nonsense=1)
+        with pytest.raises(mka.InvalidArgumentError, match="role 'nobody'"):
+            texts(roles=["nobody"])
+        with pytest.raises(mka.InvalidArgumentError, match="requires 0"):
+            texts(k=-1)
     asyncio.run(main())

@@ -316,6 +316,11 @@ fn memory_without_a_model_remembers_recalls_forgets_and_verifies() {
     let chunks = memory.chunks_blocking(trip(), 0, 9, filter).unwrap();
     assert_eq!(chunks.iter().map(|it| it.text.as_str()).collect::<Vec<_>>(), ["the train is late"]);
     assert_eq!(memory.users().unwrap(), ["ada"]);
+    let late = RecallOptions { since_ms: Some(2_000), ..RecallOptions::default() };
+    let texts = [RecallOptions::default(), late].map(|options| {
+        memory.context_blocking(trip(), "the train".into(), 100, options).unwrap().text
+    });
+    assert!(texts[0].contains("the train is late") && texts[1].is_empty(), "{texts:?}");
     let vectors = memory.embed_blocking(vec!["a cat".into()]).unwrap();
     assert_eq!(vectors.data.len() as u64, 4 * vectors.dim);
     let error = chat.send("hi".into(), SendOptions::default()).unwrap();

@@ -2,7 +2,7 @@
 
 use crate::{engine, finish, trip, wait};
 use mka::{
-    Backend, EmbedderPrecision, EmbedderSource, EncryptionKey, Engine, ErrorKind, Event,
+    Backend, Context, EmbedderPrecision, EmbedderSource, EncryptionKey, Engine, ErrorKind, Event,
     FeedOptions, Filter, Forget, Metadata, NewTurn, Recall, Role, Scope, SendOptions, Session,
     Value,
 };
@@ -600,4 +600,58 @@ fn marks_that_no_turn_may_have_are_refused_before_anything_is_done() {
     options.metadata = many(254);
     finish(chat.send_with("hello", options)).unwrap();
     assert_eq!(chat.num_turns().unwrap(), 2);
+}
+
+#[test]
+fn a_message_and_a_context_look_up_what_a_filter_accepts() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let memory = engine.memory();
+    let other = Scope::user("ada").session("other");
+    let turn = |text: &str, kind: &str, time_ms: i64| {
+        let mut turn = NewTurn::new(Role::User, text);
+        (turn.metadata, turn.time_ms) = (marked(kind), time_ms);
+        turn
+    };
+    let turns = vec![turn("heron: 7654321", "note", 1000), turn("heron: 1234567", "draft", 2000)];
+    wait(memory.remember(&other, turns)).unwrap();
+    let recalled = |name: &str, filter: Option<Filter>| -> Vec<String> {
+        let mut chat = engine.session_blocking(Scope::user("ada").session(name)).unwrap();
+        let mut options = SendOptions::default().max_new_tokens(2).across_sessions(true);
+        options.recall_filter = filter;
+        let mut events = chat.send_with("heron?", options);
+        let mut texts = Vec::new();
+        while let Some(event) = events.next_blocking() {
+            if let Event::Recalled(hits) = event.unwrap() {
+                texts.extend(hits.into_iter().map(|hit| hit.text));
+            }
+        }
+        texts.sort();
+        texts
+    };
+    assert_eq!(recalled("all", None), ["heron: 1234567", "heron: 7654321"]);
+    assert_eq!(recalled("notes", Some(Filter::eq("kind", "note"))), ["heron: 7654321"]);
+    assert_eq!(recalled("drafts", Some(Filter::eq("kind", "draft"))), ["heron: 1234567"]);
+    assert!(recalled("none", Some(Filter::has("nothing"))).is_empty());
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let mut options = SendOptions::default();
+    options.recall_filter = Some(Filter::eq("kind", f64::NAN));
+    let error = finish(chat.send_with("heron?", options)).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert!(error.to_string().starts_with("send: "), "{error}");
+
+    let context = |options: Recall| {
+        let context = wait(memory.context_with(&other, "heron", 1_000, options)).unwrap();
+        let texts = context.hits.into_iter().map(|hit| hit.text).collect::<Vec<_>>();
+        assert!(texts.iter().all(|text| context.text.contains(text)));
+        texts
+    };
+    let notes = Recall { filter: Some(Filter::eq("kind", "note")), ..Context::recall() };
+    assert_eq!(context(notes), ["heron: 7654321"]);
+    let late = Recall { since_ms: Some(1500), ..Context::recall() };
+    assert_eq!(context(late), ["heron: 1234567"]);
+    assert_eq!(context(Recall { k: 1, ..Context::recall() }).len(), 1);
+    assert!(context(Recall { min_relevance: 1.1, ..Context::recall() }).is_empty());
+    let plain = wait(memory.context(&other, "heron", 1_000)).unwrap();
+    assert_eq!(plain.hits.len(), context(Context::recall()).len());
 }

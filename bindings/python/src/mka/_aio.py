@@ -272,13 +272,14 @@ class AsyncMemory(MemoryHandle):
         user: str,
         agent: str | None = None,
         session: str | None = None,
+        **options: Unpack[RecallOptions],
     ) -> Context:
-        """What memory holds on `query`, laid out for another model, never above the budget.
+        """What a recall finds on `query`, laid out for another model, never above the budget; 32 memories if `k` is left out.
 
         With `session` that session alone is looked into, without it every session of the user; at most 32 memories are
         looked up for it.
         """
-        call = _calls.memory_context(query, budget_tokens, user, agent, session)
+        call = _calls.memory_context(query, budget_tokens, user, agent, session, options)
         return await call.awaited(self._native)
 
     async def forget(

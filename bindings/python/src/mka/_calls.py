@@ -17,7 +17,7 @@ from mka import _convert, _filter, _options, _values
 from mka._errors import translated
 from mka._native import mka_bindings as _native
 from mka._filter import Filter
-from mka._options import EngineOptions, Path, Time
+from mka._options import EngineOptions, Path, RecallOptions, Time
 
 T = TypeVar("T")
 
@@ -125,10 +125,16 @@ def replace(
 
 
 def memory_context(
-    query: str, budget_tokens: int, user: str, agent: str | None, session: str | None
+    query: str,
+    budget_tokens: int,
+    user: str,
+    agent: str | None,
+    session: str | None,
+    options: RecallOptions,
 ) -> Call[_values.Context]:
     scope = _options.scope(user, agent, session)
-    return Call("context", (scope, query, budget_tokens), _convert.context)
+    given = _options.context_options(options)
+    return Call("context", (scope, query, budget_tokens, given), _convert.context)
 
 
 def session_context(query: str, budget_tokens: int) -> Call[_values.Context]:

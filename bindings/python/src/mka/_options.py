@@ -168,6 +168,8 @@ class SendOptions(TypedDict, total=False):
     """When the message was said; now if left out."""
     metadata: Mapping[str, MetadataValue]
     """What message and answer are marked with, for a `filter` to ask for; no key begins with `mka.`."""
+    recall_filter: Filter | None
+    """The memories that are looked up are of turns whose metadata this accepts."""
 
 
 class FeedOptions(TypedDict, total=False):
@@ -329,6 +331,8 @@ def send_options(options: SendOptions) -> Any:
         given["time_ms"] = to_ms(given.pop("time"))
     if "metadata" in given:
         given["metadata"] = _filter.metadata(given["metadata"])
+    if "recall_filter" in given:
+        given["recall_filter"] = _filter.native(given["recall_filter"])
     _choose(given, "recall", _RECALLS)
     return _native.SendOptions(**given)
 
@@ -367,6 +371,23 @@ def recall_options(options: RecallOptions) -> dict[str, Any]:
         if convert is not None and value is not None:
             given[name] = convert(value)
     return given
+
+
+def context_options(options: RecallOptions) -> Any:
+    """The native record of `options`."""
+    given = _take("context", dict(options), RecallOptions.__annotations__)
+    for name in ("since", "until", "as_of", "now"):
+        if name in given:
+            given[f"{name}_ms"] = to_ms(given.pop(name))
+    if "half_life" in given:
+        given["half_life_ms"] = _age_ms(given.pop("half_life"))
+    if "roles" in given:
+        given["roles"] = [_one_of("role", role, ROLES) for role in given["roles"]]
+    if "except_turns" in given:
+        given["except_turns"] = list(given["except_turns"])
+    if "filter" in given:
+        given["filter"] = _filter.native(given["filter"])
+    return _native.RecallOptions(**given)
 
 
 def _each_turn(turns: str | NewTurn | Sequence[str | NewTurn]) -> list[NewTurn]:

@@ -59,16 +59,17 @@ public final class Memory: Sendable {
         }
     }
 
-    /// What memory holds on `query`, laid out for another model, never above the budget.
+    /// What a recall finds on `query`, laid out for another model, never above the budget; 32 memories if `options.k` is nil.
     ///
     /// With `session` that session alone is looked into, without it every session of the user.
     public func context(
         _ query: String, budgetTokens: UInt64, user: String, agent: String? = nil,
-        session: String? = nil
+        session: String? = nil, options: RecallOptions = RecallOptions()
     ) async throws(MKAError) -> Context {
         let scope = Scope(user: user, agent: agent, session: session)
         return try await translated { [native] in
-            try await native.context(scope: scope, query: query, budgetTokens: budgetTokens)
+            try await native.context(
+                scope: scope, query: query, budgetTokens: budgetTokens, options: options)
         }
     }
 

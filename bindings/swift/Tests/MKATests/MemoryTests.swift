@@ -74,3 +74,27 @@ import Testing
     #expect(try memory.users == ["ada", "bob"])
     try await engine.close()
 }
+
+@Test func aMessageAndAContextLookUpWhatAFilterAccepts() async throws {
+    let folder = try Folder()
+    // Half the window may be quoted: in less there is no room for a memory and its header.
+    let engine = try await Engine.open(
+        at: folder.store, model: .path(tinyModel), options: EngineOptions(device: "cpu", windowTokens: 256))
+    let memory = engine.memory
+    let turns = [
+        NewTurn("heron: 7654321", metadata: ["kind": "note"]), NewTurn("heron: 1234567", metadata: ["kind": "draft"]),
+    ]
+    try await memory.remember(turns, user: "ada", session: "other")
+    let chat = try await engine.session(user: "ada", id: "trip")
+    let sending = SendOptions(maxNewTokens: 2, acrossSessions: true, recallFilter: .equals("kind", "note"))
+    var found: [String] = []
+    for try await event in chat.send("heron?", options: sending) {
+        if case .recalled(let hits) = event { found += hits.map(\.text) }
+    }
+    #expect(found == ["heron: 7654321"])
+    let drafts = RecallOptions(filter: .equals("kind", "draft"))
+    let context = try await memory.context("heron", budgetTokens: 400, user: "ada", options: drafts)
+    #expect(context.hits.map(\.text) == ["heron: 1234567"])
+    #expect(try await memory.context("heron", budgetTokens: 400, user: "ada", session: "other").hits.count == 2)
+    try await engine.close()
+}

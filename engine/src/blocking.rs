@@ -6,8 +6,8 @@ use crate::memory::{Context, MemoryHandle};
 use crate::session::Session;
 use crate::stream::{Events, Feed, FeedSummary, Usage, block_on};
 use mka_memory::{
-    Backup, Checkup, ChunkInfo, Committed, DiskUsage, Exported, Forget, Imported, NewTurn, Receipt,
-    Scope, SessionInfo, Turn, TurnId,
+    Backup, Checkup, ChunkInfo, Committed, DiskUsage, Exported, Filter, Forget, Imported, NewTurn,
+    Recall, Receipt, Scope, SessionInfo, Turn, TurnId,
 };
 use std::ops::Range;
 use std::path::PathBuf;
@@ -21,6 +21,14 @@ impl MemoryHandle {
         block_on(self.remember(scope, turns))
     }
 
+    /// [`MemoryHandle::replace`], blocking the thread; not to be called from async code.
+    ///
+    /// # Errors
+    /// As [`MemoryHandle::replace`].
+    pub fn replace_blocking(&self, scope: &Scope, turn: TurnId, new: NewTurn) -> Result<Committed> {
+        block_on(self.replace(scope, turn, new))
+    }
+
     /// [`MemoryHandle::context`], blocking the thread; not to be called from async code.
     ///
     /// # Errors
@@ -32,6 +40,20 @@ impl MemoryHandle {
         budget_tokens: usize,
     ) -> Result<Context> {
         block_on(self.context(scope, query, budget_tokens))
+    }
+
+    /// [`MemoryHandle::context_with`], blocking the thread; not to be called from async code.
+    ///
+    /// # Errors
+    /// As [`MemoryHandle::context_with`].
+    pub fn context_with_blocking(
+        &self,
+        scope: &Scope,
+        query: &str,
+        budget_tokens: usize,
+        options: Recall,
+    ) -> Result<Context> {
+        block_on(self.context_with(scope, query, budget_tokens, options))
     }
 
     /// [`MemoryHandle::forget`], blocking the thread; not to be called from async code.
@@ -54,8 +76,13 @@ impl MemoryHandle {
     ///
     /// # Errors
     /// As [`MemoryHandle::chunks`].
-    pub fn chunks_blocking(&self, scope: &Scope, range: Range<usize>) -> Result<Vec<ChunkInfo>> {
-        block_on(self.chunks(scope, range))
+    pub fn chunks_blocking(
+        &self,
+        scope: &Scope,
+        range: Range<usize>,
+        filter: Option<&Filter>,
+    ) -> Result<Vec<ChunkInfo>> {
+        block_on(self.chunks(scope, range, filter))
     }
 
     /// [`MemoryHandle::turns`], blocking the thread; not to be called from async code.
@@ -213,7 +240,7 @@ mod tests {
             turns.iter().map(|turn| turn.text.as_str()).collect::<Vec<_>>(),
             [FACT, "It rains."]
         );
-        assert_eq!(memory.chunks_blocking(&ada, 0..9).unwrap().len(), 2);
+        assert_eq!(memory.chunks_blocking(&ada, 0..9, None).unwrap().len(), 2);
         assert_eq!(memory.sessions_blocking(&ada).unwrap().len(), 1);
         let exported = memory.export_blocking(Some(&ada), folder.path().join("log.jsonl")).unwrap();
         assert_eq!(exported.turns, 2);

@@ -7,6 +7,7 @@ use crate::pages::{LandmarkScan, PageConfig, PagePrecision, PageRule, Prefill, R
 use crate::quote::Quote;
 use crate::sampling::Sampling;
 use crate::session::SendOptions;
+use mka_memory::{Filter, Value};
 
 impl Sampling {
     /// Divides logits by `temperature`; 0 takes the most likely token.
@@ -73,9 +74,37 @@ impl SendOptions {
         self.time_ms = Some(time_ms);
         self
     }
+
+    /// Marks message and answer with `value` under `key`.
+    #[must_use]
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.metadata.insert(key.into(), value.into());
+        self
+    }
+
+    /// Looks up memories of turns that `filter` accepts alone.
+    #[must_use]
+    pub fn recall_filter(mut self, filter: Filter) -> Self {
+        self.recall_filter = Some(filter);
+        self
+    }
 }
 
 impl FeedOptions {
+    /// Gives the session instructions that stand before its first document.
+    #[must_use]
+    pub fn system(mut self, instructions: impl Into<String>) -> Self {
+        self.system = Some(instructions.into());
+        self
+    }
+
+    /// Marks the document with `value` under `key`.
+    #[must_use]
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.metadata.insert(key.into(), value.into());
+        self
+    }
+
     /// Says what of the document the model reads.
     #[must_use]
     pub fn mode(mut self, mode: FeedMode) -> Self {
@@ -332,8 +361,15 @@ mod tests {
         let options = SendOptions::default().temperature(0.7).seed(7).time_ms(5).max_new_tokens(9);
         assert_eq!(options.sampling, Sampling::default().temperature(0.7).seed(7));
         assert_eq!((options.time_ms, options.max_new_tokens), (Some(5), Some(9)));
+        let year = Filter::eq("year", 2024.0);
+        let options = SendOptions::default().metadata("year", 2024.0).recall_filter(year.clone());
+        assert_eq!(options.metadata.get("year"), Some(&Value::from(2024.0)));
+        assert_eq!(options.recall_filter, Some(year));
         let options = FeedOptions::default().mode(FeedMode::Text).time_ms(5).name("book.txt");
+        let options = options.system("Be brief.").metadata("kind", "book");
         let expected = FeedOptions {
+            system: Some("Be brief.".into()),
+            metadata: [("kind".to_owned(), Value::from("book"))].into(),
             mode: FeedMode::Text,
             time_ms: Some(5),
             name: Some("book.txt".into()),

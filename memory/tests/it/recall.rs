@@ -89,7 +89,7 @@ fn what_memory_answers_is_written_as_json() {
     let sessions = to_value(store.sessions(&Scope::user("ada")).unwrap()).unwrap();
     let scope = json!({ "user": "ada", "agent": null, "session": "trip" });
     assert_eq!((&sessions[0]["scope"], &sessions[0]["num_turns"]), (&scope, &json!(1)));
-    let chunks = to_value(store.chunks(&trip(), 0..1).unwrap()).unwrap();
+    let chunks = to_value(store.chunks(&trip(), 0..1, None).unwrap()).unwrap();
     assert_eq!((&chunks[0]["id"], &chunks[0]["latest"]), (&json!(id), &source));
     let turns = to_value(store.turns(&trip(), 0..1).unwrap()).unwrap();
     assert_eq!((&turns[0]["text"], &turns[0]["forgotten"]), (&json!(text), &json!(false)));

@@ -4,21 +4,22 @@
 //! Every launch goes to the device's one stream, so that launches, copies and the freeing of memory keep their order.
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::cublas::CudaBlas;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig,
-    PushKernelArg, result, sys,
+    CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError,
+    LaunchConfig, PushKernelArg, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
-use candle_core::cuda_backend::{CudaStorageSlice, DeviceId};
+use candle_core::cuda_backend::{CudaError, CudaStorageSlice, DeviceId};
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
+    CudaDevice, CudaStorage, DType, Device, Error, Layout, Result, Shape, Storage, Tensor, bail,
 };
 use half::{bf16, f16};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
@@ -59,6 +60,11 @@ fn keep_memory(ordinal: usize) {
     let _ = kept;
 }
 
+/// The driver's failure of `operation`, of which the host can tell what it was.
+pub(crate) fn failed(operation: impl std::fmt::Display, error: DriverError) -> Error {
+    Error::from(CudaError::Cuda(error)).context(operation.to_string())
+}
+
 static LAUNCHES: AtomicU64 = AtomicU64::new(0);
 
 /// Kernels of this crate launched so far by the process, on any device; candle's own are not among them.
@@ -94,9 +100,6 @@ pub(crate) fn launch<P: DeviceRepr>(
     if launch.grid.0 == 0 || launch.grid.1 == 0 || launch.grid.2 == 0 {
         return Ok(());
     }
-    let failed = |e: &dyn std::fmt::Display| {
-        candle_core::Error::Msg(format!("launch {source}/{kernel} with {launch:?}: {e}"))
-    };
     let function = function(device, source, kernel, launch.shared_bytes)?;
     let stream = device.cuda_stream();
     let mut builder = stream.launch_builder(&function);
@@ -108,7 +111,8 @@ pub(crate) fn launch<P: DeviceRepr>(
     };
     // SAFETY: the op that built `params` took its addresses from live tensors of checked shapes on this device, and
     // the stream frees memory only after the work enqueued before.
-    unsafe { builder.launch(config) }.map_err(|e| failed(&e))?;
+    unsafe { builder.launch(config) }
+        .map_err(|e| failed(format_args!("launch {source}/{kernel} with {launch:?}"), e))?;
     LAUNCHES.fetch_add(1, Ordering::Relaxed);
     Ok(())
 }
@@ -145,37 +149,76 @@ pub(crate) fn is_sm90(device: &CudaDevice) -> Result<bool> {
 }
 
 fn attribute(device: &CudaDevice, attribute: sys::CUdevice_attribute) -> Result<usize> {
-    let value = device.cuda_stream().context().attribute(attribute).map_err(|e| {
-        candle_core::Error::Msg(format!("cuda: ask the card for {attribute:?}: {e}"))
-    })?;
+    let value = device.cuda_stream().context().attribute(attribute);
+    let value =
+        value.map_err(|e| failed(format_args!("cuda: ask the card for {attribute:?}"), e))?;
     Ok(value as usize)
 }
 
-/// What is kept for each device that was opened, of those that asked last: with it a device keeps its stream and the
-/// handles of its libraries, and a process may open many one after the other.
-pub(crate) struct PerDevice<T>(Mutex<Vec<(DeviceId, T)>>);
+/// What is kept for each device that is open. A process may open many one after the other: what a device that was dropped
+/// left goes as soon as another one asks.
+///
+/// Nothing of it may hold a device, as a tensor does: the device would stay open for as long, with the handles of its
+/// libraries and their memory, some 60 MB. [`Words`] hold none.
+pub(crate) struct PerDevice<T>(Mutex<Vec<Own<T>>>);
+
+struct Own<T> {
+    device: DeviceId,
+    /// Held by the device and its copies alone.
+    open: Weak<CudaBlas>,
+    kept: T,
+}
 
 impl<T: Default> PerDevice<T> {
-    const DEVICES: usize = 16;
-
     pub(crate) const fn new() -> Self {
         Self(Mutex::new(Vec::new()))
     }
 
-    /// Calls `work` with what is kept for `device`: the default where that is nothing, or was forgotten.
+    /// Calls `work` with what is kept for `device`: the default where that is nothing.
     pub(crate) fn with<R>(&self, device: &CudaDevice, work: impl FnOnce(&mut T) -> R) -> R {
         let mut devices = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = devices.iter().position(|(id, _)| *id == device.id());
-        let mut own = match known {
-            Some(at) => devices.remove(at),
-            None => (device.id(), T::default()),
+        let at = match devices.iter().position(|own| own.device == device.id()) {
+            Some(at) => at,
+            None => {
+                devices.retain(|own| own.open.strong_count() > 0);
+                let open = Arc::downgrade(&device.cublas_handle());
+                devices.push(Own { device: device.id(), open, kept: T::default() });
+                devices.len() - 1
+            }
         };
-        let result = work(&mut own.1);
-        if devices.len() >= Self::DEVICES {
-            devices.remove(0);
+        work(&mut devices[at].kept)
+    }
+}
+
+/// Words in device memory that hold the stream of their device and nothing else of it. They are freed behind what was
+/// launched before the last copy went.
+#[derive(Clone)]
+pub(crate) struct Words(Arc<CudaSlice<u32>>);
+
+impl Words {
+    /// # Errors
+    /// If the device has no room.
+    pub(crate) fn zeros(device: &CudaDevice, count: usize) -> Result<Self> {
+        // The driver refuses an allocation of nothing.
+        Ok(Self(Arc::new(device.alloc_zeros::<u32>(count.max(1))?)))
+    }
+
+    /// # Errors
+    /// If the device has no room.
+    pub(crate) fn uploaded(device: &CudaDevice, words: &[u32]) -> Result<Self> {
+        if words.is_empty() {
+            return Self::zeros(device, 1);
         }
-        devices.push(own);
-        result
+        Ok(Self(Arc::new(device.clone_htod(words)?)))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Device address of the first one. The caller keeps the words until after the launch.
+    pub(crate) fn address(&self) -> u64 {
+        self.0.device_ptr(self.0.stream()).0
     }
 }
 
@@ -199,9 +242,7 @@ fn function(
     /// What every kernel may have.
     const PLAIN_SHARED_BYTES: u32 = 48 * 1024;
     static LOADED: Mutex<Option<Modules>> = Mutex::new(None);
-    let failed = |e: &dyn std::fmt::Display| {
-        candle_core::Error::Msg(format!("cuda: load {source}/{kernel}: {e}"))
-    };
+    let failed = |e: DriverError| failed(format_args!("cuda: load {source}/{kernel}"), e);
     let context = device.cuda_stream().context().clone();
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     let loaded = loaded.get_or_insert_with(HashMap::new);
@@ -212,15 +253,14 @@ fn function(
             let Some((_, fatbin)) = FATBINS.iter().find(|(name, _)| *name == source) else {
                 bail!("cuda: no file {source}.cu was compiled")
             };
-            let module =
-                context.load_module(Ptx::from_binary(fatbin.to_vec())).map_err(|e| failed(&e))?;
+            let module = context.load_module(Ptx::from_binary(fatbin.to_vec())).map_err(failed)?;
             place.insert(Loaded { module, functions: HashMap::new() })
         }
     };
     let (function, allowed) = match file.functions.get(kernel) {
         Some((function, allowed)) if *allowed >= shared_bytes => return Ok(function.clone()),
         Some(known) => known.clone(),
-        None => (file.module.load_function(kernel).map_err(|e| failed(&e))?, PLAIN_SHARED_BYTES),
+        None => (file.module.load_function(kernel).map_err(failed)?, PLAIN_SHARED_BYTES),
     };
     if shared_bytes > allowed {
         let card_bytes = max_shared_bytes(device)?;
@@ -230,7 +270,7 @@ fn function(
             );
         }
         let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(limit, shared_bytes as i32).map_err(|e| failed(&e))?;
+        function.set_attribute(limit, shared_bytes as i32).map_err(failed)?;
     }
     let entry = (function.clone(), allowed.max(shared_bytes));
     file.functions.insert(kernel.to_owned(), entry);
@@ -314,7 +354,7 @@ pub(crate) fn output(device: &CudaDevice, dtype: DType, len: usize) -> Result<Cu
             unsafe {
                 result::memset_d8_async(start, 0xff, len * size_of::<T>(), stream.cu_stream())
             }
-            .map_err(|e| candle_core::Error::Msg(format!("cuda: poison an output: {e}")))?;
+            .map_err(|e| failed("cuda: poison an output", e))?;
         }
         Ok(slice)
     }

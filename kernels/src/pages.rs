@@ -68,7 +68,7 @@ impl PagePool {
     }
 
     /// Appends tokens to the pages `slots`, from token `offset` of the first on: rotates the keys to `angles` and writes
-    /// them, themselves and the values, in place; on CUDA in one launch.
+    /// them, themselves and the values, in place; on CUDA in one launch for each 256 pages.
     ///
     /// Shapes: `keys` (after the norm, before RoPE), `values`: (t, num_kv_heads, head_dim).
     ///

@@ -13,9 +13,11 @@ pub use projected::{
 };
 
 use crate::storage::{contiguous_range, zeros};
-use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::Device;
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
-/// Most rates that the CUDA kernels take; the CPU takes any number.
+/// Most rates that [`route`] takes, and on CUDA every op here; on the CPU [`ema_scan`] and [`ema_advance`] take any number.
 pub const MAX_RATES: usize = 4;
 
 /// Streams `x` through the EMA of every rate: (levels, state after the last token), both f32.
@@ -40,7 +42,15 @@ pub fn ema_scan(
     bias_correction: bool,
 ) -> Result<(Tensor, Tensor)> {
     check_rates("ema_scan", rates)?;
-    let rates = constant_rates(rates, x.device())?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = x.device() {
+        let shape = EmaShape::of("ema_scan", x, state, rates.len())?;
+        let constant_rates = Some(cuda::constant_rates(rates, device)?);
+        let op = EmaScan { shape, seen, bias_correction, constant_rates };
+        // The op has its rates, and its third tensor is not looked at.
+        return scanned(x, state, &state.detach(), op);
+    }
+    let rates = Tensor::from_slice(rates, rates.len(), x.device())?;
     ema_scan_learned(x, state, &rates, seen, bias_correction)
 }
 
@@ -55,14 +65,29 @@ pub fn ema_scan_learned(
     seen: u64,
     bias_correction: bool,
 ) -> Result<(Tensor, Tensor)> {
-    let shape = EmaShape::of("ema_scan", x, state, rates)?;
+    let shape = EmaShape::of("ema_scan", x, state, rates.dims1()?)?;
+    if rates.dtype() != DType::F32 {
+        bail!("ema_scan: rates of {:?}, expected f32", rates.dtype());
+    }
+    let op = EmaScan {
+        shape,
+        seen,
+        bias_correction,
+        #[cfg(feature = "cuda")]
+        constant_rates: None,
+    };
+    scanned(x, state, rates, op)
+}
+
+/// Levels and the new state by `op`, whose inputs are checked.
+fn scanned(x: &Tensor, state: &Tensor, rates: &Tensor, op: EmaScan) -> Result<(Tensor, Tensor)> {
+    let shape = op.shape;
     let EmaShape { batch, tokens, channels, rates: m } = shape;
     let mut level_shape = x.dims().to_vec();
     level_shape.insert(level_shape.len() - 1, m);
     if tokens == 0 || shape.state_len() == 0 {
         return Ok((zeros(level_shape, DType::F32, x.device())?, state.clone()));
     }
-    let op = EmaScan { shape, seen, bias_correction };
     let x = readable(x)?.reshape((batch, tokens, channels))?;
     let packed = x.apply_op3(&state.contiguous()?, &rates.contiguous()?, op)?;
     let levels = packed.narrow(0, 0, shape.levels_len())?.reshape(level_shape)?;
@@ -79,16 +104,16 @@ pub fn ema_scan_learned(
 /// As [`ema_scan`].
 pub fn ema_advance(x: &Tensor, state: &Tensor, rates: &[f32]) -> Result<Tensor> {
     check_rates("ema_advance", rates)?;
-    let rate_tensor = constant_rates(rates, x.device())?;
-    let shape = EmaShape::of("ema_advance", x, state, &rate_tensor)?;
+    let shape = EmaShape::of("ema_advance", x, state, rates.len())?;
     if shape.tokens == 0 || shape.state_len() == 0 {
         return Ok(state.detach());
     }
     let x = readable(&x.detach())?;
     #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
-        let op = EmaScan { shape, seen: 0, bias_correction: false };
-        return cuda::advance(&op, &x, &state.detach().contiguous()?, &rate_tensor);
+    if let Device::Cuda(device) = x.device() {
+        let op = EmaScan { shape, seen: 0, bias_correction: false, constant_rates: None };
+        let rates = cuda::constant_rates(rates, device)?;
+        return cuda::advance(&op, &x, &state.detach().contiguous()?, &rates);
     }
     let values = x.flatten_all()?.to_vec1::<f32>()?;
     let mut advanced = state.flatten_all()?.to_vec1::<f32>()?;
@@ -145,8 +170,8 @@ struct EmaShape {
 }
 
 impl EmaShape {
-    fn of(op: &str, x: &Tensor, state: &Tensor, rates: &Tensor) -> Result<Self> {
-        let m = rates.dims1()?;
+    /// Of a scan with `m` rates.
+    fn of(op: &str, x: &Tensor, state: &Tensor, m: usize) -> Result<Self> {
         let (shape, expected) = match *x.dims() {
             [t, c] => (Self { batch: 1, tokens: t, channels: c, rates: m }, vec![m, c]),
             [b, t, c] => (Self { batch: b, tokens: t, channels: c, rates: m }, vec![b, m, c]),
@@ -155,8 +180,8 @@ impl EmaShape {
         if state.dims() != expected {
             bail!("{op}: state {:?}, expected {expected:?}", state.shape());
         }
-        if state.dtype() != DType::F32 || rates.dtype() != DType::F32 {
-            bail!("{op}: state of {:?}, rates of {:?}, expected f32", state.dtype(), rates.dtype());
+        if state.dtype() != DType::F32 {
+            bail!("{op}: state of {:?}, expected f32", state.dtype());
         }
         if x.device().is_cuda() && m > MAX_RATES {
             bail!("{op}: {m} rates, expected at most {MAX_RATES} on CUDA");
@@ -178,15 +203,6 @@ fn check_rates(op: &str, rates: &[f32]) -> Result<()> {
         Some(rate) => bail!("{op}: a rate of {rate}, expected one in [0, 1)"),
         None => Ok(()),
     }
-}
-
-/// Rates that no gradient asks for, on `device`: (m).
-fn constant_rates(rates: &[f32], device: &Device) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if device.is_cuda() {
-        return cuda::constant_rates(rates, device);
-    }
-    Tensor::from_slice(rates, rates.len(), device)
 }
 
 /// `x` as the scan of its device reads it: contiguous, and f32 on the CPU.
@@ -214,6 +230,9 @@ struct EmaScan {
     shape: EmaShape,
     seen: u64,
     bias_correction: bool,
+    /// Rates that no gradient asks for, in the place of the third tensor's.
+    #[cfg(feature = "cuda")]
+    constant_rates: Option<crate::cuda::Words>,
 }
 
 impl EmaScan {
@@ -328,7 +347,8 @@ impl CustomOp3 for EmaScan {
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
             let (dx, dstate, drates) = cuda::backward(self, x, state, rates, &grad)?;
-            return Ok((Some(dx), Some(dstate), Some(drates)));
+            let drates = self.constant_rates.is_none().then_some(drates);
+            return Ok((Some(dx), Some(dstate), drates));
         }
         let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
         let grad = values(&grad)?;

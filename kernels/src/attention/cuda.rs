@@ -11,7 +11,7 @@ pub(super) use merge::{merge_states, merge_states_backward};
 pub(super) use union::paged_attention_union;
 
 use super::{AttentionParams, AttentionRun, AttentionState};
-use crate::cuda::{self, Launch};
+use crate::cuda::{self, Launch, Words};
 use crate::pages::PAGE_TOKENS;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
@@ -71,7 +71,7 @@ unsafe impl DeviceRepr for PagedParams {}
 
 impl PagedParams {
     /// What every kernel is told, of one split without partial sums.
-    fn new(call: &Call, table: Option<&Tensor>) -> Result<Self> {
+    fn new(call: &Call, table: Option<&Words>) -> Result<Self> {
         let (t, h, _) = call.q.dims3()?;
         let g = call.keys.dim(1)?;
         let params = call.params;
@@ -83,7 +83,7 @@ impl PagedParams {
             lse: cuda::address(call.lse)?,
             partial: 0,
             counters: 0,
-            table: table.map_or(Ok(0), cuda::address)?,
+            table: table.map_or(0, Words::address),
             query_start: params.query_start,
             window_tokens: params.window_tokens.unwrap_or(u64::MAX),
             sliding_window: params.sliding_window.unwrap_or(u64::MAX),
@@ -133,10 +133,15 @@ pub(super) fn paged_attention(
     check_pools(q, keys, values)?;
     let suffix = cuda::suffix("paged_attention", dtype)?;
     let small = dtype == DType::F32 && matches!(d, 16 | 32);
-    if !small && !matches!(d, 64 | 96 | 128 | 256) {
-        if dtype == DType::F32 {
-            return any_dim::paged_attention(device, q, keys, values, params);
-        }
+    let rows = t * (h / g);
+    let is_few = !small && decode::takes(g, rows);
+    let is_tiled = small || matches!(d, 64 | 96 | 128 | 256);
+    if dtype == DType::F32
+        && !(is_tiled && has_room_f32(d, is_few, cuda::max_shared_bytes(device)?))
+    {
+        return any_dim::paged_attention(device, q, keys, values, params);
+    }
+    if !is_tiled {
         bail!("paged_attention: head_dim {d} of {dtype:?} on CUDA, expected 64, 96, 128 or 256");
     }
     if t.saturating_mul(h) > i32::MAX as usize / 2 {
@@ -157,8 +162,7 @@ pub(super) fn paged_attention(
     let out = cuda::output_tensor(device, dtype, (t, h, d))?;
     let lse = cuda::output_tensor(device, DType::F32, (t, h))?;
     let call = Call { q, keys, values, out: &out, lse: &lse, params, pages: &pages };
-    let rows = t * (h / g);
-    if !small && decode::takes(g, rows) {
+    if is_few {
         decode::launch(device, &call)?;
     } else if dtype == DType::F32 {
         let run = Run { first: 0, queries: t as u32, first_page: 0, end_page: pages.len() as u32 };
@@ -193,6 +197,7 @@ pub(super) fn paged_attention_runs(
         || runs.len() > MAX_RUNS
         || t == 0
         || t.saturating_mul(h) > i32::MAX as usize / 2
+        || !has_room_f32(d, false, cuda::max_shared_bytes(device)?)
     {
         return Ok(None);
     }
@@ -222,10 +227,21 @@ fn prefill_f32(device: &CudaDevice, call: &Call, runs: &[Run]) -> Result<()> {
     let mut params = PrefillParams { all, runs: [Run::default(); MAX_RUNS] };
     params.runs[..runs.len()].copy_from_slice(runs);
     let longest = runs.iter().map(|run| run.queries).max().unwrap_or(0) * all.group;
-    let floats = PAGE_TOKENS * (3 * d + 4 + PAGE_TOKENS);
     let grid = (longest.div_ceil(PREFILL_ROWS as u32), all.g, runs.len() as u32);
-    let launch = Launch { grid, block: 256, shared_bytes: (floats * 4) as u32 };
+    let launch = Launch { grid, block: 256, shared_bytes: prefill_bytes_f32(d) as u32 };
     cuda::launch(device, "paged_prefill_f32", &format!("paged_prefill_f32_{d}"), launch, &params)
+}
+
+/// Shared memory of a block of the f32 prefill in bytes: queries, keys and values of d channels and a tile of scores.
+const fn prefill_bytes_f32(d: usize) -> usize {
+    PAGE_TOKENS * (3 * d + 4 + PAGE_TOKENS) * 4
+}
+
+/// Whether a block of the f32 kernels has room in the `card_bytes` of shared memory that a card gives it: of those for few
+/// query rows, or of the prefill. Where it has none, the kernel for any head_dim works, which needs 4 KiB.
+const fn has_room_f32(d: usize, is_few: bool, card_bytes: usize) -> bool {
+    let bytes = if is_few { decode::shared_bytes_f32(d) } else { prefill_bytes_f32(d) };
+    bytes <= card_bytes
 }
 
 /// Whether keys and values are of the type of `q`, and beside it.
@@ -242,4 +258,24 @@ fn check_pools(q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_card_runs_the_tiled_f32_kernels_that_its_shared_memory_has_room_for() {
+        let fit = |is_few: bool, kib: usize| -> Vec<usize> {
+            let dims: &[usize] =
+                if is_few { &[64, 96, 128, 256] } else { &[16, 32, 64, 96, 128, 256] };
+            dims.iter().copied().filter(|d| has_room_f32(*d, is_few, kib * 1024)).collect()
+        };
+        // sm_86, sm_89 and sm_120; sm_80; sm_90.
+        assert_eq!((fit(true, 99), fit(false, 99)), (vec![64, 96, 128], vec![16, 32, 64, 96]));
+        assert_eq!(fit(true, 163), [64, 96, 128, 256]);
+        assert_eq!(fit(false, 163), [16, 32, 64, 96, 128]);
+        assert_eq!(fit(true, 227), [64, 96, 128, 256]);
+        assert_eq!(fit(false, 227), [16, 32, 64, 96, 128, 256]);
+    }
 }

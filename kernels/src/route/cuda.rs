@@ -3,11 +3,11 @@
 
 use super::{EmaScan, EmaShape};
 use crate::cuda::{
-    Launch, PerDevice, address, address_of, device_of, launch, output, output_tensor, suffix,
+    Launch, PerDevice, Words, address, address_of, device_of, launch, output, output_tensor, suffix,
 };
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor};
 
 /// Tokens of a chunk and threads of a block, as in the kernels.
 const CHUNK: usize = 128;
@@ -45,17 +45,25 @@ struct EmaParams {
 unsafe impl DeviceRepr for EmaParams {}
 
 /// The rates on `device`, uploaded once and kept: a device has those of its models, a few numbers each.
-pub(super) fn constant_rates(rates: &[f32], device: &Device) -> Result<Tensor> {
-    static KNOWN: PerDevice<Vec<(Vec<u32>, Tensor)>> = PerDevice::new();
+pub(super) fn constant_rates(rates: &[f32], device: &CudaDevice) -> Result<Words> {
+    static KNOWN: PerDevice<Vec<(Vec<u32>, Words)>> = PerDevice::new();
     let bits: Vec<u32> = rates.iter().map(|rate| rate.to_bits()).collect();
-    KNOWN.with(device.as_cuda_device()?, |known| {
-        if let Some((_, tensor)) = known.iter().find(|(has, _)| *has == bits) {
-            return Ok(tensor.clone());
+    KNOWN.with(device, |known| {
+        if let Some((_, kept)) = known.iter().find(|(has, _)| *has == bits) {
+            return Ok(kept.clone());
         }
-        let tensor = Tensor::from_slice(rates, rates.len(), device)?;
-        known.push((bits, tensor.clone()));
-        Ok(tensor)
+        let kept = Words::uploaded(device, &bits)?;
+        known.push((bits, kept.clone()));
+        Ok(kept)
     })
+}
+
+/// Where the rates lie: those that the op has, or those of its third tensor.
+fn rates_of(op: &EmaScan, tensor: impl FnOnce() -> Result<u64>) -> Result<u64> {
+    match &op.constant_rates {
+        Some(kept) => Ok(kept.address()),
+        None => tensor(),
+    }
 }
 
 struct Launcher<'a> {
@@ -163,7 +171,7 @@ pub(super) fn scan(
     let mut p = EmaParams {
         x: x_address,
         state,
-        rates: address_of(rates, rates_layout)?,
+        rates: rates_of(op, || address_of(rates, rates_layout))?,
         levels,
         new_state: levels + 4 * op.shape.levels_len() as u64,
         ..launcher.params(op)?
@@ -174,7 +182,7 @@ pub(super) fn scan(
 }
 
 /// The new state alone.
-pub(super) fn advance(op: &EmaScan, x: &Tensor, state: &Tensor, rates: &Tensor) -> Result<Tensor> {
+pub(super) fn advance(op: &EmaScan, x: &Tensor, state: &Tensor, rates: &Words) -> Result<Tensor> {
     let device = device_of("ema_advance", x)?;
     let out = output_tensor(&device, DType::F32, state.shape())?;
     let (x_address, state) = (address(x)?, address(state)?);
@@ -182,7 +190,7 @@ pub(super) fn advance(op: &EmaScan, x: &Tensor, state: &Tensor, rates: &Tensor) 
     let mut p = EmaParams {
         x: x_address,
         state,
-        rates: address(rates)?,
+        rates: rates.address(),
         new_state: address(&out)?,
         first_chunk: (launcher.chunks() - 1) as u32,
         ..launcher.params(op)?
@@ -203,7 +211,7 @@ pub(super) fn backward(
     let device = device_of("ema_scan", x)?;
     let dx = output_tensor(&device, x.dtype(), x.shape())?;
     let dstate = output_tensor(&device, DType::F32, state.shape())?;
-    let drates = output_tensor(&device, DType::F32, rates.shape())?;
+    let drates = output_tensor(&device, DType::F32, op.shape.rates)?;
     let (x_address, state, grad) = (address(x)?, address(state)?, address(grad)?);
     let launcher = launcher(op, &device, x.dtype(), &[x_address, state, grad]);
     let (carries, adjoints) = (launcher.scratch()?, launcher.scratch()?);
@@ -212,7 +220,7 @@ pub(super) fn backward(
     let p = EmaParams {
         x: x_address,
         state,
-        rates: address(rates)?,
+        rates: rates_of(op, || address(rates))?,
         carries: address(&carries)?,
         adjoints: address(&adjoints)?,
         dlevels: grad,

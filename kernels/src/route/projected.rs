@@ -243,7 +243,8 @@ pub fn route_backward(
 /// after the last token. No gradient flows.
 ///
 /// # Errors
-/// As [`route`], and if b is not 1 or the slots are not as many as the tokens fill.
+/// As [`route`], and if b is not 1, the slots are not as many as the tokens fill, or on CUDA there are more than 256 of
+/// them: a scan is one launch.
 pub fn route_into_pages(
     inputs: &RouteInputs<'_>,
     params: &RouteParams<'_>,

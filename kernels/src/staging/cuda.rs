@@ -21,7 +21,7 @@ pub(super) struct Locked<T: OnCard> {
 }
 
 fn failed(error: DriverError) -> Error {
-    Error::Msg(format!("staging: {error}"))
+    crate::cuda::failed("staging", error)
 }
 
 impl<T: OnCard> Locked<T> {

@@ -3,10 +3,10 @@
 
 use super::pages::{self, INLINE_PAGES, Page};
 use super::{Call, PagedParams};
-use crate::cuda::{self, Launch, PerDevice};
+use crate::cuda::{self, Launch, PerDevice, Words};
 use crate::pages::PAGE_TOKENS;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::{CudaDevice, DType, Device, Result, Tensor};
+use candle_core::{CudaDevice, DType, Result};
 
 /// Query rows (tokens · heads of the group) of one tile; as in `cuda/paged.cuh` and `cuda/decode_params.cuh`, like all
 /// numbers here.
@@ -69,6 +69,11 @@ const _: () = assert!(size_of::<InlineParams>() == 176 + INLINE_PAGES * 16);
 // SAFETY: plain numbers in C layout, as the kernels declare them.
 unsafe impl DeviceRepr for InlineParams {}
 
+/// Shared memory of a block of the f32 kernels in bytes: two pages of keys, rows of d + 4.
+pub(super) const fn shared_bytes_f32(d: usize) -> usize {
+    2 * PAGE_TOKENS * (d + 4) * 4
+}
+
 /// Whether `rows` query rows of each of `g` key/value heads are few enough for the kernels here.
 pub(super) fn takes(g: usize, rows: usize) -> bool {
     rows <= MAX_DECODE_ROWS && g * rows <= MAX_COUNTERS
@@ -91,21 +96,20 @@ pub(super) fn launch(device: &CudaDevice, call: &Call) -> Result<()> {
     if dtype == DType::F32 {
         let params = PagedParams {
             partial: cuda::address(&partial)?,
-            counters: cuda::address(&counters)?,
+            counters: counters.address(),
             tiles: tiles as u32,
             splits: plan.splits as u32,
             ..PagedParams::new(call, table.as_ref())?
         };
-        // Two pages of keys, rows of d + 4.
-        let shared_bytes = (2 * PAGE_TOKENS * (d + 4) * 4) as u32;
+        let shared_bytes = shared_bytes_f32(d) as u32;
         let launch = Launch { grid, block: d as u32, shared_bytes };
         let kernel = format!("paged_decode_{suffix}_{d}");
         return cuda::launch(device, "paged_decode_f32", &kernel, launch, &params);
     }
     let params = DecodeParams {
         partial: cuda::address(&partial)?,
-        counters: cuda::address(&counters)?,
-        table: table.as_ref().map_or(Ok(0), cuda::address)?,
+        counters: counters.address(),
+        table: table.as_ref().map_or(0, Words::address),
         ..DecodeParams::new(call, tiles, plan.splits)?
     };
     let source = if plan.clusters { "paged_decode_sm90" } else { "paged_decode_sm80" };
@@ -226,13 +230,10 @@ fn even_splits(pages: usize, splits: usize) -> usize {
 }
 
 /// The arrival counters of `device`: zero, and left at zero by every launch.
-pub(super) fn counters(device: &CudaDevice) -> Result<Tensor> {
-    static COUNTERS: PerDevice<Option<Tensor>> = PerDevice::new();
+pub(super) fn counters(device: &CudaDevice) -> Result<Words> {
+    static COUNTERS: PerDevice<Option<Words>> = PerDevice::new();
     COUNTERS.with(device, |counters| match counters {
         Some(counters) => Ok(counters.clone()),
-        None => {
-            let zeros = Tensor::zeros(MAX_COUNTERS, DType::U32, &Device::Cuda(device.clone()))?;
-            Ok(counters.insert(zeros).clone())
-        }
+        None => Ok(counters.insert(Words::zeros(device, MAX_COUNTERS)?).clone()),
     })
 }

@@ -1,8 +1,8 @@
 //! The page list as the kernels read it, in a launch or in device memory.
 
 use crate::attention::{AttentionParams, PageRef};
-use crate::cuda::PerDevice;
-use candle_core::{CudaDevice, Device, Result, Tensor, bail};
+use crate::cuda::{PerDevice, Words};
+use candle_core::{CudaDevice, Result, bail};
 
 /// Pages that travel in the launch itself, without an upload; as in `cuda/paged.cuh`.
 pub(super) const INLINE_PAGES: usize = 200;
@@ -51,7 +51,7 @@ pub(super) fn encoded(page: &PageRef, params: &AttentionParams, t: usize) -> Res
 }
 
 /// The page list on `device` where a launch has no room for it.
-pub(super) fn table(device: &CudaDevice, pages: &[Page]) -> Result<Option<Tensor>> {
+pub(super) fn table(device: &CudaDevice, pages: &[Page]) -> Result<Option<Words>> {
     (pages.len() > INLINE_PAGES).then(|| uploaded(device, pages)).transpose()
 }
 
@@ -63,8 +63,8 @@ pub(super) fn inline(pages: &[Page]) -> [Page; INLINE_PAGES] {
 }
 
 /// The page list on `device`. The last one of each device is kept: the layers of a model ask for the same in turn.
-fn uploaded(device: &CudaDevice, pages: &[Page]) -> Result<Tensor> {
-    static LAST: PerDevice<Option<(Vec<Page>, Tensor)>> = PerDevice::new();
+fn uploaded(device: &CudaDevice, pages: &[Page]) -> Result<Words> {
+    static LAST: PerDevice<Option<(Vec<Page>, Words)>> = PerDevice::new();
     LAST.with(device, |last| {
         if let Some((_, table)) = last.as_ref().filter(|(list, _)| list == pages) {
             return Ok(table.clone());
@@ -73,7 +73,7 @@ fn uploaded(device: &CudaDevice, pages: &[Page]) -> Result<Tensor> {
             .iter()
             .flat_map(|page| [page.slot, page.start as u32, page.len, page.bias.to_bits()])
             .collect();
-        let table = Tensor::from_slice(&words, words.len(), &Device::Cuda(device.clone()))?;
+        let table = Words::uploaded(device, &words)?;
         *last = Some((pages.to_vec(), table.clone()));
         Ok(table)
     })

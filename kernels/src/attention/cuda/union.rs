@@ -4,8 +4,7 @@
 use super::decode::{self, DECODE_ROWS, MAX_SPLITS};
 use super::pages::{self, INLINE_PAGES, Page, visible_pages};
 use crate::attention::{AttentionPart, AttentionState, AttentionUnion, ShareSums};
-use crate::cuda::{self, Launch};
-use crate::pages::PAGE_TOKENS;
+use crate::cuda::{self, Launch, Words};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, DType, Result};
 use std::mem::offset_of;
@@ -80,6 +79,7 @@ pub(in super::super) fn paged_attention_union(
         || t == 0
         || h == 0
         || !decode::takes(g, t * (h / g))
+        || !super::has_room_f32(d, true, cuda::max_shared_bytes(device)?)
     {
         return Ok(None);
     }
@@ -130,8 +130,8 @@ pub(in super::super) fn paged_attention_union(
         out: cuda::address(&out)?,
         lse: cuda::address(&lse)?,
         partial: cuda::address(&partial)?,
-        counters: cuda::address(&counters)?,
-        table: table.as_ref().map_or(Ok(0), cuda::address)?,
+        counters: counters.address(),
+        table: table.as_ref().map_or(0, Words::address),
         sums: shares.map_or(Ok(0), |shares| cuda::address(shares.sums))?,
         recovered: recovered.map_or(Ok(0), cuda::address)?,
         t: t as u32,
@@ -147,8 +147,7 @@ pub(in super::super) fn paged_attention_union(
         pages: pages::inline(if table.is_none() { &list } else { &[] }),
     };
     let grid = (g as u32, splits as u32, tiles as u32);
-    // Two pages of keys, rows of d + 4.
-    let shared_bytes = (2 * PAGE_TOKENS * (d + 4) * 4) as u32;
+    let shared_bytes = decode::shared_bytes_f32(d) as u32;
     let launch = Launch { grid, block: d as u32, shared_bytes };
     cuda::launch(device, "paged_union_f32", &format!("paged_union_f32_{d}"), launch, &params)?;
     let lse_of = |i: usize| lse.narrow(0, i, 1)?.reshape((t, h));

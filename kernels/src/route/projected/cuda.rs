@@ -2,13 +2,13 @@
 //! Knows the kernels' tiles and names; the shapes it gets are checked.
 
 use super::{Numbers, RouteGradients, RouteInputs, RouteShape};
-use crate::cuda::{self, Launch, PerDevice, address, address_of};
-use crate::pages::PagePool;
+use crate::cuda::{self, Launch, PerDevice, Words, address, address_of};
+use crate::pages::{PAGE_TOKENS, PagePool};
 use crate::rope::RotaryAngles;
 use crate::route::MAX_RATES;
 use crate::storage::aligned;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
 
 /// As in `cuda/route.cuh`, like all numbers here: pages that travel in the launch.
 const MAX_SLOTS: usize = 256;
@@ -243,31 +243,30 @@ impl Tiles {
     }
 
     /// Room for the look-back, its addresses in `p`.
-    fn look_back(&self, device: &CudaDevice, p: &mut KernelParams) -> Result<[Tensor; 3]> {
+    fn look_back(&self, device: &CudaDevice, p: &mut KernelParams) -> Result<([Tensor; 2], Words)> {
         let blocks = p.streams.by as usize * self.chunks;
         // Where one chunk is all, nobody looks back.
         let columns = if self.chunks == 1 { 0 } else { self.rates * self.channels };
         let room = || cuda::output_tensor(device, DType::F32, (blocks * columns).max(1));
-        let kept = [room()?, room()?, flags(device, blocks)?];
-        let [sums, prefixes, flags] = &kept;
+        let (rooms, flags) = ([room()?, room()?], flags(device, blocks)?);
+        let [sums, prefixes] = &rooms;
         p.sums = address(sums)?;
         p.prefixes = address(prefixes)?;
-        p.epoch = address(flags)?;
+        p.epoch = flags.address();
         p.flags = p.epoch + 8;
-        Ok(kept)
+        Ok((rooms, flags))
     }
 }
 
 /// The epoch of the launches on `device` and the flags of at least `count` chunks: zeros at first, and kept from launch to
 /// launch, since a flag of an earlier epoch counts for nothing.
-fn flags(device: &CudaDevice, count: usize) -> Result<Tensor> {
-    static FLAGS: PerDevice<Option<Tensor>> = PerDevice::new();
+fn flags(device: &CudaDevice, count: usize) -> Result<Words> {
+    static FLAGS: PerDevice<Option<Words>> = PerDevice::new();
     FLAGS.with(device, |flags| match flags {
-        Some(flags) if flags.elem_count() >= 2 + count => Ok(flags.clone()),
+        Some(flags) if flags.len() >= 2 + count => Ok(flags.clone()),
         _ => {
             let count = (2 + count).next_power_of_two().max(1 << 14);
-            let zeros = Tensor::zeros(count, DType::U32, &Device::Cuda(device.clone()))?;
-            Ok(flags.insert(zeros).clone())
+            Ok(flags.insert(Words::zeros(device, count)?).clone())
         }
     })
 }
@@ -449,7 +448,7 @@ fn set_pages(
     Ok(())
 }
 
-/// [`PagePool::append`] in one launch: `keys`, `values` (t, g, d), checked.
+/// [`PagePool::append`] in one launch for each [`MAX_SLOTS`] pages: `keys`, `values` (t, g, d), checked.
 pub(crate) fn append(
     pool: &PagePool,
     slots: &[usize],
@@ -461,17 +460,28 @@ pub(crate) fn append(
     let device = cuda::device_of("append", keys)?;
     let (t, g, d) = keys.dims3()?;
     let (keys, values) = (aligned(keys)?, aligned(values)?);
-    let shape = RouteShape { b: 1, t, g, d, m: 0, has_bias: false, has_norm: false };
-    let tiles = Tiles::new(Pass::Append, keys.dtype(), &shape)?;
-    let mut p = tiles.params(&shape)?;
     let (cosine, sine) = angles.on(&device)?;
-    p.cosine = address(&cosine)?;
-    p.sine = address(&sine)?;
-    p.keys = address(&keys)?;
-    p.values = address(&values)?;
-    p.row_stride = (g * d) as u64;
-    set_pages(&mut p, keys.dtype(), pool, slots, offset)?;
-    tiles.launch(&device, &p)
+    let mut done = 0;
+    // Nothing is scanned: a cut changes no bit.
+    while done < t {
+        let at = offset + done;
+        let first = at % PAGE_TOKENS;
+        let count = (MAX_SLOTS * PAGE_TOKENS - first).min(t - done);
+        let slots = &slots[at / PAGE_TOKENS..(at + count).div_ceil(PAGE_TOKENS)];
+        let shape = RouteShape { b: 1, t: count, g, d, m: 0, has_bias: false, has_norm: false };
+        let tiles = Tiles::new(Pass::Append, keys.dtype(), &shape)?;
+        let mut p = tiles.params(&shape)?;
+        let angle = (done * (d / 2) * size_of::<f32>()) as u64;
+        p.cosine = address(&cosine)? + angle;
+        p.sine = address(&sine)? + angle;
+        p.keys = address(&keys.narrow(0, done, count)?)?;
+        p.values = address(&values.narrow(0, done, count)?)?;
+        p.row_stride = (g * d) as u64;
+        set_pages(&mut p, keys.dtype(), pool, slots, first)?;
+        tiles.launch(&device, &p)?;
+        done += count;
+    }
+    Ok(())
 }
 
 /// Gradients from `dkeys` and `dvalues` (b, t, g, d), aligned.

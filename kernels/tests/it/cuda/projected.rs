@@ -4,7 +4,7 @@ use super::device;
 use super::route::{double, relative_error, same_bits};
 use crate::projected::{Case, gradients};
 use candle_core::{DType, Device, Result, Tensor};
-use mka_kernels::{PAGE_TOKENS, PagePool, RouteInputs, route, route_into_pages};
+use mka_kernels::{PAGE_TOKENS, PagePool, RotaryAngles, RouteInputs, route, route_into_pages};
 
 /// (b, t, g, d) and the number of rates.
 type Call = ((usize, usize, usize, usize), usize);
@@ -23,7 +23,7 @@ const SHAPES: &[Call] = &[
 ];
 
 /// The call on the device, kv in `dtype`.
-struct OnDevice {
+pub(super) struct OnDevice {
     kv: Tensor,
     logits: Tensor,
     state: Tensor,
@@ -33,7 +33,7 @@ struct OnDevice {
 }
 
 impl OnDevice {
-    fn new(case: &Case, dtype: DType, gpu: &Device) -> Result<Self> {
+    pub(super) fn new(case: &Case, dtype: DType, gpu: &Device) -> Result<Self> {
         let optional = |x: &Option<Tensor>| x.as_ref().map(|x| x.to_device(gpu)).transpose();
         Ok(Self {
             kv: case.kv.to_dtype(dtype)?.to_device(gpu)?,
@@ -45,7 +45,7 @@ impl OnDevice {
         })
     }
 
-    fn inputs(&self) -> RouteInputs<'_> {
+    pub(super) fn inputs(&self) -> RouteInputs<'_> {
         RouteInputs {
             kv: &self.kv,
             logits: &self.logits,
@@ -181,5 +181,27 @@ fn pages_on_the_device_hold_what_the_tensors_hold() -> Result<()> {
             assert!(same_bits(pool, expected)?, "{t} {g} {d}: append");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn more_pages_than_a_launch_takes_are_appended_to() -> Result<()> {
+    let Some(gpu) = device("append to many pages") else { return Ok(()) };
+    let (t, d, offset) = (257 * PAGE_TOKENS + 5, 64, 3);
+    let numbers: Vec<f32> = (0..2 * t * d).map(|i| ((i % 100_003) as f32 * 0.37).sin()).collect();
+    let both = Tensor::from_vec(numbers, (2, t, 1, d), &Device::Cpu)?;
+    let frequencies: Vec<f64> = (0..d / 2).map(|i| 0.8f64.powi(i as i32)).collect();
+    let angles = RotaryAngles::new(offset as u64..(offset + t) as u64, &frequencies, 1.0);
+    let slots: Vec<usize> = (0..(offset + t).div_ceil(PAGE_TOKENS)).map(|i| i * 7 % 300).collect();
+    let appended = |device: &Device| -> Result<PagePool> {
+        let pool = PagePool::new(300, 1, d, device)?;
+        let both = both.to_device(device)?;
+        pool.append(&slots, offset, &both.get(0)?, &both.get(1)?, &angles)?;
+        Ok(pool)
+    };
+    let (own, expected) = (appended(&gpu)?, appended(&Device::Cpu)?);
+    assert!(same_bits(&own.keys, &expected.keys)?, "keys");
+    assert!(same_bits(&own.raw_keys, &expected.raw_keys)?, "raw keys");
+    assert!(same_bits(&own.values, &expected.values)?, "values");
     Ok(())
 }

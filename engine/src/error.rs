@@ -106,7 +106,42 @@ impl std::error::Error for Error {
 
 impl From<candle_core::Error> for Error {
     fn from(source: candle_core::Error) -> Self {
-        Self::new(ErrorKind::Model, format!("tensor operation: {source}")).with_source(source)
+        Self::new(kind_of(&source), format!("tensor operation: {source}")).with_source(source)
+    }
+}
+
+/// What a caller can do about a tensor operation that failed: a card's own failures are the device's, all else the model's.
+fn kind_of(error: &candle_core::Error) -> ErrorKind {
+    use candle_core::Error as Cause;
+    match error {
+        Cause::Context { inner, .. }
+        | Cause::WithPath { inner, .. }
+        | Cause::WithBacktrace { inner, .. } => kind_of(inner),
+        Cause::WrappedContext { wrapped, .. } => {
+            wrapped.downcast_ref::<Cause>().map_or(ErrorKind::Model, kind_of)
+        }
+        #[cfg(feature = "cuda")]
+        Cause::Cuda(cause) => kind_on_card(&**cause),
+        _ => ErrorKind::Model,
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn kind_on_card(cause: &(dyn std::error::Error + Send + Sync + 'static)) -> ErrorKind {
+    use candle_core::cuda_backend::CudaError;
+    use candle_core::cuda_backend::cudarc::driver::{DriverError, sys::CUresult};
+    match cause.downcast_ref::<CudaError>() {
+        Some(
+            CudaError::Cuda(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
+            | CudaError::Load { cuda: DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY), .. },
+        ) => ErrorKind::OutOfMemory,
+        // What an operation was asked for, not what the card did.
+        Some(
+            CudaError::UnsupportedDtype { .. }
+            | CudaError::MatMulNonContiguous { .. }
+            | CudaError::UnexpectedDType { .. },
+        ) => ErrorKind::Model,
+        _ => ErrorKind::Device,
     }
 }
 
@@ -124,5 +159,35 @@ impl From<mka_memory::Error> for Error {
             _ => ErrorKind::Storage,
         };
         Self::new(kind, source.to_string()).with_source(source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_tensor_operation_is_the_models_whatever_is_said_beside_it() {
+        let refused = || candle_core::Error::Msg("shapes".to_owned());
+        for error in [refused(), refused().context("a launch"), refused().with_path("file")] {
+            assert_eq!(kind_of(&error), ErrorKind::Model);
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_cards_failure_is_the_devices_and_its_lack_of_room_one_of_memory() {
+        use candle_core::cuda_backend::CudaError;
+        use candle_core::cuda_backend::cudarc::driver::{DriverError, sys::CUresult};
+        let failed = |code| candle_core::Error::from(CudaError::Cuda(DriverError(code)));
+        for (code, kind) in [
+            (CUresult::CUDA_ERROR_OUT_OF_MEMORY, ErrorKind::OutOfMemory),
+            (CUresult::CUDA_ERROR_ILLEGAL_ADDRESS, ErrorKind::Device),
+        ] {
+            assert_eq!(kind_of(&failed(code)), kind);
+            assert_eq!(kind_of(&failed(code).context("a launch").with_path("file")), kind);
+        }
+        let refused = CudaError::UnsupportedDtype { dtype: candle_core::DType::I64, op: "sum" };
+        assert_eq!(kind_of(&refused.into()), ErrorKind::Model);
     }
 }

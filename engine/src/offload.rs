@@ -3,9 +3,10 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::{Builder, Handle};
+use tokio::sync::oneshot;
 
 /// A thread that has nothing to do waits this long for more: starting one costs as much as a short recall.
 const IDLE: Duration = Duration::from_secs(10);
@@ -39,20 +40,48 @@ pub(crate) async fn offload<T: Send + 'static>(
     operation: &'static str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let no_thread = |source: std::io::Error| {
-        Error::new(ErrorKind::OutOfMemory, format!("{operation}: {source}")).with_source(source)
+    let handle = threads().map_err(|source| no_thread(operation, source))?;
+    offload_on(&handle, operation, work).await
+}
+
+fn no_thread(operation: &str, source: std::io::Error) -> Error {
+    Error::new(ErrorKind::OutOfMemory, format!("{operation}: {source}")).with_source(source)
+}
+
+/// [`offload`] on a thread of `handle`'s.
+async fn offload_on<T: Send + 'static>(
+    handle: &Handle,
+    operation: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let (sender, receiver) = oneshot::channel();
+    let begin = move || {
+        let done = catch_unwind(AssertUnwindSafe(work));
+        let done = done.unwrap_or_else(|payload| Err(Error::panicked(operation, &*payload)));
+        // Nobody may wait any more.
+        let _ = sender.send(done);
     };
-    let handle = threads().map_err(no_thread)?;
-    // tokio panics where the system gives it no thread.
-    let begun = catch_unwind(AssertUnwindSafe(|| handle.spawn_blocking(work)));
-    let begun = begun.map_err(|_| no_thread(std::io::ErrorKind::OutOfMemory.into()))?;
-    begun.await.unwrap_or_else(|ended| {
-        Err(match ended.try_into_panic() {
-            Ok(payload) => Error::panicked(operation, &*payload),
-            // The threads went away with their runtime, before it began.
-            Err(_) => Error::cancelled(operation),
-        })
-    })
+    // tokio panics where the system gives it no thread, and keeps what it was given for a thread to come: what failed here
+    // would be done later. So the work stays where it can be taken back, unless a thread has just begun it after all.
+    let waiting = Arc::new(Mutex::new(Some(begin)));
+    let taken = waiting.clone();
+    let spawned = catch_unwind(AssertUnwindSafe(|| {
+        handle.spawn_blocking(move || {
+            if let Some(begin) = taken_from(&taken) {
+                begin();
+            }
+        });
+    }));
+    if spawned.is_err() && taken_from(&waiting).is_some() {
+        return Err(no_thread(operation, std::io::ErrorKind::OutOfMemory.into()));
+    }
+    drop(waiting);
+    // An error where the threads went away with their runtime, before it began.
+    receiver.await.unwrap_or_else(|_| Err(Error::cancelled(operation)))
+}
+
+fn taken_from<T>(place: &Mutex<Option<T>>) -> Option<T> {
+    place.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 #[cfg(test)]
@@ -79,6 +108,20 @@ mod tests {
             assert_eq!(error.to_string(), "test: the library panicked: as the test wants");
         }
         assert_eq!(wait(offload("test", || Ok(3))).unwrap(), 3);
+    }
+
+    #[test]
+    fn work_that_no_thread_can_be_started_for_is_not_done_later() {
+        // More than any address space has room for.
+        let runtime = Builder::new_current_thread().thread_stack_size(usize::MAX / 4 + 1).build();
+        let runtime = runtime.unwrap();
+        let held = Arc::new(());
+        let own = held.clone();
+        let work = move || Ok(Arc::strong_count(&own));
+        let error = wait(offload_on(runtime.handle(), "test", work)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfMemory);
+        assert_eq!(Arc::strong_count(&held), 1);
+        runtime.shutdown_background();
     }
 
     #[test]

@@ -24,8 +24,8 @@ pub(super) struct Mirror {
     limit: usize,
     /// None for layers that choose nothing.
     layers: Vec<Option<Layer>>,
-    /// The pins that were uploaded last, for which first page, and where they are.
-    pins: (Vec<u64>, Option<u64>, Option<Tensor>),
+    /// The pinned landmarks that were uploaded last, counted from the first page, and where they are.
+    pins: (Vec<u32>, Option<Tensor>),
 }
 
 struct Layer {
@@ -96,7 +96,7 @@ impl Mirror {
             return None;
         }
         let layers = (0..num_layers).map(layer).collect::<Option<_>>()?;
-        Some(Self { device: device.clone(), dtype, limit, layers, pins: (Vec::new(), None, None) })
+        Some(Self { device: device.clone(), dtype, limit, layers, pins: (Vec::new(), None) })
     }
 
     /// The same pages in memory of their own; what a rule keeps beside them is made anew.
@@ -106,7 +106,7 @@ impl Mirror {
             Ok(Layer { pages, named: layer.named, table })
         };
         let layers = self.layers.iter().map(|layer| layer.as_ref().map(of).transpose());
-        let (layers, pins) = (layers.collect::<Result<_>>()?, (Vec::new(), None, None));
+        let (layers, pins) = (layers.collect::<Result<_>>()?, (Vec::new(), None));
         Ok(Self { device: self.device.clone(), dtype: self.dtype, limit: self.limit, layers, pins })
     }
 

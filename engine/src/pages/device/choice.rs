@@ -97,28 +97,39 @@ impl PageStore {
         self.order[..rows].iter().map(|page| page * PAGE_TOKENS as u64).collect()
     }
 
-    /// The copy of what the runs choose, or of every token; the mirror goes for good where its device has no memory left.
+    /// The copy of what the runs choose, or of every token; the mirror goes for good where its device has no memory left, or
+    /// refuses what it is asked for.
     fn copy_on_device(
         &mut self,
         q: &Tensor,
         request: Request,
         runs: &[ChoiceRun],
     ) -> Result<Option<Copied>> {
-        let Request { layer, rows, budget, all, scope } = request;
+        let Request { layer, all, .. } = request;
         self.mirror_layer(layer, 1);
         let Some(mut mirror) = self.mirror.take() else { return Ok(None) };
         let pins = match all {
             true => Ok(None),
             false => self.prepare(&mut mirror, layer),
         };
-        let pins = match pins {
-            Ok(pins) => pins,
-            Err(error) => {
-                tracing::warn!(%error, "the device cannot choose: pages are chosen from in host memory");
-                return Ok(None);
-            }
-        };
         self.mirror = Some(mirror);
+        let copied = pins.and_then(|pins| self.copy_from_mirror(q, request, runs, pins.as_ref()));
+        copied.or_else(|error| {
+            tracing::warn!(%error, "the device cannot choose: pages are chosen from in host memory");
+            self.mirror = None;
+            Ok(None)
+        })
+    }
+
+    /// [`PageStore::copy_on_device`] once all is there.
+    fn copy_from_mirror(
+        &mut self,
+        q: &Tensor,
+        request: Request,
+        runs: &[ChoiceRun],
+        pins: Option<&Tensor>,
+    ) -> Result<Option<Copied>> {
+        let Request { layer, rows, budget, all, scope } = request;
         let Some(mirror) = &self.mirror else { return Ok(None) };
         let (Some(own), Some(angles)) = (&mirror.layers[layer], &self.angles) else {
             return Ok(None);
@@ -139,13 +150,8 @@ impl PageStore {
                 self.choose_by_table(layer, q, own, rows, budget)?
             }
             (false, _) => {
-                let params = self.vote_params(
-                    (layer, q.dim(1)?, counted_from),
-                    angles,
-                    budget,
-                    runs,
-                    pins.as_ref(),
-                );
+                let params =
+                    self.vote_params((layer, q.dim(1)?, counted_from), angles, budget, runs, pins);
                 Some(own.pages.choose(q, &params)?)
             }
         };
@@ -238,16 +244,17 @@ impl PageStore {
 
     /// The pinned landmarks on the mirror's device; None for none.
     fn uploaded_pins(&self, mirror: &mut Mirror) -> Result<Option<Tensor>> {
-        let (pins, first, uploaded) = &mirror.pins;
-        if *pins == self.message.pins && *first == self.order.first().copied() {
+        // Pages go and come, with pins in them.
+        let marks = self.pinned(self.order.len(), SPAN);
+        let (known, uploaded) = &mirror.pins;
+        if *known == marks {
             return Ok(uploaded.clone());
         }
-        let marks = self.pinned(self.order.len(), SPAN);
         let uploaded = match marks.len() {
             0 => None,
-            count => Some(Tensor::from_vec(marks, count, &mirror.device)?),
+            count => Some(Tensor::from_slice(&marks, count, &mirror.device)?),
         };
-        mirror.pins = (self.message.pins.clone(), self.order.first().copied(), uploaded.clone());
+        mirror.pins = (marks, uploaded.clone());
         Ok(uploaded)
     }
 }

@@ -187,6 +187,52 @@ fn what_a_message_asked_for_stands_on_the_models_device_as_in_host_memory() {
 }
 
 #[test]
+fn pins_reach_pages_that_are_stored_later_on_the_models_device_too() {
+    let decoder = load("llama3");
+    // What the processor and a card score alike.
+    let config = PageConfig { tokens: 128, scan: LandmarkScan::Flat, ..config() };
+    let mut cache = cache(&decoder, 64, Some(config));
+    cache.pages_mut().unwrap().mirror_on_device();
+    run(&decoder, &mut cache, &mixed(1500), &[100]);
+    let store = cache.pages_mut().unwrap();
+    let rows = store.order.len();
+    let next = store.order[rows - 1] + 1;
+    let mark = next * mka_kernels::recall::MARKS as u64;
+    store.message.pins = vec![mark - 1, mark, mark + 3];
+    assert_same_choice(store, rows, 1, "before its page is stored");
+    run(&decoder, &mut cache, &mixed(130), &[65]);
+    let store = cache.pages_mut().unwrap();
+    assert!(store.order.contains(&next));
+    assert_same_choice(store, store.order.len(), 1, "once its page is stored");
+}
+
+#[test]
+fn what_the_device_refuses_is_chosen_by_the_processor_and_the_mirror_goes() {
+    let decoder = load("llama3");
+    let config = PageConfig { tokens: 128, scan: LandmarkScan::Flat, ..config() };
+    let mut cache = cache(&decoder, 64, Some(config));
+    cache.pages_mut().unwrap().mirror_on_device();
+    run(&decoder, &mut cache, &mixed(1500), &[100]);
+    let store = cache.pages_mut().unwrap();
+    assert!(store.mirror.is_some());
+    store.forget_choices();
+    // More rows of queries for a key/value head than a card takes.
+    let (heads, d) = (600 * store.shape.num_kv_heads, store.shape.head_dim);
+    let numbers: Vec<f32> = (0..heads * d).map(|i| (i as f32 * 0.7).sin()).collect();
+    let q = Tensor::from_vec(numbers, (1, heads, d), &Device::Cpu).unwrap();
+    let (layer, rows) = (store.shape.num_layers - 1, store.order.len());
+    let scope = RecallScope { before_page: u64::MAX, compact: true, sliding: false };
+    let request = Request { layer, rows, budget: store.recalled_tokens(), all: false, scope };
+    let expected = store.recall_on_host(&q, request, None).unwrap().unwrap();
+    let own = store.recall(layer, &q, scope).unwrap().expect("a choice");
+    assert!(store.mirror.is_none());
+    assert_eq!(own.tokens, expected.tokens);
+    let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(flat(&own.keys) == flat(&expected.keys), "keys");
+    assert!(flat(&own.values) == flat(&expected.values), "values");
+}
+
+#[test]
 fn tables_of_a_stream_that_lets_pages_go_stay_as_small_as_it() {
     let decoder = load("llama3");
     for rule in [PageRule::InfLlm, PageRule::Quest] {

@@ -93,6 +93,8 @@ pub fn maximum(values: &[f32]) -> f32 {
 pub fn maximum_within(values: &[f32], reach: usize, out: &mut [f32]) {
     assert!(values.len() == out.len(), "as many numbers out as in");
     let n = values.len();
+    // Nothing is further away.
+    let reach = reach.min(n);
     // ahead[i] is the largest of `width` numbers from i on; the width doubles.
     let (mut ahead, mut width) = (values.to_vec(), 1);
     while width <= 2 * reach {
@@ -103,10 +105,9 @@ pub fn maximum_within(values: &[f32], reach: usize, out: &mut [f32]) {
         ahead[..both].copy_from_slice(&out[..both]);
         width += step;
     }
-    let edge = reach.min(n);
-    out[edge..].copy_from_slice(&ahead[..n - edge]);
-    let mut top = maximum(&values[..edge]);
-    for (i, out) in out[..edge].iter_mut().enumerate() {
+    out[reach..].copy_from_slice(&ahead[..n - reach]);
+    let mut top = maximum(&values[..reach]);
+    for (i, out) in out[..reach].iter_mut().enumerate() {
         top = values.get(i + reach).map_or(top, |x| top.max(*x));
         *out = top;
     }
@@ -324,10 +325,11 @@ mod tests {
         let number = |i: usize| ((i * 2_654_435_761) % 1009) as f32 - 500.0;
         for n in [0, 1, 2, 5, 16, 33, 100] {
             let values: Vec<f32> = (0..n).map(number).collect();
-            for reach in [0, 1, 2, 3, 4, 7, 16, 31, 64, 200] {
+            for reach in [0, 1, 2, 3, 4, 7, 16, 31, 64, 200, usize::MAX] {
                 let mut out = vec![0.0; n];
                 maximum_within(&values, reach, &mut out);
-                let window = |i: usize| &values[i.saturating_sub(reach)..(i + reach + 1).min(n)];
+                let end = |i: usize| i.saturating_add(reach).saturating_add(1).min(n);
+                let window = |i: usize| &values[i.saturating_sub(reach)..end(i)];
                 let expected: Vec<f32> = (0..n).map(|i| maximum(window(i))).collect();
                 assert_eq!(out, expected, "{n} numbers, reach {reach}");
             }

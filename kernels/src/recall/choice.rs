@@ -60,6 +60,8 @@ pub struct Choice {
     /// (runs · g, tokens), u32: places among the tokens that were compared; None for all.
     pub(super) best: Option<Tensor>,
     pub(super) runs: usize,
+    /// Stored pages that they were chosen among, from the first on.
+    pub(super) pages: usize,
     pub(super) tokens: usize,
     /// (1), f32: the share of the attention to all stored tokens that the chosen ones hold, as their landmarks estimate
     /// it; None for more than one query.
@@ -71,7 +73,8 @@ pub struct Choice {
 impl Choice {
     /// The first `tokens` stored tokens, for one run.
     pub fn all(tokens: usize) -> Self {
-        Self { marks: None, best: None, runs: 1, tokens, recovered: None, standing: None }
+        let pages = tokens.div_ceil(PAGE_TOKENS);
+        Self { marks: None, best: None, runs: 1, pages, tokens, recovered: None, standing: None }
     }
 
     /// Tokens of each head.
@@ -159,6 +162,9 @@ impl StoredPages {
                 self.len
             );
         }
+        if params.landmarks == Some(0) {
+            bail!("choose: 0 landmarks, expected some, or None for every token");
+        }
         if params.heads_together && params.landmarks.is_some() {
             bail!("choose: heads together among landmarks, expected every token compared");
         }
@@ -204,14 +210,14 @@ impl StoredPages {
         }
         let last = Tensor::new((self.len * PAGE_TOKENS - 1) as u32, tokens.device())?;
         let best = Some(tokens.broadcast_minimum(&last)?.contiguous()?);
-        Ok(Choice { best, ..Choice::all(count) })
+        Ok(Choice { best, pages: self.len, ..Choice::all(count) })
     }
 
     /// The tokens of `choice`, keys rotated: two tensors (runs · ⌈tokens / PAGE_TOKENS⌉, g, PAGE_TOKENS, d), f32, 0
     /// behind the last token of a run.
     ///
     /// # Errors
-    /// If `angles` has not every position, from 0 on.
+    /// If `angles` has not every position, from 0 on, or fewer pages are stored than were chosen among.
     pub fn gather(
         &self,
         choice: &Choice,
@@ -225,12 +231,14 @@ impl StoredPages {
         };
         if end > angles.len() as u64
             || 2 * angles.half() != d
+            || choice.pages > self.len
             || choice.tokens > self.len * PAGE_TOKENS
             || choice.tokens == 0
         {
             bail!(
-                "gather: {} tokens of {} pages up to position {end}, expected some, and angles up to there, found {}",
+                "gather: {} tokens of {} pages, of which {} are stored, up to position {end}, expected some of stored ones, and angles up to there, found {}",
                 choice.tokens,
+                choice.pages,
                 self.len,
                 angles.len()
             );

@@ -147,6 +147,7 @@ fn joined(first: Choice, rest: &[Choice]) -> Result<Choice> {
         best: cat(|part| part.best.as_ref())?,
         standing,
         runs: first.runs + rest.iter().map(|part| part.runs).sum::<usize>(),
+        pages: rest.iter().map(|part| part.pages).fold(first.pages, usize::max),
         tokens: first.tokens,
         recovered: None,
     })
@@ -161,7 +162,8 @@ fn choose_part(
 ) -> Result<Choice> {
     let g = pages.keys.dim(1)?;
     let most_pages = queries.runs[..queries.num_runs].iter().map(|run| run.pages).max();
-    let num_marks = most_pages.unwrap_or(0) as usize * MARKS;
+    let most_pages = most_pages.unwrap_or(0) as usize;
+    let num_marks = most_pages * MARKS;
     let landmarks = params.landmarks.map_or(num_marks, |landmarks| landmarks.min(num_marks));
     let gone = (pages.gone * PAGE_TOKENS) as u32;
     let (mut marks, mut by_mark) = (None, None);
@@ -198,7 +200,8 @@ fn choose_part(
         .keep_votes
         .then(|| kept(device, &voted.votes, marks.as_ref(), (&best, gone)))
         .transpose()?;
-    Ok(Choice { marks, best: Some(best), runs: queries.num_runs, tokens, recovered, standing })
+    let (best, runs, pages) = (Some(best), queries.num_runs, most_pages);
+    Ok(Choice { marks, best, runs, pages, tokens, recovered, standing })
 }
 
 /// Of `votes` (runs · g, n) the `count` largest of each run, summed over its heads, for every head: (runs · g, count).
@@ -235,15 +238,18 @@ fn vote(
     tokens: Option<Option<&Tensor>>,
     num_marks: usize,
 ) -> Result<Voted> {
+    if queries.num_runs > 1 {
+        return vote_at_once(device, pages, queries, tokens, num_marks);
+    }
     // Of one run its own queries: there is room for those of the longest, which are not there.
     let num_means = queries.runs[0].queries.div_ceil(queries.pooled as u32) as usize;
     let keys = if tokens.is_some() { num_marks * SPAN } else { num_marks };
     let mean_bytes = queries.h * keys * size_of::<f32>();
     let at_once = (LOGIT_BYTES / mean_bytes.max(1)).max(1);
-    if queries.num_runs > 1 || num_means <= at_once {
+    if num_means * queries.group == queries.rows && num_means <= at_once {
         return vote_at_once(device, pages, queries, tokens, num_marks);
     }
-    let first = queries.means(0, at_once)?;
+    let first = queries.means(0, at_once.min(num_means))?;
     let mut voted = vote_at_once(device, pages, &first, tokens, num_marks)?;
     for first in (at_once..num_means).step_by(at_once) {
         let own = queries.means(first, at_once.min(num_means - first))?;
@@ -338,7 +344,7 @@ fn reaching(
         pooled: cuda::address(&pooled)?,
         n: n as u64,
         num_marks: (n / SPAN) as u32,
-        reach: reach as u32,
+        reach: u32::try_from(reach).unwrap_or(u32::MAX),
     };
     let grid = (n.div_ceil(1024) as u32, own as u32, 1);
     let launch = Launch { grid, block: THREADS, shared_bytes: 0 };

@@ -49,7 +49,8 @@ pub(super) fn choose(pages: &StoredPages, q: &Tensor, params: &ChoiceParams<'_>)
     };
     let kept = (kept(|list| &list.tokens)?, kept(|list| &list.votes)?);
     let standing = kept.0.zip(kept.1).map(|(tokens, votes)| Standing { tokens, votes });
-    Ok(Choice { marks, best, runs: parts.len(), tokens, recovered, standing })
+    let pages = parts.iter().map(|part| part.pages).max().unwrap_or(0);
+    Ok(Choice { marks, best, runs: parts.len(), pages, tokens, recovered, standing })
 }
 
 fn choose_run(
@@ -189,7 +190,8 @@ fn choose_run(
         }),
         false => None,
     };
-    Ok(Choice { marks, best: Some(best), runs: 1, tokens, recovered, standing })
+    let (best, pages) = (Some(best), run.pages);
+    Ok(Choice { marks, best, runs: 1, pages, tokens, recovered, standing })
 }
 
 /// By head, the tokens that have standing votes, without the `gone` first ones, and these; nothing for none.
@@ -209,7 +211,8 @@ fn standing_of(standing: Option<&Standing>, g: usize, gone: usize) -> Result<Vec
 fn pooled(votes: &[f32], marks: &[u32], reach: usize) -> Vec<f32> {
     let token = |i: usize| marks[i / SPAN] as usize * SPAN + i % SPAN;
     let within = |i: usize| {
-        let near = i.saturating_sub(reach)..(i + reach + 1).min(votes.len());
+        let near =
+            i.saturating_sub(reach)..i.saturating_add(reach).saturating_add(1).min(votes.len());
         near.filter(move |j| token(*j).abs_diff(token(i)) <= reach)
     };
     (0..votes.len()).map(|i| within(i).map(|j| votes[j]).fold(votes[i], f32::max)).collect()

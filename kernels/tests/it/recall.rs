@@ -175,12 +175,24 @@ impl Case {
     ) -> Result<Choice> {
         let q = Tensor::from_slice(&made.q, (self.t, self.h, self.d), device)?;
         let q = q.narrow(0, first, runs.iter().map(|run| run.queries).sum())?;
+        self.choose_for(&q, made, store, runs, standing)
+    }
+
+    /// The choice of `runs` for `q`, whether they are its queries or not.
+    fn choose_for(
+        &self,
+        q: &Tensor,
+        made: &Made,
+        store: &StoredPages,
+        runs: &[ChoiceRun],
+        standing: Option<&Standing>,
+    ) -> Result<Choice> {
         let pins = match self.pins.len() {
             0 => None,
-            count => Some(Tensor::from_slice(self.pins, count, device)?),
+            count => Some(Tensor::from_slice(self.pins, count, q.device())?),
         };
         store.choose(
-            &q,
+            q,
             &ChoiceParams {
                 runs,
                 tokens: self.tokens,
@@ -412,17 +424,18 @@ fn runs_of_queries_choose_as_each_by_itself() -> Result<()> {
             let of = |x: &Tensor| flat(&x.narrow(0, i * pages, pages)?);
             assert!(of(&keys)? == flat(&own_keys)? && of(&values)? == flat(&own_values)?);
         }
-        // Fewer tokens than are chosen, more runs than there are queries, pages that are not there.
+        // Fewer tokens than are chosen, pages that are not there, a run of nothing, fewer queries than there are, and more.
         let run = |queries, pages| ChoiceRun { queries, pages };
+        let q = Tensor::from_slice(&made.q, (case.t, case.h, case.d), &Device::Cpu)?;
         for bad in [
             vec![run(55, 1), run(55, 8)],
             vec![run(110, case.pages + 1)],
             vec![run(0, 3), run(110, 8)],
             vec![run(50, 8)],
+            vec![run(60, 8), run(60, 8)],
         ] {
-            let (sum, params) = (bad.iter().map(|run| run.queries).sum::<usize>(), &bad);
-            let chosen = case.choose_runs(&made, &store, &Device::Cpu, 110 - sum.min(110), params);
-            assert_eq!(chosen.is_ok(), sum == 50, "{bad:?}");
+            let chosen = case.choose_for(&q, &made, &store, &bad, None);
+            assert!(chosen.is_err(), "{bad:?}");
         }
     }
     Ok(())
@@ -625,6 +638,43 @@ fn named_tokens_are_copied_and_none_is_read_beyond_the_last() -> Result<()> {
     assert!((flat(&keys)?, flat(&values)?) == expected);
     assert!(store.choice_of(&named.narrow(0, 0, 1)?).is_err());
     assert!(store.choice_of(&named.to_dtype(DType::F32)?).is_err());
+    Ok(())
+}
+
+#[test]
+fn no_landmark_and_pages_that_are_gone_are_refused_and_any_reach_is_taken() -> Result<()> {
+    let made = PLAIN.make();
+    let mut store = PLAIN.store(&made, &Device::Cpu)?;
+    let q = Tensor::from_slice(&made.q, (PLAIN.t, PLAIN.h, PLAIN.d), &Device::Cpu)?;
+    let runs = [ChoiceRun { queries: PLAIN.t, pages: PLAIN.pages }];
+    let params = ChoiceParams {
+        runs: &runs,
+        tokens: PLAIN.tokens,
+        landmarks: Some(0),
+        pooled: POOLED,
+        scale: 0.25,
+        angles: &made.angles,
+        distance: DISTANCE,
+        pins: None,
+        reach: 0,
+        standing: None,
+        keep_votes: false,
+        heads_together: false,
+    };
+    let error = store.choose(&q, &params).unwrap_err().to_string();
+    assert!(error.contains("0 landmarks, expected"), "{error}");
+    for landmarks in [None, Some(PLAIN.tokens / SPAN)] {
+        let reaching = |reach| -> Result<Vec<Vec<u32>>> {
+            store.choose(&q, &ChoiceParams { landmarks, reach, ..params })?.tokens(PLAIN.g)
+        };
+        assert_eq!(reaching(usize::MAX)?, reaching(PLAIN.pages * PAGE_TOKENS)?);
+    }
+    let choice = store.choose(&q, &ChoiceParams { landmarks: None, ..params })?;
+    store.gather(&choice, &made.angles, Placement::Compact(0))?;
+    store.truncate(PLAIN.pages - 1);
+    let gone = store.gather(&choice, &made.angles, Placement::Compact(0));
+    let error = gone.unwrap_err().to_string();
+    assert!(error.contains("of 3 pages, of which 2 are stored"), "{error}");
     Ok(())
 }
 

@@ -127,7 +127,7 @@ impl PanelLinear {
     /// x Wᵀ + b, on the calling thread: x `(m, cols)`, out `(m, rows)`, both row-major and overwritten.
     ///
     /// Accuracy: in integers x is rounded to 8 bits between the least and the largest value of each row. A row with a
-    /// value that is not finite gives a row of NaN.
+    /// value that is not finite gives a row of NaN, a row of W with one a column of NaN.
     ///
     /// # Panics
     /// If a length does not fit.
@@ -207,7 +207,7 @@ impl Int8Panels {
             let (panel, lane) = (row / WIDTH, row % WIDTH);
             let of_row = weight_scale(weights);
             for (column, weight) in weights.iter().enumerate() {
-                // 0 / 0 of a row of zeros is NaN, which becomes 0.
+                // 0 / 0 of a row of zeros is NaN, which becomes 0, as all do under a scale of NaN.
                 let rounded = (weight / of_row).round_ties_even() as i8;
                 q[panel * groups + column / GROUP][lane][column % GROUP] = rounded;
                 sum[panel][lane] += i32::from(rounded);
@@ -218,13 +218,16 @@ impl Int8Panels {
     }
 }
 
-/// The scale that brings every weight and every sum of two neighbours within ±127. Rounding moves a sum by 1 at most.
+/// The scale that brings every weight and every sum of two neighbours within ±127, NaN where a weight is not finite.
+/// Rounding moves a sum by 1 at most.
 fn weight_scale(weights: &[f32]) -> f32 {
     let largest = |pair: &[f32]| {
         let alone = pair.iter().map(|weight| weight.abs()).fold(0.0, f32::max);
         alone.max(pair.iter().sum::<f32>().abs())
     };
-    weights.chunks(2).map(largest).fold(0.0, f32::max) / 127.0
+    // 0 but for weights that are not finite, which a maximum passes over.
+    let finite: f32 = weights.iter().map(|weight| weight * 0.0).sum();
+    weights.chunks(2).map(largest).fold(0.0, f32::max) / 127.0 + finite
 }
 
 /// What turns the integers of a panel's rows into the result.

@@ -160,6 +160,24 @@ fn a_row_that_is_not_finite_gives_nan_and_leaves_the_others() {
 }
 
 #[test]
+fn a_weight_that_is_not_finite_gives_nan_and_leaves_the_other_rows() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let case = Case {
+            weights: [vec![1.0, bad, 1.0, 1.0], vec![1.0; 4]].concat(),
+            bias: vec![0.5; 2],
+            x: vec![1.0; 8],
+            shape: (2, 4),
+        };
+        for level in SimdLevel::available() {
+            let found = case.apply(PanelForm::Int8, level);
+            for row in found.chunks_exact(2) {
+                assert!(row[0].is_nan() && (row[1] - 4.5).abs() < 0.1, "{bad} {level:?} {row:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn lengths_that_do_not_fit_are_refused() {
     let refused = |form, weights: usize, bias: usize, shape| {
         let made = PanelLinear::new(form, &vec![0.0; weights], &vec![0.0; bias], shape);

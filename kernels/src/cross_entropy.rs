@@ -7,11 +7,11 @@ use rayon::prelude::*;
 
 /// Loss in nats of every row (n), f32, and with `scale` the gradient of the logits: scale · (softmax - one-hot).
 ///
-/// logits (n, words), f32, on CUDA also bf16 and f16; targets (n), u32, each below `words`, which the caller checks;
-/// the gradient has the logits' type. Computed in f32. No gradient flows.
+/// logits (n, words), f32, on CUDA also bf16 and f16; targets (n), u32, each below `words`, which on CUDA the caller
+/// checks; the gradient has the logits' type. Computed in f32. No gradient flows.
 ///
 /// # Errors
-/// If shapes, types or devices disagree.
+/// If shapes, types or devices disagree, or on the CPU if a target is not below `words`.
 pub fn cross_entropy(
     logits: &Tensor,
     targets: &Tensor,
@@ -37,6 +37,9 @@ pub fn cross_entropy(
     }
     let mut values = logits.flatten_all()?.to_vec1::<f32>()?;
     let targets = targets.to_vec1::<u32>()?;
+    if let Some(target) = targets.iter().find(|target| **target as usize >= words) {
+        bail!("cross_entropy: target {target}, expected one below {words}");
+    }
     let losses: Vec<f32> = values
         .par_chunks_mut(words)
         .zip(&targets)

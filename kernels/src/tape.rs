@@ -194,6 +194,8 @@ pub fn backward(out: &Value, gradient: &Tensor) -> Result<Gradients> {
 
 /// A part of candle's own graph on the tape: what `run` makes of x, with gradients for x and for every variable it reads.
 ///
+/// Of a constant x nothing is recorded, and the variables get no gradient either: where theirs are wanted, x is a leaf.
+///
 /// # Errors
 /// Those of `run`; in the walk back, candle's.
 pub fn segment<E: From<candle_core::Error>>(

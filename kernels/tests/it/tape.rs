@@ -480,6 +480,10 @@ fn a_segment_of_candles_graph_gives_gradients_to_its_input_and_its_variables() -
         let found = found.remove(leaf).expect("a gradient").to_vec2::<f32>()?;
         assert_eq!(found, expected.get(variable).expect("a gradient").to_vec2::<f32>()?);
     }
+    // Of a constant nothing is recorded, variables or not.
+    let out = tape::segment::<candle_core::Error>(&Value::constant(&x), run)?;
+    assert!(!out.target().is_wanted());
+    assert!(tape::backward(&out, &gradient)?.remove(weight.as_tensor()).is_none());
     Ok(())
 }
 
@@ -498,6 +502,8 @@ fn bad_shapes_are_refused_by_name() -> Result<()> {
     refused(norm.map(drop), "rms_norm");
     let ids = Tensor::new(&[0u32], &Device::Cpu)?;
     refused(cross_entropy(&zeros(&[2, 3])?, &ids, None).map(drop), "cross_entropy");
+    let beyond = Tensor::new(&[0u32, 3], &Device::Cpu)?;
+    refused(cross_entropy(&zeros(&[2, 3])?, &beyond, Some(1.0)).map(drop), "cross_entropy");
     let x = Value::constant(&zeros(&[2, 3])?);
     refused(ops::silu_bias(&x, &zeros(&[2])?).map(drop), "silu_bias");
     let wide = zeros(&[4, 5])?;

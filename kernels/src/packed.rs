@@ -3,7 +3,7 @@
 //!
 //! Two ways to `x Wᵀ`, chosen by the number of rows of x:
 //! a few rows (decode) are multiplied straight from the packed blocks, with x rounded to 8-bit integers in blocks of 32
-//! for the quantised types; many rows (prefill) multiply decoded f32 blocks of the weight by a f32 GEMM.
+//! for the quantised types but Q2_K and Q3_K; many rows (prefill) multiply decoded f32 blocks of the weight by a f32 GEMM.
 //! Instruction sets are chosen at run time; see [`SimdLevel`].
 
 mod activation;
@@ -323,7 +323,7 @@ impl PackedMatrix {
     /// `x Wᵀ`: x `(m, cols)`, out `(m, rows)`, both row-major f32. The same inputs give the same bits on one machine,
     /// whatever the number of threads.
     ///
-    /// Accuracy: for a quantised type and few rows (up to 16, on a processor without AVX2 4) x is rounded to 8-bit integers in blocks of 32, as ggml does;
+    /// Accuracy: for a quantised type but Q2_K and Q3_K and few rows (up to 16, on a processor without AVX2 4) x is rounded to 8-bit integers in blocks of 32, as ggml does;
     /// otherwise the products are f32.
     ///
     /// # Errors

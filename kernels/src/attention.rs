@@ -66,6 +66,8 @@ pub struct AttentionRun {
 }
 
 /// The result of attending to one set of keys, mergeable with that of another set.
+///
+/// On the CPU a query that is not a number gives NaN; the CUDA kernels take it for one that saw no key.
 #[derive(Debug, Clone)]
 pub struct AttentionState {
     /// (t, h, d), f32, or the 16-bit type of the pages on CUDA: the softmax-weighted mean of the values; 0 for a query that saw no key.
@@ -139,6 +141,12 @@ pub fn paged_attention_parts(parts: &[AttentionPart<'_>]) -> Result<Vec<Attentio
 /// Whether shapes agree and pages lie in the pool.
 fn check(q: &Tensor, keys: &Tensor, values: &Tensor, params: &AttentionParams) -> Result<()> {
     let (_, h, d) = q.dims3()?;
+    if h == 0 || d == 0 {
+        candle_core::bail!(
+            "paged_attention: q {:?}, expected some heads of some channels",
+            q.shape()
+        );
+    }
     let (slots, g, page_tokens, key_dim) = keys.dims4()?;
     if keys.dims() != values.dims() || page_tokens != PAGE_TOKENS || key_dim != d {
         candle_core::bail!(
@@ -182,9 +190,7 @@ pub fn paged_attention_runs(
             "paged_attention_runs: {runs:?}, expected runs of {t} queries over {listed} pages"
         );
     }
-    if let [run] = runs
-        && run.pages == (0..listed)
-    {
+    if t == 0 || matches!(runs, [run] if run.pages == (0..listed)) {
         return paged_attention(q, keys, values, params);
     }
     check(q, keys, values, params)?;

@@ -47,7 +47,8 @@ pub fn paged_attention(
                             .sum::<f64>()
                             * f64::from(params.scale)
                             + f64::from(page.bias);
-                        if score > f64::NEG_INFINITY {
+                        // NaN is seen.
+                        if score != f64::NEG_INFINITY {
                             seen.push((score, at));
                         }
                     }

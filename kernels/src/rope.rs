@@ -115,10 +115,10 @@ pub fn rotate_back(x: &Tensor, angles: &RotaryAngles) -> Result<Tensor> {
 }
 
 fn check(op: &str, x: &Tensor, angles: &RotaryAngles) -> Result<()> {
-    let (t, _, d) = x.dims3()?;
-    if d != 2 * angles.half || t != angles.len() {
+    let (t, h, d) = x.dims3()?;
+    if h == 0 || d == 0 || d != 2 * angles.half || t != angles.len() {
         candle_core::bail!(
-            "{op}: x {:?}, expected {} positions of head_dim {}",
+            "{op}: x {:?}, expected {} positions of some heads of head_dim {}, above 0",
             x.shape(),
             angles.len(),
             2 * angles.half

@@ -297,6 +297,11 @@ impl Problem<'_> {
 fn softmax_row(scores: &mut [f32], acc: &mut [f32], max: &mut f32, sum: &mut f32) {
     let new_max = max.max(maximum(scores));
     if new_max == f32::NEG_INFINITY {
+        // Scores that are no numbers have no maximum either: the row is none from here on.
+        if scores.iter().any(|score| score.is_nan()) {
+            acc.fill(f32::NAN);
+            (*max, *sum) = (0.0, f32::NAN);
+        }
         scores.fill(0.0);
         return;
     }

@@ -397,9 +397,44 @@ fn wrong_shapes_are_errors() {
         (zeros(&[1, 4, 16]), &pool, &open),
         (zeros(&[1, 4, 8]), &pool, &params),
         (zeros(&[1, 4, 8]), &zeros(&[2, 2, 32, 8]), &open),
+        (zeros(&[1, 0, 8]), &pool, &open),
+        (zeros(&[1, 4, 0]), &zeros(&[2, 2, PAGE_TOKENS, 0]), &open),
     ] {
         let error = paged_attention(&q, keys, keys, params).unwrap_err().to_string();
         assert!(error.contains("expected"), "{error}");
+    }
+}
+
+#[test]
+fn a_query_that_is_no_number_gives_nan_and_leaves_the_others() {
+    // Few rows and many, one split and several.
+    for (t, before) in [(1, 0), (1, 1300), (3, 70), (40, 200)] {
+        let case = Case { t, h: 4, g: 2, d: 16, before, window: None, sliding: None };
+        let mut inputs = Inputs::new(&case, 5);
+        let plain = inputs.run(&case, &inputs.params);
+        let row = (t - 1) * case.h + 1;
+        inputs.q[row * case.d] = f32::NAN;
+        let state = inputs.run(&case, &inputs.params);
+        let shape = (case.t, case.h, case.g, case.d);
+        let (out, lse) = reference::paged_attention(
+            &inputs.q,
+            &inputs.keys,
+            &inputs.values,
+            shape,
+            &inputs.params,
+        );
+        for (own, plain, exact, width) in
+            [(&state.out, &plain.out, out, case.d), (&state.lse, &plain.lse, lse, 1)]
+        {
+            let pairs = values(own).into_iter().zip(values(plain));
+            for (i, ((own, plain), exact)) in pairs.zip(exact).enumerate() {
+                if i / width == row {
+                    assert!(own.is_nan() && exact.is_nan(), "{t} behind {before}: {own}, {exact}");
+                } else {
+                    assert!(own == plain && !exact.is_nan(), "{t} behind {before}: {own}, {exact}");
+                }
+            }
+        }
     }
 }
 
@@ -450,5 +485,11 @@ fn runs_attend_to_their_own_pages() {
     ];
     for runs in bad {
         assert!(paged_attention_runs(&q, &keys, &values, &inputs.params, &runs).is_err());
+    }
+    // No query in no run, and in runs of none.
+    let (none, run) = (q.narrow(0, 0, 0).unwrap(), AttentionRun { queries: 0, pages: 0..2 });
+    for runs in [vec![], vec![run.clone()], vec![run.clone(), run]] {
+        let state = paged_attention_runs(&none, &keys, &values, &inputs.params, &runs).unwrap();
+        assert_eq!((state.out.dims(), state.lse.dims()), (&[0, 6, 64][..], &[0, 6][..]));
     }
 }

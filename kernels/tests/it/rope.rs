@@ -1,6 +1,6 @@
 //! Rotation and its inverse.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mka_kernels::{RotaryAngles, rotate, rotate_back};
 
 fn floats(x: &Tensor) -> Vec<f32> {
@@ -22,6 +22,13 @@ fn rotating_back_undoes_a_rotation_but_for_the_square_of_its_scale() {
     let few = RotaryAngles::new([0, 1], &[1.0, 0.1, 0.01, 0.001], 1.0);
     let error = rotate_back(&x, &few).unwrap_err().to_string();
     assert!(error.contains("rotate_back") && error.contains("2 positions"), "{error}");
+    // No head, and heads of nothing.
+    let none = RotaryAngles::new([0, 1], &[], 1.0);
+    for (shape, angles) in [((2, 0, 8), &few), ((0, 1, 0), &none)] {
+        let x = Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let error = rotate(&x, angles).unwrap_err().to_string();
+        assert!(error.contains("some heads"), "{error}");
+    }
 }
 
 #[test]

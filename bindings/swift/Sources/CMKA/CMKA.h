@@ -482,12 +482,12 @@ void uniffi_mka_bindings_fn_method_nativememory_cancel(uint64_t ptr, RustCallSta
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CHUNKS
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CHUNKS
-uint64_t uniffi_mka_bindings_fn_method_nativememory_chunks(uint64_t ptr, RustBuffer scope, uint64_t start, uint64_t end
+uint64_t uniffi_mka_bindings_fn_method_nativememory_chunks(uint64_t ptr, RustBuffer scope, uint64_t start, uint64_t end, RustBuffer filter
 );
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CHUNKS_BLOCKING
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CHUNKS_BLOCKING
-RustBuffer uniffi_mka_bindings_fn_method_nativememory_chunks_blocking(uint64_t ptr, RustBuffer scope, uint64_t start, uint64_t end, RustCallStatus *_Nonnull out_status
+RustBuffer uniffi_mka_bindings_fn_method_nativememory_chunks_blocking(uint64_t ptr, RustBuffer scope, uint64_t start, uint64_t end, RustBuffer filter, RustCallStatus *_Nonnull out_status
 );
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_COMPACT
@@ -502,12 +502,12 @@ void uniffi_mka_bindings_fn_method_nativememory_compact_blocking(uint64_t ptr, R
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CONTEXT
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CONTEXT
-uint64_t uniffi_mka_bindings_fn_method_nativememory_context(uint64_t ptr, RustBuffer scope, RustBuffer query, uint64_t budget_tokens
+uint64_t uniffi_mka_bindings_fn_method_nativememory_context(uint64_t ptr, RustBuffer scope, RustBuffer query, uint64_t budget_tokens, RustBuffer options
 );
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CONTEXT_BLOCKING
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_CONTEXT_BLOCKING
-RustBuffer uniffi_mka_bindings_fn_method_nativememory_context_blocking(uint64_t ptr, RustBuffer scope, RustBuffer query, uint64_t budget_tokens, RustCallStatus *_Nonnull out_status
+RustBuffer uniffi_mka_bindings_fn_method_nativememory_context_blocking(uint64_t ptr, RustBuffer scope, RustBuffer query, uint64_t budget_tokens, RustBuffer options, RustCallStatus *_Nonnull out_status
 );
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_DISK_USAGE
@@ -595,6 +595,16 @@ uint64_t uniffi_mka_bindings_fn_method_nativememory_remember(uint64_t ptr, RustB
 RustBuffer uniffi_mka_bindings_fn_method_nativememory_remember_blocking(uint64_t ptr, RustBuffer scope, RustBuffer turns, RustCallStatus *_Nonnull out_status
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_REPLACE
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_REPLACE
+uint64_t uniffi_mka_bindings_fn_method_nativememory_replace(uint64_t ptr, RustBuffer scope, uint64_t turn, RustBuffer new_turn
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_REPLACE_BLOCKING
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_REPLACE_BLOCKING
+RustBuffer uniffi_mka_bindings_fn_method_nativememory_replace_blocking(uint64_t ptr, RustBuffer scope, uint64_t turn, RustBuffer new_turn, RustCallStatus *_Nonnull out_status
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_SESSIONS
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_SESSIONS
 uint64_t uniffi_mka_bindings_fn_method_nativememory_sessions(uint64_t ptr, RustBuffer scope
@@ -623,6 +633,11 @@ RustBuffer uniffi_mka_bindings_fn_method_nativememory_turns_blocking(uint64_t pt
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_TWIN
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_TWIN
 uint64_t uniffi_mka_bindings_fn_method_nativememory_twin(uint64_t ptr, RustCallStatus *_Nonnull out_status
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_USERS
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_USERS
+RustBuffer uniffi_mka_bindings_fn_method_nativememory_users(uint64_t ptr, RustCallStatus *_Nonnull out_status
 );
 #endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVEMEMORY_VERIFY
@@ -1338,6 +1353,18 @@ uint16_t uniffi_mka_bindings_checksum_method_nativememory_remember_blocking(void
 
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_REPLACE
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_REPLACE
+uint16_t uniffi_mka_bindings_checksum_method_nativememory_replace(void
+
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_REPLACE_BLOCKING
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_REPLACE_BLOCKING
+uint16_t uniffi_mka_bindings_checksum_method_nativememory_replace_blocking(void
+
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_SESSIONS
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_SESSIONS
 uint16_t uniffi_mka_bindings_checksum_method_nativememory_sessions(void
@@ -1371,6 +1398,12 @@ uint16_t uniffi_mka_bindings_checksum_method_nativememory_turns_blocking(void
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_TWIN
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_TWIN
 uint16_t uniffi_mka_bindings_checksum_method_nativememory_twin(void
+
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_USERS
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVEMEMORY_USERS
+uint16_t uniffi_mka_bindings_checksum_method_nativememory_users(void
 
 );
 #endif

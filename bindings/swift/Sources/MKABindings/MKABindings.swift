@@ -1848,14 +1848,15 @@ public protocol NativeMemoryProtocol: AnyObject, Sendable {
     func cancel()
 
     /**
-     * Chunks of `scope` from number `start` to before `end`, in the order in which they were first said.
+     * Chunks of `scope` from number `start` to before `end`, in the order in which they were first said; with a `filter`
+     * those of turns whose metadata it accepts.
      */
-    func chunks(scope: Scope, start: UInt64, end: UInt64) async throws  -> [ChunkInfo]
+    func chunks(scope: Scope, start: UInt64, end: UInt64, filter: Filter?) async throws  -> [ChunkInfo]
 
     /**
      * `chunks`, blocking the thread.
      */
-    func chunksBlocking(scope: Scope, start: UInt64, end: UInt64) throws  -> [ChunkInfo]
+    func chunksBlocking(scope: Scope, start: UInt64, end: UInt64, filter: Filter?) throws  -> [ChunkInfo]
 
     /**
      * Gives all space on the disk back that nothing uses.
@@ -1868,14 +1869,14 @@ public protocol NativeMemoryProtocol: AnyObject, Sendable {
     func compactBlocking() throws
 
     /**
-     * What `scope` holds on `query`, laid out for another model within `budget_tokens`: the 32 best memories at most.
+     * What a recall with `options` finds on `query` in `scope`, laid out for another model within `budget_tokens`.
      */
-    func context(scope: Scope, query: String, budgetTokens: UInt64) async throws  -> Context
+    func context(scope: Scope, query: String, budgetTokens: UInt64, options: RecallOptions) async throws  -> Context
 
     /**
      * `context`, blocking the thread.
      */
-    func contextBlocking(scope: Scope, query: String, budgetTokens: UInt64) throws  -> Context
+    func contextBlocking(scope: Scope, query: String, budgetTokens: UInt64, options: RecallOptions) throws  -> Context
 
     /**
      * What the store takes on the disk, and how much of it is in use.
@@ -1963,6 +1964,16 @@ public protocol NativeMemoryProtocol: AnyObject, Sendable {
     func rememberBlocking(scope: Scope, turns: [NewTurn]) throws  -> Committed
 
     /**
+     * Remembers `new_turn` in the session of `scope`, then erases `turn` of it.
+     */
+    func replace(scope: Scope, turn: UInt64, newTurn: NewTurn) async throws  -> Committed
+
+    /**
+     * `replace`, blocking the thread.
+     */
+    func replaceBlocking(scope: Scope, turn: UInt64, newTurn: NewTurn) throws  -> Committed
+
+    /**
      * The sessions of `scope`, by name.
      */
     func sessions(scope: Scope) async throws  -> [SessionInfo]
@@ -1991,6 +2002,11 @@ public protocol NativeMemoryProtocol: AnyObject, Sendable {
      * The same memory as an object of its own, for work that its `cancel` ends.
      */
     func twin()  -> NativeMemory
+
+    /**
+     * The users of whom there is a session, in the order of their names.
+     */
+    func users() throws  -> [String]
 
     /**
      * Checks that what the receipt names is in no file of the store; `record` is the receipt's own.
@@ -2104,14 +2120,15 @@ open func cancel()  {try! rustCall() {
 }
 
     /**
-     * Chunks of `scope` from number `start` to before `end`, in the order in which they were first said.
+     * Chunks of `scope` from number `start` to before `end`, in the order in which they were first said; with a `filter`
+     * those of turns whose metadata it accepts.
      */
-open func chunks(scope: Scope, start: UInt64, end: UInt64)async throws  -> [ChunkInfo]  {
+open func chunks(scope: Scope, start: UInt64, end: UInt64, filter: Filter?)async throws  -> [ChunkInfo]  {
     return
         try  await uniffiRustCallAsync(
             rustFutureFunc: {
                 uniffi_mka_bindings_fn_method_nativememory_chunks(
-                        self.uniffiCloneHandle(),FfiConverterTypeScope_lower(scope),FfiConverterUInt64.lower(start),FfiConverterUInt64.lower(end)
+                        self.uniffiCloneHandle(),FfiConverterTypeScope_lower(scope),FfiConverterUInt64.lower(start),FfiConverterUInt64.lower(end),FfiConverterOptionTypeFilter.lower(filter)
                 )
             },
             pollFunc: ffi_mka_bindings_rust_future_poll_rust_buffer,
@@ -2125,14 +2142,15 @@ open func chunks(scope: Scope, start: UInt64, end: UInt64)async throws  -> [Chun
     /**
      * `chunks`, blocking the thread.
      */
-open func chunksBlocking(scope: Scope, start: UInt64, end: UInt64)throws  -> [ChunkInfo]  {
+open func chunksBlocking(scope: Scope, start: UInt64, end: UInt64, filter: Filter?)throws  -> [ChunkInfo]  {
     return try  FfiConverterSequenceTypeChunkInfo.lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
         uniffiCallStatus in
     uniffi_mka_bindings_fn_method_nativememory_chunks_blocking(
             self.uniffiCloneHandle(),
         FfiConverterTypeScope_lower(scope),
         FfiConverterUInt64.lower(start),
-        FfiConverterUInt64.lower(end),uniffiCallStatus
+        FfiConverterUInt64.lower(end),
+        FfiConverterOptionTypeFilter.lower(filter),uniffiCallStatus
     )
 })
 }
@@ -2168,14 +2186,14 @@ open func compactBlocking()throws   {try rustCallWithError(FfiConverterTypeMkaEr
 }
 
     /**
-     * What `scope` holds on `query`, laid out for another model within `budget_tokens`: the 32 best memories at most.
+     * What a recall with `options` finds on `query` in `scope`, laid out for another model within `budget_tokens`.
      */
-open func context(scope: Scope, query: String, budgetTokens: UInt64)async throws  -> Context  {
+open func context(scope: Scope, query: String, budgetTokens: UInt64, options: RecallOptions)async throws  -> Context  {
     return
         try  await uniffiRustCallAsync(
             rustFutureFunc: {
                 uniffi_mka_bindings_fn_method_nativememory_context(
-                        self.uniffiCloneHandle(),FfiConverterTypeScope_lower(scope),FfiConverterString.lower(query),FfiConverterUInt64.lower(budgetTokens)
+                        self.uniffiCloneHandle(),FfiConverterTypeScope_lower(scope),FfiConverterString.lower(query),FfiConverterUInt64.lower(budgetTokens),FfiConverterTypeRecallOptions_lower(options)
                 )
             },
             pollFunc: ffi_mka_bindings_rust_future_poll_rust_buffer,
@@ -2189,14 +2207,15 @@ open func context(scope: Scope, query: String, budgetTokens: UInt64)async throws
     /**
      * `context`, blocking the thread.
      */
-open func contextBlocking(scope: Scope, query: String, budgetTokens: UInt64)throws  -> Context  {
+open func contextBlocking(scope: Scope, query: String, budgetTokens: UInt64, options: RecallOptions)throws  -> Context  {
     return try  FfiConverterTypeContext_lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
         uniffiCallStatus in
     uniffi_mka_bindings_fn_method_nativememory_context_blocking(
             self.uniffiCloneHandle(),
         FfiConverterTypeScope_lower(scope),
         FfiConverterString.lower(query),
-        FfiConverterUInt64.lower(budgetTokens),uniffiCallStatus
+        FfiConverterUInt64.lower(budgetTokens),
+        FfiConverterTypeRecallOptions_lower(options),uniffiCallStatus
     )
 })
 }
@@ -2474,6 +2493,40 @@ open func rememberBlocking(scope: Scope, turns: [NewTurn])throws  -> Committed  
 }
 
     /**
+     * Remembers `new_turn` in the session of `scope`, then erases `turn` of it.
+     */
+open func replace(scope: Scope, turn: UInt64, newTurn: NewTurn)async throws  -> Committed  {
+    return
+        try  await uniffiRustCallAsync(
+            rustFutureFunc: {
+                uniffi_mka_bindings_fn_method_nativememory_replace(
+                        self.uniffiCloneHandle(),FfiConverterTypeScope_lower(scope),FfiConverterUInt64.lower(turn),FfiConverterTypeNewTurn_lower(newTurn)
+                )
+            },
+            pollFunc: ffi_mka_bindings_rust_future_poll_rust_buffer,
+            completeFunc: ffi_mka_bindings_rust_future_complete_rust_buffer,
+            freeFunc: ffi_mka_bindings_rust_future_free_rust_buffer,
+            liftFunc: FfiConverterTypeCommitted_lift,
+            errorHandler: FfiConverterTypeMkaError_lift
+        )
+}
+
+    /**
+     * `replace`, blocking the thread.
+     */
+open func replaceBlocking(scope: Scope, turn: UInt64, newTurn: NewTurn)throws  -> Committed  {
+    return try  FfiConverterTypeCommitted_lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativememory_replace_blocking(
+            self.uniffiCloneHandle(),
+        FfiConverterTypeScope_lower(scope),
+        FfiConverterUInt64.lower(turn),
+        FfiConverterTypeNewTurn_lower(newTurn),uniffiCallStatus
+    )
+})
+}
+
+    /**
      * The sessions of `scope`, by name.
      */
 open func sessions(scope: Scope)async throws  -> [SessionInfo]  {
@@ -2558,6 +2611,18 @@ open func twin() -> NativeMemory  {
     return try!  FfiConverterTypeNativeMemory_lift(try! rustCall() {
         uniffiCallStatus in
     uniffi_mka_bindings_fn_method_nativememory_twin(
+            self.uniffiCloneHandle(),uniffiCallStatus
+    )
+})
+}
+
+    /**
+     * The users of whom there is a session, in the order of their names.
+     */
+open func users()throws  -> [String]  {
+    return try  FfiConverterSequenceString.lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativememory_users(
             self.uniffiCloneHandle(),uniffiCallStatus
     )
 })
@@ -3961,6 +4026,14 @@ public struct FeedOptions: Equatable, Hashable {
      * By what the tokens that the model reads recall older ones; as the engine was opened if left out.
      */
     public var recall: RecallPolicy?
+    /**
+     * What the document's turns are marked with: at most 256 keys, none of which begins with `mka.`.
+     */
+    public var metadata: [String: MetadataValue]
+    /**
+     * Instructions before a session's first message, if the document begins it and the model reads of it; ignored later.
+     */
+    public var system: String?
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -3979,12 +4052,20 @@ public struct FeedOptions: Equatable, Hashable {
          */timeMs: Int64? = nil,
         /**
          * By what the tokens that the model reads recall older ones; as the engine was opened if left out.
-         */recall: RecallPolicy? = nil) {
+         */recall: RecallPolicy? = nil,
+        /**
+         * What the document's turns are marked with: at most 256 keys, none of which begins with `mka.`.
+         */metadata: [String: MetadataValue] = [:],
+        /**
+         * Instructions before a session's first message, if the document begins it and the model reads of it; ignored later.
+         */system: String? = nil) {
         self.mode = mode
         self.name = name
         self.completion = completion
         self.timeMs = timeMs
         self.recall = recall
+        self.metadata = metadata
+        self.system = system
     }
 
 
@@ -4007,7 +4088,9 @@ public struct FfiConverterTypeFeedOptions: FfiConverterRustBuffer {
                 name: FfiConverterOptionString.read(from: &buf),
                 completion: FfiConverterBool.read(from: &buf),
                 timeMs: FfiConverterOptionInt64.read(from: &buf),
-                recall: FfiConverterOptionTypeRecallPolicy.read(from: &buf)
+                recall: FfiConverterOptionTypeRecallPolicy.read(from: &buf),
+                metadata: FfiConverterDictionaryStringTypeMetadataValue.read(from: &buf),
+                system: FfiConverterOptionString.read(from: &buf)
         )
     }
 
@@ -4017,6 +4100,8 @@ public struct FfiConverterTypeFeedOptions: FfiConverterRustBuffer {
         FfiConverterBool.write(value.completion, into: &buf)
         FfiConverterOptionInt64.write(value.timeMs, into: &buf)
         FfiConverterOptionTypeRecallPolicy.write(value.recall, into: &buf)
+        FfiConverterDictionaryStringTypeMetadataValue.write(value.metadata, into: &buf)
+        FfiConverterOptionString.write(value.system, into: &buf)
     }
 }
 
@@ -5459,6 +5544,14 @@ public struct SendOptions: Equatable, Hashable {
      * When the message was said, milliseconds since 1970; now if left out.
      */
     public var timeMs: Int64?
+    /**
+     * What the turns of the message and of its answer are marked with: at most 254 keys, none of which begins with `mka.`.
+     */
+    public var metadata: [String: MetadataValue]
+    /**
+     * The memories that are looked up are of turns whose metadata this accepts.
+     */
+    public var recallFilter: Filter?
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -5511,7 +5604,13 @@ public struct SendOptions: Equatable, Hashable {
          */acrossSessions: Bool = false,
         /**
          * When the message was said, milliseconds since 1970; now if left out.
-         */timeMs: Int64? = nil) {
+         */timeMs: Int64? = nil,
+        /**
+         * What the turns of the message and of its answer are marked with: at most 254 keys, none of which begins with `mka.`.
+         */metadata: [String: MetadataValue] = [:],
+        /**
+         * The memories that are looked up are of turns whose metadata this accepts.
+         */recallFilter: Filter? = nil) {
         self.temperature = temperature
         self.topK = topK
         self.topP = topP
@@ -5528,6 +5627,8 @@ public struct SendOptions: Equatable, Hashable {
         self.recallK = recallK
         self.acrossSessions = acrossSessions
         self.timeMs = timeMs
+        self.metadata = metadata
+        self.recallFilter = recallFilter
     }
 
 
@@ -5561,7 +5662,9 @@ public struct FfiConverterTypeSendOptions: FfiConverterRustBuffer {
                 recall: FfiConverterOptionTypeRecallPolicy.read(from: &buf),
                 recallK: FfiConverterOptionUInt64.read(from: &buf),
                 acrossSessions: FfiConverterBool.read(from: &buf),
-                timeMs: FfiConverterOptionInt64.read(from: &buf)
+                timeMs: FfiConverterOptionInt64.read(from: &buf),
+                metadata: FfiConverterDictionaryStringTypeMetadataValue.read(from: &buf),
+                recallFilter: FfiConverterOptionTypeFilter.read(from: &buf)
         )
     }
 
@@ -5582,6 +5685,8 @@ public struct FfiConverterTypeSendOptions: FfiConverterRustBuffer {
         FfiConverterOptionUInt64.write(value.recallK, into: &buf)
         FfiConverterBool.write(value.acrossSessions, into: &buf)
         FfiConverterOptionInt64.write(value.timeMs, into: &buf)
+        FfiConverterDictionaryStringTypeMetadataValue.write(value.metadata, into: &buf)
+        FfiConverterOptionTypeFilter.write(value.recallFilter, into: &buf)
     }
 }
 
@@ -6299,6 +6404,10 @@ public struct Usage: Equatable, Hashable {
      * What was recalled inside attention; none where the turn's policy recalls no pages.
      */
     public var pages: PageUsage?
+    /**
+     * The answer's turn in the session's log, behind that of its message.
+     */
+    public var answerTurn: UInt64?
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -6323,7 +6432,10 @@ public struct Usage: Equatable, Hashable {
          */stop: StopReason,
         /**
          * What was recalled inside attention; none where the turn's policy recalls no pages.
-         */pages: PageUsage?) {
+         */pages: PageUsage?,
+        /**
+         * The answer's turn in the session's log, behind that of its message.
+         */answerTurn: UInt64?) {
         self.promptTokens = promptTokens
         self.reusedTokens = reusedTokens
         self.recalledTokens = recalledTokens
@@ -6331,6 +6443,7 @@ public struct Usage: Equatable, Hashable {
         self.streamTokens = streamTokens
         self.stop = stop
         self.pages = pages
+        self.answerTurn = answerTurn
     }
 
 
@@ -6355,7 +6468,8 @@ public struct FfiConverterTypeUsage: FfiConverterRustBuffer {
                 generatedTokens: FfiConverterUInt64.read(from: &buf),
                 streamTokens: FfiConverterUInt64.read(from: &buf),
                 stop: FfiConverterTypeStopReason.read(from: &buf),
-                pages: FfiConverterOptionTypePageUsage.read(from: &buf)
+                pages: FfiConverterOptionTypePageUsage.read(from: &buf),
+                answerTurn: FfiConverterOptionUInt64.read(from: &buf)
         )
     }
 
@@ -6367,6 +6481,7 @@ public struct FfiConverterTypeUsage: FfiConverterRustBuffer {
         FfiConverterUInt64.write(value.streamTokens, into: &buf)
         FfiConverterTypeStopReason.write(value.stop, into: &buf)
         FfiConverterOptionTypePageUsage.write(value.pages, into: &buf)
+        FfiConverterOptionUInt64.write(value.answerTurn, into: &buf)
     }
 }
 
@@ -7292,6 +7407,14 @@ public enum Forget: Equatable, Hashable {
          */turn: UInt64
     )
     /**
+     * These turns of the scope's session, one at least.
+     */
+    case turns(
+        /**
+         * Their numbers.
+         */turns: [UInt64]
+    )
+    /**
      * Every turn before a time.
      */
     case before(
@@ -7345,15 +7468,18 @@ public struct FfiConverterTypeForget: FfiConverterRustBuffer {
         case 3: return .turn(turn: try FfiConverterUInt64.read(from: &buf)
         )
 
-        case 4: return .before(timeMs: try FfiConverterInt64.read(from: &buf)
+        case 4: return .turns(turns: try FfiConverterSequenceUInt64.read(from: &buf)
         )
 
-        case 5: return .expired(timeMs: try FfiConverterInt64.read(from: &buf)
+        case 5: return .before(timeMs: try FfiConverterInt64.read(from: &buf)
         )
 
-        case 6: return .session
+        case 6: return .expired(timeMs: try FfiConverterInt64.read(from: &buf)
+        )
 
-        case 7: return .everything
+        case 7: return .session
+
+        case 8: return .everything
 
         default: throw UniffiInternalError.unexpectedEnumCase
         }
@@ -7378,22 +7504,27 @@ public struct FfiConverterTypeForget: FfiConverterRustBuffer {
             FfiConverterUInt64.write(turn, into: &buf)
 
 
-        case let .before(timeMs):
+        case let .turns(turns):
             writeInt(&buf, Int32(4))
-            FfiConverterInt64.write(timeMs, into: &buf)
+            FfiConverterSequenceUInt64.write(turns, into: &buf)
 
 
-        case let .expired(timeMs):
+        case let .before(timeMs):
             writeInt(&buf, Int32(5))
             FfiConverterInt64.write(timeMs, into: &buf)
 
 
-        case .session:
+        case let .expired(timeMs):
             writeInt(&buf, Int32(6))
+            FfiConverterInt64.write(timeMs, into: &buf)
+
+
+        case .session:
+            writeInt(&buf, Int32(7))
 
 
         case .everything:
-            writeInt(&buf, Int32(7))
+            writeInt(&buf, Int32(8))
 
         }
     }
@@ -10377,10 +10508,10 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativememory_cancel() != 52866) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativememory_chunks() != 30621) {
+    if (uniffi_mka_bindings_checksum_method_nativememory_chunks() != 9860) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativememory_chunks_blocking() != 37184) {
+    if (uniffi_mka_bindings_checksum_method_nativememory_chunks_blocking() != 21160) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_compact() != 49816) {
@@ -10389,10 +10520,10 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativememory_compact_blocking() != 43050) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativememory_context() != 427) {
+    if (uniffi_mka_bindings_checksum_method_nativememory_context() != 32159) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativememory_context_blocking() != 45574) {
+    if (uniffi_mka_bindings_checksum_method_nativememory_context_blocking() != 14802) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_disk_usage() != 26311) {
@@ -10446,6 +10577,12 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativememory_remember_blocking() != 32047) {
         return InitializationResult.apiChecksumMismatch
     }
+    if (uniffi_mka_bindings_checksum_method_nativememory_replace() != 3327) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativememory_replace_blocking() != 64575) {
+        return InitializationResult.apiChecksumMismatch
+    }
     if (uniffi_mka_bindings_checksum_method_nativememory_sessions() != 44649) {
         return InitializationResult.apiChecksumMismatch
     }
@@ -10462,6 +10599,9 @@ private let initializationResult: InitializationResult = {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_twin() != 7613) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativememory_users() != 13506) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativememory_verify() != 58451) {

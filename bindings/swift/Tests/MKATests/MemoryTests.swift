@@ -40,7 +40,7 @@ import Testing
 @Test func whatIsSentAndFedIsMarked() async throws {
     let folder = try Folder()
     let engine = try await folder.engine()
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     let sending = SendOptions(maxNewTokens: 2, metadata: ["kind": "chat", "year": 2025])
     _ = try await chat.send("hello there", options: sending).text()
     let feeding = FeedOptions(mode: .model, metadata: ["kind": "page"])
@@ -48,10 +48,10 @@ import Testing
     let turns = try await engine.memory.turns(user: "ada", session: "trip")
     let kinds: [MetadataValue?] = ["chat", "chat", "page"]
     #expect(turns.map { $0.metadata["kind"] } == kinds)
-    let told = try await engine.session(user: "ada", id: "told")
+    let told = try await engine.session(user: "ada", session: "told")
     let instructed = FeedOptions(mode: .model, system: "Say red.")
     let fed = try await told.feed("The otter is 1.", options: instructed).finish()
-    let bare = try await engine.session(user: "ada", id: "bare")
+    let bare = try await engine.session(user: "ada", session: "bare")
     let plain = try await bare.feed("The otter is 1.", options: FeedOptions(mode: .model)).finish()
     #expect(fed.modelTokens > plain.modelTokens)
     let refused = SendOptions(metadata: ["mka.kind": true])
@@ -85,7 +85,7 @@ import Testing
         NewTurn("heron: 7654321", metadata: ["kind": "note"]), NewTurn("heron: 1234567", metadata: ["kind": "draft"]),
     ]
     try await memory.remember(turns, user: "ada", session: "other")
-    let chat = try await engine.session(user: "ada", id: "trip")
+    let chat = try await engine.session(user: "ada", session: "trip")
     let sending = SendOptions(maxNewTokens: 2, acrossSessions: true, recallFilter: .equals("kind", "note"))
     var found: [String] = []
     for try await event in chat.send("heron?", options: sending) {

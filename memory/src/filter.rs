@@ -209,12 +209,31 @@ impl Filter {
         }
     }
 
-    /// Whether there is a key anywhere in the expression: without one it accepts every turn, or none.
-    pub(crate) fn names_a_key(&self) -> bool {
+    /// What the expression says of every turn, whatever its metadata: that it is accepted, or that it is not. None where it
+    /// depends on a key. Each part is looked at by itself: a key that is set or not set depends on the key.
+    pub(crate) fn constant(&self) -> Option<bool> {
+        // Of parts that are decided by one `value` alone; of none it is the other.
+        let decided = |parts: &[Self], value: bool| {
+            let mut all = Some(!value);
+            for part in parts {
+                match part.constant() {
+                    Some(constant) if constant == value => return Some(value),
+                    Some(_) => {}
+                    None => all = None,
+                }
+            }
+            all
+        };
         match self {
-            Self::And(parts) | Self::Or(parts) => parts.iter().any(Self::names_a_key),
-            Self::Not(part) => part.names_a_key(),
-            Self::Has(_) | Self::In(..) | Self::Range(..) => true,
+            Self::And(parts) => decided(parts, false),
+            Self::Or(parts) => decided(parts, true),
+            Self::Not(part) => part.constant().map(|constant| !constant),
+            Self::Has(_) => None,
+            Self::In(_, values) => values.is_empty().then_some(false),
+            Self::Range(_, Some(from), Some(to)) => {
+                (from.kind() != to.kind() || from > to).then_some(false)
+            }
+            Self::Range(..) => None,
         }
     }
 
@@ -317,14 +336,44 @@ mod tests {
         for (filter, expected) in cases {
             assert_eq!(filter.accepts(&turn()), expected, "{filter:?}");
             assert!(filter.check("recall").is_ok());
-            let is_bare =
-                matches!(&filter, Filter::And(parts) | Filter::Or(parts) if parts.is_empty());
-            assert_eq!(filter.names_a_key(), !is_bare, "{filter:?}");
+            assert!(filter.constant().is_none_or(|constant| constant == expected), "{filter:?}");
         }
-        let bare = Filter::Or(Vec::new()).not();
-        assert!(!bare.names_a_key() && !bare.clone().and(bare.clone()).names_a_key());
-        assert!(bare.and(Filter::has("year")).names_a_key());
         assert_eq!(Value::from(0.0), Value::from(-0.0));
+    }
+
+    #[test]
+    fn what_accepts_every_turn_or_none_is_known() {
+        let all = || Filter::And(Vec::new());
+        let none = || Filter::any_of("kind", Vec::<Value>::new());
+        let has = || Filter::has("year");
+        let cases = [
+            (all(), Some(true)),
+            (Filter::Or(Vec::new()), Some(false)),
+            (none(), Some(false)),
+            (none().not(), Some(true)),
+            (none().not().not(), Some(false)),
+            (Filter::range("year", 2026, 2024), Some(false)),
+            (Filter::range("year", 2024, "z"), Some(false)),
+            (Filter::range("year", 2024, 2024), None),
+            (Filter::Range("year".into(), None, None), None),
+            (Filter::at_least("year", 1), None),
+            (Filter::eq("year", 1).not(), None),
+            (has(), None),
+            (Filter::And(vec![has(), none()]), Some(false)),
+            (Filter::And(vec![all(), none().not()]), Some(true)),
+            (Filter::And(vec![all(), has()]), None),
+            (Filter::Or(vec![all(), has()]), Some(true)),
+            (Filter::Or(vec![has(), all()]), Some(true)),
+            (Filter::Or(vec![none(), Filter::Or(Vec::new())]), Some(false)),
+            (Filter::Or(vec![none(), has()]), None),
+        ];
+        for (filter, expected) in cases {
+            assert_eq!(filter.constant(), expected, "{filter:?}");
+            for metadata in [turn(), Metadata::new()] {
+                let accepts = filter.accepts(&metadata);
+                assert!(expected.is_none_or(|constant| constant == accepts), "{filter:?}");
+            }
+        }
     }
 
     #[test]

@@ -11,10 +11,10 @@ use crate::{Filter, TurnId};
 pub enum Forget {
     /// Every turn whose text, source name, subject or metadata contains this text, letter case aside.
     Matching(String),
-    /// Every turn whose metadata this accepts; a filter that names no key is refused. Turns without the key, those of a chat
-    /// too, are what a `not` of it accepts. What a session quoted goes with the turns that it was quoted from. A turn that
-    /// is damaged goes only if memory still knows metadata of it that is accepted; [`Forget::Matching`] takes each damaged
-    /// one for what is meant.
+    /// Every turn whose metadata this accepts; a filter that accepts every turn, or none, whatever their metadata, is refused.
+    /// Turns without the key, those of a chat too, are what a `not` of it accepts. What a session quoted goes with the turns
+    /// that it was quoted from. A turn that is damaged goes only if memory still knows metadata of it that is accepted;
+    /// [`Forget::Matching`] takes each damaged one for what is meant.
     Filter(Filter),
     /// One turn of the scope's session.
     Turn(TurnId),

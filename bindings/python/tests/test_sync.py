@@ -751,8 +751,16 @@ def test_metadata_is_kept_and_asked_for(store: Path) -> None:
         def forgets(filter: mka.Filter) -> int:
             return memory.forget(user="ada", filter=filter).turns
 
-        for bare in ({}, {"$and": []}, {"$not": {"$or": []}}):
-            with pytest.raises(mka.InvalidArgumentError, match="names a key, got one that accepts every"):
+        for which, bare in (
+            ("every", {}),
+            ("every", {"$and": []}),
+            ("every", {"$not": {"$or": []}}),
+            ("every", {"kind": {"$nin": []}}),
+            ("every", {"$not": {"kind": {"$in": []}}}),
+            ("every", {"$or": [{}, {"kind": "place"}]}),
+            ("no", {"kind": {"$in": []}}),
+        ):
+            with pytest.raises(mka.InvalidArgumentError, match=f"got one that accepts {which} turn"):
                 forgets(bare)
         assert forgets({"$or": [{"kind": "other"}, {"year": {"$lt": 2019}}]}) == 0
         assert forgets({"year": {"$gt": 2019, "$exists": True}, "kind": {"$in": ["place", True]}}) == 1

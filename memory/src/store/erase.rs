@@ -15,7 +15,7 @@ use crate::format::{
     Body, Key, Kind, Record, StoreRecord, TurnChunks, TurnRecord, chunk_digest, turn_digest,
 };
 use crate::summary::Summary;
-use crate::{Error, Forget, Metadata, Receipt, Result, Role, Scope, TurnId};
+use crate::{Error, Forget, Receipt, Result, Role, Scope, TurnId};
 
 /// Turns to erase, each with its text; none if the text is damaged and cannot be read.
 type Erased = BTreeMap<(u64, u64), Option<String>>;
@@ -51,9 +51,9 @@ impl Store {
     /// segment lasts, without a name, as long as a page of it is mapped ([`map_page`](Self::map_page)).
     ///
     /// # Errors
-    /// `InvalidArgument` for an empty text, a filter that names no key, no turns, or a selector that needs a session and a
-    /// scope without one; `NotFound` for a turn beyond the log, and then none of the others goes. If it fails half-way, the
-    /// rest is done when the store is opened next.
+    /// `InvalidArgument` for an empty text, a filter that accepts every turn or none, no turns, or a selector that needs a
+    /// session and a scope without one; `NotFound` for a turn beyond the log, and then none of the others goes. If it fails
+    /// half-way, the rest is done when the store is opened next.
     ///
     /// # Cost
     /// Reads every turn of the scope for `Matching`; rewrites every segment that holds unused bytes.
@@ -72,10 +72,10 @@ impl Store {
         }
         if let Forget::Filter(filter) = selector {
             filter.check("forget")?;
-            if !filter.names_a_key() {
-                let which = if filter.accepts(&Metadata::new()) { "every" } else { "no" };
+            if let Some(accepts) = filter.constant() {
+                let which = if accepts { "every" } else { "no" };
                 return Err(Error::invalid(format!(
-                    "forget: expected a filter that names a key, got one that accepts {which} turn"
+                    "forget: expected a filter that depends on a key, got one that accepts {which} turn"
                 )));
             }
         }

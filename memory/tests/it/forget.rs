@@ -2,6 +2,7 @@
 
 use mka_memory::{
     Cancel, Commit, ErrorKind, Filter, Forget, NewSnapshot, NewTurn, Recall, Receipt, Role, Scope,
+    Value,
 };
 
 use crate::support::{BACKENDS, files, files_with, open, open_as, prose, say, trip};
@@ -335,7 +336,7 @@ fn what_a_filter_accepts_is_erased_whether_or_not_it_can_be_recalled() {
 }
 
 #[test]
-fn a_filter_that_names_no_key_erases_nothing() {
+fn a_filter_that_accepts_every_turn_erases_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
     say(&store, &trip(), Role::User, &["The key lies under the mat."]);
@@ -345,12 +346,15 @@ fn a_filter_that_names_no_key_erases_nothing() {
         (all.clone(), "every"),
         (none.clone(), "no"),
         (none.clone().not(), "every"),
-        (all.clone().and(all.not()), "no"),
+        (all.clone().and(all.clone().not()), "no"),
+        (Filter::any_of("kind", Vec::<Value>::new()).not(), "every"),
+        (Filter::any_of("kind", Vec::<Value>::new()), "no"),
+        (Filter::Or(vec![all, Filter::has("kind")]), "every"),
     ] {
         let error = store.forget(&trip(), &Forget::filter(filter)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         let expected =
-            format!("forget: expected a filter that names a key, got one that accepts {got} turn");
+            format!("expected a filter that depends on a key, got one that accepts {got} turn");
         assert!(error.to_string().contains(&expected), "{error}");
     }
     assert!(!store.turns(&trip(), 0..1).unwrap()[0].forgotten);

@@ -297,11 +297,11 @@ class AsyncMemory(MemoryHandle):
     ) -> Receipt:
         """Erases from log, chunks, vectors, words, pages and summaries; exactly one selector says what.
 
-        `turn` is a number in the log of `session`, which must be given with it. `everything` is that session, or every
-        one without it.
+        `turn` is a number in the log of `session`, which must be given with it, or several. `everything` is that session,
+        or every one without it.
         `matching` erases every turn whose text, source name, subject or metadata contains it, letter case aside;
         `filter` every turn whose metadata it accepts: turns without the key, those of a chat too, are what `$ne`, `$nin`
-        and `$not` accept. A filter that names no key is refused. `turn` is a turn of the session, or several.
+        and `$not` accept. A filter that accepts every turn, or none, whatever their metadata, is refused.
         If anything is erased, a stream of this user that is under way ends with `CancelledError`.
         """
         call = _calls.forget(

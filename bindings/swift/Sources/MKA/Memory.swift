@@ -76,7 +76,8 @@ public final class Memory: Sendable {
     /// Erases what `selector` names from log, chunks, vectors, words, pages and summaries. If anything is erased, a stream of
     /// this user that is under way ends with `.cancelled`.
     ///
-    /// Of a filter, turns without the key, those of a chat too, are what `.no` accepts; one that names no key is refused.
+    /// Of a filter, turns without the key, those of a chat too, are what `.no` accepts. One that accepts every turn, or none,
+    /// whatever their metadata, is refused.
     public func forget(
         _ selector: Forget, user: String, agent: String? = nil, session: String? = nil
     ) async throws(MKAError) -> Receipt {

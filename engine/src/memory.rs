@@ -122,7 +122,8 @@ impl MemoryHandle {
     /// [`MemoryHandle::forget`] does: a fact that is put right, whose old words are in no file afterwards.
     ///
     /// `new` is on the disk before anything is erased: where that fails both are there, and the turn can be forgotten again.
-    /// It stands at the end of the log and has a number of its own; `turn` keeps its number, role and time.
+    /// It stands at the end of the log and has a number of its own; `turn` keeps its number, role and time. Nothing else of
+    /// the user is forgotten in between.
     ///
     /// # Errors
     /// `NotFound` if the log does not reach to `turn`, and then nothing is remembered; those of `remember` and `forget`.
@@ -130,21 +131,11 @@ impl MemoryHandle {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         // Both in one piece of work, which goes on if nobody waits any more.
         offload("replace", move || {
-            let num_turns = match scope.session_id() {
-                Some(_) => shared.store.num_turns(&scope)?,
-                None => {
-                    let what = format!("replace: scope {scope}, expected one that names a session");
-                    return Err(Error::invalid(what));
-                }
-            };
-            if turn >= num_turns {
-                let what =
-                    format!("replace: turn {turn} of {scope}, expected one below {num_turns}");
-                return Err(Error::new(ErrorKind::NotFound, what));
+            if scope.session_id().is_none() {
+                let what = format!("replace: scope {scope}, expected one that names a session");
+                return Err(Error::invalid(what));
             }
-            let committed = remember(&shared, &scope, vec![new])?;
-            forget(&shared, &scope, &Forget::Turn(turn))?;
-            Ok(committed)
+            replace(&shared, &scope, turn, || remember(&shared, &scope, vec![new]))
         })
         .await
     }
@@ -362,14 +353,47 @@ fn remember(shared: &Shared, scope: &Scope, mut turns: Vec<NewTurn>) -> Result<C
 
 /// [`MemoryHandle::forget`] on the thread that calls.
 fn forget(shared: &Shared, scope: &Scope, selector: &Forget) -> Result<Receipt> {
-    use mka_memory::ErrorKind::{InvalidArgument, NotFound};
     let forget = || shared.store.forget(scope, selector);
-    let receipt = shared.forgets.during(scope, forget, |receipt| match receipt {
+    let receipt = shared.forgets.during(scope, forget, has_erased);
+    receipt.map_err(|error| shared.failed(error.into()))
+}
+
+/// [`MemoryHandle::replace`] on the thread that calls, with what `remember` does for the new turn.
+///
+/// Both are one forgetting, which no other of the user comes between: behind one of the whole session, `turn` would be the
+/// number of the new turn itself.
+fn replace<T>(
+    shared: &Shared,
+    scope: &Scope,
+    turn: TurnId,
+    remember: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let work = || -> Result<(T, mka_memory::Result<Receipt>)> {
+        let num_turns = shared.store.num_turns(scope)?;
+        if turn >= num_turns {
+            let what = format!("replace: turn {turn} of {scope}, expected one below {num_turns}");
+            return Err(Error::new(ErrorKind::NotFound, what));
+        }
+        let remembered = remember()?;
+        Ok((remembered, shared.store.forget(scope, &Forget::Turn(turn))))
+    };
+    let replaced = shared.forgets.during(scope, work, |replaced| match replaced {
+        Ok((_, receipt)) => has_erased(receipt),
+        Err(_) => false,
+    });
+    let (remembered, receipt) = replaced?;
+    receipt.map_err(|error| shared.failed(error.into()))?;
+    Ok(remembered)
+}
+
+/// Whether what sessions hold of a user is out of date.
+fn has_erased(receipt: &mka_memory::Result<Receipt>) -> bool {
+    use mka_memory::ErrorKind::{InvalidArgument, NotFound};
+    match receipt {
         Ok(receipt) => receipt.turns + receipt.chunks + receipt.pages > 0,
         // It may have failed behind what it erased.
         Err(error) => !matches!(error.kind(), InvalidArgument | NotFound),
-    });
-    receipt.map_err(|error| shared.failed(error.into()))
+    }
 }
 
 /// Cancels the work once the caller's future is dropped.
@@ -416,4 +440,32 @@ pub(crate) fn reembed_in_background(shared: Weak<Shared>, share: f32) -> Result<
     spawned.map(|_| ()).map_err(|source| {
         Error::new(ErrorKind::OutOfMemory, format!("open: {source}")).with_source(source)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Engine;
+    use mka_memory::Role;
+
+    #[test]
+    fn a_session_is_not_forgotten_while_one_of_its_turns_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let engine = Engine::builder(folder.path()).open_blocking().unwrap();
+        let (shared, trip) = (&engine.shared, &Scope::user("ada").session("trip"));
+        let told = |text: &str| remember(shared, trip, vec![NewTurn::new(Role::User, text)]);
+        told("The badger hides at Elm Street.").unwrap();
+        let replaced = std::thread::scope(|threads| {
+            let replaced = replace(shared, trip, 0, || {
+                let forgetting = threads.spawn(move || forget(shared, trip, &Forget::Session));
+                std::thread::sleep(Duration::from_millis(100));
+                assert!(!forgetting.is_finished());
+                told("The badger hides at Oak Street.")
+            });
+            replaced.unwrap()
+        });
+        assert_eq!(replaced.turns, [1]);
+        // The session went with both of its turns; in between, turn 0 would have been the new one.
+        assert_eq!(shared.store.num_turns(trip).unwrap(), 0);
+    }
 }

@@ -79,6 +79,9 @@ pub(crate) fn send(
     options.recall_filter.iter().try_for_each(|filter| filter.check("send"))?;
     let shared = conversation.shared.clone();
     let model = shared.model("send")?;
+    if !options.completion {
+        generation::check_opening(model, conversation.state.open, options.system.as_deref())?;
+    }
     let now_ms = shared.now_ms()?;
     let time_ms = options.time_ms.unwrap_or(now_ms);
 

@@ -48,7 +48,8 @@ pub struct FeedOptions {
     /// ask for: as [`NewTurn::metadata`], without keys that begin with `mka.`.
     pub metadata: Metadata,
     /// Instructions that stand before the first message of a session, which the document begins if the model reads of it;
-    /// ignored later, as [`SendOptions::system`](crate::SendOptions::system) is.
+    /// ignored later, as [`SendOptions::system`](crate::SendOptions::system) is. Where they would stand and the model's chat
+    /// template takes none, the document is refused as `InvalidArgument`, before anything of it is stored.
     pub system: Option<String>,
 }
 
@@ -159,6 +160,12 @@ pub(crate) fn take_in(
         },
     };
     tracing::debug!(?mode, sections = sections.len(), first_read, "feed");
+    if let Some(model) = &shared.model
+        && first_read < sections.len()
+        && !options.completion
+    {
+        generation::check_opening(model, conversation.state.open, before.system)?;
+    }
     let (remembered, read) = sections.split_at(first_read);
     let mut feeding = Feeding {
         summary: FeedSummary {

@@ -75,9 +75,7 @@ pub(crate) fn opening(
             let Some(system) = system else {
                 return text.scaffold(&scaffold.opening);
             };
-            let (before, after) = scaffold.system.as_ref().ok_or_else(|| {
-                Error::invalid("the model's chat template takes no system message, expected none")
-            })?;
+            let (before, after) = scaffold.system.as_ref().ok_or_else(no_system)?;
             text.scaffold(before)?;
             text.content(system)?;
             text.scaffold(after)
@@ -103,6 +101,20 @@ pub(crate) fn opening(
             text.scaffold(&scaffold.to_user)
         }
     }
+}
+
+/// Refuses what [`opening`] does, for who stores something before it is written.
+pub(crate) fn check_opening(model: &Model, open: OpenTurn, system: Option<&str>) -> Result<()> {
+    let scaffold = &model.scaffold;
+    let is_written = open == OpenTurn::Start && !scaffold.opening.is_empty() && system.is_some();
+    match is_written && scaffold.system.is_none() {
+        true => Err(no_system()),
+        false => Ok(()),
+    }
+}
+
+fn no_system() -> Error {
+    Error::invalid("the model's chat template takes no system message, expected none")
 }
 
 /// [`opening`] of a text that stands outside the chat template.

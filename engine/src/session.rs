@@ -42,7 +42,7 @@ pub struct SendOptions {
     pub joined: bool,
     /// Instructions that stand before the first message of a session; ignored later. Every token of the session sees them,
     /// however long it becomes, in whole pages of 64 tokens: one at least, and no more than the trained length leaves beside
-    /// the window and what pages recall.
+    /// the window and what pages recall. A chat template that takes none makes the message `InvalidArgument`.
     pub system: Option<String>,
     /// How older tokens come back; None: as the engine's [`MemoryConfig`](crate::MemoryConfig) says. `Pages` and `Both` need an
     /// engine that was opened with one of them, and are `InvalidArgument` in any other: it keeps no pages.

@@ -752,16 +752,56 @@ fn what_is_taken_back_far_behind_the_window_is_found_by_its_words() {
     assert!(usage.recalled_tokens > 0, "{usage:?}");
 }
 
-/// The tiny model with a template that cuts white space off every content, of the same length as its own: the rest of the
+/// The tiny model with another template: `part` of its own is replaced by one of the same length, so that the rest of the
 /// file stays in its place.
-fn model_that_trims(folder: &Path) -> PathBuf {
-    let (kept, trimmed) = (b" + message['content'] + ", b"+ message.content|trim+ ");
+fn model_with(folder: &Path, part: &str, other: &str) -> PathBuf {
+    assert_eq!(part.len(), other.len());
     let mut bytes = std::fs::read(crate::tiny_model()).unwrap();
-    let at = bytes.windows(kept.len()).position(|window| window == kept).unwrap();
-    bytes[at..at + trimmed.len()].copy_from_slice(trimmed);
-    let path = folder.join("trims.gguf");
+    let at = bytes.windows(part.len()).position(|window| window == part.as_bytes()).unwrap();
+    bytes[at..at + other.len()].copy_from_slice(other.as_bytes());
+    let path = folder.join("other.gguf");
     std::fs::write(&path, bytes).unwrap();
     path
+}
+
+/// The tiny model with a template that cuts white space off every content.
+fn model_that_trims(folder: &Path) -> PathBuf {
+    model_with(folder, " + message['content'] + ", "+ message.content|trim+ ")
+}
+
+#[test]
+fn instructions_that_a_template_has_no_place_for_are_refused_before_anything_is_stored() {
+    let folder = tempfile::tempdir().unwrap();
+    let (part, other) = (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + ",
+        "{% for m in messages if m.role != 'system' %}{{'<|im_start|>' + m.role + '\n' + m.content +   ",
+    );
+    let engine = Engine::builder(folder.path().join("store"))
+        .model(ModelSource::path(model_with(folder.path(), part, other)))
+        .memory(MemoryConfig::with_window(256))
+        .open_blocking()
+        .unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let long = "the hall was cold and the king was old. ".repeat(60);
+    for message in ["hello", long.as_str()] {
+        let error = finish(chat.send_with(message, short().system("Be brief."))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.to_string().contains("takes no system message"), "{error}");
+    }
+    // More sections than one commit stores, and a last one that fits the window.
+    let text = "x".repeat(2048 * 257) + "the end of it";
+    for mode in [mka::FeedMode::Model, mka::FeedMode::Text] {
+        let mut options = FeedOptions::through_model();
+        (options.mode, options.system) = (mode, Some("Be brief.".to_owned()));
+        let error = wait(chat.feed_with(text.as_str(), options).finish()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    }
+    assert_eq!(chat.num_turns().unwrap(), 0);
+    // Where nothing is written there is nothing to refuse.
+    let told = short().recall_k(0).system("Be brief.");
+    finish(chat.send_with("hello", told.clone().completion(true))).unwrap();
+    finish(chat.send_with("hello", told)).unwrap();
+    assert_eq!(chat.num_turns().unwrap(), 4);
 }
 
 #[test]

@@ -20,6 +20,8 @@ use mka_memory::{ENGINE_KEYS, Hit, Metadata, NewTurn, Recall, Role, Turn, TurnId
 const PREFIX_BYTES: &str = "mka.answer_prefix_bytes";
 /// Metadata of the same: whether the message has no chat template around it.
 const COMPLETION: &str = "mka.answer_completion";
+/// The most entries of a message's metadata: a turn has 256, and these two stand beside them in that of the answer.
+const MAX_MARKS: usize = 254;
 
 /// Memories below this share of the best one's score stay out of the prompt.
 ///
@@ -205,10 +207,13 @@ pub(crate) fn send(
 
 /// Refuses metadata of a message that leaves no room for the engine's own beside it, in the turn of the answer.
 fn check_marks(metadata: &Metadata) -> Result<()> {
-    check_metadata("send", metadata)?;
-    let mut all = metadata.clone();
-    all.extend([PREFIX_BYTES, COMPLETION].map(|key| (key.to_owned(), Value::from(true))));
-    Ok(mka_memory::check_metadata("send", &all)?)
+    if metadata.len() > MAX_MARKS {
+        return Err(Error::invalid(format!(
+            "send: expected at most {MAX_MARKS} entries of metadata, got {}",
+            metadata.len()
+        )));
+    }
+    check_metadata("send", metadata)
 }
 
 /// The turn of an answer that was generated. Text and tokens do not tell how it was begun, where a stop string cut it.

@@ -576,10 +576,11 @@ fn marks_that_no_turn_may_have_are_refused_before_anything_is_done() {
     };
     let own: Metadata = [("mka.answer_completion".to_owned(), true.into())].into();
     let endless: Metadata = [("x".to_owned(), f64::NAN.into())].into();
-    for (marks, words) in [
-        (own, "does not begin with \"mka.\""),
-        (endless, "expected finite numbers"),
-        (many(257), "at most 256 entries"),
+    let (is_own, is_endless) = ("does not begin with \"mka.\"", "expected finite numbers");
+    for (marks, of_sent, of_fed) in [
+        (own, is_own, is_own),
+        (endless, is_endless, is_endless),
+        (many(257), "at most 254 entries of metadata, got 257", "at most 256 entries"),
     ] {
         let mut options = SendOptions::default();
         options.metadata = marks.clone();
@@ -587,7 +588,7 @@ fn marks_that_no_turn_may_have_are_refused_before_anything_is_done() {
         let mut options = FeedOptions::through_model();
         options.metadata = marks;
         let fed = wait(chat.feed_with("hello", options).finish()).map(drop).unwrap_err();
-        for (error, operation) in [(sent, "send:"), (fed, "feed:")] {
+        for (error, operation, words) in [(sent, "send:", of_sent), (fed, "feed:", of_fed)] {
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
             let text = error.to_string();
             assert!(text.starts_with(operation) && text.contains(words), "{text}");
@@ -596,7 +597,8 @@ fn marks_that_no_turn_may_have_are_refused_before_anything_is_done() {
     // The answer's turn may have two of the engine's own beside.
     let mut options = SendOptions::default().max_new_tokens(1).answer_prefix("So");
     options.metadata = many(255);
-    assert!(finish(chat.send_with("hello", options.clone())).is_err());
+    let error = finish(chat.send_with("hello", options.clone())).unwrap_err();
+    assert!(error.to_string().contains("at most 254 entries of metadata, got 255"), "{error}");
     assert_eq!(chat.num_turns().unwrap(), 0);
     options.metadata = many(254);
     finish(chat.send_with("hello", options)).unwrap();

@@ -127,7 +127,8 @@ pub struct FeedOptions {
     /// What the document's turns are marked with: at most 256 keys, none of which begins with `mka.`.
     #[uniffi(default)]
     pub metadata: HashMap<String, MetadataValue>,
-    /// Instructions before a session's first message, if the document begins it and the model reads of it; ignored later.
+    /// Instructions before a session's first message, if the document begins it and the model reads of it; ignored later. A
+    /// model's chat template that takes none makes the document an invalid argument.
     #[uniffi(default)]
     pub system: Option<String>,
 }
@@ -272,7 +273,7 @@ pub enum Forget {
         /// The text.
         text: String,
     },
-    /// Every turn whose metadata this accepts.
+    /// Every turn whose metadata this accepts; a filter that accepts every turn, or none, whatever their metadata, is refused.
     Filter {
         /// The filter.
         filter: Filter,

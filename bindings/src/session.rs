@@ -121,7 +121,7 @@ impl NativeSession {
     }
 
     /// Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `recall_k`,
-    /// `across_sessions`, `answer_prefix`, `completion` and `joined` are ignored.
+    /// `recall_filter`, `across_sessions`, `answer_prefix`, `completion`, `joined` and `metadata` are ignored.
     pub fn regenerate(&self, options: SendOptions) -> Result<Arc<NativeEvents>, MkaError> {
         let mut live = self.live();
         let events = live.idle("regenerate")?.regenerate(options.into());

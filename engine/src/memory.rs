@@ -199,7 +199,8 @@ impl MemoryHandle {
     /// erased: it may have read the words.
     ///
     /// # Errors
-    /// `Storage`.
+    /// `InvalidArgument` for a selector that needs a session and a scope without one, for no turns, an empty text, or a filter
+    /// that accepts every turn or none; `NotFound` for a turn beyond the log; `Storage`.
     pub async fn forget(&self, scope: &Scope, selector: Forget) -> Result<Receipt> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         offload("forget", move || forget(&shared, &scope, &selector)).await

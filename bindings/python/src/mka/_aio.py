@@ -276,8 +276,7 @@ class AsyncMemory(MemoryHandle):
     ) -> Context:
         """What a recall finds on `query`, laid out for another model, never above the budget; 32 memories if `k` is left out.
 
-        With `session` that session alone is looked into, without it every session of the user; at most 32 memories are
-        looked up for it.
+        With `session` that session alone is looked into, without it every session of the user.
         """
         call = _calls.memory_context(query, budget_tokens, user, agent, session, options)
         return await call.awaited(self._native)

@@ -50,7 +50,7 @@ class PageOptions(TypedDict, total=False):
     prefill: Literal["selected", "dense"]
     """What a block of a prompt attends to while the stream fits the model's trained length; `selected` by default."""
     reuse_steps: int
-    """Decoded tokens that one choice serves; left out, 4 on a card and 16 to 64 on the processor."""
+    """Decoded tokens that one choice serves; left out, 4 on a card and for other systems' rules, 16 to 64 on the processor."""
     first_layer: int
     """Layers below this one choose nothing; 3 by default."""
     vote_reach: int
@@ -163,11 +163,11 @@ class SendOptions(TypedDict, total=False):
     recall_k: int
     """Memories to look up; as the engine was opened if left out."""
     across_sessions: bool
-    """Whether other sessions of the same user are searched too; False by default."""
+    """Whether other sessions of the same user, or of the agent if the session has one, are searched too; False by default."""
     time: Time
     """When the message was said; now if left out."""
     metadata: Mapping[str, MetadataValue]
-    """What message and answer are marked with, for a `filter` to ask for; no key begins with `mka.`."""
+    """What message and answer are marked with, for a `filter` to ask for: at most 254 keys, none begins with `mka.`."""
     recall_filter: Filter | None
     """The memories that are looked up are of turns whose metadata this accepts."""
 
@@ -186,9 +186,12 @@ class FeedOptions(TypedDict, total=False):
     recall: RecallPolicy
     """By what the tokens that the model reads recall older ones; as the engine was opened if left out."""
     metadata: Mapping[str, MetadataValue]
-    """What the document's turns are marked with, for a `filter` to ask for; no key begins with `mka.`."""
+    """What the document's turns are marked with, for a `filter` to ask for: at most 256 keys, none begins with `mka.`."""
     system: str | None
-    """Instructions before a session's first message, if the document begins it and the model reads of it."""
+    """Instructions before a session's first message, if the document begins it and the model reads of it.
+
+    Where the model's chat template takes none, the document is refused before anything of it is stored.
+    """
 
 
 class RecallOptions(TypedDict, total=False):
@@ -201,7 +204,7 @@ class RecallOptions(TypedDict, total=False):
     except_turns: Iterable[int]
     """In the scope's own session, no chunks of these turns."""
     across_sessions: bool
-    """Also look into the other sessions of the user; False by default."""
+    """Also look into the other sessions of the user, or of the agent if there is one; False by default."""
     roles: Sequence[Role]
     """Only turns in these roles; all if left out."""
     since: Time | None

@@ -167,7 +167,7 @@ public struct NewTurn: Sendable {
 public enum Forget: Sendable {
     /// Every turn whose text, source name, subject or metadata contains this text, letter case aside.
     case matching(String)
-    /// Every turn whose metadata this accepts.
+    /// Every turn whose metadata this accepts; a filter that accepts every turn, or none, whatever their metadata, is refused.
     case filter(Filter)
     /// One turn of the session that the call names; `.invalidArgument` without one.
     case turn(UInt64)

@@ -2773,7 +2773,7 @@ public protocol NativeSessionProtocol: AnyObject, Sendable {
 
     /**
      * Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `recall_k`,
-     * `across_sessions`, `answer_prefix`, `completion` and `joined` are ignored.
+     * `recall_filter`, `across_sessions`, `answer_prefix`, `completion`, `joined` and `metadata` are ignored.
      */
     func regenerate(options: SendOptions) throws  -> NativeEvents
 
@@ -3017,7 +3017,7 @@ open func peekLogitsBlocking(text: String)throws  -> Vectors  {
 
     /**
      * Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `recall_k`,
-     * `across_sessions`, `answer_prefix`, `completion` and `joined` are ignored.
+     * `recall_filter`, `across_sessions`, `answer_prefix`, `completion`, `joined` and `metadata` are ignored.
      */
 open func regenerate(options: SendOptions)throws  -> NativeEvents  {
     return try  FfiConverterTypeNativeEvents_lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
@@ -4031,7 +4031,8 @@ public struct FeedOptions: Equatable, Hashable {
      */
     public var metadata: [String: MetadataValue]
     /**
-     * Instructions before a session's first message, if the document begins it and the model reads of it; ignored later.
+     * Instructions before a session's first message, if the document begins it and the model reads of it; ignored later. A
+     * model's chat template that takes none makes the document an invalid argument.
      */
     public var system: String?
 
@@ -4057,7 +4058,8 @@ public struct FeedOptions: Equatable, Hashable {
          * What the document's turns are marked with: at most 256 keys, none of which begins with `mka.`.
          */metadata: [String: MetadataValue] = [:],
         /**
-         * Instructions before a session's first message, if the document begins it and the model reads of it; ignored later.
+         * Instructions before a session's first message, if the document begins it and the model reads of it; ignored later. A
+         * model's chat template that takes none makes the document an invalid argument.
          */system: String? = nil) {
         self.mode = mode
         self.name = name
@@ -7391,7 +7393,7 @@ public enum Forget: Equatable, Hashable {
          */text: String
     )
     /**
-     * Every turn whose metadata this accepts.
+     * Every turn whose metadata this accepts; a filter that accepts every turn, or none, whatever their metadata, is refused.
      */
     case filter(
         /**

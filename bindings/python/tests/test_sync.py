@@ -372,6 +372,14 @@ def test_what_was_said_elsewhere_is_taken_in(store: Path, tiny_model: Path) -> N
         (lambda c, e: c.append([{"content": "x"}]),
          TypeError, r"turns\[0\]: dict, expected str or NewTurn"),
         (lambda c, e: c.append(mka.NewTurn(b"x")), TypeError, r"turns\[0\].text: bytes, expected str"),
+        (lambda c, e: e.memory.replace(0, ["x"], user="ada", session="s"),
+         TypeError, "new: list, expected str or NewTurn"),
+        (lambda c, e: e.memory.replace(0, [], user="ada", session="s"),
+         TypeError, "new: list, expected str or NewTurn"),
+        (lambda c, e: e.memory.forget(user="ada", session="s", turn=b"\0\1"),
+         TypeError, "turn: bytes, expected int or a sequence of them"),
+        (lambda c, e: e.memory.forget(user="ada", session="s", turn="01"),
+         TypeError, "turn: str, expected int or a sequence of them"),
     ],
 )  # fmt: skip
 def test_errors_have_their_kind_and_name_what_they_saw(
@@ -531,6 +539,18 @@ def test_times_are_moments_with_a_zone(store: Path) -> None:
         (info,) = memory.sessions(user="ada")
         assert info.last_time == second.time
         assert dataclasses.replace(info, last_time_ms=None).last_time is None
+
+
+def test_times_that_no_datetime_reaches_are_its_first_and_its_last(store: Path) -> None:
+    first, last = (end.replace(tzinfo=timezone.utc) for end in (datetime.min, datetime.max))
+    far = 1 << 60
+    with mka.open_sync(store) as engine:
+        turns = [mka.NewTurn("The plums are ripe.", time=-far, expires=far)]
+        engine.memory.remember(turns, user="ada", session="farm")
+        (turn,) = engine.memory.turns(user="ada", session="farm")
+        assert (turn.time_ms, turn.time, turn.expires_ms, turn.expires) == (-far, first, far, last)
+        source = engine.memory.recall("plums", user="ada", k=1)[0].source
+        assert (source.time, source.expires) == (first, last)
 
 
 def test_eight_threads_on_one_engine_lose_no_turn(store: Path, tiny_model: Path) -> None:

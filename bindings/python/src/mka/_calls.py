@@ -119,6 +119,8 @@ def remember(
 def replace(
     turn: int, new: str | _values.NewTurn, user: str, agent: str | None, session: str
 ) -> Call[_values.Committed]:
+    if not isinstance(new, (str, _values.NewTurn)):
+        raise TypeError(f"new: {type(new).__name__}, expected str or NewTurn")
     scope = _options.scope(user, agent, session)
     (new_turn,) = _options.new_turns(new)
     return Call("replace", (scope, turn, new_turn), _convert.committed)

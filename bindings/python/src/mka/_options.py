@@ -462,6 +462,9 @@ def forget(
         named.append(kinds.MATCHING(text=matching))
     if filter is not None:
         named.append(kinds.FILTER(filter=_filter.native(filter)))
+    # Sequences too, of which each element would be taken for the number of a turn.
+    if isinstance(turn, (str, bytes, bytearray, memoryview)):
+        raise TypeError(f"turn: {type(turn).__name__}, expected int or a sequence of them")
     if isinstance(turn, Sequence):
         named.append(kinds.TURNS(turns=list(turn)))
     elif turn is not None:

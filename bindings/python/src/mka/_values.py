@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, Union
 
 Role: TypeAlias = Literal["system", "user", "assistant", "document", "recalled"]
@@ -40,8 +40,16 @@ MetadataValue: TypeAlias = bool | int | float | str
 """What a key of a turn's metadata is set to; numbers are exact up to 2**53."""
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
 def _time(time_ms: int) -> datetime:
-    return datetime.fromtimestamp(time_ms / 1000, timezone.utc)
+    """The moment, or the first or last that there is where it lies beyond the years 1 to 9999."""
+    try:
+        return _EPOCH + timedelta(milliseconds=time_ms)
+    except OverflowError:
+        end = datetime.max if time_ms > 0 else datetime.min
+        return end.replace(tzinfo=timezone.utc)
 
 
 class _Value:

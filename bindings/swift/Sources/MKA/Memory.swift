@@ -45,6 +45,14 @@ public final class Memory: Sendable {
         }
     }
 
+    /// The same by something that the user said now.
+    @discardableResult
+    public func replace(
+        _ turn: UInt64, with text: String, user: String, agent: String? = nil, session: String
+    ) async throws(MKAError) -> Committed {
+        try await replace(turn, with: NewTurn(text), user: user, agent: agent, session: session)
+    }
+
     /// The memories that answer `query` best, best first; `k` stands before `options.k`.
     public func recall(
         _ query: String, user: String, agent: String? = nil, session: String? = nil,

@@ -32,8 +32,11 @@ import Testing
     #expect(try await memory.recall("hotel", user: "ada").map(\.text) == ["The hotel is in Nara."])
     let missing = await failure { try await memory.replace(2, with: NewTurn("No."), user: "ada", session: "trip") }
     #expect(missing?.kind == .notFound)
+    let again = try await memory.replace(1, with: "The hotel is in Uji.", user: "ada", session: "trip")
+    #expect(again.turns == [2])
     let turns = try await memory.turns(user: "ada", session: "trip")
-    #expect(turns.map(\.forgotten) == [true, false])
+    #expect(turns.map(\.forgotten) == [true, true, false])
+    #expect(turns[2].text == "The hotel is in Uji." && turns[2].role == .user)
     try await engine.close()
 }
 

@@ -91,6 +91,53 @@ def test_openai_sessions_keep_items_in_order_and_take_them_back(store: Path) -> 
     asyncio.run(main())
 
 
+def test_an_openai_item_has_its_words_in_one_place(store: Path) -> None:
+    pytest.importorskip("agents")
+    from mka.openai_agents import MkaSession
+
+    parts = [
+        {"type": "output_text", "text": 'the "Lotus\nInn"', "annotations": []},
+        {"type": "refusal", "refusal": "no"},
+        {"type": "output_text", "text": ""},
+        {"type": "output_text", "text": "ä🐑"},
+    ]
+    items: list[Any] = [
+        {"role": "user", "content": 'the "Sakura\nInn"'},
+        {"role": "assistant", "content": parts, "status": "completed", "type": "message"},
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+        {"type": "function_call", "call_id": "1", "name": "book", "arguments": "{}"},
+    ]
+    before = mka.NewTurn(
+        json.dumps({"role": "user", "content": "from before"}),
+        role="system",
+        source="openai-agents:item",
+        remember=False,
+    )
+
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            memory = engine.memory
+            session = MkaSession(engine, user="ada", session_id="s")
+            await memory.remember([before, "from before"], user="ada", session="s")
+            await session.add_items(items)
+            assert await session.get_items() == [{"role": "user", "content": "from before"}, *items]
+            left = [{"role": "user", "content": "from before"}, *items]
+            for words, gone in (('"sakura\ninn"', items[0]), ('"lotus\ninn"', items[1]), ("hello", items[3])):
+                receipt = await memory.forget(user="ada", matching=words)
+                assert receipt.turns == 1
+                left.remove(gone)
+                assert await session.get_items() == left
+            assert await session.pop_item() == items[4]
+            # The record of the item that lost its text goes with the one before it.
+            assert await session.pop_item() == items[2]
+            assert len(await session.get_items()) == 1
+            turns = await memory.turns(user="ada", session="s", start=6)
+            assert turns and all(turn.forgotten for turn in turns)
+
+    asyncio.run(main())
+
+
 def test_an_openai_item_whose_content_is_null_is_kept(store: Path) -> None:
     pytest.importorskip("agents")
     from mka.openai_agents import MkaSession
@@ -261,6 +308,74 @@ def test_a_chat_history_keeps_messages_whole_and_in_order(store: Path, tiny_mode
         assert history.messages == messages
         asyncio.run(history.aclear())
         assert asyncio.run(history.aget_messages()) == []
+
+
+def test_a_chat_history_keeps_the_words_of_a_message_in_one_place(store: Path) -> None:
+    pytest.importorskip("langchain_core")
+    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+
+    from mka.langchain import MkaChatMessageHistory, MkaRetriever
+
+    image = {"type": "image", "url": "https://example.org"}
+    call = {"name": "book", "args": {"place": "Kyoto"}, "id": "1", "type": "tool_call"}
+    messages: list[Any] = [
+        SystemMessage('Say "please".\nAlways.'),
+        HumanMessage(
+            ["The inn is ", {"type": "text", "text": 'the "Sakura\nInn"'}, image, {"type": "text", "text": ""}]
+        ),
+        AIMessage([{"type": "text", "text": "noted: ä🐑", "index": 0}], tool_calls=[call]),
+        ToolMessage('room "7"\nis free', tool_call_id="1"),
+        HumanMessage([image]),
+        AIMessage("It is booked."),
+    ]
+    with mka.open_sync(store) as engine:
+        memory = engine.memory
+        history = MkaChatMessageHistory(engine, user="ada", session_id="s")
+        history.add_messages(messages)
+        assert history.messages == messages
+        # What the system and a tool say is not recalled, and a document says nothing of how a turn is kept.
+        documents = MkaRetriever(engine=engine, user="ada", k=9).invoke("inn please room booked")
+        assert {document.metadata["role"] for document in documents} == {"user", "assistant"}
+        assert not any(key.startswith("mka.") for document in documents for key in document.metadata)
+        left = list(messages)
+        for words, gone in (
+            ('"sakura\ninn"', messages[1]),
+            ('"please".\nalways', messages[0]),
+            ('"7"\nis', messages[3]),
+            # Of this the record holds the words, and not the text.
+            ("kyoto", messages[2]),
+        ):
+            receipt = memory.forget(user="ada", matching=words)
+            assert receipt.turns == 1
+            memory.verify(receipt)
+            left.remove(gone)
+            assert history.messages == left
+        assert history.messages == messages[4:]
+
+
+def test_a_chat_history_from_before_is_read(store: Path) -> None:
+    pytest.importorskip("langchain_core")
+    from langchain_core.messages import AIMessage, HumanMessage, message_to_dict
+
+    from mka.langchain import MkaChatMessageHistory
+
+    def record(message: Any, content: Any) -> mka.NewTurn:
+        fields = message_to_dict(message)
+        fields["data"]["content"] = content
+        line = json.dumps({"message": fields, "said": True})
+        return mka.NewTurn(line, role="system", source="langchain:message", remember=False)
+
+    blocks: list[Any] = [{"type": "text", "text": "noted"}]
+    messages: list[Any] = [HumanMessage("hello", id="1"), AIMessage(blocks, name="b")]
+    with mka.open_sync(store) as engine:
+        turns = [
+            record(messages[0], None),
+            mka.NewTurn("hello"),
+            record(messages[1], blocks),
+            mka.NewTurn("noted", role="assistant"),
+        ]
+        engine.memory.remember(turns, user="ada", session="s")
+        assert MkaChatMessageHistory(engine, user="ada", session_id="s").messages == messages
 
 
 def test_the_langgraph_store_does_what_langgraphs_own_does(store: Path) -> None:

@@ -32,6 +32,7 @@ from langchain_core.messages import (
 from langchain_core.retrievers import BaseRetriever
 from pydantic import Field
 
+from mka import _said
 from mka._aio import AsyncEngine, AsyncMemory
 from mka._sync import Engine, Memory
 from mka._values import Hit, NewTurn, Role, Turn
@@ -52,8 +53,9 @@ def _awaited(engine: Engine | AsyncEngine) -> AsyncMemory:
 def _document(hit: Hit) -> Document:
     source = hit.source
     # A turn's own metadata cannot pose as what memory says of the turn.
+    own = {key: value for key, value in source.metadata.items() if key != _said.MARK}
     about: dict[str, Any] = {
-        **source.metadata,
+        **own,
         "user": source.user,
         "agent": source.agent,
         "session": source.session,
@@ -108,27 +110,46 @@ class MkaRetriever(BaseRetriever):
         return [_document(hit) for hit in hits]
 
 
+def _is_text(part: dict[str, Any]) -> bool:
+    # As the text of a message is.
+    return part.get("type") == "text"
+
+
 def _turns(messages: Iterable[BaseMessage]) -> list[NewTurn]:
-    """Each message's record and, if a user or a model said something in it, what was said."""
+    """Each message's record and, if there is text in it, that: it can be recalled if a user or a model said it."""
     turns: list[NewTurn] = []
     for message in messages:
-        record: dict[str, Any] = {"message": message_to_dict(message), "said": False}
-        role: Role | None = None
+        fields = message_to_dict(message)
+        role: Role = "system"
         if isinstance(message, HumanMessage):
             role = "user"
         elif isinstance(message, AIMessage):
             role = "assistant"
-        text = str(message.text)
-        if role is not None and text:
-            record["said"] = True
-            if message.content == text:
-                # It stands in its turn alone: what is erased there is nowhere else.
-                record["message"]["data"]["content"] = None
+        data = fields["data"]
+        left, lengths, text = _said.taken_out(data["content"], _is_text, "")
+        record: dict[str, Any] = {"message": fields, "said": bool(text)}
+        if text:
+            # It stands in its turn alone: what is erased there is nowhere else.
+            data["content"] = left
+            record["lengths"] = lengths
         line = json.dumps(record, ensure_ascii=False)
         turns.append(NewTurn(line, role="system", source=_MESSAGE, remember=False))
-        if role is not None and text:
-            turns.append(NewTurn(text, role=role))
+        if text:
+            remember = None if role != "system" else False
+            turns.append(NewTurn(text, role=role, remember=remember, metadata={_said.MARK: True}))
     return turns
+
+
+def _whole(record: dict[str, Any], text: str) -> dict[str, Any]:
+    """The message of a record, with what was said in it."""
+    message: dict[str, Any] = record["message"]
+    data = message["data"]
+    if "lengths" in record:
+        data["content"] = _said.put_back(data["content"], record["lengths"], text, "")
+    elif data["content"] is None:
+        # Records of histories from before have no lengths, and their blocks have their text.
+        data["content"] = text
+    return message
 
 
 def _messages(turns: Iterable[Turn]) -> list[BaseMessage]:
@@ -140,16 +161,14 @@ def _messages(turns: Iterable[Turn]) -> list[BaseMessage]:
             waiting = None
         elif turn.role == "system" and turn.source == _MESSAGE:
             record = json.loads(turn.text)
-            waiting = record["message"] if record["said"] else None
+            waiting = record if record["said"] else None
             if not record["said"]:
                 found.append(record["message"])
         elif waiting is not None:
-            if waiting["data"]["content"] is None:
-                waiting["data"]["content"] = turn.text
-            found.append(waiting)
+            found.append(_whole(waiting, turn.text))
             waiting = None
-        elif turn.role in _TYPES:
-            # Said in the session itself, as by `Session.send`.
+        elif turn.role in _TYPES and _said.MARK not in turn.metadata:
+            # Said in the session itself, as by `Session.send`; what is left of a message whose record is erased is none.
             found.append({"type": _TYPES[turn.role], "data": {"content": turn.text}})
     return messages_from_dict(found)
 
@@ -157,7 +176,10 @@ def _messages(turns: Iterable[Turn]) -> list[BaseMessage]:
 class MkaChatMessageHistory(BaseChatMessageHistory):
     """The history of one session, message by message; what users and models said can be recalled later.
 
-    Each message stands in the session's log as JSON, which is never recalled, and its text after it as a turn that is.
+    Each message stands in the session's log as JSON, which is never recalled, and its text after it as a turn of its own,
+    which is if a user or a model said it. The text stands in that turn alone, so that `forget` finds its words as they
+    are; what else is in a message, as the arguments of a tool's call, stands in JSON, where `matching` finds it as JSON
+    writes it. A message of which either turn is erased is gone from the history.
     What the session itself said, as by `Session.send`, is part of its history. LangChain's own class behind this one is
     deprecated from 1.6.4 on, and there until 2.0.
     """

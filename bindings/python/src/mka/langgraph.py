@@ -65,6 +65,9 @@ class MkaStore(BaseStore):
 
     A namespace is a session, an item a turn of JSON that is never recalled, followed by a turn of the text that is. Time
     to live is not supported.
+
+    `delete` erases an item. `Memory.forget(matching=..)` finds words in the JSON of an item as JSON writes them: of words
+    with a quotation mark or a line break it erases the text that is recalled, and leaves the item.
     """
 
     supports_ttl = False
@@ -199,11 +202,11 @@ class MkaStore(BaseStore):
         if current is None:
             return
         # The new item stands before the old one goes: a crash between leaves both, and the later one counts. What cannot be
-        # erased is still there, and goes with the next write of the key; a text goes before the record that it is found by.
-        while len(current.turns) > num_current:
-            turn = current.turns[0]
-            self._memory.forget(user=self._user, agent=_AGENT, session=session, turn=turn)
-            del current.turns[0]
+        # erased is still there, and goes with the next write of the key.
+        gone = current.turns[: len(current.turns) - num_current]
+        if gone:
+            self._memory.forget(user=self._user, agent=_AGENT, session=session, turn=gone)
+            del current.turns[: len(gone)]
         if not current.turns:
             del items[op.namespace][op.key]
             if not items[op.namespace]:

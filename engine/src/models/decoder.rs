@@ -6,6 +6,7 @@
 //! modeling_smollm3.py and modeling_gemma3.py.
 
 use super::config::DecoderConfig;
+use super::device::ModelDevice;
 use super::families::LayerRope;
 use super::frequencies::{Frequencies, LayerFrequencies, RopeScaling};
 use super::weights::Weights;
@@ -163,12 +164,12 @@ pub(crate) struct Decoder {
     /// See [`DecoderConfig::query_scale`].
     query_scale: Option<f64>,
     pub(crate) fingerprint: [u8; 16],
-    device: Device,
     /// On the CPU, whatever the device: a row a token is decoded and uploaded.
     embedding: PackedMatrix,
     layers: Vec<Layer>,
     norm: Norm,
     head: PackedMatrix,
+    device: ModelDevice,
 }
 
 impl Decoder {
@@ -192,6 +193,8 @@ impl Decoder {
         device: &Device,
         group: &TensorGroup,
     ) -> Result<Self> {
+        // First of all: the card may fail while weights come to it.
+        let owned = ModelDevice::new(device);
         let c = &config;
         group.check(c, None)?;
         let whole = weights.fingerprint(c);
@@ -257,11 +260,11 @@ impl Decoder {
             group: group.clone(),
             frequencies,
             query_scale,
-            device: device.clone(),
             embedding,
             layers,
             norm: hidden_norm,
             head,
+            device: owned,
             config,
         })
     }

@@ -3,6 +3,7 @@
 
 pub(crate) mod config;
 pub(crate) mod decoder;
+pub(crate) mod device;
 pub(crate) mod families;
 pub(crate) mod frequencies;
 pub(crate) mod weights;

@@ -10,6 +10,7 @@ use super::parameters::{Builder, Parameter, Source};
 use super::summary::Rates;
 use crate::error::{Error, ErrorKind, Result};
 use crate::models::config::DecoderConfig;
+use crate::models::device::ModelDevice;
 use crate::models::frequencies::Frequencies;
 use crate::models::weights::Weights;
 use crate::parallel::{Placement, RATES, TensorGroup};
@@ -105,7 +106,6 @@ pub(super) type Finished<'a> = dyn FnMut(&mut Gradients, &[usize]) -> Result<()>
 pub(super) struct TrainModel {
     pub(super) config: DecoderConfig,
     frequencies: Frequencies,
-    device: Device,
     pub(super) group: TensorGroup,
     embedding: Tensor,
     layers: Vec<Layer>,
@@ -120,6 +120,7 @@ pub(super) struct TrainModel {
     recall: Option<PassRecall>,
     /// Of the last batch: every batch of a run has its shape.
     angles: Mutex<Option<(usize, usize, [RotaryAngles; 2])>>,
+    device: ModelDevice,
 }
 
 impl TrainModel {
@@ -145,6 +146,8 @@ impl TrainModel {
         (device, group): (&Device, &TensorGroup),
         frozen: bool,
     ) -> Result<Self> {
+        // First of all: the card may fail while weights come to it.
+        let owned = ModelDevice::new(device);
         let c = &decoder;
         config.memory.check_layers(c.num_layers)?;
         let scratch = config.model.scratch.as_ref();
@@ -202,7 +205,7 @@ impl TrainModel {
         Ok(Self {
             frequencies,
             recall,
-            device: device.clone(),
+            device: owned,
             group: group.clone(),
             embedding,
             layers,

@@ -60,9 +60,10 @@ fn keep_memory(ordinal: usize) {
     let _ = kept;
 }
 
-/// The driver's failure of `operation`, of which the host can tell what it was.
-pub(crate) fn failed(operation: impl std::fmt::Display, error: DriverError) -> Error {
-    Error::from(CudaError::Cuda(error)).context(operation.to_string())
+/// The failure of `operation`, the driver's or a library's, of which the host can tell what it was.
+pub(crate) fn failed(operation: impl std::fmt::Display, error: impl Into<CudaError>) -> Error {
+    let error: CudaError = error.into();
+    Error::from(error).context(operation.to_string())
 }
 
 static LAUNCHES: AtomicU64 = AtomicU64::new(0);

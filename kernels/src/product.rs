@@ -70,9 +70,9 @@ pub(crate) use cuda::gemm;
 
 #[cfg(feature = "cuda")]
 mod cuda {
-    use crate::cuda::{address_of_matrix, device_of};
+    use crate::cuda::{address_of_matrix, device_of, failed};
     use candle_core::cuda_backend::cudarc::cublas::{result, sys};
-    use candle_core::{DType, Error, Result, Tensor, bail};
+    use candle_core::{DType, Result, Tensor, bail};
     use std::ffi::c_int;
     use sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
 
@@ -162,6 +162,6 @@ mod cuda {
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
             )
         }
-        .map_err(|e| Error::Msg(format!("product: ({m}, {k}) and ({k}, {n}): {e}")))
+        .map_err(|e| failed(format_args!("product: ({m}, {k}) and ({k}, {n})"), e))
     }
 }

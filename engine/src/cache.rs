@@ -92,10 +92,7 @@ impl Cache {
         let pools = (0..shape.num_layers)
             .map(|_| PagePool::new(num_slots, shape.num_kv_heads, shape.head_dim, device))
             .collect::<candle_core::Result<_>>()
-            .map_err(|source| {
-                Error::new(ErrorKind::OutOfMemory, format!("allocate {num_slots} pages: {source}"))
-                    .with_source(source)
-            })?;
+            .map_err(|source| Error::no_room(&format!("allocate {num_slots} pages"), source))?;
         let ema = Tensor::zeros((shape.num_rates, shape.hidden_size), DType::F32, device)?;
         Ok(Self {
             shape,
@@ -116,11 +113,9 @@ impl Cache {
     /// If the device has no room for another window.
     pub(crate) fn fork(&self) -> Result<Self> {
         let pools: candle_core::Result<_> = self.pools.iter().map(PagePool::fork).collect();
-        let pools = pools.map_err(|error| {
-            let pages = self.slots.len() + self.free.len();
-            Error::new(ErrorKind::OutOfMemory, format!("fork: allocate {pages} pages: {error}"))
-                .with_source(error)
-        })?;
+        let pages = self.slots.len() + self.free.len();
+        let pools = pools
+            .map_err(|error| Error::no_room(&format!("fork: allocate {pages} pages"), error))?;
         Ok(Self {
             shape: self.shape,
             device: self.device.clone(),

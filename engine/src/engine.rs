@@ -68,10 +68,9 @@ impl Device {
                     let built = if cfg!(feature = "cuda") {
                         ""
                     } else {
-                        "this build lacks the feature `cuda`: "
+                        ": this build lacks the feature `cuda`"
                     };
-                    Error::new(ErrorKind::Device, format!("open {self}: {built}{source}"))
-                        .with_source(source)
+                    Error::no_device(&format!("open {self}{built}"), source)
                 })
             }
         }

@@ -86,6 +86,24 @@ impl Error {
         Self::new(kind, format!("{operation} {}: {source}", path.display())).with_source(source)
     }
 
+    /// Memory that `operation` asked for and did not get: there is none, or the device failed.
+    pub(crate) fn no_room(operation: &str, source: candle_core::Error) -> Self {
+        let kind = match kind_of(&source) {
+            ErrorKind::Device => ErrorKind::Device,
+            _ => ErrorKind::OutOfMemory,
+        };
+        Self::new(kind, format!("{operation}: {source}")).with_source(source)
+    }
+
+    /// A device that `operation` did not open: it is not there or failed, or has no room.
+    pub(crate) fn no_device(operation: &str, source: candle_core::Error) -> Self {
+        let kind = match kind_of(&source) {
+            ErrorKind::OutOfMemory => ErrorKind::OutOfMemory,
+            _ => ErrorKind::Device,
+        };
+        Self::new(kind, format!("{operation}: {source}")).with_source(source)
+    }
+
     /// What the caller can do about it.
     pub fn kind(&self) -> ErrorKind {
         self.kind
@@ -129,18 +147,22 @@ fn kind_of(error: &candle_core::Error) -> ErrorKind {
 #[cfg(feature = "cuda")]
 fn kind_on_card(cause: &(dyn std::error::Error + Send + Sync + 'static)) -> ErrorKind {
     use candle_core::cuda_backend::CudaError;
+    use candle_core::cuda_backend::cudarc::cublas::{result::CublasError, sys::cublasStatus_t};
+    use candle_core::cuda_backend::cudarc::curand::{result::CurandError, sys::curandStatus_t};
     use candle_core::cuda_backend::cudarc::driver::{DriverError, sys::CUresult};
-    match cause.downcast_ref::<CudaError>() {
-        Some(
-            CudaError::Cuda(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
-            | CudaError::Load { cuda: DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY), .. },
-        ) => ErrorKind::OutOfMemory,
+    // Of an operation that there is not for a card candle has a text alone.
+    let Some(cause) = cause.downcast_ref::<CudaError>() else { return ErrorKind::Model };
+    match cause {
+        CudaError::Cuda(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY))
+        | CudaError::Load { cuda: DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY), .. }
+        | CudaError::Cublas(CublasError(cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED))
+        | CudaError::Curand(CurandError(curandStatus_t::CURAND_STATUS_ALLOCATION_FAILED)) => {
+            ErrorKind::OutOfMemory
+        }
         // What an operation was asked for, not what the card did.
-        Some(
-            CudaError::UnsupportedDtype { .. }
-            | CudaError::MatMulNonContiguous { .. }
-            | CudaError::UnexpectedDType { .. },
-        ) => ErrorKind::Model,
+        CudaError::UnsupportedDtype { .. }
+        | CudaError::MatMulNonContiguous { .. }
+        | CudaError::UnexpectedDType { .. } => ErrorKind::Model,
         _ => ErrorKind::Device,
     }
 }
@@ -174,20 +196,50 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_says_nothing_of_a_card_is_what_was_asked_for() {
+        let refused = || candle_core::Error::Msg("none".to_owned());
+        assert_eq!(Error::no_room("allocate 3 pages", refused()).kind(), ErrorKind::OutOfMemory);
+        let error = Error::no_device("open cuda:0", refused());
+        assert_eq!(
+            (error.kind(), error.to_string()),
+            (ErrorKind::Device, "open cuda:0: none".to_owned())
+        );
+    }
+
     #[cfg(feature = "cuda")]
     #[test]
     fn a_cards_failure_is_the_devices_and_its_lack_of_room_one_of_memory() {
         use candle_core::cuda_backend::CudaError;
+        use candle_core::cuda_backend::cudarc::cublas::{result::CublasError, sys::cublasStatus_t};
+        use candle_core::cuda_backend::cudarc::curand::{result::CurandError, sys::curandStatus_t};
         use candle_core::cuda_backend::cudarc::driver::{DriverError, sys::CUresult};
-        let failed = |code| candle_core::Error::from(CudaError::Cuda(DriverError(code)));
-        for (code, kind) in [
-            (CUresult::CUDA_ERROR_OUT_OF_MEMORY, ErrorKind::OutOfMemory),
-            (CUresult::CUDA_ERROR_ILLEGAL_ADDRESS, ErrorKind::Device),
-        ] {
-            assert_eq!(kind_of(&failed(code)), kind);
-            assert_eq!(kind_of(&failed(code).context("a launch").with_path("file")), kind);
+        use cublasStatus_t::{CUBLAS_STATUS_ALLOC_FAILED, CUBLAS_STATUS_EXECUTION_FAILED};
+        use curandStatus_t::{CURAND_STATUS_ALLOCATION_FAILED, CURAND_STATUS_LAUNCH_FAILURE};
+        let driver = |code| CudaError::Cuda(DriverError(code));
+        let blas = |code| CudaError::Cublas(CublasError(code));
+        let rand = |code| CudaError::Curand(CurandError(code));
+        type Failure<'a> = &'a dyn Fn() -> CudaError;
+        let cases: [(Failure<'_>, ErrorKind); 6] = [
+            (&|| driver(CUresult::CUDA_ERROR_OUT_OF_MEMORY), ErrorKind::OutOfMemory),
+            (&|| driver(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS), ErrorKind::Device),
+            (&|| blas(CUBLAS_STATUS_ALLOC_FAILED), ErrorKind::OutOfMemory),
+            (&|| blas(CUBLAS_STATUS_EXECUTION_FAILED), ErrorKind::Device),
+            (&|| rand(CURAND_STATUS_ALLOCATION_FAILED), ErrorKind::OutOfMemory),
+            (&|| rand(CURAND_STATUS_LAUNCH_FAILURE), ErrorKind::Device),
+        ];
+        for (failure, kind) in cases {
+            let failed = || candle_core::Error::from(failure());
+            assert_eq!(kind_of(&failed()), kind);
+            assert_eq!(kind_of(&failed().context("a launch").with_path("file")), kind);
+            // Where memory is asked for and where a device is opened it is the same.
+            assert_eq!(Error::no_room("allocate", failed()).kind(), kind);
+            assert_eq!(Error::no_device("open", failed()).kind(), kind);
         }
         let refused = CudaError::UnsupportedDtype { dtype: candle_core::DType::I64, op: "sum" };
         assert_eq!(kind_of(&refused.into()), ErrorKind::Model);
+        // As candle has it of an operation without a kernel.
+        let missing = candle_core::Error::Cuda("no cuda implementation for silu-mul".into());
+        assert_eq!(kind_of(&missing), ErrorKind::Model);
     }
 }

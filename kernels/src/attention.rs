@@ -67,7 +67,7 @@ pub struct AttentionRun {
 
 /// The result of attending to one set of keys, mergeable with that of another set.
 ///
-/// On the CPU a query that is not a number gives NaN; the CUDA kernels take it for one that saw no key.
+/// On the CPU a query that is not a number gives NaN; on CUDA its `lse` is -inf, and `out` NaN or 0, as the kernel has it.
 #[derive(Debug, Clone)]
 pub struct AttentionState {
     /// (t, h, d), f32, or the 16-bit type of the pages on CUDA: the softmax-weighted mean of the values; 0 for a query that saw no key.

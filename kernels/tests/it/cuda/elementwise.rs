@@ -1,8 +1,8 @@
-//! silu(gate) · up on the device.
+//! Gated products on the device.
 
 use super::device;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use mka_kernels::silu_mul;
+use mka_kernels::{gelu_mul, silu_mul};
 
 #[test]
 fn gated_product_on_the_device_is_within_rounding_of_f64() -> Result<()> {
@@ -21,6 +21,30 @@ fn gated_product_on_the_device_is_within_rounding_of_f64() -> Result<()> {
                 let error = (got - expected).abs();
                 assert!(error <= tolerance * (1.0 + expected.abs()), "{dtype:?} {g} {u}: {got}");
             }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn product_gated_by_gelu_on_the_device_is_within_rounding_of_f64() -> Result<()> {
+    let Some(gpu) = device("gelu_mul") else { return Ok(()) };
+    let gelu = |g: f64| {
+        let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g * g * g);
+        0.5 * g * (1.0 + inner.tanh())
+    };
+    for shape in [(1, 1), (3, 1537)] {
+        let [gate, up] = [0, 1].map(|_| Tensor::randn(0f32, 4.0, shape, &Device::Cpu));
+        let (gate, up) = (gate?, up?);
+        let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+        let got = gelu_mul(&gate.to_device(&gpu)?, &up.to_device(&gpu)?)?;
+        assert_eq!((got.dims(), got.dtype()), (gate.dims(), DType::F32));
+        let got = values(&got.to_device(&Device::Cpu)?)?;
+        for ((g, u), got) in values(&gate)?.into_iter().zip(values(&up)?).zip(got) {
+            let expected = gelu(f64::from(g)) * f64::from(u);
+            let error = (f64::from(got) - expected).abs();
+            // 1 + tanh is off by a rounding of 1, however small it is.
+            assert!(error <= 1e-6 * (1.0 + f64::from(g * u).abs()), "{g} {u}: {got}");
         }
     }
     Ok(())

@@ -124,10 +124,27 @@ pub(crate) fn launch<P: DeviceRepr>(
 /// # Errors
 /// If the driver does not say.
 pub(crate) fn max_shared_bytes(device: &CudaDevice) -> Result<usize> {
-    attribute(
+    let bytes = attribute(
         device,
         sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-    )
+    )?;
+    #[cfg(test)]
+    let bytes = bytes.min(MOST_SHARED_BYTES.get());
+    Ok(bytes)
+}
+
+#[cfg(test)]
+thread_local! {
+    static MOST_SHARED_BYTES: std::cell::Cell<usize> = const { std::cell::Cell::new(usize::MAX) };
+}
+
+/// Calls `work` as if no block of the card could have more than `bytes` of shared memory, for what this thread launches.
+#[cfg(test)]
+pub(crate) fn with_shared_bytes<R>(bytes: usize, work: impl FnOnce() -> R) -> R {
+    MOST_SHARED_BYTES.set(bytes);
+    let result = work();
+    MOST_SHARED_BYTES.set(usize::MAX);
+    result
 }
 
 /// Multiprocessors of the card.

@@ -263,6 +263,8 @@ fn check_pools(q: &Tensor, keys: &Tensor, values: &Tensor) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::{self, AttentionPart, PageRef, ShareSums};
+    use candle_core::Device;
 
     #[test]
     fn a_card_runs_the_tiled_f32_kernels_that_its_shared_memory_has_room_for() {
@@ -277,5 +279,92 @@ mod tests {
         assert_eq!(fit(false, 163), [16, 32, 64, 96, 128]);
         assert_eq!(fit(true, 227), [64, 96, 128, 256]);
         assert_eq!(fit(false, 227), [16, 32, 64, 96, 128, 256]);
+    }
+
+    /// Shared memory that every card gives a block.
+    const LEAST_SHARED_BYTES: usize = 48 * 1024;
+
+    /// What `t` queries of 8 heads over 2 attend to in seven pages, at once, in two runs and as a union, on `device`: every
+    /// result. On a card none of the last two is one launch.
+    fn attended(device: &Device, t: usize, d: usize) -> Result<Vec<Tensor>> {
+        let (h, g, total) = (8, 2, 6 * PAGE_TOKENS + 50);
+        let wave = |frequency: f32, shape: &[usize]| {
+            let count = shape.iter().product::<usize>();
+            let numbers: Vec<f32> = (0..count).map(|i| (i as f32 * frequency).sin()).collect();
+            Tensor::from_vec(numbers, shape, &Device::Cpu)?.to_device(device)
+        };
+        let (q, pool) = (wave(0.37, &[t, h, d])?, [8, g, PAGE_TOKENS, d]);
+        let (keys, values) = (wave(0.11, &pool)?, wave(0.23, &pool)?);
+        let page = |i: usize| PageRef {
+            slot: 7 - i,
+            start: (i * PAGE_TOKENS) as u64,
+            len: PAGE_TOKENS.min(total - i * PAGE_TOKENS),
+            bias: [0.0, 0.5][i % 2],
+        };
+        let over = |pages: std::ops::Range<usize>| AttentionParams {
+            scale: 1.0 / (d as f32).sqrt(),
+            query_start: (total - t) as u64,
+            pages: pages.map(page).collect(),
+            ..AttentionParams::default()
+        };
+        let (all, first, second) = (over(0..7), over(0..3), over(3..7));
+        let at_once = attention::paged_attention(&q, &keys, &values, &all)?;
+        let mut results = vec![at_once.out, at_once.lse];
+        if t > 1 {
+            let runs = [
+                AttentionRun { queries: t / 3, pages: 0..4 },
+                AttentionRun { queries: t - t / 3, pages: 1..7 },
+            ];
+            let apart = attention::paged_attention_runs(&q, &keys, &values, &all, &runs)?;
+            results.extend([apart.out, apart.lse]);
+            if let Device::Cuda(device) = device {
+                let launched = paged_attention_runs(device, &q, &keys, &values, &all, &runs)?;
+                assert!(launched.is_none());
+            }
+        }
+        let part = |params| AttentionPart { q: &q, keys: &keys, values: &values, params };
+        let parts = [part(&first), part(&second)];
+        let sums = Tensor::zeros(h + 1, DType::F32, device)?;
+        let shares = ShareSums { part: 1, sums: &sums, recovered: None };
+        let union = attention::paged_attention_union(&parts, (t == 1).then_some(&shares))?;
+        if let Device::Cuda(device) = device {
+            assert!(paged_attention_union(device, &parts, None)?.is_none());
+        }
+        results.extend([union.state.out, union.state.lse]);
+        results.extend(union.part_lses);
+        results.push(sums);
+        Ok(results)
+    }
+
+    #[test]
+    fn a_card_of_little_shared_memory_attends_by_the_kernel_for_any_head_dim() -> Result<()> {
+        cuda::poison_outputs(true);
+        let gpu = match cuda::open(0) {
+            Ok(gpu) => gpu,
+            Err(error) => {
+                println!("little shared memory: skipped: no CUDA device: {error}");
+                return Ok(());
+            }
+        };
+        let flat = |x: &Tensor| x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>();
+        for d in [96, 128, 256] {
+            // Few rows, then such that a row's pages are split, and such that they are not.
+            for t in [1, 40, 300] {
+                assert!(!has_room_f32(d, t == 1, LEAST_SHARED_BYTES));
+                let results = cuda::with_shared_bytes(LEAST_SHARED_BYTES, || attended(&gpu, t, d))?;
+                let expected = attended(&Device::Cpu, t, d)?;
+                assert_eq!(results.len(), expected.len());
+                for (i, (own, expected)) in results.iter().zip(&expected).enumerate() {
+                    let (own, expected) = (flat(own)?, flat(expected)?);
+                    let is_near =
+                        |(a, b): (&f32, &f32)| a == b || (a - b).abs() < 2e-5 * (1.0 + b.abs());
+                    assert!(
+                        own.len() == expected.len() && own.iter().zip(&expected).all(is_near),
+                        "result {i} of {t} queries of {d}"
+                    );
+                }
+            }
+        }
+        Ok(())
     }
 }

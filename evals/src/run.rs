@@ -15,7 +15,7 @@
 //! ```
 //!
 //! The header holds everything that changes a score or a time, and nothing else: a folder goes on only under an equal
-//! one.
+//! one. What the times mean is added here.
 
 mod header;
 pub(crate) mod log;
@@ -52,6 +52,10 @@ pub(crate) struct Options {
     pub(crate) threshold: Option<f64>,
 }
 
+/// From when on the first token is waited for: in the header, so that no folder goes on that has it in another sense, as
+/// those have that were begun when the opening of a session was left out.
+const FIRST_TOKEN_S: &str = "from the question on, session_s in it";
+
 /// A sample with the subjects that are to answer it, so that it is made once.
 type Work<'a> = (Cell, Vec<&'a dyn Subject>);
 
@@ -85,8 +89,9 @@ pub(crate) fn run(
     subjects: &[Box<dyn Subject>],
     count_tokens: &(dyn Fn(&str) -> Result<usize> + Sync),
     options: &Options,
-    header: serde_json::Value,
+    mut header: serde_json::Value,
 ) -> Result<()> {
+    header["first_token_s"] = FIRST_TOKEN_S.into();
     let out = &options.out;
     let asked = (options.limit, options.jobs);
     let (log, done, revisions) =

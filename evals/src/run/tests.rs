@@ -288,6 +288,22 @@ fn another_config_or_a_second_process_is_refused() {
 }
 
 #[test]
+fn a_folder_whose_first_tokens_left_the_opening_out_is_refused() {
+    let out = tempfile::tempdir().unwrap();
+    go(out.path(), 1, Some(1), &parrots()).unwrap();
+    let log = read(out.path(), log::FILE);
+    let mut run: Value = serde_json::from_str(&read(out.path(), "run.json")).unwrap();
+    let said = run["header"].as_object_mut().unwrap().remove("first_token_s");
+    assert_eq!(said, Some(json!(FIRST_TOKEN_S)));
+    std::fs::write(out.path().join("run.json"), run.to_string()).unwrap();
+    let error = go(out.path(), 1, None, &parrots()).unwrap_err().to_string();
+    let expected =
+        r#"header.first_token_s: null in the folder, "from the question on, session_s in it" now"#;
+    assert!(error.contains(expected), "{error}");
+    assert_eq!(log, read(out.path(), log::FILE));
+}
+
+#[test]
 fn a_damaged_line_is_named() {
     let out = tempfile::tempdir().unwrap();
     go(out.path(), 1, Some(1), &parrots()).unwrap();

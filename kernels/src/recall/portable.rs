@@ -196,15 +196,10 @@ fn choose_run(
 
 /// By head, the tokens that have standing votes, without the `gone` first ones, and these; nothing for none.
 fn standing_of(standing: Option<&Standing>, g: usize, gone: usize) -> Result<Vec<Vec<(u32, f32)>>> {
-    let mut heads = vec![Vec::new(); g];
-    if let Some(Standing { tokens, votes }) = standing {
-        let lists = tokens.to_vec2::<u32>()?.into_iter().zip(votes.to_vec2::<f32>()?);
-        for (row, (tokens, votes)) in lists.enumerate() {
-            let there = tokens.into_iter().map(|token| token.checked_sub(gone as u32)).zip(votes);
-            heads[row % g].extend(there.filter_map(|(token, vote)| Some((token?, vote))));
-        }
-    }
-    Ok(heads)
+    let Some(standing) = standing else { return Ok(vec![Vec::new(); g]) };
+    let there = |(token, vote): (u32, f32)| Some((token.checked_sub(gone as u32)?, vote));
+    let heads = standing.by_head(g)?.into_iter();
+    Ok(heads.map(|head| head.into_iter().filter_map(there).collect()).collect())
 }
 
 /// The largest of the votes of `marks`' tokens within `reach` of each.

@@ -40,6 +40,23 @@ impl Standing {
         })
     }
 
+    /// The tokens of each of `num_heads` heads and their votes, choice by choice: a token that several of them took is there
+    /// as often; downloads them.
+    ///
+    /// # Errors
+    /// If these are no choices of so many heads, or the device fails.
+    pub fn by_head(&self, num_heads: usize) -> Result<Vec<Vec<(u32, f32)>>> {
+        if !self.tokens.dim(0)?.is_multiple_of(num_heads) {
+            bail!("votes {:?}, expected choices of {num_heads} heads", self.tokens);
+        }
+        let mut heads = vec![Vec::new(); num_heads];
+        let lists = self.tokens.to_vec2::<u32>()?.into_iter().zip(self.votes.to_vec2::<f32>()?);
+        for (row, (tokens, votes)) in lists.enumerate() {
+            heads[row % num_heads].extend(tokens.into_iter().zip(votes));
+        }
+        Ok(heads)
+    }
+
     /// Refuses what cannot stand beside the votes of so many heads and runs.
     pub(super) fn check(&self, heads: usize, runs: usize, device: &Device) -> Result<()> {
         if runs != 1

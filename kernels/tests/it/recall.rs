@@ -520,6 +520,12 @@ fn votes_stand_for_the_same_tokens_once_pages_before_them_are_gone() -> Result<(
     let kept = case.choose_runs(&made, &store, &Device::Cpu, 0, &[run(11, case.pages)])?;
     let before = kept.tokens(g)?;
     let standing = kept.standing.expect("votes are kept");
+    let by_head = standing.by_head(g)?;
+    for (votes, before) in by_head.iter().zip(&before) {
+        assert!(votes.iter().map(|(token, _)| token).eq(before));
+        assert!(votes.iter().all(|(_, vote)| *vote > 0.0));
+    }
+    assert!(by_head.len() == g && standing.by_head(g + 1).is_err() && standing.by_head(0).is_err());
     (0..5).for_each(|_| store.pop_front());
     assert_eq!(store.gone(), 5);
     let last = [run(1, case.pages - 5)];
@@ -534,6 +540,9 @@ fn votes_stand_for_the_same_tokens_once_pages_before_them_are_gone() -> Result<(
     }
     // What it keeps is counted as before.
     let again = beside.standing.expect("votes are kept").after(Some(&standing), g)?;
+    for (both, before) in again.by_head(g)?.iter().zip(&by_head) {
+        assert!(both.len() == 2 * before.len() && both.starts_with(before));
+    }
     let third = case.choose_beside(&made, &store, &Device::Cpu, 11, &last, Some(&again))?;
     assert_eq!(
         third.tokens(g)?,

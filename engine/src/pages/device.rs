@@ -183,13 +183,18 @@ impl PageStore {
 
     /// Lets the pages on the device go for good; whether there were any.
     pub(crate) fn leave(&mut self) -> bool {
-        self.mirror.take().is_some()
+        let was_there = self.mirror.take().is_some();
+        self.bring_votes();
+        was_there
     }
 
     /// Keeps the mirror if everything was `uploaded`, or says why it goes.
     pub(super) fn keep_mirror(&mut self, mirror: Mirror, uploaded: Result<bool>) {
         match uploaded {
-            Ok(true) => self.mirror = Some(mirror),
+            Ok(true) => {
+                self.mirror = Some(mirror);
+                return;
+            }
             Ok(false) => tracing::info!(
                 pages = self.order.len(),
                 "stored pages have no room on the device: they are chosen from in host memory"
@@ -199,6 +204,8 @@ impl PageStore {
                 "stored pages cannot be kept on the device: they are chosen from in host memory"
             ),
         }
+        drop(mirror);
+        self.bring_votes();
     }
 
     fn upload(&self, mirror: &mut Mirror, layer: usize, least: usize) -> Result<bool> {

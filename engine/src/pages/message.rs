@@ -124,16 +124,48 @@ impl PageStore {
         if !self.message.keeps_votes(&self.config) {
             return;
         }
-        let (order, most) = (&self.order, KEPT * self.recalled_tokens());
         let position = |token: &u32| {
             let (row, offset) = (*token as usize / PAGE_TOKENS, *token as usize % PAGE_TOKENS);
-            order[row] * PAGE_TOKENS as u64 + offset as u64
+            self.order[row] * PAGE_TOKENS as u64 + offset as u64
         };
+        let placed = |(tokens, votes): (&Vec<u32>, &Vec<f32>)| -> Vec<(u64, f32)> {
+            tokens.iter().map(position).zip(votes.iter().copied()).collect()
+        };
+        let heads: Vec<Vec<(u64, f32)>> = heads.iter().zip(votes).map(placed).collect();
+        self.add_votes(layer, &heads);
+    }
+
+    /// Has what a message asked for on the device stand in host memory: all choices are made there from now on.
+    pub(super) fn bring_votes(&mut self) {
+        for (layer, (counted_from, votes)) in std::mem::take(&mut self.message.on_device) {
+            let heads = match votes.by_head(self.shape.num_kv_heads) {
+                Ok(heads) => heads,
+                Err(error) => {
+                    tracing::warn!(%error, "what the message asked for on the device is lost");
+                    return;
+                }
+            };
+            let first = counted_from.wrapping_mul(PAGE_TOKENS as u64);
+            let placed = |head: Vec<(u32, f32)>| {
+                let place = |(token, vote): (u32, f32)| (first.wrapping_add(token.into()), vote);
+                let mut head: Vec<(u64, f32)> = head.into_iter().map(place).collect();
+                head.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.total_cmp(&a.1)));
+                // Of those that several choices took the largest vote is the first.
+                head.dedup_by_key(|(position, _)| *position);
+                head
+            };
+            let heads: Vec<Vec<(u64, f32)>> = heads.into_iter().map(placed).collect();
+            self.add_votes(layer, &heads);
+        }
+    }
+
+    /// Has the votes of each head, by position, ascending, stand beside those of `layer` before.
+    fn add_votes(&mut self, layer: usize, heads: &[Vec<(u64, f32)>]) {
+        let most = KEPT * self.recalled_tokens();
         let standing = self.message.on_host.entry(layer).or_default();
         standing.resize(heads.len(), Vec::new());
-        for (standing, (tokens, votes)) in standing.iter_mut().zip(heads.iter().zip(votes)) {
-            let own = tokens.iter().map(position).zip(votes.iter().copied());
-            let mut all = merged(standing, own);
+        for (standing, own) in standing.iter_mut().zip(heads) {
+            let mut all = merged(standing, own.iter().copied());
             if all.len() > most {
                 all.select_nth_unstable_by(most, |a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
                 all.truncate(most);

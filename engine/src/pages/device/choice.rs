@@ -117,6 +117,7 @@ impl PageStore {
         copied.or_else(|error| {
             tracing::warn!(%error, "the device cannot choose: pages are chosen from in host memory");
             self.mirror = None;
+            self.bring_votes();
             Ok(None)
         })
     }

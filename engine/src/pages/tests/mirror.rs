@@ -206,6 +206,69 @@ fn pins_reach_pages_that_are_stored_later_on_the_models_device_too() {
     assert_same_choice(store, store.order.len(), 1, "once its page is stored");
 }
 
+/// More rows of queries for a key/value head than a card takes.
+fn too_many_rows(store: &PageStore) -> Tensor {
+    let (heads, d) = (600 * store.shape.num_kv_heads, store.shape.head_dim);
+    let numbers: Vec<f32> = (0..heads * d).map(|i| (i as f32 * 0.7).sin()).collect();
+    Tensor::from_vec(numbers, (1, heads, d), &Device::Cpu).unwrap()
+}
+
+/// How a mirror goes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Going {
+    Never,
+    Refused,
+    WithoutRoom,
+    Left,
+}
+
+#[test]
+fn what_a_message_asked_for_is_asked_for_in_host_memory_once_the_mirror_is_gone() {
+    let decoder = load("llama3");
+    // What the processor and a card score alike.
+    let config = PageConfig { tokens: 128, scan: LandmarkScan::Flat, ..config() };
+    let chosen = |going: Going| {
+        let mut cache = cache(&decoder, 64, Some(config.clone()));
+        run(&decoder, &mut cache, &mixed(1500), &[100]);
+        let store = cache.pages_mut().unwrap();
+        if going != Going::Never {
+            store.mirror_on_device();
+        }
+        let (layer, rows) = (store.shape.num_layers - 1, store.order.len());
+        let scope = RecallScope { before_page: u64::MAX, compact: true, sliding: false };
+        let last = queries(store, 41).narrow(0, 40, 1).unwrap();
+        let tokens = |store: &mut PageStore| {
+            store.select(layer, &last, rows, store.config.tokens).unwrap().heads
+        };
+        let alone = tokens(store);
+        store.begin_message();
+        let message = queries(store, 12);
+        store.recall(layer, &message, scope).unwrap().expect("a choice");
+        store.end_message();
+        assert_eq!(store.mirror.is_some(), going != Going::Never);
+        match going {
+            Going::Never => {}
+            Going::Refused => {
+                let many = too_many_rows(store);
+                store.recall(layer, &many, scope).unwrap().expect("a choice");
+            }
+            Going::WithoutRoom => {
+                let mirror = store.mirror.take().unwrap();
+                store.keep_mirror(mirror, Ok(false));
+            }
+            Going::Left => assert!(store.leave()),
+        }
+        assert!(store.mirror.is_none());
+        let beside = tokens(store);
+        assert_ne!(beside, alone, "{going:?}");
+        beside
+    };
+    let expected = chosen(Going::Never);
+    for going in [Going::Refused, Going::WithoutRoom, Going::Left] {
+        assert_eq!(chosen(going), expected, "{going:?}");
+    }
+}
+
 #[test]
 fn what_the_device_refuses_is_chosen_by_the_processor_and_the_mirror_goes() {
     let decoder = load("llama3");
@@ -216,10 +279,7 @@ fn what_the_device_refuses_is_chosen_by_the_processor_and_the_mirror_goes() {
     let store = cache.pages_mut().unwrap();
     assert!(store.mirror.is_some());
     store.forget_choices();
-    // More rows of queries for a key/value head than a card takes.
-    let (heads, d) = (600 * store.shape.num_kv_heads, store.shape.head_dim);
-    let numbers: Vec<f32> = (0..heads * d).map(|i| (i as f32 * 0.7).sin()).collect();
-    let q = Tensor::from_vec(numbers, (1, heads, d), &Device::Cpu).unwrap();
+    let q = too_many_rows(store);
     let (layer, rows) = (store.shape.num_layers - 1, store.order.len());
     let scope = RecallScope { before_page: u64::MAX, compact: true, sliding: false };
     let request = Request { layer, rows, budget: store.recalled_tokens(), all: false, scope };

@@ -421,7 +421,10 @@ mod cuda {
         };
         for (name, tokens, precision, told) in MIRRORED.iter().chain(WIDE).copied() {
             let scan = LandmarkScan::Flat;
-            let config = PageConfig { tokens, precision, scan, lexical: true, ..config() };
+            // A choice serves as many tokens by whoever makes it.
+            let reuse_steps = Some(2);
+            let config =
+                PageConfig { tokens, precision, scan, reuse_steps, lexical: true, ..config() };
             assert_alike(
                 name,
                 precision,

@@ -15,7 +15,7 @@ pub enum Trust {
     User,
     /// A model generated it.
     Model,
-    /// It stood in a document: anyone may have written it.
+    /// It stood in a document, or a tool gave it back: anyone may have written it.
     Document,
 }
 

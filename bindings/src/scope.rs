@@ -50,6 +50,8 @@ pub enum Role {
     Document,
     /// Text that memory gave back to the model: logged, never recalled again.
     Recalled,
+    /// What a tool gave back to the model that called it.
+    Tool,
 }
 
 impl From<Role> for mka::Role {
@@ -60,6 +62,7 @@ impl From<Role> for mka::Role {
             Role::Assistant => Self::Assistant,
             Role::Document => Self::Document,
             Role::Recalled => Self::Recalled,
+            Role::Tool => Self::Tool,
         }
     }
 }
@@ -71,6 +74,7 @@ impl From<mka::Role> for Role {
             mka::Role::User => Self::User,
             mka::Role::Assistant => Self::Assistant,
             mka::Role::Recalled => Self::Recalled,
+            mka::Role::Tool => Self::Tool,
             // A role that this surface does not know yet is text from somewhere: trusted least.
             _ => Self::Document,
         }

@@ -19,6 +19,8 @@ pub enum Role {
     Document,
     /// Text that memory gave back to the model: logged, but never chunked, embedded or recalled again.
     Recalled,
+    /// What a tool gave back to the model that called it: remembered as a document is.
+    Tool,
 }
 
 /// The number of a turn within its session, from 0.
@@ -59,8 +61,8 @@ pub struct NewTurn {
 }
 
 impl NewTurn {
-    /// A turn at time 0, which an engine's calls take for now, without tokens; remembered if a user, the assistant or a
-    /// document speaks.
+    /// A turn at time 0, which an engine's calls take for now, without tokens; remembered if a user, the assistant, a
+    /// document or a tool speaks.
     pub fn new(role: Role, text: impl Into<String>) -> Self {
         Self {
             role,
@@ -68,7 +70,7 @@ impl NewTurn {
             time_ms: 0,
             tokens: Vec::new(),
             source: None,
-            remember: matches!(role, Role::User | Role::Assistant | Role::Document),
+            remember: !matches!(role, Role::System | Role::Recalled),
             subject: None,
             expires_ms: None,
             metadata: Metadata::new(),

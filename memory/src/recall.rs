@@ -188,7 +188,7 @@ pub enum Trust {
     User,
     /// A model generated it.
     Model,
-    /// It stood in a document: anyone may have written it.
+    /// It stood in a document, or a tool gave it back: anyone may have written it.
     Document,
 }
 
@@ -198,7 +198,7 @@ impl Trust {
             Role::System => Self::Host,
             Role::User => Self::User,
             Role::Assistant => Self::Model,
-            Role::Document | Role::Recalled => Self::Document,
+            Role::Document | Role::Recalled | Role::Tool => Self::Document,
         }
     }
 }

@@ -198,8 +198,14 @@ impl Reading<'_> {
             agent,
             session: session.unwrap(),
             turn: self.u64(),
-            role: [Role::System, Role::User, Role::Assistant, Role::Document, Role::Recalled]
-                [self.u8() as usize],
+            role: [
+                Role::System,
+                Role::User,
+                Role::Assistant,
+                Role::Document,
+                Role::Recalled,
+                Role::Tool,
+            ][self.u8() as usize],
             start: self.u64(),
             end: self.u64(),
             time_ms: self.u64() as i64,

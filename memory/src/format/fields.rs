@@ -4,6 +4,9 @@
 use super::{BlobRef, Kind};
 use crate::{Error, Metadata, Result, Role, Value};
 
+const ROLES: [Role; 6] =
+    [Role::System, Role::User, Role::Assistant, Role::Document, Role::Recalled, Role::Tool];
+
 pub(super) fn role_code(role: Role) -> u8 {
     match role {
         Role::System => 1,
@@ -11,6 +14,7 @@ pub(super) fn role_code(role: Role) -> u8 {
         Role::Assistant => 3,
         Role::Document => 4,
         Role::Recalled => 5,
+        Role::Tool => 6,
     }
 }
 
@@ -217,7 +221,7 @@ impl<'a> Reader<'a> {
 
     pub(super) fn role(&mut self) -> Result<Role> {
         let code = self.u8()?;
-        [Role::System, Role::User, Role::Assistant, Role::Document, Role::Recalled]
+        ROLES
             .into_iter()
             .find(|&role| role_code(role) == code)
             .ok_or_else(|| Error::corrupted(format!("{}: unknown role {code}", self.what)))

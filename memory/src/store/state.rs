@@ -377,7 +377,7 @@ impl State {
 
 /// Whether turns of this role say what a session is about.
 pub(crate) fn counts_in_summary(role: Role) -> bool {
-    matches!(role, Role::User | Role::Assistant | Role::Document)
+    !matches!(role, Role::System | Role::Recalled)
 }
 
 /// The partition that a session's chunks belong to.

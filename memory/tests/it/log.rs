@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mka_memory::{
-    Commit, Embedder, ErrorKind, Filter, Forget, HashedEmbedder, NewTurn, Recall, Role, Scope,
-    Store, StoreOptions,
+    Cancel, Commit, Embedder, ErrorKind, Filter, Forget, HashedEmbedder, NewTurn, Recall, Role,
+    Scope, Store, StoreOptions, Trust,
 };
 
 use crate::support::{open, prose, say, trip, try_open};
@@ -34,6 +34,27 @@ fn turns_read_back_as_committed_after_reopening() {
     assert_eq!((read.role, read.time_ms, &read.text), (turn.role, turn.time_ms, &turn.text));
     assert_eq!((&read.tokens, &read.source), (&turn.tokens, &turn.source));
     assert!(!read.retracted && !read.forgotten);
+}
+
+#[test]
+fn what_a_tool_gave_back_is_remembered_as_a_document_is() {
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    say(&open(folder.path()), &trip(), Role::Tool, &["The ferry to Naoshima leaves at nine."]);
+    let store = open(folder.path());
+    let turn = store.turns(&trip(), 0..9).unwrap().remove(0);
+    assert!(turn.role == Role::Tool && turn.remember);
+    let found = |store: &Store, roles: Vec<Role>| {
+        let hits = store.recall(&trip(), "ferry", &Recall { roles, ..Recall::default() }).unwrap();
+        hits.into_iter().map(|hit| (hit.source.role, hit.trust)).collect::<Vec<_>>()
+    };
+    let expected = [(Role::Tool, Trust::Document)];
+    assert_eq!(found(&store, Vec::new()), expected);
+    assert_eq!(found(&store, vec![Role::Document]), []);
+    let mut lines = Vec::new();
+    store.export_all(&mut lines, &Cancel::new()).unwrap();
+    let copy = open(other.path());
+    assert_eq!(copy.import(&mut &lines[..], &Cancel::new()).unwrap().turns, 1);
+    assert_eq!(found(&copy, vec![Role::Tool]), expected);
 }
 
 #[test]

@@ -14,12 +14,13 @@ static WHY: Class = Class::named("Why");
 static SOURCE: Class = Class::named("Source");
 
 /// Roles by the names that they have in Python.
-pub(crate) const ROLES: [(&str, Role); 5] = [
+pub(crate) const ROLES: [(&str, Role); 6] = [
     ("system", Role::System),
     ("user", Role::User),
     ("assistant", Role::Assistant),
     ("document", Role::Document),
     ("recalled", Role::Recalled),
+    ("tool", Role::Tool),
 ];
 
 fn role(role: mka::Role) -> &'static str {
@@ -29,6 +30,7 @@ fn role(role: mka::Role) -> &'static str {
         Role::Assistant => "assistant",
         Role::Document => "document",
         Role::Recalled => "recalled",
+        Role::Tool => "tool",
     }
 }
 

@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, Union
 
-Role: TypeAlias = Literal["system", "user", "assistant", "document", "recalled"]
+Role: TypeAlias = Literal["system", "user", "assistant", "document", "recalled", "tool"]
 """Who produced a turn."""
 
 Trust: TypeAlias = Literal["host", "user", "model", "document"]

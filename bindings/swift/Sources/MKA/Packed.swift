@@ -151,7 +151,7 @@ extension Packed {
             cosineRank: try integer(), recency: try float(), followUp: try flag())
         let source = Source(
             user: user, agent: agent, session: session, turn: try integer(),
-            role: try one(of: [.system, .user, .assistant, .document, .recalled]), start: try integer(),
+            role: try one(of: [.system, .user, .assistant, .document, .recalled, .tool]), start: try integer(),
             end: try integer(), timeMs: try integer(), name: name, subject: subject, expiresMs: try time(),
             metadata: metadata(marks))
         return Hit(

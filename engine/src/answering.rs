@@ -1,20 +1,28 @@
 //! Answering a message: what is recalled for it, its prompt, the answer, their turns in the log; and answering it once more.
 //! Knows neither a handle nor a thread.
 
-use crate::conversation::{self, Conversation, LastPrompt};
+mod results;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use results::send_results;
+
+use crate::conversation::{self, Conversation, LastPrompt, note_opening};
 use crate::engine::{Model, Shared};
 use crate::error::{Error, ErrorKind, Result};
-use crate::feeding::{self, Before, FeedMode, FeedOptions, Taken};
-use crate::generation::{self, Answer, Stop};
+use crate::feeding::{self, FeedMode, FeedOptions, Taken};
+use crate::generation::{self, Answer, Before, Stop};
 use crate::memory::check_metadata;
 use crate::pages::{Message, RecallPolicy};
-use crate::prompt;
-use crate::quote::{self, Quotation};
+use crate::prompt::{self, Scaffold};
+use crate::quote;
 use crate::session::SendOptions;
 use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Sink, StopReason, Usage};
+use crate::template::Tool;
 use crate::tokenizer::Joined;
 use mka_memory::{ENGINE_KEYS, Hit, Metadata, NewTurn, Recall, Role, Turn, TurnId, Value};
+use std::ops::Range;
 
 /// Metadata of an answer in the log that was begun with words of the caller's, or goes on in text: how long those are.
 const PREFIX_BYTES: &str = "mka.answer_prefix_bytes";
@@ -56,7 +64,7 @@ fn recall(
     let mut hits = shared.store.recall(&conversation.scope, message, &query)?;
     let floor = hits.first().map_or(0.0, |best| best.score * RECALL_FLOOR);
     hits.retain(|hit| hit.score >= floor);
-    let quotations = Quotation::of(&hits, message, shared.config.quote);
+    let quotations = quote::Quotation::of(&hits, message, shared.config.quote);
     let (text, chosen) = quote::assemble(&quotations, budget, |text| shared.count_tokens(text))?;
     // An index that is built in the background may find other hits in another process: the prompt is one.
     let text = shared.model("recall")?.decoder.group.first_text(text)?;
@@ -77,8 +85,7 @@ pub(crate) fn send(
         return Err(Error::invalid("send: message is empty, expected text"));
     }
     options.sampling.check()?;
-    check_marks(&options.metadata)?;
-    options.recall_filter.iter().try_for_each(|filter| filter.check("send"))?;
+    check_marks("send", options)?;
     let shared = conversation.shared.clone();
     let model = shared.model("send")?;
     if !options.completion {
@@ -89,6 +96,12 @@ pub(crate) fn send(
 
     let policy = options.recall.unwrap_or(shared.config.recall);
     conversation.set_policy("send", policy)?;
+    let offering = offering(model, conversation.state.open, options)?;
+    let before = Before {
+        system: options.system.as_deref(),
+        joined: options.joined,
+        offering: offering.as_ref(),
+    };
     // As the template would show it; of a message that goes on in a document the beginning stands there.
     let said = message;
     let goes_on = options.joined && conversation.state.open == OpenTurn::User;
@@ -98,7 +111,7 @@ pub(crate) fn send(
     let (document, message) = feeding::split_long(model, message, longest)?;
     let said = if document.is_empty() { said } else { message };
     // What was cut off a long message is its beginning.
-    let mut joined = options.joined;
+    let mut before_message = before;
     if !document.is_empty() {
         // What is not looked up must be read to be recalled: by this message, or by those after it.
         let is_read = [policy, shared.config.recall].contains(&RecallPolicy::Pages);
@@ -106,10 +119,9 @@ pub(crate) fn send(
         let metadata = options.metadata.clone();
         let feed = FeedOptions { mode, metadata, ..FeedOptions::default() };
         let feed = feed.completion(options.completion);
-        let before = Before { system: options.system.as_deref(), joined: options.joined };
         let go_on = &mut |_: &Taken| !sink.is_cancelled();
         let taken = feeding::take_in(conversation, document, &feed, time_ms, before, go_on)?;
-        joined |= taken.model_tokens > 0;
+        before_message.joined |= taken.model_tokens > 0;
     }
 
     let own_tokens = model.tokenizer.encode(message, false)?;
@@ -125,12 +137,10 @@ pub(crate) fn send(
     let mut written = Joined::behind(&model.tokenizer, conversation.last_token());
     match options.completion {
         true => generation::bare_opening(&mut written, open),
-        false => {
-            let system = options.system.as_deref();
-            generation::opening(&mut written, model, open, system, joined)?;
-        }
+        false => generation::opening(&mut written, model, open, before_message)?,
     }
-    conversation.keep_opening(written.num_tokens())?;
+    let opening_tokens = written.num_tokens();
+    conversation.keep_opening(opening_tokens)?;
     if written.num_tokens() == 0 && open == OpenTurn::User && !recalled.is_empty() {
         written.content("\n\n")?;
     }
@@ -148,37 +158,101 @@ pub(crate) fn send(
         }
     }
     written.content(&options.answer_prefix)?;
-    let prompt = written.take()?;
+    let (own, quotation) = Quotation::cut(written.take()?, recalled, quotation);
+    let mut asking = turn(Role::User, said.to_owned(), time_ms, own);
+    asking.metadata = options.metadata.clone();
+    if before_message.instructs(open) && !options.completion {
+        note_opening(&mut asking, opening_tokens);
+    }
+    let prompt = Prompt { turns: vec![asking], quotation, words: own_tokens };
+    answer(conversation, prompt, options, sink)
+}
 
+/// The scaffold of a session that begins with the tools of `options`, if it does.
+///
+/// # Errors
+/// `InvalidArgument` for what is no tool, or where the model is shown none.
+fn offering(model: &Model, open: OpenTurn, options: &SendOptions) -> Result<Option<Scaffold>> {
+    let tools = Tool::all(&options.tools)?;
+    if tools.is_empty() || open != OpenTurn::Start {
+        return Ok(None);
+    }
+    if options.completion {
+        return Err(Error::invalid(
+            "tools: completion leaves the chat template out, expected none",
+        ));
+    }
+    model.offering(&tools, options.system.is_some()).map(Some)
+}
+
+/// A message that is ready to be read: one of the user's, or what tools gave back.
+struct Prompt {
+    /// Its turns in the log with their tokens, those of the quotation left out.
+    turns: Vec<NewTurn>,
+    quotation: Quotation,
+    /// Tokens of its own words, which are looked for in the stored pages.
+    words: Vec<u32>,
+}
+
+/// What memory gives to a message, within its first turn. A turn of its own, which is forgotten with what it quotes, to the
+/// last token: the message stands without it.
+struct Quotation {
+    text: String,
+    tokens: Vec<u32>,
+    /// Tokens of the first turn that stand before it.
+    tokens_before: usize,
+}
+
+impl Quotation {
+    /// The tokens of a turn less those `within`, which quote `text`.
+    fn cut(mut tokens: Vec<u32>, text: String, within: Range<usize>) -> (Vec<u32>, Self) {
+        let tokens_before = within.start;
+        let quoted = tokens.drain(within).collect();
+        (tokens, Self { text, tokens: quoted, tokens_before })
+    }
+}
+
+/// Reads `prompt`, answers it and commits both; the usage, or none for a caller who is gone.
+fn answer(
+    conversation: &mut Conversation,
+    prompt: Prompt,
+    options: &SendOptions,
+    sink: &Sink<Event>,
+) -> Result<Option<Usage>> {
+    let Prompt { turns: own, quotation, words } = prompt;
+    let mut tokens: Vec<u32> = own.iter().flat_map(|turn| turn.tokens.iter().copied()).collect();
+    let at = quotation.tokens_before;
+    tokens.splice(at..at, quotation.tokens.iter().copied());
     let start = conversation.position();
     let reused = conversation.attended_tokens();
-    let Some((last_token, head)) = prompt.split_last() else {
+    let Some((last_token, head)) = tokens.split_last() else {
         return Err(Error::invalid("send: message gives no token, expected at least one"));
     };
     let mut go_on = || !sink.is_cancelled();
-    conversation.prefill_message(&own_tokens, head, &mut go_on)?;
+    conversation.prefill_message(&words, head, &mut go_on)?;
     let (before_last, asked) = (conversation.save(), conversation.message());
     let prompt_tokens = conversation.attended_tokens() + 1;
     let answer = generation::generate(conversation, *last_token, options, sink)?;
 
-    let mut turns = Vec::new();
-    let mut starts = Vec::new();
-    if !recalled.is_empty() {
-        // A turn of its own, which is forgotten with what it quotes, to the last token: the message stands without it.
-        let tokens = prompt[quotation.clone()].to_vec();
-        let mut quoted = turn(Role::Recalled, recalled, time_ms, tokens);
-        let before = Value::from(quotation.start as f64);
+    let time_ms = own.first().map_or(0, |turn| turn.time_ms);
+    let recalled_tokens = quotation.tokens.len();
+    let (mut turns, mut starts) = (Vec::new(), Vec::new());
+    if !quotation.text.is_empty() {
+        let mut quoted = turn(Role::Recalled, quotation.text, time_ms, quotation.tokens);
+        let before = Value::from(quotation.tokens_before as f64);
         quoted.metadata.insert(conversation::TOKENS_BEFORE.to_owned(), before);
         turns.push(quoted);
         starts.push(None);
     }
-    let own = [&prompt[..quotation.start], &prompt[quotation.end..]].concat();
-    let mut asking = turn(Role::User, said.to_owned(), time_ms, own);
-    asking.metadata = options.metadata.clone();
-    turns.push(asking);
-    starts.push(Some(start));
+    let (mut begins, mut within) = (start, recalled_tokens);
+    for turn in own {
+        starts.push(Some(begins));
+        // The quotation stands in the first.
+        begins += (turn.tokens.len() + std::mem::take(&mut within)) as u64;
+        turns.push(turn);
+    }
     turns.push(turn_of(&answer, options, time_ms));
-    starts.push(Some(start + prompt.len() as u64));
+    starts.push(Some(begins));
     let (answer_turn, usage) = finish(
         conversation,
         (turns, starts, None),
@@ -186,7 +260,7 @@ pub(crate) fn send(
         Usage {
             prompt_tokens,
             reused_tokens: reused.min(prompt_tokens),
-            recalled_tokens: quotation.len(),
+            recalled_tokens,
             generated_tokens: answer.tokens.len(),
             stream_tokens: conversation.position(),
             stop: StopReason::MaxTokens,
@@ -205,15 +279,18 @@ pub(crate) fn send(
     Ok(usage)
 }
 
-/// Refuses metadata of a message that leaves no room for the engine's own beside it, in the turn of the answer.
-fn check_marks(metadata: &Metadata) -> Result<()> {
+/// Refuses a filter that is malformed, and metadata of a message that leaves no room for the engine's own beside it, in the
+/// turn of the answer.
+fn check_marks(operation: &str, options: &SendOptions) -> Result<()> {
+    options.recall_filter.iter().try_for_each(|filter| filter.check(operation))?;
+    let metadata = &options.metadata;
     if metadata.len() > MAX_MARKS {
         return Err(Error::invalid(format!(
-            "send: expected at most {MAX_MARKS} entries of metadata, got {}",
+            "{operation}: expected at most {MAX_MARKS} entries of metadata, got {}",
             metadata.len()
         )));
     }
-    check_metadata("send", metadata)
+    check_metadata(operation, metadata)
 }
 
 /// The turn of an answer that was generated. Text and tokens do not tell how it was begun, where a stop string cut it.

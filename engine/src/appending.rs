@@ -1,10 +1,10 @@
 //! Taking in what was said elsewhere, turn by turn, as if it had been said here; nothing is generated.
 //! Knows neither sampling nor recalled text.
 
-use crate::conversation::Conversation;
+use crate::conversation::{self, Conversation, note_opening};
 use crate::error::{Error, Result};
 use crate::feeding::COMMIT_TOKENS;
-use crate::generation;
+use crate::generation::{self, Before};
 use crate::memory::said_now;
 use crate::prompt;
 use crate::snapshot::OpenTurn;
@@ -50,13 +50,17 @@ pub(crate) fn append(
         if turn.role == Role::System {
             system = Some(turn.text);
         } else {
-            let is_awaited = is_answer && before == Some(Role::User);
+            let is_awaited = is_answer && before.is_some_and(conversation::is_asked);
             before = Some(turn.role);
+            let mut opening_tokens = None;
             let mut text = Joined::behind(&model.tokenizer, conversation.last_token());
             if !is_awaited {
                 // An answer behind an open document answers that.
                 let (open, system) = (conversation.state.open, system.take());
-                generation::opening(&mut text, model, open, system.as_deref(), is_answer)?;
+                let stands =
+                    Before { system: system.as_deref(), joined: is_answer, ..Before::default() };
+                generation::opening(&mut text, model, open, stands)?;
+                opening_tokens = stands.instructs(open).then_some(text.num_tokens());
                 conversation.keep_opening(text.num_tokens())?;
             }
             if is_answer && !is_awaited {
@@ -77,6 +81,9 @@ pub(crate) fn append(
             }
             turn.tokens = text.take()?;
             read.push(turn);
+            if let (Some(tokens), Some(first)) = (opening_tokens, read.first_mut()) {
+                note_opening(first, tokens);
+            }
         }
         for turn in read {
             starts.push(Some(conversation.position()));

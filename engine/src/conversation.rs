@@ -8,6 +8,7 @@ mod opening;
 mod tests;
 
 pub(crate) use commit::Pending;
+pub(crate) use opening::note_opening;
 
 use crate::attention::AttentionSeam;
 use crate::cache::{Cache, Checkpoint};
@@ -74,7 +75,7 @@ impl Conversation {
         Self::open_with(shared, scope, 1)
     }
 
-    /// [`Conversation::open`]; without a snapshot every token sees the first `sink_pages` pages.
+    /// [`Conversation::open`]; without a snapshot every token sees the first `sink_pages` pages, if the log says nothing else.
     fn open_with(shared: Arc<Shared>, scope: Scope, sink_pages: u64) -> Result<Self> {
         let forgets = shared.forgets.seen(&scope);
         let num_turns = shared.store.num_turns(&scope)?;
@@ -148,6 +149,11 @@ impl Conversation {
         (beside / PAGE_TOKENS).max(1) as u64
     }
 
+    /// Pages at the start of a stream that keep its first `tokens` tokens in sight, as far as may be.
+    fn sink_pages_of(&self, model: &Model, tokens: usize) -> u64 {
+        (tokens.div_ceil(PAGE_TOKENS) as u64).clamp(1, self.most_sink_pages(model))
+    }
+
     /// Keeps the first `tokens` tokens of a stream, what stands before its first message, in sight of all that follow, in
     /// whole pages, as far as may be. Without effect on a stream that has begun.
     ///
@@ -156,8 +162,7 @@ impl Conversation {
     pub(crate) fn keep_opening(&mut self, tokens: usize) -> Result<()> {
         let shared = self.shared.clone();
         let Some(model) = &shared.model else { return Ok(()) };
-        let most = self.most_sink_pages(model);
-        let sink_pages = (tokens.div_ceil(PAGE_TOKENS) as u64).clamp(1, most);
+        let sink_pages = self.sink_pages_of(model, tokens);
         let is_so = |cache: &Cache| cache.position() > 0 || cache.sink_pages() == sink_pages;
         if self.cache.as_ref().is_some_and(is_so) {
             return Ok(());
@@ -292,11 +297,7 @@ impl Conversation {
         let shared = self.shared.clone();
         let model = shared.model("refill")?;
         let window = shared.config.window_tokens;
-        let sink_pages = match &self.cache {
-            _ if !self.has_opening(model, end)? => 1,
-            Some(cache) => cache.sink_pages(),
-            None => u64::from(self.state.sink_pages).clamp(1, self.most_sink_pages(model)),
-        };
+        let sink_pages = self.sink_pages_before(model, end)?;
         let head_tokens = sink_pages as usize * PAGE_TOKENS;
         let (mut newest, mut newest_tokens, mut from) = (Vec::new(), 0, end);
         while from > 0 && newest_tokens < window + usize::from(hold_last) {
@@ -316,7 +317,7 @@ impl Conversation {
         }
         turns.extend(newest.into_iter().rev());
         // A message that was forgotten is none to answer.
-        let held = turns.last_mut().filter(|turn| hold_last && turn.role == Role::User);
+        let held = turns.last_mut().filter(|turn| hold_last && is_asked(turn.role));
         let held = held.and_then(|turn| turn.tokens.pop());
         let tokens: usize = turns.iter().map(|turn| turn.tokens.len()).sum();
         // By the tokens of `turns`; turns that were not read lie between the two as well.
@@ -354,30 +355,12 @@ impl Conversation {
         Ok(held)
     }
 
-    /// Whether the turns before `end` begin as a stream with instructions does: those of a new session may be forgotten.
-    fn has_opening(&self, model: &Model, end: TurnId) -> Result<bool> {
-        let first = match &model.scaffold.system {
-            Some((before, _)) if !model.scaffold.opening.is_empty() => {
-                // A blank at its end is a part of the first word of the instructions.
-                let before = before.strip_suffix(' ').unwrap_or(before);
-                model.tokenizer.encode_with_specials(before)?
-            }
-            _ => model.tokenizer.prefix().to_vec(),
-        };
-        for id in 0..end {
-            if let Some(turn) = self.turn_in_stream(id)? {
-                return Ok(turn.tokens.starts_with(&first));
-            }
-        }
-        Ok(true)
-    }
-
     /// Turn `id` with all that the model read for it, if it did and the turn was not taken back; the quotation in a message is
     /// a turn of its own in the log. What was remembered as text alone stands in no stream.
     fn turn_in_stream(&self, id: TurnId) -> Result<Option<Turn>> {
         let is_read = |turn: &Turn| turn.role != Role::Recalled && !turn.tokens.is_empty();
         let Some(mut own) = self.live_turn(id)?.filter(is_read) else { return Ok(None) };
-        if own.role == Role::User
+        if is_asked(own.role)
             && let Some(quoted) = self.live_turn_before(id)?
             && quoted.role == Role::Recalled
             && let Some(Value::Number(before)) = quoted.metadata.get(TOKENS_BEFORE)
@@ -400,7 +383,7 @@ impl Conversation {
             }
             if own.role == Role::Assistant
                 && let Some(message) = self.live_turn_before(id)?.filter(is_said)
-                && message.role == Role::User
+                && is_asked(message.role)
             {
                 // Behind the template's text, behind a blank of it, or as a text by itself.
                 let words = [
@@ -456,7 +439,7 @@ impl Conversation {
         let pair = turn.saturating_sub(1)..turn + 1;
         let pair = self.shared.store.turns(&self.scope, pair).unwrap_or_default();
         let quotes = matches!(&pair[..], [quoted, asked]
-            if quoted.role == Role::Recalled && !quoted.retracted && asked.role == Role::User);
+            if quoted.role == Role::Recalled && !quoted.retracted && is_asked(asked.role));
         let turn = turn - TurnId::from(quotes);
         let filled = match self.shared.model {
             Some(_) => self.refill(turn, false).map(drop),
@@ -600,6 +583,11 @@ impl Conversation {
         let turns = self.state.turn_starts.iter().filter(|(_, at)| *at >= start);
         turns.map(|(turn, _)| *turn).collect()
     }
+}
+
+/// Whether turns of `role` are read to be answered: they may have a quotation in them, and an answer goes on behind them.
+pub(crate) fn is_asked(role: Role) -> bool {
+    matches!(role, Role::User | Role::Tool)
 }
 
 /// Whether an error is what the caller asked for, and no news.

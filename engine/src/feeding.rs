@@ -1,10 +1,10 @@
 //! Taking in a document: cut into sections, remembered as text, and read by the model as far as asked.
 //! Knows no question; the document stays an open user message, which another document continues and a question closes.
 
-use crate::conversation::{Conversation, Pending};
+use crate::conversation::{Conversation, Pending, note_opening};
 use crate::engine::Model;
 use crate::error::{Error, Result};
-use crate::generation;
+use crate::generation::{self, Before};
 use crate::memory::check_metadata;
 use crate::pages::RecallPolicy;
 use crate::snapshot::OpenTurn;
@@ -109,7 +109,8 @@ pub(crate) fn feed(
     check_metadata("feed", &options.metadata)?;
     let time_ms = options.time_ms.unwrap_or(now_ms);
     conversation.set_policy("feed", options.recall.unwrap_or(conversation.shared.config.recall))?;
-    let before = Before { system: options.system.as_deref(), joined: true };
+    let system = options.system.as_deref();
+    let before = Before { system, joined: true, ..Before::default() };
     take_in(conversation, text, options, time_ms, before, &mut |taken| {
         sink.send(FeedEvent::Progress {
             fed_bytes: taken.fed_bytes,
@@ -117,15 +118,6 @@ pub(crate) fn feed(
             total_bytes: taken.total_bytes,
         })
     })
-}
-
-/// What stands before a document that the model reads.
-#[derive(Clone, Copy)]
-pub(crate) struct Before<'a> {
-    /// Instructions, at the beginning of a session.
-    pub(crate) system: Option<&'a str>,
-    /// Whether it goes on in a document that is open.
-    pub(crate) joined: bool,
 }
 
 /// Takes in `text`; `progress` says whether to go on.
@@ -237,19 +229,17 @@ impl Feeding<'_> {
         let shared = conversation.shared.clone();
         let mut uncommitted = 0;
         // What goes on in the message that the first section opens.
-        let next = Before { system: None, joined: true };
+        let next = Before { joined: true, ..Before::default() };
         for (section, before) in sections.iter().zip(once(self.before).chain(repeat(next))) {
             let model = shared.model("feed")?;
             let open = conversation.state.open;
             let mut read = Joined::behind(&model.tokenizer, conversation.last_token());
             match self.options.completion {
                 true => generation::bare_opening(&mut read, open),
-                false => {
-                    let Before { system, joined } = before;
-                    generation::opening(&mut read, model, open, system, joined)?;
-                }
+                false => generation::opening(&mut read, model, open, before)?,
             }
-            conversation.keep_opening(read.num_tokens())?;
+            let opening_tokens = read.num_tokens();
+            conversation.keep_opening(opening_tokens)?;
             read.content(&self.text[section.clone()])?;
             let tokens = read.take()?;
             let start = conversation.position();
@@ -259,6 +249,10 @@ impl Feeding<'_> {
             uncommitted += tokens.len();
             self.summary.model_tokens += tokens.len() as u64;
             self.push(section, tokens, Some(start));
+            let opens = before.instructs(open) && !self.options.completion;
+            if let Some(turn) = self.turns.last_mut().filter(|_| opens) {
+                note_opening(turn, opening_tokens);
+            }
             if self.pending.as_ref().is_some_and(|(pending, _)| pending.is_done()) {
                 self.end_commit(conversation)?;
             }

@@ -4,7 +4,7 @@
 use crate::conversation::Conversation;
 use crate::engine::Model;
 use crate::error::{Error, Result};
-use crate::prompt;
+use crate::prompt::{self, Scaffold};
 use crate::session::SendOptions;
 use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Sink, StopReason, Token};
@@ -52,15 +52,33 @@ pub(crate) struct Answer {
     pub(crate) stop: Stop,
 }
 
-/// Writes what stands between what the stream holds and the next words of the user; `joined` words go on in the open message.
+/// What stands before words of the user.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Before<'a> {
+    /// Instructions, at the beginning of a session.
+    pub(crate) system: Option<&'a str>,
+    /// Whether they go on in a document that is open.
+    pub(crate) joined: bool,
+    /// The model's scaffold with the tools that a session is offered, at its beginning.
+    pub(crate) offering: Option<&'a Scaffold>,
+}
+
+impl Before<'_> {
+    /// Whether the words begin a session that is told something first.
+    pub(crate) fn instructs(&self, open: OpenTurn) -> bool {
+        open == OpenTurn::Start && (self.system.is_some() || self.offering.is_some())
+    }
+}
+
+/// Writes what stands between what the stream holds and the next words of the user.
 pub(crate) fn opening(
     text: &mut Joined<'_>,
     model: &Model,
     open: OpenTurn,
-    system: Option<&str>,
-    joined: bool,
+    before: Before<'_>,
 ) -> Result<()> {
-    let scaffold = &model.scaffold;
+    let Before { system, joined, offering } = before;
+    let scaffold = offering.unwrap_or(&model.scaffold);
     let system = system.map(|system| prompt::shown(system, scaffold.trims.system));
     match open {
         OpenTurn::Start => {
@@ -75,7 +93,7 @@ pub(crate) fn opening(
             let Some(system) = system else {
                 return text.scaffold(&scaffold.opening);
             };
-            let (before, after) = scaffold.system.as_ref().ok_or_else(no_system)?;
+            let (before, after) = scaffold.system.as_ref().ok_or_else(prompt::no_system)?;
             text.scaffold(before)?;
             text.content(system)?;
             text.scaffold(after)
@@ -83,24 +101,37 @@ pub(crate) fn opening(
         OpenTurn::User if joined => Ok(()),
         // A base model has no turns: the document is followed by a paragraph.
         OpenTurn::User if scaffold.opening.is_empty() => text.content("\n\n"),
+        OpenTurn::User | OpenTurn::Answered { .. } => closing(text, model, open, &scaffold.to_user),
+    }
+}
+
+/// Closes what is open by what the template writes between an answer and what comes next.
+pub(crate) fn closing(
+    text: &mut Joined<'_>,
+    model: &Model,
+    open: OpenTurn,
+    to_next: &str,
+) -> Result<()> {
+    match open {
+        OpenTurn::Start => {}
+        OpenTurn::User if model.scaffold.opening.is_empty() => {}
         OpenTurn::User => {
             // A question in the document's own message is taken for a part of the document.
-            text.scaffold(&scaffold.to_answer)?;
-            text.scaffold(&scaffold.answer_lead)?;
+            text.scaffold(&model.scaffold.to_answer)?;
+            text.scaffold(&model.scaffold.answer_lead)?;
             text.content(DOCUMENT_READ)?;
-            text.scaffold(&scaffold.to_user)
         }
         OpenTurn::Answered { closed_by } => {
             if let Some(token) = closed_by {
-                let next = model.tokenizer.encode_behind(text.last(), &scaffold.to_user, true)?;
+                let next = model.tokenizer.encode_behind(text.last(), to_next, true)?;
                 if next.first() != Some(&token) {
                     // The model ended its turn by another token than the template does: the stream keeps both.
                     text.token(token);
                 }
             }
-            text.scaffold(&scaffold.to_user)
         }
     }
+    text.scaffold(to_next)
 }
 
 /// Refuses what [`opening`] does, for who stores something before it is written.
@@ -108,13 +139,9 @@ pub(crate) fn check_opening(model: &Model, open: OpenTurn, system: Option<&str>)
     let scaffold = &model.scaffold;
     let is_written = open == OpenTurn::Start && !scaffold.opening.is_empty() && system.is_some();
     match is_written && scaffold.system.is_none() {
-        true => Err(no_system()),
+        true => Err(prompt::no_system()),
         false => Ok(()),
     }
-}
-
-fn no_system() -> Error {
-    Error::invalid("the model's chat template takes no system message, expected none")
 }
 
 /// [`opening`] of a text that stands outside the chat template.

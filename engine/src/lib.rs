@@ -62,6 +62,7 @@ mod template;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
+mod tools;
 pub mod training;
 
 pub use embedding::{EmbedderPrecision, EmbedderSource};
@@ -79,6 +80,7 @@ pub use session::{SendOptions, Session};
 pub use stream::{
     Canceller, Event, Events, Feed, FeedEvent, FeedSummary, StopReason, Token, Usage,
 };
+pub use tools::{ToolCall, ToolResult, tool_calls};
 
 pub use mka_memory::{
     Backend, Backup, Checkup, ChunkId, ChunkInfo, Committed, DiskUsage, EncryptionKey, Exported,

@@ -88,6 +88,13 @@ impl SendOptions {
         self.recall_filter = Some(filter);
         self
     }
+
+    /// Opens a new session in which the model may call `tools`, each the JSON of a function.
+    #[must_use]
+    pub fn tools<T: Into<String>>(mut self, tools: impl IntoIterator<Item = T>) -> Self {
+        self.tools = tools.into_iter().map(Into::into).collect();
+        self
+    }
 }
 
 impl FeedOptions {

@@ -1,8 +1,12 @@
 //! What stands between the words of user and model: the scaffold of a chat template.
 //! Knows no tokenizer and no cache.
 
+mod tools;
+
+pub(crate) use tools::{ResultScaffold, no_place, no_system};
+
 use crate::error::{Error, Result};
-use crate::template::{ChatTemplate, Message};
+use crate::template::{ChatTemplate, Message, Tool};
 
 /// The fixed text around the contents of a conversation, so that a turn is appended and never rendered again.
 ///
@@ -23,6 +27,8 @@ pub(crate) struct Scaffold {
     pub(crate) to_user: String,
     /// Whose contents are shown without the white space around them.
     pub(crate) trims: Trims,
+    /// Around the results of tools.
+    pub(crate) result: ResultScaffold,
 }
 
 /// Whose contents a template cuts white space off, at both ends.
@@ -62,6 +68,8 @@ impl Scaffold {
             trims.system = trimmed(template, roles).first() == Some(&true);
             Some((parts.first()?.clone(), parts.get(1)?.clone()))
         });
+        let result = ResultScaffold::of(template)
+            .unwrap_or_else(|| ResultScaffold::users(to_user, again, trims.user));
         Ok(Self {
             opening: opening.clone(),
             system,
@@ -69,6 +77,7 @@ impl Scaffold {
             answer_lead: lead.to_owned(),
             to_user: to_user.clone(),
             trims,
+            result,
         })
     }
 
@@ -81,6 +90,7 @@ impl Scaffold {
             answer_lead: String::new(),
             to_user: "\n\n".into(),
             trims: Trims::default(),
+            result: ResultScaffold::users("\n\n", "\n", false),
         }
     }
 }
@@ -103,13 +113,21 @@ pub(crate) fn shown_end(content: &str, trims: bool) -> &str {
 }
 
 /// No template holds these, and they carry no blank that a template could trim.
-const MARKS: [&str; 3] = ["@mka:0@", "@mka:1@", "@mka:2@"];
+const MARKS: [&str; 4] = ["@mka:0@", "@mka:1@", "@mka:2@", "@mka:3@"];
 
-/// What `template` writes around the contents of messages by up to three `roles`: one part more than there are messages.
+/// Messages by up to four `roles`, each with a mark for its content.
+fn marked(roles: &[&str]) -> Vec<Message> {
+    roles.iter().zip(MARKS).map(|(role, mark)| Message::new(*role, mark)).collect()
+}
+
+/// What `template` writes around the contents of messages by `roles`: one part more than there are messages.
 fn parts(template: &ChatTemplate, roles: &[&str]) -> Result<Vec<String>> {
-    let marked = roles.iter().zip(MARKS);
-    let messages: Vec<Message> = marked.map(|(role, mark)| Message::new(*role, mark)).collect();
-    let text = template.render(&messages, true)?;
+    parts_of(template, &marked(roles), &[])
+}
+
+/// What `template` writes around the contents of `messages`, which are marks, with `tools`.
+fn parts_of(template: &ChatTemplate, messages: &[Message], tools: &[Tool]) -> Result<Vec<String>> {
+    let text = template.render(messages, tools, true)?;
     let mut rest = text.as_str();
     let mut parts = Vec::new();
     for mark in MARKS.into_iter().take(messages.len()) {
@@ -131,7 +149,7 @@ fn trimmed(template: &ChatTemplate, roles: &[&str]) -> Vec<bool> {
     let marked = roles.iter().zip(MARKS);
     let messages: Vec<Message> =
         marked.map(|(role, mark)| Message::new(*role, format!("\t {mark} \t"))).collect();
-    let Ok(text) = template.render(&messages, true) else { return Vec::new() };
+    let Ok(text) = template.render(&messages, &[], true) else { return Vec::new() };
     let shows = |content: &str| text.contains(content);
     let is_trimmed =
         |mark: &str| shows(mark) && !shows(&format!("\t {mark}")) && !shows(&format!("{mark} \t"));

@@ -16,6 +16,7 @@ use crate::offload::offload;
 use crate::pages::RecallPolicy;
 use crate::sampling::Sampling;
 use crate::stream::{Canceller, Event, Events, Feed, FeedEvent, FeedSummary, Sink, Usage};
+use crate::tools::ToolResult;
 use mka_memory::{Filter, Metadata, NewTurn, Scope, TurnId};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -59,6 +60,15 @@ pub struct SendOptions {
     /// What the turns of the message and of its answer are marked with, for a filter of [`Recall`](crate::Recall) or
     /// [`Forget`](crate::Forget) to ask for: as [`NewTurn::metadata`], but at most 254 keys, none of which begins with `mka.`.
     pub metadata: Metadata,
+    /// Tools that the model may call, each the JSON of a function as OpenAI and transformers write it, `{"type": "function",
+    /// "function": {"name": .., "description": .., "parameters": ..}}`, or what stands under `function` there. The model's own
+    /// chat template lists them before the first message of a session; ignored later. They stay in sight as
+    /// [`SendOptions::system`] does. [`tool_calls`](crate::tool_calls) reads what the model calls from the text of its answer,
+    /// [`Session::send_tool`] gives it the results.
+    ///
+    /// `InvalidArgument` for what is no function, for text in it that is a control token of the model, and where the template
+    /// lists no tools, or `completion` leaves it out.
+    pub tools: Vec<String>,
 }
 
 impl SendOptions {
@@ -306,12 +316,27 @@ impl Session {
         })
     }
 
+    /// Gives the model `results`, of the tools that its last answer called, and answers: [`Session::send_with`] in the place
+    /// that the chat template has for them, behind that answer, which stays as the model wrote it. A template without such a
+    /// place shows them in a message of the user's, a blank line between two.
+    ///
+    /// Each result is a turn of [`Role::Tool`](crate::Role::Tool), remembered as a document is, its name beside it. What is
+    /// recalled for them stands in the first. They may be of any length: what leaves the window is recalled. Of `options`
+    /// `system`, `tools`, `completion` and `joined` are ignored.
+    ///
+    /// Errors are the stream's last item, `InvalidArgument` without a result, and where nothing was said yet.
+    pub fn send_tool(&mut self, results: Vec<ToolResult>, options: SendOptions) -> Events {
+        self.answer(move |conversation, sink| {
+            answering::send_results(conversation, &results, &options, sink)
+        })
+    }
+
     /// Answers the last message again, in place of its answer, which stays in the log as retracted.
     ///
     /// The prompt stays as it was, and so does what the answer begins with: of `options` the sampling, the limits, the time
-    /// and `recall` count; `system`, `recall_k`, `recall_filter`, `across_sessions`, `answer_prefix`, `completion`, `joined`
-    /// and `metadata` are ignored. Greedily, or with the same [`Sampling::seed`], the answer is the same. It is marked as the
-    /// one in whose place it stands.
+    /// and `recall` count; `system`, `tools`, `recall_k`, `recall_filter`, `across_sessions`, `answer_prefix`, `completion`,
+    /// `joined` and `metadata` are ignored. Greedily, or with the same [`Sampling::seed`], the answer is the same. It is marked
+    /// as the one in whose place it stands.
     ///
     /// Errors are the stream's last item, `NotFound` where the last turn is no answer, `Cancelled` where it ended before its
     /// first token: the answer is then the one before.

@@ -1,6 +1,11 @@
 //! A model's chat template: Jinja as HuggingFace writes it, rendered by minijinja.
 //! Knows no tokenizer; where the text around the contents lies is read off by `prompt`.
 
+pub(crate) mod json;
+mod tool;
+
+pub(crate) use tool::Tool;
+
 use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use minijinja::{Environment, ErrorKind as JinjaKind, Value as Jinja, context};
@@ -13,11 +18,19 @@ use std::path::Path;
 pub(crate) struct Message {
     role: String,
     content: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_call_id: Option<String>,
 }
 
 impl Message {
     pub(crate) fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
+        Self { role: role.into(), content: content.into(), tool_call_id: None }
+    }
+
+    /// The same as the result of the call `id`.
+    pub(crate) fn of_call(mut self, id: &str) -> Self {
+        self.tool_call_id = Some(id.to_owned());
+        self
     }
 }
 
@@ -46,6 +59,8 @@ impl ChatTemplate {
         // A template that prints today's date would render the same conversation differently each day and void what is
         // cached of it: the date is left out.
         environment.add_function("strftime_now", |_format: String| String::new());
+        // minijinja's own writes some signs in a way that is safe in HTML.
+        environment.add_filter("tojson", json::tojson);
         environment.add_template_owned(NAME, source.to_owned()).map_err(|source| {
             Error::model(format!("chat template: {source}")).with_source(source)
         })?;
@@ -103,15 +118,22 @@ impl ChatTemplate {
         Self::new(gguf.str(KEY)?, bos, token("tokenizer.ggml.eos_token_id")).map(Some)
     }
 
-    /// Renders a conversation, with the header of the next answer if `add_generation_prompt`.
+    /// Renders a conversation, in which the model may call `tools`, with the header of the next answer if
+    /// `add_generation_prompt`.
     ///
     /// # Errors
     /// If the template refuses the messages, with its own words.
     pub(crate) fn render(
         &self,
         messages: &[Message],
+        tools: &[Tool],
         add_generation_prompt: bool,
     ) -> Result<String> {
+        // Without any it is none, as transformers passes it.
+        let tools = match tools {
+            [] => Jinja::from(()),
+            tools => tools.iter().map(Tool::value).collect(),
+        };
         let template = self
             .environment
             .get_template(NAME)
@@ -119,6 +141,7 @@ impl ChatTemplate {
         template
             .render(context! {
                 messages,
+                tools,
                 add_generation_prompt,
                 bos_token => self.bos_token,
                 eos_token => self.eos_token,
@@ -171,7 +194,7 @@ mod tests {
             .into();
         let answered = [s.opening.as_str(), "one", &s.to_answer, &s.answer_lead, "two"].concat();
         let appended = [answered.as_str(), &s.to_user, "three", &s.to_answer].concat();
-        assert_eq!(appended, template.render(&messages, true).unwrap());
+        assert_eq!(appended, template.render(&messages, &[], true).unwrap());
     }
 
     #[test]
@@ -229,7 +252,7 @@ mod tests {
         let [system, user, answer] = said.map(|(_, content)| shown(content, true));
         let (before, after) = s.system.unwrap();
         let text = [before.as_str(), system, &after, user, &s.to_answer, answer].concat();
-        assert!(template.render(&messages, false).unwrap().starts_with(&text), "{text}");
+        assert!(template.render(&messages, &[], false).unwrap().starts_with(&text), "{text}");
         assert_eq!((shown(" a ", false), shown(" \n", true)), (" a ", " \n"));
     }
 

@@ -2,7 +2,7 @@
 //! Knows no network: it looks into the cache and says why a test is skipped.
 
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The SmolLM2 GGUF file in the cache; `None`, with the reason printed, where it is not there.
 pub(crate) fn smollm2_gguf() -> Option<PathBuf> {
@@ -66,6 +66,25 @@ pub(crate) fn sentencepiece(own_blank: &str) -> serde_json::Value {
             "vocab": vocab, "merges": [["▁", "H"], ["▁H", "e"], ["H", "e"]],
         },
     })
+}
+
+/// A copy of the tiny model in `folder`, with another chat template.
+pub(crate) fn tiny_model(folder: &Path, template: &str) -> PathBuf {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let bytes = std::fs::read(data.join("golden/gguf/model.gguf")).unwrap();
+    let key = b"tokenizer.chat_template";
+    let key_at = bytes.windows(key.len()).position(|window| window == key).unwrap();
+    // Behind the key stand the type of its value in 4 bytes, its length in 8, and its text.
+    let at = key_at + key.len() + 4;
+    let old = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    // Tensors lie at multiples of 32 bytes: a comment has them move by one.
+    let fill = (old + 32 - (template.len() + "{##}".len()) % 32) % 32;
+    let template = format!("{template}{{#{}#}}", " ".repeat(fill));
+    let len = (template.len() as u64).to_le_bytes();
+    let copy = [&bytes[..at], &len, template.as_bytes(), &bytes[at + 8 + old..]].concat();
+    let path = folder.join("model.gguf");
+    std::fs::write(&path, copy).unwrap();
+    path
 }
 
 fn cached(name: &str) -> Option<PathBuf> {

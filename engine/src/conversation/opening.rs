@@ -1,5 +1,6 @@
-//! How a session comes back from its snapshot: its window, and beside it the pages that left the window.
-//! Knows no turn's meaning and no file.
+//! How a session comes back from its snapshot: its window, and beside it the pages that left the window; and how much of its
+//! beginning stays in sight where it comes back from its log alone.
+//! Knows no file.
 
 use super::{Conversation, StoredPages, page_of};
 use crate::cache::Cache;
@@ -8,12 +9,53 @@ use crate::error::ErrorKind::{Corrupted, Incompatible};
 use crate::error::{Error, Result};
 use crate::pages::{PageShape, PageStore};
 use crate::snapshot::SessionState;
-use mka_memory::{OpenSnapshot, Scope};
+use mka_memory::{NewTurn, OpenSnapshot, Scope, TurnId, Value};
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
 
+/// Metadata of the turn in the log that a session with instructions begins with: how many of its tokens stand before its
+/// first message, the instructions and the tools that the model may call.
+const OPENING_TOKENS: &str = "mka.opening_tokens";
+/// Keys that a turn may have.
+const MOST_KEYS: usize = 256;
+
+/// Notes that the first `tokens` tokens of `turn` are the instructions of its session. A turn that is marked as often as may
+/// be goes without.
+pub(crate) fn note_opening(turn: &mut NewTurn, tokens: usize) {
+    if turn.metadata.len() < MOST_KEYS {
+        turn.metadata.insert(OPENING_TOKENS.to_owned(), Value::from(tokens as f64));
+    }
+}
+
 impl Conversation {
+    /// Pages at the start of a stream of the turns before `end` that every token is to see: those of its instructions, as the
+    /// log says, or as many as there are now. Where the turn that began with them was forgotten, one.
+    pub(super) fn sink_pages_before(&self, model: &Model, end: TurnId) -> Result<u64> {
+        let first = match &model.scaffold.system {
+            Some((before, _)) if !model.scaffold.opening.is_empty() => {
+                // A blank at its end is a part of the first word of the instructions.
+                let before = before.strip_suffix(' ').unwrap_or(before);
+                model.tokenizer.encode_with_specials(before)?
+            }
+            _ => model.tokenizer.prefix().to_vec(),
+        };
+        for id in 0..end {
+            let Some(turn) = self.turn_in_stream(id)? else { continue };
+            if let Some(Value::Number(tokens)) = turn.metadata.get(OPENING_TOKENS) {
+                return Ok(self.sink_pages_of(model, *tokens as usize));
+            }
+            if !turn.tokens.starts_with(&first) {
+                return Ok(1);
+            }
+            break;
+        }
+        Ok(match &self.cache {
+            Some(cache) => cache.sink_pages(),
+            None => u64::from(self.state.sink_pages).clamp(1, self.most_sink_pages(model)),
+        })
+    }
+
     /// A store for the pages that leave the window, none in it yet; None where they are not recalled.
     pub(super) fn page_store(&self, shape: PageShape, model: &Model) -> Option<PageStore> {
         let config = &self.shared.config;

@@ -7,8 +7,8 @@ use crate::models::config::{DecoderConfig, token_ids};
 use crate::models::decoder::Decoder;
 use crate::models::weights::Weights;
 use crate::parallel::TensorGroup;
-use crate::prompt::Scaffold;
-use crate::template::ChatTemplate;
+use crate::prompt::{self, Scaffold};
+use crate::template::{ChatTemplate, Tool};
 use crate::tokenizer::Tokenizer;
 use std::path::Path;
 
@@ -18,6 +18,8 @@ pub(crate) struct Model {
     pub(crate) decoder: Decoder,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) scaffold: Scaffold,
+    /// For what a session alone knows: the tools that it is offered.
+    template: Option<ChatTemplate>,
     pub(crate) end_of_turn: Vec<u32>,
 }
 
@@ -49,13 +51,12 @@ impl Model {
             config.eos_token_ids.extend(token_ids(json.get("eos_token_id")));
         }
         let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
-        let scaffold = match ChatTemplate::from_folder(folder)? {
-            Some(template) => Scaffold::new(&template)?,
-            None => Scaffold::plain(),
-        };
+        let template = ChatTemplate::from_folder(folder)?;
+        let scaffold = scaffold_of(template.as_ref())?;
         let weights = Weights::open_folder(folder)?;
         let decoder = Decoder::load_part(config, &weights, device, group)?;
-        Self::new(folder, decoder, tokenizer, scaffold, &[])
+        let model = Self::new(folder, decoder, tokenizer, scaffold, &[])?;
+        Ok(Self { template, ..model })
     }
 
     fn load_gguf(path: &Path, device: &candle_core::Device, group: &TensorGroup) -> Result<Self> {
@@ -64,14 +65,13 @@ impl Model {
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let special = tokenizer.special_ids();
         config.eos_token_ids.extend([special.eos, special.eot].into_iter().flatten());
-        let scaffold = match ChatTemplate::from_gguf(&gguf)? {
-            Some(template) => Scaffold::new(&template)?,
-            None => Scaffold::plain(),
-        };
+        let template = ChatTemplate::from_gguf(&gguf)?;
+        let scaffold = scaffold_of(template.as_ref())?;
         let decoder = Decoder::load_part(config, &weights, device, group)?;
         // Not in the configuration, which is a part of what a snapshot is known by.
         let ends = tokenizer.ends_by_name();
-        Self::new(path, decoder, tokenizer, scaffold, &ends)
+        let model = Self::new(path, decoder, tokenizer, scaffold, &ends)?;
+        Ok(Self { template, ..model })
     }
 
     fn new(
@@ -103,6 +103,28 @@ impl Model {
         end_of_turn.sort_unstable();
         end_of_turn.dedup();
         let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        Ok(Self { name, decoder, tokenizer, scaffold, end_of_turn })
+        Ok(Self { name, decoder, tokenizer, scaffold, template: None, end_of_turn })
     }
+
+    /// The scaffold of a session that is offered `tools`, and given instructions if it `has_system` ones.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the template has no place for tools or no system message, or a tool holds a control token.
+    pub(crate) fn offering(&self, tools: &[Tool], has_system: bool) -> Result<Scaffold> {
+        let template = self.template.as_ref().ok_or_else(prompt::no_place)?;
+        for (i, tool) in tools.iter().enumerate() {
+            // What a tool says of itself may come from elsewhere, and stands in text whose control tokens count.
+            let json = tool.json()?;
+            if self.tokenizer.encode(&json, true)? != self.tokenizer.encode(&json, false)? {
+                return Err(Error::invalid(format!(
+                    "tools[{i}]: a control token of the model in its text, expected none"
+                )));
+            }
+        }
+        self.scaffold.offering(template, tools, has_system)
+    }
+}
+
+fn scaffold_of(template: Option<&ChatTemplate>) -> Result<Scaffold> {
+    template.map_or_else(|| Ok(Scaffold::plain()), Scaffold::new)
 }

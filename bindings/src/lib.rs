@@ -27,6 +27,7 @@ mod recalling;
 mod records;
 mod scope;
 mod session;
+mod tools;
 mod upkeep;
 mod wait;
 
@@ -54,6 +55,7 @@ pub use records::{
 };
 pub use scope::{Role, Scope};
 pub use session::NativeSession;
+pub use tools::{ToolCall, ToolResult, tool_calls};
 pub use upkeep::{Backup, Checkup, DiskUsage, Exported, Imported, Problem, Repair, Stats};
 
 uniffi::setup_scaffolding!();

@@ -65,6 +65,11 @@ pub struct SendOptions {
     /// The memories that are looked up are of turns whose metadata this accepts.
     #[uniffi(default)]
     pub recall_filter: Option<Filter>,
+    /// Tools that the model may call, each the JSON of a function as OpenAI writes it: the model's chat template lists them
+    /// before a session's first message, and refuses them where it lists none; ignored later. They stay in sight as `system`
+    /// does.
+    #[uniffi(default)]
+    pub tools: Vec<String>,
 }
 
 impl From<SendOptions> for mka::SendOptions {
@@ -90,6 +95,7 @@ impl From<SendOptions> for mka::SendOptions {
         options.time_ms = from.time_ms;
         options.metadata = marks(from.metadata);
         options.recall_filter = from.recall_filter.map(Into::into);
+        options.tools = from.tools;
         options
     }
 }

@@ -9,6 +9,7 @@ use crate::options::{FeedOptions, NewTurn, SendOptions};
 use crate::pull::{Activity, Pull, Source};
 use crate::records::{Context, Vectors};
 use crate::scope::Scope;
+use crate::tools::ToolResult;
 use crate::wait::wait;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -120,7 +121,20 @@ impl NativeSession {
         Ok(Arc::new(NativeEvents::new(self.begun(&mut live, events))))
     }
 
-    /// Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `recall_k`,
+    /// Gives the model what the tools that its last answer called gave back, and answers; the work starts at once. `system`,
+    /// `tools`, `completion` and `joined` are ignored.
+    pub fn send_tool(
+        &self,
+        results: Vec<ToolResult>,
+        options: SendOptions,
+    ) -> Result<Arc<NativeEvents>, MkaError> {
+        let mut live = self.live();
+        let results = results.into_iter().map(Into::into).collect();
+        let events = live.idle("send_tool")?.send_tool(results, options.into());
+        Ok(Arc::new(NativeEvents::new(self.begun(&mut live, events))))
+    }
+
+    /// Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `tools`, `recall_k`,
     /// `recall_filter`, `across_sessions`, `answer_prefix`, `completion`, `joined` and `metadata` are ignored.
     pub fn regenerate(&self, options: SendOptions) -> Result<Arc<NativeEvents>, MkaError> {
         let mut live = self.live();

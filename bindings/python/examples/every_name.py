@@ -104,6 +104,10 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
             events: mka.Events = chat.send("Where is the hotel?", **sending)
             for event in events:
                 print(show(event), end="")
+            result: mka.ToolResult = mka.ToolResult("It is 9:14.", name="now")
+            said, _ = chat.send_tool([result, "It rains."], max_new_tokens=4).text()
+            calls: list[mka.ToolCall] = mka.tool_calls(said)
+            print([(call.name, call.arguments) for call in calls])
             feeding: mka.FeedOptions = {
                 "name": "hill.txt",
                 "metadata": {"kind": "page"},
@@ -149,6 +153,7 @@ async def waiting(store: mka.Path, options: mka.EngineOptions) -> None:
             answer, usage = await events.text()
             answer_turn: int | None = usage.answer_turn
             print(answer, answer_turn, usage.stream_tokens, attention(usage))
+            await chat.send_tool("The train is late.", max_new_tokens=4).text()
             feed: mka.AsyncFeed = chat.feed("The goats too. " * 20)
             print((await feed.finish()).bytes)
             async with chat.fork("a third trip") as fork:

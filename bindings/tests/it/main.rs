@@ -2,6 +2,7 @@
 
 mod direct;
 mod open;
+mod tools;
 
 use mka_bindings::{
     Backend, EngineConfig, Event, FeedEvent, FeedMode, FeedOptions, Filter, Forget, Hygiene,

@@ -16,6 +16,7 @@ async with mka.open("agent.mka", model="HuggingFaceTB/SmolLM2-135M-Instruct") as
 
 from typing import TYPE_CHECKING
 
+from mka import _calls
 from mka._errors import (
     CancelledError,
     CorruptedError,
@@ -77,6 +78,8 @@ from mka._values import (
     Stats,
     StopReason,
     Token,
+    ToolCall,
+    ToolResult,
     Trust,
     Turn,
     Usage,
@@ -113,6 +116,15 @@ __version__: str = _native.version()
 def available_devices() -> list[str]:
     """Names of the devices that this build can use here, the fastest last."""
     return list(_native.available_devices())
+
+
+def tool_calls(answer: str) -> list[ToolCall]:
+    """The calls of tools in the text of an answer, in the order in which they stand there.
+
+    Read is what models write: JSON between `<tool_call>` tags (Hermes, Qwen), a list behind `[TOOL_CALLS]` or alone
+    (Mistral), an object as the whole answer (Llama 3). What is malformed is no call.
+    """
+    return [ToolCall(call.name, call.arguments) for call in _calls.now(_native, "tool_calls", answer)]
 
 
 __all__ = [
@@ -180,6 +192,8 @@ __all__ = [
     "StorageError",
     "Time",
     "Token",
+    "ToolCall",
+    "ToolResult",
     "Trust",
     "Turn",
     "Usage",
@@ -189,4 +203,5 @@ __all__ = [
     "open",
     "open_sync",
     "stop_logging",
+    "tool_calls",
 ]

@@ -39,6 +39,7 @@ from mka._values import (
     NewTurn,
     Receipt,
     SessionInfo,
+    ToolResult,
     Turn,
 )
 
@@ -143,10 +144,24 @@ class AsyncSession(SessionHandle):
         given = _options.send_options(options)
         return AsyncEvents(_calls.now(self._native, "send", message, given))
 
+    def send_tool(
+        self,
+        results: str | ToolResult | Sequence[str | ToolResult],
+        **options: Unpack[SendOptions],
+    ) -> AsyncEvents:
+        """Gives the model what the tools that its last answer called gave back, and answers.
+
+        They stand where the chat template has a place for them, or else in a message of the user's; each is a turn of role
+        `tool`. `system`, `tools`, `completion` and `joined` are without effect.
+        """
+        given = _options.tool_results(results)
+        native = _options.send_options(options)
+        return AsyncEvents(_calls.now(self._native, "send_tool", given, native))
+
     def regenerate(self, **options: Unpack[SendOptions]) -> AsyncEvents:
         """Answers the last message again, in place of its answer, whose metadata the new one has.
 
-        The prompt stays as it was, with its beginning of an answer: `system`, `recall_k`, `recall_filter`,
+        The prompt stays as it was, with its beginning of an answer: `system`, `tools`, `recall_k`, `recall_filter`,
         `across_sessions`, `answer_prefix`, `completion`, `joined` and `metadata` are without effect. With the same
         `seed`, the answer is the same.
         """

@@ -5,6 +5,7 @@ Holds no default value: what is left out is the engine's, which the documentatio
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -16,7 +17,7 @@ from mka import _filter
 from mka._errors import InvalidArgumentError
 from mka._filter import Filter
 from mka._native import mka_bindings as _native
-from mka._values import MetadataValue, NewTurn, Role
+from mka._values import MetadataValue, NewTurn, Role, ToolResult
 
 Time: TypeAlias = datetime | int
 """A moment: a datetime that knows its zone, or milliseconds since 1970."""
@@ -170,6 +171,12 @@ class SendOptions(TypedDict, total=False):
     """What message and answer are marked with, for a `filter` to ask for: at most 254 keys, none begins with `mka.`."""
     recall_filter: Filter | None
     """The memories that are looked up are of turns whose metadata this accepts."""
+    tools: Sequence[Mapping[str, Any] | str]
+    """Tools that the model may call, each a function as OpenAI writes it, as a dict or in JSON.
+
+    The model's chat template lists them before a session's first message, or refuses them; they stay in sight as `system`.
+    `tool_calls` reads the calls from an answer, `send_tool` gives the results.
+    """
 
 
 class FeedOptions(TypedDict, total=False):
@@ -336,8 +343,39 @@ def send_options(options: SendOptions) -> Any:
         given["metadata"] = _filter.metadata(given["metadata"])
     if "recall_filter" in given:
         given["recall_filter"] = _filter.native(given["recall_filter"])
+    if "tools" in given:
+        given["tools"] = _tools(given["tools"])
     _choose(given, "recall", _RECALLS)
     return _native.SendOptions(**given)
+
+
+def _tools(tools: Sequence[Mapping[str, Any] | str]) -> list[str]:
+    """The JSON of each tool."""
+    if isinstance(tools, (str, Mapping)):
+        tools = [tools]
+    written: list[str] = []
+    for place, tool in enumerate(tools):
+        if isinstance(tool, Mapping):
+            tool = json.dumps(dict(tool), ensure_ascii=False)
+        if not isinstance(tool, str):
+            raise TypeError(f"tools[{place}]: {type(tool).__name__}, expected a dict or JSON")
+        written.append(tool)
+    return written
+
+
+def tool_results(results: str | ToolResult | Sequence[str | ToolResult]) -> list[Any]:
+    """The native records of `results`; a string is one without a name."""
+    if isinstance(results, (str, ToolResult)):
+        results = [results]
+    given: list[Any] = []
+    for place, result in enumerate(results):
+        if isinstance(result, str):
+            result = ToolResult(result)
+        if not isinstance(result, ToolResult):
+            kind = type(result).__name__
+            raise TypeError(f"results[{place}]: {kind}, expected str or ToolResult")
+        given.append(_native.ToolResult(content=result.content, name=result.name))
+    return given
 
 
 def feed_options(options: FeedOptions) -> Any:

@@ -269,6 +269,22 @@ class NewTurn(_Value):
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
+class ToolCall(_Value):
+    """A call of a tool, as a model wrote it: `arguments` is a JSON object, for `json.loads`."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class ToolResult(_Value):
+    """What a tool gave back; `name`, that of the tool, is shown beside what is recalled from it."""
+
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Finding(_Value):
     """Bytes `start` to `end` of one of a call's turns that look sensitive.
 

@@ -10,6 +10,10 @@ public let version: String = MKABindings.version()
 /// Names of the devices that this build can use here, the fastest last.
 public func availableDevices() -> [String] { MKABindings.availableDevices() }
 
+/// The calls of tools in the text of an answer, in the order in which they stand there; what is no JSON of the form that models
+/// write (Hermes and Qwen, Mistral, Llama 3) is none.
+public func toolCalls(in answer: String) -> [ToolCall] { MKABindings.toolCalls(answer: answer) }
+
 /// An open memory folder with its model, shared by its sessions.
 public final class Engine: Sendable {
     private let native: NativeEngine

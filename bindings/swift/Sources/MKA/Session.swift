@@ -23,10 +23,24 @@ public final class Session: Sendable {
         events { try native.send(message: message, options: options) }
     }
 
+    /// Gives the model what the tools that its last answer called gave back, and answers.
+    ///
+    /// The results stand where the chat template has a place for them, or else in a message of the user's; each is a turn of
+    /// role `.tool`. `system`, `tools`, `completion` and `joined` of `options` are ignored. Reading it throws
+    /// `.invalidArgument` without a result, and where nothing was said yet.
+    public func sendTool(_ results: [ToolResult], options: SendOptions = SendOptions()) -> EventStream<Event> {
+        events { try native.sendTool(results: results, options: options) }
+    }
+
+    /// Gives the model what a tool gave back, and answers.
+    public func sendTool(_ content: String, options: SendOptions = SendOptions()) -> EventStream<Event> {
+        sendTool([ToolResult(content: content)], options: options)
+    }
+
     /// Answers the last message again, in place of its answer, whose metadata the new one has.
     ///
-    /// The prompt and the words that the answer begins with stay as they were: `system`, `recallK`, `recallFilter`,
-    /// `acrossSessions`, `answerPrefix`, `completion`, `joined` and `metadata` of `options` are ignored. Other words need a
+    /// The prompt and the words that the answer begins with stay as they were: `system`, `tools`, `recallK`,
+    /// `recallFilter`, `acrossSessions`, `answerPrefix`, `completion`, `joined` and `metadata` of `options` are ignored. Other words need a
     /// temperature and another seed.
     /// Reading it throws `.notFound` where the last turn is no answer.
     public func regenerate(options: SendOptions = SendOptions()) -> EventStream<Event> {

@@ -86,6 +86,10 @@ public typealias Hygiene = MKABindings.Hygiene
 public typealias Policy = MKABindings.Policy
 /// How one message is answered; what is left out is the engine's default. `seed` is 0 if left out: two runs draw the same.
 public typealias SendOptions = MKABindings.SendOptions
+/// A call of a tool, as a model wrote it: `arguments` is a JSON object.
+public typealias ToolCall = MKABindings.ToolCall
+/// What a tool gave back.
+public typealias ToolResult = MKABindings.ToolResult
 /// How a document is taken in; what is left out is the engine's default.
 public typealias FeedOptions = MKABindings.FeedOptions
 /// What of a document the model reads.

@@ -21,7 +21,7 @@ use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Sink, StopReason, Usage};
 use crate::template::Tool;
 use crate::tokenizer::Joined;
-use mka_memory::{ENGINE_KEYS, Hit, Metadata, NewTurn, Recall, Role, Turn, TurnId, Value};
+use mka_memory::{ENGINE_KEYS, Hit, NewTurn, Recall, Role, Turn, TurnId, Value};
 use std::ops::Range;
 
 /// Metadata of an answer in the log that was begun with words of the caller's, or goes on in text: how long those are.

@@ -2,6 +2,7 @@
 //! Knows no weight.
 
 use candle_core::Device;
+use std::mem::ManuallyDrop;
 use std::ops::Deref;
 
 /// A device as the model holds it that runs there.
@@ -31,7 +32,7 @@ impl Drop for ModelDevice {
             && let Err(error) = self.0.synchronize()
         {
             tracing::warn!(%error, "the card failed: its device stays open to the end of the process");
-            std::mem::forget(self.0.clone());
+            let _ = ManuallyDrop::new(self.0.clone());
         }
     }
 }

@@ -740,6 +740,11 @@ RustBuffer uniffi_mka_bindings_fn_method_nativesession_scope(uint64_t ptr, RustC
 uint64_t uniffi_mka_bindings_fn_method_nativesession_send(uint64_t ptr, RustBuffer message, RustBuffer options, RustCallStatus *_Nonnull out_status
 );
 #endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_SEND_TOOL
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_METHOD_NATIVESESSION_SEND_TOOL
+uint64_t uniffi_mka_bindings_fn_method_nativesession_send_tool(uint64_t ptr, RustBuffer results, RustBuffer options, RustCallStatus *_Nonnull out_status
+);
+#endif
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FUNC_AVAILABLE_DEVICES
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FUNC_AVAILABLE_DEVICES
 RustBuffer uniffi_mka_bindings_fn_func_available_devices(RustCallStatus *_Nonnull out_status
@@ -761,6 +766,11 @@ void uniffi_mka_bindings_fn_func_shut_down(RustCallStatus *_Nonnull out_status
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FUNC_FORWARD_LOGS
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FUNC_FORWARD_LOGS
 void uniffi_mka_bindings_fn_func_forward_logs(RustBuffer level, RustBuffer sink, RustCallStatus *_Nonnull out_status
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FUNC_TOOL_CALLS
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_FN_FUNC_TOOL_CALLS
+RustBuffer uniffi_mka_bindings_fn_func_tool_calls(RustBuffer answer, RustCallStatus *_Nonnull out_status
 );
 #endif
 #ifndef UNIFFI_FFIDEF_FFI_MKA_BINDINGS_RUSTBUFFER_ALLOC
@@ -1044,6 +1054,12 @@ uint16_t uniffi_mka_bindings_checksum_func_shut_down(void
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_FUNC_FORWARD_LOGS
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_FUNC_FORWARD_LOGS
 uint16_t uniffi_mka_bindings_checksum_func_forward_logs(void
+
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_FUNC_TOOL_CALLS
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_FUNC_TOOL_CALLS
+uint16_t uniffi_mka_bindings_checksum_func_tool_calls(void
 
 );
 #endif
@@ -1512,6 +1528,12 @@ uint16_t uniffi_mka_bindings_checksum_method_nativesession_scope(void
 #ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_SEND
 #define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_SEND
 uint16_t uniffi_mka_bindings_checksum_method_nativesession_send(void
+
+);
+#endif
+#ifndef UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_SEND_TOOL
+#define UNIFFI_FFIDEF_UNIFFI_MKA_BINDINGS_CHECKSUM_METHOD_NATIVESESSION_SEND_TOOL
+uint16_t uniffi_mka_bindings_checksum_method_nativesession_send_tool(void
 
 );
 #endif

@@ -40,8 +40,8 @@ public final class Session: Sendable {
     /// Answers the last message again, in place of its answer, whose metadata the new one has.
     ///
     /// The prompt and the words that the answer begins with stay as they were: `system`, `tools`, `recallK`,
-    /// `recallFilter`, `acrossSessions`, `answerPrefix`, `completion`, `joined` and `metadata` of `options` are ignored. Other words need a
-    /// temperature and another seed.
+    /// `recallFilter`, `acrossSessions`, `answerPrefix`, `completion`, `joined` and `metadata` of `options` are ignored.
+    /// Other words need a temperature and another seed.
     /// Reading it throws `.notFound` where the last turn is no answer.
     public func regenerate(options: SendOptions = SendOptions()) -> EventStream<Event> {
         events { try native.regenerate(options: options) }

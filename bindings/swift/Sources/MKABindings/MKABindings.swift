@@ -2772,7 +2772,7 @@ public protocol NativeSessionProtocol: AnyObject, Sendable {
     func peekLogitsBlocking(text: String) throws  -> Vectors
 
     /**
-     * Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `recall_k`,
+     * Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `tools`, `recall_k`,
      * `recall_filter`, `across_sessions`, `answer_prefix`, `completion`, `joined` and `metadata` are ignored.
      */
     func regenerate(options: SendOptions) throws  -> NativeEvents
@@ -2796,6 +2796,12 @@ public protocol NativeSessionProtocol: AnyObject, Sendable {
      * Answers `message`; the work starts at once.
      */
     func send(message: String, options: SendOptions) throws  -> NativeEvents
+
+    /**
+     * Gives the model what the tools that its last answer called gave back, and answers; the work starts at once. `system`,
+     * `tools`, `completion` and `joined` are ignored.
+     */
+    func sendTool(results: [ToolResult], options: SendOptions) throws  -> NativeEvents
 
 }
 /**
@@ -3016,7 +3022,7 @@ open func peekLogitsBlocking(text: String)throws  -> Vectors  {
 }
 
     /**
-     * Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `recall_k`,
+     * Answers the last message again, in place of its answer. The prompt stays as it was: `system`, `tools`, `recall_k`,
      * `recall_filter`, `across_sessions`, `answer_prefix`, `completion`, `joined` and `metadata` are ignored.
      */
 open func regenerate(options: SendOptions)throws  -> NativeEvents  {
@@ -3081,6 +3087,21 @@ open func send(message: String, options: SendOptions)throws  -> NativeEvents  {
     uniffi_mka_bindings_fn_method_nativesession_send(
             self.uniffiCloneHandle(),
         FfiConverterString.lower(message),
+        FfiConverterTypeSendOptions_lower(options),uniffiCallStatus
+    )
+})
+}
+
+    /**
+     * Gives the model what the tools that its last answer called gave back, and answers; the work starts at once. `system`,
+     * `tools`, `completion` and `joined` are ignored.
+     */
+open func sendTool(results: [ToolResult], options: SendOptions)throws  -> NativeEvents  {
+    return try  FfiConverterTypeNativeEvents_lift(try rustCallWithError(FfiConverterTypeMkaError_lift) {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_method_nativesession_send_tool(
+            self.uniffiCloneHandle(),
+        FfiConverterSequenceTypeToolResult.lower(results),
         FfiConverterTypeSendOptions_lower(options),uniffiCallStatus
     )
 })
@@ -5554,6 +5575,12 @@ public struct SendOptions: Equatable, Hashable {
      * The memories that are looked up are of turns whose metadata this accepts.
      */
     public var recallFilter: Filter?
+    /**
+     * Tools that the model may call, each the JSON of a function as OpenAI writes it: the model's chat template lists them
+     * before a session's first message, and refuses them where it lists none; ignored later. They stay in sight as `system`
+     * does.
+     */
+    public var tools: [String]
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -5612,7 +5639,12 @@ public struct SendOptions: Equatable, Hashable {
          */metadata: [String: MetadataValue] = [:],
         /**
          * The memories that are looked up are of turns whose metadata this accepts.
-         */recallFilter: Filter? = nil) {
+         */recallFilter: Filter? = nil,
+        /**
+         * Tools that the model may call, each the JSON of a function as OpenAI writes it: the model's chat template lists them
+         * before a session's first message, and refuses them where it lists none; ignored later. They stay in sight as `system`
+         * does.
+         */tools: [String] = []) {
         self.temperature = temperature
         self.topK = topK
         self.topP = topP
@@ -5631,6 +5663,7 @@ public struct SendOptions: Equatable, Hashable {
         self.timeMs = timeMs
         self.metadata = metadata
         self.recallFilter = recallFilter
+        self.tools = tools
     }
 
 
@@ -5666,7 +5699,8 @@ public struct FfiConverterTypeSendOptions: FfiConverterRustBuffer {
                 acrossSessions: FfiConverterBool.read(from: &buf),
                 timeMs: FfiConverterOptionInt64.read(from: &buf),
                 metadata: FfiConverterDictionaryStringTypeMetadataValue.read(from: &buf),
-                recallFilter: FfiConverterOptionTypeFilter.read(from: &buf)
+                recallFilter: FfiConverterOptionTypeFilter.read(from: &buf),
+                tools: FfiConverterSequenceString.read(from: &buf)
         )
     }
 
@@ -5689,6 +5723,7 @@ public struct FfiConverterTypeSendOptions: FfiConverterRustBuffer {
         FfiConverterOptionInt64.write(value.timeMs, into: &buf)
         FfiConverterDictionaryStringTypeMetadataValue.write(value.metadata, into: &buf)
         FfiConverterOptionTypeFilter.write(value.recallFilter, into: &buf)
+        FfiConverterSequenceString.write(value.tools, into: &buf)
     }
 }
 
@@ -6202,6 +6237,144 @@ public func FfiConverterTypeStats_lift(_ buf: RustBuffer) throws -> Stats {
 #endif
 public func FfiConverterTypeStats_lower(_ value: Stats) -> RustBuffer {
     return FfiConverterTypeStats.lower(value)
+}
+
+
+/**
+ * A call of a tool, as a model wrote it.
+ */
+public struct ToolCall: Equatable, Hashable {
+    /**
+     * The name of the tool.
+     */
+    public var name: String
+    /**
+     * What it is called with: a JSON object, as the model wrote it.
+     */
+    public var arguments: String
+
+    // Default memberwise initializers are never public by default, so we
+    // declare one manually.
+    public init(
+        /**
+         * The name of the tool.
+         */name: String,
+        /**
+         * What it is called with: a JSON object, as the model wrote it.
+         */arguments: String) {
+        self.name = name
+        self.arguments = arguments
+    }
+
+
+
+
+}
+
+#if compiler(>=6)
+extension ToolCall: Sendable {}
+#endif
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public struct FfiConverterTypeToolCall: FfiConverterRustBuffer {
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> ToolCall {
+        return
+            try ToolCall(
+                name: FfiConverterString.read(from: &buf),
+                arguments: FfiConverterString.read(from: &buf)
+        )
+    }
+
+    public static func write(_ value: ToolCall, into buf: inout [UInt8]) {
+        FfiConverterString.write(value.name, into: &buf)
+        FfiConverterString.write(value.arguments, into: &buf)
+    }
+}
+
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeToolCall_lift(_ buf: RustBuffer) throws -> ToolCall {
+    return try FfiConverterTypeToolCall.lift(buf)
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeToolCall_lower(_ value: ToolCall) -> RustBuffer {
+    return FfiConverterTypeToolCall.lower(value)
+}
+
+
+/**
+ * What a tool gave back.
+ */
+public struct ToolResult: Equatable, Hashable {
+    /**
+     * The result, as the model is to read it; it may be empty.
+     */
+    public var content: String
+    /**
+     * The name of the tool, shown beside what is recalled from the result.
+     */
+    public var name: String?
+
+    // Default memberwise initializers are never public by default, so we
+    // declare one manually.
+    public init(
+        /**
+         * The result, as the model is to read it; it may be empty.
+         */content: String,
+        /**
+         * The name of the tool, shown beside what is recalled from the result.
+         */name: String? = nil) {
+        self.content = content
+        self.name = name
+    }
+
+
+
+
+}
+
+#if compiler(>=6)
+extension ToolResult: Sendable {}
+#endif
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public struct FfiConverterTypeToolResult: FfiConverterRustBuffer {
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> ToolResult {
+        return
+            try ToolResult(
+                content: FfiConverterString.read(from: &buf),
+                name: FfiConverterOptionString.read(from: &buf)
+        )
+    }
+
+    public static func write(_ value: ToolResult, into buf: inout [UInt8]) {
+        FfiConverterString.write(value.content, into: &buf)
+        FfiConverterOptionString.write(value.name, into: &buf)
+    }
+}
+
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeToolResult_lift(_ buf: RustBuffer) throws -> ToolResult {
+    return try FfiConverterTypeToolResult.lift(buf)
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeToolResult_lower(_ value: ToolResult) -> RustBuffer {
+    return FfiConverterTypeToolResult.lower(value)
 }
 
 
@@ -8807,6 +8980,10 @@ public enum Role: Equatable, Hashable {
      * Text that memory gave back to the model: logged, never recalled again.
      */
     case recalled
+    /**
+     * What a tool gave back to the model that called it.
+     */
+    case tool
 
 
 
@@ -8838,6 +9015,8 @@ public struct FfiConverterTypeRole: FfiConverterRustBuffer {
 
         case 5: return .recalled
 
+        case 6: return .tool
+
         default: throw UniffiInternalError.unexpectedEnumCase
         }
     }
@@ -8864,6 +9043,10 @@ public struct FfiConverterTypeRole: FfiConverterRustBuffer {
 
         case .recalled:
             writeInt(&buf, Int32(5))
+
+
+        case .tool:
+            writeInt(&buf, Int32(6))
 
         }
     }
@@ -9135,7 +9318,7 @@ public enum Trust: Equatable, Hashable {
      */
     case model
     /**
-     * It stood in a document: anyone may have written it.
+     * It stood in a document, or a tool gave it back: anyone may have written it.
      */
     case document
 
@@ -10134,6 +10317,56 @@ fileprivate struct FfiConverterSequenceTypeSessionInfo: FfiConverterRustBuffer {
 #if swift(>=5.8)
 @_documentation(visibility: private)
 #endif
+fileprivate struct FfiConverterSequenceTypeToolCall: FfiConverterRustBuffer {
+    typealias SwiftType = [ToolCall]
+
+    public static func write(_ value: [ToolCall], into buf: inout [UInt8]) {
+        let len = Int32(value.count)
+        writeInt(&buf, len)
+        for item in value {
+            FfiConverterTypeToolCall.write(item, into: &buf)
+        }
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> [ToolCall] {
+        let len: Int32 = try readInt(&buf)
+        var seq = [ToolCall]()
+        seq.reserveCapacity(Int(len))
+        for _ in 0 ..< len {
+            seq.append(try FfiConverterTypeToolCall.read(from: &buf))
+        }
+        return seq
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+fileprivate struct FfiConverterSequenceTypeToolResult: FfiConverterRustBuffer {
+    typealias SwiftType = [ToolResult]
+
+    public static func write(_ value: [ToolResult], into buf: inout [UInt8]) {
+        let len = Int32(value.count)
+        writeInt(&buf, len)
+        for item in value {
+            FfiConverterTypeToolResult.write(item, into: &buf)
+        }
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> [ToolResult] {
+        let len: Int32 = try readInt(&buf)
+        var seq = [ToolResult]()
+        seq.reserveCapacity(Int(len))
+        for _ in 0 ..< len {
+            seq.append(try FfiConverterTypeToolResult.read(from: &buf))
+        }
+        return seq
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
 fileprivate struct FfiConverterSequenceTypeTurn: FfiConverterRustBuffer {
     typealias SwiftType = [Turn]
 
@@ -10398,6 +10631,18 @@ public func forwardLogs(level: LogLevel, sink: LogSink?)throws   {try rustCallWi
     )
 }
 }
+/**
+ * The calls of tools in the text of an answer, in the order in which they stand there; what is no JSON of the form that
+ * models write is none.
+ */
+public func toolCalls(answer: String) -> [ToolCall]  {
+    return try!  FfiConverterSequenceTypeToolCall.lift(try! rustCall() {
+        uniffiCallStatus in
+    uniffi_mka_bindings_fn_func_tool_calls(
+        FfiConverterString.lower(answer),uniffiCallStatus
+    )
+})
+}
 
 private enum InitializationResult {
     case ok
@@ -10424,6 +10669,9 @@ private let initializationResult: InitializationResult = {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_func_forward_logs() != 39253) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_func_tool_calls() != 11511) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativebell_descriptor() != 10176) {
@@ -10645,7 +10893,7 @@ private let initializationResult: InitializationResult = {
     if (uniffi_mka_bindings_checksum_method_nativesession_peek_logits_blocking() != 4778) {
         return InitializationResult.apiChecksumMismatch
     }
-    if (uniffi_mka_bindings_checksum_method_nativesession_regenerate() != 30281) {
+    if (uniffi_mka_bindings_checksum_method_nativesession_regenerate() != 43743) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativesession_rewind() != 18965) {
@@ -10658,6 +10906,9 @@ private let initializationResult: InitializationResult = {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_method_nativesession_send() != 11800) {
+        return InitializationResult.apiChecksumMismatch
+    }
+    if (uniffi_mka_bindings_checksum_method_nativesession_send_tool() != 45317) {
         return InitializationResult.apiChecksumMismatch
     }
     if (uniffi_mka_bindings_checksum_constructor_nativebell_new() != 42026) {

@@ -11,6 +11,7 @@ use crate::gguf::Gguf;
 use minijinja::{Environment, ErrorKind as JinjaKind, Value as Jinja, context};
 use serde::Serialize;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::path::Path;
 
 /// One message as a template sees it.
@@ -47,6 +48,7 @@ impl ChatTemplate {
     /// # Errors
     /// If the source is no template.
     pub(crate) fn new(source: &str, bos_token: String, eos_token: String) -> Result<Self> {
+        let source: &str = &without_generation_tags(source);
         let mut environment = Environment::new();
         // As transformers' apply_chat_template sets up Jinja.
         environment.set_trim_blocks(true);
@@ -148,6 +150,25 @@ impl ChatTemplate {
             })
             .map_err(|e| Error::model(format!("chat template: {e:#}")).with_source(e))
     }
+}
+
+/// `source` with `{% generation %}` and `{% endgeneration %}`, tags of transformers' own that mark for training what the model
+/// says, as a block that is always written.
+fn without_generation_tags(source: &str) -> String {
+    let mut parts = source.split("{%");
+    let mut written = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let (inside, _) = part.split_once("%}").unwrap_or_default();
+        let word = inside.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
+        let part = match word {
+            "generation" => Cow::Owned(part.replacen(word, "if true", 1)),
+            "endgeneration" => Cow::Owned(part.replacen(word, "endif", 1)),
+            _ => Cow::Borrowed(part),
+        };
+        written.push_str("{%");
+        written.push_str(&part);
+    }
+    written
 }
 
 /// `chat_template` is a string, or a list of named ones of which "default" is meant.
@@ -254,6 +275,25 @@ mod tests {
         let text = [before.as_str(), system, &after, user, &s.to_answer, answer].concat();
         assert!(template.render(&messages, &[], false).unwrap().starts_with(&text), "{text}");
         assert_eq!((shown(" a ", false), shown(" \n", true)), (" a ", " \n"));
+    }
+
+    /// As SmolLM3's marks what the model says.
+    const MARKED: &str = "{% for message in messages %}{% if message.role == 'assistant' %}\n    {%- generation %}\n    {{- '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}\n    {%- endgeneration %}\n{%- else %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+    #[test]
+    fn what_marks_an_answer_for_training_changes_nothing() {
+        assert_eq!(
+            without_generation_tags("a{%- generation -%}b{%endgeneration+%}c"),
+            "a{%- if true -%}b{%endif+%}c"
+        );
+        let other =
+            "{%- if generation -%}{% set x = 'endgeneration' %}{% generations %}{% generation";
+        assert_eq!(without_generation_tags(other), other);
+        check(MARKED);
+        let plain = MARKED.replace("{%- generation %}", "{%- if 1 %}");
+        let plain = plain.replace("{%- endgeneration %}", "{%- endif %}");
+        assert_eq!(scaffold(MARKED), scaffold(&plain));
+        assert!(scaffold(MARKED).to_answer.ends_with("<|im_start|>assistant\n"));
     }
 
     #[test]

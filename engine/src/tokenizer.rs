@@ -24,7 +24,7 @@ mod tests;
 
 pub(crate) use joined::Joined;
 use pieces::Pieces;
-use shared::SharedModel;
+use shared::{SharedModel, Sizes};
 pub(crate) use stream::StreamDecoder;
 
 type Core = TokenizerImpl<
@@ -49,7 +49,7 @@ struct Inner {
     pieces: Pieces,
     prefix: Vec<u32>,
     suffix: Vec<u32>,
-    vocab_size: usize,
+    sizes: Sizes,
     special: SpecialIds,
 }
 
@@ -130,9 +130,9 @@ impl Tokenizer {
             Some(prefix) => (prefix, Vec::new()),
             None => json::surroundings(&tokenizer).map_err(wrong)?,
         };
-        let vocab_size = shared::vocab_size(&tokenizer);
+        let sizes = Sizes::of(&tokenizer);
         let (full, plain) = shared::split(&tokenizer).map_err(wrong)?;
-        let inner = Inner { full, plain, pieces, prefix, suffix, vocab_size, special };
+        let inner = Inner { full, plain, pieces, prefix, suffix, sizes, special };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -224,7 +224,15 @@ impl Tokenizer {
 
     /// One past the largest id; a model's embedding may have more rows than this.
     pub(crate) fn vocab_size(&self) -> usize {
-        self.inner.vocab_size
+        self.inner.sizes.all
+    }
+
+    /// One past the largest id that text from outside may have: a model's embedding has at least as many rows.
+    ///
+    /// Files list special tokens behind them for what the model has no part of: Gemma 3's an image's, whose rows its text
+    /// models lack.
+    pub(crate) fn spoken_size(&self) -> usize {
+        self.inner.sizes.spoken
     }
 
     /// Whether `id` is a control token, which [`Self::encode`] never makes from plain text.
@@ -317,7 +325,7 @@ impl Tokenizer {
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tokenizer")
-            .field("vocab_size", &self.inner.vocab_size)
+            .field("vocab_size", &self.vocab_size())
             .field("pieces", &self.inner.pieces)
             .finish_non_exhaustive()
     }

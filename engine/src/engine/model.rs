@@ -81,7 +81,14 @@ impl Model {
         scaffold: Scaffold,
         other_ends: &[u32],
     ) -> Result<Self> {
-        let (spoken, embedded) = (tokenizer.vocab_size(), decoder.config.vocab_size);
+        // What begins a document, and what the template writes, the model must know too.
+        let mut written = tokenizer.prefix().to_vec();
+        for text in [&scaffold.opening, &scaffold.to_answer, &scaffold.to_user] {
+            written.extend(tokenizer.encode_with_specials(text)?);
+        }
+        let largest = written.iter().map(|id| *id as usize + 1).max().unwrap_or(0);
+        let spoken = tokenizer.spoken_size().max(largest);
+        let embedded = decoder.config.vocab_size;
         if spoken > embedded {
             return Err(Error::new(
                 ErrorKind::Incompatible,
@@ -127,4 +134,52 @@ impl Model {
 
 fn scaffold_of(template: Option<&ChatTemplate>) -> Result<Scaffold> {
     template.map_or_else(|| Ok(Scaffold::plain()), Scaffold::new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Opens a small model of 128 rows with a tokenizer of as many tokens and `<image>`, which its template may write.
+    fn open(is_special: bool, template: Option<&str>) -> Result<Model> {
+        const ROWS: usize = 128;
+        let golden =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join("smollm2");
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["config.json", "model.safetensors"] {
+            std::fs::copy(golden.join(name), folder.path().join(name)).unwrap();
+        }
+        let mut tokenizer = crate::testing::sentencepiece("never");
+        let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+        for id in vocab.len()..ROWS {
+            vocab.insert(format!("word{id}"), json!(id));
+        }
+        tokenizer["added_tokens"].as_array_mut().unwrap().push(json!({
+            "id": ROWS, "content": "<image>", "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": is_special,
+        }));
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        if let Some(template) = template {
+            std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+        }
+        let files = ModelFiles::Folder(folder.path().to_owned());
+        let model = Model::load(&files, &candle_core::Device::Cpu, &TensorGroup::alone())?;
+        assert_eq!(model.decoder.config.vocab_size, ROWS);
+        assert_eq!(model.tokenizer.vocab_size(), ROWS + 1);
+        Ok(model)
+    }
+
+    #[test]
+    fn a_special_token_beyond_the_models_rows_is_refused_only_if_something_writes_it() {
+        assert_eq!(open(true, None).unwrap().tokenizer.spoken_size(), 128);
+        let turn = "{% for message in messages %}[{{ message.content }}]{% endfor %}";
+        assert!(open(true, Some(turn)).is_ok());
+        let marked = turn.replace('[', "<image>");
+        for refused in [open(false, None), open(true, Some(marked.as_str()))] {
+            let error = refused.err().unwrap();
+            assert_eq!(error.kind(), ErrorKind::Incompatible, "{error}");
+            assert!(error.to_string().contains("tokenizer of 129 tokens"), "{error}");
+        }
+    }
 }

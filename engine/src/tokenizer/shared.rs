@@ -73,9 +73,28 @@ pub(super) fn split(tokenizer: &HfTokenizer) -> Result<(Core, Core), String> {
     Ok((full, plain))
 }
 
-/// One past the largest id of vocabulary and added tokens.
-pub(super) fn vocab_size(tokenizer: &HfTokenizer) -> usize {
-    tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+/// One past the largest id.
+#[derive(Clone, Copy)]
+pub(super) struct Sizes {
+    /// Of vocabulary and added tokens.
+    pub(super) all: usize,
+    /// The same but for those that the file marks as special.
+    pub(super) spoken: usize,
+}
+
+impl Sizes {
+    pub(super) fn of(tokenizer: &HfTokenizer) -> Self {
+        let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        let mut sizes = Self { all: 0, spoken: 0 };
+        for id in tokenizer.get_vocab(true).into_values() {
+            let size = id as usize + 1;
+            sizes.all = sizes.all.max(size);
+            if !added.get(&id).is_some_and(|token| token.special) {
+                sizes.spoken = sizes.spoken.max(size);
+            }
+        }
+        sizes
+    }
 }
 
 /// Files mark some tokens that steer a model (`<tool_call>`, `<think>`) as ordinary additions.

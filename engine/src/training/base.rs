@@ -56,7 +56,7 @@ impl Base {
             (None, Some(shape)) => Self::scratch(shape, config)?,
             (None, None) => return Err(Error::invalid("model: expected source or scratch")),
         };
-        let (spoken, embedded) = (base.vocabulary.size(), base.decoder.vocab_size);
+        let (spoken, embedded) = (base.vocabulary.spoken_size(), base.decoder.vocab_size);
         if spoken > embedded {
             return Err(Error::new(
                 ErrorKind::Incompatible,

@@ -25,6 +25,16 @@ impl Vocabulary {
         }
     }
 
+    /// The same of the tokens that a text becomes, without special ones that no text has.
+    pub(super) fn spoken_size(&self) -> usize {
+        match self {
+            Self::Bytes => self.size(),
+            Self::Model { tokenizer, end } => {
+                tokenizer.spoken_size().max(end.map_or(0, |end| end as usize + 1))
+            }
+        }
+    }
+
     fn encode(&self, text: &str, into: &mut Vec<u32>) -> Result<()> {
         match self {
             Self::Bytes => {

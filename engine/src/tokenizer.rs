@@ -211,7 +211,12 @@ impl Tokenizer {
     pub(crate) fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
         let added = self.inner.full.get_added_vocabulary().get_added_tokens_decoder();
         if let Some(token) = added.get(&id) {
-            return Some(token.content.clone().into_bytes());
+            let content = match self.inner.pieces {
+                // A run of blanks that the file adds (Gemma) is written as its other pieces are.
+                Pieces::Metaspace { .. } if !token.special => token.content.replace('▁', " "),
+                _ => token.content.clone(),
+            };
+            return Some(content.into_bytes());
         }
         let piece = self.inner.full.get_model().id_to_token(id)?;
         Some(self.inner.pieces.bytes(&piece))

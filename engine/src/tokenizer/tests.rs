@@ -1,6 +1,8 @@
 //! What the tokenizer promises: the ids of the model's own pipeline, by either kind of file, and
 //! no control token out of text from outside.
 
+mod added;
+
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;

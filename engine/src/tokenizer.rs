@@ -140,7 +140,7 @@ impl Tokenizer {
     ///
     /// With `special` false no control token comes out, whatever the text says: `<|im_end|>` in it
     /// becomes the pieces of those ten letters and signs. Text from outside is encoded this way.
-    /// Added tokens that look like markup (`<tool_call>`) count as control tokens here.
+    /// Added tokens that look like markup (`<tool_call>`) count as control tokens here, but for the tags of HTML.
     ///
     /// A byte that the vocabulary has no piece for is left out, as the model's own tokenizer
     /// leaves it out: SmolLM2 has none for six control characters (U+0004, U+0006, U+0013, U+0014,

@@ -97,8 +97,21 @@ impl Sizes {
     }
 }
 
+/// Elements of HTML that vocabularies have tags of as ordinary tokens (Gemma). `s` is not one of them: `<s>` begins a document
+/// elsewhere.
+const HTML: &str = "a b blockquote body caption code div em footer h1 h2 h3 h4 h5 h6 html i iframe img li span strong sub sup \
+    table tbody td tfoot th thead tr u ul";
+
 /// Files mark some tokens that steer a model (`<tool_call>`, `<think>`) as ordinary additions.
 fn looks_like_markup(content: &str) -> bool {
     let bracketed = |open, close| content.starts_with(open) && content.ends_with(close);
-    content.len() > 2 && (bracketed('<', '>') || bracketed('[', ']') || content.contains("<|"))
+    let is_any = bracketed('<', '>') || bracketed('[', ']') || content.contains("<|");
+    content.len() > 2 && is_any && !is_html(content)
+}
+
+/// Whether `content` is the tag that opens or closes an element of [`HTML`].
+fn is_html(content: &str) -> bool {
+    let inside = content.strip_prefix('<').and_then(|rest| rest.strip_suffix('>'));
+    let name = inside.map(|inside| inside.strip_prefix('/').unwrap_or(inside));
+    name.is_some_and(|name| HTML.split(' ').any(|own| own == name))
 }

@@ -93,6 +93,26 @@ fn runs_of_blanks_that_a_file_adds_are_blanks_again() {
     }
 }
 
+#[test]
+fn tags_of_html_are_text_and_other_ordinary_markup_is_guarded() {
+    let tokenizer = gemma();
+    for tag in ["<table>", "</td>", "<b>"] {
+        let id = tokenizer.id(tag).unwrap();
+        assert!(!tokenizer.is_special(id), "{tag}");
+        assert_eq!(tokenizer.encode(tag, false).unwrap(), [id]);
+    }
+    for tag in ["<s>", "<bbox>", "<think>", "<tool_call>"] {
+        let id = tokenizer.id(tag).unwrap();
+        assert!(tokenizer.is_special(id) && !tokenizer.is_hidden(id), "{tag}");
+        let ids = tokenizer.encode(tag, false).unwrap();
+        assert!(ids.len() == tag.len() && !ids.contains(&id), "{tag}: {ids:?}");
+        assert_eq!(tokenizer.encode_with_specials(tag).unwrap(), [id]);
+    }
+    let text = "<table><b>x</td> <think>";
+    let ids = tokenizer.encode(text, false).unwrap();
+    assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+}
+
 /// `MKA_TOKENIZER=tokenizer.json`, of a language model, is read and writes these texts as they are.
 #[test]
 fn texts_come_back_from_a_tokenizer_file() {

@@ -129,7 +129,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub(crate) fn encode_inside(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        if text.is_empty() || !matches!(self.inner.pieces, Pieces::Metaspace { .. }) {
+        if text.is_empty() || !self.has_own_blank() {
             return self.encode(text, special);
         }
         // A line break is a byte's piece there, which merges with nothing: what stands behind it is inside a text.
@@ -146,13 +146,25 @@ impl Tokenizer {
         }
     }
 
+    /// Whether the tokenizer puts a blank of its own before a text, which its decoder takes off again or not.
+    fn has_own_blank(&self) -> bool {
+        use PrependScheme::{Always, First};
+        let full = &self.inner.full;
+        let may_prepend = |part: &PreTokenizerWrapper| prepends_by(part, &[First, Always]);
+        matches!(self.inner.pieces, Pieces::Metaspace { .. })
+            && (self.strips_leading_space()
+                || full.get_normalizer().is_some_and(prepends)
+                || full.get_pre_tokenizer().is_some_and(may_prepend))
+    }
+
     /// Whether the tokenizer puts a blank of its own behind the token `before` as well: an added token ends what is
     /// normalized together.
     fn begins_anew(&self, before: u32) -> bool {
         let added = self.inner.full.get_added_vocabulary().get_added_tokens_decoder();
         let Some(token) = added.get(&before) else { return false };
         let by_normalizer = self.inner.full.get_normalizer().is_some_and(prepends);
-        let by_pre_tokenizer = self.inner.full.get_pre_tokenizer().is_some_and(always_prepends);
+        let always = |part: &PreTokenizerWrapper| prepends_by(part, &[PrependScheme::Always]);
+        let by_pre_tokenizer = self.inner.full.get_pre_tokenizer().is_some_and(always);
         (by_normalizer && !token.normalized) || by_pre_tokenizer
     }
 }
@@ -168,14 +180,13 @@ fn prepends(normalizer: &NormalizerWrapper) -> bool {
     }
 }
 
-fn always_prepends(pre_tokenizer: &PreTokenizerWrapper) -> bool {
+/// Whether a part of `pre_tokenizer` puts a blank before a text by one of `schemes`.
+fn prepends_by(pre_tokenizer: &PreTokenizerWrapper, schemes: &[PrependScheme]) -> bool {
     match pre_tokenizer {
-        PreTokenizerWrapper::Metaspace(metaspace) => {
-            metaspace.prepend_scheme == PrependScheme::Always
-        }
+        PreTokenizerWrapper::Metaspace(metaspace) => schemes.contains(&metaspace.prepend_scheme),
         PreTokenizerWrapper::Sequence(sequence) => {
             let parts: &[PreTokenizerWrapper] = sequence.as_ref();
-            parts.iter().any(always_prepends)
+            parts.iter().any(|part| prepends_by(part, schemes))
         }
         _ => false,
     }

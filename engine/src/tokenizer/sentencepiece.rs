@@ -41,7 +41,14 @@ pub(super) fn build(gguf: &Gguf, named: SpecialIds) -> Result<Built> {
         unk: named.unk.or(usual(0)),
         ..named
     };
-    let added = added_tokens(gguf, tokens, special)?;
+    let mut added = added_tokens(gguf, tokens, special)?;
+    if gguf.str("general.architecture").is_ok_and(|name| name == "phi3") {
+        // Most of Phi-3's take the white space behind them, which a GGUF file does not say: `llama_vocab::impl::load` in
+        // llama.cpp knows them by the model, too.
+        for token in &mut added {
+            token.rstrip = !["<unk>", "<s>", "<|endoftext|>"].contains(&token.content.as_str());
+        }
+    }
     let merges = merges(gguf, tokens)?;
 
     let mut bpe = BPE::builder().vocab_and_merges(vocab, merges).byte_fallback(true).fuse_unk(true);
@@ -104,7 +111,7 @@ fn merges(gguf: &Gguf, tokens: &[String]) -> Result<Vec<(String, String)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Tokenizer;
+    use super::super::{Joined, Tokenizer};
     use super::*;
     use crate::ErrorKind;
     use crate::gguf::writer::Writer;
@@ -113,15 +120,22 @@ mod tests {
 
     /// The small vocabulary of `testing`, as a GGUF file carries one.
     fn writer() -> Writer {
+        writer_with(&[])
+    }
+
+    /// The same with `controls` behind it.
+    fn writer_with(controls: &[&str]) -> Writer {
         let json = crate::testing::sentencepiece("by its normalizer");
         let vocab = json["model"]["vocab"].as_object().unwrap();
         let mut tokens = vec![String::new(); vocab.len()];
         for (token, id) in vocab {
             tokens[id.as_u64().unwrap() as usize] = token.clone();
         }
+        tokens.extend(controls.iter().map(|control| (*control).to_owned()));
         let kind = |id: usize, token: &String| match id {
             0 => 2,
             1 | 2 => 3,
+            _ if controls.contains(&token.as_str()) => 3,
             _ if token.starts_with("<0x") => 6,
             _ => 1,
         };
@@ -170,6 +184,36 @@ mod tests {
         let he = own.id("He").unwrap();
         assert_eq!(own.encode("He", false).unwrap(), [he]);
         assert_eq!(own.decode(&own.encode(" He", false).unwrap(), false).unwrap(), " He");
+    }
+
+    #[test]
+    fn control_tokens_of_phi3_take_the_white_space_behind_them() {
+        let of_architecture = |name: &str| {
+            let writer = writer_with(&["<|user|>", "<|endoftext|>"]);
+            read(&writer.set("general.architecture", Value::Str(name.into()))).unwrap()
+        };
+        let (phi3, llama) = (of_architecture("phi3"), of_architecture("llama"));
+        let of = |pieces: &[&str]| -> Vec<u32> {
+            pieces.iter().map(|piece| phi3.id(piece).unwrap()).collect()
+        };
+        assert_eq!(phi3.encode("<|user|>\n", true).unwrap(), of(&["<|user|>"]));
+        assert_eq!(phi3.encode("</s> \n", true).unwrap(), of(&["</s>"]));
+        for kept in ["<s>", "<|endoftext|>"] {
+            let ids = phi3.encode(&format!("{kept}\n"), true).unwrap();
+            assert_eq!(ids, of(&[kept, "▁", "<0x0A>"]));
+        }
+        let ids = llama.encode("<|user|>\n", true).unwrap();
+        assert_eq!(ids, of(&["<|user|>", "▁", "<0x0A>"]));
+
+        let mut joined = Joined::behind(&phi3, None);
+        joined.scaffold("<|user|>\n").unwrap();
+        joined.content("Hello").unwrap();
+        assert_eq!(joined.take().unwrap(), of(&["<|user|>", "▁He", "l", "l", "o"]));
+        let mut joined = Joined::behind(&llama, None);
+        joined.scaffold("<|user|>\n").unwrap();
+        joined.content("Hello").unwrap();
+        let inside = of(&["<|user|>", "▁", "<0x0A>", "He", "l", "l", "o"]);
+        assert_eq!(joined.take().unwrap(), inside);
     }
 
     #[test]

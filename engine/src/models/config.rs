@@ -299,10 +299,11 @@ impl DecoderConfig {
                 "gguf: {arch}.rope.dimension_count {rotary_dim}, expected the head dimension {head_dim}"
             )));
         }
-        // The llama architecture may leave the base out and means 10,000 by it (ggml documentation, `rope.freq_base`).
+        // The llama architecture may leave the base out and means 10,000 by it (ggml documentation, `rope.freq_base`), and so do
+        // Phi-3's files.
         let rope_theta = match gguf.contains(&key("rope.freq_base")) {
             true => number("rope.freq_base")?,
-            false if arch == "llama" => 10_000.0,
+            false if matches!(arch.as_str(), "llama" | "phi3") => 10_000.0,
             false => return Err(Error::model(format!("gguf: {arch}.rope.freq_base, found none"))),
         };
         let vocab_size = gguf

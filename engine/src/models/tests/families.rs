@@ -232,6 +232,20 @@ fn metadata_of_a_family_that_are_not_understood_are_errors_that_name_them() {
     assert_eq!(gguf_config(&metadata_of("qwen2", &[])).unwrap().variant, Variant::default());
 }
 
+#[test]
+fn a_gguf_file_of_llama_or_phi3_may_leave_the_base_of_its_rotation_out() {
+    for arch in ["llama", "phi3", "qwen2", "smollm3"] {
+        let mut writer = metadata_of(arch, &[]);
+        writer.metadata.retain(|(key, _)| !key.ends_with("rope.freq_base"));
+        let read = gguf_config(&writer);
+        if matches!(arch, "llama" | "phi3") {
+            assert_eq!(read.unwrap().rope_theta, 10_000.0, "{arch}");
+        } else {
+            assert!(read.unwrap_err().to_string().contains("rope.freq_base"), "{arch}");
+        }
+    }
+}
+
 /// What llama.cpp's converter calls the tensor `name` in a file of the architecture `arch`.
 fn gguf_name(name: &str, arch: &str) -> String {
     match name {

@@ -390,9 +390,9 @@ impl<'a> AttentionSeam<'a> {
             pages: self.cache.page_refs(sink_pages, end)?,
             window_tokens: None,
             // Beyond what the model was trained on the sinks stand right before the window: the layer's own hides them where
-            // it is shorter, as it always did.
+            // it is not the longer one, as it always did.
             sliding_window: sliding_window.filter(|own| {
-                self.start < self.config.trained_tokens || *own < self.cache.window_tokens()
+                self.start < self.config.trained_tokens || *own <= self.cache.window_tokens()
             }),
         })
     }

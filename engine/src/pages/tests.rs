@@ -191,11 +191,12 @@ fn more_sinks_are_seen_by_every_token_and_stored_nowhere() {
 }
 
 #[test]
-fn a_layers_own_window_hides_the_sinks_wherever_it_is_the_shorter_one() {
-    // Both of its layers see 16 tokens, so that 600 tokens are far beyond what two of them reach.
-    for name in ["phi3_plain", "mistral"] {
-        let decoder = load(name);
+fn a_layers_own_window_hides_the_sinks_wherever_it_is_not_the_longer_one() {
+    // Both of its layers see 16 tokens, or the 64 of the window, so that 600 tokens are far beyond what two of them reach.
+    for (name, own) in [("phi3_plain", 16), ("mistral", 16), ("phi3_plain", 64), ("mistral", 64)] {
+        let mut decoder = load(name);
         assert!(decoder.config.sliding_window.iter().all(|own| *own == Some(16)));
+        decoder.config.sliding_window.fill(Some(own));
         assert!(decoder.config.trained_tokens < 600);
         let told = tokens(600);
         let mut other = told.clone();
@@ -204,7 +205,7 @@ fn a_layers_own_window_hides_the_sinks_wherever_it_is_the_shorter_one() {
             let mut own = cache(&decoder, 64, Some(config()));
             run(&decoder, &mut own, tokens, &[64]).split_off(tokens.len() - 1)
         };
-        assert_eq!(last(&told), last(&other), "{name}");
+        assert_eq!(last(&told), last(&other), "{name}, {own} tokens");
     }
 }
 

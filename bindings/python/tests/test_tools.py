@@ -88,6 +88,11 @@ def test_what_is_no_tool_or_no_result_is_refused(store: Path, tiny_model: Path) 
             chat.send_tool([]).text()
         with pytest.raises(TypeError, match=r"results\[1\]: int, expected str or ToolResult"):
             chat.send_tool(["9:14", 7])  # type: ignore[list-item]
+        for none in ({"content": "9:14"}, {"9:14"}, b"9:14", bytearray(b"9:14"), 7, None):
+            kind = type(none).__name__
+            expected = f"results: {kind}, expected str, ToolResult or a sequence of them"
+            with pytest.raises(TypeError, match=expected):
+                chat.send_tool(none)  # type: ignore[arg-type]
         assert chat.num_turns == 0
 
 

@@ -367,6 +367,11 @@ def tool_results(results: str | ToolResult | Sequence[str | ToolResult]) -> list
     """The native records of `results`; a string is one without a name."""
     if isinstance(results, (str, ToolResult)):
         results = [results]
+    # As with turns: a dict would give its keys for results, which the model would take for what its tools said.
+    elif isinstance(results, (bytes, bytearray, Mapping, Set)) or not isinstance(results, Iterable):
+        raise TypeError(
+            f"results: {type(results).__name__}, expected str, ToolResult or a sequence of them"
+        )
     given: list[Any] = []
     for place, result in enumerate(results):
         if isinstance(result, str):

@@ -209,8 +209,13 @@ pub(crate) fn cache_folder() -> Result<PathBuf> {
 }
 
 /// Files that a folder may lack.
-const OPTIONAL: &[&str] =
-    &["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "mka.safetensors"];
+const OPTIONAL: &[&str] = &[
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "mka.safetensors",
+];
 
 const WEIGHTS: &str = "model.safetensors";
 const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
@@ -574,6 +579,7 @@ mod tests {
                 return Err(Error::new(ErrorKind::NotFound, format!("{name}: connection reset")));
             };
             let path = snapshot.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, text).unwrap();
             Ok(path)
         };
@@ -605,6 +611,23 @@ mod tests {
         assert_eq!(asked, ["model.safetensors"]);
         let (result, _) = take(&repository[..2], "", folder.path());
         assert!(result.is_err());
+    }
+
+    #[test]
+    fn a_template_for_tools_is_fetched_from_its_folder_and_no_other_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let repository = [
+            ("additional_chat_templates/rag.jinja", "text"),
+            ("additional_chat_templates/tool_use.jinja", "text"),
+            ("chat_template.jinja", "text"),
+            ("config.json", "{}"),
+            ("model.safetensors", "weights"),
+            ("tokenizer.json", "{}"),
+        ];
+        let (result, asked) = take(&repository, "", folder.path());
+        assert_eq!(result.unwrap(), folder.path());
+        assert_eq!(asked[..2], ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]);
+        assert_eq!(asked.len(), 5);
     }
 
     #[test]

@@ -68,7 +68,7 @@ impl Scaffold {
             trims.system = trimmed(template, roles).first() == Some(&true);
             Some((parts.first()?.clone(), parts.get(1)?.clone()))
         });
-        let result = ResultScaffold::of(template)
+        let result = ResultScaffold::of(template.for_tools())
             .unwrap_or_else(|| ResultScaffold::users(to_user, again, trims.user));
         Ok(Self {
             opening: opening.clone(),

@@ -40,6 +40,10 @@ pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     bos_token: String,
     eos_token: String,
+    /// What it sees as `tools` where there are none.
+    no_tools: Jinja,
+    /// The model's template of the name `tool_use`, if it has one.
+    tool_use: Option<Box<ChatTemplate>>,
 }
 
 const NAME: &str = "chat";
@@ -66,10 +70,12 @@ impl ChatTemplate {
         environment.add_template_owned(NAME, source.to_owned()).map_err(|source| {
             Error::model(format!("chat template: {source}")).with_source(source)
         })?;
-        Ok(Self { environment, bos_token, eos_token })
+        // None, as transformers passes it.
+        Ok(Self { environment, bos_token, eos_token, no_tools: Jinja::from(()), tool_use: None })
     }
 
-    /// The template of a HuggingFace folder: chat_template.jinja, or `chat_template` of tokenizer_config.json.
+    /// The template of a HuggingFace folder: chat_template.jinja, or `chat_template` of tokenizer_config.json; that for tools is
+    /// additional_chat_templates/tool_use.jinja, or stands beside the other in the configuration.
     ///
     /// # Errors
     /// If a file is there but cannot be read as what it should be.
@@ -87,11 +93,13 @@ impl ChatTemplate {
                 .map_err(|e| Error::model(format!("tokenizer_config.json: {e}")).with_source(e))?,
             None => Value::Null,
         };
-        let source = match read("chat_template.jinja")? {
-            Some(source) => Some(source),
-            None => template_source(config.get("chat_template"))?,
+        // A file stands for all that the configuration holds, as in transformers.
+        let (source, named) = match read("chat_template.jinja")? {
+            Some(source) => (Some(source), None),
+            None => template_sources(config.get("chat_template"))?,
         };
         let Some(source) = source else { return Ok(None) };
+        let tool_use = read("additional_chat_templates/tool_use.jinja")?.or(named);
         let token = |key: &str| match config.get(key) {
             Some(Value::String(token)) => token.clone(),
             Some(object) => {
@@ -99,15 +107,17 @@ impl ChatTemplate {
             }
             None => String::new(),
         };
-        Self::new(&source, token("bos_token"), token("eos_token")).map(Some)
+        let template = Self::new(&source, token("bos_token"), token("eos_token"))?;
+        Ok(Some(template.beside(tool_use.as_deref())))
     }
 
-    /// The template of a GGUF file, if it has one.
+    /// The template of a GGUF file, if it has one, and that for tools.
     ///
     /// # Errors
     /// If the source is no template.
     pub(crate) fn from_gguf(gguf: &Gguf) -> Result<Option<Self>> {
         const KEY: &str = "tokenizer.chat_template";
+        const TOOL_USE: &str = "tokenizer.chat_template.tool_use";
         if !gguf.contains(KEY) {
             return Ok(None);
         }
@@ -117,7 +127,29 @@ impl ChatTemplate {
             id.and_then(|id| tokens.get(id).cloned()).unwrap_or_default()
         };
         let bos = token("tokenizer.ggml.bos_token_id");
-        Self::new(gguf.str(KEY)?, bos, token("tokenizer.ggml.eos_token_id")).map(Some)
+        let template = Self::new(gguf.str(KEY)?, bos, token("tokenizer.ggml.eos_token_id"))?;
+        Ok(Some(template.beside(gguf.str(TOOL_USE).ok())))
+    }
+
+    /// The template that lists tools and shows their results: that named for it, where the model has one, or itself.
+    pub(crate) fn for_tools(&self) -> &Self {
+        self.tool_use.as_deref().unwrap_or(self)
+    }
+
+    /// The same with the source of the template that is named `tool_use`. One that cannot be read is left out: the model chats
+    /// without it.
+    fn beside(mut self, tool_use: Option<&str>) -> Self {
+        let Some(source) = tool_use else { return self };
+        match Self::new(source, self.bos_token.clone(), self.eos_token.clone()) {
+            Ok(template) => {
+                // transformers takes it where tools are given alone: it may walk through them without asking whether there are
+                // any, and the scaffold is read off it without.
+                let no_tools = std::iter::empty::<Jinja>().collect();
+                self.tool_use = Some(Box::new(Self { no_tools, ..template }));
+            }
+            Err(error) => tracing::warn!(%error, "the template named tool_use is left out"),
+        }
+        self
     }
 
     /// Renders a conversation, in which the model may call `tools`, with the header of the next answer if
@@ -131,9 +163,8 @@ impl ChatTemplate {
         tools: &[Tool],
         add_generation_prompt: bool,
     ) -> Result<String> {
-        // Without any it is none, as transformers passes it.
         let tools = match tools {
-            [] => Jinja::from(()),
+            [] => self.no_tools.clone(),
             tools => tools.iter().map(Tool::value).collect(),
         };
         let template = self
@@ -171,21 +202,26 @@ fn without_generation_tags(source: &str) -> String {
     written
 }
 
-/// `chat_template` is a string, or a list of named ones of which "default" is meant.
-fn template_source(value: Option<&Value>) -> Result<Option<String>> {
+/// The template, and that for tools. `chat_template` is a string, or a list of named ones, of which "default" and "tool_use" are
+/// meant.
+fn template_sources(value: Option<&Value>) -> Result<(Option<String>, Option<String>)> {
     match value {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(source)) => Ok(Some(source.clone())),
-        Some(Value::Array(named)) => named
-            .iter()
-            .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
-            .and_then(|entry| entry.get("template").and_then(Value::as_str))
-            .map(|source| Some(source.to_owned()))
-            .ok_or_else(|| {
+        None | Some(Value::Null) => Ok((None, None)),
+        Some(Value::String(source)) => Ok((Some(source.clone()), None)),
+        Some(Value::Array(named)) => {
+            let source = |name: &str| -> Option<String> {
+                let is_it =
+                    |entry: &&Value| entry.get("name").and_then(Value::as_str) == Some(name);
+                let template = named.iter().find(is_it)?.get("template")?;
+                template.as_str().map(str::to_owned)
+            };
+            let default = source("default").ok_or_else(|| {
                 Error::model(
                     "tokenizer_config.json: chat_template list, expected one named default",
                 )
-            }),
+            })?;
+            Ok((Some(default), source("tool_use")))
+        }
         Some(other) => Err(Error::model(format!(
             "tokenizer_config.json: chat_template {other}, expected a string or a list"
         ))),
@@ -195,6 +231,8 @@ fn template_source(value: Option<&Value>) -> Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gguf::Value as GgufValue;
+    use crate::gguf::writer::Writer;
     use crate::prompt::{Scaffold, Trims, shown};
 
     const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are SmolLM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -294,6 +332,98 @@ mod tests {
         let plain = plain.replace("{%- endgeneration %}", "{%- endif %}");
         assert_eq!(scaffold(MARKED), scaffold(&plain));
         assert!(scaffold(MARKED).to_answer.ends_with("<|im_start|>assistant\n"));
+    }
+
+    const CHATML: &str = "{{ bos_token }}{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    /// As that of Hermes 2 Pro named tool_use, which walks through the tools without asking whether there are any.
+    const HERMES_TOOLS: &str = r#"{{- bos_token }}
+{{- '<|im_start|>system\nHere are the available tools: <tools>' }}
+{%- for tool in tools %}
+    {{- ' ' }}
+    {{- tool | tojson }}
+{%- endfor %}
+{{- ' </tools><|im_end|>\n' }}
+{%- for message in messages %}
+    {%- if message.role == "tool" %}
+        {%- if loop.previtem and loop.previtem.role != "tool" %}
+            {{- '<|im_start|>tool\n' }}
+        {%- endif %}
+        {{- '<tool_response>\n' }}
+        {{- message.content }}
+        {%- if not loop.last %}
+            {{- '\n</tool_response>\n' }}
+        {%- else %}
+            {{- '\n</tool_response>' }}
+        {%- endif %}
+        {%- if loop.last or loop.nextitem.role != "tool" %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}"#;
+    const LISTED: &str = "<s><|im_start|>system\nHere are the available tools: <tools> {\"type\": \"function\", \"function\": {\"name\": \"now\"}} </tools><|im_end|>\n";
+
+    fn offered(template: &ChatTemplate, has_system: bool) -> Result<Scaffold> {
+        let tools = Tool::all(&[r#"{"name": "now"}"#.to_owned()]).unwrap();
+        Scaffold::new(template).unwrap().offering(template.for_tools(), &tools, has_system)
+    }
+
+    /// What a session without tools gets is the other template's; what `template` lists and gives back is Hermes'.
+    fn check_hermes(template: &ChatTemplate) {
+        let plain = Scaffold::new(template).unwrap();
+        assert_eq!(Scaffold { result: scaffold(CHATML).result, ..plain.clone() }, scaffold(CHATML));
+        assert_eq!(plain.opening, "<s><|im_start|>user\n");
+        let listed = offered(template, false).unwrap();
+        assert_eq!(listed.opening, format!("{LISTED}<|im_start|>user\n"));
+        assert_eq!(Scaffold { opening: plain.opening.clone(), ..listed }, plain);
+        let (before, after) = offered(template, true).unwrap().system.unwrap();
+        assert_eq!(before, format!("{LISTED}<|im_start|>system\n"));
+        assert_eq!(after, "<|im_end|>\n<|im_start|>user\n");
+        let result = &plain.result;
+        assert_eq!(result.to_result, "<|im_end|>\n<|im_start|>tool\n<tool_response>\n");
+        assert_eq!(result.between, "\n</tool_response>\n<tool_response>\n");
+        assert_eq!(result.to_answer, "\n</tool_response><|im_end|>\n<|im_start|>assistant\n");
+    }
+
+    #[test]
+    fn tools_and_results_are_read_off_the_template_that_is_named_for_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let write =
+            |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let read = || ChatTemplate::from_folder(folder.path()).unwrap().unwrap();
+        let config = serde_json::json!({"bos_token": "<s>", "eos_token": "</s>", "chat_template": [
+            {"name": "default", "template": CHATML},
+            {"name": "tool_use", "template": HERMES_TOOLS},
+        ]});
+        write("tokenizer_config.json", &config.to_string());
+        check_hermes(&read());
+        // A file stands for the whole list.
+        write("chat_template.jinja", CHATML);
+        assert!(offered(&read(), false).is_err());
+        std::fs::create_dir(folder.path().join("additional_chat_templates")).unwrap();
+        write("additional_chat_templates/tool_use.jinja", HERMES_TOOLS);
+        check_hermes(&read());
+        // One that is no template is as none.
+        write("additional_chat_templates/tool_use.jinja", "{% for %}");
+        assert!(offered(&read(), false).is_err());
+        assert_eq!(Scaffold::new(&read()).unwrap(), scaffold(CHATML));
+
+        let writer = Writer::default()
+            .strs("tokenizer.ggml.tokens", &["<s>", "</s>"])
+            .set("tokenizer.ggml.bos_token_id", GgufValue::U32(0))
+            .set("tokenizer.ggml.eos_token_id", GgufValue::U32(1))
+            .set("tokenizer.chat_template", GgufValue::Str(CHATML.to_owned()));
+        let read = |writer: &Writer| {
+            let gguf = Gguf::parse(&writer.bytes(), Path::new("test.gguf")).unwrap();
+            ChatTemplate::from_gguf(&gguf).unwrap().unwrap()
+        };
+        assert!(offered(&read(&writer), false).is_err());
+        let tool_use = GgufValue::Str(HERMES_TOOLS.to_owned());
+        check_hermes(&read(&writer.set("tokenizer.chat_template.tool_use", tool_use)));
     }
 
     #[test]

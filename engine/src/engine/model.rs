@@ -128,7 +128,7 @@ impl Model {
                 )));
             }
         }
-        self.scaffold.offering(template, tools, has_system)
+        self.scaffold.offering(template.for_tools(), tools, has_system)
     }
 }
 

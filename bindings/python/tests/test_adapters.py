@@ -589,8 +589,10 @@ def test_the_mcp_server_remembers_across_processes_and_keeps_users_apart(store: 
 
 
 NOT_DONE: list[tuple[str, Any]] = [
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("tools", {"name": "f"}),
+    ("tools", ["f"]),
     ("tool_choice", "required"),
+    ("parallel_tool_calls", False),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}),
     ("functions", [{"name": "f"}]),
     ("function_call", {"name": "f"}),
@@ -606,6 +608,7 @@ NOT_DONE: list[tuple[str, Any]] = [
 ASKS_NOTHING: dict[str, Any] = {
     "tools": [],
     "tool_choice": "auto",
+    "parallel_tool_calls": True,
     "functions": None,
     "function_call": "none",
     "response_format": {"type": "text"},
@@ -697,6 +700,12 @@ def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart
                     post({key: value})
                 assert error.value.code == 400
                 assert json.load(error.value)["error"]["message"].startswith(f"{key}: ")
+            # The tiny model's chat template has no place for tools.
+            with pytest.raises(urllib.error.HTTPError) as error:
+                post({"tools": OFFERED, "user": "eve"})
+            assert error.value.code == 400
+            assert "no place for them" in json.load(error.value)["error"]["message"]
+            post({"user": "eve"}).read()
             post(ASKS_NOTHING).read()
             connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
             for method, path, sent, status in (
@@ -714,6 +723,164 @@ def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart
         finally:
             server.shutdown()
             thread.join()
+
+
+OFFERED: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
+]
+CALLS = (
+    'Let me see.\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+)
+
+
+class Said:
+    """The events of a turn whose answer is known."""
+
+    def __init__(self, answer: str, stop: Any) -> None:
+        usage = mka.Usage(3, 1, 0, 2, 5, stop)
+        self.answer, self.usage = answer, usage
+        # The pieces cut the marks of calls in two.
+        pieces = [mka.Token(answer[at : at + 7]) for at in range(0, len(answer), 7)]
+        self.events = iter([*pieces, mka.Done(usage)])
+
+    def __next__(self) -> mka.Event:
+        return next(self.events)
+
+    def text(self) -> tuple[str, mka.Usage]:
+        return self.answer, self.usage
+
+    def close(self) -> None:
+        pass
+
+
+class Caller:
+    """An engine and its session, whose model says `answer` whatever it is asked."""
+
+    model_name = "caller"
+
+    def __init__(self) -> None:
+        self.answer, self.stop, self.num_turns = CALLS, "end_of_turn", 0
+        self.given: list[tuple[Any, Any]] = []
+
+    def session(self, *, user: str, session: str) -> Caller:
+        return self
+
+    def send(self, message: Any, **options: Any) -> Said:
+        self.given.append((message, options.get("tools")))
+        self.num_turns += 2
+        return Said(self.answer, self.stop)
+
+    send_tool = send
+
+
+def test_the_openai_endpoint_offers_tools_and_takes_their_results() -> None:
+    from mka.openai_server import Server
+
+    engine = Caller()
+    with Server(engine) as server:  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            messages: list[dict[str, Any]] = [{"role": "user", "content": "what time is it?"}]
+            base = {"messages": messages, "tools": OFFERED, "tool_choice": "auto"}
+
+            def post(extra: dict[str, Any]) -> str:
+                request = urllib.request.Request(
+                    f"{server.url}/chat/completions", json.dumps(base | extra).encode()
+                )
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return str(answer.read().decode())
+
+            def refused(extra: dict[str, Any]) -> str:
+                with pytest.raises(urllib.error.HTTPError) as error:
+                    post(extra)
+                assert error.value.code == 400
+                return str(json.load(error.value)["error"]["message"])
+
+            choice = json.loads(post({}))["choices"][0]
+            called = choice["message"]
+            assert choice["finish_reason"] == "tool_calls" and called["content"] == "Let me see."
+            calls = called["tool_calls"]
+            assert [call["function"] for call in calls] == [
+                {"name": "now", "arguments": "{}"},
+                {"name": "add", "arguments": '{"a": 1}'},
+            ]
+            first, second = (call["id"] for call in calls)
+            assert first != second and first.startswith("call_")
+            assert {call["type"] for call in calls} == {"function"}
+            assert [json.loads(tool) for tool in engine.given[-1][1]] == OFFERED
+
+            # Results in another order than the calls stand in theirs, each with its name.
+            results = [
+                {"role": "tool", "tool_call_id": second, "content": [{"type": "text", "text": "3"}]},
+                {"role": "tool", "tool_call_id": first, "content": "9:14"},
+            ]
+            engine.answer = "It is late."
+            choice = json.loads(post({"messages": [*messages, called, *results]}))["choices"][0]
+            assert choice["message"] == {"role": "assistant", "content": "It is late."}
+            assert choice["finish_reason"] == "stop"
+            assert engine.given[-1][0] == [mka.ToolResult("9:14", "now"), mka.ToolResult("3", "add")]
+
+            for wrong in (
+                results,
+                [*messages, *results],
+                [*messages, called, results[0]],
+                [*messages, called, results[0], results[0]],
+                [*messages, called, results[0], {**results[1], "tool_call_id": "call_x"}],
+                [*messages, {**called, "tool_calls": [{"id": first}]}, *results],
+                [*messages, called, *results, *messages],
+                [*messages, called],
+            ):
+                assert refused({"messages": wrong}).startswith("messages: ")
+            assert refused({"tool_choice": "none"}).startswith("tool_choice: ")
+            # A session keeps the tools that it began with.
+            for other in ([], None, OFFERED[:1]):
+                assert refused({"tools": other}).startswith("tools: ")
+
+            def streamed() -> tuple[list[dict[str, Any]], list[str | None]]:
+                lines = post({"stream": True}).split("\n\n")
+                frames = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+                choices = [frame["choices"][0] for frame in frames]
+                return [c["delta"] for c in choices], [c["finish_reason"] for c in choices]
+
+            engine.answer = CALLS
+            deltas, reasons = streamed()
+            assert deltas[:2] == [{"role": "assistant", "content": ""}, {"content": "Let me see."}]
+            assert [(call["index"], call["function"]["name"]) for call in deltas[2]["tool_calls"]] == [
+                (0, "now"),
+                (1, "add"),
+            ]
+            assert deltas[3:] == [{}] and reasons == [None, None, None, "tool_calls"]
+            engine.answer, engine.stop = "It is late.", "max_tokens"
+            deltas, reasons = streamed()
+            assert deltas[1:] == [{"content": "It is late."}, {}] and reasons[-1] == "length"
+
+            # Where no tools are offered, the same text is an answer as any other.
+            engine.num_turns, engine.answer, engine.stop = 0, CALLS, "end_of_turn"
+            choice = json.loads(post({"tools": None}))["choices"][0]
+            assert choice["message"]["content"] == CALLS and choice["finish_reason"] == "stop"
+            assert engine.given[-1][1] is None
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_what_an_answer_says_before_its_calls_is_its_content() -> None:
+    from mka.openai_server import _before_calls
+
+    call = '{"name": "now", "arguments": {}}'
+    for answer, before in (
+        (CALLS, "Let me see."),
+        (f"<tool_call>{call}", None),
+        (f"I look. [TOOL_CALLS] [{call}]", "I look."),
+        (f"[{call}]", None),
+        (call, None),
+        (f"<think>\n<tool_call>?\n</think>\n{call}", "<think>\n<tool_call>?\n</think>"),
+        (f"<think>Hm.</think>So: <tool_call>{call}</tool_call>", "<think>Hm.</think>So:"),
+    ):
+        assert _before_calls(answer) == before
 
 
 def test_an_openai_client_talks_to_the_endpoint(store: Path, tiny_model: Path) -> None:

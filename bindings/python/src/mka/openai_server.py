@@ -1,8 +1,10 @@
 """A chat endpoint with OpenAI's interface on loopback, so that any client can talk to a session that remembers.
 
 Needs nothing but mka; run it as `python -m mka.openai_server --store chat.mka`. The session keeps the history: of a
-request, the last user message is answered, and what stands before it is the client's own copy. What a request asks for
-and this endpoint does not do (tools, formats, log probabilities, several answers) is refused.
+request, the last user message is answered, or the results of tools at its end; what stands before is the client's own
+copy. A session keeps the tools of its first request. Where it has any, an answer is sent when it is whole, streamed or
+not: its calls stand in its text. What a request asks for and this endpoint does not do (formats, log probabilities,
+several answers, a choice among tools) is refused.
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ import logging
 import secrets
 import time
 import uuid
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from typing import Any
 
 import mka
 from mka._sync import Engine, Session
-from mka._values import Done, Token, Usage
+from mka._values import Done, Token, ToolResult, Usage
 
 _MAX_REQUEST_BYTES = 8 << 20
 # What would change an answer and is not done here, with the values besides null that ask for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -49,26 +52,69 @@ class _BadRequest(Exception):
         self.status = status
 
 
-def _message(request: dict[str, Any]) -> tuple[str, str | None]:
-    """The last user message, and the system message if there is one."""
+def _text(message: dict[str, Any]) -> str:
+    """The content of a message, the texts of its parts."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return str(content)
+
+
+def _message(request: dict[str, Any]) -> tuple[str | list[ToolResult], str | None]:
+    """The last user message or the results of tools at the end, and the system message if there is one."""
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
         raise _BadRequest("messages: expected a list with a user message at its end")
-    texts: list[tuple[str, str]] = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise _BadRequest("messages: expected objects with role and content")
-        content = message.get("content") or ""
-        if isinstance(content, list):
-            content = "\n".join(
-                str(part.get("text", "")) for part in content if isinstance(part, dict)
-            )
-        texts.append((str(message.get("role")), str(content)))
-    role, text = texts[-1]
-    if role != "user":
-        raise _BadRequest(f"messages: the last is by {role}, expected user")
-    system = next((text for role, text in texts if role in ("system", "developer")), None)
-    return text, system
+    if not all(isinstance(message, dict) for message in messages):
+        raise _BadRequest("messages: expected objects with role and content")
+    roles = [str(message.get("role")) for message in messages]
+    instructions = (m for m in messages if m.get("role") in ("system", "developer"))
+    system = next((_text(message) for message in instructions), None)
+    if roles[-1] == "tool":
+        return _results(messages, roles), system
+    if roles[-1] != "user":
+        raise _BadRequest(f"messages: the last is by {roles[-1]}, expected user or tool")
+    if roles[-2:-1] == ["tool"]:
+        # The session has not seen them, and takes in one of the two.
+        raise _BadRequest(
+            "messages: a user message behind results of tools, expected an answer between"
+        )
+    return _text(messages[-1]), system
+
+
+def _results(messages: list[dict[str, Any]], roles: list[str]) -> list[ToolResult]:
+    """The results at the end, in the order of the calls: a model's own template does not number them."""
+    start = len(roles)
+    while start and roles[start - 1] == "tool":
+        start -= 1
+    calls = (
+        messages[start - 1].get("tool_calls") if start and roles[start - 1] == "assistant" else None
+    )
+    try:
+        names = {str(call["id"]): str(call["function"]["name"]) for call in calls or ()}
+    except (KeyError, TypeError):
+        raise _BadRequest("messages: tool_calls without id and function, expected both") from None
+    results = {str(message.get("tool_call_id")): _text(message) for message in messages[start:]}
+    if results.keys() != names.keys() or len(results) != len(messages) - start:
+        raise _BadRequest(
+            f"messages: results of the calls {sorted(results)}, expected one of each call in the assistant's message"
+            f" before them: {sorted(names)}"
+        )
+    return [ToolResult(results[call], name) for call, name in names.items()]
+
+
+def _tools(request: dict[str, Any]) -> list[str]:
+    """The JSON of each function that the model may call."""
+    tools = request.get("tools")
+    if tools is None:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _BadRequest("tools: expected a list of functions")
+    if tools and request.get("tool_choice") == "none":
+        raise _BadRequest(
+            'tool_choice: none beside tools is not supported, expected null or "auto"'
+        )
+    return [json.dumps(tool, ensure_ascii=False) for tool in tools]
 
 
 def _refuse_what_is_not_done(request: dict[str, Any]) -> None:
@@ -82,6 +128,8 @@ def _refuse_what_is_not_done(request: dict[str, Any]) -> None:
 def _options(request: dict[str, Any], system: str | None) -> mka.SendOptions:
     _refuse_what_is_not_done(request)
     options: mka.SendOptions = {"system": system}
+    if tools := _tools(request):
+        options["tools"] = tools
     limit = request.get("max_completion_tokens")
     if limit is None:
         limit = request.get("max_tokens")
@@ -112,6 +160,37 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.generated_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.reused_tokens},
     }
+
+
+def _before_calls(answer: str) -> str | None:
+    """What an answer that calls tools says before it does."""
+    thoughts, said = "", answer
+    if answer.lstrip().startswith("<think>"):
+        thoughts, end, said = answer.partition("</think>")
+        thoughts += end
+    starts = [said.find(mark) for mark in ("<tool_call>", "[TOOL_CALLS]") if mark in said]
+    # Without a mark the call is all that is said.
+    return (thoughts + said[: min(starts, default=0)]).strip() or None
+
+
+def _answered(text: str, usage: Usage, has_tools: bool) -> tuple[dict[str, Any], str]:
+    """The message that an answer is, and why it ended."""
+    calls = mka.tool_calls(text) if has_tools else []
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if calls:
+        message["content"] = _before_calls(text)
+        message["tool_calls"] = [
+            {
+                "id": f"call_{uuid.uuid4().hex}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in calls
+        ]
+    # What was cut off may lack a call.
+    if usage.stop == "max_tokens":
+        return message, "length"
+    return message, "tool_calls" if calls else "stop"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -147,9 +226,12 @@ class _Handler(BaseHTTPRequestHandler):
         user = str(request.get("user") or "me")
         session = self.headers.get("X-Mka-Session") or "chat"
         try:
-            chat, lock = self.server.session(user, session)
-            with lock:
-                self._complete(request, chat, message, options)
+            chat = self.server.session(user, session)
+            with chat.lock:
+                chat.offer(list(options.get("tools", ())))
+                self._complete(request, chat.session, message, options)
+        except _BadRequest as error:
+            self._fail(error.status, str(error))
         except mka.Error as error:
             self._fail(_STATUS.get(type(error), 500), str(error))
 
@@ -169,9 +251,17 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(length)
 
     def _complete(
-        self, request: dict[str, Any], chat: Session, message: str, options: mka.SendOptions
+        self,
+        request: dict[str, Any],
+        chat: Session,
+        message: str | list[ToolResult],
+        options: mka.SendOptions,
     ) -> None:
-        events = chat.send(message, **options)
+        if isinstance(message, str):
+            events = chat.send(message, **options)
+        else:
+            events = chat.send_tool(message, **options)
+        has_tools = "tools" in options
         frame: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -179,11 +269,8 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if not request.get("stream"):
             text, usage = events.text()
-            choice = {
-                "index": 0,
-                "message": {"role": "assistant", "content": text},
-                "finish_reason": "length" if usage.stop == "max_tokens" else "stop",
-            }
+            answer, finish = _answered(text, usage, has_tools)
+            choice = {"index": 0, "message": answer, "finish_reason": finish}
             whole = {"object": "chat.completion", "choices": [choice], "usage": _usage(usage)}
             return self._answer(200, frame | whole)
         frame["object"] = "chat.completion.chunk"
@@ -195,14 +282,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
+        parts: list[str] = []
         try:
             self._chunk(frame, {"role": "assistant", "content": ""}, None)
             while True:
                 if isinstance(event, Token):
-                    self._chunk(frame, {"content": event.text}, None)
+                    parts.append(event.text)
+                    if has_tools:
+                        # A comment, which clients skip: one that is gone is noticed.
+                        self._write(":\n\n")
+                    else:
+                        self._chunk(frame, {"content": event.text}, None)
                 elif isinstance(event, Done):
-                    stop = "length" if event.usage.stop == "max_tokens" else "stop"
-                    self._chunk(frame, {}, stop)
+                    answer, finish = _answered("".join(parts), event.usage, has_tools)
+                    if has_tools and answer["content"]:
+                        self._chunk(frame, {"content": answer["content"]}, None)
+                    if calls := answer.get("tool_calls"):
+                        numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+                        self._chunk(frame, {"tool_calls": numbered}, None)
+                    self._chunk(frame, {}, finish)
                     if (request.get("stream_options") or {}).get("include_usage"):
                         last = {"choices": [], "usage": _usage(event.usage)}
                         self._event(json.dumps(frame | last))
@@ -218,12 +316,15 @@ class _Handler(BaseHTTPRequestHandler):
             except mka.Error as error:
                 logging.getLogger(__name__).warning("a turn whose client is gone failed: %s", error)
 
-    def _chunk(self, frame: dict[str, Any], delta: dict[str, str], finish: str | None) -> None:
+    def _chunk(self, frame: dict[str, Any], delta: dict[str, Any], finish: str | None) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         self._event(json.dumps(frame | {"choices": [choice]}))
 
     def _event(self, data: str) -> None:
-        self.wfile.write(f"data: {data}\n\n".encode())
+        self._write(f"data: {data}\n\n")
+
+    def _write(self, text: str) -> None:
+        self.wfile.write(text.encode())
         self.wfile.flush()
 
     def _answer(self, status: int, body: dict[str, Any]) -> None:
@@ -240,6 +341,26 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, {"error": {"message": message, "type": "invalid_request_error"}})
 
 
+@dataclass(slots=True)
+class _Chat:
+    """A session that is kept open; `lock` lets one request at a time into it."""
+
+    session: Session
+    lock: Lock = field(default_factory=Lock)
+    tools: list[Any] | None = None
+    """What it began with; None before its first request. Of one that began before this server, what that request has."""
+
+    def offer(self, tools: list[Any]) -> None:
+        """Holds a request to the tools of the session, which cannot change: they stand at its beginning."""
+        if self.tools is None or self.session.num_turns == 0:
+            self.tools = tools
+        elif tools != self.tools:
+            raise _BadRequest(
+                f"tools: {len(tools)} that are not the {len(self.tools)} that the session began with, expected the same,"
+                " or another session by the header X-Mka-Session"
+            )
+
+
 class Server(ThreadingHTTPServer):
     """The endpoint: a request names its user by `user` and its session by the header `X-Mka-Session`."""
 
@@ -249,7 +370,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.model = engine.model_name or "none"
         self._engine = engine
-        self._sessions: dict[tuple[str, str], tuple[Session, Lock]] = {}
+        self._sessions: dict[tuple[str, str], _Chat] = {}
         self._opening = Lock()
 
     @property
@@ -257,12 +378,12 @@ class Server(ThreadingHTTPServer):
         """What a client takes as its base URL."""
         return f"http://127.0.0.1:{self.server_port}/v1"
 
-    def session(self, user: str, session: str) -> tuple[Session, Lock]:
-        """The session, kept open, and the lock that lets one request at a time into it."""
+    def session(self, user: str, session: str) -> _Chat:
+        """The session, kept open."""
         with self._opening:
             if (user, session) not in self._sessions:
                 opened = self._engine.session(user=user, session=session)
-                self._sessions[user, session] = (opened, Lock())
+                self._sessions[user, session] = _Chat(opened)
             return self._sessions[user, session]
 
 

@@ -42,9 +42,10 @@ impl ToolResult {
 ///
 /// Read is what models write: `<tool_call>{"name": .., "arguments": {..}}</tool_call>`, as often as it stands there (Hermes,
 /// Qwen); a list of such objects behind `[TOOL_CALLS]`, or as the whole answer (Mistral); one object as the whole answer, with
-/// `parameters` or `arguments`, behind `<|python_tag|>` or not (Llama 3). Thoughts, `<think>..</think>` at the beginning, are
-/// passed over. What is no JSON of that form is no call, and neither is one without a name or with arguments that are no
-/// object: the answer is then text alone.
+/// `parameters` or `arguments`, behind `<|python_tag|>` or not (Llama 3). Thoughts at the beginning, up to `</think>`, are
+/// passed over, whether the answer or the template wrote the `<think>` before them; of thoughts that the template began and
+/// that were cut before their end nothing tells, and a call in them is taken for one. What is no JSON of that form is no call,
+/// and neither is one without a name or with arguments that are no object: the answer is then text alone.
 ///
 /// ```
 /// let answer = "<tool_call>\n{\"name\": \"add\", \"arguments\": {\"a\": 1, \"b\": 2}}\n</tool_call>";
@@ -53,19 +54,10 @@ impl ToolResult {
 /// assert!(mka::tool_calls("1 and 2 make 3.").is_empty());
 /// ```
 pub fn tool_calls(answer: &str) -> Vec<ToolCall> {
-    let answer = without_thoughts(answer).trim();
-    if answer.contains(OPEN) {
-        return tagged(answer);
-    }
-    if let Some((_, list)) = answer.split_once("[TOOL_CALLS]") {
-        return listed(list, true);
-    }
-    let answer = answer.strip_prefix("<|python_tag|>").unwrap_or(answer).trim_start();
-    // Where nothing else says that it is a call, it must say what it is called with.
-    match answer.starts_with('[') {
-        true => listed(answer, false),
-        false => Written::call(answer, false).into_iter().collect(),
-    }
+    let said = without_thoughts(answer);
+    // What is a call as a whole may hold any mark in a text.
+    let whole = [answer, said].into_iter().map(whole).find(|calls| !calls.is_empty());
+    whole.unwrap_or_else(|| marked(said))
 }
 
 const OPEN: &str = "<tool_call>";
@@ -109,10 +101,36 @@ fn object(json: &str) -> Option<String> {
 
 /// `answer` behind the thoughts that it begins with; nothing of one that ends in the middle of them.
 fn without_thoughts(answer: &str) -> &str {
-    match answer.trim_start().strip_prefix("<think>") {
-        Some(thoughts) => thoughts.split_once("</think>").map_or("", |(_, said)| said),
-        None => answer,
+    let opens = answer.trim_start().starts_with("<think>");
+    match answer.split_once("</think>") {
+        Some((thoughts, said)) if opens || !thoughts.contains("<think>") => said,
+        None if opens => "",
+        _ => answer,
     }
+}
+
+/// The calls that `answer` is and nothing else.
+fn whole(answer: &str) -> Vec<ToolCall> {
+    let answer = answer.trim();
+    let answer = answer.strip_prefix("<|python_tag|>").unwrap_or(answer).trim_start();
+    // Where nothing else says that it is a call, it must say what it is called with.
+    match answer.starts_with('[') {
+        true => listed(answer, false),
+        false => Written::call(answer, false).into_iter().collect(),
+    }
+}
+
+/// The calls that stand behind marks in `answer`, by the mark that comes first: another may stand in what is called with.
+fn marked(answer: &str) -> Vec<ToolCall> {
+    if let Some((before, list)) = answer.split_once("[TOOL_CALLS]")
+        && !before.contains(OPEN)
+    {
+        let calls = listed(list, true);
+        if !calls.is_empty() {
+            return calls;
+        }
+    }
+    tagged(answer)
 }
 
 /// Calls between tags. The last of them may lack the closing one: the model ended its turn in its place.
@@ -173,6 +191,10 @@ mod tests {
             r#"<tool_call>{"name": "say", "parameters": {"a": "</tool_call>"}}</tool_call>"#;
         expect(other, &[("say", r#"{"a": "</tool_call>"}"#)]);
         expect(&format!("<think>\n{now} or not?\n</think>\n{one}"), &[add]);
+        // The template may have written the tag that opens the thoughts.
+        expect(&format!("{now} or not?\n</think>\n{one}"), &[add]);
+        expect(&format!("{now} or not?\n</think>\nIt is nine."), &[]);
+        expect(&format!("{one}\nSo it is <think>a thought</think>."), &[add]);
     }
 
     #[test]
@@ -208,6 +230,10 @@ mod tests {
         expect(&format!("{whole}."), &[]);
         expect(list, &[]);
         expect(r#"[TOOL_CALLS][{"name": "now"}, {"name": 7}]"#, &[]);
+        let tag = r#"{"name": "say", "arguments": {"a": "<tool_call>"}}"#;
+        let say = ("say", r#"{"a": "<tool_call>"}"#);
+        expect(&format!("[{tag}]"), &[say]);
+        expect(&format!("[TOOL_CALLS][{tag}]"), &[say]);
         expect(r#"[["now", {}, {}]]"#, &[]);
         expect("[1, 2]", &[]);
         expect("[]", &[]);
@@ -223,6 +249,11 @@ mod tests {
         }
         let typed = r#"{"type": "function", "name": "add", "arguments": {"a": 1}}"#;
         expect(typed, &[("add", r#"{"a": 1}"#)]);
+        for mark in [OPEN, "[TOOL_CALLS]", "</think>"] {
+            let arguments = format!(r#"{{"a": "{mark}"}}"#);
+            let call = format!(r#"{{"name": "say", "parameters": {arguments}}}"#);
+            expect(&call, &[("say", arguments.as_str())]);
+        }
         expect(r#"{"name": "Ada"}"#, &[]);
         expect(r#"{"name": "Ada", "parameters": null}"#, &[]);
         expect(&format!("{call} {call}"), &[]);

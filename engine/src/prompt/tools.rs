@@ -98,7 +98,7 @@ impl Scaffold {
     /// `has_system` ones.
     ///
     /// # Errors
-    /// `InvalidArgument` if the template writes nothing of tools there.
+    /// `InvalidArgument` if the template does not list every one of them there.
     pub(crate) fn offering(
         &self,
         template: &ChatTemplate,
@@ -108,11 +108,12 @@ impl Scaffold {
         if has_system && self.system.is_none() {
             return Err(no_system());
         }
-        // Some templates show tools only while the last message is the user's (Mistral's).
+        // Many list tools before the user's last message alone (Mistral's): the first is to be the last.
         let shapes: [&[&str]; 2] = match has_system {
-            true => [&["system", "user", "assistant"], &["system", "user"]],
-            false => [&["user", "assistant", "user"], &["user"]],
+            true => [&["system", "user"], &["system", "user", "assistant"]],
+            false => [&["user"], &["user", "assistant", "user"]],
         };
+        let names: Vec<String> = tools.iter().map(Tool::name).collect();
         let mut refused = None;
         for roles in shapes {
             let messages = marked(roles);
@@ -127,14 +128,17 @@ impl Scaffold {
             };
             match (with.as_slice(), without.as_slice()) {
                 ([before, after, ..], [plain_before, plain_after, ..])
-                    if has_system && (before, after) != (plain_before, plain_after) =>
+                    if has_system
+                        && lists(&names, &[before, after], &[plain_before, plain_after]) =>
                 {
                     return Ok(Self {
                         system: Some((before.clone(), after.clone())),
                         ..self.clone()
                     });
                 }
-                ([opening, ..], [plain, ..]) if !has_system && opening != plain => {
+                ([opening, ..], [plain, ..])
+                    if !has_system && lists(&names, &[opening], &[plain]) =>
+                {
                     return Ok(Self { opening: opening.clone(), ..self.clone() });
                 }
                 _ => {}
@@ -146,6 +150,19 @@ impl Scaffold {
         }
         Err(none)
     }
+}
+
+/// Whether `parts` hold each of `names`, as it is or as JSON has it, more often than the `plain` ones. Other words may change
+/// too where there are tools, and list none.
+fn lists(names: &[String], parts: &[&String], plain: &[&String]) -> bool {
+    let count = |parts: &[&String], name: &str| -> usize {
+        parts.iter().map(|part| part.matches(name).count()).sum()
+    };
+    names.iter().all(|name| {
+        [name.clone(), json::inside(name)]
+            .iter()
+            .any(|name| count(parts, name) > count(plain, name))
+    })
 }
 
 /// What a session that offers tools gets where nothing shows them to the model.
@@ -359,6 +376,50 @@ mod tests {
         assert_eq!(result.to_result, "</s>[TOOL_RESULTS] {\"content\": ");
         assert_eq!(result.between, format!("{numbered}[TOOL_RESULTS] {{\"content\": "));
         assert_eq!((result.to_answer.as_str(), result.is_json), (numbered, false));
+    }
+
+    #[test]
+    fn tools_are_listed_where_they_stand_and_not_where_other_words_change() {
+        // As Mistral's of 2025: other instructions where there are tools, and the list before the user's last message.
+        let source = r#"
+{%- if tools %}{% set sys = 'You are able to call tools.' %}{% else %}{% set sys = 'You have no tools.' %}{% endif %}
+{%- set users = messages | selectattr("role", "equalto", "user") | list %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set sys = messages[0]['content'] + ' ' + sys %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{{- bos_token + '[SYSTEM_PROMPT]' + sys + '[/SYSTEM_PROMPT]' }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {%- if tools and message == users[-1] %}
+            {{- '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {{- '[INST]' + message['content'] + '[/INST]' }}
+    {%- else %}
+        {{- message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}"#;
+        let found = template(source);
+        let plain = Scaffold::new(&found).unwrap();
+        let listed = plain.offering(&found, &tools(), false).unwrap().opening;
+        assert!(listed.contains("able to call tools.[/SYSTEM_PROMPT][AVAILABLE_TOOLS][{"));
+        assert!(listed.contains("\"name\": \"now\"") && listed.contains("\"name\": \"add\""));
+        assert!(listed.ends_with("[/AVAILABLE_TOOLS][INST]"), "{listed}");
+        let (before, after) = plain.offering(&found, &tools(), true).unwrap().system.unwrap();
+        assert_eq!(before, "<s>[SYSTEM_PROMPT]");
+        assert!(after.starts_with(" You are able to call tools.[/SYSTEM_PROMPT][AVAILABLE_TOOLS]"));
+        assert!(after.ends_with("}}}][/AVAILABLE_TOOLS][INST]"), "{after}");
+
+        // Nothing but the other words, or one tool of two.
+        for (shown, part) in [("tools | tojson", "''"), ("tools | tojson", "tools[0] | tojson")] {
+            let hidden = template(&source.replace(shown, part));
+            let plain = Scaffold::new(&hidden).unwrap();
+            for has_system in [false, true] {
+                let error = plain.offering(&hidden, &tools(), has_system).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+                assert!(error.to_string().contains("no place for them"), "{error}");
+            }
+        }
     }
 
     #[test]

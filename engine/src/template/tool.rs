@@ -53,6 +53,13 @@ impl Tool {
         self.0.clone()
     }
 
+    /// The name of its function.
+    pub(crate) fn name(&self) -> String {
+        let function = self.0.get_attr("function").unwrap_or_default();
+        let name = function.get_attr("name").unwrap_or_default();
+        name.as_str().unwrap_or_default().to_owned()
+    }
+
     /// Its JSON in one line, in which its texts stand as they are but for quotation marks, backslashes and control characters.
     ///
     /// # Errors
@@ -73,7 +80,7 @@ mod tests {
         let tools = Tool::all(&[bare.to_owned(), whole.clone()]).unwrap();
         assert_eq!(tools.len(), 2);
         for tool in tools {
-            assert_eq!(tool.json().unwrap(), whole);
+            assert_eq!((tool.json().unwrap(), tool.name().as_str()), (whole.clone(), "now"));
         }
         assert!(Tool::all(&[]).unwrap().is_empty());
     }

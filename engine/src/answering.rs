@@ -37,14 +37,23 @@ const MAX_MARKS: usize = 254;
 /// answer, their scores are close.
 const RECALL_FLOOR: f32 = 0.5;
 
+/// What a message asks of memory.
+struct Asked<'a> {
+    query: &'a str,
+    /// What the user said, where the message is none of the user's and may have left it behind: it is quoted too.
+    question: Option<&'a Turn>,
+    /// Tokens of the message.
+    coming_tokens: usize,
+}
+
 /// What is recalled for a message, as text and hits.
 fn recall(
     conversation: &Conversation,
-    message: &str,
+    asked: Asked<'_>,
     options: &SendOptions,
-    coming_tokens: usize,
     now_ms: i64,
 ) -> Result<(String, Vec<Hit>)> {
+    let Asked { query: message, question, coming_tokens } = asked;
     let shared = &conversation.shared;
     let k = options.recall_k.unwrap_or(shared.config.recall_k);
     // Recalled text may take half the window at most, so that the message and an answer fit beside it.
@@ -53,10 +62,14 @@ fn recall(
     if !has_text || k == 0 || budget == 0 {
         return Ok((String::new(), Vec::new()));
     }
+    let mut except_turns = conversation.turns_in_window(coming_tokens + budget);
+    let question = question.filter(|turn| !except_turns.contains(&turn.id));
+    // A question is found best by itself, and would keep out what answers it.
+    except_turns.extend(question.map(|turn| turn.id));
     let query = Recall {
         k,
         across_sessions: options.across_sessions,
-        except_turns: conversation.turns_in_window(coming_tokens + budget),
+        except_turns,
         now_ms: Some(now_ms),
         filter: options.recall_filter.clone(),
         ..Recall::default()
@@ -65,7 +78,13 @@ fn recall(
     let floor = hits.first().map_or(0.0, |best| best.score * RECALL_FLOOR);
     hits.retain(|hit| hit.score >= floor);
     let quotations = quote::Quotation::of(&hits, message, shared.config.quote);
-    let (text, chosen) = quote::assemble(&quotations, budget, |text| shared.count_tokens(text))?;
+    let (mut text, chosen) =
+        quote::assemble(&quotations, budget, |text| shared.count_tokens(text))?;
+    if let Some(question) = question
+        && shared.count_tokens(&question.text)? <= shared.config.window_tokens / 8
+    {
+        text = quote::behind_words(&question.text, &text);
+    }
     // An index that is built in the background may find other hits in another process: the prompt is one.
     let text = shared.model("recall")?.decoder.group.first_text(text)?;
     Ok((text, chosen.into_iter().map(|i| hits[i].clone()).collect()))
@@ -125,7 +144,8 @@ pub(crate) fn send(
     }
 
     let own_tokens = model.tokenizer.encode(message, false)?;
-    let (recalled, hits) = recall(conversation, message, options, own_tokens.len(), now_ms)?;
+    let asked = Asked { query: message, question: None, coming_tokens: own_tokens.len() };
+    let (recalled, hits) = recall(conversation, asked, options, now_ms)?;
     if !hits.is_empty() {
         // A caller who is gone is noticed before the first block.
         sink.send(Event::Recalled(hits));

@@ -399,6 +399,20 @@ impl Conversation {
         Ok(None)
     }
 
+    /// The newest words of the user that the model read, if they were neither taken back nor forgotten.
+    pub(crate) fn last_words(&self) -> Result<Option<Turn>> {
+        let is_said = |turn: &Turn| {
+            turn.role == Role::User && !turn.text.is_empty() && !turn.tokens.is_empty()
+        };
+        for id in (0..self.num_turns()?).rev() {
+            let asked = self.live_turn(id)?.filter(is_said);
+            if asked.is_some() {
+                return Ok(asked);
+            }
+        }
+        Ok(None)
+    }
+
     /// The newest turn of the log that was not taken back.
     pub(crate) fn last_turn(&self) -> Result<Option<Turn>> {
         for id in (0..self.num_turns()?).rev() {

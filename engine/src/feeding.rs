@@ -316,7 +316,7 @@ impl Feeding<'_> {
 
 /// Cuts `text` into sections of at most [`SECTION_BYTES`], at the best border in their last quarter: a blank line, a
 /// line, a sentence, a word. A cut stands before the white space, which then begins the next section's first token.
-fn sections(text: &str) -> Vec<Range<usize>> {
+pub(crate) fn sections(text: &str) -> Vec<Range<usize>> {
     let mut sections = Vec::new();
     let mut start = 0;
     while text.len() - start > SECTION_BYTES {

@@ -45,20 +45,30 @@ impl<'a> Quotation<'a> {
     }
 
     /// Who or what said it, and its lines.
-    ///
-    /// Every line carries the quotation mark, whatever line break it uses, so that no text can close its own
-    /// quotation. The attribution is short: a small model takes a longer one for what it is asked about.
     fn render(&self) -> String {
-        let mut text = String::new();
         let role = format!("{:?}", self.hit.source.role).to_lowercase();
-        let source = self.hit.source.name.as_deref().map_or(role, one_line);
-        // Writing to a String cannot fail.
-        let _ = writeln!(text, "[{source}]");
-        for line in self.text.split(is_line_break).filter(|line| !line.trim().is_empty()) {
-            let _ = writeln!(text, "> {line}");
-        }
-        text
+        lines(&self.hit.source.name.as_deref().map_or(role, one_line), &self.text)
     }
+}
+
+/// `text` as a quotation of `source`.
+///
+/// Every line carries the quotation mark, whatever line break it uses, so that no text can close its own
+/// quotation. The attribution is short: a small model takes a longer one for what it is asked about.
+fn lines(source: &str, text: &str) -> String {
+    let mut quoted = String::new();
+    // Writing to a String cannot fail.
+    let _ = writeln!(quoted, "[{source}]");
+    for line in text.split(is_line_break).filter(|line| !line.trim().is_empty()) {
+        let _ = writeln!(quoted, "> {line}");
+    }
+    quoted
+}
+
+/// `quotations`, as [`assemble`] lays them out, behind words of the user's.
+pub(crate) fn behind_words(words: &str, quotations: &str) -> String {
+    let quotations = quotations.strip_prefix(HEADER).unwrap_or(quotations);
+    format!("{HEADER}{}{quotations}", lines("user", words))
 }
 
 /// Picks, best first, the quotations that fit `budget_tokens` with the header, and lays them out in the order in which

@@ -321,10 +321,13 @@ impl Session {
     /// place shows them in a message of the user's, a blank line between two.
     ///
     /// Each result is a turn of [`Role::Tool`](crate::Role::Tool), remembered as a document is, its name beside it. What is
-    /// recalled for them stands in the first. They may be of any length: what leaves the window is recalled. Of `options`
-    /// `system`, `tools`, `completion` and `joined` are ignored.
+    /// recalled for them stands in the first. They may be of any length. Longer than half the window together, they are read
+    /// and committed in sections first, each a turn, up to a tail: the last of them that fit, or the end of the last one. What
+    /// is recalled for the user's last message and the tail, and that message, if it left the window, then stand directly
+    /// before the tail. Of `options` `system`, `tools`, `completion` and `joined` are ignored.
     ///
-    /// Errors are the stream's last item, `InvalidArgument` without a result, and where nothing was said yet.
+    /// Errors are the stream's last item, `InvalidArgument` without a result, and where nothing was said yet. After one the
+    /// session stands where it stood before, or behind the sections that were committed.
     pub fn send_tool(&mut self, results: Vec<ToolResult>, options: SendOptions) -> Events {
         self.answer(move |conversation, sink| {
             answering::send_results(conversation, &results, &options, sink)

@@ -1,10 +1,11 @@
-//! Answering what tools gave back: their results as the template shows them, each a turn of the log.
+//! Answering what tools gave back: their results as the template shows them, each a turn of the log or, of a long one, several.
 //! Knows neither a handle nor a thread, nor what was called.
 
-use super::{Prompt, Quotation, answer, check_marks, recall, turn};
+use super::{Asked, Prompt, Quotation, answer, check_marks, recall, turn};
 use crate::conversation::Conversation;
+use crate::engine::Model;
 use crate::error::{Error, Result};
-use crate::feeding;
+use crate::feeding::{self, COMMIT_TOKENS};
 use crate::generation;
 use crate::prompt;
 use crate::session::SendOptions;
@@ -12,7 +13,8 @@ use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Sink, Usage};
 use crate::tokenizer::Joined;
 use crate::tools::ToolResult;
-use mka_memory::Role;
+use mka_memory::{NewTurn, Role};
+use std::ops::Range;
 
 /// Answers `results`; the usage, or none for a caller who is gone.
 ///
@@ -44,14 +46,24 @@ pub(crate) fn send_results(
     // A result has the template around it in any case.
     let options = &SendOptions { completion: false, ..options.clone() };
 
-    let contents: Vec<&str> = results.iter().map(|result| result.content.as_str()).collect();
-    let said = contents.join("\n");
-    // By the end of what is long, as a message is: what is asked of memory is no longer than that.
-    let (_, query) = feeding::split_long(model, &said, shared.config.window_tokens / 2)?;
-    let words = model.tokenizer.encode(query, false)?;
+    let (parts, num_read) = parts(model, results, shared.config.window_tokens)?;
+    let contents: Vec<&str> = parts[num_read..].iter().map(|part| part.said).collect();
+    let tail = contents.join("\n");
+    let coming_tokens = model.tokenizer.count(&tail)?;
+    // Results that fill the window hide what the user asked of them.
+    let question = if num_read > 0 { conversation.last_words()? } else { None };
+    let query = match &question {
+        Some(question) => format!("{}\n{tail}", question.text),
+        None => tail,
+    };
+    if num_read > 0 {
+        take_in(conversation, &parts[..num_read], options, time_ms, sink)?;
+    }
+    let words = model.tokenizer.encode(&query, false)?;
+    let asked = Asked { query: &query, question: question.as_ref(), coming_tokens };
     let (recalled, hits) = match query.trim().is_empty() {
         true => Default::default(),
-        false => recall(conversation, query, options, model.tokenizer.count(&said)?, now_ms)?,
+        false => recall(conversation, asked, options, now_ms)?,
     };
     if !hits.is_empty() {
         // A caller who is gone is noticed before the first block.
@@ -60,35 +72,169 @@ pub(crate) fn send_results(
 
     let scaffold = &model.scaffold.result;
     let mut written = Joined::behind(&model.tokenizer, conversation.last_token());
-    generation::closing(&mut written, model, open, &scaffold.to_result)?;
-    let quotation_start = written.num_tokens();
-    written.content(&scaffold.written(&recalled))?;
-    let quotation = quotation_start..written.num_tokens();
+    let mut quotation = 0..0;
     let mut turns = Vec::new();
-    for (i, result) in results.iter().enumerate() {
-        if i > 0 {
-            written.scaffold(&scaffold.between)?;
+    for (i, part) in parts.iter().enumerate().skip(num_read) {
+        part.open(&mut written, model, open, i == 0)?;
+        if i == num_read && !recalled.is_empty() {
+            if !part.begins {
+                written.content(&scaffold.written("\n\n"))?;
+            }
+            quotation.start = written.num_tokens();
+            written.content(&scaffold.written(&recalled))?;
+            quotation.end = written.num_tokens();
+            written.content(&scaffold.written(&format!("\n{}", part.shown)))?;
+        } else {
+            written.content(&scaffold.written(part.shown))?;
         }
-        let content = prompt::shown(&result.content, scaffold.trims);
-        match i == 0 && !recalled.is_empty() {
-            true => written.content(&scaffold.written(&format!("\n{content}")))?,
-            false => written.content(&scaffold.written(content))?,
-        }
-        if i + 1 == results.len() {
+        if i + 1 == parts.len() {
             written.scaffold(&scaffold.to_answer)?;
             if !options.answer_prefix.is_empty() {
                 written.scaffold(&model.scaffold.answer_lead)?;
             }
             written.content(&options.answer_prefix)?;
         }
-        let mut given = turn(Role::Tool, result.content.clone(), time_ms, written.take()?);
-        given.source = result.name.clone();
-        given.metadata = options.metadata.clone();
-        turns.push(given);
+        turns.push(part.turn(options, time_ms, written.take()?));
     }
     // Memory is quoted in the first, and there is one.
     let first = std::mem::take(&mut turns[0].tokens);
     let (own, quotation) = Quotation::cut(first, recalled, quotation);
     turns[0].tokens = own;
     answer(conversation, Prompt { turns, quotation, words }, options, sink)
+}
+
+/// What is a turn of its own: a result, or a section of a long one.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    result: &'a ToolResult,
+    /// As the log has it.
+    said: &'a str,
+    /// As the model is shown it.
+    shown: &'a str,
+    /// Whether the result begins with it.
+    begins: bool,
+}
+
+impl<'a> Part<'a> {
+    fn whole(result: &'a ToolResult, trims: bool) -> Self {
+        let (said, shown) = (result.content.as_str(), prompt::shown(&result.content, trims));
+        Self { result, said, shown, begins: true }
+    }
+
+    /// The sections of `text`, which is what this begins with or all of it.
+    fn sections(&self, text: &'a str) -> Vec<Self> {
+        let sections = feeding::sections(text);
+        if sections.len() <= 1 && text.len() == self.shown.len() {
+            return vec![*self];
+        }
+        let part = |section: Range<usize>| {
+            let begins = section.start == 0;
+            let text = &text[section];
+            Self { said: text, shown: text, begins, ..*self }
+        };
+        sections.into_iter().map(part).collect()
+    }
+
+    /// Writes what stands before it; `open` is what the results follow, and it `is_first` behind that.
+    fn open(
+        &self,
+        written: &mut Joined<'_>,
+        model: &Model,
+        open: OpenTurn,
+        is_first: bool,
+    ) -> Result<()> {
+        let scaffold = &model.scaffold.result;
+        match (is_first, self.begins) {
+            (true, _) => generation::closing(written, model, open, &scaffold.to_result),
+            (false, true) => written.scaffold(&scaffold.between),
+            (false, false) => Ok(()),
+        }
+    }
+
+    fn turn(&self, options: &SendOptions, time_ms: i64, tokens: Vec<u32>) -> NewTurn {
+        let mut given = turn(Role::Tool, self.said.to_owned(), time_ms, tokens);
+        given.source = self.result.name.clone();
+        given.metadata = options.metadata.clone();
+        given
+    }
+}
+
+/// `results` as parts, and how many of these are read and committed before memory is looked up. Where they are longer than
+/// half a `window` together that is all but a tail of a quarter: the last results that fit, or the end of the last one.
+fn parts<'a>(
+    model: &Model,
+    results: &'a [ToolResult],
+    window: usize,
+) -> Result<(Vec<Part<'a>>, usize)> {
+    let trims = model.scaffold.result.trims;
+    let whole: Vec<Part<'a>> = results.iter().map(|result| Part::whole(result, trims)).collect();
+    let count = |part: &Part<'_>| model.tokenizer.count(part.shown);
+    let counts = whole.iter().map(count).collect::<Result<Vec<usize>>>()?;
+    if counts.iter().sum::<usize>() <= window / 2 {
+        return Ok((whole, 0));
+    }
+    // What is recalled takes half a window at most, and what the user asked an eighth: all of it stands in the last window,
+    // with room for an answer.
+    let longest = window / 4;
+    let mut tail_tokens = 0;
+    let fits = |count: &&usize| {
+        tail_tokens += **count;
+        tail_tokens <= longest
+    };
+    let num_fitting = counts.iter().rev().take_while(fits).count();
+    let (head, tail) = whole.split_at(whole.len() - num_fitting.max(1));
+    let mut parts: Vec<Part<'a>> = Vec::new();
+    for part in head {
+        parts.extend(part.sections(part.shown));
+    }
+    let mut tail = tail.to_vec();
+    if num_fitting == 0
+        && let [last] = tail.as_mut_slice()
+    {
+        let (beginning, end) = feeding::split_long(model, last.shown, longest)?;
+        parts.extend(last.sections(beginning));
+        *last = Part { said: end, shown: end, begins: beginning.is_empty(), ..*last };
+    }
+    let num_read = parts.len();
+    parts.append(&mut tail);
+    Ok((parts, num_read))
+}
+
+/// Reads and commits `parts`, the first of which stands behind what is open.
+///
+/// # Errors
+/// `Cancelled` if the caller is gone: what was committed stays.
+fn take_in(
+    conversation: &mut Conversation,
+    parts: &[Part<'_>],
+    options: &SendOptions,
+    time_ms: i64,
+    sink: &Sink<Event>,
+) -> Result<()> {
+    let shared = conversation.shared.clone();
+    let model = shared.model("send_tool")?;
+    let open = conversation.state.open;
+    conversation.last_prompt = None;
+    let (mut turns, mut starts, mut uncommitted) = (Vec::new(), Vec::new(), 0);
+    for (i, part) in parts.iter().enumerate() {
+        let mut written = Joined::behind(&model.tokenizer, conversation.last_token());
+        part.open(&mut written, model, open, i == 0)?;
+        written.content(&model.scaffold.result.written(part.shown))?;
+        let given = part.turn(options, time_ms, written.take()?);
+        starts.push(Some(conversation.position()));
+        conversation.prefill(&given.tokens, &mut || !sink.is_cancelled())?;
+        // Should it end here, what comes next closes it as it does a document.
+        conversation.state.open = OpenTurn::User;
+        uncommitted += given.tokens.len();
+        turns.push(given);
+        if i + 1 == parts.len() || uncommitted >= COMMIT_TOKENS || conversation.pages_wait() {
+            let (turns, starts) = (std::mem::take(&mut turns), std::mem::take(&mut starts));
+            conversation.commit(turns, &starts, None)?;
+            uncommitted = 0;
+        }
+        if conversation.is_cancelled_anywhere(sink.is_cancelled())? {
+            return Err(Error::cancelled("send_tool"));
+        }
+    }
+    Ok(())
 }

@@ -2,8 +2,8 @@
 
 use crate::testing::tiny_model;
 use crate::{
-    Device, Engine, ErrorKind, FeedOptions, MemoryConfig, ModelSource, NewTurn, Recall, Role,
-    Scope, SendOptions, Session, ToolResult, Turn,
+    Device, Engine, ErrorKind, Event, FeedOptions, MemoryConfig, ModelSource, NewTurn, Recall,
+    Role, Scope, SendOptions, Session, ToolResult, Turn,
 };
 use mka_memory::Value;
 use std::path::Path;
@@ -150,6 +150,42 @@ fn a_result_of_any_length_is_taken() {
     assert!(usage.stream_tokens > 1000, "{usage:?}");
     chat.send_with("and now", silent()).text_blocking().unwrap();
     assert_eq!(turns(&engine, &chat)[2].text, page);
+}
+
+#[test]
+fn a_result_longer_than_the_window_recalls_its_beginning_directly_before_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    chat.send_with("When does the ferry leave?", silent()).text_blocking().unwrap();
+    let hills: String = (0..200).map(|i| format!("Hill {i} is green. ")).collect();
+    let end = "That was all of what the list has to say, and here is the end of it all. So when does the ferry leave?";
+    let long = format!("The ferry leaves at nine. {hills}{end}");
+    let given = results(&[long.as_str()]);
+    let mut events = chat.send_tool(given, SendOptions::default().max_new_tokens(2));
+    let mut texts = Vec::new();
+    while let Some(event) = events.next_blocking() {
+        if let Event::Recalled(hits) = event.unwrap() {
+            texts.extend(hits.into_iter().map(|hit| hit.text));
+        }
+    }
+    assert!(texts.iter().any(|text| text.contains("leaves at nine")), "{texts:?}");
+    let turns = turns(&engine, &chat);
+    let at = turns.iter().position(|turn| turn.role == Role::Recalled).unwrap();
+    let quoted = &turns[at].text;
+    assert!(quoted.contains("[user]\n> When does the ferry leave?\n"), "{quoted}");
+    assert!(quoted.contains("> The ferry leaves at nine."), "{quoted}");
+    // The beginning was read and committed in sections; the rest lies in the window.
+    assert!(at > 3 && turns[2..at].iter().all(|turn| turn.role == Role::Tool), "{at}");
+    assert_eq!((turns[at + 1].role, turns.len()), (Role::Tool, at + 3));
+    assert!(turns[at..].iter().map(|turn| turn.tokens.len()).sum::<usize>() <= 256);
+    let told = turns.iter().filter(|turn| turn.role == Role::Tool);
+    assert_eq!(told.map(|turn| turn.text.as_str()).collect::<String>(), long);
+    // What the model read is the template's text around the result, the quotation aside.
+    let read: Vec<u32> = turns[2..at].iter().flat_map(|turn| turn.tokens.clone()).collect();
+    let tokenizer = &engine.shared.model("test").unwrap().tokenizer;
+    let text = tokenizer.decode(&read, false).unwrap();
+    assert!(text.contains("tool\nThe ferry leaves at nine. Hill 0 is green."), "{text}");
 }
 
 #[test]

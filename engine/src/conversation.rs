@@ -2,11 +2,13 @@
 //! Knows no stream of events and no wire format; it changes only through whole operations that can be taken back.
 
 mod align;
+mod batch;
 mod commit;
 mod opening;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use batch::note_batch;
 pub(crate) use commit::Pending;
 pub(crate) use opening::note_opening;
 
@@ -300,11 +302,15 @@ impl Conversation {
         let sink_pages = self.sink_pages_before(model, end)?;
         let head_tokens = sink_pages as usize * PAGE_TOKENS;
         let (mut newest, mut newest_tokens, mut from) = (Vec::new(), 0, end);
+        let mut is_forgotten = false;
         while from > 0 && newest_tokens < window + usize::from(hold_last) {
             from -= 1;
             if let Some(turn) = self.turn_in_stream(from)? {
                 newest_tokens += turn.tokens.len();
                 newest.push(turn);
+            } else if newest.is_empty() {
+                let is_gone = |turn: &Turn| turn.forgotten && is_asked(turn.role);
+                is_forgotten |= self.live_turn(from)?.as_ref().is_some_and(is_gone);
             }
         }
         let (mut turns, mut oldest_tokens, mut next) = (Vec::new(), 0, 0);
@@ -315,9 +321,12 @@ impl Conversation {
             }
             next += 1;
         }
+        let gap = (next < from).then_some(turns.len());
         turns.extend(newest.into_iter().rev());
-        // A message that was forgotten is none to answer.
-        let held = turns.last_mut().filter(|turn| hold_last && is_asked(turn.role));
+        batch::mend(model, &mut turns, gap)?;
+        // A message that was forgotten is none to answer, and neither is what is left of one whose end was.
+        let is_held = |turn: &&mut Turn| hold_last && !is_forgotten && is_asked(turn.role);
+        let held = turns.last_mut().filter(is_held);
         let held = held.and_then(|turn| turn.tokens.pop());
         let tokens: usize = turns.iter().map(|turn| turn.tokens.len()).sum();
         // By the tokens of `turns`; turns that were not read lie between the two as well.
@@ -434,6 +443,7 @@ impl Conversation {
     }
 
     /// Takes every turn from `turn` on back, as if it had never been said; the window is filled from the turns before it.
+    /// Results that were given together are one message: of those all are taken back.
     ///
     /// # Errors
     /// `NotFound` if the log does not reach to `turn`. After an error the session stands where it stood.
@@ -449,6 +459,7 @@ impl Conversation {
         if self.last_turn()?.is_none_or(|last| last.id < turn) {
             return Ok(());
         }
+        let turn = self.first_of_batch(turn);
         // What a message quotes goes with it; where either cannot be read it stays.
         let pair = turn.saturating_sub(1)..turn + 1;
         let pair = self.shared.store.turns(&self.scope, pair).unwrap_or_default();

@@ -62,9 +62,10 @@ pub struct SendOptions {
     pub metadata: Metadata,
     /// Tools that the model may call, each the JSON of a function as OpenAI and transformers write it, `{"type": "function",
     /// "function": {"name": .., "description": .., "parameters": ..}}`, or what stands under `function` there. The model's own
-    /// chat template lists them before the first message of a session; ignored later. They stay in sight as
-    /// [`SendOptions::system`] does. [`tool_calls`](crate::tool_calls) reads what the model calls from the text of its answer,
-    /// [`Session::send_tool`] gives it the results.
+    /// chat template lists them before the first message of a session. Ignored later, also where the session was begun by
+    /// [`Session::feed`] or [`Session::append`], which offer none. They stay in sight as [`SendOptions::system`] does, and are
+    /// gone once that first message was forgotten. [`tool_calls`](crate::tool_calls) reads what the model calls from the text
+    /// of its answer, [`Session::send_tool`] gives it the results.
     ///
     /// `InvalidArgument` for what is no function, for text in it that is a control token of the model, and where the template
     /// lists no tools, or `completion` leaves it out.
@@ -341,8 +342,8 @@ impl Session {
     /// `joined` and `metadata` are ignored. Greedily, or with the same [`Sampling::seed`], the answer is the same. It is marked
     /// as the one in whose place it stands.
     ///
-    /// Errors are the stream's last item, `NotFound` where the last turn is no answer, `Cancelled` where it ended before its
-    /// first token: the answer is then the one before.
+    /// Errors are the stream's last item, `NotFound` where the last turn is no answer, or the end of its message was forgotten,
+    /// `Cancelled` where it ended before its first token: the answer is then the one before.
     pub fn regenerate(&mut self, options: SendOptions) -> Events {
         self.answer(move |conversation, sink| answering::regenerate(conversation, &options, sink))
     }
@@ -367,6 +368,7 @@ impl Session {
     }
 
     /// Takes every turn from `turn` on back, as if it had never been said: the next message follows what was before it.
+    /// Results that were given by one [`Session::send_tool`] are one message: from one of them on means from the first.
     ///
     /// What is taken back stays in the log as retracted, keeps its number, and is not recalled; durable when this returns.
     /// With a model the window is filled from the turns before, which costs their prefill once; text recall reaches what

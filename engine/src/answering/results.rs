@@ -2,7 +2,7 @@
 //! Knows neither a handle nor a thread, nor what was called.
 
 use super::{Asked, Prompt, Quotation, answer, check_marks, recall, turn};
-use crate::conversation::Conversation;
+use crate::conversation::{Conversation, note_batch};
 use crate::engine::Model;
 use crate::error::{Error, Result};
 use crate::feeding::{self, COMMIT_TOKENS};
@@ -57,7 +57,7 @@ pub(crate) fn send_results(
         None => tail,
     };
     if num_read > 0 {
-        take_in(conversation, &parts[..num_read], options, time_ms, sink)?;
+        take_in(conversation, (&parts, num_read), options, time_ms, sink)?;
     }
     let words = model.tokenizer.encode(&query, false)?;
     let asked = Asked { query: &query, question: question.as_ref(), coming_tokens };
@@ -94,7 +94,9 @@ pub(crate) fn send_results(
             }
             written.content(&options.answer_prefix)?;
         }
-        turns.push(part.turn(options, time_ms, written.take()?));
+        let mut given = part.turn(options, time_ms, written.take()?);
+        note_batch(&mut given, i, parts.len());
+        turns.push(given);
     }
     // Memory is quoted in the first, and there is one.
     let first = std::mem::take(&mut turns[0].tokens);
@@ -200,13 +202,13 @@ fn parts<'a>(
     Ok((parts, num_read))
 }
 
-/// Reads and commits `parts`, the first of which stands behind what is open.
+/// Reads and commits the first `num_read` of `parts`, the first of which stands behind what is open.
 ///
 /// # Errors
 /// `Cancelled` if the caller is gone: what was committed stays.
 fn take_in(
     conversation: &mut Conversation,
-    parts: &[Part<'_>],
+    (parts, num_read): (&[Part<'_>], usize),
     options: &SendOptions,
     time_ms: i64,
     sink: &Sink<Event>,
@@ -216,18 +218,19 @@ fn take_in(
     let open = conversation.state.open;
     conversation.last_prompt = None;
     let (mut turns, mut starts, mut uncommitted) = (Vec::new(), Vec::new(), 0);
-    for (i, part) in parts.iter().enumerate() {
+    for (i, part) in parts.iter().enumerate().take(num_read) {
         let mut written = Joined::behind(&model.tokenizer, conversation.last_token());
         part.open(&mut written, model, open, i == 0)?;
         written.content(&model.scaffold.result.written(part.shown))?;
-        let given = part.turn(options, time_ms, written.take()?);
+        let mut given = part.turn(options, time_ms, written.take()?);
+        note_batch(&mut given, i, parts.len());
         starts.push(Some(conversation.position()));
         conversation.prefill(&given.tokens, &mut || !sink.is_cancelled())?;
         // Should it end here, what comes next closes it as it does a document.
         conversation.state.open = OpenTurn::User;
         uncommitted += given.tokens.len();
         turns.push(given);
-        if i + 1 == parts.len() || uncommitted >= COMMIT_TOKENS || conversation.pages_wait() {
+        if i + 1 == num_read || uncommitted >= COMMIT_TOKENS || conversation.pages_wait() {
             let (turns, starts) = (std::mem::take(&mut turns), std::mem::take(&mut starts));
             conversation.commit(turns, &starts, None)?;
             uncommitted = 0;

@@ -1,9 +1,10 @@
 //! Tools that a session is offered, and what they give back, over the tiny model with a template that has a place for both.
 
+use crate::conversation::Conversation;
 use crate::testing::tiny_model;
 use crate::{
-    Device, Engine, ErrorKind, Event, FeedOptions, MemoryConfig, ModelSource, NewTurn, Recall,
-    Role, Scope, SendOptions, Session, ToolResult, Turn,
+    Device, Engine, ErrorKind, Event, FeedOptions, Forget, MemoryConfig, ModelSource, NewTurn,
+    Recall, Role, Scope, SendOptions, Session, ToolResult, Turn,
 };
 use mka_memory::Value;
 use std::path::Path;
@@ -12,10 +13,17 @@ const TEMPLATE: &str = "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages
 
 const NOW: &str = r#"{"type": "function", "function": {"name": "now", "parameters": {"zone": 1}}}"#;
 
+/// Results that follow each other share a message of the user's.
+const SHARED: &str = "{% for message in messages %}{% if message['role'] == 'tool' %}{% if messages[loop.index0 - 1]['role'] != 'tool' %}{{ '<|im_start|>user\n' }}{% endif %}{{ '[' + message['content'] + ']\n' }}{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
 /// An engine in `folder` whose model's template has a place for tools.
 fn engine(folder: &Path, window_tokens: usize) -> Engine {
+    engine_of(folder, window_tokens, TEMPLATE)
+}
+
+fn engine_of(folder: &Path, window_tokens: usize, template: &str) -> Engine {
     Engine::builder(folder.join("store"))
-        .model(ModelSource::path(tiny_model(folder, TEMPLATE)))
+        .model(ModelSource::path(tiny_model(folder, template)))
         .device(Device::Cpu)
         .memory(MemoryConfig::with_window(window_tokens))
         .open_blocking()
@@ -169,6 +177,7 @@ fn a_result_longer_than_the_window_recalls_its_beginning_directly_before_its_end
             texts.extend(hits.into_iter().map(|hit| hit.text));
         }
     }
+    drop(events);
     assert!(texts.iter().any(|text| text.contains("leaves at nine")), "{texts:?}");
     let turns = turns(&engine, &chat);
     let at = turns.iter().position(|turn| turn.role == Role::Recalled).unwrap();
@@ -186,6 +195,54 @@ fn a_result_longer_than_the_window_recalls_its_beginning_directly_before_its_end
     let tokenizer = &engine.shared.model("test").unwrap().tokenizer;
     let text = tokenizer.decode(&read, false).unwrap();
     assert!(text.contains("tool\nThe ferry leaves at nine. Hill 0 is green."), "{text}");
+    // All of it is one message.
+    chat.rewind_blocking(at as u64 + 1).unwrap();
+    let left = engine.shared.store.turns(&trip(), 0..99).unwrap();
+    assert_eq!(left.iter().filter(|turn| !turn.retracted).count(), 2);
+}
+
+#[test]
+fn results_that_were_given_together_are_taken_back_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 128);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    chat.send_with("hello", silent()).text_blocking().unwrap();
+    for given in [results(&["at 9:14", "it rains", "it snows"]), results(&["at 9:15"])] {
+        chat.send_tool(given, silent()).text_blocking().unwrap();
+    }
+    let left = |chat: &Session| turns(&engine, chat).iter().filter(|turn| !turn.retracted).count();
+    assert_eq!(left(&chat), 8);
+    // One that was forgotten belongs to those before it; what was given later is a message of its own.
+    engine.memory().forget_blocking(&trip(), Forget::Turn(3)).unwrap();
+    chat.rewind_blocking(6).unwrap();
+    assert_eq!(left(&chat), 6);
+    chat.rewind_blocking(4).unwrap();
+    assert_eq!(left(&chat), 2);
+}
+
+#[test]
+fn what_is_left_of_results_of_which_some_were_forgotten_has_the_template_around_it() {
+    let told =
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\n[";
+    let end = "]\n<|im_end|>\n<|im_start|>assistant\n";
+    for (forgotten, left) in [(2, "it rains"), (3, "at 9:14")] {
+        let folder = tempfile::tempdir().unwrap();
+        let engine = engine_of(folder.path(), 128, SHARED);
+        let mut chat = engine.session_blocking(trip()).unwrap();
+        chat.send_with("hello", silent()).text_blocking().unwrap();
+        chat.send_tool(results(&["at 9:14", "it rains"]), silent()).text_blocking().unwrap();
+        engine.memory().forget_blocking(&trip(), Forget::Turn(forgotten)).unwrap();
+        // Without its end a message is none to answer.
+        let again = chat.regenerate(silent()).text_blocking();
+        let expected = (forgotten == 3).then_some(ErrorKind::NotFound);
+        assert_eq!(again.err().map(|error| error.kind()), expected);
+        drop(chat);
+        let conversation = Conversation::open(engine.shared.clone(), trip()).unwrap();
+        let tokenizer = &engine.shared.model("test").unwrap().tokenizer;
+        let text = tokenizer.encode_with_specials(&[told, left, end].concat()).unwrap();
+        let read = &conversation.state.recent_tokens;
+        assert_eq!(tokenizer.decode(read, false).unwrap(), tokenizer.decode(&text, false).unwrap());
+    }
 }
 
 #[test]

@@ -1,0 +1,89 @@
+//! Results of tools that were given together: one message of several turns, to which a session goes back as one, and of which
+//! some may be forgotten.
+//! Knows no cache and no answer.
+
+use super::Conversation;
+use crate::engine::Model;
+use crate::error::Result;
+use crate::tokenizer::Joined;
+use mka_memory::{NewTurn, Role, Turn, TurnId, Value};
+
+/// Metadata of a turn of such results that is not the first of them.
+const CONTINUES: &str = "mka.result_continues";
+/// The same of one that is not the last.
+const GOES_ON: &str = "mka.result_goes_on";
+
+/// Notes that `turn` is the one with index `at` of `of` turns of results that are given together.
+pub(crate) fn note_batch(turn: &mut NewTurn, at: usize, of: usize) {
+    for (key, is_so) in [(CONTINUES, at > 0), (GOES_ON, at + 1 < of)] {
+        if is_so {
+            turn.metadata.insert(key.to_owned(), Value::from(true));
+        }
+    }
+}
+
+fn is_marked(turn: &Turn, key: &str) -> bool {
+    turn.role == Role::Tool && turn.metadata.get(key) == Some(&Value::from(true))
+}
+
+/// Writes what the template has around results where the first or the last of some that were given together is not among
+/// `turns`, which follow each other but for a gap before the index `gap`.
+///
+/// # Errors
+/// As [`crate::tokenizer::Tokenizer::encode`].
+pub(super) fn mend(model: &Model, turns: &mut [Turn], gap: Option<usize>) -> Result<()> {
+    let tokenizer = &model.tokenizer;
+    let scaffold = &model.scaffold.result;
+    // A blank at its end is a part of the first word of the result.
+    let bare = |text: &str| text.strip_suffix(' ').unwrap_or(text).to_owned();
+    let between = tokenizer.encode_inside(&bare(&scaffold.between), true)?;
+    for i in 0..turns.len() {
+        let before = i.checked_sub(1).filter(|_| gap != Some(i)).map(|before| &turns[before]);
+        if let Some(before) = before.filter(|before| !is_marked(before, GOES_ON))
+            && is_marked(&turns[i], CONTINUES)
+        {
+            let last = before.tokens.last().copied();
+            let to_result = tokenizer.encode_behind(last, &bare(&scaffold.to_result), true)?;
+            // The section of a result has nothing before it.
+            let has_between = turns[i].tokens.starts_with(&between);
+            let written = if has_between { between.len() } else { 0 };
+            turns[i].tokens.splice(..written, to_result);
+        }
+        let is_followed = match turns.get(i + 1) {
+            Some(next) => gap == Some(i + 1) || is_marked(next, CONTINUES),
+            None => false,
+        };
+        if is_marked(&turns[i], GOES_ON) && !is_followed {
+            let mut end = Joined::behind(tokenizer, turns[i].tokens.last().copied());
+            end.scaffold(&scaffold.to_answer)?;
+            turns[i].tokens.extend(end.take()?);
+        }
+    }
+    Ok(())
+}
+
+impl Conversation {
+    /// The first turn of the results that turn `turn` was given together with, or their quotation stands before; `turn` where
+    /// it is none of them. What a forgotten one was marked with is gone: it belongs to the one before it.
+    pub(super) fn first_of_batch(&self, turn: TurnId) -> TurnId {
+        // What cannot be read belongs to nothing.
+        let read = |id: TurnId| self.live_turn(id).ok().flatten();
+        let is_quotation = |id: TurnId| read(id).is_some_and(|turn| turn.role == Role::Recalled);
+        let continues = |id: TurnId| {
+            read(id).is_some_and(|turn| {
+                is_marked(&turn, CONTINUES) || turn.role == Role::Tool && turn.forgotten
+            })
+        };
+        let mut first = turn + TurnId::from(is_quotation(turn));
+        while continues(first) {
+            let quotes = first > 0 && is_quotation(first - 1);
+            let before = first.checked_sub(1 + TurnId::from(quotes));
+            let is_result = |id: &TurnId| read(*id).is_some_and(|turn| turn.role == Role::Tool);
+            match before.filter(is_result) {
+                Some(before) => first = before,
+                None => break,
+            }
+        }
+        first.min(turn)
+    }
+}

@@ -56,7 +56,11 @@ pub(super) fn mend(model: &Model, turns: &mut [Turn], gap: Option<usize>) -> Res
         if is_marked(&turns[i], GOES_ON) && !is_followed {
             let mut end = Joined::behind(tokenizer, turns[i].tokens.last().copied());
             end.scaffold(&scaffold.to_answer)?;
-            turns[i].tokens.extend(end.take()?);
+            let end = end.take()?;
+            // What was read behind results that broke off has closed them.
+            if turns.get(i + 1).is_none_or(|next| !next.tokens.starts_with(&end)) {
+                turns[i].tokens.extend(end);
+            }
         }
     }
     Ok(())

@@ -244,7 +244,7 @@ pub struct NewTurn {
     /// Where the text comes from: a file name, a URL.
     #[uniffi(default)]
     pub source: Option<String>,
-    /// Whether it can be recalled later; left out, what a user, the assistant or a document says can.
+    /// Whether it can be recalled later; left out, what a user, the assistant, a document or a tool says can.
     #[uniffi(default)]
     pub remember: Option<bool>,
     /// What it is a fact about: the newest turn of a subject wins.

@@ -21,15 +21,18 @@ use crate::snapshot::OpenTurn;
 use crate::stream::{Event, Sink, StopReason, Usage};
 use crate::template::Tool;
 use crate::tokenizer::Joined;
-use mka_memory::{ENGINE_KEYS, Hit, NewTurn, Recall, Role, Turn, TurnId, Value};
+use mka_memory::{
+    ENGINE_KEYS, Hit, MAX_METADATA_ENTRIES, NewTurn, Recall, Role, Turn, TurnId, Value,
+};
 use std::ops::Range;
 
 /// Metadata of an answer in the log that was begun with words of the caller's, or goes on in text: how long those are.
 const PREFIX_BYTES: &str = "mka.answer_prefix_bytes";
 /// Metadata of the same: whether the message has no chat template around it.
 const COMPLETION: &str = "mka.answer_completion";
-/// The most entries of a message's metadata: a turn has 256, and these two stand beside them in that of the answer.
-const MAX_MARKS: usize = 254;
+/// The most entries of a message's metadata: the engine has up to two of its own beside them, in the turn of the answer and
+/// in those of results.
+const MAX_MARKS: usize = MAX_METADATA_ENTRIES - 2;
 
 /// Memories below this share of the best one's score stay out of the prompt.
 ///
@@ -246,7 +249,7 @@ fn answer(
     let start = conversation.position();
     let reused = conversation.attended_tokens();
     let Some((last_token, head)) = tokens.split_last() else {
-        return Err(Error::invalid("send: message gives no token, expected at least one"));
+        return Err(Error::invalid("message gives no token, expected at least one"));
     };
     let mut go_on = || !sink.is_cancelled();
     conversation.prefill_message(&words, head, &mut go_on)?;

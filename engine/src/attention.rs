@@ -389,8 +389,8 @@ impl<'a> AttentionSeam<'a> {
             query_start,
             pages: self.cache.page_refs(sink_pages, end)?,
             window_tokens: None,
-            // Beyond what the model was trained on the sinks stand right before the window: the layer's own hides them where
-            // it is not the longer one, as it always did.
+            // Beyond what the model was trained on the sinks stand right before the window: a layer whose own window is longer
+            // than the session's sees them there, any other's own hides them.
             sliding_window: sliding_window.filter(|own| {
                 self.start < self.config.trained_tokens || *own <= self.cache.window_tokens()
             }),

@@ -11,7 +11,7 @@ use crate::{Error, Result};
 /// The longest key of metadata, in bytes.
 const MAX_KEY_BYTES: usize = 256;
 /// The most entries of one turn's metadata.
-const MAX_ENTRIES: usize = 256;
+pub const MAX_METADATA_ENTRIES: usize = 256;
 /// How deep expressions may be nested: they are evaluated by recursion.
 const MAX_DEPTH: usize = 64;
 
@@ -274,9 +274,9 @@ impl Filter {
 /// # Errors
 /// `InvalidArgument` for more than 256 entries, a key of other than 1 to 256 bytes, or a number that is not finite.
 pub fn check_metadata(operation: &str, metadata: &Metadata) -> Result<()> {
-    if metadata.len() > MAX_ENTRIES {
+    if metadata.len() > MAX_METADATA_ENTRIES {
         return Err(Error::invalid(format!(
-            "{operation}: expected at most {MAX_ENTRIES} entries of metadata in one turn, got {}",
+            "{operation}: expected at most {MAX_METADATA_ENTRIES} entries of metadata in one turn, got {}",
             metadata.len()
         )));
     }

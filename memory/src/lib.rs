@@ -51,7 +51,7 @@ pub use cancel::Cancel;
 pub use cipher::EncryptionKey;
 pub use embedder::Embedder;
 pub use error::{Error, ErrorKind, Result};
-pub use filter::{ENGINE_KEYS, Filter, Metadata, Value, check_metadata};
+pub use filter::{ENGINE_KEYS, Filter, MAX_METADATA_ENTRIES, Metadata, Value, check_metadata};
 pub use forget::{Forget, Receipt};
 pub use hashed::HashedEmbedder;
 pub use hygiene::{Finding, Hygiene, Policy, Sensitive};

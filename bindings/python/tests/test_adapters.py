@@ -879,6 +879,10 @@ def test_what_an_answer_says_before_its_calls_is_its_content() -> None:
         (call, None),
         (f"<think>\n<tool_call>?\n</think>\n{call}", "<think>\n<tool_call>?\n</think>"),
         (f"<think>Hm.</think>So: <tool_call>{call}</tool_call>", "<think>Hm.</think>So:"),
+        ('{"name": "say", "parameters": {"a": "<tool_call>"}}', None),
+        (f"Or <tool_call>?\n</think>\nSo: <tool_call>{call}", "Or <tool_call>?\n</think>\nSo:"),
+        (f"<|python_tag|>{call}", None),
+        ('<think>a</think>{"name": "say", "parameters": {"a": "<tool_call>"}}', "<think>a</think>"),
     ):
         assert _before_calls(answer) == before
 

@@ -9,7 +9,7 @@ use crate::error::ErrorKind::{Corrupted, Incompatible};
 use crate::error::{Error, Result};
 use crate::pages::{PageShape, PageStore};
 use crate::snapshot::SessionState;
-use mka_memory::{NewTurn, OpenSnapshot, Scope, TurnId, Value};
+use mka_memory::{MAX_METADATA_ENTRIES, NewTurn, OpenSnapshot, Scope, TurnId, Value};
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread;
@@ -17,13 +17,11 @@ use std::thread;
 /// Metadata of the turn in the log that a session with instructions begins with: how many of its tokens stand before its
 /// first message, the instructions and the tools that the model may call.
 const OPENING_TOKENS: &str = "mka.opening_tokens";
-/// Keys that a turn may have.
-const MOST_KEYS: usize = 256;
 
 /// Notes that the first `tokens` tokens of `turn` are the instructions of its session. A turn that is marked as often as may
 /// be goes without.
 pub(crate) fn note_opening(turn: &mut NewTurn, tokens: usize) {
-    if turn.metadata.len() < MOST_KEYS {
+    if turn.metadata.len() < MAX_METADATA_ENTRIES {
         turn.metadata.insert(OPENING_TOKENS.to_owned(), Value::from(tokens as f64));
     }
 }

@@ -83,7 +83,11 @@ impl Model {
     ) -> Result<Self> {
         // What begins a document, and what the template writes, the model must know too.
         let mut written = tokenizer.prefix().to_vec();
-        for text in [&scaffold.opening, &scaffold.to_answer, &scaffold.to_user] {
+        let Scaffold { opening, to_answer, answer_lead, to_user, result, .. } = &scaffold;
+        let given = [&result.to_result, &result.between, &result.to_answer];
+        let system = scaffold.system.iter().flat_map(|(before, after)| [before, after]);
+        let around = [opening, to_answer, answer_lead, to_user].into_iter();
+        for text in around.chain(given).chain(system) {
             written.extend(tokenizer.encode_with_specials(text)?);
         }
         let largest = written.iter().map(|id| *id as usize + 1).max().unwrap_or(0);

@@ -164,6 +164,14 @@ impl Fields<'_> {
         value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a string", value))
     }
 
+    /// The kind of RoPE's scaling, under either of its names.
+    pub(super) fn rope_type(&self) -> Result<Option<&str>> {
+        match self.opt_str("rope_type")? {
+            Some(kind) => Ok(Some(kind)),
+            None => self.opt_str("type"),
+        }
+    }
+
     pub(super) fn missing(&self, key: &str) -> Error {
         Error::model(format!("{}: {key}, expected, found none", self.place))
     }
@@ -452,10 +460,7 @@ pub(super) fn rotary_dim(
 }
 
 pub(super) fn rope_scaling(fields: &Fields<'_>, trained: usize) -> Result<RopeScaling> {
-    let kind = match fields.opt_str("rope_type")? {
-        Some(kind) => Some(kind),
-        None => fields.opt_str("type")?,
-    };
+    let kind = fields.rope_type()?;
     let need =
         |key: &str| fields.opt_f64(key)?.filter(|x| *x > 0.0).ok_or_else(|| fields.missing(key));
     let original = fields.opt_usize("original_max_position_embeddings")?;

@@ -263,11 +263,7 @@ pub(super) fn phi3_scaling(
     rotary_dim: usize,
 ) -> Result<RopeScaling> {
     const ORIGINAL: &str = "original_max_position_embeddings";
-    let kind = match rope.opt_str("rope_type")? {
-        Some(kind) => Some(kind),
-        None => rope.opt_str("type")?,
-    };
-    match kind {
+    match rope.rope_type()? {
         None | Some("default") => return Ok(RopeScaling::None),
         // Its name in the first files.
         Some("longrope" | "su") => {}

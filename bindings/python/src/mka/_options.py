@@ -140,7 +140,7 @@ class SendOptions(TypedDict, total=False):
     min_p: float
     """Drop tokens less likely than this share of the most likely one; 0, the default, drops none."""
     repetition_penalty: float
-    """What the logits of recent tokens are divided by; 1, the default, changes none."""
+    """Positive logits of recent tokens are divided by this, negative ones multiplied; 1, the default, changes none."""
     seed: int | None
     """What tokens are drawn by: two runs with one seed draw the same.
 
@@ -422,11 +422,9 @@ def recall_options(options: RecallOptions) -> dict[str, Any]:
 def context_options(options: RecallOptions) -> Any:
     """The native record of `options`."""
     given = _take("context", dict(options), RecallOptions.__annotations__)
-    for name in ("since", "until", "as_of", "now"):
+    for name in ("since", "until", "as_of", "now", "half_life"):
         if name in given:
-            given[f"{name}_ms"] = to_ms(given.pop(name))
-    if "half_life" in given:
-        given["half_life_ms"] = _age_ms(given.pop("half_life"))
+            given[f"{name}_ms"] = _CONVERTED[name](given.pop(name))
     if "roles" in given:
         given["roles"] = [_one_of("role", role, ROLES) for role in given["roles"]]
     if "except_turns" in given:

@@ -162,15 +162,27 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text.strip().removeprefix("<|python_tag|>"))
+    except ValueError:
+        return False
+    return True
+
+
 def _before_calls(answer: str) -> str | None:
     """What an answer that calls tools says before it does."""
-    thoughts, said = "", answer
-    if answer.lstrip().startswith("<think>"):
-        thoughts, end, said = answer.partition("</think>")
-        thoughts += end
+    # A call that is all of an answer may hold any mark in a text.
+    if _is_json(answer):
+        return None
+    thoughts, end, said = answer.partition("</think>")
+    # The template may have written the tag that opens the thoughts.
+    if not end or ("<think>" in thoughts and not answer.lstrip().startswith("<think>")):
+        thoughts, end, said = "", "", answer
     starts = [said.find(mark) for mark in ("<tool_call>", "[TOOL_CALLS]") if mark in said]
     # Without a mark the call is all that is said.
-    return (thoughts + said[: min(starts, default=0)]).strip() or None
+    before = "" if _is_json(said) else said[: min(starts, default=0)]
+    return (thoughts + end + before).strip() or None
 
 
 def _answered(text: str, usage: Usage, has_tools: bool) -> tuple[dict[str, Any], str]:

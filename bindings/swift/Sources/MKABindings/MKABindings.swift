@@ -4640,7 +4640,7 @@ public struct NewTurn: Equatable, Hashable {
      */
     public var source: String?
     /**
-     * Whether it can be recalled later; left out, what a user, the assistant or a document says can.
+     * Whether it can be recalled later; left out, what a user, the assistant, a document or a tool says can.
      */
     public var remember: Bool?
     /**
@@ -4672,7 +4672,7 @@ public struct NewTurn: Equatable, Hashable {
          * Where the text comes from: a file name, a URL.
          */source: String? = nil,
         /**
-         * Whether it can be recalled later; left out, what a user, the assistant or a document says can.
+         * Whether it can be recalled later; left out, what a user, the assistant, a document or a tool says can.
          */remember: Bool? = nil,
         /**
          * What it is a fact about: the newest turn of a subject wins.

@@ -165,7 +165,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text.strip().removeprefix("<|python_tag|>"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

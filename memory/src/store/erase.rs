@@ -260,9 +260,10 @@ impl Store {
             let partition = session.and_then(|s| state.partition(s.scope.as_ref()?));
             let turn = session.and_then(|session| session.turns.get(&turn));
             let (Some(turn), Some(text)) = (turn, text) else { continue };
-            let was_told = turn.record.remember && turn.record.role != Role::Recalled;
-            if turn.chunks.is_empty() && turn.record.retracted && was_told {
-                // It came from an export.
+            let role = turn.record.role;
+            let was_told = turn.record.retracted && turn.record.remember && role != Role::Recalled;
+            if turn.chunks.is_empty() && (was_told || role == Role::User) {
+                // It came from an export; or it is the user's, which is quoted before long results though it is not recalled.
                 texts.push(text);
             }
             for span in &turn.chunks {

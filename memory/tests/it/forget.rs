@@ -131,6 +131,23 @@ fn a_receipt_holds_however_the_store_goes_on() {
 }
 
 #[test]
+fn a_message_that_is_not_recalled_is_forgotten_where_it_was_quoted() {
+    for backend in BACKENDS {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open_as(folder.path(), backend);
+        let asked = NewTurn::new(Role::User, "The door code is 4711, why?").remember(false);
+        let quoted = NewTurn::new(Role::Recalled, "[user]\n> The door code is 4711, why?\n");
+        let turns = vec![asked, quoted];
+        store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
+        let receipt = store.forget(&trip(), &Forget::turn(0)).unwrap();
+        assert_eq!(receipt.turns, 2, "{backend:?}");
+        let turns = store.turns(&trip(), 0..9).unwrap();
+        assert!(turns.len() == 2 && turns[1].forgotten && turns[1].text.is_empty());
+        assert_eq!(files_with(folder.path(), "4711"), Vec::<std::path::PathBuf>::new());
+    }
+}
+
+#[test]
 fn a_number_is_given_once_though_a_commit_that_began_a_segment_was_refused() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());

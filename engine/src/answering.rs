@@ -164,7 +164,8 @@ pub(crate) fn send(
     }
     let opening_tokens = written.num_tokens();
     conversation.keep_opening(opening_tokens)?;
-    if written.num_tokens() == 0 && open == OpenTurn::User && !recalled.is_empty() {
+    let is_open = matches!(open, OpenTurn::User | OpenTurn::Results);
+    if written.num_tokens() == 0 && is_open && !recalled.is_empty() {
         written.content("\n\n")?;
     }
     let quotation_start = written.num_tokens();

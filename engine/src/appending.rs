@@ -40,7 +40,7 @@ pub(crate) fn append(
     let mut system = None;
     let mut before = match conversation.state.open {
         OpenTurn::Answered { .. } => conversation.last_role()?,
-        OpenTurn::Start | OpenTurn::User => None,
+        OpenTurn::Start | OpenTurn::User | OpenTurn::Results => None,
     };
     let last = turns.len().saturating_sub(1);
     for (i, mut turn) in turns.into_iter().enumerate() {

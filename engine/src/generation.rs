@@ -101,7 +101,9 @@ pub(crate) fn opening(
         OpenTurn::User if joined => Ok(()),
         // A base model has no turns: the document is followed by a paragraph.
         OpenTurn::User if scaffold.opening.is_empty() => text.content("\n\n"),
-        OpenTurn::User | OpenTurn::Answered { .. } => closing(text, model, open, &scaffold.to_user),
+        OpenTurn::User | OpenTurn::Results | OpenTurn::Answered { .. } => {
+            closing(text, model, open, &scaffold.to_user)
+        }
     }
 }
 
@@ -114,11 +116,15 @@ pub(crate) fn closing(
 ) -> Result<()> {
     match open {
         OpenTurn::Start => {}
-        OpenTurn::User if model.scaffold.opening.is_empty() => {}
-        OpenTurn::User => {
+        OpenTurn::User | OpenTurn::Results if model.scaffold.opening.is_empty() => {}
+        OpenTurn::User | OpenTurn::Results => {
             // A question in the document's own message is taken for a part of the document.
-            text.scaffold(&model.scaffold.to_answer)?;
-            text.scaffold(&model.scaffold.answer_lead)?;
+            let scaffold = &model.scaffold;
+            text.scaffold(match open {
+                OpenTurn::Results => &scaffold.result.to_answer,
+                _ => &scaffold.to_answer,
+            })?;
+            text.scaffold(&scaffold.answer_lead)?;
             text.content(DOCUMENT_READ)?;
         }
         OpenTurn::Answered { closed_by } => {

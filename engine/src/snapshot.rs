@@ -13,6 +13,8 @@ pub(crate) enum OpenTurn {
     Start,
     /// A user message is open: a document was fed, and the question continues it.
     User,
+    /// Results of tools broke off behind sections of theirs; nothing has closed them.
+    Results,
     /// An answer ended, by this token if the model chose one, or was taken back to its first word; its closing scaffold is
     /// not in the stream yet.
     Answered { closed_by: Option<u32> },

@@ -226,8 +226,8 @@ fn take_in(
         note_batch(&mut given, i, parts.len());
         starts.push(Some(conversation.position()));
         conversation.prefill(&given.tokens, &mut || !sink.is_cancelled())?;
-        // Should it end here, what comes next closes it as it does a document.
-        conversation.state.open = OpenTurn::User;
+        // Should it end here, what comes next closes it.
+        conversation.state.open = OpenTurn::Results;
         uncommitted += given.tokens.len();
         turns.push(given);
         if i + 1 == num_read || uncommitted >= COMMIT_TOKENS || conversation.pages_wait() {

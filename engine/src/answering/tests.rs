@@ -3,8 +3,8 @@
 use crate::conversation::Conversation;
 use crate::testing::tiny_model;
 use crate::{
-    Device, Engine, ErrorKind, Event, FeedOptions, Forget, MemoryConfig, ModelSource, NewTurn,
-    Recall, Role, Scope, SendOptions, Session, ToolResult, Turn,
+    Device, Engine, ErrorKind, Event, FeedOptions, Forget, Hygiene, MemoryConfig, ModelSource,
+    NewTurn, Policy, Recall, Role, Scope, SendOptions, Session, ToolResult, Turn,
 };
 use mka_memory::Value;
 use std::path::Path;
@@ -242,6 +242,52 @@ fn what_is_left_of_results_of_which_some_were_forgotten_has_the_template_around_
         let text = tokenizer.encode_with_specials(&[told, left, end].concat()).unwrap();
         let read = &conversation.state.recent_tokens;
         assert_eq!(tokenizer.decode(read, false).unwrap(), tokenizer.decode(&text, false).unwrap());
+    }
+}
+
+#[test]
+fn results_that_broke_off_are_closed_once_as_results_are() {
+    let closing = "]\n<|im_end|>\n<|im_start|>assistant\nI have read it.<|im_end|>\n<|im_start|>user\nand now";
+    let open = |folder: &Path| {
+        Engine::builder(folder.join("store"))
+            .model(ModelSource::path(tiny_model(folder, SHARED)))
+            .device(Device::Cpu)
+            .memory(MemoryConfig::with_window(256))
+            .hygiene(Hygiene::default().secrets(Policy::Refuse))
+            .open_blocking()
+            .unwrap()
+    };
+    let hills = "The hill is green. ".repeat(200);
+    for is_fed in [true, false] {
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let first = open(folders[0].path());
+        let mut chat = first.session_blocking(trip()).unwrap();
+        chat.send_with("hello", silent()).text_blocking().unwrap();
+        // What is read first is committed; the rest is refused with the answer.
+        let given = results(&[hills.as_str(), "my password is hunter22!"]);
+        let error = chat.send_tool(given, silent()).text_blocking().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        let num_turns = turns(&first, &chat).len();
+        assert!(num_turns > 2, "{num_turns}");
+        if is_fed {
+            chat.feed_with("and now", FeedOptions::through_model()).finish_blocking().unwrap();
+        } else {
+            chat.send_with("and now", silent()).text_blocking().unwrap();
+        }
+        let next = turns(&first, &chat).swap_remove(num_turns);
+        let tokenizer = &first.shared.model("test").unwrap().tokenizer;
+        let read = tokenizer.decode(&next.tokens, false).unwrap();
+        assert!(read.starts_with(closing), "{read}");
+        drop(chat);
+        // Filled from its log, the stream is the same.
+        let log = folders[0].path().join("log.jsonl");
+        first.memory().export_blocking(None, &log).unwrap();
+        let second = open(folders[1].path());
+        second.memory().import_blocking(&log).unwrap();
+        let [live, refilled] = [&first, &second].map(|engine| {
+            Conversation::open(engine.shared.clone(), trip()).unwrap().state.recent_tokens
+        });
+        assert_eq!(live, refilled);
     }
 }
 

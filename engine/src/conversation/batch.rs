@@ -54,12 +54,16 @@ pub(super) fn mend(model: &Model, turns: &mut [Turn], gap: Option<usize>) -> Res
             None => false,
         };
         if is_marked(&turns[i], GOES_ON) && !is_followed {
-            let mut end = Joined::behind(tokenizer, turns[i].tokens.last().copied());
-            end.scaffold(&scaffold.to_answer)?;
-            let end = end.take()?;
+            let last = turns[i].tokens.last().copied();
+            let close = |text: &str| {
+                let mut written = Joined::behind(tokenizer, last);
+                written.scaffold(text)?;
+                written.take()
+            };
             // What was read behind results that broke off has closed them.
-            if turns.get(i + 1).is_none_or(|next| !next.tokens.starts_with(&end)) {
-                turns[i].tokens.extend(end);
+            let written = close(&bare(&scaffold.to_answer))?;
+            if turns.get(i + 1).is_none_or(|next| !next.tokens.starts_with(&written)) {
+                turns[i].tokens.extend(close(&scaffold.to_answer)?);
             }
         }
     }

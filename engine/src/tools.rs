@@ -101,12 +101,30 @@ fn object(json: &str) -> Option<String> {
 
 /// `answer` behind the thoughts that it begins with; nothing of one that ends in the middle of them.
 fn without_thoughts(answer: &str) -> &str {
+    const END: &str = "</think>";
     let opens = answer.trim_start().starts_with("<think>");
-    match answer.split_once("</think>") {
-        Some((thoughts, said)) if opens || !thoughts.contains("<think>") => said,
-        None if opens => "",
-        _ => answer,
+    let mut from = 0;
+    while let Some(at) = answer[from..].find(END).map(|at| from + at) {
+        if !opens {
+            let behind =
+                |mark: &str| answer[from..at].find(mark).map(|start| from + start + mark.len());
+            if let Some(start) = [OPEN, "[TOOL_CALLS]"].into_iter().filter_map(behind).min() {
+                // A call may hold the tag in a text: what follows begins behind it.
+                let mut values =
+                    serde_json::Deserializer::from_str(&answer[start..]).into_iter::<&RawValue>();
+                from = match values.next() {
+                    Some(Ok(_)) => start + values.byte_offset(),
+                    _ => start,
+                };
+                continue;
+            }
+            if answer[..at].contains("<think>") {
+                return answer;
+            }
+        }
+        return &answer[at + END.len()..];
     }
+    if opens { "" } else { answer }
 }
 
 /// The calls that `answer` is and nothing else.
@@ -195,6 +213,12 @@ mod tests {
         expect(&format!("{now} or not?\n</think>\n{one}"), &[add]);
         expect(&format!("{now} or not?\n</think>\nIt is nine."), &[]);
         expect(&format!("{one}\nSo it is <think>a thought</think>."), &[add]);
+        let split = "<tool_call>\n{\"name\": \"write\", \"arguments\": {\"text\": \"split at </think>\"}}\n</tool_call>";
+        expect(split, &[("write", r#"{"text": "split at </think>"}"#)]);
+        expect(
+            &format!("{now} or not?\n</think>\n{split}"),
+            &[("write", r#"{"text": "split at </think>"}"#)],
+        );
     }
 
     #[test]
@@ -230,6 +254,8 @@ mod tests {
         expect(&format!("{whole}."), &[]);
         expect(list, &[]);
         expect(r#"[TOOL_CALLS][{"name": "now"}, {"name": 7}]"#, &[]);
+        let think = r#"[TOOL_CALLS][{"name":"w","arguments":{"a":"</think>"}}]"#;
+        expect(think, &[("w", r#"{"a":"</think>"}"#)]);
         let tag = r#"{"name": "say", "arguments": {"a": "<tool_call>"}}"#;
         let say = ("say", r#"{"a": "<tool_call>"}"#);
         expect(&format!("[{tag}]"), &[say]);

@@ -112,8 +112,8 @@ pub(crate) fn shown_end(content: &str, trims: bool) -> &str {
     }
 }
 
-/// No template holds these, and they carry no blank that a template could trim.
-const MARKS: [&str; 4] = ["@mka:0@", "@mka:1@", "@mka:2@", "@mka:3@"];
+/// Where contents stand in a template. None holds these, and they carry no blank that a template could trim.
+pub(crate) const MARKS: [&str; 4] = ["@mka:0@", "@mka:1@", "@mka:2@", "@mka:3@"];
 
 /// Messages by up to four `roles`, each with a mark for its content.
 fn marked(roles: &[&str]) -> Vec<Message> {

@@ -120,7 +120,8 @@ impl Model {
     /// The scaffold of a session that is offered `tools`, and given instructions if it `has_system` ones.
     ///
     /// # Errors
-    /// `InvalidArgument` if the template has no place for tools or no system message, or a tool holds a control token.
+    /// `InvalidArgument` if the template has no place for tools or no system message, or a tool holds a control token or
+    /// a mark of the engine's.
     pub(crate) fn offering(&self, tools: &[Tool], has_system: bool) -> Result<Scaffold> {
         let template = self.template.as_ref().ok_or_else(prompt::no_place)?;
         for (i, tool) in tools.iter().enumerate() {
@@ -129,6 +130,12 @@ impl Model {
             if self.tokenizer.encode(&json, true)? != self.tokenizer.encode(&json, false)? {
                 return Err(Error::invalid(format!(
                     "tools[{i}]: a control token of the model in its text, expected none"
+                )));
+            }
+            // The template's text would be cut there.
+            if let Some(mark) = prompt::MARKS.into_iter().find(|mark| json.contains(mark)) {
+                return Err(Error::invalid(format!(
+                    "tools[{i}]: text of the engine's own, {mark:?}, expected none"
                 )));
             }
         }

@@ -1,12 +1,12 @@
 //! Tools that a session is offered, and what they give back, over the tiny model with a template that has a place for both.
 
-use crate::conversation::Conversation;
+use crate::conversation::{Conversation, note_batch};
 use crate::testing::tiny_model;
 use crate::{
     Device, Engine, ErrorKind, Event, FeedOptions, Forget, Hygiene, MemoryConfig, ModelSource,
     NewTurn, Policy, Recall, Role, Scope, SendOptions, Session, ToolResult, Turn,
 };
-use mka_memory::Value;
+use mka_memory::{Commit, Value};
 use std::path::Path;
 
 const TEMPLATE: &str = "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n' }}{% endif %}{{ tools | tojson }}{{ '<|im_end|>\n' }}{% elif messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}{% endif %}{% for message in messages %}{% if message['role'] != 'system' %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -218,6 +218,31 @@ fn results_that_were_given_together_are_taken_back_together() {
     assert_eq!(left(&chat), 6);
     chat.rewind_blocking(4).unwrap();
     assert_eq!(left(&chat), 2);
+}
+
+#[test]
+fn what_was_remembered_between_results_keeps_them_one_message() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 128);
+    let tokenizer = &engine.shared.model("test").unwrap().tokenizer;
+    let roles = [Role::User, Role::Assistant, Role::Tool, Role::User, Role::Tool];
+    let mut said: Vec<NewTurn> = roles
+        .into_iter()
+        .zip(["hello", "I will see", "at 9:14", "The ferry leaves at nine.", "it rains"])
+        .map(|(role, text)| {
+            let mut turn = NewTurn::new(role, text);
+            turn.tokens = tokenizer.encode(text, false).unwrap();
+            turn
+        })
+        .collect();
+    said[3].tokens.clear();
+    note_batch(&mut said[2], 0, 2);
+    note_batch(&mut said[4], 1, 2);
+    engine.shared.store.commit(&trip(), Commit { turns: said, ..Commit::default() }).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    chat.rewind_blocking(4).unwrap();
+    let left = turns(&engine, &chat).iter().filter(|turn| !turn.retracted).count();
+    assert_eq!(left, 2);
 }
 
 #[test]

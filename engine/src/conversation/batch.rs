@@ -82,10 +82,19 @@ impl Conversation {
                 is_marked(&turn, CONTINUES) || turn.role == Role::Tool && turn.forgotten
             })
         };
+        // What was remembered while long results were read lies between them.
+        let is_beside = |id: TurnId| {
+            read(id).is_some_and(|turn| {
+                turn.tokens.is_empty() && matches!(turn.role, Role::User | Role::Document)
+            })
+        };
         let mut first = turn + TurnId::from(is_quotation(turn));
         while continues(first) {
             let quotes = first > 0 && is_quotation(first - 1);
-            let before = first.checked_sub(1 + TurnId::from(quotes));
+            let mut before = first.checked_sub(1 + TurnId::from(quotes));
+            while let Some(id) = before.filter(|id| is_beside(*id)) {
+                before = id.checked_sub(1);
+            }
             let is_result = |id: &TurnId| read(*id).is_some_and(|turn| turn.role == Role::Tool);
             match before.filter(is_result) {
                 Some(before) => first = before,

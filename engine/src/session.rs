@@ -325,7 +325,8 @@ impl Session {
     /// recalled for them stands in the first. They may be of any length. Longer than half the window together, they are read
     /// and committed in sections first, each a turn, up to a tail: the last of them that fit, or the end of the last one. What
     /// is recalled for the user's last message and the tail, and that message, if it left the window, then stand directly
-    /// before the tail. Of `options` `system`, `tools`, `completion` and `joined` are ignored.
+    /// before the tail: where text is looked up, and the message is no longer than an eighth of the window. Of `options`
+    /// `system`, `tools`, `completion` and `joined` are ignored.
     ///
     /// Errors are the stream's last item, `InvalidArgument` without a result, and where nothing was said yet. After one the
     /// session stands where it stood before, or behind the sections that were committed.

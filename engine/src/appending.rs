@@ -54,7 +54,9 @@ pub(crate) fn append(
             before = Some(turn.role);
             let mut opening_tokens = None;
             let mut text = Joined::behind(&model.tokenizer, conversation.last_token());
-            if !is_awaited {
+            // An answer behind results that broke off answers those.
+            let ends_results = is_answer && conversation.state.open == OpenTurn::Results;
+            if !is_awaited && !ends_results {
                 // An answer behind an open document answers that.
                 let (open, system) = (conversation.state.open, system.take());
                 let stands =
@@ -66,7 +68,11 @@ pub(crate) fn append(
             if is_answer && !is_awaited {
                 let mut message = NewTurn::new(Role::User, "");
                 (message.time_ms, message.remember) = (turn.time_ms, false);
-                text.scaffold(&model.scaffold.to_answer)?;
+                let scaffold = &model.scaffold;
+                text.scaffold(match ends_results {
+                    true => &scaffold.result.to_answer,
+                    false => &scaffold.to_answer,
+                })?;
                 message.tokens = text.take()?;
                 read.push(message);
             }

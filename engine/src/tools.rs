@@ -113,7 +113,9 @@ fn without_thoughts(answer: &str) -> &str {
                 let mut values =
                     serde_json::Deserializer::from_str(&answer[start..]).into_iter::<&RawValue>();
                 from = match values.next() {
-                    Some(Ok(_)) => start + values.byte_offset(),
+                    Some(Ok(call)) if call.get().starts_with(['{', '[']) => {
+                        start + values.byte_offset()
+                    }
                     _ => start,
                 };
                 continue;
@@ -213,6 +215,9 @@ mod tests {
         expect(&format!("{now} or not?\n</think>\n{one}"), &[add]);
         expect(&format!("{now} or not?\n</think>\nIt is nine."), &[]);
         expect(&format!("{one}\nSo it is <think>a thought</think>."), &[add]);
+        // A mark that is only spoken of has a text behind it, no call.
+        let drafted = format!("{now}, or \"<tool_call>\"?</think>It is \"nine\".");
+        expect(&drafted, &[]);
         let split = "<tool_call>\n{\"name\": \"write\", \"arguments\": {\"text\": \"split at </think>\"}}\n</tool_call>";
         expect(split, &[("write", r#"{"text": "split at </think>"}"#)]);
         expect(

@@ -882,6 +882,8 @@ def test_what_an_answer_says_before_its_calls_is_its_content() -> None:
         ('{"name": "say", "parameters": {"a": "<tool_call>"}}', None),
         (f"Or <tool_call>?\n</think>\nSo: <tool_call>{call}", "Or <tool_call>?\n</think>\nSo:"),
         (f"<|python_tag|>{call}", None),
+        ('So: <tool_call>{"name": "say", "arguments": {"a": "</think>"}}</tool_call>', "So:"),
+        ('[TOOL_CALLS][{"name": "say", "arguments": {"a": "</think>"}}]', None),
         ('<think>a</think>{"name": "say", "parameters": {"a": "<tool_call>"}}', "<think>a</think>"),
     ):
         assert _before_calls(answer) == before

@@ -283,7 +283,8 @@ fn results_that_broke_off_are_closed_once_as_results_are() {
             .unwrap()
     };
     let hills = "The hill is green. ".repeat(200);
-    for is_fed in [true, false] {
+    let answered = "]\n<|im_end|>\n<|im_start|>assistant\n";
+    for (way, expected) in [("feed", closing), ("send", closing), ("append", answered)] {
         let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
         let first = open(folders[0].path());
         let mut chat = first.session_blocking(trip()).unwrap();
@@ -294,15 +295,24 @@ fn results_that_broke_off_are_closed_once_as_results_are() {
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
         let num_turns = turns(&first, &chat).len();
         assert!(num_turns > 2, "{num_turns}");
-        if is_fed {
-            chat.feed_with("and now", FeedOptions::through_model()).finish_blocking().unwrap();
-        } else {
-            chat.send_with("and now", silent()).text_blocking().unwrap();
+        match way {
+            "feed" => {
+                chat.feed_with("and now", FeedOptions::through_model()).finish_blocking().unwrap();
+            }
+            "send" => drop(chat.send_with("and now", silent()).text_blocking().unwrap()),
+            // An answer that something else gave is the one to them.
+            _ => {
+                let answer = NewTurn::new(Role::Assistant, "It is nine.");
+                chat.append(vec![answer]).finish_blocking().unwrap();
+            }
         }
         let next = turns(&first, &chat).swap_remove(num_turns);
         let tokenizer = &first.shared.model("test").unwrap().tokenizer;
         let read = tokenizer.decode(&next.tokens, false).unwrap();
-        assert!(read.starts_with(closing), "{read}");
+        match way {
+            "append" => assert_eq!(read, expected),
+            _ => assert!(read.starts_with(expected), "{read}"),
+        }
         drop(chat);
         // Filled from its log, the stream is the same.
         let log = folders[0].path().join("log.jsonl");

@@ -85,7 +85,9 @@ impl Conversation {
         // What was remembered while long results were read lies between them.
         let is_beside = |id: TurnId| {
             read(id).is_some_and(|turn| {
-                turn.tokens.is_empty() && matches!(turn.role, Role::User | Role::Document)
+                let may_be_forgotten = matches!(turn.role, Role::User | Role::Document);
+                let is_told = turn.role != Role::Recalled && !turn.forgotten;
+                turn.tokens.is_empty() && (may_be_forgotten || is_told)
             })
         };
         let mut first = turn + TurnId::from(is_quotation(turn));

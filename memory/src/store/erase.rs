@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::quotes::Quotable;
+use super::quotes::{Quotable, is_telling};
 use super::read::{open, read_body};
 use super::records::Change;
 use super::state::{PartitionKey, Session, State, TurnState, partition_key};
@@ -262,8 +262,9 @@ impl Store {
             let (Some(turn), Some(text)) = (turn, text) else { continue };
             let role = turn.record.role;
             let was_told = turn.record.retracted && turn.record.remember && role != Role::Recalled;
-            if turn.chunks.is_empty() && (was_told || role == Role::User) {
-                // It came from an export; or it is the user's, which is quoted before long results though it is not recalled.
+            // It came from an export; or it is the user's, which is quoted before long results though it is not recalled.
+            let may_be_quoted = was_told || role == Role::User && is_telling(text);
+            if turn.chunks.is_empty() && may_be_quoted {
                 texts.push(text);
             }
             for span in &turn.chunks {

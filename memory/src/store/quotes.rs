@@ -72,12 +72,19 @@ impl Quotable {
 
 /// A text and its sentences as their letters, those that are looked for.
 fn parts(text: &str) -> impl Iterator<Item = String> + '_ {
-    let told = |sentence: &String| {
-        let has_digit = sentence.chars().any(char::is_numeric);
-        sentence.chars().count() >= if has_digit { LEAST_WITH_DIGITS } else { LEAST_LETTERS }
-    };
     let parts = sentences(text).into_iter().map(|sentence| letters(&text[sentence]));
-    parts.filter(told).chain([letters(text)]).filter(|text| !text.is_empty())
+    let told = parts.filter(|sentence| are_told(sentence));
+    told.chain([letters(text)]).filter(|text| !text.is_empty())
+}
+
+/// Whether the letters of `text` are more than what is said everywhere.
+pub(super) fn is_telling(text: &str) -> bool {
+    are_told(&letters(text))
+}
+
+fn are_told(letters: &str) -> bool {
+    let has_digit = letters.chars().any(char::is_numeric);
+    letters.chars().count() >= if has_digit { LEAST_WITH_DIGITS } else { LEAST_LETTERS }
 }
 
 /// Letters and digits of a text in lower case: what is left of a chunk however it was quoted.

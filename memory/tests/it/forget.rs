@@ -137,12 +137,14 @@ fn a_message_that_is_not_recalled_is_forgotten_where_it_was_quoted() {
         let store = open_as(folder.path(), backend);
         let asked = NewTurn::new(Role::User, "The door code is 4711, why?").remember(false);
         let quoted = NewTurn::new(Role::Recalled, "[user]\n> The door code is 4711, why?\n");
-        let turns = vec![asked, quoted];
+        let turns = vec![asked, quoted, NewTurn::new(Role::User, "code").remember(false)];
         store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
+        // What is said everywhere takes nothing else with it.
+        assert_eq!(store.forget(&trip(), &Forget::turn(2)).unwrap().turns, 1, "{backend:?}");
         let receipt = store.forget(&trip(), &Forget::turn(0)).unwrap();
         assert_eq!(receipt.turns, 2, "{backend:?}");
         let turns = store.turns(&trip(), 0..9).unwrap();
-        assert!(turns.len() == 2 && turns[1].forgotten && turns[1].text.is_empty());
+        assert!(turns.len() == 3 && turns[1].forgotten && turns[1].text.is_empty());
         assert_eq!(files_with(folder.path(), "4711"), Vec::<std::path::PathBuf>::new());
     }
 }

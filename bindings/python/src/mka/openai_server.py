@@ -170,19 +170,43 @@ def _is_json(text: str) -> bool:
     return True
 
 
+_MARKS = ("<tool_call>", "[TOOL_CALLS]")
+
+
+def _said_from(answer: str) -> int:
+    """Where what is said behind the thoughts begins, as the engine finds it."""
+    # The template may have written the tag that opens the thoughts.
+    opens, start = answer.lstrip().startswith("<think>"), 0
+    while (at := answer.find("</think>", start)) >= 0:
+        found = [(answer.find(mark, start, at), len(mark)) for mark in _MARKS]
+        behind = [place + length for place, length in found if place >= 0]
+        if not opens and behind:
+            start = min(behind)
+            # A call may hold the tag in a text: what follows begins behind it.
+            value = start + len(answer[start:]) - len(answer[start:].lstrip())
+            if answer[value : value + 1] in ("{", "["):
+                try:
+                    start = json.JSONDecoder().raw_decode(answer, value)[1]
+                except (ValueError, RecursionError):
+                    pass
+            continue
+        if not opens and "<think>" in answer[:at]:
+            return 0
+        return at + len("</think>")
+    return 0
+
+
 def _before_calls(answer: str) -> str | None:
     """What an answer that calls tools says before it does."""
     # A call that is all of an answer may hold any mark in a text.
     if _is_json(answer):
         return None
-    thoughts, end, said = answer.partition("</think>")
-    # The template may have written the tag that opens the thoughts.
-    if not end or ("<think>" in thoughts and not answer.lstrip().startswith("<think>")):
-        thoughts, end, said = "", "", answer
-    starts = [said.find(mark) for mark in ("<tool_call>", "[TOOL_CALLS]") if mark in said]
+    at = _said_from(answer)
+    thoughts, said = answer[:at], answer[at:]
+    starts = [said.find(mark) for mark in _MARKS if mark in said]
     # Without a mark the call is all that is said.
     before = "" if _is_json(said) else said[: min(starts, default=0)]
-    return (thoughts + end + before).strip() or None
+    return (thoughts + before).strip() or None
 
 
 def _answered(text: str, usage: Usage, has_tools: bool) -> tuple[dict[str, Any], str]:

@@ -104,6 +104,11 @@ pub(crate) fn shown(content: &str, trims: bool) -> &str {
     }
 }
 
+/// `text` of a template without a blank at its end, which is a part of the first word of the content behind it.
+pub(crate) fn without_last_blank(text: &str) -> &str {
+    text.strip_suffix(' ').unwrap_or(text)
+}
+
 /// [`shown`] of a content whose beginning stands elsewhere already.
 pub(crate) fn shown_end(content: &str, trims: bool) -> &str {
     match content.trim_end() {

@@ -5,6 +5,7 @@
 use super::Conversation;
 use crate::engine::Model;
 use crate::error::Result;
+use crate::prompt::without_last_blank;
 use crate::tokenizer::Joined;
 use mka_memory::{NewTurn, Role, Turn, TurnId, Value};
 
@@ -34,16 +35,15 @@ fn is_marked(turn: &Turn, key: &str) -> bool {
 pub(super) fn mend(model: &Model, turns: &mut [Turn], gap: Option<usize>) -> Result<()> {
     let tokenizer = &model.tokenizer;
     let scaffold = &model.scaffold.result;
-    // A blank at its end is a part of the first word of the result.
-    let bare = |text: &str| text.strip_suffix(' ').unwrap_or(text).to_owned();
-    let between = tokenizer.encode_inside(&bare(&scaffold.between), true)?;
+    let between = tokenizer.encode_inside(without_last_blank(&scaffold.between), true)?;
     for i in 0..turns.len() {
         let before = i.checked_sub(1).filter(|_| gap != Some(i)).map(|before| &turns[before]);
         if let Some(before) = before.filter(|before| !is_marked(before, GOES_ON))
             && is_marked(&turns[i], CONTINUES)
         {
             let last = before.tokens.last().copied();
-            let to_result = tokenizer.encode_behind(last, &bare(&scaffold.to_result), true)?;
+            let to_result =
+                tokenizer.encode_behind(last, without_last_blank(&scaffold.to_result), true)?;
             // The section of a result has nothing before it.
             let has_between = turns[i].tokens.starts_with(&between);
             let written = if has_between { between.len() } else { 0 };
@@ -61,7 +61,7 @@ pub(super) fn mend(model: &Model, turns: &mut [Turn], gap: Option<usize>) -> Res
                 written.take()
             };
             // What was read behind results that broke off has closed them.
-            let written = close(&bare(&scaffold.to_answer))?;
+            let written = close(without_last_blank(&scaffold.to_answer))?;
             if turns.get(i + 1).is_none_or(|next| !next.tokens.starts_with(&written)) {
                 turns[i].tokens.extend(close(&scaffold.to_answer)?);
             }

@@ -8,6 +8,7 @@ use crate::engine::Model;
 use crate::error::ErrorKind::{Corrupted, Incompatible};
 use crate::error::{Error, Result};
 use crate::pages::{PageShape, PageStore};
+use crate::prompt::without_last_blank;
 use crate::snapshot::SessionState;
 use mka_memory::{MAX_METADATA_ENTRIES, NewTurn, OpenSnapshot, Scope, TurnId, Value};
 use std::panic::resume_unwind;
@@ -32,9 +33,7 @@ impl Conversation {
     pub(super) fn sink_pages_before(&self, model: &Model, end: TurnId) -> Result<u64> {
         let first = match &model.scaffold.system {
             Some((before, _)) if !model.scaffold.opening.is_empty() => {
-                // A blank at its end is a part of the first word of the instructions.
-                let before = before.strip_suffix(' ').unwrap_or(before);
-                model.tokenizer.encode_with_specials(before)?
+                model.tokenizer.encode_with_specials(without_last_blank(before))?
             }
             _ => model.tokenizer.prefix().to_vec(),
         };

@@ -12,6 +12,7 @@ use crate::engine::{Model, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::feeding::{self, FeedMode, FeedOptions, Taken};
 use crate::generation::{self, Answer, Before, Stop};
+use crate::grammar::Constraint;
 use crate::memory::check_metadata;
 use crate::pages::{Message, RecallPolicy};
 use crate::prompt::{self, Scaffold};
@@ -110,6 +111,7 @@ pub(crate) fn send(
     check_marks("send", options)?;
     let shared = conversation.shared.clone();
     let model = shared.model("send")?;
+    let constraint = model.held_to("send", options.grammar.as_ref())?;
     if !options.completion {
         generation::check_opening(model, conversation.state.open, options.system.as_deref())?;
     }
@@ -189,7 +191,7 @@ pub(crate) fn send(
         note_opening(&mut asking, opening_tokens);
     }
     let prompt = Prompt { turns: vec![asking], quotation, words: own_tokens };
-    answer(conversation, prompt, options, sink)
+    answer(conversation, prompt, options, constraint, sink)
 }
 
 /// The scaffold of a session that begins with the tools of `options`, if it does.
@@ -241,6 +243,7 @@ fn answer(
     conversation: &mut Conversation,
     prompt: Prompt,
     options: &SendOptions,
+    constraint: Option<Constraint>,
     sink: &Sink<Event>,
 ) -> Result<Option<Usage>> {
     let Prompt { turns: own, quotation, words } = prompt;
@@ -256,7 +259,7 @@ fn answer(
     conversation.prefill_message(&words, head, &mut go_on)?;
     let (before_last, asked) = (conversation.save(), conversation.message());
     let prompt_tokens = conversation.attended_tokens() + 1;
-    let answer = generation::generate(conversation, *last_token, options, sink)?;
+    let answer = generation::generate(conversation, *last_token, options, constraint, sink)?;
 
     let time_ms = own.first().map_or(0, |turn| turn.time_ms);
     let recalled_tokens = quotation.tokens.len();
@@ -323,7 +326,9 @@ fn turn_of(answer: &Answer, options: &SendOptions, time_ms: i64) -> NewTurn {
     let text = format!("{prefix}{}", answer.text);
     let mut turn = turn(Role::Assistant, text, time_ms, answer.tokens.clone());
     turn.metadata = options.metadata.clone();
-    if options.completion || !prefix.is_empty() {
+    // One that is held to a grammar keeps a first blank without going on in text.
+    let keeps_blank = options.grammar.is_some() && answer.text.starts_with(' ');
+    if options.completion || !prefix.is_empty() || keeps_blank {
         turn.metadata.insert(PREFIX_BYTES.to_owned(), Value::from(prefix.len() as f64));
         turn.metadata.insert(COMPLETION.to_owned(), Value::from(options.completion));
     }
@@ -387,12 +392,13 @@ pub(crate) fn regenerate(
 ) -> Result<Option<Usage>> {
     options.sampling.check()?;
     let shared = conversation.shared.clone();
-    shared.model("regenerate")?;
+    let model = shared.model("regenerate")?;
+    let constraint = model.held_to("regenerate", options.grammar.as_ref())?;
     let time_ms = options.time_ms.map_or_else(|| shared.now_ms(), Ok)?;
     conversation.set_policy("regenerate", options.recall.unwrap_or(shared.config.recall))?;
     let last = conversation.last_turn()?.filter(|turn| turn.role == Role::Assistant);
     let before = last.ok_or_else(no_answer)?;
-    let answered = answer_again(conversation, options, sink, (&before, time_ms));
+    let answered = answer_again(conversation, options, constraint, sink, (&before, time_ms));
     // The stream stood before the old answer's end: no point behind it can be gone back to.
     conversation.is_half_way = answered.is_err();
     answered
@@ -402,6 +408,7 @@ pub(crate) fn regenerate(
 fn answer_again(
     conversation: &mut Conversation,
     options: &SendOptions,
+    constraint: Option<Constraint>,
     sink: &Sink<Event>,
     (before, time_ms): (&Turn, i64),
 ) -> Result<Option<Usage>> {
@@ -437,7 +444,7 @@ fn answer_again(
         metadata,
         ..options.clone()
     };
-    let answer = generation::generate(conversation, last.last_token, &options, sink)?;
+    let answer = generation::generate(conversation, last.last_token, &options, constraint, sink)?;
     if answer.tokens.is_empty() && matches!(answer.stop, Stop::Cancelled) {
         // There is nothing that could stand in its place.
         return Err(Error::cancelled("regenerate"));

@@ -4,6 +4,7 @@
 use crate::conversation::Conversation;
 use crate::engine::Model;
 use crate::error::{Error, Result};
+use crate::grammar::Constraint;
 use crate::prompt::{self, Scaffold};
 use crate::session::SendOptions;
 use crate::snapshot::OpenTurn;
@@ -20,6 +21,8 @@ const DOCUMENT_READ: &str = "I have read it.";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Stop {
     EndOfTurn(u32),
+    /// The grammar allows nothing more: no token was chosen to close the turn.
+    Complete,
     MaxTokens,
     Text,
     Cancelled,
@@ -37,7 +40,7 @@ impl Stop {
     /// The reason to report; None if the caller is gone.
     pub(crate) fn reason(&self) -> Option<StopReason> {
         match self {
-            Self::EndOfTurn(_) => Some(StopReason::EndOfTurn),
+            Self::EndOfTurn(_) | Self::Complete => Some(StopReason::EndOfTurn),
             Self::MaxTokens => Some(StopReason::MaxTokens),
             Self::Text => Some(StopReason::StopString),
             Self::Cancelled => None,
@@ -157,20 +160,21 @@ pub(crate) fn bare_opening(text: &mut Joined<'_>, open: OpenTurn) {
     }
 }
 
-/// Generates an answer to a prompt of which all but `last_token` is in the stream.
+/// Generates an answer to a prompt of which all but `last_token` is in the stream, held to `constraint` if there is one.
 ///
 /// Every token of the answer that is returned is in the stream.
 pub(crate) fn generate(
     conversation: &mut Conversation,
     last_token: u32,
     options: &SendOptions,
+    mut constraint: Option<Constraint>,
     sink: &Sink<Event>,
 ) -> Result<Answer> {
     let shared = conversation.shared.clone();
     let model = shared.model("generate")?;
     let limit = options.max_new_tokens.unwrap_or(MAX_NEW_TOKENS);
-    // An answer that goes on in text may begin with a blank of its own.
-    let goes_on = options.completion || !options.answer_prefix.is_empty();
+    // An answer that goes on in text may begin with a blank of its own, and of one that is held to a grammar every byte counts.
+    let goes_on = options.completion || !options.answer_prefix.is_empty() || constraint.is_some();
     let mut decoder = match goes_on {
         true => model.tokenizer.stream_inside(),
         false => model.tokenizer.stream(),
@@ -189,11 +193,19 @@ pub(crate) fn generate(
             break Stop::Cancelled;
         }
         let mut logits = conversation.logits(&hidden)?;
+        if let Some(constraint) = &constraint {
+            // Before `pick` filters: the most likely tokens that it keeps may all be ones that the grammar forbids.
+            constraint.mask(&mut logits);
+        }
         let recent = &conversation.state.recent_tokens;
         let token = options.sampling.pick(&mut logits, recent, conversation.position())?;
         if model.end_of_turn.contains(&token) {
             break Stop::EndOfTurn(token);
         }
+        let is_complete = match &mut constraint {
+            Some(constraint) => constraint.push(token)?,
+            None => false,
+        };
         tokens.push(token);
         sink.count_token();
         next = token;
@@ -203,9 +215,9 @@ pub(crate) fn generate(
             // A caller who is gone is noticed once the token is in the stream, so that log and cache agree.
             sink.send(Event::Token(Token { text: piece }));
         }
-        if stopped {
+        if stopped || is_complete {
             conversation.prefill(&[next], &mut || true)?;
-            break Stop::Text;
+            break if stopped { Stop::Text } else { Stop::Complete };
         }
     };
     let rest = match stop {

@@ -44,6 +44,7 @@ mod feeding;
 mod forgets;
 mod generation;
 mod gguf;
+mod grammar;
 mod heap;
 mod hub;
 mod memory;
@@ -69,6 +70,7 @@ pub use embedding::{EmbedderPrecision, EmbedderSource};
 pub use engine::{Device, Engine, EngineBuilder, MemoryConfig};
 pub use error::{Error, ErrorKind, Result};
 pub use feeding::{FeedMode, FeedOptions};
+pub use grammar::Grammar;
 pub use hub::ModelSource;
 pub use memory::{Context, MemoryHandle};
 pub use pages::{

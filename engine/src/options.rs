@@ -3,6 +3,7 @@
 
 use crate::engine::MemoryConfig;
 use crate::feeding::{FeedMode, FeedOptions};
+use crate::grammar::Grammar;
 use crate::pages::{LandmarkScan, PageConfig, PagePrecision, PageRule, Prefill, RecallPolicy};
 use crate::quote::Quote;
 use crate::sampling::Sampling;
@@ -93,6 +94,13 @@ impl SendOptions {
     #[must_use]
     pub fn tools<T: Into<String>>(mut self, tools: impl IntoIterator<Item = T>) -> Self {
         self.tools = tools.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Holds the answer to `grammar`.
+    #[must_use]
+    pub fn grammar(mut self, grammar: Grammar) -> Self {
+        self.grammar = Some(grammar);
         self
     }
 }
@@ -372,6 +380,8 @@ mod tests {
         let options = SendOptions::default().metadata("year", 2024.0).recall_filter(year.clone());
         assert_eq!(options.metadata.get("year"), Some(&Value::from(2024.0)));
         assert_eq!(options.recall_filter, Some(year));
+        let options = SendOptions::default().grammar(Grammar::JsonObject);
+        assert_eq!(options.grammar, Some(Grammar::JsonObject));
         let options = FeedOptions::default().mode(FeedMode::Text).time_ms(5).name("book.txt");
         let options = options.system("Be brief.").metadata("kind", "book");
         let expected = FeedOptions {

@@ -10,6 +10,7 @@ use crate::conversation::{Conversation, is_cancelled};
 use crate::engine::Shared;
 use crate::error::{Error, ErrorKind, Result};
 use crate::feeding::{self, FeedOptions};
+use crate::grammar::Grammar;
 use crate::heap::GivesBack;
 use crate::memory::{self, Context};
 use crate::offload::offload;
@@ -70,6 +71,19 @@ pub struct SendOptions {
     /// `InvalidArgument` for what is no function, for text in it that is a control token of the model, and where the template
     /// lists no tools, or `completion` leaves it out.
     pub tools: Vec<String>,
+    /// What the answer is held to; None: nothing. Every token is one that the grammar allows, from the first behind
+    /// `answer_prefix` on: thoughts between `<think>` tags and calls of tools stand in an answer only where the grammar has them.
+    /// The model ends its turn only where the text is complete, and the answer ends where nothing may follow. The message, its
+    /// prompt and what is recalled are as without. An answer that `max_new_tokens` or a stop string ends may be a part of what
+    /// the grammar allows, which its [`StopReason`](crate::StopReason) tells.
+    ///
+    /// The first such answer of a model takes some tenths of a second more, for a trie of its tokens that is kept. A grammar is
+    /// compiled for each answer, and looked at for each token.
+    ///
+    /// `InvalidArgument`, before anything is stored, for a grammar that does not compile, one of more than 1 MiB, and one whose
+    /// beginning the model has no token for. Where it has none later on, or what follows takes more work than a grammar may, the
+    /// answer is `InvalidArgument`, too, and taken back.
+    pub grammar: Option<Grammar>,
 }
 
 impl SendOptions {
@@ -338,8 +352,8 @@ impl Session {
 
     /// Answers the last message again, in place of its answer, which stays in the log as retracted.
     ///
-    /// The prompt stays as it was, and so does what the answer begins with: of `options` the sampling, the limits, the time
-    /// and `recall` count; `system`, `tools`, `recall_k`, `recall_filter`, `across_sessions`, `answer_prefix`, `completion`,
+    /// The prompt stays as it was, and so does what the answer begins with: of `options` the sampling, the limits, the grammar,
+    /// the time and `recall` count; `system`, `tools`, `recall_k`, `recall_filter`, `across_sessions`, `answer_prefix`, `completion`,
     /// `joined` and `metadata` are ignored. Greedily, or with the same [`Sampling::seed`], the answer is the same. It is marked
     /// as the one in whose place it stands.
     ///

@@ -27,7 +27,7 @@ pub struct Token {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StopReason {
-    /// The model ended its turn.
+    /// The model ended its turn, or the answer is all that its grammar allows.
     EndOfTurn,
     /// `max_new_tokens` were generated.
     MaxTokens,

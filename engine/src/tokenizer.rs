@@ -258,6 +258,11 @@ impl Tokenizer {
         added.get(&id).is_some_and(|token| token.special)
     }
 
+    /// Whether a text is the bytes of its tokens, one behind the other: in every vocabulary but WordPiece's.
+    pub(crate) fn is_reversible(&self) -> bool {
+        self.inner.pieces != Pieces::WordPiece
+    }
+
     /// What begins every document (`<s>`); empty for most chat models.
     pub(crate) fn prefix(&self) -> &[u32] {
         &self.inner.prefix

@@ -40,6 +40,7 @@ pub(crate) fn send_results(
             "send_tool: nothing was said yet, expected an answer that calls",
         ));
     }
+    let constraint = model.held_to("send_tool", options.grammar.as_ref())?;
     let now_ms = shared.now_ms()?;
     let time_ms = options.time_ms.unwrap_or(now_ms);
     conversation.set_policy("send_tool", options.recall.unwrap_or(shared.config.recall))?;
@@ -102,7 +103,7 @@ pub(crate) fn send_results(
     let first = std::mem::take(&mut turns[0].tokens);
     let (own, quotation) = Quotation::cut(first, recalled, quotation);
     turns[0].tokens = own;
-    answer(conversation, Prompt { turns, quotation, words }, options, sink)
+    answer(conversation, Prompt { turns, quotation, words }, options, constraint, sink)
 }
 
 /// What is a turn of its own: a result, or a section of a long one.

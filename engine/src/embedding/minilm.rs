@@ -149,6 +149,8 @@ fn pooling(folder: &Path) -> Result<Pooling> {
         .collect();
     // Or one key with the mode's name.
     modes.extend(json.get("pooling_mode").and_then(Value::as_str));
+    // For the text of the error: a map of JSON has its keys in the file's order, or in theirs.
+    modes.sort_unstable();
     match modes[..] {
         ["mean_tokens" | "mean"] => Ok(Pooling::Mean),
         ["cls_token" | "cls"] => Ok(Pooling::Cls),

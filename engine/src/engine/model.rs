@@ -2,6 +2,7 @@
 //! Knows neither a session nor a store.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::grammar::{Constraint, Grammar, GrammarCompiler};
 use crate::hub::ModelFiles;
 use crate::models::config::{DecoderConfig, token_ids};
 use crate::models::decoder::Decoder;
@@ -11,6 +12,7 @@ use crate::prompt::{self, Scaffold};
 use crate::template::{ChatTemplate, Tool};
 use crate::tokenizer::Tokenizer;
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// A model, loaded: what sessions need of it.
 pub(crate) struct Model {
@@ -21,6 +23,8 @@ pub(crate) struct Model {
     /// For what a session alone knows: the tools that it is offered.
     template: Option<ChatTemplate>,
     pub(crate) end_of_turn: Vec<u32>,
+    /// Made for the first answer that is held to a grammar; or why there is none.
+    grammars: OnceLock<Result<GrammarCompiler, String>>,
 }
 
 impl Model {
@@ -114,7 +118,30 @@ impl Model {
         end_of_turn.sort_unstable();
         end_of_turn.dedup();
         let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        Ok(Self { name, decoder, tokenizer, scaffold, template: None, end_of_turn })
+        let (template, grammars) = (None, OnceLock::new());
+        Ok(Self { name, decoder, tokenizer, scaffold, template, end_of_turn, grammars })
+    }
+
+    /// What holds an answer to `grammar`, if there is one.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, in the name of `operation`, for one that does not compile or that this model cannot follow.
+    pub(crate) fn held_to(
+        &self,
+        operation: &str,
+        grammar: Option<&Grammar>,
+    ) -> Result<Option<Constraint>> {
+        let Some(grammar) = grammar else { return Ok(None) };
+        let num_tokens = self.decoder.config.vocab_size;
+        let compiler = self
+            .grammars
+            .get_or_init(|| GrammarCompiler::new(&self.tokenizer, num_tokens, &self.end_of_turn));
+        let compiler = compiler.as_ref().map_err(|got| {
+            Error::invalid(format!(
+                "{operation}: grammar: {got}, expected a model of text in bytes, or no grammar"
+            ))
+        })?;
+        compiler.compile(operation, grammar).map(Some)
     }
 
     /// The scaffold of a session that is offered `tools`, and given instructions if it `has_system` ones.

@@ -15,6 +15,7 @@ mod error;
 mod events;
 mod filter;
 mod foreign;
+mod grammar;
 mod log;
 mod memory;
 mod mirrored;
@@ -45,6 +46,7 @@ pub use events::{
 };
 pub use filter::{Filter, MetadataValue};
 pub use foreign::shut_down;
+pub use grammar::Grammar;
 pub use log::{LogLevel, LogSink, forward_logs};
 pub use memory::NativeMemory;
 pub use options::{FeedMode, FeedOptions, Forget, NewTurn, RecallOptions, SendOptions};

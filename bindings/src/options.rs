@@ -3,6 +3,7 @@
 
 use crate::config::RecallPolicy;
 use crate::filter::{Filter, MetadataValue, marks};
+use crate::grammar::Grammar;
 use crate::mirrored::{count, mirrored, set};
 use crate::scope::Role;
 use std::collections::HashMap;
@@ -70,6 +71,10 @@ pub struct SendOptions {
     /// does.
     #[uniffi(default)]
     pub tools: Vec<String>,
+    /// What the answer is held to, from its first token to its last; nothing if left out. One that `max_new_tokens` or a stop
+    /// string ends may be a part of what the grammar allows.
+    #[uniffi(default)]
+    pub grammar: Option<Grammar>,
 }
 
 impl From<SendOptions> for mka::SendOptions {
@@ -96,6 +101,7 @@ impl From<SendOptions> for mka::SendOptions {
         options.metadata = marks(from.metadata);
         options.recall_filter = from.recall_filter.map(Into::into);
         options.tools = from.tools;
+        options.grammar = from.grammar.map(Into::into);
         options
     }
 }

@@ -108,6 +108,15 @@ def blocking(store: mka.Path, options: mka.EngineOptions, when: mka.Time) -> Non
             said, _ = chat.send_tool([result, "It rains."], max_new_tokens=4).text()
             calls: list[mka.ToolCall] = mka.tool_calls(said)
             print([(call.name, call.arguments) for call in calls])
+            schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+            grammars: list[mka.Grammar] = [
+                mka.JsonObject(),
+                mka.JsonSchema(schema),
+                mka.Regex("[a-z]+"),
+                mka.Lark('start: "yes" | "no"'),
+            ]
+            for grammar in grammars:
+                print(chat.send("And then?", grammar=grammar, max_new_tokens=4).text()[0])
             feeding: mka.FeedOptions = {
                 "name": "hill.txt",
                 "metadata": {"kind": "page"},

@@ -32,6 +32,7 @@ from mka._errors import (
     StorageError,
 )
 from mka._filter import Filter
+from mka._grammar import Grammar, JsonObject, JsonSchema, Lark, Regex
 from mka._native import mka_bindings as _native
 from mka._options import (
     EngineOptions,
@@ -155,12 +156,16 @@ __all__ = [
     "FeedOptions",
     "Filter",
     "Finding",
+    "Grammar",
     "Hit",
     "HygieneOptions",
     "Imported",
     "IncompatibleError",
     "InternalError",
     "InvalidArgumentError",
+    "JsonObject",
+    "JsonSchema",
+    "Lark",
     "LockedError",
     "Memory",
     "MetadataValue",
@@ -179,6 +184,7 @@ __all__ = [
     "RecallPolicy",
     "Recalled",
     "Receipt",
+    "Regex",
     "Repair",
     "Role",
     "Scope",

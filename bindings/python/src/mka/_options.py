@@ -13,9 +13,10 @@ from datetime import datetime, timedelta
 from math import inf
 from typing import Any, Literal, TypeAlias, TypedDict
 
-from mka import _filter
+from mka import _filter, _grammar
 from mka._errors import InvalidArgumentError
 from mka._filter import Filter
+from mka._grammar import Grammar
 from mka._native import mka_bindings as _native
 from mka._values import MetadataValue, NewTurn, Role, ToolResult
 
@@ -176,6 +177,12 @@ class SendOptions(TypedDict, total=False):
 
     The model's chat template lists them before a session's first message, or refuses them; they stay in sight as `system`.
     `tool_calls` reads the calls from an answer, `send_tool` gives the results.
+    """
+    grammar: Grammar | None
+    """What the answer is held to, from its first token to its last; by default nothing.
+
+    It ends where nothing may follow. One that `max_new_tokens` or a stop string ends may be a part of what the grammar
+    allows: `Usage.stop` tells.
     """
 
 
@@ -345,6 +352,8 @@ def send_options(options: SendOptions) -> Any:
         given["recall_filter"] = _filter.native(given["recall_filter"])
     if "tools" in given:
         given["tools"] = _tools(given["tools"])
+    if "grammar" in given:
+        given["grammar"] = _grammar.native(given["grammar"])
     _choose(given, "recall", _RECALLS)
     return _native.SendOptions(**given)
 

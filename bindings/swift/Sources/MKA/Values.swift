@@ -90,6 +90,8 @@ public typealias SendOptions = MKABindings.SendOptions
 public typealias ToolCall = MKABindings.ToolCall
 /// What a tool gave back.
 public typealias ToolResult = MKABindings.ToolResult
+/// What an answer is held to, from its first token to its last.
+public typealias Grammar = MKABindings.Grammar
 /// How a document is taken in; what is left out is the engine's default.
 public typealias FeedOptions = MKABindings.FeedOptions
 /// What of a document the model reads.
@@ -218,6 +220,17 @@ extension ModelSource {
 
     /// A path if it exists, or else the id of a repository.
     public static func named(_ name: String) -> ModelSource { .named(name: name) }
+}
+
+extension Grammar {
+    /// JSON that fits `schema`, itself JSON, its properties in the schema's order.
+    public static func jsonSchema(_ schema: String) -> Grammar { .jsonSchema(schema: schema) }
+
+    /// Text that `pattern` matches as a whole, in the syntax of Rust's crate `regex`.
+    public static func regex(_ pattern: String) -> Grammar { .regex(pattern: pattern) }
+
+    /// Text of a context-free grammar in Lark's notation, as llguidance reads it.
+    public static func lark(_ text: String) -> Grammar { .lark(text: text) }
 }
 
 extension Filter {

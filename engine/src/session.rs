@@ -77,8 +77,8 @@ pub struct SendOptions {
     /// prompt and what is recalled are as without. An answer that `max_new_tokens` or a stop string ends may be a part of what
     /// the grammar allows, which its [`StopReason`](crate::StopReason) tells.
     ///
-    /// The first such answer of a model takes some tenths of a second more, for a trie of its tokens that is kept. A grammar is
-    /// compiled for each answer, and looked at for each token.
+    /// The first such answer of a model has a trie made of its tokens, which is kept. A grammar is compiled for each answer, and
+    /// looked at for each token.
     ///
     /// `InvalidArgument`, before anything is stored, for a grammar that does not compile, one of more than 1 MiB, and one whose
     /// beginning the model has no token for. Where it has none later on, or what follows takes more work than a grammar may, the

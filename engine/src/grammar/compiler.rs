@@ -12,18 +12,21 @@ use std::sync::Arc;
 
 /// Longest grammar: the text of one that describes a large API is some hundred kilobytes.
 const MAX_GRAMMAR_BYTES: usize = 1 << 20;
-/// States of a lexer, which lives as long as its answer: of 1 to 2 kB each, they take at most 100 MB.
+/// States of a lexer, which lives as long as its answer: of 1 to 2 kB each, as llguidance says, they take at most 100 MB.
 const MAX_LEXER_STATES: usize = 50_000;
 /// A longer token is never chosen: a node of the trie counts its depth in 10 bits, of which the root and the mark of a control
 /// token take one each.
 const MAX_TOKEN_BYTES: usize = (1 << 10) - 2;
-/// Bytes of all tokens: each may be a node of the trie, whose nodes are counted in 22 bits. Gemma 3's 262,144 tokens have
+/// Bytes of all tokens: each may be a node of the trie, whose nodes are counted in 22 bits. 262,144 tokens of 8 bytes have
 /// half as many.
 const MAX_VOCABULARY_BYTES: usize = (1 << 22) - 2;
 /// Tokens: a node has 24 bits for the number of one, of which all ones mean none.
 const MAX_TOKENS: usize = (1 << 24) - 2;
 
-/// Compiles grammars over a model's tokens, of which it keeps a trie: some 100 bytes a token.
+/// Compiles grammars over a model's tokens, of which it keeps a trie.
+///
+/// The library underneath catches its own panics: at its first grammar it sets a panic hook, which hands every other panic to
+/// the hook that was there.
 pub(crate) struct GrammarCompiler {
     factory: ParserFactory,
     /// See [`Constraint`].

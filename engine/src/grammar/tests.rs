@@ -215,11 +215,12 @@ fn what_does_not_compile_is_refused_before_anything_is_stored() {
     }
     assert_eq!(chat.num_turns().unwrap(), 0);
     chat.send_with("hello", held_to(regex("[ab]"))).text_blocking().unwrap();
-    let results = vec![ToolResult::new("at 9:14")];
-    for (call, events) in [
-        ("send_tool", chat.send_tool(results, held_to(regex("(")))),
-        ("regenerate", chat.regenerate(held_to(regex("(")))),
-    ] {
+    for call in ["send_tool", "regenerate"] {
+        let bad = held_to(regex("("));
+        let events = match call {
+            "send_tool" => chat.send_tool(vec![ToolResult::new("at 9:14")], bad),
+            _ => chat.regenerate(bad),
+        };
         let error = events.text_blocking().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         assert!(error.to_string().starts_with(&format!("{call}: grammar: ")), "{error}");

@@ -596,7 +596,10 @@ NOT_DONE: list[tuple[str, Any]] = [
     ("tool_choice", {"type": "function", "function": {"name": "f"}}),
     ("functions", [{"name": "f"}]),
     ("function_call", {"name": "f"}),
-    ("response_format", {"type": "json_object"}),
+    ("response_format", "json_object"),
+    ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": "{}"}}),
     ("logprobs", True),
     ("top_logprobs", 3),
     ("n", 2),
@@ -720,6 +723,49 @@ def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart
                 assert answer.status == status, (path, answer.read())
                 answer.read()
             connection.close()
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_the_openai_endpoint_holds_an_answer_to_its_format(store: Path, tiny_model: Path) -> None:
+    from mka.openai_server import Server
+
+    with (
+        mka.open_sync(store, model=tiny_model, window_tokens=128, device="cpu") as engine,
+        Server(engine) as server,
+    ):
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+
+            def post(form: dict[str, Any], **extra: Any) -> str:
+                body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9}
+                request = urllib.request.Request(
+                    f"{server.url}/chat/completions",
+                    json.dumps(body | {"response_format": form} | extra).encode(),
+                )
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return str(answer.read().decode())
+
+            def schema(schema: dict[str, Any]) -> dict[str, Any]:
+                named = {"name": "kind", "strict": True, "schema": schema}
+                return {"type": "json_schema", "json_schema": named}
+
+            kind = schema({"enum": ["cat", "dog"]})
+            choice = json.loads(post(kind))["choices"][0]
+            assert json.loads(choice["message"]["content"]) in ("cat", "dog")
+            assert choice["finish_reason"] == "stop"
+            lines = post(kind, stream=True).split("\n\n")
+            frames = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            pieces = [frame["choices"][0]["delta"].get("content") or "" for frame in frames]
+            assert json.loads("".join(pieces)) in ("cat", "dog")
+            choice = json.loads(post({"type": "json_object"}, max_tokens=1))["choices"][0]
+            assert choice["message"]["content"] == "{" and choice["finish_reason"] == "length"
+            with pytest.raises(urllib.error.HTTPError) as error:
+                post(schema({"not": {}}))
+            assert error.value.code == 400
+            assert "send: grammar: " in json.load(error.value)["error"]["message"]
         finally:
             server.shutdown()
             thread.join()

@@ -3,7 +3,8 @@
 Needs nothing but mka; run it as `python -m mka.openai_server --store chat.mka`. The session keeps the history: of a
 request, the last user message is answered, or the results of tools at its end; what stands before is the client's own
 copy. A session keeps the tools of its first request. Where it has any, an answer is sent when it is whole, streamed or
-not: its calls stand in its text. What a request asks for and this endpoint does not do (formats, log probabilities,
+not: its calls stand in its text. By `response_format` an answer is held to JSON or to a schema, whether the request
+asks to be strict or not, and calls nothing. What a request asks for and this endpoint does not do (log probabilities,
 several answers, a choice among tools) is refused.
 """
 
@@ -31,7 +32,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "n": (1,),
@@ -117,6 +117,21 @@ def _tools(request: dict[str, Any]) -> list[str]:
     return [json.dumps(tool, ensure_ascii=False) for tool in tools]
 
 
+def _grammar(request: dict[str, Any]) -> mka.Grammar | None:
+    """What the answer is held to."""
+    form = request.get("response_format")
+    match form:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return mka.JsonObject()
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return mka.JsonSchema(schema)
+    raise _BadRequest(
+        "response_format: expected text, json_object, or json_schema with a schema that is an object"
+    )
+
+
 def _refuse_what_is_not_done(request: dict[str, Any]) -> None:
     for key, neutral in _NEUTRAL.items():
         value = request.get(key)
@@ -130,6 +145,9 @@ def _options(request: dict[str, Any], system: str | None) -> mka.SendOptions:
     options: mka.SendOptions = {"system": system}
     if tools := _tools(request):
         options["tools"] = tools
+    grammar = _grammar(request)
+    if grammar is not None:
+        options["grammar"] = grammar
     limit = request.get("max_completion_tokens")
     if limit is None:
         limit = request.get("max_tokens")
@@ -297,7 +315,8 @@ class _Handler(BaseHTTPRequestHandler):
             events = chat.send(message, **options)
         else:
             events = chat.send_tool(message, **options)
-        has_tools = "tools" in options
+        # An answer that is held to a form is what the client asked for, though it looks like a call.
+        has_tools = "tools" in options and "grammar" not in options
         frame: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),

@@ -80,7 +80,7 @@ pub struct SendOptions {
     /// The first such answer of a model has a trie made of its tokens, which is kept. A grammar is compiled for each answer, and
     /// looked at for each token.
     ///
-    /// `InvalidArgument`, before anything is stored, for a grammar that does not compile, one of more than 1 MiB, and one whose
+    /// `InvalidArgument`, before anything is stored, for a grammar that does not compile, one of more than 256 KiB, and one whose
     /// beginning the model has no token for. Where it has none later on, or what follows takes more work than a grammar may, the
     /// answer is `InvalidArgument`, too, and taken back.
     pub grammar: Option<Grammar>,

@@ -2,7 +2,7 @@
 //! Knows no answer: what is compiled starts at its beginning.
 
 use super::{Constraint, Grammar, first_line};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::tokenizer::Tokenizer;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{SimpleVob, TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
@@ -10,8 +10,14 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::json;
 use std::sync::Arc;
 
-/// Longest grammar: the text of one that describes a large API is some hundred kilobytes.
-const MAX_GRAMMAR_BYTES: usize = 1 << 20;
+/// Longest grammar. Its rules, or the schemas that it refers to, may each lead to the next: the library follows them by calls
+/// of its own, as deep as the text has rules.
+const MAX_GRAMMAR_BYTES: usize = 1 << 18;
+/// Stack for that, a byte of text. A rule takes 8 bytes at least and a schema 14, which leaves each 16 kB for the ten calls or
+/// so that it costs. What is not used is address space alone.
+const STACK_BYTES_A_BYTE: usize = 2 << 10;
+/// Stack for what every grammar takes: schemas that are merged nest 128 deep in it, of 2.5 kB each, and calls of `regex-syntax`.
+const STACK_BYTES: usize = 4 << 20;
 /// States of a lexer, which lives as long as its answer: of 1 to 2 kB each, as llguidance says, they take at most 100 MB.
 const MAX_LEXER_STATES: usize = 50_000;
 /// A longer token is never chosen: a node of the trie counts its depth in 10 bits, of which the root and the mark of a control
@@ -110,13 +116,28 @@ impl GrammarCompiler {
             Grammar::Regex(pattern) => TopLevelGrammar::from_regex(pattern),
             Grammar::Lark(text) => TopLevelGrammar::from_lark(text.clone()),
         };
-        let parser = self
-            .factory
-            .create_parser(top)
-            .map_err(|error| refused(first_line(&error)).with_source(error))?;
+        let parser = on_stack(operation, STACK_BYTES + len * STACK_BYTES_A_BYTE, || {
+            self.factory.create_parser(top)
+        })?;
+        let parser = parser.map_err(|error| refused(first_line(&error)).with_source(error))?;
         let matcher = Matcher::new(Ok(parser));
         Constraint::new(matcher, self.known.clone(), self.ends.clone()).map_err(refused)
     }
+}
+
+/// Runs `work` on a stack of `bytes`.
+///
+/// # Errors
+/// `OutOfMemory` where there is no room for one.
+fn on_stack<T: Send>(operation: &str, bytes: usize, work: impl FnOnce() -> T + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let spawned = std::thread::Builder::new().stack_size(bytes).spawn_scoped(scope, work);
+        let thread = spawned.map_err(|source| {
+            let what = format!("{operation}: grammar: a stack of {bytes} bytes: {source}");
+            Error::new(ErrorKind::OutOfMemory, what).with_source(source)
+        })?;
+        thread.join().map_err(|payload| Error::panicked(operation, &*payload))
+    })
 }
 
 /// Whether the last backslash of `pattern` escapes nothing.

@@ -199,7 +199,7 @@ fn what_does_not_compile_is_refused_before_anything_is_stored() {
         (regex(r"a\"), "a backslash at its end"),
         (regex("(?=a)b"), "expected a regular expression"),
         (regex(&nested("(", ")")), "expected a regular expression"),
-        (regex(&"a".repeat(2 << 20)), "2097152 bytes, more than 1048576"),
+        (regex(&"a".repeat(2 << 20)), "2097152 bytes, more than 262144"),
         (lark(""), "expected a Lark grammar"),
         (lark("start: other"), "expected a Lark grammar"),
         (lark("start: <|im_end|>"), "expected a Lark grammar"),
@@ -226,6 +226,25 @@ fn what_does_not_compile_is_refused_before_anything_is_stored() {
         assert!(error.to_string().starts_with(&format!("{call}: grammar: ")), "{error}");
     }
     assert_eq!(chat.num_turns().unwrap(), 2);
+}
+
+#[test]
+fn rules_and_schemas_that_each_lead_to_the_next_are_followed_however_many_there_are() {
+    const LINKS: usize = 3000;
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path());
+    let model = engine.shared.model("test").unwrap();
+    let rules: String = (0..LINKS).map(|i| format!("r{i}: r{}\n", i + 1)).collect();
+    let rules = lark(&format!("start: r0\n{rules}r{LINKS}: \"a\"\n"));
+    let schema = |i: usize| format!(r##""s{i}": {{"$ref": "#/$defs/s{}"}}, "##, i + 1);
+    let schemas: String = (0..LINKS).map(schema).collect();
+    let last = format!(r#""s{LINKS}": {{"const": 7}}"#);
+    let schemas =
+        Grammar::JsonSchema(format!(r##"{{"$ref": "#/$defs/s0", "$defs": {{{schemas}{last}}}}}"##));
+    for (grammar, text) in [(rules, "a"), (schemas, "7")] {
+        let constraint = model.held_to("test", Some(&grammar)).unwrap().unwrap();
+        assert_eq!(walk(&model.tokenizer, constraint), text);
+    }
 }
 
 #[test]

@@ -5581,6 +5581,11 @@ public struct SendOptions: Equatable, Hashable {
      * does.
      */
     public var tools: [String]
+    /**
+     * What the answer is held to, from its first token to its last; nothing if left out. One that `max_new_tokens` or a stop
+     * string ends may be a part of what the grammar allows.
+     */
+    public var grammar: Grammar?
 
     // Default memberwise initializers are never public by default, so we
     // declare one manually.
@@ -5644,7 +5649,11 @@ public struct SendOptions: Equatable, Hashable {
          * Tools that the model may call, each the JSON of a function as OpenAI writes it: the model's chat template lists them
          * before a session's first message, and refuses them where it lists none; ignored later. They stay in sight as `system`
          * does.
-         */tools: [String] = []) {
+         */tools: [String] = [],
+        /**
+         * What the answer is held to, from its first token to its last; nothing if left out. One that `max_new_tokens` or a stop
+         * string ends may be a part of what the grammar allows.
+         */grammar: Grammar? = nil) {
         self.temperature = temperature
         self.topK = topK
         self.topP = topP
@@ -5664,6 +5673,7 @@ public struct SendOptions: Equatable, Hashable {
         self.metadata = metadata
         self.recallFilter = recallFilter
         self.tools = tools
+        self.grammar = grammar
     }
 
 
@@ -5700,7 +5710,8 @@ public struct FfiConverterTypeSendOptions: FfiConverterRustBuffer {
                 timeMs: FfiConverterOptionInt64.read(from: &buf),
                 metadata: FfiConverterDictionaryStringTypeMetadataValue.read(from: &buf),
                 recallFilter: FfiConverterOptionTypeFilter.read(from: &buf),
-                tools: FfiConverterSequenceString.read(from: &buf)
+                tools: FfiConverterSequenceString.read(from: &buf),
+                grammar: FfiConverterOptionTypeGrammar.read(from: &buf)
         )
     }
 
@@ -5724,6 +5735,7 @@ public struct FfiConverterTypeSendOptions: FfiConverterRustBuffer {
         FfiConverterDictionaryStringTypeMetadataValue.write(value.metadata, into: &buf)
         FfiConverterOptionTypeFilter.write(value.recallFilter, into: &buf)
         FfiConverterSequenceString.write(value.tools, into: &buf)
+        FfiConverterOptionTypeGrammar.write(value.grammar, into: &buf)
     }
 }
 
@@ -7718,6 +7730,119 @@ public func FfiConverterTypeForget_lift(_ buf: RustBuffer) throws -> Forget {
 #endif
 public func FfiConverterTypeForget_lower(_ value: Forget) -> RustBuffer {
     return FfiConverterTypeForget.lower(value)
+}
+
+
+
+/**
+ * What an answer is held to, from its first token to its last.
+ */
+
+public enum Grammar: Equatable, Hashable {
+
+    /**
+     * Any JSON object.
+     */
+    case jsonObject
+    /**
+     * JSON that fits a schema, its properties in the schema's order.
+     */
+    case jsonSchema(
+        /**
+         * The schema, itself JSON.
+         */schema: String
+    )
+    /**
+     * Text that a regular expression matches as a whole.
+     */
+    case regex(
+        /**
+         * The expression, in the syntax of Rust's crate `regex`.
+         */pattern: String
+    )
+    /**
+     * Text of a context-free grammar.
+     */
+    case lark(
+        /**
+         * The grammar, in Lark's notation as llguidance reads it.
+         */text: String
+    )
+
+
+
+
+
+}
+
+#if compiler(>=6)
+extension Grammar: Sendable {}
+#endif
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public struct FfiConverterTypeGrammar: FfiConverterRustBuffer {
+    typealias SwiftType = Grammar
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> Grammar {
+        let variant: Int32 = try readInt(&buf)
+        switch variant {
+
+        case 1: return .jsonObject
+
+        case 2: return .jsonSchema(schema: try FfiConverterString.read(from: &buf)
+        )
+
+        case 3: return .regex(pattern: try FfiConverterString.read(from: &buf)
+        )
+
+        case 4: return .lark(text: try FfiConverterString.read(from: &buf)
+        )
+
+        default: throw UniffiInternalError.unexpectedEnumCase
+        }
+    }
+
+    public static func write(_ value: Grammar, into buf: inout [UInt8]) {
+        switch value {
+
+
+        case .jsonObject:
+            writeInt(&buf, Int32(1))
+
+
+        case let .jsonSchema(schema):
+            writeInt(&buf, Int32(2))
+            FfiConverterString.write(schema, into: &buf)
+
+
+        case let .regex(pattern):
+            writeInt(&buf, Int32(3))
+            FfiConverterString.write(pattern, into: &buf)
+
+
+        case let .lark(text):
+            writeInt(&buf, Int32(4))
+            FfiConverterString.write(text, into: &buf)
+
+        }
+    }
+}
+
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeGrammar_lift(_ buf: RustBuffer) throws -> Grammar {
+    return try FfiConverterTypeGrammar.lift(buf)
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+public func FfiConverterTypeGrammar_lower(_ value: Grammar) -> RustBuffer {
+    return FfiConverterTypeGrammar.lower(value)
 }
 
 
@@ -9820,6 +9945,30 @@ fileprivate struct FfiConverterOptionTypeFilter: FfiConverterRustBuffer {
         switch try readInt(&buf) as Int8 {
         case 0: return nil
         case 1: return try FfiConverterTypeFilter.read(from: &buf)
+        default: throw UniffiInternalError.unexpectedOptionalTag
+        }
+    }
+}
+
+#if swift(>=5.8)
+@_documentation(visibility: private)
+#endif
+fileprivate struct FfiConverterOptionTypeGrammar: FfiConverterRustBuffer {
+    typealias SwiftType = Grammar?
+
+    public static func write(_ value: SwiftType, into buf: inout [UInt8]) {
+        guard let value = value else {
+            writeInt(&buf, Int8(0))
+            return
+        }
+        writeInt(&buf, Int8(1))
+        FfiConverterTypeGrammar.write(value, into: &buf)
+    }
+
+    public static func read(from buf: inout (data: Data, offset: Data.Index)) throws -> SwiftType {
+        switch try readInt(&buf) as Int8 {
+        case 0: return nil
+        case 1: return try FfiConverterTypeGrammar.read(from: &buf)
         default: throw UniffiInternalError.unexpectedOptionalTag
         }
     }

@@ -558,6 +558,52 @@ def test_the_langgraph_store_stands_as_the_disk_does_where_a_write_fails(
         assert engine.memory.chunks(user="langgraph") == [] and items.list_namespaces() == []
 
 
+def test_the_langgraph_store_agrees_with_what_is_erased_and_with_another_store(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("langgraph")
+    from mka.langgraph import MkaStore
+
+    with mka.open_sync(store) as engine:
+        memory = engine.memory
+        ours, theirs = MkaStore(engine), MkaStore(engine)
+
+        def keys() -> set[str]:
+            found = [{item.key for item in each.search(("ada",))} for each in (ours, theirs)]
+            assert found[0] == found[1]
+            return found[0]
+
+        ours.put(("ada",), "hotel", {"text": "The hotel is the Sakura Inn."})
+        ours.put(("ada",), "train", {"text": "The train leaves at nine."})
+        assert keys() == {"hotel", "train"}
+        memory.forget(user="langgraph", everything=True)
+        assert keys() == set() and ours.get(("ada",), "hotel") is None
+        assert ours.search((), query="hotel") == [] and ours.list_namespaces() == []
+        # Numbers of turns begin anew: those of before are other items' now.
+        theirs.put(("ada",), "train", {"text": "The train leaves at ten."})
+        theirs.put(("ada",), "plane", {"text": "The plane leaves at noon."})
+        ours.put(("ada",), "hotel", {"text": "The hotel is the Lotus."})
+        assert keys() == {"train", "plane", "hotel"}
+        theirs.put(("ada",), "hotel", {"text": "The hotel is the Ritz."})
+        ours.delete(("ada",), "hotel")
+        assert keys() == {"train", "plane"} and theirs.get(("ada",), "hotel") is None
+        assert not any("hotel" in chunk.text for chunk in memory.chunks(user="langgraph"))
+        memory.forget(user="langgraph", matching="leaves at ten")
+        assert keys() == {"plane"} and ours.get(("ada",), "train") is None
+
+        remember = memory.remember
+
+        def erased_before(*turns: Any, **scope: Any) -> mka.Committed:
+            memory.forget(user="langgraph", everything=True)
+            return remember(*turns, **scope)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "remember", erased_before)
+            ours.put(("ada",), "plane", {"text": "The plane leaves at one."})
+        item = theirs.get(("ada",), "plane")
+        assert item is not None and item.value["text"] == "The plane leaves at one."
+
+
 def test_the_mcp_server_remembers_across_processes_and_keeps_users_apart(store: Path) -> None:
     pytest.importorskip("mcp")
     from mcp.client.session import ClientSession

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from math import inf
 from typing import Any
 
@@ -45,6 +46,8 @@ _ITEM = "langgraph:item"
 _MAX_NAMESPACE_BYTES = 256
 _MOST_RECALLS = 32
 """Recalls of one search: one more than the places that one text is looked for in."""
+_WRITING = threading.Lock()
+"""Held from the reading of a namespace to the erasing of what a write replaced: one engine may have several stores."""
 
 Namespace = tuple[str, ...]
 
@@ -60,11 +63,16 @@ class _Stored:
     turns: list[int]
 
 
+_Read = Callable[[Namespace], dict[str, _Stored]]
+"""The items of a namespace by their keys, what was written last at the end."""
+
+
 class MkaStore(BaseStore):
     """Items in the memory of one user of the store; give each of your users a namespace, or a store of their own.
 
     A namespace is a session, an item a turn of JSON that is never recalled, followed by a turn of the text that is. Time
-    to live is not supported.
+    to live is not supported. Every read is of the log, so that what was erased, or written by another store of the same
+    engine, is seen at once: it costs a reading of the namespace, a search or a list one of each namespace in question.
 
     `delete` erases an item. `Memory.forget(matching=..)` finds words in the JSON of an item as JSON writes them: of words
     with a quotation mark or a line break it erases the text that is recalled, and leaves the item.
@@ -78,35 +86,32 @@ class MkaStore(BaseStore):
         self._memory = engine.memory
         self._user = user
         self._fields = list(fields)
-        self._lock = threading.RLock()
-        self._items: dict[Namespace, dict[str, _Stored]] | None = None
 
-    # What is on disk, read once: one engine at a time has the folder, so nobody else writes to it.
-    def _loaded(self) -> dict[Namespace, dict[str, _Stored]]:
-        if self._items is None:
-            items: dict[Namespace, dict[str, _Stored]] = {}
-            for info in self._memory.sessions(user=self._user, agent=_AGENT):
-                assert info.scope.session is not None
-                namespace = tuple(json.loads(info.scope.session))
-                held = items.setdefault(namespace, {})
-                current: _Stored | None = None
-                for turn in self._memory.turns(
-                    user=self._user, agent=_AGENT, session=info.scope.session
-                ):
-                    if turn.forgotten:
-                        current = None
-                    # A text has its key for a source, whatever the key is.
-                    elif turn.role == "system" and turn.source == _ITEM:
-                        item = self._item(namespace, json.loads(turn.text))
-                        before = held.get(item.key)
-                        turns = [*(before.turns if before else ()), turn.id]
-                        # What is written anew comes last, as it does while the store is written.
-                        held.pop(item.key, None)
-                        current = held[item.key] = _Stored(item, turns)
-                    elif current is not None:
-                        current.turns.insert(-1, turn.id)
-            self._items = items
-        return self._items
+    def _stored_namespaces(self, prefix: Namespace = ()) -> list[Namespace]:
+        """Namespaces under a prefix that something was ever written to."""
+        infos = self._memory.sessions(user=self._user, agent=_AGENT)
+        namespaces = [tuple(json.loads(info.scope.session or "[]")) for info in infos]
+        return [namespace for namespace in namespaces if namespace[: len(prefix)] == prefix]
+
+    def _read(self, namespace: Namespace) -> dict[str, _Stored]:
+        session = self._session(namespace)
+        if len(session.encode()) > _MAX_NAMESPACE_BYTES:
+            return {}
+        held: dict[str, _Stored] = {}
+        current: _Stored | None = None
+        for turn in self._memory.turns(user=self._user, agent=_AGENT, session=session):
+            if turn.forgotten:
+                current = None
+            # A text has its key for a source, whatever the key is.
+            elif turn.role == "system" and turn.source == _ITEM:
+                item = self._item(namespace, json.loads(turn.text))
+                before = held.pop(item.key, None)
+                turns = [*(before.turns if before else ()), turn.id]
+                # What is written anew comes last.
+                current = held[item.key] = _Stored(item, turns)
+            elif current is not None and (turn.source or "") == current.item.key:
+                current.turns.append(turn.id)
+        return held
 
     @staticmethod
     def _item(namespace: Namespace, record: dict[str, Any]) -> Item:
@@ -120,34 +125,30 @@ class MkaStore(BaseStore):
 
     @staticmethod
     def _session(namespace: Namespace) -> str:
-        session = json.dumps(namespace, ensure_ascii=False, separators=(",", ":"))
-        if len(session.encode()) > _MAX_NAMESPACE_BYTES:
-            raise InvalidNamespaceError(
-                f"namespace {namespace}: {len(session.encode())} bytes as JSON,"
-                f" expected at most {_MAX_NAMESPACE_BYTES}"
-            )
-        return session
+        return json.dumps(namespace, ensure_ascii=False, separators=(",", ":"))
 
     def batch(self, ops: Iterable[Op]) -> list[Result]:
         """Runs operations: reads see the store as it was before, then the last write of each key is done."""
         results: list[Result] = []
         writes: dict[tuple[Namespace, str], PutOp] = {}
-        with self._lock:
-            for op in ops:
-                match op:
-                    case GetOp():
-                        stored = self._loaded().get(op.namespace, {}).get(op.key)
-                        results.append(stored.item if stored else None)
-                    case SearchOp():
-                        results.append(self._search(op))
-                    case ListNamespacesOp():
-                        results.append(self._namespaces(op))
-                    case PutOp():
-                        writes[op.namespace, op.key] = op
-                        results.append(None)
-                    case _:
-                        raise ValueError(f"batch: operation {op!r}, expected one of LangGraph's")
-            for write in writes.values():
+        # One reading of a namespace for all reads of the batch.
+        read = cache(self._read)
+        for op in ops:
+            match op:
+                case GetOp():
+                    stored = read(op.namespace).get(op.key)
+                    results.append(stored.item if stored else None)
+                case SearchOp():
+                    results.append(self._search(op, read))
+                case ListNamespacesOp():
+                    results.append(self._namespaces(op, read))
+                case PutOp():
+                    writes[op.namespace, op.key] = op
+                    results.append(None)
+                case _:
+                    raise ValueError(f"batch: operation {op!r}, expected one of LangGraph's")
+        for write in writes.values():
+            with _WRITING:
                 self._put(write)
         return results
 
@@ -157,9 +158,13 @@ class MkaStore(BaseStore):
 
     def _put(self, op: PutOp) -> None:
         session = self._session(op.namespace)
-        items = self._loaded()
-        old = items.get(op.namespace, {}).get(op.key)
-        current, num_current = old, 0
+        if len(session.encode()) > _MAX_NAMESPACE_BYTES:
+            raise InvalidNamespaceError(
+                f"namespace {op.namespace}: {len(session.encode())} bytes as JSON,"
+                f" expected at most {_MAX_NAMESPACE_BYTES}"
+            )
+        old = self._read(op.namespace).get(op.key)
+        gone = old.turns if old else []
         if op.value is not None:
             now = datetime.now(timezone.utc)
             created = old.item.created_at if old else now
@@ -192,39 +197,24 @@ class MkaStore(BaseStore):
                 if said:
                     turns.append(NewTurn(said, role="document", source=op.key))
             done = self._memory.remember(turns, user=self._user, agent=_AGENT, session=session)
-            held_by = [*(old.turns if old else ()), *reversed(done.turns)]
-            current = _Stored(self._item(op.namespace, record), held_by)
-            num_current = len(turns)
-            held = items.setdefault(op.namespace, {})
-            # Last, as it is where the store is read from the disk.
-            held.pop(op.key, None)
-            held[op.key] = current
-        if current is None:
-            return
+            # Numbers begin anew once the whole session is erased: then what was read is gone.
+            gone = [turn for turn in gone if turn < done.turns[0]]
         # The new item stands before the old one goes: a crash between leaves both, and the later one counts. What cannot be
         # erased is still there, and goes with the next write of the key.
-        gone = current.turns[: len(current.turns) - num_current]
         if gone:
             self._memory.forget(user=self._user, agent=_AGENT, session=session, turn=gone)
-            del current.turns[: len(gone)]
-        if not current.turns:
-            del items[op.namespace][op.key]
-            if not items[op.namespace]:
-                del items[op.namespace]
 
-    def _search(self, op: SearchOp) -> list[SearchItem]:
-        prefix = op.namespace_prefix
+    def _search(self, op: SearchOp, read: _Read) -> list[SearchItem]:
         held = {
             (namespace, key): stored
-            for namespace, items in self._loaded().items()
-            if namespace[: len(prefix)] == prefix
-            for key, stored in items.items()
+            for namespace in self._stored_namespaces(op.namespace_prefix)
+            for key, stored in read(namespace).items()
             if _matches(stored.item.value, op.filter)
         }
         scores: dict[tuple[Namespace, str], float] = {}
         if op.query:
             for namespace in {namespace for namespace, _ in held}:
-                scores |= self._scores(namespace, op.query)
+                scores |= self._scores(namespace, read(namespace), op.query)
         # What was not found stands behind what was, in its own order.
         order = sorted(held, key=lambda where: scores.get(where, -inf), reverse=True)
         page = order[op.offset : op.offset + op.limit]
@@ -240,13 +230,14 @@ class MkaStore(BaseStore):
             for where in page
         ]
 
-    def _scores(self, namespace: Namespace, query: str) -> dict[tuple[Namespace, str], float]:
+    def _scores(
+        self, namespace: Namespace, items: dict[str, _Stored], query: str
+    ) -> dict[tuple[Namespace, str], float]:
         """What the items of a namespace score, by their best piece.
 
         A recall names one place of a text, so this namespace is asked alone, and asked again without the places that it
         named until it has named every place of a text that stands in several, word for word or nearly.
         """
-        items = self._loaded()[namespace]
         by_turn = {turn: key for key, stored in items.items() for turn in stored.turns}
         scores: dict[tuple[Namespace, str], float] = {}
         # A text counts as much for each item that has it: how new its place is would tell them apart.
@@ -276,11 +267,11 @@ class MkaStore(BaseStore):
             named |= more
         return scores
 
-    def _namespaces(self, op: ListNamespacesOp) -> list[Namespace]:
+    def _namespaces(self, op: ListNamespacesOp, read: _Read) -> list[Namespace]:
         found = {
             namespace
-            for namespace, items in self._loaded().items()
-            if items and all(_fits(namespace, each) for each in op.match_conditions or ())
+            for namespace in self._stored_namespaces()
+            if all(_fits(namespace, each) for each in op.match_conditions or ()) and read(namespace)
         }
         if op.max_depth is not None:
             found = {namespace[: op.max_depth] for namespace in found}

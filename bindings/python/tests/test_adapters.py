@@ -604,6 +604,29 @@ def test_the_langgraph_store_agrees_with_what_is_erased_and_with_another_store(
         assert item is not None and item.value["text"] == "The plane leaves at one."
 
 
+def test_a_value_of_the_langgraph_store_is_nobody_elses_object(store: Path) -> None:
+    pytest.importorskip("langgraph")
+    from langgraph.store.base import GetOp, SearchOp
+
+    from mka.langgraph import MkaStore
+
+    with mka.open_sync(store) as engine:
+        items = MkaStore(engine)
+        value: dict[str, Any] = {"names": ["Sakura"], "rooms": (1, 2)}
+        items.put(("ada",), "hotel", value)
+        value["names"].append("Lotus")
+        # As JSON has it, before a restart as after it.
+        expected = {"names": ["Sakura"], "rooms": [1, 2]}
+        one, two, found = items.batch(
+            [GetOp(("ada",), "hotel"), GetOp(("ada",), "hotel"), SearchOp(("ada",))]
+        )
+        for item in (one, two, *found):
+            assert item.value == expected
+            item.value["names"].clear()
+        again = items.get(("ada",), "hotel")
+        assert again is not None and again.value == expected
+
+
 def test_the_mcp_server_remembers_across_processes_and_keeps_users_apart(store: Path) -> None:
     pytest.importorskip("mcp")
     from mcp.client.session import ClientSession

@@ -13,6 +13,7 @@ store.search(("memories", "ada"), query="where do we stay")
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterable
@@ -131,13 +132,13 @@ class MkaStore(BaseStore):
         """Runs operations: reads see the store as it was before, then the last write of each key is done."""
         results: list[Result] = []
         writes: dict[tuple[Namespace, str], PutOp] = {}
-        # One reading of a namespace for all reads of the batch.
+        # One reading of a namespace for all reads of the batch; each result has a value of its own.
         read = cache(self._read)
         for op in ops:
             match op:
                 case GetOp():
                     stored = read(op.namespace).get(op.key)
-                    results.append(stored.item if stored else None)
+                    results.append(copy.deepcopy(stored.item) if stored else None)
                 case SearchOp():
                     results.append(self._search(op, read))
                 case ListNamespacesOp():
@@ -222,7 +223,7 @@ class MkaStore(BaseStore):
             SearchItem(
                 namespace=held[where].item.namespace,
                 key=held[where].item.key,
-                value=held[where].item.value,
+                value=copy.deepcopy(held[where].item.value),
                 created_at=held[where].item.created_at,
                 updated_at=held[where].item.updated_at,
                 score=scores.get(where),

@@ -188,6 +188,32 @@ def test_a_history_processor_recalls_once_a_message_and_survives_a_closed_memory
     asyncio.run(main())
 
 
+def test_a_history_processor_reads_every_text_of_a_prompt(store: Path) -> None:
+    messages_of = pytest.importorskip("pydantic_ai.messages")
+    from mka.pydantic_ai import MkaMemory
+
+    if not hasattr(messages_of, "TextContent"):
+        pytest.skip("texts are plain in this version of pydantic-ai")
+    image = messages_of.ImageUrl(url="https://example.org/inn.png")
+    tagged = messages_of.TextContent(content="which hotel?", metadata={"place": "Nara"})
+
+    async def main() -> None:
+        async with mka.open(store) as engine:
+            memory = MkaMemory(engine, user="ada", session="trip")
+
+            def asked(*content: Any) -> list[Any]:
+                parts = [messages_of.UserPromptPart(content=list(content))]
+                return [messages_of.ModelRequest(parts=parts)]
+
+            inn = messages_of.TextContent(content="It is the Sakura Inn.")
+            await memory.remember(asked("The hotel?", image, inn))
+            turns = await engine.memory.turns(user="ada", session="trip")
+            assert [turn.text for turn in turns] == ["The hotel?\nIt is the Sakura Inn."]
+            assert "Sakura" in (await memory.recall(asked(image, tagged)))[0].parts[0].content
+
+    asyncio.run(main())
+
+
 def test_a_memory_block_shrinks_to_its_budget(store: Path) -> None:
     pytest.importorskip("llama_index.core")
     from llama_index.core.base.llms.types import ChatMessage

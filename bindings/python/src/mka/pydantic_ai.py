@@ -35,12 +35,13 @@ _MARK = "mka"
 
 def _said(message: ModelRequest) -> str:
     """What the user said in a request, as far as it is text."""
-    texts: list[str] = []
+    texts: list[object] = []
     for part in message.parts:
         if isinstance(part, UserPromptPart):
             content = [part.content] if isinstance(part.content, str) else part.content
-            texts.extend(each for each in content if isinstance(each, str))
-    return "\n".join(texts)
+            # A text with something beside it has it as `content`; the class of that is younger than 2.0.
+            texts.extend(getattr(each, "content", each) for each in content)
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 class MkaMemory:

@@ -59,10 +59,13 @@ class MkaMemory:
         self._memory = engine.memory
         self._user, self._session, self._agent = user, session, agent
         self._budget_tokens = budget_tokens
-        self._last: tuple[str, str] | None = None
 
     async def recall(self, messages: list[ModelMessage]) -> list[ModelMessage]:
-        """The history processor: what the user's sessions hold on the latest message stands before it, once."""
+        """The history processor: what the user's sessions hold on the latest message stands before it, once.
+
+        Each request looks it up anew, those behind calls of tools too: memory may have changed between.
+        """
+        messages = [self._without(message) for message in messages]
         at = next(
             (
                 i
@@ -75,25 +78,20 @@ class MkaMemory:
             return messages
         request = messages[at]
         assert isinstance(request, ModelRequest)
-        query = _said(request)
-        # Requests of one run (tool calls between them) share the message: one look-up serves them all.
-        if self._last is None or self._last[0] != query:
-            try:
-                context = await self._memory.context(
-                    query, user=self._user, agent=self._agent, budget_tokens=self._budget_tokens
-                )
-            except Error as error:
-                _log.warning("recall failed, the run goes on without memory: %s", error)
-                return messages
-            self._last = (query, context.text)
-        text = self._last[1]
-        kept = [self._without(message) for message in messages]
-        if text:
-            request = kept[at]
-            assert isinstance(request, ModelRequest)
-            recalled = SystemPromptPart(content=text, dynamic_ref=_MARK)
-            kept[at] = replace(request, parts=[recalled, *request.parts])
-        return kept
+        try:
+            context = await self._memory.context(
+                _said(request),
+                user=self._user,
+                agent=self._agent,
+                budget_tokens=self._budget_tokens,
+            )
+        except Error as error:
+            _log.warning("recall failed, the run goes on without memory: %s", error)
+            return messages
+        if context.text:
+            recalled = SystemPromptPart(content=context.text, dynamic_ref=_MARK)
+            messages[at] = replace(request, parts=[recalled, *request.parts])
+        return messages
 
     @staticmethod
     def _without(message: ModelMessage) -> ModelMessage:
@@ -122,4 +120,3 @@ class MkaMemory:
             await self._memory.remember(
                 turns, user=self._user, agent=self._agent, session=self._session
             )
-            self._last = None

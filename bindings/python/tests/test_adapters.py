@@ -1011,6 +1011,80 @@ def test_the_openai_endpoint_offers_tools_and_takes_their_results() -> None:
             thread.join()
 
 
+class Opening:
+    """An engine that knows which sessions are open; opening `slow` waits, and `bad` cannot be opened."""
+
+    model_name = "opening"
+
+    def __init__(self) -> None:
+        self.open: list[str] = []
+        self.began, self.goes_on = threading.Event(), threading.Event()
+
+    def session(self, *, user: str, session: str) -> Opened:
+        if session == "bad":
+            raise mka.InvalidArgumentError("a bad name")
+        if session == "slow":
+            self.began.set()
+            assert self.goes_on.wait(60)
+        assert session not in self.open
+        self.open.append(session)
+        return Opened(self, session)
+
+
+class Opened:
+    num_turns = 2
+
+    def __init__(self, engine: Opening, name: str) -> None:
+        self.engine, self.name = engine, name
+
+    def close(self) -> None:
+        self.engine.open.remove(self.name)
+
+
+def test_the_openai_endpoint_keeps_the_sessions_open_that_were_used_last() -> None:
+    from mka.openai_server import Server, _BadRequest
+
+    engine = Opening()
+    with Server(engine, sessions=2) as server:  # type: ignore[arg-type]
+
+        def ask(session: str, *tools: str) -> None:
+            with server.session("ada", session) as chat:
+                chat.offer(tools)
+                assert session in engine.open
+
+        for session in "abac":
+            ask(session)
+        assert engine.open == ["a", "c"]
+        # What a request has is not closed, and what is more than may stay open is closed behind its request.
+        with server.session("ada", "a"), server.session("ada", "c"):
+            ask("b")
+            assert engine.open == ["a", "c"]
+        # A closed session is held to its tools as an open one is.
+        ask("tools", "now", "add")
+        ask("a")
+        ask("c")
+        assert engine.open == ["a", "c"]
+        with pytest.raises(_BadRequest, match="^tools: 1 that"):
+            ask("tools", "now")
+        ask("tools", "now", "add")
+        for _ in range(3):
+            with pytest.raises(mka.InvalidArgumentError):
+                ask("bad")
+        ask("tools", "now", "add")
+        assert engine.open[-1] == "tools" and len(engine.open) <= 2
+        # A session that is being opened keeps nobody waiting who asks for another one.
+        slow = threading.Thread(target=ask, args=("slow",))
+        slow.start()
+        try:
+            assert engine.began.wait(60)
+            ask("tools", "now", "add")
+            assert "slow" not in engine.open
+        finally:
+            engine.goes_on.set()
+            slow.join()
+        assert engine.open == ["tools", "slow"]
+
+
 def test_what_an_answer_says_before_its_calls_is_its_content() -> None:
     from mka.openai_server import _before_calls
 

@@ -2,7 +2,8 @@
 
 Needs nothing but mka; run it as `python -m mka.openai_server --store chat.mka`. The session keeps the history: of a
 request, the last user message is answered, or the results of tools at its end; what stands before is the client's own
-copy. A session keeps the tools of its first request. Where it has any, an answer is sent when it is whole, streamed or
+copy. Of the sessions that no request has, those used last stay open (`--sessions`); another one is opened again as its
+next request comes. A session keeps the tools of its first request. Where it has any, an answer is sent when it is whole, streamed or
 not: its calls stand in its text. By `response_format` an answer is held to JSON or to a schema, whether the request
 asks to be strict or not, and calls nothing. What a request asks for and this endpoint does not do (log probabilities,
 several answers, a choice among tools) is refused.
@@ -16,6 +17,8 @@ import logging
 import secrets
 import time
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
@@ -280,10 +283,9 @@ class _Handler(BaseHTTPRequestHandler):
         user = str(request.get("user") or "me")
         session = self.headers.get("X-Mka-Session") or "chat"
         try:
-            chat = self.server.session(user, session)
-            with chat.lock:
-                chat.offer(list(options.get("tools", ())))
-                self._complete(request, chat.session, message, options)
+            with self.server.session(user, session) as chat:
+                opened = chat.offer(options.get("tools", ()))
+                self._complete(request, opened, message, options)
         except _BadRequest as error:
             self._fail(error.status, str(error))
         except mka.Error as error:
@@ -398,22 +400,29 @@ class _Handler(BaseHTTPRequestHandler):
 
 @dataclass(slots=True)
 class _Chat:
-    """A session that is kept open; `lock` lets one request at a time into it."""
+    """A session, open or closed; `lock` lets one request at a time into it."""
 
-    session: Session
+    session: Session | None = None
     lock: Lock = field(default_factory=Lock)
-    tools: list[Any] | None = None
-    """What it began with; None before its first request. Of one that began before this server, what that request has."""
+    requests: int = 0
+    """Those that have it or wait for it."""
+    tools: int | None = None
+    """The hash of those that it began with; None before its first request. Of one that began before this server, that of
+    what that request has.
+    """
 
-    def offer(self, tools: list[Any]) -> None:
-        """Holds a request to the tools of the session, which cannot change: they stand at its beginning."""
+    def offer(self, tools: Sequence[Any]) -> Session:
+        """The session, for a request with its tools, which cannot change: they stand at its beginning."""
+        assert self.session is not None, "a request opens it before"
+        offered = hash(tuple(tools))
         if self.tools is None or self.session.num_turns == 0:
-            self.tools = tools
-        elif tools != self.tools:
+            self.tools = offered
+        elif offered != self.tools:
             raise _BadRequest(
-                f"tools: {len(tools)} that are not the {len(self.tools)} that the session began with, expected the same,"
-                " or another session by the header X-Mka-Session"
+                f"tools: {len(tools)} that are not those that the session began with, expected the same, or another session"
+                " by the header X-Mka-Session"
             )
+        return self.session
 
 
 class Server(ThreadingHTTPServer):
@@ -421,25 +430,68 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, engine: Engine, *, port: int = 0) -> None:
+    def __init__(self, engine: Engine, *, port: int = 0, sessions: int = 8) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.model = engine.model_name or "none"
         self._engine = engine
-        self._sessions: dict[tuple[str, str], _Chat] = {}
-        self._opening = Lock()
+        self._most_open = sessions
+        self._lock = Lock()
+        # A closed session has no more here than the hash of its tools.
+        self._chats: dict[tuple[str, str], _Chat] = {}
+        # Those of them that are open or that a request has, the one used last at the end.
+        self._open: dict[tuple[str, str], _Chat] = {}
 
     @property
     def url(self) -> str:
         """What a client takes as its base URL."""
         return f"http://127.0.0.1:{self.server_port}/v1"
 
-    def session(self, user: str, session: str) -> _Chat:
-        """The session, kept open."""
-        with self._opening:
-            if (user, session) not in self._sessions:
-                opened = self._engine.session(user=user, session=session)
-                self._sessions[user, session] = _Chat(opened)
-            return self._sessions[user, session]
+    @contextmanager
+    def session(self, user: str, session: str) -> Iterator[_Chat]:
+        """The session, opened, for one request that has it alone."""
+        name = (user, session)
+        with self._lock:
+            chat = self._chats.setdefault(name, _Chat())
+            self._open.pop(name, None)
+            self._open[name] = chat
+            chat.requests += 1
+        try:
+            # First, so that what is opened has its room.
+            self._close_surplus()
+            with chat.lock:
+                if chat.session is None:
+                    chat.session = self._engine.session(user=user, session=session)
+                yield chat
+        finally:
+            with self._lock:
+                chat.requests -= 1
+                if chat.session is None and not chat.requests:
+                    # It could not be opened.
+                    del self._open[name]
+                    if chat.tools is None:
+                        del self._chats[name]
+            self._close_surplus()
+
+    def _close_surplus(self) -> None:
+        """Closes what was used least recently of the open sessions beyond the most, but none that a request has."""
+        while (chat := self._surplus()) is not None:
+            opened, chat.session = chat.session, None
+            try:
+                if opened is not None:
+                    opened.close()
+            finally:
+                chat.lock.release()
+
+    def _surplus(self) -> _Chat | None:
+        """A session to be closed, with its lock taken: a request that comes waits until it can open it again."""
+        with self._lock:
+            if len(self._open) > self._most_open:
+                for name, chat in self._open.items():
+                    # Then no request has the lock.
+                    if not chat.requests:
+                        chat.lock.acquire()
+                        return self._open.pop(name)
+        return None
 
 
 def main() -> None:
@@ -449,9 +501,10 @@ def main() -> None:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--window", type=int, default=2048, help="tokens attended exactly")
     parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--sessions", type=int, default=8, help="most sessions that stay open")
     args = parser.parse_args()
     with mka.open_sync(args.store, model=args.model, window_tokens=args.window) as engine:
-        with Server(engine, port=args.port) as endpoint:
+        with Server(engine, port=args.port, sessions=args.sessions) as endpoint:
             print(f"serving {endpoint.model} at {endpoint.url}", flush=True)
             try:
                 endpoint.serve_forever()

@@ -826,6 +826,47 @@ def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart
             thread.join()
 
 
+def test_the_openai_endpoint_answers_no_web_page_of_elsewhere() -> None:
+    from mka.openai_server import Server
+
+    engine = Caller()
+    with Server(engine) as server:  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+
+            def status(method: str, path: str, headers: dict[str, str]) -> int:
+                connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+                body = json.dumps({"messages": [{"role": "user", "content": "hello"}]})
+                connection.request(method, path, body if method == "POST" else None, headers)
+                answer = connection.getresponse()
+                answer.read()
+                connection.close()
+                return answer.status
+
+            def both(**headers: str) -> set[int]:
+                return {
+                    status("POST", "/v1/chat/completions", {"Content-Type": "text/plain", **headers}),
+                    status("GET", "/v1/models", headers),
+                }
+
+            port = server.server_port
+            names = ("localhost", "LOCALHOST", "127.0.0.1", "[::1]")
+            for host in (*names, *(f"{name}:{port}" for name in names), "localhost:1"):
+                assert both(Host=host) == {200}, host
+                assert both(Host=host, Origin=f"http://{host}") == {200}, host
+            said = len(engine.given)
+            for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "[", "10.0.0.1"):
+                assert both(Host=host) == {403}, host
+                assert both(Origin=f"https://{host}") == {403}, host
+            assert both(Origin="null") == {403}
+            assert status("OPTIONS", "/v1/chat/completions", {"Origin": "https://evil.example"}) == 403
+            assert len(engine.given) == said
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def test_the_openai_endpoint_holds_an_answer_to_its_format(store: Path, tiny_model: Path) -> None:
     from mka.openai_server import Server
 

@@ -7,6 +7,10 @@ next request comes. A session keeps the tools of its first request. Where it has
 not: its calls stand in its text. By `response_format` an answer is held to JSON or to a schema, whether the request
 asks to be strict or not, and calls nothing. What a request asks for and this endpoint does not do (log probabilities,
 several answers, a choice among tools) is refused.
+
+Whoever reaches the port may ask: there are no keys. Web pages do not: a request is answered 403 whose `Host` is not
+`localhost` or an address of loopback, as that of a page whose name was pointed here, or whose `Origin`, which browsers
+send and other clients do not, is not.
 """
 
 from __future__ import annotations
@@ -21,8 +25,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from threading import Lock
 from typing import Any
+from urllib.parse import urlsplit
 
 import mka
 from mka._sync import Engine, Session
@@ -53,6 +59,15 @@ class _BadRequest(Exception):
     def __init__(self, text: str, status: int = 400) -> None:
         super().__init__(text)
         self.status = status
+
+
+def _is_loopback(url: str) -> bool:
+    """Whether a URL names this machine, whatever the port."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _text(message: dict[str, Any]) -> str:
@@ -256,6 +271,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not logged: they hold what users say."""
+
+    def parse_request(self) -> bool:
+        """Refuses what a web page of elsewhere sends, before anything is done for it."""
+        if not super().parse_request():
+            return False
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        if _is_loopback(f"//{host}") and (origin is None or _is_loopback(origin)):
+            return True
+        try:
+            # A connection that is closed before what was sent is read may break before the answer is.
+            self._body()
+        except _BadRequest:
+            pass
+        self.close_connection = True
+        self._fail(403, f"Host {host!r}, Origin {origin!r}: expected localhost or an address of loopback")
+        return False
 
     def do_GET(self) -> None:
         """The one model there is."""

@@ -12,6 +12,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -925,16 +926,15 @@ class Said:
 
     def __init__(self, answer: str, stop: Any) -> None:
         usage = mka.Usage(3, 1, 0, 2, 5, stop)
-        self.answer, self.usage = answer, usage
         # The pieces cut the marks of calls in two.
         pieces = [mka.Token(answer[at : at + 7]) for at in range(0, len(answer), 7)]
         self.events = iter([*pieces, mka.Done(usage)])
 
+    def __iter__(self) -> Said:
+        return self
+
     def __next__(self) -> mka.Event:
         return next(self.events)
-
-    def text(self) -> tuple[str, mka.Usage]:
-        return self.answer, self.usage
 
     def close(self) -> None:
         pass
@@ -1050,6 +1050,59 @@ def test_the_openai_endpoint_offers_tools_and_takes_their_results() -> None:
         finally:
             server.shutdown()
             thread.join()
+
+
+class Patient(Caller):
+    """A caller whose model says its second word when `left` is set, and that knows when a turn was closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.left, self.closed = (threading.Event() for _ in range(3))
+
+    def send(self, message: Any, **options: Any) -> Said:
+        said = super().send(message, **options)
+        self.asked.set()
+        events = said.events
+
+        def slowly() -> Iterator[mka.Event]:
+            yield next(events)
+            assert self.left.wait(60)
+            yield from events
+
+        said.events = slowly()
+        said.close = self.closed.set  # type: ignore[method-assign]
+        return said
+
+
+def test_the_openai_endpoint_stops_a_turn_whose_client_is_gone() -> None:
+    from mka.openai_server import Server
+
+    engine = Patient()
+    with Server(engine) as server:  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+
+            def ask(message: str) -> http.client.HTTPConnection:
+                connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+                body = {"messages": [{"role": "user", "content": message}]}
+                connection.request("POST", "/v1/chat/completions", json.dumps(body))
+                return connection
+
+            first = ask("first")
+            assert engine.asked.wait(60)
+            # It waits for the first one's turn, and leaves before it has one of its own.
+            ask("second").close()
+            first.close()
+            engine.left.set()
+            assert engine.closed.wait(60)
+            third = ask("third")
+            assert third.getresponse().status == 200
+            third.close()
+        finally:
+            server.shutdown()
+            thread.join()
+    assert [message for message, _ in engine.given] == ["first", "third"]
 
 
 class Opening:

@@ -19,6 +19,7 @@ import argparse
 import json
 import logging
 import secrets
+import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import mka
+from mka._streams import Answer, Events
 from mka._sync import Engine, Session
 from mka._values import Done, Token, ToolResult, Usage
 
@@ -315,6 +317,10 @@ class _Handler(BaseHTTPRequestHandler):
         session = self.headers.get("X-Mka-Session") or "chat"
         try:
             with self.server.session(user, session) as chat:
+                # It may have waited for another request; one that nobody waits for would be said beside its repetition.
+                if self._is_gone():
+                    self.close_connection = True
+                    return
                 opened = chat.offer(options.get("tools", ()))
                 self._complete(request, opened, message, options)
         except _BadRequest as error:
@@ -356,7 +362,12 @@ class _Handler(BaseHTTPRequestHandler):
             "model": self.server.model,
         }
         if not request.get("stream"):
-            text, usage = events.text()
+            whole_answer = Answer()
+            for event in events:
+                if self._is_gone():
+                    return self._give_up(events)
+                whole_answer.see(event)
+            text, usage = whole_answer.whole()
             answer, finish = _answered(text, usage, has_tools)
             choice = {"index": 0, "message": answer, "finish_reason": finish}
             whole = {"object": "chat.completion", "choices": [choice], "usage": _usage(usage)}
@@ -398,11 +409,27 @@ class _Handler(BaseHTTPRequestHandler):
         except mka.Error as error:
             self._event(json.dumps({"error": {"message": str(error)}}))
         except OSError:
-            # The client is gone: the model stops, and what it said is kept.
-            try:
-                events.close()
-            except mka.Error as error:
-                logging.getLogger(__name__).warning("a turn whose client is gone failed: %s", error)
+            self._give_up(events)
+
+    def _is_gone(self) -> bool:
+        """Whether the client has closed its connection, or will at least send no more."""
+        self.connection.setblocking(False)
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.setblocking(True)
+
+    def _give_up(self, events: Events) -> None:
+        """Answers nothing, as the client is gone: the model stops, and what it said is kept."""
+        self.close_connection = True
+        try:
+            events.close()
+        except mka.Error as error:
+            logging.getLogger(__name__).warning("a turn whose client is gone failed: %s", error)
 
     def _chunk(self, frame: dict[str, Any], delta: dict[str, Any], finish: str | None) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}

@@ -745,6 +745,45 @@ def test_the_openai_endpoint_reads_the_limit_that_is_set() -> None:
         assert _options(limits, None).get("max_new_tokens") == tokens
 
 
+def test_the_openai_endpoint_reads_texts_and_refuses_what_is_none() -> None:
+    from mka.openai_server import _BadRequest, _message
+
+    def read(content: Any) -> tuple[Any, str | None]:
+        system = {"role": "system", "content": "Be brief."}
+        # What the session has already is not read.
+        before = {"role": "user", "content": [image]}
+        return _message({"messages": [system, before, {"role": "user", "content": content}]})
+
+    image = {"type": "image_url", "image_url": {"url": "https://example.org/inn.png"}}
+    text = {"type": "text", "text": "Which inn?"}
+    for content, message in (
+        ("Which inn?", "Which inn?"),
+        (None, ""),
+        ([], ""),
+        ([text, text | {"text": ""}, text], "Which inn?\n\nWhich inn?"),
+    ):
+        assert read(content) == (message, "Be brief.")
+    for wrong in (
+        {"text": "Which inn?"},
+        0,
+        7,
+        False,
+        [text, image],
+        [{"type": "input_audio", "input_audio": {}}],
+        [{"type": "file", "file": {}}],
+        [text | {"text": None}],
+        [text | {"text": 7}],
+        [{"text": "Which inn?"}],
+        ["Which inn?"],
+        [None],
+    ):
+        with pytest.raises(_BadRequest, match="^messages: ") as error:
+            read(wrong)
+        assert error.value.status == 400
+        with pytest.raises(_BadRequest):
+            _message({"messages": [{"role": "system", "content": wrong}, {"role": "user", "content": ""}]})
+
+
 def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart(
     store: Path, tiny_model: Path
 ) -> None:

@@ -74,10 +74,23 @@ def _is_loopback(url: str) -> bool:
 
 def _text(message: dict[str, Any]) -> str:
     """The content of a message, the texts of its parts."""
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return str(content)
+    match message.get("content"):
+        case None:
+            return ""
+        case str(text):
+            return text
+        case list(parts):
+            return "\n".join(_part(part) for part in parts)
+    raise _BadRequest("messages: content of another kind, expected a text, a list of texts or null")
+
+
+def _part(part: object) -> str:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": str(kind)} if kind != "text":
+            raise _BadRequest(f"messages: a part of type {kind}, expected parts of type text alone")
+    raise _BadRequest("messages: a part without type and text, expected both")
 
 
 def _message(request: dict[str, Any]) -> tuple[str | list[ToolResult], str | None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import threading
+from contextlib import suppress
 
 import mka
 
@@ -30,6 +32,20 @@ async def answer(chat: mka.AsyncSession, message: str, max_new_tokens: int) -> N
                 print()
 
 
+def lines() -> asyncio.Queue[str]:
+    """What the terminal says, line by line, and an empty text at its end; Ctrl-C does not wait for the thread."""
+    loop = asyncio.get_running_loop()
+    said: asyncio.Queue[str] = asyncio.Queue()
+
+    def read() -> None:
+        for line in iter(sys.stdin.readline, ""):
+            loop.call_soon_threadsafe(said.put_nowait, line)
+        loop.call_soon_threadsafe(said.put_nowait, "")
+
+    threading.Thread(target=read, daemon=True).start()
+    return said
+
+
 async def main() -> None:
     args = arguments()
     async with (
@@ -39,7 +55,10 @@ async def main() -> None:
         if args.prompt is not None:
             await answer(chat, args.prompt, args.max_new_tokens)
             return
-        while line := await asyncio.to_thread(sys.stdin.readline):
+        said = lines()
+        while line := await said.get():
+            if not line.strip():
+                continue
             try:
                 await answer(chat, line.strip(), args.max_new_tokens)
             except mka.Error as error:
@@ -47,4 +66,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    with suppress(KeyboardInterrupt):
+        asyncio.run(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -48,6 +49,26 @@ def test_the_chat_answers_one_message_and_many(tmp_path: Path, tiny_model: Path)
     options = ["--model", tiny_model, "--window", 128, "--max-new-tokens", 4]
     run(tmp_path, EXAMPLES / "chat.py", *options, "--prompt", "hello")
     run(tmp_path, EXAMPLES / "chat.py", *options, feed="hello\nand again\n")
+
+
+def test_the_chat_ends_by_ctrl_c_while_it_waits_for_a_line(tmp_path: Path, tiny_model: Path) -> None:
+    options = ["--model", tiny_model, "--window", 128, "--max-new-tokens", 4]
+    command = [sys.executable, *map(str, [EXAMPLES / "chat.py", *options])]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=tmp_path, text=True, stdin=pipe, stdout=pipe, stderr=pipe
+    ) as chat:
+        try:
+            assert chat.stdin and chat.stdout and chat.stderr
+            # A blank line is no message.
+            chat.stdin.write("\nhello\n")
+            chat.stdin.flush()
+            assert chat.stdout.readline().endswith("\n")
+            chat.send_signal(signal.SIGINT)
+            assert chat.wait(timeout=60) == 0
+            assert "error" not in chat.stderr.read()
+        finally:
+            chat.kill()
 
 
 def test_a_long_document_is_fed_and_asked_about(tmp_path: Path, tiny_model: Path) -> None:

@@ -630,6 +630,11 @@ impl Engine {
         self.shared.model.as_ref().map(|model| model.name.as_str())
     }
 
+    /// The folder or GGUF file that the model was loaded from, of one of the hub where the cache has it; None without a model.
+    pub fn model_path(&self) -> Option<&Path> {
+        self.shared.model.as_ref().map(|model| model.path.as_path())
+    }
+
     /// Tokens that the model was trained on at once; None without a model.
     pub fn trained_tokens(&self) -> Option<usize> {
         self.shared.model.as_ref().map(|model| model.decoder.config.trained_tokens)

@@ -11,12 +11,14 @@ use crate::parallel::TensorGroup;
 use crate::prompt::{self, Scaffold};
 use crate::template::{ChatTemplate, Tool};
 use crate::tokenizer::Tokenizer;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// A model, loaded: what sessions need of it.
 pub(crate) struct Model {
     pub(crate) name: String,
+    /// The folder or GGUF file that it was loaded from.
+    pub(crate) path: PathBuf,
     pub(crate) decoder: Decoder,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) scaffold: Scaffold,
@@ -118,8 +120,8 @@ impl Model {
         end_of_turn.sort_unstable();
         end_of_turn.dedup();
         let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        let (template, grammars) = (None, OnceLock::new());
-        Ok(Self { name, decoder, tokenizer, scaffold, template, end_of_turn, grammars })
+        let (path, template, grammars) = (path.to_owned(), None, OnceLock::new());
+        Ok(Self { name, path, decoder, tokenizer, scaffold, template, end_of_turn, grammars })
     }
 
     /// What holds an answer to `grammar`, if there is one.

@@ -15,6 +15,19 @@ fn an_answer_of_a_gguf_model_ends_with_every_end_that_its_vocabulary_has() {
     assert_eq!(model.decoder.config.eos_token_ids, [id("<|im_end|>")]);
 }
 
+#[test]
+fn an_engine_says_where_the_files_of_its_model_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/gguf/model.gguf");
+    let builder = |name: &str| {
+        let memory = MemoryConfig::with_window(128);
+        Engine::builder(folder.path().join(name)).memory(memory).device(Device::Cpu)
+    };
+    let engine = builder("with").model(ModelSource::path(&path)).open_blocking().unwrap();
+    assert_eq!(engine.model_path(), Some(path.as_path()));
+    assert_eq!(builder("without").open_blocking().unwrap().model_path(), None);
+}
+
 /// An engine in `folder` over a model with a vocabulary of SentencePiece, and its tokenizer.
 fn sentencepiece(folder: &Path, own_blank: &str, template: &str) -> (Engine, Tokenizer) {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/smollm2");

@@ -3,6 +3,7 @@
 //! ends.
 
 use crate::curve::{self, Line};
+use crate::fingerprint;
 use crate::job::{self, Result};
 use crate::run;
 use crate::training::Speed;
@@ -12,7 +13,7 @@ use mka::training::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// The log of finished rows, in the folder.
@@ -191,6 +192,10 @@ fn header_of(args: &Args) -> Result<Value> {
     if let Some(header) = header.as_object_mut() {
         header.retain(|key, _| !["attention", "seeds", "out"].contains(&key.as_str()));
     }
+    header["device"] = job::device_name(&args.device)?.into();
+    let texts = args.text.iter().chain(&args.held_out).map(PathBuf::as_path);
+    let tokenizer = Some(Path::new(&args.tokenizer)).filter(|_| args.tokenizer != "bytes");
+    header["files"] = fingerprint::of_files(texts.chain(tokenizer))?;
     Ok(header)
 }
 
@@ -378,6 +383,11 @@ mod tests {
         let other = Args { steps: 5, ..args.clone() };
         let error = run(&other).unwrap_err().to_string();
         assert!(error.contains("header.steps: 4 in the folder, 5 now"), "{error}");
+        // So it is with another text of the same name.
+        std::fs::write(&text, "The beginning is near. ".repeat(40)).unwrap();
+        let error = run(&args).unwrap_err().to_string();
+        assert!(error.contains(&format!("header.files.{text}: ")), "{error}");
+        assert!(!error.contains("held out"), "{error}");
         let table = table(&args, "here", &rows);
         assert_eq!(table.lines().filter(|line| line.starts_with("| ")).count(), 7, "{table}");
     }

@@ -1,12 +1,12 @@
 //! The commands that run a benchmark: which files, which samples, which subjects, one folder.
 //! Knows no rule of a benchmark and no way to answer.
 
-use crate::job::Result;
+use crate::job::{self, Result};
 use crate::longbench::{self, LongBench};
 use crate::ruler::{self, Ruler};
 use crate::sample::Benchmark;
 use crate::subject::Model;
-use crate::{run, subject};
+use crate::{fingerprint, run, subject};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -106,8 +106,15 @@ fn start(
 ) -> Result<()> {
     let model = Arc::new(Model::open(&subject.model)?);
     let subjects = subject::open(subject, &model)?;
+    let names = subject.device.iter().map(|device| job::device_name(device));
+    let device = names.collect::<Result<Vec<_>>>()?;
     let header = json!({
-        "config": config, "subjects": subject, "model": model.name, "trained_tokens": model.trained_tokens,
+        "config": config,
+        "data_files": fingerprint::of_files(benchmark.files())?,
+        "subjects": subject::Options { device, ..subject.clone() },
+        "model": model.name,
+        "model_files": fingerprint::of_model(&model.path)?,
+        "trained_tokens": model.trained_tokens,
     });
     run::run(benchmark, &subjects, &|text| model.count_tokens(text), options, header)
 }

@@ -7,14 +7,20 @@ pub(crate) use process::{serve, spawn, spawn_kept};
 
 use futures_util::StreamExt;
 use mka::{
-    Engine, Event, FeedEvent, FeedOptions, LandmarkScan, MemoryConfig, ModelSource, PageConfig,
-    PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions, Session,
+    Device, Engine, Event, FeedEvent, FeedOptions, LandmarkScan, MemoryConfig, ModelSource,
+    PageConfig, PagePrecision, PageRule, Prefill, RecallPolicy, Sampling, Scope, SendOptions,
+    Session,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Instant;
 
 pub(crate) type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+/// The name of the device that `device` of a command line is on this machine: that of `auto` is another one elsewhere.
+pub(crate) fn device_name(device: &str) -> Result<String> {
+    Ok(device.parse::<Device>()?.to_string())
+}
 
 /// How a session of a job remembers; each variant is a policy of the engine, with its rule where there are several.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -514,6 +520,15 @@ mod tests {
         assert_eq!(described(&save), "save: write a.txt: disk full");
         let plain: Box<dyn std::error::Error> = "book.txt: \"quoted\"".into();
         assert_eq!(described(plain.as_ref()), "book.txt: \"quoted\"");
+    }
+
+    #[test]
+    fn a_device_is_known_by_the_name_that_it_has_itself() {
+        assert_eq!(device_name("auto").unwrap(), Device::auto().to_string());
+        for (device, name) in [("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:3", "cuda:3")] {
+            assert_eq!(device_name(device).unwrap(), name);
+        }
+        assert!(device_name("tpu").is_err());
     }
 
     #[test]

@@ -170,6 +170,10 @@ impl Benchmark for LongBench {
         self.samples.iter().map(|sample| sample.cell.clone()).collect()
     }
 
+    fn files(&self) -> Vec<&Path> {
+        self.files.iter().map(Records::path).collect()
+    }
+
     fn pools(&self) -> Vec<Pool> {
         match self.version {
             Version::V1 | Version::V1E => Vec::new(),

@@ -7,6 +7,7 @@ mod compare;
 mod cost;
 mod curve;
 mod cut;
+mod fingerprint;
 mod inference;
 mod job;
 mod longbench;

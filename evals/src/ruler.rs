@@ -24,7 +24,7 @@ use qa::Qa;
 use seed::Seed;
 use serde::Serialize;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What to generate and from which files.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -48,6 +48,13 @@ pub(crate) struct Config {
     pub(crate) words: Option<PathBuf>,
     /// Tokens that the chat template puts around a message.
     pub(crate) scaffold_tokens: usize,
+}
+
+impl Config {
+    /// Whether a task lists words, of which the built-in ones may be too few.
+    fn lists_words(&self) -> bool {
+        self.tasks.iter().any(|name| name == "cwe")
+    }
 }
 
 /// One of the thirteen.
@@ -178,9 +185,8 @@ impl Ruler {
         if let Some(depth) = config.depths.iter().find(|depth| !(0.0..=100.0).contains(*depth)) {
             return Err(format!("ruler: depth {depth}, expected percent from 0 to 100").into());
         }
-        let listed = config.tasks.iter().any(|name| name == "cwe");
         let mut ruler = Self {
-            lexicon: Lexicon::open(config.words.as_deref().filter(|_| listed))?,
+            lexicon: Lexicon::open(config.words.as_deref().filter(|_| config.lists_words()))?,
             essay: None,
             squad: None,
             hotpot: None,
@@ -277,6 +283,18 @@ impl Benchmark for Ruler {
             }
         }
         cells
+    }
+
+    fn files(&self) -> Vec<&Path> {
+        let config = &self.config;
+        let files = [
+            (config.squad.as_deref(), self.squad.is_some()),
+            (config.hotpot.as_deref(), self.hotpot.is_some()),
+            (config.words.as_deref(), config.lists_words()),
+        ];
+        let files = files.into_iter().filter_map(|(file, is_read)| file.filter(|_| is_read));
+        let essays = config.essays.iter().filter(|_| self.essay.is_some()).map(PathBuf::as_path);
+        essays.chain(files).collect()
     }
 
     fn sample(&self, cell: &Cell, count_tokens: &dyn Fn(&str) -> Result<usize>) -> Result<Sample> {

@@ -7,8 +7,8 @@
 //! let model = Arc::new(subject::Model::open(&args.subject.model)?);
 //! let subjects = subject::open(&args.subject, &model)?;
 //! let header = json!({
-//!     "config": args.config, "subjects": args.subject, "model": model.name, "trained_tokens": model.trained_tokens,
-//!     "seed": args.config.seed,
+//!     "config": args.config, "data_files": fingerprint::of_files(benchmark.files())?, "subjects": args.subject,
+//!     "model": model.name, "model_files": fingerprint::of_model(&model.path)?, "trained_tokens": model.trained_tokens,
 //! });
 //! let options = run::Options { threshold: Some(85.6), ..args.run };
 //! run::run(&benchmark, &subjects, &|text| model.count_tokens(text), &options, header)

@@ -3,6 +3,7 @@
 
 use crate::job::Result;
 use serde::Serialize;
+use std::path::Path;
 
 /// One question over one context. The official prompt is `context` followed directly by `question`, in the chat
 /// template if `chat`, with `answer_prefix` after the assistant's header.
@@ -85,6 +86,11 @@ pub(crate) trait Benchmark: Sync {
 
     /// Every sample, in the order of the run.
     fn cells(&self) -> Vec<Cell>;
+
+    /// The files that the samples are cut from.
+    fn files(&self) -> Vec<&Path> {
+        Vec::new()
+    }
 
     /// In the order of the official table, where that has means over samples; empty: it has averages over tasks.
     fn pools(&self) -> Vec<Pool> {

@@ -5,7 +5,7 @@ use crate::job::Result;
 use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Where one record lies.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +25,10 @@ pub(super) struct Records {
 impl Records {
     pub(super) fn new(path: PathBuf) -> Self {
         Self { path }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Parses every record in the order of the file until `visit` returns false.

@@ -49,9 +49,10 @@ fn cell(task: &str, group: &str, index: usize) -> (String, String, usize) {
 #[test]
 fn samples_of_v1_are_the_lines_of_their_file() {
     let text = lines(&[v1_record(5), v1_record(9000), v1_record(5)]);
-    let (_folder, bench) = open("qasper.jsonl", &text, Version::V1, &["qasper"], Some(2));
+    let (folder, bench) = open("qasper.jsonl", &text, Version::V1, &["qasper"], Some(2));
     let bench = bench.unwrap();
     assert_eq!(bench.name(), "longbench");
+    assert_eq!(bench.files(), [folder.path().join("qasper.jsonl")]);
     assert_eq!(cells(&bench), [cell("qasper", "all", 0), cell("qasper", "all", 1)]);
     let sample = bench.sample(&bench.cells()[1], &|text| Ok(text.len())).unwrap();
     assert_eq!(sample.references, ["Ada", "A. L."]);

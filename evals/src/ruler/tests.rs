@@ -93,6 +93,24 @@ fn unit(task: &str) -> usize {
 }
 
 #[test]
+fn the_files_of_a_run_are_those_that_its_tasks_read() {
+    let files = Files::new();
+    std::fs::write(files.path("words.txt"), "sheep\nhill\n").expect("a file");
+    for (task, name) in [
+        ("vt", None),
+        ("niah_single_2", Some("prose.txt")),
+        ("cwe", Some("words.txt")),
+        ("qa_1", Some("squad.json")),
+        ("qa_2", Some("hotpot.json")),
+    ] {
+        let words = Some(files.path("words.txt"));
+        let ruler = Ruler::open(Config { words, ..files.config(&[task], &[4_096]) }).expect(task);
+        let expected: Vec<PathBuf> = name.into_iter().map(|name| files.path(name)).collect();
+        assert_eq!(ruler.files(), expected, "{task}");
+    }
+}
+
+#[test]
 fn every_sample_fills_its_length_and_no_more() {
     let files = Files::new();
     let ruler = Ruler::open(files.config(&all(), &[1_024, 4_096, 16_384])).expect("all files");

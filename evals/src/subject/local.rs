@@ -20,6 +20,8 @@ pub(crate) struct Model {
     engine: Engine,
     pub(crate) name: String,
     pub(crate) trained_tokens: usize,
+    /// The folder or GGUF file that it was loaded from.
+    pub(crate) path: PathBuf,
     /// The engine's memory folder, which stays empty.
     _scratch: Scratch,
 }
@@ -33,11 +35,13 @@ impl Model {
             // It only counts tokens.
             .device(Device::Cpu)
             .open_blocking()?;
-        let (Some(name), Some(trained_tokens)) = (engine.model_name(), engine.trained_tokens())
+        let (Some(name), Some(path), Some(trained_tokens)) =
+            (engine.model_name(), engine.model_path(), engine.trained_tokens())
         else {
             return Err(format!("model {source}: not loaded, expected a model").into());
         };
-        Ok(Self { name: name.to_owned(), trained_tokens, engine, _scratch: scratch })
+        let (name, path) = (name.to_owned(), path.to_owned());
+        Ok(Self { name, trained_tokens, path, engine, _scratch: scratch })
     }
 
     /// Tokens of `text` without special ones.

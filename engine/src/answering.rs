@@ -367,7 +367,7 @@ fn turn(role: Role, text: String, time_ms: i64, tokens: Vec<u32>) -> NewTurn {
 /// Commits a finished or cancelled answer, the last of `turns`: its number, and what to tell the caller, if there is one.
 fn finish(
     conversation: &mut Conversation,
-    (turns, starts, retract): (Vec<NewTurn>, Vec<Option<u64>>, Option<TurnId>),
+    (turns, starts, retract): (Vec<NewTurn>, Vec<Option<u64>>, Option<Range<TurnId>>),
     stop: &Stop,
     usage: Usage,
 ) -> Result<(Option<TurnId>, Option<Usage>)> {
@@ -452,7 +452,7 @@ fn answer_again(
     let turns = vec![turn_of(&answer, &options, time_ms)];
     let (answer_turn, usage) = finish(
         conversation,
-        (turns, vec![Some(start)], Some(answer_turn)),
+        (turns, vec![Some(start)], Some(answer_turn..answer_turn + 1)),
         &answer.stop,
         Usage {
             prompt_tokens: reused + 1,

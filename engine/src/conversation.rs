@@ -105,7 +105,7 @@ impl Conversation {
                 // Before another cache takes its room.
                 drop(restored);
                 conversation.refill(end, false)?;
-                conversation.commit(Vec::new(), &[], Some(end))?;
+                conversation.commit(Vec::new(), &[], Some(end..num_turns.max(end)))?;
                 return Ok(conversation);
             }
         }
@@ -470,7 +470,8 @@ impl Conversation {
             Some(_) => self.refill(turn, false).map(drop),
             None => Ok(()),
         };
-        let done = filled.and_then(|()| self.commit(Vec::new(), &[], Some(turn)).map(drop));
+        let retract = Some(turn..num_turns);
+        let done = filled.and_then(|()| self.commit(Vec::new(), &[], retract).map(drop));
         let shared = self.shared.clone();
         done.map_err(|error| shared.undone(error, || self.reopen()))
     }

@@ -1,6 +1,8 @@
 //! What a caller writes and reads back: turns, snapshots, commits.
 //! Knows nothing of files, indexes or scores; it is plain data.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Finding, Metadata, NewPage, Value};
@@ -186,10 +188,11 @@ pub struct Commit {
     pub turns: Vec<NewTurn>,
     /// The session's new state, if it changed.
     pub snapshot: Option<NewSnapshot>,
-    /// This turn and all after it are superseded before `turns` are appended:
+    /// These turns are superseded before `turns` are appended:
     /// they stay in the log, marked, and are no longer recalled.
+    /// What others appended since the caller looked at the log lies behind the range, and stays.
     /// Without a `snapshot`, the session's own and its pages are removed if this supersedes a turn: they hold what it said.
-    pub retract: Option<TurnId>,
+    pub retract: Option<Range<TurnId>>,
 }
 
 /// What a commit did.

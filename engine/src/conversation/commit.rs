@@ -10,17 +10,18 @@ use crate::pages::FreshPage;
 use crate::snapshot::SessionState;
 use mka_kernels::PAGE_TOKENS;
 use mka_memory::{Commit, Committed, NewPage, NewSnapshot, NewTurn, Scope, TurnId};
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 impl Conversation {
     /// Makes `turns` and, with a model, the whole cache durable. `starts[i]` is where turn i begins in the stream, for
-    /// turns that lie in it as a whole.
+    /// turns that lie in it as a whole. The turns `retract` are taken back, and none that was remembered since they were read.
     pub(crate) fn commit(
         &mut self,
         turns: Vec<NewTurn>,
         starts: &[Option<u64>],
-        retract: Option<TurnId>,
+        retract: Option<Range<TurnId>>,
     ) -> Result<Committed> {
         let (prepared, undo) = self.prepare(turns, starts, retract)?;
         let done = prepared.store();
@@ -57,12 +58,12 @@ impl Conversation {
         &mut self,
         turns: Vec<NewTurn>,
         starts: &[Option<u64>],
-        retract: Option<TurnId>,
+        retract: Option<Range<TurnId>>,
     ) -> Result<(Prepared, Undo)> {
         let next = self.shared.store.num_turns(&self.scope)?;
         let before = self.state.clone();
-        if let Some(from) = retract {
-            self.state.turn_starts.retain(|(turn, _)| *turn < from);
+        if let Some(taken_back) = &retract {
+            self.state.turn_starts.retain(|(turn, _)| !taken_back.contains(turn));
         }
         for (i, start) in starts.iter().enumerate() {
             if let Some(start) = start {

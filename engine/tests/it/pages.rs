@@ -2,8 +2,8 @@
 
 use crate::{finish, tiny_model, trip, wait};
 use mka::{
-    Engine, ErrorKind, FeedEvent, FeedOptions, Forget, MemoryConfig, ModelSource, PagePrecision,
-    RecallPolicy, SendOptions, Session,
+    Engine, ErrorKind, FeedEvent, FeedOptions, Forget, MemoryConfig, ModelSource, NewTurn,
+    PagePrecision, Recall, RecallPolicy, Role, SendOptions, Session,
 };
 use std::path::{Path, PathBuf};
 
@@ -280,6 +280,30 @@ fn an_answer_is_given_again_with_the_same_pages() {
     let (again, usage_again) = finish(chat.regenerate(short())).unwrap();
     assert_eq!(first, again);
     assert_eq!(usage.pages, usage_again.pages);
+}
+
+#[test]
+fn what_is_remembered_while_an_answer_is_given_again_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let (engine, mut chat) = fed(folder.path(), config(RecallPolicy::Text));
+    finish(chat.send_with("go on", short())).unwrap();
+    let before = chat.num_turns().unwrap();
+    // Longer than a stream runs ahead of its reader: it is not committed yet.
+    let mut events = chat.regenerate(SendOptions::default().max_new_tokens(300));
+    events.next_blocking().unwrap().unwrap();
+    let note = "The ferry leaves at nine.";
+    wait(engine.memory().remember(&trip(), vec![NewTurn::new(Role::User, note)])).unwrap();
+    let (_, usage) = finish(events).unwrap();
+    assert_eq!(usage.answer_turn, Some(before + 1), "{usage:?}");
+    let turns = wait(engine.memory().turns(&trip(), before - 1..before + 9)).unwrap();
+    let said: Vec<(Role, bool)> = turns.iter().map(|turn| (turn.role, turn.retracted)).collect();
+    assert_eq!(said, [(Role::Assistant, true), (Role::User, false), (Role::Assistant, false)]);
+    let query = "when does the ferry leave";
+    let hits = wait(engine.memory().recall(&trip(), query, Recall::default())).unwrap();
+    assert_eq!(hits[0].text, note);
+    // The answer behind it is the last message's: it is given once more.
+    let (_, usage) = finish(chat.regenerate(short())).unwrap();
+    assert_eq!(usage.answer_turn, Some(before + 2));
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod pages;
 mod plan;
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 
 use foldhash::fast::RandomState;
 
@@ -84,7 +85,7 @@ impl Store {
     ///
     /// # Errors
     /// `InvalidArgument` for a scope without session, a page named twice, or a window page that is neither given nor
-    /// stored; `NotFound` if `retract` is beyond the log; `Storage` if the disk refuses. Nothing changes on an error,
+    /// stored; `NotFound` if `retract` ends beyond the log; `Storage` if the disk refuses. Nothing changes on an error,
     /// except that after a `Storage` error from the database itself the store must be opened again to be written.
     ///
     /// # Cost
@@ -214,11 +215,11 @@ impl Store {
         mut embedded: Embedded<'a>,
         place: impl FnOnce(&mut [Cut<'a>]),
     ) -> Result<Committed> {
-        self.embed_unknown(scope, &cuts, commit.retract, &mut embedded)?;
+        self.embed_unknown(scope, &cuts, commit.retract.as_ref(), &mut embedded)?;
         let mut writer = self.writer()?;
         place(&mut cuts);
         // A chunk that was known may have been forgotten meanwhile.
-        self.embed_unknown(scope, &cuts, commit.retract, &mut embedded)?;
+        self.embed_unknown(scope, &cuts, commit.retract.as_ref(), &mut embedded)?;
         let planned = self.plan(&mut writer, scope, commit, &cuts, embedded);
         let done = planned.and_then(|plan| self.carry_out(&mut writer, scope, &cuts, plan));
         match &done {
@@ -246,7 +247,7 @@ impl Store {
         &self,
         scope: &Scope,
         cuts: &[Cut<'a>],
-        retract: Option<TurnId>,
+        retract: Option<&Range<TurnId>>,
         embedded: &mut Embedded<'a>,
     ) -> Result<()> {
         let mut unknown: Vec<(&'a str, Vec<&'a str>)> = Vec::new();

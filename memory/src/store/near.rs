@@ -2,6 +2,7 @@
 //! Knows nothing of search.
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 
 use super::read::{open, read_body};
 use super::records::Change;
@@ -20,19 +21,19 @@ struct Orphaned {
 }
 
 impl Store {
-    /// The chunk whose text has the gist `said`, if `session` holds it in a turn before `before`.
+    /// The chunk whose text has the gist `said`, if `session` holds it in a turn that is none of `except`.
     pub(super) fn near<'a>(
         &self,
         partition: &'a Partition,
         said: &str,
         session: u64,
-        before: Option<TurnId>,
+        except: Option<&Range<TurnId>>,
     ) -> Option<&'a Chunk> {
         if !self.options.hygiene.near_duplicates {
             return None;
         }
         partition.near(said, |place| {
-            place.session == session && before.is_none_or(|before| place.turn < before)
+            place.session == session && except.is_none_or(|except| !except.contains(&place.turn))
         })
     }
 

@@ -75,7 +75,7 @@ fn a_fork_holds_what_was_told_before_it_and_each_recalls_its_own_from_then_on() 
     store.commit(&trip(), Commit { turns: vec![fact], ..Commit::default() }).unwrap();
     say(&store, &trip(), Role::Assistant, &["I do not know the bridge."]);
     let turns = vec![NewTurn::new(Role::Assistant, "The bridge is open.")];
-    store.commit(&trip(), Commit { turns, retract: Some(1), ..Commit::default() }).unwrap();
+    store.commit(&trip(), Commit { turns, retract: Some(1..2), ..Commit::default() }).unwrap();
     for number in 0..6 {
         page_turn(&store, &trip(), &prose(number, 30), number, 0);
     }
@@ -164,7 +164,8 @@ fn the_budget_of_one_session_lets_go_of_no_page_of_the_other() {
     assert_eq!(store.page(&other(), 3).unwrap(), Some(page(3, 0)));
     assert_eq!(store.pages(&other()).unwrap(), [0, 1, 2, 3, 4, 5]);
     // A retraction on one side stays there.
-    store.commit(&trip(), Commit { retract: Some(0), ..Commit::default() }).unwrap();
+    let retract = Some(0..store.num_turns(&trip()).unwrap());
+    store.commit(&trip(), Commit { retract, ..Commit::default() }).unwrap();
     assert!(recalled(&store, &trip(), &prose(2, 20)).is_empty());
     assert!(recalled(&store, &other(), &prose(2, 20)).contains("Note 2 begins"));
     is_whole(&store);
@@ -446,7 +447,7 @@ fn sessions_that_fork_talk_retract_and_forget_at_random_are_as_a_model_of_them_s
                 }
                 7 if !model.turns.is_empty() => {
                     let from = rng.random_range(0..model.turns.len());
-                    let retract = Some(from as u64);
+                    let retract = Some(from as u64..model.turns.len() as u64);
                     store.commit(&own, Commit { retract, ..Commit::default() }).unwrap();
                     if model.turns[from..].iter().any(|turn| !turn.2) {
                         model.window.clear();

@@ -64,7 +64,8 @@ fn what_nearly_repeated_a_text_stays_when_the_text_goes() {
         } else {
             let turns =
                 vec![NewTurn::new(Role::User, "Hello there."), NewTurn::new(Role::User, FACT)];
-            store.commit(&trip(), Commit { turns, retract: Some(0), ..Commit::default() }).unwrap();
+            let retract = Some(0..4);
+            store.commit(&trip(), Commit { turns, retract, ..Commit::default() }).unwrap();
         }
         let check = |store: &Store| {
             let hits = store.recall(&trip(), "Gion hotel", &Recall::default()).unwrap();

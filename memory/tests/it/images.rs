@@ -113,7 +113,7 @@ fn step(rng: &mut ChaCha8Rng, stores: [&Store; 2]) {
     };
     match rng.random_range(0..12) {
         0 if length > 0 => {
-            let retract = Some(length - rng.random_range(0..length.min(3)));
+            let retract = Some(length - rng.random_range(0..length.min(3))..length);
             let turns = vec![turn(rng)];
             commit(Commit { turns, retract, ..Commit::default() });
         }

@@ -130,7 +130,7 @@ fn malformed_scopes_and_commits_are_refused() {
         let commit = Commit { turns: turns(), ..Commit::default() };
         assert_eq!(store.commit(&scope, commit).unwrap_err().kind(), ErrorKind::InvalidArgument);
     }
-    let commit = Commit { retract: Some(1), ..Commit::default() };
+    let commit = Commit { retract: Some(0..1), ..Commit::default() };
     assert_eq!(store.commit(&trip(), commit).unwrap_err().kind(), ErrorKind::NotFound);
     assert!(store.turns(&trip(), 0..10).unwrap().is_empty());
 }
@@ -143,7 +143,7 @@ fn a_retracted_turn_stays_in_the_log_and_is_not_recalled() {
     let turns =
         vec![NewTurn::new(Role::User, "The code is walrus."), NewTurn::new(Role::User, "Thanks.")];
     let committed =
-        store.commit(&trip(), Commit { turns, retract: Some(1), ..Commit::default() }).unwrap();
+        store.commit(&trip(), Commit { turns, retract: Some(1..3), ..Commit::default() }).unwrap();
     assert_eq!(committed.turns, [3, 4]);
     let check = |store: &Store| {
         let turns = store.turns(&trip(), 0..9).unwrap();
@@ -155,6 +155,35 @@ fn a_retracted_turn_stays_in_the_log_and_is_not_recalled() {
         let thanks = hits.iter().find(|hit| hit.text == "Thanks.").unwrap();
         assert_eq!((thanks.source.turn, thanks.count), (4, 1));
         assert_eq!(store.chunks(&trip(), 0..9, None).unwrap().len(), 3);
+    };
+    check(&store);
+    drop(store);
+    check(&open(folder.path()));
+}
+
+#[test]
+fn a_retraction_leaves_what_was_told_behind_its_turns() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    say(&store, &trip(), Role::User, &["The code is heron.", "The code is badger."]);
+    say(&store, &trip(), Role::User, &["The bridge is closed."]);
+    let turns = vec![NewTurn::new(Role::User, "The code is walrus.")];
+    let committed =
+        store.commit(&trip(), Commit { turns, retract: Some(1..2), ..Commit::default() }).unwrap();
+    assert_eq!(committed.turns, [3]);
+    for (retract, kind) in
+        [(2..5, ErrorKind::NotFound), (committed.turns[0]..2, ErrorKind::InvalidArgument)]
+    {
+        let commit = Commit { retract: Some(retract), ..Commit::default() };
+        assert_eq!(store.commit(&trip(), commit).unwrap_err().kind(), kind);
+    }
+    let check = |store: &Store| {
+        let turns = store.turns(&trip(), 0..9).unwrap();
+        let retracted: Vec<bool> = turns.iter().map(|turn| turn.retracted).collect();
+        assert_eq!(retracted, [false, true, false, false]);
+        let hits = store.recall(&trip(), "code badger bridge", &Recall::default()).unwrap();
+        assert!(hits.iter().any(|hit| hit.text == "The bridge is closed."));
+        assert!(hits.iter().all(|hit| !hit.text.contains("badger")));
     };
     check(&store);
     drop(store);

@@ -162,7 +162,7 @@ fn chunks_that_go_or_move_while_they_wait_do_no_harm() {
     let store = with_letters(folder.path(), true).0.unwrap();
     // The vectors of the text that every turn repeats would be in the first turn that has it.
     store.forget(&trip(), &Forget::turn(1)).unwrap();
-    store.commit(&trip(), Commit { retract: Some(38), ..Commit::default() }).unwrap();
+    store.commit(&trip(), Commit { retract: Some(38..40), ..Commit::default() }).unwrap();
     say(&store, &trip(), Role::User, &["The same words each time."]);
     std::thread::scope(|threads| {
         threads.spawn(|| while store.reembed(30).unwrap().turns_left > 0 {});

@@ -94,8 +94,9 @@ proptest! {
                 }
                 Action::Retract { user, agent, session, turn } => {
                     let scope = scope(user, agent, session);
-                    let turn = turn.min(store.num_turns(&scope).unwrap());
-                    store.commit(&scope, Commit { retract: Some(turn), ..Commit::default() }).unwrap();
+                    let length = store.num_turns(&scope).unwrap();
+                    let turn = turn.min(length);
+                    store.commit(&scope, Commit { retract: Some(turn..length), ..Commit::default() }).unwrap();
                     model.retain(|known| (known.0, known.1, known.2) != (user, agent, session) || known.3 < turn);
                 }
                 Action::ForgetWord { user, word } => {
@@ -189,8 +190,9 @@ fn two_users_fuzzed_leak_nothing() {
                 store.commit(&own, Commit { turns: vec![turn], ..Commit::default() }).unwrap();
             }
             70..85 => {
-                let turn = store.num_turns(&own).unwrap().saturating_sub(rng.random_range(0..3));
-                store.commit(&own, Commit { retract: Some(turn), ..Commit::default() }).unwrap();
+                let length = store.num_turns(&own).unwrap();
+                let retract = Some(length.saturating_sub(rng.random_range(0..3))..length);
+                store.commit(&own, Commit { retract, ..Commit::default() }).unwrap();
             }
             85..92 => {
                 let selector = match rng.random_range(0..3) {

@@ -89,7 +89,7 @@ fn a_retraction_without_a_snapshot_removes_what_was_made_of_the_turns_it_takes_b
     let folder = tempfile::tempdir().unwrap();
     let store = keeping(folder.path(), 1 << 20);
     let retract = |store: &Store, turn: u64, snapshot: Option<NewSnapshot>| {
-        let commit = Commit { turns: Vec::new(), snapshot, retract: Some(turn) };
+        let commit = Commit { turns: Vec::new(), snapshot, retract: Some(turn..2) };
         store.commit(&trip(), commit).unwrap();
     };
     commit(&store, snapshot(64, &[0, 1], &[0, 1])).unwrap();

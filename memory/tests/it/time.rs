@@ -77,7 +77,7 @@ fn what_superseded_gives_way_when_it_is_taken_back_or_forgotten() {
         if forget {
             store.forget(&trip(), &Forget::turn(1)).unwrap();
         } else {
-            store.commit(&trip(), Commit { retract: Some(1), ..Commit::default() }).unwrap();
+            store.commit(&trip(), Commit { retract: Some(1..2), ..Commit::default() }).unwrap();
         }
         assert_eq!(found(&store, &trip(), Recall::default()), ["My home city is Rome."]);
         drop(store);

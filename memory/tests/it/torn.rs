@@ -29,7 +29,7 @@ const STEPS: [fn(&Store); 11] = [
     },
     |store| {
         let turns = vec![NewTurn::new(Role::Assistant, prose(7, 40))];
-        store.commit(&trip(), Commit { turns, retract: Some(3), ..Commit::default() }).unwrap();
+        store.commit(&trip(), Commit { turns, retract: Some(3..4), ..Commit::default() }).unwrap();
     },
     |store| page_turn(store, 2),
     |store| {

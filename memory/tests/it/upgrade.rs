@@ -97,7 +97,7 @@ fn a_store_of_version_2_goes_on_with_runs_of_turns_beside_its_own() {
         store.commit(&trip(), Commit { turns, ..Commit::default() }).unwrap();
         // One of a run, and all from another one on.
         store.forget(&trip(), &Forget::matching("Parcel 3 is")).unwrap();
-        store.commit(&trip(), Commit { retract: Some(60), ..Commit::default() }).unwrap();
+        store.commit(&trip(), Commit { retract: Some(60..77), ..Commit::default() }).unwrap();
     }
     let store = open(&path);
     assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());

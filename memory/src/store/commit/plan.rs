@@ -2,6 +2,7 @@
 //! Knows nothing of how it is published, and changes no index.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::{Cut, Embedded, Entry, Fresh, Plan};
 use crate::format::{
@@ -46,18 +47,21 @@ impl Store {
             next_order: state.next_order(scope.user_id()),
             summary: None,
         };
-        if let Some(from) = commit.retract {
-            plan.retract(known, from)?;
+        let retract = commit.retract.as_ref();
+        if let Some(turns) = retract {
+            plan.retract(known, turns)?;
         }
         let mut summary = match known {
             Some(session) if plan.retracted.is_empty() => session.summary.clone(),
-            Some(session) => state.summarize(session, |turn| Some(turn) < commit.retract),
+            Some(session) => {
+                state.summarize(session, |turn| retract.is_none_or(|own| !own.contains(&turn)))
+            }
             None => Summary::new(state.dim()),
         };
         let before = summary.clone();
         for (turn, cut) in (first_turn..).zip(cuts) {
             let near = |partition: &'_ Partition, said: &str| {
-                Some(self.near(partition, said, session, commit.retract)?.id)
+                Some(self.near(partition, said, session, retract)?.id)
             };
             plan.turn(writer, &state, scope, turn, cut, &near, &mut embedded, &mut summary)?;
         }
@@ -83,17 +87,23 @@ impl<'a> Plan<'a> {
         self.changes.push(Change::put(key, record));
     }
 
-    fn retract(&mut self, known: Option<&Session>, from: TurnId) -> Result<()> {
-        if from > self.first_turn {
+    fn retract(&mut self, known: Option<&Session>, turns: &Range<TurnId>) -> Result<()> {
+        if turns.start > turns.end {
+            return Err(Error::invalid(format!(
+                "commit: expected to retract turns in their order, got {turns:?}"
+            )));
+        }
+        if turns.end > self.first_turn {
             return Err(Error::new(
                 ErrorKind::NotFound,
                 format!(
-                    "commit: expected to retract from a turn up to {}, got {from}",
+                    "commit: expected to retract turns up to {}, got {turns:?}",
                     self.first_turn
                 ),
             ));
         }
-        for (&turn, state) in known.iter().flat_map(|session| session.turns.range(from..)) {
+        let known = known.iter().flat_map(|session| session.turns.range(turns.clone()));
+        for (&turn, state) in known {
             if !state.record.retracted {
                 let record = TurnRecord { retracted: true, ..state.record };
                 self.put(Key::Turn(self.session, turn), Record::Turn(record));

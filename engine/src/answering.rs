@@ -257,7 +257,7 @@ fn answer(
     };
     let mut go_on = || !sink.is_cancelled();
     conversation.prefill_message(&words, head, &mut go_on)?;
-    let (before_last, asked) = (conversation.save(), conversation.message());
+    let (mut before_last, asked) = (conversation.save(), conversation.message());
     let prompt_tokens = conversation.attended_tokens() + 1;
     let answer = generation::generate(conversation, *last_token, options, constraint, sink)?;
 
@@ -278,6 +278,7 @@ fn answer(
         begins += (turn.tokens.len() + std::mem::take(&mut within)) as u64;
         turns.push(turn);
     }
+    let message_starts = starts.clone();
     turns.push(turn_of(&answer, options, time_ms));
     starts.push(Some(begins));
     let (answer_turn, usage) = finish(
@@ -295,13 +296,17 @@ fn answer(
             answer_turn: None,
         },
     )?;
-    conversation.last_prompt = answer_turn.map(|answer| LastPrompt {
-        answer,
-        before_last,
-        last_token: *last_token,
-        answer_prefix: options.answer_prefix.clone(),
-        completion: options.completion,
-        message: asked,
+    conversation.last_prompt = answer_turn.map(|answer| {
+        // Once its answer is taken back the message stands in the window all the same.
+        before_last.note_starts(answer - message_starts.len() as TurnId, message_starts);
+        LastPrompt {
+            answer,
+            before_last,
+            last_token: *last_token,
+            answer_prefix: options.answer_prefix.clone(),
+            completion: options.completion,
+            message: asked,
+        }
     });
     Ok(usage)
 }

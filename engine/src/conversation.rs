@@ -71,6 +71,15 @@ pub(crate) struct Saved {
     state: SessionState,
 }
 
+impl Saved {
+    /// Notes where turns from `first` on, which were committed since, begin in the stream: `starts[i]` is for those that lie in
+    /// it as a whole.
+    pub(crate) fn note_starts(&mut self, first: TurnId, starts: Vec<Option<u64>>) {
+        let placed = (first..).zip(starts).filter_map(|(turn, start)| Some((turn, start?)));
+        self.state.turn_starts.extend(placed);
+    }
+}
+
 impl Conversation {
     /// Opens the session of `scope`: new, restored from its snapshot, or refilled from its log.
     pub(crate) fn open(shared: Arc<Shared>, scope: Scope) -> Result<Self> {

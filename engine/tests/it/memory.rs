@@ -78,6 +78,20 @@ fn what_no_model_read_is_recalled_though_it_is_newer_than_the_window() {
     assert!(texts.iter().any(|text| text.contains("7654321")), "{texts:?}");
 }
 
+#[test]
+fn a_message_that_was_answered_again_stands_in_the_window_and_is_not_quoted() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = engine(folder.path(), 256);
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let short = || SendOptions::default().max_new_tokens(2);
+    finish(chat.send_with("The heron sleeps.", short())).unwrap();
+    // The second time from the same point.
+    for _ in 0..2 {
+        finish(chat.regenerate(short())).unwrap();
+    }
+    assert!(recalled(&mut chat, "heron?").is_empty());
+}
+
 /// Recalled text stands in the prompt but is never remembered again: no feedback loop.
 #[test]
 fn recalled_text_is_shown_and_not_stored_again() {

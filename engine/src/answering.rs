@@ -403,6 +403,10 @@ pub(crate) fn regenerate(
     conversation.set_policy("regenerate", options.recall.unwrap_or(shared.config.recall))?;
     let last = conversation.last_turn()?.filter(|turn| turn.role == Role::Assistant);
     let before = last.ok_or_else(no_answer)?;
+    // Before anything is taken back: where the window is filled again, stored pages are lost.
+    if !conversation.ends_asked(before.id)? {
+        return Err(no_answer());
+    }
     let answered = answer_again(conversation, options, constraint, sink, (&before, time_ms));
     // The stream stood before the old answer's end: no point behind it can be gone back to.
     conversation.is_half_way = answered.is_err();

@@ -303,23 +303,20 @@ impl Conversation {
     /// whatever turns lie in them, and its last window. A stream that is no longer than both is filled in whole; of another, what lies between is
     /// left out.
     ///
-    /// With `hold_last` the last token is left out and returned, for an answer to begin from it.
+    /// With `hold_last` the last token of a message to be answered is left out and returned, for an answer to begin from it.
     pub(crate) fn refill(&mut self, end: TurnId, hold_last: bool) -> Result<Option<u32>> {
         let shared = self.shared.clone();
         let model = shared.model("refill")?;
         let window = shared.config.window_tokens;
         let sink_pages = self.sink_pages_before(model, end)?;
         let head_tokens = sink_pages as usize * PAGE_TOKENS;
+        let is_held = hold_last && self.ends_asked(end)?;
         let (mut newest, mut newest_tokens, mut from) = (Vec::new(), 0, end);
-        let mut is_forgotten = false;
         while from > 0 && newest_tokens < window + usize::from(hold_last) {
             from -= 1;
             if let Some(turn) = self.turn_in_stream(from)? {
                 newest_tokens += turn.tokens.len();
                 newest.push(turn);
-            } else if newest.is_empty() {
-                let is_gone = |turn: &Turn| turn.forgotten && is_asked(turn.role);
-                is_forgotten |= self.live_turn(from)?.as_ref().is_some_and(is_gone);
             }
         }
         let (mut turns, mut oldest_tokens, mut next) = (Vec::new(), 0, 0);
@@ -333,10 +330,7 @@ impl Conversation {
         let gap = (next < from).then_some(turns.len());
         turns.extend(newest.into_iter().rev());
         batch::mend(model, &mut turns, gap)?;
-        // A message that was forgotten is none to answer, and neither is what is left of one whose end was.
-        let is_held = |turn: &&mut Turn| hold_last && !is_forgotten && is_asked(turn.role);
-        let held = turns.last_mut().filter(is_held);
-        let held = held.and_then(|turn| turn.tokens.pop());
+        let held = turns.last_mut().filter(|_| is_held).and_then(|turn| turn.tokens.pop());
         let tokens: usize = turns.iter().map(|turn| turn.tokens.len()).sum();
         // By the tokens of `turns`; turns that were not read lie between the two as well.
         let window_start = tokens.saturating_sub(window);
@@ -371,6 +365,21 @@ impl Conversation {
             first += tokens.len();
         }
         Ok(held)
+    }
+
+    /// Whether the stream of the turns before `end` ends with a message to be answered. One that was forgotten is none, and
+    /// neither is what is left of one whose end was.
+    pub(crate) fn ends_asked(&self, end: TurnId) -> Result<bool> {
+        let is_gone = |turn: Turn| turn.forgotten && is_asked(turn.role);
+        for id in (0..end).rev() {
+            if let Some(turn) = self.turn_in_stream(id)? {
+                return Ok(is_asked(turn.role));
+            }
+            if self.live_turn(id)?.is_some_and(is_gone) {
+                return Ok(false);
+            }
+        }
+        Ok(false)
     }
 
     /// Turn `id` with all that the model read for it, if it did and the turn was not taken back; the quotation in a message is

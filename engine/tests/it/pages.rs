@@ -99,7 +99,7 @@ fn what_is_refused_before_anything_is_read_leaves_the_stored_pages() {
     let mut config = config(RecallPolicy::Pages);
     // Nothing could bring them back.
     config.evicted_page_bytes = 0;
-    let (_engine, mut chat) = fed(folder.path(), config);
+    let (engine, mut chat) = fed(folder.path(), config);
     let stored = |chat: &mut Session| {
         let (_, usage) = finish(chat.send_with("go on", short())).unwrap();
         usage.pages.unwrap().stored_tokens
@@ -108,6 +108,12 @@ fn what_is_refused_before_anything_is_read_leaves_the_stored_pages() {
     wait(chat.append(Vec::new()).finish()).unwrap_err();
     wait(chat.feed("").finish()).unwrap_err();
     assert!(before > 64 && stored(&mut chat) >= before);
+    // An answer that was remembered behind the last one answers no message of the stream.
+    let note = vec![NewTurn::new(Role::Assistant, "a note")];
+    wait(engine.memory().remember(&trip(), note)).unwrap();
+    let error = finish(chat.regenerate(short())).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(stored(&mut chat) >= before);
 }
 
 #[test]

@@ -403,6 +403,7 @@ impl<'a> AttentionSeam<'a> {
             before_page: self.cache.first_window_page(self.start + first as u64),
             compact: self.compact,
             sliding: sliding_window.is_some(),
+            is_prompt: self.count > 1,
         }
     }
 

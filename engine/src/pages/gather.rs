@@ -33,6 +33,8 @@ pub(crate) struct RecallScope {
     pub(crate) compact: bool,
     /// The layer attends to near tokens alone, by training: it recalls whole pages in stream order, or nothing.
     pub(crate) sliding: bool,
+    /// The queries are of a pass of several, a prompt's, though a run of them may be of one; else of a decoded token.
+    pub(crate) is_prompt: bool,
 }
 
 /// What runs of queries recall together.
@@ -68,8 +70,8 @@ impl PageStore {
         runs: &[(usize, RecallScope)],
     ) -> Result<Together> {
         let budget = self.recalled_tokens();
-        let of = |(queries, scope): &(usize, RecallScope)| {
-            (self.recalls_from(layer, *queries, *scope), self.rows_before(*scope))
+        let of = |(_, scope): &(usize, RecallScope)| {
+            (self.recalls_from(layer, *scope), self.rows_before(*scope))
         };
         let recalled: Vec<(Extent, usize)> = runs.iter().map(of).collect();
         let (Some((from, _)), Some((_, scope))) = (recalled.first().copied(), runs.first()) else {
@@ -102,13 +104,13 @@ impl PageStore {
         self.order.partition_point(|page| *page < scope.before_page)
     }
 
-    fn recalls_from(&self, layer: usize, num_queries: usize, scope: RecallScope) -> Extent {
+    fn recalls_from(&self, layer: usize, scope: RecallScope) -> Extent {
         let rows = self.rows_before(scope);
         if !self.active || rows == 0 || self.config.rule == PageRule::Streaming {
             return Extent::Nothing;
         }
         let budget = self.recalled_tokens();
-        let dense = self.config.prefill == Prefill::Dense && num_queries > 1 && !scope.compact;
+        let dense = self.config.prefill == Prefill::Dense && scope.is_prompt && !scope.compact;
         let all = rows * PAGE_TOKENS <= budget || dense;
         match all {
             _ if scope.sliding && (scope.compact || !all) => Extent::Nothing,
@@ -125,20 +127,19 @@ impl PageStore {
         q: &Tensor,
         scope: RecallScope,
     ) -> Result<Option<Arc<Recalled>>> {
-        let num_queries = q.dim(0)?;
-        let all = match self.recalls_from(layer, num_queries, scope) {
+        let all = match self.recalls_from(layer, scope) {
             Extent::Nothing => return Ok(None),
             from => from == Extent::All,
         };
         let rows = self.rows_before(scope);
         let budget = self.recalled_tokens();
         let made_under = (rows, self.order.first().copied(), scope.compact, all);
-        if (all || num_queries == 1)
+        if (all || !scope.is_prompt)
             && let Some(recalled) = self.reuse(layer, made_under)
         {
             return Ok(Some(recalled));
         }
-        if !all && num_queries > 1 {
+        if !all && scope.is_prompt {
             // What a decoded token chose before these queries serves none after them.
             self.held[layer] = Held::default();
         }
@@ -153,7 +154,7 @@ impl PageStore {
             },
         };
         let recalled = Arc::new(recalled);
-        if all || num_queries == 1 {
+        if all || !scope.is_prompt {
             let begins = self.held[layer].made_under != Some(made_under);
             let left = self.queries_served(layer, rows, begins) - 1;
             let held = &mut self.held[layer];
@@ -201,7 +202,7 @@ impl PageStore {
         request: Request,
         last: Option<Recalled>,
     ) -> Result<Option<Recalled>> {
-        let Request { layer, rows, budget, all, scope } = request;
+        let Request { layer, rows, all, scope, .. } = request;
         let selection = match all {
             true => {
                 self.bring(&(0..rows).collect::<Vec<_>>());
@@ -210,7 +211,7 @@ impl PageStore {
                 let tokens = there.flat_map(|row| row * 64..(row + 1) * 64).collect();
                 Selection { heads: vec![tokens; self.shape.num_kv_heads], recovered: Some(1.0) }
             }
-            false => self.select(layer, q, rows, budget)?,
+            false => self.select(q, request)?,
         };
         if selection.heads.first().is_none_or(Vec::is_empty) {
             return Ok(None);

@@ -39,21 +39,21 @@ impl Message {
         self.is_being_read && config.keep_votes && config.rule == PageRule::Mka
     }
 
-    /// Whether votes stand beside those of `count` queries: beside a decoded token's.
-    fn stands_beside(&self, count: usize) -> bool {
-        !self.is_being_read && count == 1
+    /// Whether votes stand beside those of queries: beside a decoded token's, not a prompt's.
+    fn stands_beside(&self, is_prompt: bool) -> bool {
+        !self.is_being_read && !is_prompt
     }
 
-    /// Votes that stand beside those of `count` queries for tokens of `layer`'s pages on the device, counted from page
+    /// Votes that stand beside those of queries, a prompt's or not, for tokens of `layer`'s pages on the device, counted from page
     /// `counted_from` on.
     pub(super) fn standing_on_device(
         &self,
         layer: usize,
         counted_from: u64,
-        count: usize,
+        is_prompt: bool,
     ) -> Option<&Standing> {
         let (from, votes) = self.on_device.get(&layer)?;
-        (*from == counted_from && self.stands_beside(count)).then_some(votes)
+        (*from == counted_from && self.stands_beside(is_prompt)).then_some(votes)
     }
 
     /// Has votes stand beside those of `layer` before.
@@ -96,9 +96,14 @@ impl PageStore {
         }
     }
 
-    /// By head, tokens of `layer` that votes stand for beside those of `count` queries, as index row · PAGE_TOKENS + offset
-    /// among the first `rows` pages, ascending, and these votes.
-    pub(super) fn standing(&self, layer: usize, rows: usize, count: usize) -> Vec<Vec<(u32, f32)>> {
+    /// By head, tokens of `layer` that votes stand for beside those of queries, a prompt's or not, as index row · PAGE_TOKENS +
+    /// offset among the first `rows` pages, ascending, and these votes.
+    pub(super) fn standing(
+        &self,
+        layer: usize,
+        rows: usize,
+        is_prompt: bool,
+    ) -> Vec<Vec<(u32, f32)>> {
         let tokens = PAGE_TOKENS as u64;
         let order = &self.order[..rows];
         let place = |(position, vote): &(u64, f32)| {
@@ -111,7 +116,7 @@ impl PageStore {
             };
             Some(((row * PAGE_TOKENS) as u32 + (position % tokens) as u32, *vote))
         };
-        match self.message.on_host.get(&layer).filter(|_| self.message.stands_beside(count)) {
+        match self.message.on_host.get(&layer).filter(|_| self.message.stands_beside(is_prompt)) {
             Some(heads) => {
                 heads.iter().map(|head| head.iter().filter_map(place).collect()).collect()
             }
@@ -194,13 +199,13 @@ fn merged(before: &[(u64, f32)], own: impl Iterator<Item = (u64, f32)>) -> Vec<(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pages::tests::{cache, config, load, queries, run, tokens};
+    use crate::pages::tests::{cache, config, load, queries, request, run, tokens};
 
     /// What `count` queries from the `first` on choose of the last layer in host memory.
     fn chosen(store: &mut PageStore, first: usize, count: usize) -> Vec<Vec<u32>> {
         let q = queries(store, first + count).narrow(0, first, count).unwrap();
         let (layer, rows) = (store.shape.num_layers - 1, store.order.len());
-        store.select(layer, &q, rows, store.config.tokens).unwrap().heads
+        store.select(&q, request(layer, rows, store.config.tokens, count)).unwrap().heads
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The choice of recalled tokens by landmarks and exact scores (`docs/recall.md`), on stored keys before RoPE.
 //! Knows the store's index and rows; knows nothing of how the chosen tokens are attended.
 
+use super::device::choice::Request;
 use super::index::{MARKS, SPAN};
 use super::scan::{Named, Scan, Taken, scan_for, settled, span_of};
 use super::store::PageStore;
@@ -29,18 +30,13 @@ pub(super) const OVER_FETCH_BY_CODES: usize = 2;
 pub(crate) const POOLED: usize = 8;
 
 impl PageStore {
-    /// Chooses `budget` tokens among the first `rows` pages for queries `q` (t, h, d), before RoPE.
-    pub(super) fn select(
-        &mut self,
-        layer: usize,
-        q: &Tensor,
-        rows: usize,
-        budget: usize,
-    ) -> Result<Selection> {
+    /// Chooses the tokens that `request` asks for, with queries `q` (t, h, d), before RoPE.
+    pub(super) fn select(&mut self, q: &Tensor, request: Request) -> Result<Selection> {
+        let Request { layer, rows, budget, scope, .. } = request;
         let queries = self.queries(layer, q, self.pooled(q.dim(0)?, q.dim(1)?))?;
         match self.config.rule {
             PageRule::Mka => {
-                let standing = self.standing(layer, rows, q.dim(0)?);
+                let standing = self.standing(layer, rows, scope.is_prompt);
                 Ok(self.select_by_marks(layer, &queries, (rows, budget), &standing))
             }
             rule => {

@@ -151,8 +151,8 @@ impl PageStore {
                 self.choose_by_table(layer, q, own, rows, budget)?
             }
             (false, _) => {
-                let params =
-                    self.vote_params((layer, q.dim(1)?, counted_from), angles, budget, runs, pins);
+                let asked = (request, q.dim(1)?, counted_from);
+                let params = self.vote_params(asked, angles, runs, pins);
                 Some(own.pages.choose(q, &params)?)
             }
         };
@@ -195,15 +195,14 @@ impl PageStore {
     /// How the runs vote: by the library's own rule or by TokenSelect's.
     fn vote_params<'a>(
         &'a self,
-        (layer, num_heads, counted_from): (usize, usize, u64),
+        (request, num_heads, counted_from): (Request, usize, u64),
         angles: &'a RotaryAngles,
-        budget: usize,
         runs: &'a [ChoiceRun],
         pins: Option<&'a Tensor>,
     ) -> ChoiceParams<'a> {
+        let Request { layer, budget, scope, .. } = request;
         let longest = runs.iter().map(|run| run.queries).max().unwrap_or(0);
         let rows = runs.iter().map(|run| run.pages).max().unwrap_or(0);
-        let count = runs.iter().map(|run| run.queries).sum();
         let heads_together = self.config.rule == PageRule::TokenSelect;
         let every = heads_together || reads_every_key(self.config.scan, rows);
         ChoiceParams {
@@ -216,7 +215,7 @@ impl PageStore {
             distance: self.shape.window_tokens,
             pins,
             reach: if heads_together { 0 } else { self.config.vote_reach },
-            standing: self.message.standing_on_device(layer, counted_from, count),
+            standing: self.message.standing_on_device(layer, counted_from, scope.is_prompt),
             keep_votes: self.message.keeps_votes(&self.config),
             heads_together,
         }

@@ -3,6 +3,7 @@
 //! Knows the store and its scan, no model; keys, values and queries are made up.
 
 use crate::models::frequencies::{Frequencies, LayerFrequencies, RopeScaling};
+use crate::pages::device::choice::Request;
 use crate::pages::gather::RecallScope;
 use crate::pages::scan::Scan;
 use crate::pages::selection::{OVER_FETCH_BY_CODES, POOLED};
@@ -71,7 +72,9 @@ fn a_choice_by_codes_part_by_part() {
         .collect();
     let queries: Vec<_> = asked.iter().map(|q| store.queries(layer, q, POOLED).unwrap()).collect();
     let budget = store.config.tokens;
-    let scope = RecallScope { before_page: u64::MAX, compact: true, sliding: false };
+    let (before_page, compact, sliding, is_prompt) = (u64::MAX, true, false, false);
+    let scope = RecallScope { before_page, compact, sliding, is_prompt };
+    let request = Request { layer, rows: pages, budget, all: false, scope };
     let mut parts = Vec::new();
     {
         let rotation = store.rotation.as_ref().unwrap();
@@ -115,7 +118,7 @@ fn a_choice_by_codes_part_by_part() {
         }));
     }
     parts.push(shortest("scan and exact scores", |turn| {
-        drop(std::hint::black_box(store.select(layer, &asked[turn], pages, budget).unwrap()));
+        drop(std::hint::black_box(store.select(&asked[turn], request).unwrap()));
     }));
     parts.push(shortest("all, with the copy", |turn| {
         store.forget_choices();

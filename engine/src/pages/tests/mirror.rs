@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::pages::PageUsage;
-use crate::pages::device::choice::Request;
 
 /// Logits by token, and the shares of the answer's attention.
 type Answered = (Vec<Vec<f32>>, PageUsage);
@@ -108,8 +107,7 @@ fn mixed(count: u32) -> Vec<u32> {
 fn assert_same_choice(store: &mut PageStore, rows: usize, count: usize, case: &str) {
     let q = queries(store, count);
     let (layer, budget) = (store.shape.num_layers - 1, store.config.tokens);
-    let scope = RecallScope { before_page: u64::MAX, compact: true, sliding: false };
-    let request = Request { layer, rows, budget, all: false, scope };
+    let request = request(layer, rows, budget, count);
     let own = store.recall_on_device(&q, request).unwrap();
     let own = own.unwrap_or_else(|| panic!("{case}: the device chose nothing"));
     let expected = store.recall_on_host(&q, request, None).unwrap().unwrap();
@@ -171,15 +169,16 @@ fn what_a_message_asked_for_stands_on_the_models_device_as_in_host_memory() {
     }
     store.end_message();
     let counted_from = first - store.mirror.as_ref().unwrap().gone(layer);
-    assert!(store.message.standing_on_device(layer, counted_from, 1).is_some());
-    assert_eq!(store.standing(layer, rows, 1).iter().filter(|head| !head.is_empty()).count(), 2);
+    assert!(store.message.standing_on_device(layer, counted_from, false).is_some());
+    let standing = store.standing(layer, rows, false);
+    assert_eq!(standing.iter().filter(|head| !head.is_empty()).count(), 2);
     assert_same_choice(store, rows, 1, "its answer");
     // Pages leave the window and the oldest go, while votes stand for the rest.
     run(&decoder, &mut cache, &mixed(200), &[1]);
     let store = cache.pages_mut().unwrap();
     assert!(store.order[0] > first + 1);
     let rows = store.order.len();
-    assert!(store.message.standing_on_device(layer, counted_from, 1).is_some());
+    assert!(store.message.standing_on_device(layer, counted_from, false).is_some());
     let message = store.message.clone();
     store.begin_turn();
     assert_same_choice(store, rows, 1, "nothing stands, once pages went");
@@ -236,22 +235,22 @@ fn what_a_message_asked_for_is_asked_for_in_host_memory_once_the_mirror_is_gone(
             store.mirror_on_device();
         }
         let (layer, rows) = (store.shape.num_layers - 1, store.order.len());
-        let scope = RecallScope { before_page: u64::MAX, compact: true, sliding: false };
+        let scope = |is_prompt| RecallScope { is_prompt, ..request(layer, rows, 0, 1).scope };
         let last = queries(store, 41).narrow(0, 40, 1).unwrap();
         let tokens = |store: &mut PageStore| {
-            store.select(layer, &last, rows, store.config.tokens).unwrap().heads
+            store.select(&last, request(layer, rows, store.config.tokens, 1)).unwrap().heads
         };
         let alone = tokens(store);
         store.begin_message();
         let message = queries(store, 12);
-        store.recall(layer, &message, scope).unwrap().expect("a choice");
+        store.recall(layer, &message, scope(true)).unwrap().expect("a choice");
         store.end_message();
         assert_eq!(store.mirror.is_some(), going != Going::Never);
         match going {
             Going::Never => {}
             Going::Refused => {
                 let many = too_many_rows(store);
-                store.recall(layer, &many, scope).unwrap().expect("a choice");
+                store.recall(layer, &many, scope(false)).unwrap().expect("a choice");
             }
             Going::WithoutRoom => {
                 let mirror = store.mirror.take().unwrap();
@@ -282,10 +281,9 @@ fn what_the_device_refuses_is_chosen_by_the_processor_and_the_mirror_goes() {
     store.forget_choices();
     let q = too_many_rows(store);
     let (layer, rows) = (store.shape.num_layers - 1, store.order.len());
-    let scope = RecallScope { before_page: u64::MAX, compact: true, sliding: false };
-    let request = Request { layer, rows, budget: store.recalled_tokens(), all: false, scope };
+    let request = request(layer, rows, store.recalled_tokens(), 1);
     let expected = store.recall_on_host(&q, request, None).unwrap().unwrap();
-    let own = store.recall(layer, &q, scope).unwrap().expect("a choice");
+    let own = store.recall(layer, &q, request.scope).unwrap().expect("a choice");
     assert!(store.mirror.is_none());
     assert_eq!(own.tokens, expected.tokens);
     let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -343,7 +341,8 @@ fn runs_of_a_prompt_recall_together_what_each_recalls_alone() {
         let (layer, heads) = (shape.num_layers - 1, 2 * shape.num_kv_heads);
         // The stream of 3,000 tokens is longer than the model was trained for.
         let compact = told > 1024;
-        let scope = |before_page| RecallScope { before_page, compact, sliding: false };
+        let scope =
+            |before_page| RecallScope { before_page, compact, sliding: false, is_prompt: true };
         let runs = [(30, scope(next - 5)), (64, scope(next - 4)), (17, scope(next - 2))];
         let count: usize = runs.iter().map(|(count, _)| count).sum();
         let q =

@@ -133,7 +133,8 @@ impl PageStore {
         };
         let rows = self.rows_before(scope);
         let budget = self.recalled_tokens();
-        let made_under = (rows, self.order.first().copied(), scope.compact, all);
+        let first_page = self.order.first().copied();
+        let made_under = MadeUnder { rows, first_page, compact: scope.compact, all };
         if (all || !scope.is_prompt)
             && let Some(recalled) = self.reuse(layer, made_under)
         {
@@ -185,9 +186,8 @@ impl PageStore {
 
     /// The layer's last choice, if it serves one more query.
     fn reuse(&mut self, layer: usize, made_under: MadeUnder) -> Option<Arc<Recalled>> {
-        let (.., all) = made_under;
         let held = &mut self.held[layer];
-        if held.made_under != Some(made_under) || !all && held.left == 0 {
+        if held.made_under != Some(made_under) || !made_under.all && held.left == 0 {
             return None;
         }
         held.left = held.left.saturating_sub(1);

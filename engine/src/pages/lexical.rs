@@ -15,7 +15,7 @@ const REACH: u64 = 32;
 /// Tokens chosen before the first match of a place, and from it on: what a key stands for follows it.
 const BEFORE: u64 = 8;
 const AFTER: u64 = 56;
-/// Part of the recalled tokens that pins may take.
+/// Part of the recalled tokens that pins may take, in whole places; one place in any case.
 const PART: usize = 4;
 /// Places of less than this share of the best one's weight are not pinned.
 const FLOOR: f32 = 0.6;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 /// Where pages lie that host memory has no room for.
 pub(crate) trait PageSource: Send + Sync {
-    /// The bytes of a page as [`FreshPage::to_bytes`] gave them, or as the window wrote them; None if it is gone.
+    /// The bytes of a page as `FreshPage::to_new` gave them, or as the window wrote them; None if it is gone.
     fn page(&self, page: u64) -> Result<Option<Vec<u8>>>;
 
     /// [`PageSource::page`] into `out`, if it is just as long; its length, and None if it is gone.

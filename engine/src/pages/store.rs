@@ -60,9 +60,18 @@ pub(super) struct Held {
     pub(super) made_under: Option<MadeUnder>,
 }
 
-/// What a choice depends on beside its query: pages of the index, its first page, whether positions are compact, and
-/// whether every token was taken.
-pub(super) type MadeUnder = (usize, Option<u64>, bool, bool);
+/// What a choice depends on beside its query.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct MadeUnder {
+    /// Pages of the index.
+    pub(super) rows: usize,
+    /// The first of them.
+    pub(super) first_page: Option<u64>,
+    /// Whether positions are compact.
+    pub(super) compact: bool,
+    /// Whether every token was taken.
+    pub(super) all: bool,
+}
 
 /// The pages of one session.
 pub(crate) struct PageStore {

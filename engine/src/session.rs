@@ -357,6 +357,10 @@ impl Session {
     /// `joined` and `metadata` are ignored. Greedily, or with the same [`Sampling::seed`], the answer is the same. It is marked
     /// as the one in whose place it stands.
     ///
+    /// The stream goes back to where the answer began, as far as eight pages of 64 tokens. Where that is further, and in a
+    /// session that was opened again since, the window is filled from the log as for [`Session::rewind`]: text recall reaches
+    /// what does not fit, pages do not, and those that were stored are removed.
+    ///
     /// Errors are the stream's last item, `NotFound` where the last turn is no answer, or the end of its message was forgotten,
     /// `Cancelled` where it ended before its first token: the answer is then the one before.
     pub fn regenerate(&mut self, options: SendOptions) -> Events {

@@ -167,6 +167,8 @@ pub struct NewSnapshot {
     /// A stored page that is not named here any more is evicted:
     /// kept while [`StoreOptions::evicted_page_bytes`](crate::StoreOptions::evicted_page_bytes) allows it.
     pub window: Vec<u64>,
+    /// Stored pages of a lower index, outside the window, are of no use to the session any more: they are removed.
+    pub first_page: u64,
 }
 
 /// A session's state as it was last committed.

@@ -167,6 +167,8 @@ impl Conversation {
             state: self.state.to_bytes(&cache.ema_bytes()?)?,
             pages,
             window,
+            // Nothing reads pages of the streams before this one any more.
+            first_page: key_of(0, stream),
         };
         Ok((Some(snapshot), evicted))
     }

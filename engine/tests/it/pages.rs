@@ -289,6 +289,28 @@ fn an_answer_is_given_again_with_the_same_pages() {
 }
 
 #[test]
+fn a_stream_that_is_filled_again_from_the_log_leaves_no_page_of_the_one_before_on_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let stored = {
+        let (engine, mut chat) = fed(folder.path(), config(RecallPolicy::Pages));
+        finish(chat.send_with("what is item 7", short())).unwrap();
+        engine.memory().stats().pages
+    };
+    assert!(stored > 40, "{stored}");
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    let (_, usage) = finish(chat.regenerate(short())).unwrap();
+    assert!(usage.pages.as_ref().unwrap().stored_tokens <= 128, "{usage:?}");
+    let left = engine.memory().stats().pages;
+    assert!(left < stored / 2, "{left} of {stored}");
+    let next = wait(chat.peek_logits("the next")).unwrap();
+    drop((chat, engine));
+    let engine = open(folder.path(), config(RecallPolicy::Pages)).unwrap();
+    let mut chat = engine.session_blocking(trip()).unwrap();
+    assert_eq!(wait(chat.peek_logits("the next")).unwrap(), next);
+}
+
+#[test]
 fn what_is_remembered_while_an_answer_is_given_again_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let (engine, mut chat) = fed(folder.path(), config(RecallPolicy::Text));

@@ -51,6 +51,7 @@ fn numbered(number: u64) -> Commit {
         state: number.to_le_bytes().to_vec(),
         pages: vec![(number, vec![number as u8; 3000].into())],
         window: (number.saturating_sub(2)..=number).collect(),
+        first_page: 0,
     };
     Commit {
         turns: (0..TURNS_PER_COMMIT).map(turn).collect(),

@@ -23,6 +23,7 @@ fn fill_as(path: &Path, backend: Backend) -> Vec<String> {
         state: vec![5; 300],
         pages: vec![(0, vec![6; 2000].into()), (1, vec![7; 2000].into())],
         window: vec![0, 1],
+        first_page: 0,
     };
     store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();
     say(&store, &Scope::user("bob").session("x"), Role::User, &["Bob likes the seaside."]);

@@ -22,6 +22,7 @@ fn fill(path: &Path) -> Vec<String> {
         state: vec![5; 300],
         pages: vec![(0, vec![6; 2000].into())],
         window: vec![0],
+        first_page: 0,
     };
     store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();
     say(&store, &Scope::user("bob").session("x"), Role::User, &["Bob likes the seaside."]);
@@ -194,6 +195,7 @@ fn a_turn_behind_a_page_whose_length_leads_beyond_it_comes_back() {
         state: vec![5; 300],
         pages: vec![(1, page.clone().into())],
         window: vec![0, 1],
+        first_page: 0,
     };
     store.commit(&trip(), Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();
     say(&store, &scopes[1], Role::User, &[said[1].1]);

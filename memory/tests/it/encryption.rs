@@ -47,6 +47,7 @@ fn nothing_that_was_said_is_in_the_files_and_all_of_it_comes_back() {
             state: b"state-of-the-model".to_vec(),
             pages: vec![(0, b"page-of-the-model".repeat(20).into())],
             window: vec![0],
+            first_page: 0,
         };
         store.commit(&named, Commit { snapshot: Some(snapshot), ..Commit::default() }).unwrap();
         assert!(store.stats().encrypted);

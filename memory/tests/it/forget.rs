@@ -25,6 +25,7 @@ fn after_forget_the_bytes_are_in_no_file() {
         state: format!("state with {SECRET}").into(),
         pages: vec![(0, format!("page with {SECRET}").into_bytes().into())],
         window: vec![0],
+        first_page: 0,
     };
     store
         .commit(&trip(), Commit { snapshot: Some(snapshot.clone()), ..Commit::default() })
@@ -163,6 +164,7 @@ fn a_number_is_given_once_though_a_commit_that_began_a_segment_was_refused() {
         state: Vec::new(),
         pages: Vec::new(),
         window: vec![3],
+        first_page: 0,
     };
     let refused = Commit { turns, snapshot: Some(snapshot), ..Commit::default() };
     let error = store.commit(&trip(), refused).unwrap_err();

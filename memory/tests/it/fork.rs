@@ -37,6 +37,7 @@ fn page_turn(store: &Store, scope: &Scope, text: &str, number: u64, writer: u64)
         state: [number, writer].iter().flat_map(|x| x.to_le_bytes()).collect(),
         pages: missing.map(|number| (*number, page(*number, writer).into())).collect(),
         window,
+        first_page: 0,
     };
     let turns = vec![NewTurn::new(Role::User, text)];
     store.commit(scope, Commit { turns, snapshot: Some(snapshot), retract: None }).unwrap();
@@ -373,6 +374,7 @@ fn a_fork_of_a_long_session_copies_its_texts_and_shares_its_pages() {
             .map(|number| (number, page(number, 0)[..64].to_vec().into()))
             .collect(),
         window: (0..32).collect(),
+        first_page: 0,
     };
     let commit = Commit { turns: turns.collect(), snapshot: Some(snapshot), retract: None };
     store.commit(&trip(), commit).unwrap();

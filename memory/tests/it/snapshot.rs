@@ -27,6 +27,7 @@ fn snapshot(position: u64, pages: &[u64], window: &[u64]) -> NewSnapshot {
         state: position.to_le_bytes().to_vec(),
         pages: pages.iter().map(|&number| (number, page(number).into())).collect(),
         window: window.to_vec(),
+        first_page: 0,
     }
 }
 
@@ -117,6 +118,34 @@ fn a_retraction_without_a_snapshot_removes_what_was_made_of_the_turns_it_takes_b
     is_gone(&store);
     commit(&store, snapshot(64, &[0, 1], &[0, 1])).unwrap();
     check(&store, 64, &[0, 1]);
+}
+
+#[test]
+fn pages_below_the_first_of_use_are_removed_and_a_fork_keeps_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = keeping(folder.path(), 1 << 20);
+    let other = trip().session("other");
+    commit(&store, snapshot(192, &[0, 1, 2], &[1, 2])).unwrap();
+    store.fork(&trip(), "other").unwrap();
+    let next = NewSnapshot { first_page: 40, ..snapshot(128, &[40, 41], &[41]) };
+    commit(&store, next).unwrap();
+    let holds = |store: &Store| {
+        check(store, 128, &[41]);
+        assert_eq!(store.pages(&trip()).unwrap(), [40, 41]);
+        assert_eq!(store.pages(&other).unwrap(), [0, 1, 2]);
+        assert_eq!(store.page(&other, 0).unwrap(), Some(page(0)));
+    };
+    holds(&store);
+    store.compact_all().unwrap();
+    holds(&store);
+    drop(store);
+    let store = keeping(folder.path(), 1 << 20);
+    holds(&store);
+    // A page of the window stays, wherever it lies.
+    let next = NewSnapshot { first_page: 50, ..snapshot(192, &[50], &[41, 50]) };
+    commit(&store, next).unwrap();
+    check(&store, 192, &[41, 50]);
+    assert_eq!(store.pages(&trip()).unwrap(), [41, 50]);
 }
 
 #[test]

@@ -28,6 +28,7 @@ fn after_overwriting_and_deleting_half_the_disk_holds_little_more_than_what_is_a
                             .map(|page| (page, prose(number * 4 + page, 2_000).into_bytes().into()))
                             .collect(),
                         window: (0..4).collect(),
+                        first_page: 0,
                     };
                     let turns = vec![NewTurn::new(Role::Document, prose(number, 300))];
                     let commit = Commit { turns, snapshot: Some(snapshot), retract: None };

@@ -57,6 +57,7 @@ fn page_turn(store: &Store, number: u64) {
             .map(|page| (page, vec![page as u8; 1500].into()))
             .collect(),
         window: (number.saturating_sub(1)..=number).collect(),
+        first_page: 0,
     };
     let turns = vec![NewTurn::new(Role::Document, prose(number, 60))];
     store.commit(&trip(), Commit { turns, snapshot: Some(snapshot), retract: None }).unwrap();

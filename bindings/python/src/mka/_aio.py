@@ -164,6 +164,9 @@ class AsyncSession(SessionHandle):
         The prompt stays as it was, with its beginning of an answer: `system`, `tools`, `recall_k`, `recall_filter`,
         `across_sessions`, `answer_prefix`, `completion`, `joined` and `metadata` are without effect. With the same
         `seed`, the answer is the same.
+
+        In a session that was opened again since, or behind an answer of more than eight pages of 64 tokens, the window is
+        filled from the log: of what it does not hold, text is recalled and pages are not.
         """
         given = _options.send_options(options)
         return AsyncEvents(_calls.now(self._native, "regenerate", given))

@@ -42,6 +42,8 @@ public final class Session: Sendable {
     /// The prompt and the words that the answer begins with stay as they were: `system`, `tools`, `recallK`,
     /// `recallFilter`, `acrossSessions`, `answerPrefix`, `completion`, `joined` and `metadata` of `options` are ignored.
     /// Other words need a temperature and another seed.
+    /// In a session that was opened again since, or behind an answer of more than eight pages of 64 tokens, the window is
+    /// filled from the log: of what it does not hold, text is recalled and pages are not.
     /// Reading it throws `.notFound` where the last turn is no answer.
     public func regenerate(options: SendOptions = SendOptions()) -> EventStream<Event> {
         events { try native.regenerate(options: options) }

@@ -148,6 +148,7 @@ fn commit(cache: &mut Cache, store: &Store, dirty_from: u64, parts: &mut Parts) 
         state: Vec::new(),
         pages,
         window,
+        first_page: 0,
     };
     let scope = scope();
     let commit = Commit { snapshot: Some(snapshot), ..Commit::default() };

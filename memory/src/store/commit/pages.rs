@@ -33,7 +33,7 @@ impl Plan<'_> {
                 "commit: expected page {page} of the window among the pages given or stored"
             )));
         }
-        let evicted = evict(&stored, &given, &window, evicted_page_bytes);
+        let evicted = evict(&stored, &given, &window, new.first_page, evicted_page_bytes);
         let all: BTreeSet<u64> = stored.keys().chain(given.keys()).copied().collect();
         for page in all {
             let place = if window.contains(&page) { Some(0) } else { evicted.get(&page).copied() };
@@ -68,17 +68,19 @@ impl Plan<'_> {
     }
 }
 
-/// Places in the order of eviction for the pages outside the window that fit the budget, newest kept first.
+/// Places in the order of eviction for the pages from `first_page` on outside the window that fit the budget, newest kept first.
 fn evict(
     stored: &BTreeMap<u64, PageRecord>,
     given: &BTreeMap<u64, &NewPage>,
     window: &BTreeSet<u64>,
+    first_page: u64,
     budget_bytes: u64,
 ) -> BTreeMap<u64, u64> {
     let mut next = stored.values().map(|record| record.evicted).max().unwrap_or(0) + 1;
     let mut outside: Vec<(u64, u64, u64)> = Vec::new();
     let pages: BTreeSet<u64> = stored.keys().chain(given.keys()).copied().collect();
-    for page in pages.into_iter().filter(|page| !window.contains(page)) {
+    let is_kept = |page: &u64| *page >= first_page && !window.contains(page);
+    for page in pages.into_iter().filter(is_kept) {
         let record = stored.get(&page);
         let stored_bytes = record.map_or(0, |record| u64::from(record.blob.len));
         let bytes = given.get(&page).map_or(stored_bytes, |bytes| bytes.num_bytes() as u64);

@@ -286,11 +286,10 @@ impl Conversation {
         self.cache.as_ref().and_then(Cache::pages)
     }
 
-    /// Whether so many pages wait to be committed that the budget would soon let one go.
+    /// Whether so many pages wait to be committed that the budget would soon lose one.
     pub(crate) fn pages_wait(&self) -> bool {
-        let config = &self.shared.config;
-        config.evicted_page_bytes > 0
-            && self.pages().is_some_and(|pages| pages.fresh_bytes() > config.pages.bytes / 4)
+        self.shared.config.evicted_page_bytes > 0
+            && self.pages().is_some_and(PageStore::is_short_of_room)
     }
 
     /// Whether the model may go on while a commit is written: no page would be let go before the disk has it.

@@ -3,7 +3,7 @@
 
 use super::index::MARKS;
 use super::landmarks::{LandmarkShape, NewLandmarks, OutlierAt};
-use super::store::{PageStore, Stored};
+use super::store::{PageStore, Stored, WAITING_PART};
 use mka_kernels::PAGE_TOKENS;
 use mka_memory::{NewPage, PageBytes};
 use std::sync::Arc;
@@ -133,6 +133,13 @@ impl PageStore {
     pub(crate) fn fresh_bytes(&self) -> u64 {
         let fresh = self.pages.values().filter(|stored| !stored.given);
         fresh.filter_map(|stored| stored.bytes.as_ref()).map(|bytes| bytes.len() as u64).sum()
+    }
+
+    /// Whether so much waits for the disk that the budget would soon have no room for more: over its share, or more than half of
+    /// what the index leaves.
+    pub(crate) fn is_short_of_room(&self) -> bool {
+        let (fresh, budget) = (self.fresh_bytes(), self.config.bytes);
+        fresh > budget / WAITING_PART || self.index_bytes(self.pages.len()) + 2 * fresh > budget
     }
 
     /// Whether the budget holds the index and three times what the disk was not given yet: a commit of it under way, as much

@@ -21,7 +21,7 @@ impl PageStore {
     /// Takes in `pages`, which left the window, of `layers`: for each layer the keys before RoPE, then the values, (pages,
     /// num_kv_heads, PAGE_TOKENS, d) each.
     ///
-    /// With the first layer room is made: what the budget has no room for goes, least used or oldest first.
+    /// With the first layer room is made: what the budget has no room for goes, least used or oldest first, or is not taken in.
     pub(crate) fn absorb<T: Number>(
         &mut self,
         layers: Range<usize>,

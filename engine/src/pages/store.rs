@@ -22,6 +22,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Part of the budget that pages may take while they wait for the disk, however much there is to index.
+pub(super) const WAITING_PART: u64 = 4;
+
 /// What a stored page holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PageShape {
@@ -307,8 +310,9 @@ impl PageStore {
         }
     }
 
-    /// Makes room for `bytes` more and for `pages` more in the index, sending the least used durable pages but `kept` away; with `let_go`, once only pages
-    /// are left that the disk does not have, the oldest of all are let go. False where there is no room still.
+    /// Makes room for `bytes` more and for `pages` more in the index: the bytes of the least used pages that the disk has go, but
+    /// of none of `kept`. With `let_go`, once there are no such bytes, the oldest pages go with their landmarks, if the disk does
+    /// not have them or the index takes more than its share ([`PageStore::lets_go`]). False where there is no room still.
     pub(super) fn make_room(
         &mut self,
         bytes: usize,
@@ -324,11 +328,21 @@ impl PageStore {
             if let Some((_, stored)) = spare {
                 let freed = stored.bytes.take().map_or(0, |bytes| bytes.len() as u64);
                 self.resident_bytes -= freed;
-            } else if !let_go || !self.let_go_oldest() {
+            } else if !let_go || !self.lets_go(bytes, pages) || !self.let_go_oldest() {
                 return false;
             }
         }
         true
+    }
+
+    /// Whether the oldest page is let go for `bytes` more and `pages` more in the index. One that is safe on the disk gives no
+    /// more than its landmarks, a fifteenth of a page's bytes: many old ones would be lost for each that waits for the disk.
+    /// It stays while the index leaves a share of the budget to what waits, or `bytes` where that is more.
+    fn lets_go(&self, bytes: usize, pages: usize) -> bool {
+        let Some((_, oldest)) = self.pages.first_key_value() else { return false };
+        let waiting = (self.config.bytes / WAITING_PART).max(bytes as u64);
+        let index = self.index_bytes(self.pages.len() + pages);
+        !oldest.durable || index.saturating_add(waiting) > self.config.bytes
     }
 
     fn let_go_oldest(&mut self) -> bool {

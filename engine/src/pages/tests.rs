@@ -727,6 +727,44 @@ fn a_page_that_was_sent_away_comes_back_as_it_was() {
     }
 }
 
+#[test]
+fn pages_that_wait_for_the_disk_push_out_no_landmarks_of_an_index_within_its_share() {
+    let decoder = load("llama3");
+    let roomy = PageConfig { tokens: 64, ..config() };
+    let page = cache(&decoder, 64, Some(roomy.clone())).pages().unwrap().page_bytes() as u64;
+    // The landmarks of nine pages take as much as one page.
+    let budget = 10 * page;
+    let mut cache = cache(&decoder, 64, Some(PageConfig { bytes: budget, ..roomy }));
+    let elsewhere = Arc::new(Elsewhere::default());
+    let pages = cache.pages_mut().unwrap();
+    pages.set_source(elsewhere.clone());
+    pages.active = false;
+    let mut feed = |count: u32, is_committed: bool| {
+        for part in tokens(count).chunks(64) {
+            run(&decoder, &mut cache, part, &[64]);
+            if is_committed {
+                commit(&mut cache, &elsewhere);
+            }
+        }
+        cache.absorb_all().unwrap();
+        let pages = cache.pages().unwrap();
+        assert!(pages.bytes_with(0, 0) <= budget);
+        assert_eq!(pages.heads(1)[0].len(), pages.order.len());
+        let newest = cache.first_window_page(cache.position()) - 1;
+        (pages.order.clone(), pages.is_short_of_room(), newest)
+    };
+    let (told, is_short, _) = feed(900, true);
+    assert!(told.len() == 12 && !is_short, "{told:?}");
+    // Far more than there is room for until the next commit: what comes last is lost.
+    let (burst, is_short, newest) = feed(1300, false);
+    assert_eq!(burst[..told.len()], told);
+    assert!(is_short && burst.len() > told.len() && !burst.contains(&newest), "{burst:?}");
+    // The stream goes on, and once the index is over its share the oldest go.
+    let (long, is_short, newest) = feed(5000, true);
+    assert!(long[0] > burst[0] && long.last() == Some(&newest) && !is_short, "{long:?}");
+    assert!(long.len() > 40, "{long:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
     #[test]

@@ -80,8 +80,12 @@ struct Findings {
 struct Salvage {
     bodies: BTreeMap<(u64, u64), (BlobRef, Body)>,
     chunks: BTreeMap<(u64, u64), BlobRef>,
-    names: BTreeMap<u64, BlobRef>,
+    names: FoundNames,
 }
+
+/// The names that segments hold of each session; none for a number that two sessions were given.
+#[derive(Default)]
+struct FoundNames(BTreeMap<u64, Option<(Scope, BlobRef)>>);
 
 impl Store {
     /// Reads every record and compares every checksum; derives the indexes anew and compares them with those in use.
@@ -91,6 +95,8 @@ impl Store {
     /// one, and a snapshot with a lost part is removed, so that the store is whole afterwards and says what it lost here.
     /// A turn whose record was lost comes back as retracted if a neighbour is: that is not written anywhere else.
     /// A session whose names are nowhere becomes `session N` of the user `lost+found`.
+    /// Where two sessions were given one number, as earlier versions did once the database had lost records, nothing comes
+    /// back that could be the other one's; its bytes stay.
     ///
     /// # Errors
     /// `Cancelled`, between two steps; `Storage`; what the embedder reports.
@@ -189,15 +195,24 @@ impl Store {
     fn check_unknown(&self, checkup: &mut Checkup, findings: &mut Findings) -> Result<()> {
         let state = self.read_long();
         let mut unknown = BTreeSet::new();
+        let mut names = FoundNames::default();
         for segment in state.segments.values() {
             // Every payload is read: a damaged length hides no turn behind it.
             segment.walk(0, |blob, payload| {
+                names.note(blob, payload);
                 let Ok(body) = Body::decode(blob.kind, payload) else { return };
                 let known = state.sessions.get(&body.head.session);
                 if known.is_none_or(|session| body.head.turn >= session.num_turns) {
                     unknown.insert((body.head.session, body.head.turn));
                 }
             })?;
+        }
+        let (shared, unknown): (BTreeSet<_>, BTreeSet<_>) =
+            unknown.into_iter().partition(|(id, _)| names.is_shared(&state, *id));
+        let shared: BTreeSet<u64> = shared.into_iter().map(|(id, _)| id).collect();
+        for id in shared {
+            let what = format!("session {id}: another session with its number has turns here");
+            checkup.note(what, Repair::Lost);
         }
         for (id, turn) in unknown {
             findings.damaged(checkup, Key::Turn(id, turn), "the database does not know it");
@@ -290,6 +305,7 @@ impl Store {
         let segments: Vec<_> = self.read().segments.values().cloned().collect();
         for segment in segments {
             segment.walk(0, |blob, payload| {
+                salvage.names.note(blob, payload);
                 if let Ok(body) = Body::decode(blob.kind, payload) {
                     let turn = (body.head.session, body.head.turn);
                     if findings.turns.contains(&turn) {
@@ -297,13 +313,13 @@ impl Store {
                     }
                 } else if let Ok(chunks) = TurnChunks::decode(blob.kind, payload) {
                     salvage.chunks.insert((chunks.session, chunks.turn), blob);
-                } else if let Ok(names) = decode_names(blob.kind, payload)
-                    && let Some(id) = names.id
-                {
-                    salvage.names.insert(id, blob);
                 }
             })?;
         }
+        let state = self.read();
+        let Salvage { bodies, chunks, names } = &mut salvage;
+        bodies.retain(|(id, _), _| !names.is_shared(&state, *id));
+        chunks.retain(|(id, _), _| !names.is_shared(&state, *id));
         Ok(salvage)
     }
 
@@ -332,9 +348,9 @@ impl Store {
         }
         for &id in &findings.sessions {
             let scope = state.sessions.get(&id).and_then(|session| session.scope.as_ref());
-            let names = match (salvage.names.get(&id), scope) {
-                (Some(blob), _) => *blob,
-                (None, scope) => {
+            let names = match salvage.names.of(&state, id) {
+                Some(blob) => blob,
+                None => {
                     let found = scope.cloned().unwrap_or_else(|| {
                         let what = format!("session {id}: its names are nowhere");
                         checkup.note(what, Repair::Lost);
@@ -423,6 +439,35 @@ impl Store {
         });
         let payload = TurnChunks::encode(turn.0, turn.1, state.store.tag(), rows);
         writer.appender.append(Kind::Chunks, &payload).map(Some)
+    }
+}
+
+impl FoundNames {
+    /// Takes note of a record of names; of any other kind nothing.
+    fn note(&mut self, blob: BlobRef, payload: &[u8]) {
+        let Ok(names) = decode_names(blob.kind, payload) else { return };
+        let Some(id) = names.id else { return };
+        let scope = Scope::user(names.user).session(names.session);
+        let scope = match names.agent {
+            Some(agent) => scope.agent(agent),
+            None => scope,
+        };
+        let found = self.0.entry(id).or_insert_with(|| Some((scope.clone(), blob)));
+        *found = found.take().filter(|(known, _)| *known == scope).map(|_| (scope, blob));
+    }
+
+    /// Whether another session than the one that the database knows was given this number, or two were.
+    fn is_shared(&self, state: &State, id: u64) -> bool {
+        let Some(found) = self.0.get(&id) else { return false };
+        let known = state.sessions.get(&id).and_then(|session| session.scope.as_ref());
+        let is_known = |(scope, _): &(Scope, BlobRef)| known.is_none_or(|known| known == scope);
+        !found.as_ref().is_some_and(is_known)
+    }
+
+    /// The record of a session's names.
+    fn of(&self, state: &State, id: u64) -> Option<BlobRef> {
+        let found = self.0.get(&id)?.as_ref().filter(|_| !self.is_shared(state, id));
+        found.map(|(_, blob)| *blob)
     }
 }
 

@@ -223,10 +223,12 @@ impl Loader<'_> {
     /// Looks behind the last record in use for turns that the database does not know.
     /// One commit's turns were being written when the process died, and nobody was told that they are stored.
     /// Turns of several commits were stored: the database went back to an earlier state by itself.
+    /// Their numbers are given to nobody else: a repair would take one's turns for the other's.
     fn orphans(&mut self) -> Result<()> {
         let state = &self.state;
         let live_ends = state.live_ends();
         let mut commits = BTreeSet::new();
+        let mut sessions = BTreeSet::new();
         for segment in state.segments.values() {
             let end = live_ends.get(&segment.number()).copied().unwrap_or(0);
             // Pages of windows that were written since lie there by the hundred megabytes: only their headers are read.
@@ -236,13 +238,21 @@ impl Loader<'_> {
                 let Ok(body) = Body::decode(blob.kind, payload) else { return };
                 let is_unknown = match state.sessions.get(&body.head.session) {
                     Some(session) => body.head.turn >= session.num_turns,
-                    None => body.head.session >= state.store.next_session,
+                    // Once an erasure is done no byte of an erased session is left.
+                    None => {
+                        !state.store.purge_pending || body.head.session >= state.store.next_session
+                    }
                 };
                 if is_unknown {
                     commits.insert(body.head.commit);
+                    sessions.insert(body.head.session);
                 }
             })?;
         }
+        let behind = |numbers: &BTreeSet<u64>| numbers.last().map_or(0, |it| it.saturating_add(1));
+        let store = &mut self.state.store;
+        store.next_session = store.next_session.max(behind(&sessions));
+        self.state.next_commit = self.state.next_commit.max(behind(&commits));
         if commits.len() > 1 {
             self.state.refs_lost = true;
             self.state.damaged.push(format!(

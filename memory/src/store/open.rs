@@ -50,8 +50,11 @@ pub(super) fn open(
         // Some of its files may hold what must not be there.
         folder.lock().remove(&folder.names())?;
     }
+    let next_session = record.next_session;
     let Loaded { state, stale, stale_summaries } =
         load(record, segments, entries, &*embedder, &options, folder.as_ref())?;
+    // Numbers of sessions that the database lost are passed over, by later openings too.
+    let is_changed = is_changed || state.store.next_session != next_session;
     let store = Store {
         path: path.to_owned(),
         embedder,

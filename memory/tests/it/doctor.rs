@@ -159,6 +159,84 @@ fn records_that_the_database_lost_come_back_from_the_segments() {
     assert_eq!(check(&store, false).problems, []);
 }
 
+/// The database goes back to the copy of it in `earlier`.
+fn go_back(path: &Path, earlier: &Path) {
+    std::fs::remove_dir_all(path.join("db")).unwrap();
+    copy_folder(earlier, &path.join("db"));
+}
+
+/// What is said to a session, turn by turn.
+fn told(store: &Store, scope: &Scope) -> Vec<String> {
+    store.turns(scope, 0..99).unwrap().into_iter().map(|turn| turn.text).collect()
+}
+
+const LOST: [&str; 3] = ["Carl hides his key.", "It lies in the boot.", "The boot is red."];
+
+#[test]
+fn the_numbers_of_a_lost_session_are_not_given_to_another_user() {
+    let folder = tempfile::tempdir().unwrap();
+    let earlier = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    copy_folder(&folder.path().join("db"), earlier.path());
+    let [carl, dora] = ["carl", "dora"].map(|user| Scope::user(user).session("new"));
+    let store = open(folder.path());
+    for text in LOST {
+        say(&store, &carl, Role::User, &[text]);
+    }
+    drop(store);
+    go_back(folder.path(), earlier.path());
+    let store = open(folder.path());
+    say(&store, &dora, Role::User, &["Dora waters the tomatoes."]);
+    say(&store, &Scope::user("dora").session("next"), Role::User, &["Dora has a cat."]);
+    drop(store);
+    // What is lost is still noted, and still there, though others have written since.
+    let store = open(folder.path());
+    assert!(store.stats().damaged[0].contains("3 commits"), "{:?}", store.stats().damaged);
+    let checkup = check(&store, true);
+    assert!(checkup.problems.iter().all(|problem| problem.repair == Repair::Done), "{checkup:?}");
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!(store.stats().damaged, Vec::<String>::new());
+    assert_eq!(check(&store, false).problems, []);
+    assert_eq!(told(&store, &dora), ["Dora waters the tomatoes."]);
+    assert_eq!(told(&store, &carl), LOST);
+    let hits = store.recall(&Scope::user("dora"), "the key in the red boot", &Recall::default());
+    assert!(hits.unwrap().iter().all(|hit| hit.text.starts_with("Dora")));
+}
+
+#[test]
+fn of_two_sessions_with_one_number_neither_gets_the_turns_of_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let other = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    copy_folder(folder.path(), other.path());
+    let store = open(other.path());
+    let [carl, dora] = ["carl", "dora"].map(|user| Scope::user(user).session("new"));
+    for text in LOST {
+        say(&store, &carl, Role::User, &[text]);
+    }
+    drop(store);
+    let store = open(folder.path());
+    say(&store, &dora, Role::User, &["Dora waters the tomatoes."]);
+    drop(store);
+    // As a version that gave the number of a lost session again left it.
+    let mut segment = std::fs::read(other.path().join("segments/000001.seg")).unwrap();
+    // Magic (8), version (4), number (4).
+    segment[12..16].copy_from_slice(&2u32.to_le_bytes());
+    std::fs::write(folder.path().join("segments/000002.seg"), segment).unwrap();
+    let store = open(folder.path());
+    assert!(!store.stats().damaged.is_empty());
+    let checkup = check(&store, true);
+    assert_eq!(repairs(&checkup), [Repair::Lost], "{checkup:?}");
+    for store in [store, open_again(folder.path())] {
+        assert_eq!(told(&store, &dora), ["Dora waters the tomatoes."]);
+        let hits =
+            store.recall(&Scope::user("dora"), "the key in the red boot", &Recall::default());
+        assert!(hits.unwrap().iter().all(|hit| hit.text.starts_with("Dora")));
+    }
+    assert_eq!(files_with(&folder.path().join("segments"), LOST[2]).len(), 1);
+}
+
 /// Changes the length of the record of `page` so that it ends where the record of the turn that says `text` begins.
 fn lead_to(path: &Path, page: &[u8], text: &str) {
     const MAGIC: &[u8] = b"mkaR";

@@ -18,6 +18,9 @@ use crate::{Cancel, Result, Role, Scope, chunk};
 /// Whose a session becomes if nothing says any more whose it was.
 const LOST_AND_FOUND: &str = "lost+found";
 
+/// Bytes of a session's name that one which says that it was found again begins with.
+const FOUND_NAME_BYTES: usize = 160;
+
 /// What became of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -94,7 +97,8 @@ impl Store {
     /// database record is lost from the segments, indexes from all of it. A turn that is lost is left as a forgotten
     /// one, and a snapshot with a lost part is removed, so that the store is whole afterwards and says what it lost here.
     /// A turn whose record was lost comes back as retracted if a neighbour is: that is not written anywhere else.
-    /// A session whose names are nowhere becomes `session N` of the user `lost+found`.
+    /// A session whose names are nowhere becomes `session N` of the user `lost+found`. One that comes back where another
+    /// session has its name by now gets one that says so: `NAME (lost+found, session N)`.
     /// Where two sessions were given one number, as earlier versions did once the database had lost records, nothing comes
     /// back that could be the other one's; its bytes stay.
     ///
@@ -178,8 +182,13 @@ impl Store {
             {
                 findings.damaged(checkup, Key::Turn(id, turn), "it is missing");
             }
-            if session.record.is_none() && !findings.sessions.contains(&id) {
+            if findings.sessions.contains(&id) {
+                continue;
+            }
+            if session.record.is_none() {
                 findings.damaged(checkup, Key::Session(id), "it is missing");
+            } else if session.scope.is_none() {
+                findings.damaged(checkup, Key::Session(id), "its names are those of another one");
             }
         }
         let segments = state.segments.values().filter(|segment| state.is_live(segment.number()));
@@ -346,22 +355,32 @@ impl Store {
             let pages = session.pages.keys();
             changes.extend(pages.map(|page| Change::remove(Key::Page(id, *page))));
         }
+        let mut given: BTreeSet<Scope> = BTreeSet::new();
         for &id in &findings.sessions {
-            let scope = state.sessions.get(&id).and_then(|session| session.scope.as_ref());
-            let names = match salvage.names.of(&state, id) {
-                Some(blob) => blob,
-                None => {
-                    let found = scope.cloned().unwrap_or_else(|| {
-                        let what = format!("session {id}: its names are nowhere");
-                        checkup.note(what, Repair::Lost);
-                        Scope::user(LOST_AND_FOUND).session(format!("session {id}"))
-                    });
-                    let session = found.session_id().unwrap_or_default();
-                    let (user, agent) = (found.user_id(), found.agent_id());
+            let known = state.sessions.get(&id).and_then(|session| session.scope.as_ref());
+            let found = salvage.names.of(&state, id);
+            let told = found.map(|(scope, _)| scope).or(known).cloned().unwrap_or_else(|| {
+                checkup.note(format!("session {id}: its names are nowhere"), Repair::Lost);
+                Scope::user(LOST_AND_FOUND).session(format!("session {id}"))
+            });
+            let is_taken = |scope: &Scope| {
+                given.contains(scope) || state.by_scope.get(scope).is_some_and(|other| *other != id)
+            };
+            let scope = free_name(&told, id, is_taken);
+            if scope != told {
+                let what = format!("session {id}: another one has its name, it is {scope} now");
+                checkup.note(what, Repair::Done);
+            }
+            let names = match found {
+                Some((told, blob)) if *told == scope => *blob,
+                _ => {
+                    let session = scope.session_id().unwrap_or_default();
+                    let (user, agent) = (scope.user_id(), scope.agent_id());
                     let payload = encode_names(id, user, agent, session);
                     writer.appender.append(Kind::Names, &payload)?
                 }
             };
+            given.insert(scope);
             let record = SessionRecord { names, summary: Some(self.no_summary(writer, &state)?) };
             changes.push(Change::put(Key::Session(id), Record::Session(record)));
         }
@@ -464,10 +483,9 @@ impl FoundNames {
         !found.as_ref().is_some_and(is_known)
     }
 
-    /// The record of a session's names.
-    fn of(&self, state: &State, id: u64) -> Option<BlobRef> {
-        let found = self.0.get(&id)?.as_ref().filter(|_| !self.is_shared(state, id));
-        found.map(|(_, blob)| *blob)
+    /// A session's names, and the record of them.
+    fn of(&self, state: &State, id: u64) -> Option<&(Scope, BlobRef)> {
+        self.0.get(&id)?.as_ref().filter(|_| !self.is_shared(state, id))
     }
 }
 
@@ -524,6 +542,22 @@ impl Findings {
         };
         checkup.note(format!("{}: {kind:?}: {why}", name(key)), repair);
     }
+}
+
+/// The name of session `id`: the one that it was `told` by, or if another session has that one by now, one that says so.
+fn free_name(told: &Scope, id: u64, is_taken: impl Fn(&Scope) -> bool) -> Scope {
+    if !is_taken(told) {
+        return told.clone();
+    }
+    let name = told.session_id().unwrap_or_default();
+    let start = &name[..name.floor_char_boundary(FOUND_NAME_BYTES)];
+    let found = |number: u64| {
+        let number = if number > 1 { format!(", {number}") } else { String::new() };
+        let name = format!("{start} ({LOST_AND_FOUND}, session {id}{number})");
+        told.clone().session(name)
+    };
+    let mut names = (1..).map(found);
+    names.find(|scope| !is_taken(scope)).expect("there are more numbers than sessions")
 }
 
 fn partition_name((user, agent): &PartitionKey) -> String {

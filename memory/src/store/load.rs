@@ -130,15 +130,19 @@ impl Loader<'_> {
     /// Names every session and reads its turns.
     fn sessions(&mut self) {
         let ids: Vec<u64> = self.state.sessions.keys().copied().collect();
+        // A repair of an earlier version could leave two with one name: the later one was the one in use.
+        for &id in ids.iter().rev() {
+            let text = match self.scope_of(id) {
+                Ok(scope) if self.state.name(id, scope.clone()) => continue,
+                Ok(scope) => format!("session {id}: another session has its name, {scope}"),
+                Err(error) => format!("session {id}: its names are lost: {error}"),
+            };
+            self.state.damaged.push(text);
+        }
         for id in ids {
-            match self.scope_of(id) {
-                Ok(scope) => {
-                    self.state.name(id, scope.clone());
-                    self.turns(id, &scope);
-                }
-                Err(error) => {
-                    self.state.damaged.push(format!("session {id}: its names are lost: {error}"));
-                }
+            let scope = self.state.sessions.get(&id).and_then(|session| session.scope.clone());
+            if let Some(scope) = scope {
+                self.turns(id, &scope);
             }
         }
     }

@@ -336,10 +336,13 @@ impl State {
         })
     }
 
-    /// Names a session, so that it can be found by scope.
-    pub(crate) fn name(&mut self, id: u64, scope: Scope) {
-        self.by_scope.insert(scope.clone(), id);
-        self.session_mut(id).scope = Some(scope);
+    /// Names a session, so that it can be found by scope; false if another session has that name, which keeps it.
+    pub(crate) fn name(&mut self, id: u64, scope: Scope) -> bool {
+        let is_free = *self.by_scope.entry(scope.clone()).or_insert(id) == id;
+        if is_free {
+            self.session_mut(id).scope = Some(scope);
+        }
+        is_free
     }
 
     /// The partition of a scope, made if it is not known.
@@ -407,7 +410,7 @@ mod tests {
             })
             .flat_map(|scope| [scope.clone().session("one"), scope.session("two")])
             .collect();
-        (0..).zip(&scopes).for_each(|(id, scope)| state.name(id, scope.clone()));
+        (0..).zip(&scopes).for_each(|(id, scope)| assert!(state.name(id, scope.clone())));
         for scope in &scopes {
             let key = partition_key(scope);
             let found: Vec<u64> = state.sessions_of(&key).map(|(id, _)| id).collect();
@@ -415,5 +418,7 @@ mod tests {
             let expected: Vec<u64> = (0..).zip(&scopes).filter(is_of).map(|(id, _)| id).collect();
             assert_eq!(found, expected, "{scope}");
         }
+        assert!(!state.name(99, scopes[0].clone()));
+        assert_eq!(state.session(&scopes[0]).map(|(id, _)| id), Some(0));
     }
 }

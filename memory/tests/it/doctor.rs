@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use mka_memory::{
-    Cancel, Checkup, Commit, ErrorKind, NewSnapshot, Recall, Repair, Role, Scope, Store,
+    Cancel, Checkup, Commit, ErrorKind, Forget, NewSnapshot, Recall, Repair, Role, Scope, Store,
 };
 use proptest::prelude::*;
 
@@ -202,6 +202,42 @@ fn the_numbers_of_a_lost_session_are_not_given_to_another_user() {
     assert_eq!(told(&store, &carl), LOST);
     let hits = store.recall(&Scope::user("dora"), "the key in the red boot", &Recall::default());
     assert!(hits.unwrap().iter().all(|hit| hit.text.starts_with("Dora")));
+}
+
+#[test]
+fn a_session_that_comes_back_where_another_has_its_name_is_found_and_forgotten() {
+    let folder = tempfile::tempdir().unwrap();
+    let earlier = tempfile::tempdir().unwrap();
+    fill(folder.path());
+    copy_folder(&folder.path().join("db"), earlier.path());
+    let carl = Scope::user("carl");
+    let new = carl.clone().session("new");
+    let store = open(folder.path());
+    for text in LOST {
+        say(&store, &new, Role::User, &[text]);
+    }
+    drop(store);
+    go_back(folder.path(), earlier.path());
+    let store = open(folder.path());
+    say(&store, &new, Role::User, &["Carl has moved."]);
+    let checkup = check(&store, true);
+    assert!(checkup.problems.iter().all(|problem| problem.repair == Repair::Done), "{checkup:?}");
+    let found = carl.clone().session("new (lost+found, session 3)");
+    assert!(checkup.problems.iter().any(|problem| problem.what.contains(&found.to_string())));
+    drop(store);
+    let store = open(folder.path());
+    assert_eq!(store.stats().damaged, Vec::<String>::new());
+    assert_eq!(check(&store, false).problems, []);
+    assert_eq!(store.sessions(&carl).unwrap().len(), 2);
+    assert_eq!(told(&store, &new), ["Carl has moved."]);
+    assert_eq!(told(&store, &found), LOST);
+    let receipt = store.forget(&carl, &Forget::everything()).unwrap();
+    assert_eq!(receipt.turns, 4);
+    store.verify(&receipt).unwrap();
+    assert!(store.recall(&carl, "the red boot", &Recall::default()).unwrap().is_empty());
+    for text in LOST {
+        assert_eq!(files_with(folder.path(), text), Vec::<std::path::PathBuf>::new());
+    }
 }
 
 #[test]

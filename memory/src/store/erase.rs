@@ -1,7 +1,7 @@
 //! Forgetting: what a selector names leaves the log, the indexes, the pages, the summaries and the files.
 //! Knows nothing of search; the receipt holds digests, never the text.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -26,8 +26,8 @@ pub(super) struct Erasure {
     pub(super) turns: Erased,
     /// Sessions that lose their place in the log, too.
     pub(super) whole: BTreeSet<u64>,
-    /// Chunks that stand in no other turn, by session of the erased turn.
-    bare: BTreeMap<u64, BTreeSet<u128>>,
+    /// Chunks that stand in no other turn.
+    bare: BTreeSet<u128>,
     /// Chunks whose vectors must move to another turn's record: session of the partition, identity, new home.
     moved: BTreeMap<(u64, u128), (u64, u64)>,
     summaries: BTreeMap<u64, Summary>,
@@ -93,8 +93,7 @@ impl Store {
         let mut receipt =
             erasure.receipt.take().ok_or_else(|| Error::invalid("forget: nothing was planned"))?;
         let removed = self.carry_out_erasure(&mut writer, &changes, erasure)?;
-        let touched: Vec<PartitionKey> =
-            removed.iter().map(|(scope, _)| partition_key(scope)).collect();
+        let touched: Vec<PartitionKey> = removed.iter().map(|(key, _)| key.clone()).collect();
         self.remove_images(&touched)?;
         self.promote(&mut writer, &removed)?;
         receipt.segments = self.purge(&mut writer)?;
@@ -315,9 +314,7 @@ impl Store {
                 turn_state.chunks.iter().map(|chunk| chunk_digest(seed, id, turn, chunk.id)),
             );
         }
-        for (id, chunk) in bare_chunks(&state, erasure) {
-            erasure.bare.entry(id).or_default().insert(chunk);
-        }
+        erasure.bare = bare_chunks(&state, erasure).into_iter().map(|(_, chunk)| chunk).collect();
         erasure.moved = moved_chunks(&state, erasure);
 
         let mut changes = Vec::new();
@@ -359,7 +356,7 @@ impl Store {
         let store = StoreRecord { purge_pending: true, ..state.store.clone() };
         changes.push(Change::put(Key::Store, Record::Store(store)));
 
-        let num_chunks = erasure.bare.values().flatten().collect::<BTreeSet<_>>().len();
+        let num_chunks = erasure.bare.len();
         let bytes = erasure.turns.values().flatten().map(|text| text.len() as u64).sum();
         let mut all: Vec<u8> = digests.iter().flat_map(|digest| digest.to_le_bytes()).collect();
         all.extend(format!("{} {num_chunks} {num_pages} {bytes}", erasure.turns.len()).bytes());
@@ -377,13 +374,13 @@ impl Store {
         Ok(changes)
     }
 
-    /// Carries the changes out; returns the chunks whose text stands nowhere any more, by the scope of a session.
+    /// Carries the changes out; returns the chunks whose text stands nowhere any more, by partition.
     fn carry_out_erasure(
         &self,
         writer: &mut Writer,
         changes: &[Change],
         erasure: Erasure,
-    ) -> Result<Vec<(Scope, Vec<u128>)>> {
+    ) -> Result<Vec<(PartitionKey, Vec<u128>)>> {
         // Chunks of erased turns, before the records that name them go.
         let mut dropped = Vec::new();
         {
@@ -404,14 +401,14 @@ impl Store {
         let state = &mut *guard;
         let terms = self.terms();
         let mut affected = BTreeSet::new();
-        let mut bare: BTreeMap<Scope, Vec<u128>> = BTreeMap::new();
+        let mut bare: BTreeMap<PartitionKey, Vec<u128>> = BTreeMap::new();
         for (scope, id, turn, ids, told) in dropped {
             let partition = state.partition_mut(&scope);
             let left = partition.remove_places(ids.into_iter(), id, turn);
             if let Some((subject, key)) = told {
                 partition.remove_version(&subject, key);
             }
-            bare.entry(scope).or_default().extend(left);
+            bare.entry(partition_key(&scope)).or_default().extend(left);
             affected.insert(id);
             if let Some(session) = state.sessions.get_mut(&id)
                 && let Some(turn) = session.turns.get_mut(&turn)
@@ -419,8 +416,11 @@ impl Store {
                 *turn = TurnState::new(turn.record);
             }
         }
-        for (scope, ids) in &bare {
-            state.partition_mut(scope).remove(&terms, ids);
+        // All of a partition at once: a removal visits every posting of its words.
+        for (key, ids) in &bare {
+            if let Some(partition) = state.partitions.get_mut(key) {
+                partition.remove(&terms, ids);
+            }
         }
         for (&(_, chunk), &home) in &erasure.moved {
             let scope = state.sessions.get(&home.0).and_then(|session| session.scope.clone());
@@ -467,18 +467,25 @@ fn moved_chunks(state: &State, erasure: &Erasure) -> BTreeMap<(u64, u128), (u64,
         .collect()
 }
 
-/// Every chunk in memory of every erased turn, with the turn's session.
+/// Every chunk in memory of the erased turns, with the session of the first of them that holds it.
+/// Once: one may stand in thousands of them, and is compared with all of its places.
 fn chunks_of<'a>(
     state: &'a State,
     erasure: &'a Erasure,
 ) -> impl Iterator<Item = (u64, &'a crate::partition::Chunk)> {
-    erasure.turns.keys().flat_map(move |&(id, turn)| {
-        let session = state.sessions.get(&id);
-        let partition = session.and_then(|s| state.partition(s.scope.as_ref()?));
-        let turn = session.and_then(|session| session.turns.get(&turn));
-        let chunks = turn.into_iter().flat_map(|turn| &turn.chunks);
-        chunks.filter_map(move |chunk| Some((id, partition?.get(chunk.id)?)))
-    })
+    let mut seen: BTreeMap<PartitionKey, HashSet<u128>> = BTreeMap::new();
+    let mut chunks = Vec::new();
+    for &(id, turn) in erasure.turns.keys() {
+        let Some(session) = state.sessions.get(&id) else { continue };
+        let (Some(scope), Some(turn)) = (&session.scope, session.turns.get(&turn)) else {
+            continue;
+        };
+        let Some(partition) = state.partition(scope) else { continue };
+        let seen = seen.entry(partition_key(scope)).or_default();
+        let new = turn.chunks.iter().filter(|span| seen.insert(span.id));
+        chunks.extend(new.filter_map(|span| Some((id, partition.get(span.id)?))));
+    }
+    chunks.into_iter()
 }
 
 /// Appends the chunks of every turn that takes vectors over.

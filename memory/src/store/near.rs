@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::read::{open, read_body};
 use super::records::Change;
+use super::state::PartitionKey;
 use super::{Store, Writer};
 use crate::format::{ChunkSpan, Key, Kind, Record, TurnChunks, TurnRecord};
 use crate::partition::{Chunk, Partition, chunk_id};
@@ -37,38 +38,34 @@ impl Store {
         })
     }
 
-    /// Makes what nearly repeated a removed chunk a chunk of its own: `removed` by the scope of a session.
+    /// Makes what nearly repeated a removed chunk a chunk of its own: `removed` by partition.
     pub(super) fn promote(
         &self,
         writer: &mut Writer,
-        removed: &[(Scope, Vec<u128>)],
+        removed: &[(PartitionKey, Vec<u128>)],
     ) -> Result<()> {
-        for orphaned in self.orphaned(removed)? {
-            self.promote_one(writer, orphaned, removed)?;
+        for (key, ids) in removed.iter().filter(|(_, ids)| !ids.is_empty()) {
+            let ids: HashSet<u128> = ids.iter().copied().collect();
+            for orphaned in self.orphaned(key, &ids)? {
+                self.promote_one(writer, orphaned, &ids)?;
+            }
         }
         Ok(())
     }
 
-    fn orphaned(&self, removed: &[(Scope, Vec<u128>)]) -> Result<Vec<Orphaned>> {
+    fn orphaned(&self, key: &PartitionKey, removed: &HashSet<u128>) -> Result<Vec<Orphaned>> {
         let state = self.read();
         let mut orphaned = BTreeMap::new();
-        for (scope, ids) in removed.iter().filter(|(_, ids)| !ids.is_empty()) {
-            let ids: HashSet<u128> = ids.iter().copied().collect();
-            for (id, session_scope, session) in state.sessions_in(&Scope::user(scope.user_id())) {
-                if session_scope.agent_id() != scope.agent_id() {
-                    continue;
-                }
-                for (&turn, turn_state) in &session.turns {
-                    let repeats = |span: &ChunkSpan| span.near && ids.contains(&span.id);
-                    let record = turn_state.record;
-                    let Some(blob) = record.body.filter(|_| !record.retracted) else { continue };
-                    if turn_state.chunks.iter().any(repeats) {
-                        let blob = open(&state, blob)?;
-                        orphaned.insert(
-                            (id, turn),
-                            (session_scope.clone(), record, blob, turn_state.chunks.clone()),
-                        );
-                    }
+        for (id, session) in state.sessions_of(key) {
+            let Some(scope) = &session.scope else { continue };
+            for (&turn, turn_state) in &session.turns {
+                let repeats = |span: &ChunkSpan| span.near && removed.contains(&span.id);
+                let record = turn_state.record;
+                let Some(blob) = record.body.filter(|_| !record.retracted) else { continue };
+                if turn_state.chunks.iter().any(repeats) {
+                    let blob = open(&state, blob)?;
+                    let chunks = turn_state.chunks.clone();
+                    orphaned.insert((id, turn), (scope.clone(), record, blob, chunks));
                 }
             }
         }
@@ -84,13 +81,12 @@ impl Store {
         &self,
         writer: &mut Writer,
         orphaned: Orphaned,
-        removed: &[(Scope, Vec<u128>)],
+        removed: &HashSet<u128>,
     ) -> Result<()> {
         let Orphaned { scope, turn, record, text, mut chunks } = orphaned;
-        let is_removed = |id: u128| removed.iter().any(|(_, ids)| ids.contains(&id));
         // What becomes a chunk of its own: text and vectors; none of those that another turn holds by now.
         let mut fresh: Vec<(u128, &str, Vec<f32>)> = Vec::new();
-        for span in chunks.iter_mut().filter(|span| span.near && is_removed(span.id)) {
+        for span in chunks.iter_mut().filter(|span| span.near && removed.contains(&span.id)) {
             let part = &text[span.start as usize..span.end as usize];
             let (id, is_known) = {
                 let state = self.read();

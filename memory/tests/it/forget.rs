@@ -273,6 +273,42 @@ fn several_turns_are_erased_at_once() {
 }
 
 #[test]
+fn what_several_sessions_share_goes_with_the_last_of_them() {
+    for backend in BACKENDS {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open_as(folder.path(), backend);
+        let (ada, bob) = (Scope::user("ada"), Scope::user("bob").session("s"));
+        let shared = ["The blue heron nests by the lake.", "The old mill is for sale."];
+        for number in 0..6 {
+            let own = format!("Number {number} is about otters.");
+            let scope = ada.clone().session(format!("s{number}"));
+            let scope = if number < 4 { scope } else { scope.agent("bot") };
+            say(&store, &scope, Role::User, &[shared[0], &own, shared[1], shared[0]]);
+        }
+        say(&store, &bob, Role::User, &shared);
+        let ask = |scope: &Scope| store.recall(scope, "blue heron", &Recall::default()).unwrap();
+        // Vectors and words stay as long as one turn holds the text.
+        let first = store.forget(&ada.clone().session("s0"), &Forget::session()).unwrap();
+        assert_eq!((first.turns, first.chunks), (4, 1), "{backend:?}");
+        let hits = ask(&ada);
+        assert!(hits.iter().any(|hit| hit.text == shared[0] && hit.why.cosine > 0.0), "{hits:?}");
+        assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+        let rest = store.forget(&ada, &Forget::everything()).unwrap();
+        assert_eq!((rest.turns, rest.chunks), (20, 7), "{backend:?}");
+        store.verify(&first).unwrap();
+        store.verify(&rest).unwrap();
+        assert!(ask(&ada).is_empty());
+        assert_eq!(ask(&bob)[0].text, shared[0]);
+        assert_eq!(store.stats().chunks, 2);
+        assert!(files_with(folder.path(), "otters").is_empty());
+        assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+        drop(store);
+        let store = open_as(folder.path(), backend);
+        assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
+    }
+}
+
+#[test]
 fn a_summary_is_made_anew_without_the_forgotten_turn() {
     let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let (with, without) = (open(folders[0].path()), open(folders[1].path()));

@@ -4,6 +4,7 @@
 use super::{Cut, Entry, Fresh, Plan};
 use crate::format::Body;
 use crate::partition::{Chunk, gist_hash};
+use crate::store::state::partition_key;
 use crate::store::{Store, Writer};
 use crate::{Committed, Result, Role, Scope, TurnId};
 
@@ -104,7 +105,7 @@ impl Store {
         if !plan.retracted.is_empty() {
             self.refresh_last_user_text(plan.session);
         }
-        if let Err(error) = self.promote(writer, &[(scope.clone(), bare)]) {
+        if let Err(error) = self.promote(writer, &[(partition_key(scope), bare)]) {
             // The commit is durable; the next opening makes up for it.
             writer.appender.abandon();
             tracing::warn!(%error, "near duplicates of retracted text are not recalled");

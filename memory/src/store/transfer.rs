@@ -148,6 +148,16 @@ struct Batch {
     wanted: Vec<Wanted>,
 }
 
+/// How far an import has come.
+#[derive(Default)]
+struct Import {
+    /// Turns that wait, and the session that they are appended to.
+    batch: Option<(Scope, Batch)>,
+    /// By user.
+    orders: HashMap<String, Orders>,
+    imported: Imported,
+}
+
 /// Where a turn is to go among all turns of its user.
 enum Wanted {
     /// Where the original is that it is a copy of.
@@ -286,27 +296,41 @@ impl Store {
                 ),
             ));
         }
-        let mut imported = Imported::default();
-        let mut batch: Option<(Scope, Batch)> = None;
-        let mut orders: HashMap<String, Orders> = HashMap::new();
+        let mut import = Import::default();
+        let read = self.import_lines(&mut lines, &mut import, cancel);
+        // What was read before a line that is refused is stored all the same; that line is what the caller is told about.
+        let flushed = self.import_batch(&mut import);
+        read.and(flushed)?;
+        Ok(import.imported)
+    }
+
+    /// Appends turns line by line; the last batch waits.
+    fn import_lines(
+        &self,
+        lines: &mut Lines<'_>,
+        import: &mut Import,
+        cancel: &Cancel,
+    ) -> Result<()> {
         let mut bytes = 0;
         while let Some(line) = lines.next::<Line>()? {
             cancel.check("import")?;
             let (scope, turn) = (line.scope(), line.turn);
+            let waiting = import.batch.as_ref();
             let is_full = bytes > BATCH_BYTES
-                || batch.as_ref().is_some_and(|(_, batch)| batch.turns.len() == BATCH_TURNS);
-            if is_full || batch.as_ref().is_some_and(|(known, _)| *known != scope) {
-                self.import_batch(batch.take(), &mut orders, &mut imported)?;
+                || waiting.is_some_and(|(_, batch)| batch.turns.len() == BATCH_TURNS);
+            if is_full || waiting.is_some_and(|(known, _)| *known != scope) {
+                self.import_batch(import)?;
                 bytes = 0;
             }
-            let num_waiting = batch.as_ref().map_or(0, |(_, batch)| batch.turns.len() as u64);
+            let waiting = import.batch.as_ref();
+            let num_waiting = waiting.map_or(0, |(_, batch)| batch.turns.len() as u64);
             let next = self.num_turns(&scope)? + num_waiting;
             if turn < next {
                 self.check_held(&scope, &line, lines.number)?;
                 if let Some(held) = self.order_held(&scope, turn) {
-                    self.orders_in(&mut orders, &line.user).hold(held, line.order);
+                    self.orders_in(&mut import.orders, &line.user).hold(held, line.order);
                 }
-                imported.skipped += 1;
+                import.imported.skipped += 1;
                 continue;
             }
             if turn > next {
@@ -321,12 +345,11 @@ impl Store {
                 .and_then(|scope| self.order_of(&scope, turn, line.time_ms, line.role))
                 .map_or(Wanted::Line(line.order), Wanted::Original);
             let new = line.into_turn()?;
-            let (_, batch) = batch.get_or_insert_with(|| (scope, Batch::default()));
+            let (_, batch) = import.batch.get_or_insert_with(|| (scope, Batch::default()));
             batch.turns.push(new);
             batch.wanted.push(wanted);
         }
-        self.import_batch(batch, &mut orders, &mut imported)?;
-        Ok(imported)
+        Ok(())
     }
 
     /// [`Store::export`] of `scope`, or of every user if it is none, into a file, which is on the disk when this returns; an
@@ -385,14 +408,10 @@ impl Store {
         orders.entry(user.to_owned()).or_insert_with(|| self.orders(user))
     }
 
-    fn import_batch(
-        &self,
-        batch: Option<(Scope, Batch)>,
-        orders: &mut HashMap<String, Orders>,
-        imported: &mut Imported,
-    ) -> Result<()> {
-        let Some((scope, Batch { turns, wanted })) = batch else { return Ok(()) };
-        let orders = self.orders_in(orders, scope.user_id());
+    /// Appends the turns that wait.
+    fn import_batch(&self, import: &mut Import) -> Result<()> {
+        let Some((scope, Batch { turns, wanted })) = import.batch.take() else { return Ok(()) };
+        let orders = self.orders_in(&mut import.orders, scope.user_id());
         let done = self.append_log(&scope, &turns, || {
             // Somebody else may have written since: an order is given once.
             if self.read().next_order(scope.user_id()) != orders.next {
@@ -403,8 +422,8 @@ impl Store {
                 .map(|((_, entry), wanted)| orders.place(wanted, *entry == Entry::Forgotten))
                 .collect()
         })?;
-        imported.turns += done.turns.len() as u64;
-        imported.chunks_added += done.chunks_added;
+        import.imported.turns += done.turns.len() as u64;
+        import.imported.chunks_added += done.chunks_added;
         Ok(())
     }
 

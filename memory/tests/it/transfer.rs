@@ -285,6 +285,25 @@ fn an_import_that_was_interrupted_is_gone_on_with() {
 }
 
 #[test]
+fn the_turns_of_lines_before_one_that_is_refused_are_stored() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    say(&store, &trip(), Role::User, &["One.", "Two.", "Three."]);
+    let lines = String::from_utf8(exported(&store)).unwrap();
+    let skips = lines.lines().last().unwrap().replace("\"turn\":2", "\"turn\":9");
+    for refused in ["{}", "no JSON", &skips] {
+        let folder = tempfile::tempdir().unwrap();
+        let other = open(folder.path());
+        let input = format!("{lines}{refused}\n");
+        let error = other.import(&mut input.as_bytes(), &Cancel::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.to_string().contains("line 5"), "{error}");
+        assert_eq!(other.turns(&trip(), 0..9).unwrap(), store.turns(&trip(), 0..9).unwrap());
+        assert_eq!(other.import(&mut lines.as_bytes(), &Cancel::new()).unwrap().skipped, 3);
+    }
+}
+
+#[test]
 fn lines_that_are_none_of_an_export_are_refused_by_number() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());

@@ -524,8 +524,12 @@ impl Lines<'_> {
             let number = self.number;
             let read =
                 (&mut *self.input).take(MAX_LINE_BYTES).read_line(&mut text).map_err(|source| {
-                    Error::new(ErrorKind::Storage, format!("import: line {number}: {source}"))
-                        .with_source(source)
+                    let kind = match source.kind() {
+                        // It is no UTF-8.
+                        std::io::ErrorKind::InvalidData => ErrorKind::InvalidArgument,
+                        _ => ErrorKind::Storage,
+                    };
+                    Error::new(kind, format!("import: line {number}: {source}")).with_source(source)
                 })?;
             if read == 0 {
                 return Ok(None);

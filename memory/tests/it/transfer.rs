@@ -324,6 +324,11 @@ fn lines_that_are_none_of_an_export_are_refused_by_number() {
     say(&store, &trip(), Role::User, &["a", "b"]);
     let (_, text) = refused(&format!("{header}\n{turn}\n"));
     assert!(text.contains("as the store holds it"), "{text}");
+    // Latin-1.
+    let lines = [header.as_bytes(), b"\n{\"user\":\"Andr\xe9\"}\n"].concat();
+    let error = store.import(&mut &lines[..], &Cancel::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert!(error.to_string().contains("line 2"), "{error}");
 }
 
 #[test]

@@ -181,14 +181,18 @@ fn ascii_parts<'a>(lower: &'a str, mut each: impl FnMut(&'a str)) {
 /// Weighted terms to search for.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Query {
+    /// Each once, in the order of the text.
     pub(crate) terms: Vec<(String, f32)>,
     pub(crate) content_words: usize,
+    /// Those of `terms`: a query may be as long as a document.
+    known: HashSet<Box<str>, RandomState>,
 }
 
 impl Query {
     /// Adds a term unless the query has it.
     pub(crate) fn add(&mut self, term: &str, weight: f32) {
-        if !self.terms.iter().any(|(known, _)| known == term) {
+        if !self.known.contains(term) {
+            self.known.insert(term.into());
             self.terms.push((term.to_owned(), weight));
         }
     }
@@ -450,6 +454,18 @@ mod tests {
         assert_eq!(search(&unnamed, "beta gamma"), search(&fresh, "beta gamma"));
         assert_eq!(words.num_terms(), fresh.num_terms());
         assert_eq!(search(&words, "beta gamma"), search(&fresh, "beta gamma"));
+    }
+
+    #[test]
+    fn a_query_has_each_term_once_in_the_order_of_its_text() {
+        let mut query = Terms::new().query("Badgers dig; red-badger digs, a badger rests.");
+        query.add("rest", 0.5);
+        query.add("lake", 0.5);
+        let terms: Vec<(&str, f32)> =
+            query.terms.iter().map(|(term, weight)| (term.as_str(), *weight)).collect();
+        let expected = ["badger", "dig", "red", "rest", "red-badger"].map(|term| (term, 1.0f32));
+        assert_eq!(terms, [&expected[..], &[("lake", 0.5)]].concat());
+        assert_eq!(query.content_words, 7);
     }
 
     #[test]

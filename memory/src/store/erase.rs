@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::quotes::{Quotable, is_telling};
+use super::quotes::{Quotable, folded, is_telling};
 use super::read::{open, read_body};
 use super::records::Change;
 use super::state::{PartitionKey, Session, State, TurnState, partition_key};
@@ -165,7 +165,7 @@ impl Store {
     fn select(&self, scope: &Scope, selector: &Forget) -> Result<Erasure> {
         let mut erasure = Erasure::default();
         let needle = match selector {
-            Forget::Matching(text) => text.to_lowercase(),
+            Forget::Matching(text) => folded(text),
             _ => String::new(),
         };
         let wanted: BTreeSet<TurnId> = match selector {
@@ -511,9 +511,9 @@ fn rehomed(state: &State, writer: &mut Writer, erasure: &Erasure) -> Result<Vec<
     Ok(changes)
 }
 
-/// Whether a turn's text or anything that stands beside it holds `needle`, which is in small letters.
+/// Whether a turn's text or anything that stands beside it holds `needle`, which is [`folded`].
 fn holds(body: &Body, needle: &str) -> bool {
-    let holds = |text: &str| text.to_lowercase().contains(needle);
+    let holds = |text: &str| folded(text).contains(needle);
     holds(&body.text)
         || body.source.as_deref().is_some_and(holds)
         || body.subject.as_deref().is_some_and(holds)

@@ -87,9 +87,28 @@ fn are_told(letters: &str) -> bool {
     letters.chars().count() >= if has_digit { LEAST_WITH_DIGITS } else { LEAST_LETTERS }
 }
 
-/// Letters and digits of a text in lower case: what is left of a chunk however it was quoted.
+/// Letters and digits of a text, folded: what is left of a chunk however it was quoted.
 fn letters(text: &str) -> String {
-    text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+    fold(text.chars().filter(|c| c.is_alphanumeric()))
+}
+
+/// Text in lower case, the same for a part of a text as within it.
+pub(super) fn folded(text: &str) -> String {
+    fold(text.chars())
+}
+
+/// Characters in lower case, each by itself: `str::to_lowercase` writes a sigma as it stands in its word. A dot above an i
+/// is what is left of a capital that had one.
+fn fold(chars: impl Iterator<Item = char>) -> String {
+    let mut folded = String::new();
+    for c in chars.flat_map(char::to_lowercase) {
+        match c {
+            '\u{307}' if folded.ends_with('i') => {}
+            'ς' => folded.push('σ'),
+            c => folded.push(c),
+        }
+    }
+    folded
 }
 
 #[cfg(test)]
@@ -100,12 +119,17 @@ mod tests {
 
     #[test]
     fn a_sentence_is_found_however_it_was_quoted() {
-        let erased = ["The key is under the stone. Bob ran.", "Room 12."];
+        let erased = [
+            "The key is under the stone. Bob ran.",
+            "Room 12.",
+            "τα κλειδια του κωστα, in İstanbul",
+        ];
         let quotable = Quotable::new(erased);
         for (text, is_quoted) in [
             ("> THE KEY\n> is under the *stone*!", true),
             ("They said that the key is under the stone, once.", true),
             ("It was room 12, was it not?", true),
+            ("ΤΑ ΚΛΕΙΔΙΑ ΤΟΥ ΚΩΣΤΑ, in ISTANBUL", true),
             ("The key is under the tree. Bob ran.", false),
             ("Bob ran.", false),
             ("", false),

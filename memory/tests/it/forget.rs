@@ -344,6 +344,26 @@ fn a_text_in_the_subject_or_the_metadata_is_found_and_erased_with_its_turn() {
 }
 
 #[test]
+fn a_text_is_found_whatever_the_case_of_its_letters_and_where_a_word_ends() {
+    for (text, needle) in [
+        ("Ο ΚΩΣΤΑΣ μένει εδώ.", "ΚΩΣ"),
+        ("Ο ΚΩΣΤΑΣ μένει εδώ.", "κωστας"),
+        ("Ο Κωστας μένει εδώ.", "ΚΩΣΤΑΣ Μ"),
+        ("Ada moved to İstanbul.", "istanbul"),
+        ("Ada moved to I\u{307}STANBUL.", "İstanbul"),
+        ("Ada moved to istanbul.", "İSTANBUL"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(folder.path());
+        say(&store, &trip(), Role::User, &[text, "Bob stays."]);
+        let receipt = store.forget(&trip(), &Forget::matching(needle)).unwrap();
+        let turns = store.turns(&trip(), 0..9).unwrap();
+        assert_eq!(receipt.turns, 1, "{needle} in {text}");
+        assert!(turns[0].forgotten && !turns[1].forgotten, "{needle} in {text}");
+    }
+}
+
+#[test]
 fn what_a_filter_accepts_is_erased_whether_or_not_it_can_be_recalled() {
     for backend in BACKENDS {
         let folder = tempfile::tempdir().unwrap();

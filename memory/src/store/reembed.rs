@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use super::records::Change;
+use super::state::State;
 use super::{Store, Writer};
 use crate::format::{Key, Kind, Record, SessionRecord, TurnChunks, TurnRecord};
 use crate::{Result, Scope, chunk};
@@ -162,15 +163,17 @@ impl Store {
         }
         let mut state = self.publish(writer, &changes)?;
         for (&turn, &scope) in turns {
-            state.without_vectors.remove(&turn);
-            let ids: Vec<u128> =
+            let ids: BTreeSet<u128> =
                 vectors.range((turn, 0)..=(turn, u128::MAX)).map(|((_, id), _)| *id).collect();
             let partition = state.partition_mut(scope);
-            for id in ids {
+            for &id in &ids {
                 let is_held = partition.get(id).is_some_and(|chunk| chunk.home == turn);
                 if let Some(own) = vectors.remove(&(turn, id)).filter(|_| is_held) {
                     partition.set_vectors(id, own);
                 }
+            }
+            if !still_waits(&state, turn, scope, &ids) {
+                state.without_vectors.remove(&turn);
             }
         }
         Ok(())
@@ -200,4 +203,18 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Whether a turn holds a chunk without vectors besides the `embedded` ones: a turn that held it was forgotten meanwhile.
+fn still_waits(state: &State, turn: (u64, u64), scope: &Scope, embedded: &BTreeSet<u128>) -> bool {
+    let turn_state = state.sessions.get(&turn.0).and_then(|session| session.turns.get(&turn.1));
+    let Some((turn_state, partition)) = turn_state.zip(state.partition(scope)) else {
+        return false;
+    };
+    let spans = turn_state.chunks.iter();
+    let mut others = spans.filter(|span| !span.near && !embedded.contains(&span.id));
+    others.any(|span| {
+        let chunk = partition.get(span.id);
+        chunk.is_some_and(|chunk| chunk.home == turn && chunk.vectors.is_empty())
+    })
 }

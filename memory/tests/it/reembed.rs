@@ -1,8 +1,8 @@
 //! Another embedder: refused by default, or taken over, with nothing mixed while vectors are made anew.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use mka_memory::{
     Cancel, Commit, Embedder, ErrorKind, Forget, HashedEmbedder, NewTurn, Recall, Role, Scope,
@@ -186,4 +186,55 @@ fn chunks_that_go_or_move_while_they_wait_do_no_harm() {
     assert!(repeated.why.cosine > 0.99, "{repeated:?}");
     let checkup = store.doctor(false, &Cancel::new()).unwrap();
     assert!(checkup.problems.is_empty(), "{:?}", checkup.problems);
+}
+
+/// [`Letters`] that do something else before they embed, once.
+struct Interrupted {
+    letters: Letters,
+    meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Embedder for Interrupted {
+    fn identity(&self) -> String {
+        self.letters.identity()
+    }
+    fn dim(&self) -> usize {
+        DIM
+    }
+    fn embed(&self, texts: &[&str]) -> mka_memory::Result<Vec<f32>> {
+        let meanwhile = self.meanwhile.lock().unwrap().take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
+        self.letters.embed(texts)
+    }
+}
+
+#[test]
+fn a_turn_that_takes_a_chunk_over_while_it_is_embedded_goes_on_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    let shared = "The same words are said again each time here.";
+    let both = format!("Herons nest by the northern lake in early spring.\n\n{shared}");
+    // A paragraph is a chunk.
+    let options = StoreOptions { chunk_words: 10, ..StoreOptions::default() };
+    let hashed = Arc::new(HashedEmbedder::new());
+    let store = Store::open(folder.path(), hashed, options.clone()).unwrap();
+    say(&store, &trip(), Role::User, &[shared, &both]);
+    assert_eq!(store.stats().chunks, 2);
+    drop(store);
+    let letters = Letters(AtomicUsize::new(0));
+    let embedder = Arc::new(Interrupted { letters, meanwhile: Mutex::new(None) });
+    let options = StoreOptions { reembed: true, ..options };
+    let store = Arc::new(Store::open(folder.path(), embedder.clone(), options).unwrap());
+    assert_eq!(store.stats().turns_to_embed, 2);
+    let other = store.clone();
+    let forget = move || drop(other.forget(&trip(), &Forget::turn(0)).unwrap());
+    *embedder.meanwhile.lock().unwrap() = Some(Box::new(forget));
+    assert_eq!(store.reembed(1000).unwrap().turns_left, 1);
+    assert_eq!(store.reembed(1000).unwrap().turns_left, 0);
+    let options = Recall { follow_up: false, ..Recall::default() };
+    let hits = store.recall(&trip(), shared, &options).unwrap();
+    assert_eq!(hits[0].text, shared);
+    assert!(hits[0].why.cosine > 0.99, "{hits:?}");
+    assert!(store.doctor(false, &Cancel::new()).unwrap().problems.is_empty());
 }

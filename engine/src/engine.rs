@@ -14,7 +14,7 @@ use crate::forgets::Forgets;
 use crate::hub::ModelSource;
 use crate::memory::MemoryHandle;
 use crate::offload::offload;
-use crate::pages::{PageConfig, PageRule, RecallPolicy};
+use crate::pages::{FillMemory, PageConfig, PageRule, PageShape, PageStore, RecallPolicy};
 use crate::parallel::{self, Collective, TensorGroup};
 use crate::quote::Quote;
 use crate::session::{Session, now_ms};
@@ -182,6 +182,8 @@ pub(crate) struct Shared {
     released: Condvar,
     /// Sessions that were open when something of their user was forgotten hold too much.
     pub(crate) forgets: Forgets,
+    /// What stored pages go to the model's device through.
+    pub(crate) fill_memory: Arc<FillMemory>,
     // The last field: it says so when everything above is dropped.
     closed: Closed,
 }
@@ -233,6 +235,16 @@ impl Shared {
         let block = self.config.block_tokens.min(model.decoder.config.trained_tokens);
         let window = self.config.window_tokens;
         CacheShape { sink_pages, ..model.decoder.cache_shape(window, block) }
+    }
+
+    /// A store for the pages that leave a window, none in it yet; None where they are not recalled.
+    pub(crate) fn page_store(&self, model: &Model, shape: PageShape) -> Option<PageStore> {
+        self.config.recall.has_pages().then(|| {
+            let mut pages =
+                PageStore::new(shape, self.config.pages.clone(), model.decoder.device());
+            pages.set_fill_memory(self.fill_memory.clone());
+            pages
+        })
     }
 
     /// Marks a session as open; the claim is released by [`Shared::release`].
@@ -506,8 +518,23 @@ impl EngineBuilder {
         let released = Condvar::new();
         let closed = Closed(Latch::default());
         let forgets = Forgets::default();
-        let shared =
-            Arc::new(Shared { store, model, config, device, open, released, forgets, closed });
+        let fill_memory = Arc::default();
+        let shared = Arc::new(Shared {
+            store,
+            model,
+            config,
+            device,
+            open,
+            released,
+            forgets,
+            fill_memory,
+            closed,
+        });
+        if let Some(model) = &shared.model
+            && let Some(pages) = shared.page_store(model, shared.cache_shape(model, 1).pages())
+        {
+            pages.expect(1);
+        }
         // Whoever opened it without a share goes on where an earlier opening stopped, at half speed.
         if shared.store.stats().turns_to_embed > 0 {
             let share = self.reembed_share.unwrap_or(0.5);

@@ -31,6 +31,7 @@ mod vote;
 pub(crate) use codec::Number;
 pub use codec::PagePrecision;
 pub(crate) use disk::FreshPage;
+pub(crate) use filling::FillMemory;
 pub(crate) use gather::{RecallScope, Together};
 pub(crate) use message::Message;
 pub(crate) use reading::PageSource;

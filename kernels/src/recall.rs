@@ -4,11 +4,13 @@
 mod choice;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod places;
 mod portable;
 mod standing;
 mod stored;
 
 pub use choice::{Choice, ChoiceParams, ChoiceRun, Placement};
+pub use places::Places;
 pub use standing::Standing;
 pub use stored::StoredPages;
 

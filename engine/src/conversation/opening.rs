@@ -53,14 +53,11 @@ impl Conversation {
         })
     }
 
-    /// A store for the pages that leave the window, none in it yet; None where they are not recalled.
+    /// [`Shared::page_store`] of this conversation.
     pub(super) fn page_store(&self, shape: PageShape, model: &Model) -> Option<PageStore> {
-        let config = &self.shared.config;
-        config.recall.has_pages().then(|| {
-            let mut pages = PageStore::new(shape, config.pages.clone(), model.decoder.device());
-            pages.active = self.recalls_pages;
-            pages
-        })
+        let mut pages = self.shared.page_store(model, shape)?;
+        pages.active = self.recalls_pages;
+        Some(pages)
     }
 
     /// Says that `pages` are read from the disk as `scope`'s of `stream`, if it keeps what leaves the window.

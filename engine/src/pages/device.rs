@@ -11,7 +11,8 @@ use super::{PageConfig, PagePrecision, PageRule, codec};
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
 use mka_kernels::PAGE_TOKENS;
-use mka_kernels::recall::{MARKS, SPAN, StoredPages};
+use mka_kernels::recall::{MARKS, Places, SPAN, StoredPages};
+use rayon::prelude::*;
 
 /// Pages that wait at most before they are uploaded together.
 pub(super) const BATCH_PAGES: usize = 16;
@@ -130,26 +131,13 @@ impl Mirror {
         pages <= self.limit
     }
 
-    /// Makes room for `pages` pages in every layer; false where the budget has none.
-    pub(super) fn reserve(&mut self, pages: usize) -> Result<bool> {
-        if !self.has_room_for(pages) {
-            return Ok(false);
+    /// Room for `pages` pages more in every layer that chooses; None where the budget has none.
+    pub(super) fn places(&mut self, pages: usize) -> Result<Option<Places<'_>>> {
+        let layers: Vec<_> = self.layers.iter_mut().flatten().map(|own| &mut own.pages).collect();
+        if layers.first().is_some_and(|own| own.len() + pages > self.limit) {
+            return Ok(None);
         }
-        for layer in self.layers.iter_mut().flatten() {
-            layer.pages.reserve(pages, self.limit)?;
-        }
-        Ok(true)
-    }
-
-    /// Calls `each` with every layer that chooses, counted from the first of them, and the most pages that it may have.
-    pub(super) fn append(
-        &mut self,
-        each: impl Fn(usize, &mut StoredPages, usize) -> candle_core::Result<()>,
-    ) -> Result<()> {
-        for (at, layer) in self.layers.iter_mut().flatten().enumerate() {
-            each(at, &mut layer.pages, self.limit)?;
-        }
-        Ok(())
+        Ok(Some(Places::new(layers, pages, self.limit)?))
     }
 
     /// Rows that the last layer's table has room for.
@@ -244,11 +232,10 @@ impl PageStore {
 
     /// Uploads the outliers of every layer that were named since they were uploaded.
     pub(super) fn upload_outliers(&self, mirror: &mut Mirror) -> Result<()> {
-        let layers = mirror.layers.iter_mut().zip(&self.index);
-        for (own, index) in layers.filter_map(|(own, index)| Some((own.as_mut()?, index))) {
-            own.name(index, self.shape.head_dim)?;
-        }
-        Ok(())
+        let layers = mirror.layers.par_iter_mut().zip(&self.index);
+        layers
+            .filter_map(|(own, index)| Some((own.as_mut()?, index)))
+            .try_for_each(|(own, index)| own.name(index, self.shape.head_dim))
     }
 
     /// All heads' keys or values of a page in the type of the mirror, as bytes behind `out`; false where they are not in

@@ -7,26 +7,29 @@ use super::device::Mirror;
 use super::index::{HeadIndex, MARKS};
 use super::reading::IDS_BYTES;
 use super::store::PageStore;
-use crate::error::{Error, ErrorKind, Result};
-use candle_core::{DType, Device};
+use crate::error::Result;
+use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use mka_kernels::{PAGE_TOKENS, Staged, Staging};
-use rayon::prelude::*;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::panic::resume_unwind;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-/// Pages that go together at most, 25 MB of the default model's: while some are uploaded the next are read, on as many
-/// threads as there are. Twice as many would cost as much in locking as they save.
-pub(super) const FILL_PAGES: usize = 16;
-/// Fewer go together where they are larger: as many as take no more than this, or one.
-const FILL_BYTES: usize = 26 << 20;
+/// Pages on their way at once for each thread that reads them: one is read while the other goes to the device.
+const SLOTS_A_THREAD: usize = 2;
+/// Bytes on their way at once at most, or one page: the system takes 0.6 ms to lock a megabyte.
+const FILL_BYTES: usize = 52 << 20;
 
 /// Numbers as the mirror holds them.
 trait Filled: Staged {
-    /// The memory that was made for such numbers.
-    fn made(room: Room) -> Option<[Making<Self>; 2]>;
+    /// The slots for such numbers.
+    fn slots(slots: Slots) -> Option<Vec<Slot<Self>>>;
+
+    /// Slots for such numbers.
+    fn any(slots: Vec<Slot<Self>>) -> Slots;
 
     /// What pages are held in that are these numbers, byte by byte.
     const AS_IT_IS: PagePrecision;
@@ -36,8 +39,12 @@ trait Filled: Staged {
 }
 
 impl Filled for f32 {
-    fn made(room: Room) -> Option<[Making<f32>; 2]> {
-        if let Room::F32(made) = room { Some(made) } else { None }
+    fn slots(slots: Slots) -> Option<Vec<Slot<f32>>> {
+        if let Slots::F32(slots) = slots { Some(slots) } else { None }
+    }
+
+    fn any(slots: Vec<Slot<f32>>) -> Slots {
+        Slots::F32(slots)
     }
 
     const AS_IT_IS: PagePrecision = PagePrecision::F32;
@@ -48,8 +55,12 @@ impl Filled for f32 {
 }
 
 impl Filled for bf16 {
-    fn made(room: Room) -> Option<[Making<bf16>; 2]> {
-        if let Room::Bf16(made) = room { Some(made) } else { None }
+    fn slots(slots: Slots) -> Option<Vec<Slot<bf16>>> {
+        if let Slots::Bf16(slots) = slots { Some(slots) } else { None }
+    }
+
+    fn any(slots: Vec<Slot<bf16>>) -> Slots {
+        Slots::Bf16(slots)
     }
 
     const AS_IT_IS: PagePrecision = PagePrecision::Bf16;
@@ -73,31 +84,9 @@ fn copy_bf16(bytes: &[u8], out: &mut [bf16]) {
     out.iter_mut().zip(numbers).for_each(|(out, x)| *out = bf16::from_le_bytes(*x));
 }
 
-/// Pages on their way.
-pub(super) struct Batch<T: Staged> {
-    pages: usize,
-    /// Pages that there is room for.
-    room: usize,
-    /// (pages, 2 · layers + 1, num_kv_heads, PAGE_TOKENS, head_dim), each page as the disk has it: of each layer keys, then
-    /// values, and behind them its token ids; room for more behind them.
-    numbers: Staging<T>,
-    /// (layers that choose, pages, MARKS, num_kv_heads, head_dim), and room.
-    landmarks: Staging<bf16>,
-}
-
-/// A batch that is made on a thread of its own.
-pub(super) type Making<T> = JoinHandle<Batch<T>>;
-
-/// Two batches on their way, of the mirror's numbers: the system takes as long to lock their memory for a card as reading
-/// half of a long session's pages does.
-pub(super) enum Room {
-    F32([Making<f32>; 2]),
-    Bf16([Making<bf16>; 2]),
-}
-
-/// The shape of a batch's pages.
-#[derive(Clone, Copy)]
-struct BatchShape {
+/// The shape of a page on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct SlotShape {
     layers: usize,
     /// Of them, those that choose: the last ones.
     choosing: usize,
@@ -105,7 +94,7 @@ struct BatchShape {
     head_dim: usize,
 }
 
-impl BatchShape {
+impl SlotShape {
     /// Numbers of one page's keys or values in one layer: at least as many bytes as its token ids.
     fn half_len(&self) -> usize {
         self.num_kv_heads * PAGE_TOKENS * self.head_dim
@@ -121,45 +110,122 @@ impl BatchShape {
         MARKS * self.num_kv_heads * self.head_dim
     }
 
-    /// [`BatchShape::batch`] for as many of `pages` as go together, begun on a thread for each of two.
-    fn make<T: Filled>(self, pages: usize, device: &Device) -> Option<[Making<T>; 2]> {
-        let pages = pages.min(self.fill_pages(size_of::<T>()));
-        let make = || {
-            let (thread, device) = (thread::Builder::new().name("mka-fill".into()), device.clone());
-            thread.spawn(move || self.batch::<T>(pages, &device)).ok()
-        };
-        Some([make()?, make()?])
-    }
-
-    /// Pages that go together in numbers of `size` bytes: as many for each thread that reads them, if there is room for one.
-    fn fill_pages(&self, size: usize) -> usize {
+    /// How many `pages` pages of numbers of `size` bytes are on their way at once.
+    fn num_slots(&self, pages: usize, size: usize) -> usize {
         let page_bytes = self.page_len() * size + self.choosing * self.marks_len() * 2;
-        let pages = (FILL_BYTES / page_bytes.max(1)).clamp(1, FILL_PAGES);
-        let threads = rayon::current_num_threads().max(1);
-        if pages > threads { pages - pages % threads } else { pages }
+        let most = SLOTS_A_THREAD * rayon::current_num_threads().max(1);
+        (FILL_BYTES / page_bytes.max(1)).clamp(1, most).min(pages)
     }
 
-    /// No page yet, with room for `pages`.
-    fn batch<T: Staged>(&self, pages: usize, device: &Device) -> Batch<T> {
-        let numbers = Staging::new(pages * self.page_len(), device);
-        let landmarks = Staging::new(self.choosing * pages * self.marks_len(), device);
-        Batch { pages: 0, room: pages, numbers, landmarks }
+    fn slot<T: Staged>(self, device: &Device) -> Slot<T> {
+        let numbers = Staging::new(self.page_len(), device);
+        let landmarks = Staging::new(self.choosing * self.marks_len(), device);
+        Slot { shape: self, numbers, landmarks }
+    }
+}
+
+/// Memory for one page on its way.
+pub(super) struct Slot<T: Staged> {
+    shape: SlotShape,
+    /// (2 · layers + 1, num_kv_heads, PAGE_TOKENS, head_dim), as the disk has a page: of each layer keys, then values, and
+    /// behind them its token ids.
+    numbers: Staging<T>,
+    /// (layers that choose, MARKS, num_kv_heads, head_dim).
+    landmarks: Staging<bf16>,
+}
+
+impl<T: Staged> Slot<T> {
+    /// What the layers that choose get, on the device; the copies may be under way when this returns.
+    fn upload(&mut self) -> Result<(Tensor, Tensor)> {
+        let SlotShape { layers, choosing, num_kv_heads: g, head_dim: d } = self.shape;
+        let half = self.shape.half_len();
+        let numbers = self.numbers.upload()?;
+        let numbers = numbers.narrow(0, 2 * (layers - choosing) * half, 2 * choosing * half)?;
+        let numbers = numbers.reshape((2 * choosing, g, PAGE_TOKENS, d))?;
+        let landmarks = self.landmarks.upload()?.reshape((choosing, MARKS, g, d))?;
+        Ok((numbers, landmarks))
+    }
+}
+
+/// Slots for numbers of one type.
+pub(super) enum Slots {
+    F32(Vec<Slot<f32>>),
+    Bf16(Vec<Slot<bf16>>),
+}
+
+/// The memory that pages go to a device through, from which the device reads. An engine makes it once, for the system takes
+/// as long to lock it as reading half of a long session's pages does; sessions that are opened at one time each have their
+/// own, of which one is kept.
+#[derive(Default)]
+pub(crate) struct FillMemory(Mutex<Kept>);
+
+#[derive(Default)]
+enum Kept {
+    #[default]
+    Nothing,
+    Making(JoinHandle<Slots>),
+    There(Slots),
+}
+
+impl FillMemory {
+    fn kept(&self) -> std::sync::MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a thread make it as `make` says, where there is none.
+    fn prepare(&self, make: impl FnOnce() -> Slots + Send + 'static) {
+        let mut kept = self.kept();
+        if matches!(*kept, Kept::Nothing)
+            && let Ok(making) = thread::Builder::new().name("mka-fill".into()).spawn(make)
+        {
+            *kept = Kept::Making(making);
+        }
+    }
+
+    /// What there is of `shape`, for the caller alone.
+    fn take<T: Filled>(&self, shape: SlotShape) -> Vec<Slot<T>> {
+        let kept = std::mem::take(&mut *self.kept());
+        let slots = match kept {
+            Kept::Nothing => None,
+            Kept::Making(making) => making.join().ok(),
+            Kept::There(slots) => Some(slots),
+        };
+        let mut slots = slots.and_then(T::slots).unwrap_or_default();
+        slots.retain(|slot| slot.shape == shape);
+        slots
+    }
+
+    /// Keeps `slots` for the next, where there are no others.
+    fn keep<T: Filled>(&self, slots: Vec<Slot<T>>) {
+        let mut kept = self.kept();
+        if matches!(*kept, Kept::Nothing) {
+            *kept = Kept::There(T::any(slots));
+            return;
+        }
+        drop(kept);
+        // Unlocking takes as long as reading a tenth of the pages.
+        rayon::spawn(move || drop(slots));
     }
 }
 
 impl PageStore {
+    /// Takes the memory that pages go to the device through from `memory`, and leaves it there for others.
+    pub(crate) fn set_fill_memory(&mut self, memory: Arc<FillMemory>) {
+        self.fill_memory = memory;
+    }
+
     /// Says that about `pages` pages are to be restored soon: where a device gets them all, memory for that is made
     /// meanwhile.
-    pub(crate) fn expect(&mut self, pages: usize) {
+    pub(crate) fn expect(&self, pages: usize) {
         let Some(mirror) = &self.mirror else { return };
         if pages == 0 || !mirror.has_room_for(pages) {
             return;
         }
-        let (shape, device) = (self.batch_shape(), mirror.device());
-        self.room = match mirror.dtype() {
-            DType::F32 => shape.make(pages, device).map(Room::F32),
-            _ => shape.make(pages, device).map(Room::Bf16),
-        };
+        let (shape, device, dtype) = (self.slot_shape(), mirror.device().clone(), mirror.dtype());
+        self.fill_memory.prepare(move || match dtype {
+            DType::F32 => f32::any(made(shape, &device)),
+            _ => bf16::any(made(shape, &device)),
+        });
     }
 
     /// Uploads every page, those that memory does not hold from the disk; the mirror goes for good where there is no room
@@ -167,10 +233,10 @@ impl PageStore {
     pub(super) fn fill_mirror(&mut self) {
         let Some(mut mirror) = self.mirror.take() else { return };
         mirror.truncate(0, 0, self.config.rule);
-        let (mut lost, room) = (Vec::new(), self.room.take());
+        let mut lost = Vec::new();
         let filled = match mirror.dtype() {
-            DType::F32 => self.fill::<f32>(&mut mirror, room, &mut lost),
-            _ => self.fill::<bf16>(&mut mirror, room, &mut lost),
+            DType::F32 => self.fill::<f32>(&mut mirror, &mut lost),
+            _ => self.fill::<bf16>(&mut mirror, &mut lost),
         };
         if lost.is_empty() {
             return self.keep_mirror(mirror, filled);
@@ -187,88 +253,96 @@ impl PageStore {
     }
 
     /// Whether all pages are on the device now; adds those that cannot be read to `lost`.
-    fn fill<T: Filled>(
-        &self,
-        mirror: &mut Mirror,
-        room: Option<Room>,
-        lost: &mut Vec<u64>,
-    ) -> Result<bool> {
+    fn fill<T: Filled>(&self, mirror: &mut Mirror, lost: &mut Vec<u64>) -> Result<bool> {
         let rows = self.order.len();
         if rows == 0 {
             return Ok(true);
         }
-        if !mirror.reserve(rows)? {
-            return Ok(false);
-        }
-        let (shape, device) = (self.batch_shape(), mirror.device().clone());
-        let step = shape.fill_pages(size_of::<T>());
-        let batch = |making: Option<Making<T>>| {
-            let made = making.and_then(|making| making.join().ok());
-            let has_room = |batch: &Batch<T>| batch.room >= rows.min(step);
-            made.filter(has_room).unwrap_or_else(|| shape.batch(rows.min(step), &device))
+        let device = mirror.device().clone();
+        let Some(places) = mirror.places(rows)? else { return Ok(false) };
+        let shape = self.slot_shape();
+        let mut slots = self.fill_memory.take::<T>(shape);
+        let wanted = shape.num_slots(rows, size_of::<T>());
+        slots.resize_with(wanted.max(slots.len()), || shape.slot(&device));
+        let put = |row: usize, slot: &mut Slot<T>| -> Result<()> {
+            let (numbers, landmarks) = slot.upload()?;
+            Ok(places.put(row, &numbers, &landmarks)?)
         };
-        let made = room.and_then(T::made).map_or([None, None], |made| made.map(Some));
-        // A batch is read on every thread of the pool while the one before is on its way, which a thread of its own sees to
-        // that wants none of the pool's: this one waits for it.
-        let (ready, to_upload) = mpsc::channel::<Batch<T>>();
-        let (done, free) = mpsc::channel();
-        made.into_iter().for_each(|made| {
-            let _ = done.send(batch(made));
-        });
-        let uploaded = thread::scope(|scope| {
-            let thread = thread::Builder::new().name("mka-upload".into());
-            let uploads = thread.spawn_scoped(scope, || {
-                let done = done;
-                to_upload.into_iter().try_for_each(|mut batch| -> Result<()> {
-                    upload(mirror, &mut batch, shape)?;
-                    // Nobody waits for the last two.
-                    let _ = done.send(batch);
-                    Ok(())
-                })
-            });
-            let uploads = uploads.map_err(|source| {
-                let what = format!("open: start a thread that uploads: {source}");
-                Error::new(ErrorKind::OutOfMemory, what).with_source(source)
-            })?;
-            for first in (0..rows).step_by(step) {
-                // Nothing comes back any more where an upload failed, which its own result says.
-                let Ok(mut batch) = free.recv() else { break };
-                lost.extend(self.read_batch(first..rows.min(first + step), &mut batch)?);
-                if !lost.is_empty() || ready.send(batch).is_err() {
-                    break;
-                }
-            }
-            drop(ready);
-            uploads.join().unwrap_or_else(|panic| resume_unwind(panic))
-        });
-        uploaded?;
+        let filled = self.each_row(&mut slots, lost, &put);
+        self.fill_memory.keep(slots);
+        filled?;
         if !lost.is_empty() {
             return Ok(false);
         }
-        // Unlocking takes as long as reading a tenth of the pages.
-        rayon::spawn(move || drop(free));
+        places.finish();
         self.upload_outliers(mirror)?;
         Ok(true)
     }
 
-    /// Reads the pages of `rows` and their landmarks, page by page side by side; those that cannot be read.
-    fn read_batch<T: Filled>(&self, rows: Range<usize>, batch: &mut Batch<T>) -> Result<Vec<u64>> {
-        let (shape, count) = (self.batch_shape(), rows.len());
-        batch.pages = count;
-        let numbers = batch.numbers.numbers()?.par_chunks_exact_mut(shape.page_len());
-        let mut marks: Vec<Vec<&mut [bf16]>> = (0..count).map(|_| Vec::new()).collect();
-        let landmarks = batch.landmarks.numbers()?.chunks_exact_mut(shape.marks_len());
-        let landmarks = landmarks.take(shape.choosing * count).enumerate();
-        landmarks.for_each(|(at, out)| marks[at % count].push(out));
-        let pages = rows.into_par_iter().zip(numbers).zip(marks).with_max_len(1);
-        let lost = pages.filter_map(|((row, numbers), marks)| {
-            for (layer, out) in self.choosing().zip(marks) {
-                fill_landmarks(self.heads(layer), row, shape.head_dim, out);
+    /// Reads every page into one of `slots` and has `put` take it from there, on as many threads as there are slots for;
+    /// adds those that cannot be read to `lost`, and ends at the first.
+    ///
+    /// Threads of its own: the pool's may be the ones that wait for this.
+    fn each_row<T: Filled>(
+        &self,
+        slots: &mut Vec<Slot<T>>,
+        lost: &mut Vec<u64>,
+        put: &(impl Fn(usize, &mut Slot<T>) -> Result<()> + Sync),
+    ) -> Result<()> {
+        let (next, rows) = (AtomicUsize::new(0), self.order.len());
+        let threads = slots.len().min(rayon::current_num_threads()).max(1);
+        // The one that went to the device first is taken first: its copy is done, or nearly.
+        let free = Mutex::new(VecDeque::from(std::mem::take(slots)));
+        let missing = Mutex::new(Vec::new());
+        let free_slots = || free.lock().unwrap_or_else(PoisonError::into_inner);
+        let work = || -> Result<()> {
+            loop {
+                let row = next.fetch_add(1, Ordering::Relaxed);
+                if row >= rows {
+                    return Ok(());
+                }
+                let Some(mut slot) = free_slots().pop_front() else { return Ok(()) };
+                let done = match self.read_row(row, &mut slot) {
+                    Ok(true) => put(row, &mut slot),
+                    Ok(false) => {
+                        let mut missing = missing.lock().unwrap_or_else(PoisonError::into_inner);
+                        missing.push(self.order[row]);
+                        next.store(rows, Ordering::Relaxed);
+                        Ok(())
+                    }
+                    Err(error) => Err(error),
+                };
+                free_slots().push_back(slot);
+                if done.is_err() {
+                    next.store(rows, Ordering::Relaxed);
+                    return done;
+                }
             }
-            let page = self.order[row];
-            (!self.fill_page(page, numbers)).then_some(page)
+        };
+        let done = thread::scope(|scope| {
+            let spawn =
+                |_| thread::Builder::new().name("mka-fill".into()).spawn_scoped(scope, work);
+            // Where the system gives fewer threads, fewer read.
+            let others: Vec<_> = (1..threads).map_while(|i| spawn(i).ok()).collect();
+            let own = work();
+            let join = |done: Result<()>, other: thread::ScopedJoinHandle<'_, Result<()>>| {
+                done.and(other.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            };
+            others.into_iter().fold(own, join)
         });
-        Ok(lost.collect())
+        *slots = free.into_inner().unwrap_or_else(PoisonError::into_inner).into();
+        *lost = missing.into_inner().unwrap_or_else(PoisonError::into_inner);
+        done
+    }
+
+    /// Reads a page and its landmarks; false where it cannot be read.
+    fn read_row<T: Filled>(&self, row: usize, slot: &mut Slot<T>) -> Result<bool> {
+        let marks_len = slot.shape.marks_len();
+        let landmarks = slot.landmarks.numbers()?.chunks_exact_mut(marks_len);
+        for (layer, out) in self.choosing().zip(landmarks) {
+            fill_landmarks(self.heads(layer), row, slot.shape.head_dim, out);
+        }
+        Ok(self.fill_page(self.order[row], slot.numbers.numbers()?))
     }
 
     /// Writes keys and values of a page, from memory or from the disk, to the front of `out`; false, with a warning, where
@@ -294,26 +368,21 @@ impl PageStore {
     /// Makes the memory that pages are read into for a device.
     #[cfg(test)]
     pub(super) fn stage(&self) {
-        let shape = self.batch_shape();
-        let batch = || shape.batch::<bf16>(shape.fill_pages(2), &self.device);
-        drop((batch(), batch()));
+        drop(made::<bf16>(self.slot_shape(), &self.device));
     }
 
     /// Reads every page as [`PageStore::fill_mirror`] does, for no device.
     #[cfg(test)]
     pub(super) fn read_all(&self) {
-        let mut batch = self.batch_shape().batch::<bf16>(FILL_PAGES, &Device::Cpu);
-        let rows = self.order.len();
-        for first in (0..rows).step_by(FILL_PAGES) {
-            let rows = first..rows.min(first + FILL_PAGES);
-            assert!(self.read_batch(rows, &mut batch).unwrap().is_empty());
-        }
+        let (mut slots, mut lost) = (made::<bf16>(self.slot_shape(), &Device::Cpu), Vec::new());
+        self.each_row(&mut slots, &mut lost, &|_, _| Ok(())).unwrap();
+        assert!(lost.is_empty());
     }
 
-    fn batch_shape(&self) -> BatchShape {
+    fn slot_shape(&self) -> SlotShape {
         let (num_kv_heads, head_dim) = (self.shape.num_kv_heads, self.shape.head_dim);
         let (layers, choosing) = (self.shape.num_layers, self.choosing().len());
-        BatchShape { layers, choosing, num_kv_heads, head_dim }
+        SlotShape { layers, choosing, num_kv_heads, head_dim }
     }
 
     /// Layers that choose.
@@ -322,32 +391,15 @@ impl PageStore {
     }
 }
 
+/// Slots for as many pages as may be on their way at once.
+fn made<T: Staged>(shape: SlotShape, device: &Device) -> Vec<Slot<T>> {
+    (0..shape.num_slots(usize::MAX, size_of::<T>())).map(|_| shape.slot(device)).collect()
+}
+
 /// The landmarks of a page of one layer, (MARKS, heads, d).
 fn fill_landmarks(heads: &[HeadIndex], row: usize, d: usize, out: &mut [bf16]) {
     for (at, out) in out.chunks_exact_mut(d).enumerate() {
         let (mark, head) = (at / heads.len(), at % heads.len());
         copy_bf16(heads[head].landmarks_bytes(row * MARKS + mark, 1, d), out);
     }
-}
-
-/// Appends a batch to the pages of each layer: one copy to the device for all of them, laid out by layer there.
-fn upload<T: Filled>(mirror: &mut Mirror, batch: &mut Batch<T>, shape: BatchShape) -> Result<()> {
-    let BatchShape { num_kv_heads: g, head_dim: d, layers, choosing } = shape;
-    let count = batch.pages;
-    if count == 0 {
-        return Ok(());
-    }
-    let numbers = batch.numbers.upload()?.narrow(0, 0, count * shape.page_len())?;
-    let numbers = numbers.reshape((count, 2 * layers + 1, shape.half_len()))?;
-    let numbers = numbers.narrow(1, 2 * (layers - choosing), 2 * choosing)?;
-    let numbers = numbers.transpose(0, 1)?.contiguous()?;
-    let numbers = numbers.reshape((2 * choosing * count, g, PAGE_TOKENS, d))?;
-    let landmarks = batch.landmarks.upload()?.narrow(0, 0, choosing * count * shape.marks_len())?;
-    let landmarks = landmarks.reshape((choosing * count * MARKS, g, d))?;
-    mirror.append(|layer, pages, limit| {
-        let keys = numbers.narrow(0, 2 * layer * count, count)?;
-        let values = numbers.narrow(0, (2 * layer + 1) * count, count)?;
-        let landmarks = landmarks.narrow(0, layer * count * MARKS, count * MARKS)?;
-        pages.append(&keys, &values, &landmarks, limit)
-    })
 }

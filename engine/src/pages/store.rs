@@ -2,7 +2,7 @@
 //! Knows no attention rule and no file; what goes to the disk and comes back is `disk.rs`'s matter.
 
 use super::device::Mirror;
-use super::filling::Room;
+use super::filling::FillMemory;
 use super::index::{HeadIndex, MARKS, SPAN};
 use super::message::Message;
 use super::reading::PageSource;
@@ -108,8 +108,8 @@ pub(crate) struct PageStore {
     pub(super) sums: Vec<Option<Tensor>>,
     /// The pages on the model's device; None where the processor chooses.
     pub(super) mirror: Option<Mirror>,
-    /// What is made to fill it with.
-    pub(super) room: Option<Room>,
+    /// What it is filled through.
+    pub(super) fill_memory: Arc<FillMemory>,
     /// Of the codes by which landmarks are scanned first; none where they are not.
     pub(super) planes: Planes,
     /// Of the codes of keys; None where there are none.
@@ -149,7 +149,7 @@ impl PageStore {
             tally: vec![Tally::default(); shape.num_layers],
             sums: Vec::new(),
             mirror: None,
-            room: None,
+            fill_memory: Arc::default(),
             planes: match config.scan {
                 LandmarkScan::SignHash => Planes::new(shape.head_dim),
                 _ => Planes::default(),
@@ -169,6 +169,7 @@ impl PageStore {
     pub(crate) fn fork(&self) -> Self {
         let mut fork = Self::new(self.shape, self.config.clone(), &self.device);
         fork.source.clone_from(&self.source);
+        fork.fill_memory.clone_from(&self.fill_memory);
         fork.pages.clone_from(&self.pages);
         fork.order.clone_from(&self.order);
         fork.index.clone_from(&self.index);

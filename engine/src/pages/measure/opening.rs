@@ -65,7 +65,7 @@ fn a_cards_session_that_is_opened_again() {
         let rows = restored.order.len();
         parts.time("room made on the device", || {
             let mirror = restored.mirror.as_mut().unwrap();
-            assert!(mirror.reserve(rows).unwrap());
+            assert!(mirror.places(rows).unwrap().is_some());
             mirror.device().synchronize().unwrap();
         });
         parts.time("memory to read into", || restored.stage());

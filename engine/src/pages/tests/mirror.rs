@@ -470,9 +470,8 @@ fn a_restored_mirror_is_filled_from_pages_that_memory_need_not_hold() {
         let (decoder, [mut straight, mut restored], num_read) = opened_with_mirror(precision, None);
         let store = restored.pages().unwrap();
         assert!(store.mirror.is_some());
-        // The last batch has room for more.
-        assert!(store.order.len() > crate::pages::filling::FILL_PAGES);
-        assert!(!store.order.len().is_multiple_of(crate::pages::filling::FILL_PAGES));
+        // More than are on their way at once on the two cores of a small machine.
+        assert!(store.order.len() > 40);
         assert_eq!(num_read, store.order.len());
         assert!(store.pages.values().all(|stored| stored.bytes.is_none()), "{precision:?}");
         let asked = tokens(90);

@@ -13,24 +13,15 @@
 //   gather        chosen keys rotated to their positions, chosen values; f32, a page of 64 after the other
 //   note_share    sums of two shares over the queries of a turn
 //
+//   join          where queries are many: what the blocks' maxima and sums make, once for all blocks of `vote`
+//
 // Keys are f32 or bf16, everything is computed in f32. `score` has four lanes a key (16 bytes each, two shuffles a dot
 // product) and keeps 8 rows of accumulators; a block is 64 such quads and takes 256 keys. Bound by memory: 2 d bytes a
-// landmark of bf16 against 4 bytes a row and landmark of logits.
-#include "number.cuh"
+// landmark of bf16 against 4 bytes a row and landmark of logits. Many rows of queries over keys of bf16 are
+// `score_rows_sm80.cu`'s.
+#include "recall.cuh"
 
-constexpr int PAGE_TOKENS = 64;
-constexpr int SPAN = 8; // keys of a landmark
-constexpr int THREADS = 256;
-constexpr int BLOCK_KEYS = 256;
 constexpr int TILE_ROWS = 8;
-constexpr int MAX_ROWS = 512;
-constexpr int MAX_DIM = 256;
-constexpr int MAX_RUNS = 16;
-
-// Queries that choose among the same pages, the first ones stored.
-struct Run {
-  uint32_t first, queries, pages;
-};
 
 struct QueryParams {
   const float *q;      // (t, h, d)
@@ -63,59 +54,6 @@ extern "C" __global__ void mean_queries(const __grid_constant__ QueryParams p) {
     float *to = p.mean + ((uint64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.h + head) * p.d + i;
     to[0] = low, to[half] = high;
   }
-}
-
-struct VoteParams {
-  const float *q;              // (runs, rows / group, h, d)
-  const void *keys;            // landmarks (n, g, d), or stored keys (pages, g, 64, d)
-  const uint32_t *marks;       // of stored keys: (runs, g, num_marks), landmarks whose tokens are scored; null: all
-  const void *outlier_keys;    // of landmarks: (outliers · SPAN, g, d)
-  const uint32_t *outliers;    // (g, outliers): the landmark of each, ignored where a run does not see it
-  const uint32_t *pins;        // landmarks that are chosen whatever they are asked for, ascending
-  float *logits;               // (runs, g, rows, n)
-  float *stats;                // (runs, g, blocks, rows, 2): maximum and sum of each block
-  float *norms;                // (runs, g, rows): log2 of the sum of 2^logit
-  float *votes;                // (runs, g, n)
-  uint64_t n;                  // keys of the run of most pages, those of outliers last
-  uint32_t num_marks, num_outliers, num_pins;
-  uint32_t rows, h, g, group, d, blocks, pooled; // rows: of the longest run
-  Run runs[MAX_RUNS];
-};
-
-// What a block works on: one head of one run.
-struct Own {
-  uint32_t head, at; // at: run · g + head
-  uint32_t rows, marks;
-};
-
-__device__ __forceinline__ Own work_of_block(const VoteParams &p) {
-  const Run run = p.runs[blockIdx.z];
-  const uint32_t means = (run.queries + p.pooled - 1) / p.pooled;
-  return Own{blockIdx.y, blockIdx.z * p.g + blockIdx.y, means * p.group, run.pages * (PAGE_TOKENS / SPAN)};
-}
-
-__device__ __forceinline__ uint32_t mark_at(const VoteParams &p, const Own &own, uint64_t i) {
-  return p.marks ? p.marks[uint64_t(own.at) * p.num_marks + i] : uint32_t(i);
-}
-
-// Landmarks that the run of most pages has: of the keys, those before the outliers'.
-__device__ __forceinline__ uint64_t most_marks(const VoteParams &p) { return p.n - uint64_t(p.num_outliers) * SPAN; }
-
-// Key `i` of a head; null for none.
-template <typename T, bool TOKENS>
-__device__ __forceinline__ const T *key_at(const VoteParams &p, const Own &own, uint64_t i) {
-  if (TOKENS) {
-    const uint32_t mark = mark_at(p, own, i / SPAN);
-    if (mark >= own.marks) return nullptr;
-    const uint64_t token = uint64_t(mark) * SPAN + i % SPAN;
-    const uint64_t row = (token / PAGE_TOKENS * p.g + own.head) * PAGE_TOKENS + token % PAGE_TOKENS;
-    return static_cast<const T *>(p.keys) + row * p.d;
-  }
-  if (i < own.marks) return static_cast<const T *>(p.keys) + (i * p.g + own.head) * p.d;
-  if (i < most_marks(p)) return nullptr;
-  const uint64_t outlier = i - most_marks(p);
-  if (p.outliers[uint64_t(own.head) * p.num_outliers + outlier / SPAN] >= own.marks) return nullptr;
-  return static_cast<const T *>(p.outlier_keys) + (outlier * p.g + own.head) * p.d;
 }
 
 template <typename T, bool TOKENS> __device__ __forceinline__ void score(const VoteParams &p) {
@@ -197,11 +135,41 @@ __device__ __forceinline__ bool is_pinned(const VoteParams &p, uint32_t mark) {
   return low < p.num_pins && p.pins[low] == mark;
 }
 
+constexpr int JOINED_ROWS = 32; // of a block: a warp reads them side by side
+
+// Block: 32 rows of one head of a run; a warp every eighth block of keys, then all warps together.
+extern "C" __global__ void __launch_bounds__(THREADS) join(const __grid_constant__ VoteParams p) {
+  __shared__ float tops[THREADS / 32][JOINED_ROWS], sums[THREADS / 32][JOINED_ROWS];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Own own = work_of_block(p);
+  const uint32_t row = blockIdx.x * JOINED_ROWS + lane;
+  const bool is_there = row < own.rows;
+  const float2 *stats = reinterpret_cast<const float2 *>(p.stats) + uint64_t(own.at) * p.blocks * p.rows + row;
+  float top = -INFINITY, sum = 0.0f;
+#pragma unroll 4
+  for (uint32_t i = warp; i < p.blocks; i += THREADS / 32) {
+    const float2 at = is_there ? stats[uint64_t(i) * p.rows] : make_float2(-INFINITY, 0.0f);
+    const float larger = fmaxf(top, at.x);
+    if (larger > -INFINITY) sum = sum * exp2f(top - larger) + at.y * exp2f(at.x - larger);
+    top = larger;
+  }
+  tops[warp][lane] = top, sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || !is_there) return;
+  for (int i = 1; i < THREADS / 32; i++) top = fmaxf(top, tops[i][lane]);
+  sum = 0.0f;
+  for (int i = 0; i < THREADS / 32; i++)
+    if (tops[i][lane] > -INFINITY) sum += sums[i][lane] * exp2f(tops[i][lane] - top);
+  p.norms[uint64_t(own.at) * p.rows + row] = top + log2f(sum);
+}
+
 template <bool TOKENS> __device__ __forceinline__ void vote(const VoteParams &p) {
   __shared__ float norm[MAX_ROWS];
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const Own own = work_of_block(p);
-  for (uint32_t row = warp; row < own.rows; row += THREADS / 32) {
+  for (uint32_t row = tid; p.is_joined && row < own.rows; row += THREADS)
+    norm[row] = p.norms[uint64_t(own.at) * p.rows + row];
+  for (uint32_t row = warp; !p.is_joined && row < own.rows; row += THREADS / 32) {
     const float *stats = p.stats + (uint64_t(own.at) * p.blocks * p.rows + row) * 2;
     float top = -INFINITY;
     for (uint32_t i = lane; i < p.blocks; i += 32) top = fmaxf(top, stats[uint64_t(i) * p.rows * 2]);
@@ -263,9 +231,33 @@ struct ReachParams {
   uint32_t num_marks, reach;
 };
 
+constexpr int MOST_NEAR = 64; // tokens to either side that a block keeps in shared memory
+
+// The votes of tokens that lie as they stand, a block 256 of them at a time.
+__device__ __forceinline__ void reach_in_order(const ReachParams &p, const float *votes) {
+  __shared__ float near[THREADS + 2 * MOST_NEAR];
+  const int tid = threadIdx.x, reach = p.reach;
+  const uint64_t step = uint64_t(gridDim.x) * THREADS;
+  for (uint64_t first = uint64_t(blockIdx.x) * THREADS; first < p.n; first += step) {
+    __syncthreads();
+    for (int i = tid; i < THREADS + 2 * reach; i += THREADS) {
+      const uint64_t at = first + i - reach; // Before the first it is larger than any.
+      const float vote = at < p.n ? votes[at] : -1.0f;
+      near[i] = vote < INFINITY ? vote : -1.0f;
+    }
+    __syncthreads();
+    if (first + tid >= p.n) continue;
+    float vote = votes[first + tid];
+    if (vote >= 0.0f && vote < INFINITY)
+      for (int i = tid; i <= tid + 2 * reach; i++) vote = fmaxf(vote, near[i]);
+    p.pooled[uint64_t(blockIdx.y) * p.n + first + tid] = vote;
+  }
+}
+
 // A thread a vote at a time. Pinned tokens and those that are not seen keep theirs, and give it to no other.
 extern "C" __global__ void __launch_bounds__(THREADS) reach(const __grid_constant__ ReachParams p) {
   const float *votes = p.votes + uint64_t(blockIdx.y) * p.n;
+  if (!p.marks && p.reach <= MOST_NEAR) return reach_in_order(p, votes);
   const uint32_t *marks = p.marks ? p.marks + uint64_t(blockIdx.y) * p.num_marks : nullptr;
   const auto token = [&](uint64_t i) { return marks ? uint64_t(marks[i / SPAN]) * SPAN + i % SPAN : i; };
   const uint64_t step = uint64_t(gridDim.x) * THREADS;

@@ -8,28 +8,31 @@ use super::index::{HeadIndex, MARKS};
 use super::reading::IDS_BYTES;
 use super::store::PageStore;
 use crate::error::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use half::bf16;
+use mka_kernels::recall::Places;
 use mka_kernels::{PAGE_TOKENS, Staged, Staging};
-use std::collections::VecDeque;
+use rayon::prelude::*;
 use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle, ScopedJoinHandle};
 
-/// Pages on their way at once for each thread that reads them: one is read while the other goes to the device.
-const SLOTS_A_THREAD: usize = 2;
-/// Bytes on their way at once at most, or one page: the system takes 0.6 ms to lock a megabyte.
-const FILL_BYTES: usize = 52 << 20;
+/// Batches on their way at once: while one goes to the device and another waits for the last of its pages, the third is read.
+const LANES: usize = 3;
+/// Bytes of a batch at most, or one page: eleven of the default model's. The system takes 0.6 ms to lock a megabyte.
+const BATCH_BYTES: usize = 17 << 20;
+/// Pages of a batch at most.
+const BATCH_PAGES: usize = 16;
 
 /// Numbers as the mirror holds them.
 trait Filled: Staged {
-    /// The slots for such numbers.
-    fn slots(slots: Slots) -> Option<Vec<Slot<Self>>>;
+    /// The batches of such numbers.
+    fn batches(batches: Batches) -> Option<Vec<Batch<Self>>>;
 
-    /// Slots for such numbers.
-    fn any(slots: Vec<Slot<Self>>) -> Slots;
+    /// Batches of such numbers.
+    fn any(batches: Vec<Batch<Self>>) -> Batches;
 
     /// What pages are held in that are these numbers, byte by byte.
     const AS_IT_IS: PagePrecision;
@@ -39,12 +42,12 @@ trait Filled: Staged {
 }
 
 impl Filled for f32 {
-    fn slots(slots: Slots) -> Option<Vec<Slot<f32>>> {
-        if let Slots::F32(slots) = slots { Some(slots) } else { None }
+    fn batches(batches: Batches) -> Option<Vec<Batch<f32>>> {
+        if let Batches::F32(batches) = batches { Some(batches) } else { None }
     }
 
-    fn any(slots: Vec<Slot<f32>>) -> Slots {
-        Slots::F32(slots)
+    fn any(batches: Vec<Batch<f32>>) -> Batches {
+        Batches::F32(batches)
     }
 
     const AS_IT_IS: PagePrecision = PagePrecision::F32;
@@ -55,12 +58,12 @@ impl Filled for f32 {
 }
 
 impl Filled for bf16 {
-    fn slots(slots: Slots) -> Option<Vec<Slot<bf16>>> {
-        if let Slots::Bf16(slots) = slots { Some(slots) } else { None }
+    fn batches(batches: Batches) -> Option<Vec<Batch<bf16>>> {
+        if let Batches::Bf16(batches) = batches { Some(batches) } else { None }
     }
 
-    fn any(slots: Vec<Slot<bf16>>) -> Slots {
-        Slots::Bf16(slots)
+    fn any(batches: Vec<Batch<bf16>>) -> Batches {
+        Batches::Bf16(batches)
     }
 
     const AS_IT_IS: PagePrecision = PagePrecision::Bf16;
@@ -84,9 +87,9 @@ fn copy_bf16(bytes: &[u8], out: &mut [bf16]) {
     out.iter_mut().zip(numbers).for_each(|(out, x)| *out = bf16::from_le_bytes(*x));
 }
 
-/// The shape of a page on its way.
+/// The shape of pages on their way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct SlotShape {
+struct BatchShape {
     layers: usize,
     /// Of them, those that choose: the last ones.
     choosing: usize,
@@ -94,7 +97,7 @@ struct SlotShape {
     head_dim: usize,
 }
 
-impl SlotShape {
+impl BatchShape {
     /// Numbers of one page's keys or values in one layer: at least as many bytes as its token ids.
     fn half_len(&self) -> usize {
         self.num_kv_heads * PAGE_TOKENS * self.head_dim
@@ -110,47 +113,51 @@ impl SlotShape {
         MARKS * self.num_kv_heads * self.head_dim
     }
 
-    /// How many `pages` pages of numbers of `size` bytes are on their way at once.
-    fn num_slots(&self, pages: usize, size: usize) -> usize {
+    /// Pages of a batch of numbers of `size` bytes.
+    fn pages(&self, size: usize) -> usize {
         let page_bytes = self.page_len() * size + self.choosing * self.marks_len() * 2;
-        let most = SLOTS_A_THREAD * rayon::current_num_threads().max(1);
-        (FILL_BYTES / page_bytes.max(1)).clamp(1, most).min(pages)
+        (BATCH_BYTES / page_bytes.max(1)).clamp(1, BATCH_PAGES)
     }
 
-    fn slot<T: Staged>(self, device: &Device) -> Slot<T> {
-        let numbers = Staging::new(self.page_len(), device);
-        let landmarks = Staging::new(self.choosing * self.marks_len(), device);
-        Slot { shape: self, numbers, landmarks }
+    /// Batches for all lanes.
+    fn batches<T: Staged>(self, device: &Device) -> Vec<Batch<T>> {
+        let pages = self.pages(size_of::<T>());
+        let batch = |_| Batch {
+            shape: self,
+            numbers: Staging::new(pages * self.page_len(), device),
+            landmarks: Staging::new(pages * self.choosing * self.marks_len(), device),
+        };
+        (0..LANES).map(batch).collect()
     }
 }
 
-/// Memory for one page on its way.
-pub(super) struct Slot<T: Staged> {
-    shape: SlotShape,
-    /// (2 · layers + 1, num_kv_heads, PAGE_TOKENS, head_dim), as the disk has a page: of each layer keys, then values, and
-    /// behind them its token ids.
+/// Memory for some pages on their way.
+pub(super) struct Batch<T: Staged> {
+    shape: BatchShape,
+    /// (pages, 2 · layers + 1, num_kv_heads, PAGE_TOKENS, head_dim), each page as the disk has it: of each layer keys, then
+    /// values, and behind them its token ids.
     numbers: Staging<T>,
-    /// (layers that choose, MARKS, num_kv_heads, head_dim).
+    /// (pages, layers that choose, MARKS, num_kv_heads, head_dim).
     landmarks: Staging<bf16>,
 }
 
-impl<T: Staged> Slot<T> {
-    /// What the layers that choose get, on the device; the copies may be under way when this returns.
-    fn upload(&mut self) -> Result<(Tensor, Tensor)> {
-        let SlotShape { layers, choosing, num_kv_heads: g, head_dim: d } = self.shape;
-        let half = self.shape.half_len();
-        let numbers = self.numbers.upload()?;
-        let numbers = numbers.narrow(0, 2 * (layers - choosing) * half, 2 * choosing * half)?;
-        let numbers = numbers.reshape((2 * choosing, g, PAGE_TOKENS, d))?;
-        let landmarks = self.landmarks.upload()?.reshape((choosing, MARKS, g, d))?;
-        Ok((numbers, landmarks))
+impl<T: Staged> Batch<T> {
+    /// The first `count` pages to `places` from page `at` on; the copy may be under way when this returns.
+    fn put(&mut self, count: usize, places: &Places<'_>, at: usize) -> Result<()> {
+        let BatchShape { layers, choosing, num_kv_heads: g, head_dim: d } = self.shape;
+        let numbers = self.numbers.upload()?.narrow(0, 0, count * self.shape.page_len())?;
+        let numbers = numbers.reshape((count, 2 * layers + 1, g, PAGE_TOKENS, d))?;
+        let marks_len = choosing * self.shape.marks_len();
+        let landmarks = self.landmarks.upload()?.narrow(0, 0, count * marks_len)?;
+        let landmarks = landmarks.reshape((count, choosing, MARKS, g, d))?;
+        Ok(places.put(at, &numbers, 2 * (layers - choosing), &landmarks)?)
     }
 }
 
-/// Slots for numbers of one type.
-pub(super) enum Slots {
-    F32(Vec<Slot<f32>>),
-    Bf16(Vec<Slot<bf16>>),
+/// Batches of numbers of one type.
+pub(super) enum Batches {
+    F32(Vec<Batch<f32>>),
+    Bf16(Vec<Batch<bf16>>),
 }
 
 /// The memory that pages go to a device through, from which the device reads. An engine makes it once, for the system takes
@@ -163,17 +170,17 @@ pub(crate) struct FillMemory(Mutex<Kept>);
 enum Kept {
     #[default]
     Nothing,
-    Making(JoinHandle<Slots>),
-    There(Slots),
+    Making(JoinHandle<Batches>),
+    There(Batches),
 }
 
 impl FillMemory {
-    fn kept(&self) -> std::sync::MutexGuard<'_, Kept> {
+    fn kept(&self) -> MutexGuard<'_, Kept> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has a thread make it as `make` says, where there is none.
-    fn prepare(&self, make: impl FnOnce() -> Slots + Send + 'static) {
+    fn prepare(&self, make: impl FnOnce() -> Batches + Send + 'static) {
         let mut kept = self.kept();
         if matches!(*kept, Kept::Nothing)
             && let Ok(making) = thread::Builder::new().name("mka-fill".into()).spawn(make)
@@ -182,29 +189,29 @@ impl FillMemory {
         }
     }
 
-    /// What there is of `shape`, for the caller alone.
-    fn take<T: Filled>(&self, shape: SlotShape) -> Vec<Slot<T>> {
+    /// Batches of `shape` for the caller alone, those that are kept or new ones.
+    fn take<T: Filled>(&self, shape: BatchShape, device: &Device) -> Vec<Batch<T>> {
         let kept = std::mem::take(&mut *self.kept());
-        let slots = match kept {
+        let batches = match kept {
             Kept::Nothing => None,
             Kept::Making(making) => making.join().ok(),
-            Kept::There(slots) => Some(slots),
+            Kept::There(batches) => Some(batches),
         };
-        let mut slots = slots.and_then(T::slots).unwrap_or_default();
-        slots.retain(|slot| slot.shape == shape);
-        slots
+        let is_own = |batches: &Vec<Batch<T>>| batches.iter().all(|own| own.shape == shape);
+        let batches = batches.and_then(T::batches).filter(is_own);
+        batches.unwrap_or_else(|| shape.batches(device))
     }
 
-    /// Keeps `slots` for the next, where there are no others.
-    fn keep<T: Filled>(&self, slots: Vec<Slot<T>>) {
+    /// Keeps `batches` for the next, where there are no others.
+    fn keep<T: Filled>(&self, batches: Vec<Batch<T>>) {
         let mut kept = self.kept();
         if matches!(*kept, Kept::Nothing) {
-            *kept = Kept::There(T::any(slots));
+            *kept = Kept::There(T::any(batches));
             return;
         }
         drop(kept);
         // Unlocking takes as long as reading a tenth of the pages.
-        rayon::spawn(move || drop(slots));
+        rayon::spawn(move || drop(batches));
     }
 }
 
@@ -221,10 +228,10 @@ impl PageStore {
         if pages == 0 || !mirror.has_room_for(pages) {
             return;
         }
-        let (shape, device, dtype) = (self.slot_shape(), mirror.device().clone(), mirror.dtype());
+        let (shape, device, dtype) = (self.batch_shape(), mirror.device().clone(), mirror.dtype());
         self.fill_memory.prepare(move || match dtype {
-            DType::F32 => f32::any(made(shape, &device)),
-            _ => bf16::any(made(shape, &device)),
+            DType::F32 => f32::any(shape.batches(&device)),
+            _ => bf16::any(shape.batches(&device)),
         });
     }
 
@@ -258,18 +265,13 @@ impl PageStore {
         if rows == 0 {
             return Ok(true);
         }
-        let device = mirror.device().clone();
+        let (device, shape) = (mirror.device().clone(), self.batch_shape());
         let Some(places) = mirror.places(rows)? else { return Ok(false) };
-        let shape = self.slot_shape();
-        let mut slots = self.fill_memory.take::<T>(shape);
-        let wanted = shape.num_slots(rows, size_of::<T>());
-        slots.resize_with(wanted.max(slots.len()), || shape.slot(&device));
-        let put = |row: usize, slot: &mut Slot<T>| -> Result<()> {
-            let (numbers, landmarks) = slot.upload()?;
-            Ok(places.put(row, &numbers, &landmarks)?)
-        };
-        let filled = self.each_row(&mut slots, lost, &put);
-        self.fill_memory.keep(slots);
+        let mut batches = self.fill_memory.take::<T>(shape, &device);
+        let filled = self.each_batch(&mut batches, lost, &|at, count, batch: &mut Batch<T>| {
+            batch.put(count, &places, at)
+        });
+        self.fill_memory.keep(batches);
         filled?;
         if !lost.is_empty() {
             return Ok(false);
@@ -279,70 +281,74 @@ impl PageStore {
         Ok(true)
     }
 
-    /// Reads every page into one of `slots` and has `put` take it from there, on as many threads as there are slots for;
-    /// adds those that cannot be read to `lost`, and ends at the first.
-    ///
-    /// Threads of its own: the pool's may be the ones that wait for this.
-    fn each_row<T: Filled>(
+    /// Reads every page into one of `batches` and has `put` take them from there: the first row and how many; adds those
+    /// that cannot be read to `lost`, and ends with them.
+    fn each_batch<T: Filled>(
         &self,
-        slots: &mut Vec<Slot<T>>,
+        batches: &mut [Batch<T>],
         lost: &mut Vec<u64>,
-        put: &(impl Fn(usize, &mut Slot<T>) -> Result<()> + Sync),
+        put: &(impl Fn(usize, usize, &mut Batch<T>) -> Result<()> + Sync),
     ) -> Result<()> {
-        let (next, rows) = (AtomicUsize::new(0), self.order.len());
-        let threads = slots.len().min(rayon::current_num_threads()).max(1);
-        // The one that went to the device first is taken first: its copy is done, or nearly.
-        let free = Mutex::new(VecDeque::from(std::mem::take(slots)));
-        let missing = Mutex::new(Vec::new());
-        let free_slots = || free.lock().unwrap_or_else(PoisonError::into_inner);
-        let work = || -> Result<()> {
+        let rows = self.order.len();
+        let (next, missing) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        let step = self.batch_shape().pages(size_of::<T>());
+        let work = |batch: &mut Batch<T>| -> Result<()> {
             loop {
-                let row = next.fetch_add(1, Ordering::Relaxed);
-                if row >= rows {
+                let first = next.fetch_add(step, Ordering::Relaxed);
+                if first >= rows {
                     return Ok(());
                 }
-                let Some(mut slot) = free_slots().pop_front() else { return Ok(()) };
-                let done = match self.read_row(row, &mut slot) {
-                    Ok(true) => put(row, &mut slot),
-                    Ok(false) => {
-                        let mut missing = missing.lock().unwrap_or_else(PoisonError::into_inner);
-                        missing.push(self.order[row]);
-                        next.store(rows, Ordering::Relaxed);
-                        Ok(())
+                let end = rows.min(first + step);
+                let done = self.read_batch(first..end, batch).and_then(|unread| {
+                    if unread.is_empty() {
+                        return put(first, end - first, batch);
                     }
-                    Err(error) => Err(error),
-                };
-                free_slots().push_back(slot);
+                    next.store(rows, Ordering::Relaxed);
+                    missing.lock().unwrap_or_else(PoisonError::into_inner).extend(unread);
+                    Ok(())
+                });
                 if done.is_err() {
                     next.store(rows, Ordering::Relaxed);
                     return done;
                 }
             }
         };
+        let Some((own, others)) = batches.split_first_mut() else { return Ok(()) };
         let done = thread::scope(|scope| {
-            let spawn =
-                |_| thread::Builder::new().name("mka-fill".into()).spawn_scoped(scope, work);
-            // Where the system gives fewer threads, fewer read.
-            let others: Vec<_> = (1..threads).map_while(|i| spawn(i).ok()).collect();
-            let own = work();
-            let join = |done: Result<()>, other: thread::ScopedJoinHandle<'_, Result<()>>| {
+            // Threads that are not the pool's, which reads: one of those reads alone, for the others would wait for it.
+            let others = if rayon::current_thread_index().is_some() { &mut [] } else { others };
+            let spawn = |batch| {
+                let thread = thread::Builder::new().name("mka-fill".into());
+                thread.spawn_scoped(scope, || work(batch))
+            };
+            // Where the system gives none, fewer are on their way.
+            let others: Vec<_> = others.iter_mut().map_while(|batch| spawn(batch).ok()).collect();
+            let own = work(own);
+            let join = |done: Result<()>, other: ScopedJoinHandle<'_, Result<()>>| {
                 done.and(other.join().unwrap_or_else(|panic| resume_unwind(panic)))
             };
             others.into_iter().fold(own, join)
         });
-        *slots = free.into_inner().unwrap_or_else(PoisonError::into_inner).into();
-        *lost = missing.into_inner().unwrap_or_else(PoisonError::into_inner);
+        lost.extend(missing.into_inner().unwrap_or_else(PoisonError::into_inner));
         done
     }
 
-    /// Reads a page and its landmarks; false where it cannot be read.
-    fn read_row<T: Filled>(&self, row: usize, slot: &mut Slot<T>) -> Result<bool> {
-        let marks_len = slot.shape.marks_len();
-        let landmarks = slot.landmarks.numbers()?.chunks_exact_mut(marks_len);
-        for (layer, out) in self.choosing().zip(landmarks) {
-            fill_landmarks(self.heads(layer), row, slot.shape.head_dim, out);
-        }
-        Ok(self.fill_page(self.order[row], slot.numbers.numbers()?))
+    /// Reads the pages of `rows` and their landmarks, page by page side by side; those that cannot be read.
+    fn read_batch<T: Filled>(&self, rows: Range<usize>, batch: &mut Batch<T>) -> Result<Vec<u64>> {
+        let shape = batch.shape;
+        let numbers = batch.numbers.numbers()?.par_chunks_exact_mut(shape.page_len());
+        let marks_len = shape.choosing * shape.marks_len();
+        let landmarks = batch.landmarks.numbers()?.par_chunks_exact_mut(marks_len);
+        let pages = rows.into_par_iter().zip(numbers).zip(landmarks).with_max_len(1);
+        let unread = pages.filter_map(|((row, numbers), landmarks)| {
+            let layers = self.choosing().zip(landmarks.chunks_exact_mut(shape.marks_len()));
+            for (layer, out) in layers {
+                fill_landmarks(self.heads(layer), row, shape.head_dim, out);
+            }
+            let page = self.order[row];
+            (!self.fill_page(page, numbers)).then_some(page)
+        });
+        Ok(unread.collect())
     }
 
     /// Writes keys and values of a page, from memory or from the disk, to the front of `out`; false, with a warning, where
@@ -368,32 +374,28 @@ impl PageStore {
     /// Makes the memory that pages are read into for a device.
     #[cfg(test)]
     pub(super) fn stage(&self) {
-        drop(made::<bf16>(self.slot_shape(), &self.device));
+        drop(self.batch_shape().batches::<bf16>(&self.device));
     }
 
     /// Reads every page as [`PageStore::fill_mirror`] does, for no device.
     #[cfg(test)]
     pub(super) fn read_all(&self) {
-        let (mut slots, mut lost) = (made::<bf16>(self.slot_shape(), &Device::Cpu), Vec::new());
-        self.each_row(&mut slots, &mut lost, &|_, _| Ok(())).unwrap();
+        let mut batches = self.batch_shape().batches::<bf16>(&Device::Cpu);
+        let mut lost = Vec::new();
+        self.each_batch(&mut batches, &mut lost, &|_, _, _: &mut Batch<bf16>| Ok(())).unwrap();
         assert!(lost.is_empty());
     }
 
-    fn slot_shape(&self) -> SlotShape {
+    fn batch_shape(&self) -> BatchShape {
         let (num_kv_heads, head_dim) = (self.shape.num_kv_heads, self.shape.head_dim);
         let (layers, choosing) = (self.shape.num_layers, self.choosing().len());
-        SlotShape { layers, choosing, num_kv_heads, head_dim }
+        BatchShape { layers, choosing, num_kv_heads, head_dim }
     }
 
     /// Layers that choose.
     fn choosing(&self) -> Range<usize> {
         self.config.first_layer.min(self.shape.num_layers)..self.shape.num_layers
     }
-}
-
-/// Slots for as many pages as may be on their way at once.
-fn made<T: Staged>(shape: SlotShape, device: &Device) -> Vec<Slot<T>> {
-    (0..shape.num_slots(usize::MAX, size_of::<T>())).map(|_| shape.slot(device)).collect()
 }
 
 /// The landmarks of a page of one layer, (MARKS, heads, d).

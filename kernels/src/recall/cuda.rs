@@ -19,6 +19,13 @@ use params::{
 /// Keys of one block of a score; as in `cuda/recall.cu`, like the number of threads.
 const BLOCK_KEYS: usize = 256;
 const THREADS: u32 = 256;
+/// Rows of queries from which on tensor cores score stored keys, and blocks' statistics are joined by a launch of their own:
+/// a decoded token of a group of eight has fewer.
+const MANY_ROWS: usize = 9;
+/// Rows that a block of `join` takes.
+const JOINED_ROWS: usize = 32;
+/// By 32 channels.
+const SCORE_ROWS: [&str; 4] = ["score_rows_32", "score_rows_64", "score_rows_96", "score_rows_128"];
 /// Bytes of logits at once: runs whose logits would take more choose one after the other.
 const LOGIT_BYTES: usize = 256 << 20;
 
@@ -308,17 +315,24 @@ fn vote_at_once(
         d: d as u32,
         blocks: blocks as u32,
         pooled: queries.pooled as u32,
+        is_joined: u32::from(rows >= MANY_ROWS),
         runs: queries.runs,
     };
-    let (score, vote) = match (tokens.is_some(), pages.keys.dtype()) {
-        (false, _) => ("score_landmarks", "vote_landmarks"),
-        (true, DType::F32) => ("score_tokens_f32", "vote_tokens"),
-        (true, _) => ("score_tokens_bf16", "vote_tokens"),
+    let vote = if tokens.is_some() { "vote_tokens" } else { "vote_landmarks" };
+    let (source, score) = match (tokens.is_some(), pages.keys.dtype()) {
+        (false, _) => ("recall", "score_landmarks"),
+        (true, DType::F32) => ("recall", "score_tokens_f32"),
+        (true, _) if rows < MANY_ROWS || d > 128 => ("recall", "score_tokens_bf16"),
+        (true, _) => ("score_rows_sm80", SCORE_ROWS[d.div_ceil(32) - 1]),
     };
     let num_runs = queries.num_runs as u32;
     let grid = (blocks as u32, g as u32, num_runs);
     let launch = Launch { grid, block: THREADS, shared_bytes: 0 };
-    cuda::launch(device, "recall", score, launch, &params)?;
+    cuda::launch(device, source, score, launch, &params)?;
+    if rows >= MANY_ROWS {
+        let grid = (rows.div_ceil(JOINED_ROWS) as u32, g as u32, num_runs);
+        cuda::launch(device, "recall", "join", Launch { grid, ..launch }, &params)?;
+    }
     // Each block joins the statistics of all: 1,024 votes a block keep that a small share.
     let grid = (n.div_ceil(1024) as u32, g as u32, num_runs);
     cuda::launch(device, "recall", vote, Launch { grid, ..launch }, &params)?;

@@ -37,26 +37,28 @@ impl<'a> Places<'a> {
         Ok(Self { layers, pages })
     }
 
-    /// Writes page `at`, counted from the first that there is room for: threads may write different ones at once.
+    /// Writes pages from `at` on, counted from the first that there is room for: threads may write different ones at once.
     ///
-    /// Shapes: `numbers` (2 · layers, g, PAGE_TOKENS, d) in the type of the pages, of each layer keys before RoPE and then
-    /// values; `landmarks` (layers, MARKS, g, d), bf16; both contiguous.
+    /// Shapes: `numbers` (n, halves, g, PAGE_TOKENS, d) in the type of the pages, of each layer keys before RoPE and then
+    /// values, from half `first` on; `landmarks` (n, layers, MARKS, g, d), bf16; both contiguous.
     ///
     /// # Errors
-    /// If there is no such page, shapes, types or devices disagree, or the device fails.
-    pub fn put(&self, at: usize, numbers: &Tensor, landmarks: &Tensor) -> Result<()> {
-        let Some(first) = self.layers.first() else { return Ok(()) };
-        let ((_, g, _, d), count) = (first.keys.dims4()?, self.layers.len());
-        if at >= self.pages
-            || numbers.dims() != [2 * count, g, PAGE_TOKENS, d]
-            || landmarks.dims() != [count, MARKS, g, d]
-            || numbers.dtype() != first.keys.dtype()
+    /// If there are no such pages, shapes, types or devices disagree, or the device fails.
+    pub fn put(&self, at: usize, numbers: &Tensor, first: usize, landmarks: &Tensor) -> Result<()> {
+        let Some(layer) = self.layers.first() else { return Ok(()) };
+        let ((_, g, _, d), count) = (layer.keys.dims4()?, self.layers.len());
+        let (n, halves, ..) = numbers.dims5()?;
+        if at + n > self.pages
+            || halves < first + 2 * count
+            || numbers.dims() != [n, halves, g, PAGE_TOKENS, d]
+            || landmarks.dims() != [n, count, MARKS, g, d]
+            || numbers.dtype() != layer.keys.dtype()
             || landmarks.dtype() != DType::BF16
             || !numbers.is_contiguous()
             || !landmarks.is_contiguous()
         {
             bail!(
-                "places: page {at} of {}, keys and values {:?} in {:?}, landmarks {:?} in {:?}, expected those of {count} layers of {g} heads of {d}, contiguous",
+                "places: pages from {at} on of {}, keys and values {:?} in {:?} from {first} on, landmarks {:?} in {:?}, expected those of {count} layers of {g} heads of {d}, contiguous",
                 self.pages,
                 numbers.shape(),
                 numbers.dtype(),
@@ -65,14 +67,16 @@ impl<'a> Places<'a> {
             );
         }
         #[cfg(feature = "cuda")]
-        if let candle_core::Device::Cuda(device) = first.keys.device() {
-            return cuda::put(device, &self.layers, at, numbers, landmarks);
+        if let candle_core::Device::Cuda(device) = layer.keys.device() {
+            return cuda::put(device, &self.layers, at, (numbers, first), landmarks);
         }
         for (i, layer) in self.layers.iter().enumerate() {
             let row = layer.first + layer.len + at;
-            layer.keys.slice_set(&numbers.narrow(0, 2 * i, 1)?, 0, row)?;
-            layer.values.slice_set(&numbers.narrow(0, 2 * i + 1, 1)?, 0, row)?;
-            layer.landmarks.slice_set(&landmarks.get(i)?, 0, row * MARKS)?;
+            let half = |half: usize| numbers.narrow(1, half, 1)?.squeeze(1)?.contiguous();
+            layer.keys.slice_set(&half(first + 2 * i)?, 0, row)?;
+            layer.values.slice_set(&half(first + 2 * i + 1)?, 0, row)?;
+            let marks = landmarks.narrow(1, i, 1)?.contiguous()?.reshape((n * MARKS, g, d))?;
+            layer.landmarks.slice_set(&marks, 0, row * MARKS)?;
         }
         Ok(())
     }
@@ -134,9 +138,12 @@ mod tests {
         put.iter_mut().chain(&mut appended).for_each(StoredPages::pop_front);
         (before..before + pages).try_for_each(|at| append(&mut appended, at))?;
         let places = Places::new(put.iter_mut().collect(), pages, 40)?;
+        // Two at a time, the last ones first; half of a layer that chooses nothing stands before the others.
         let work = |of: usize| {
-            (0..pages).rev().filter(|at| at % 3 == of).try_for_each(|at| {
-                places.put(at, &halves.get(before + at)?, &marks.get(before + at)?)
+            (0..pages).step_by(2).rev().filter(|at| at / 2 % 3 == of).try_for_each(|at| {
+                let own = halves.narrow(0, before + at, 2)?;
+                let own = Tensor::cat(&[&own.narrow(1, 0, 1)?, &own], 1)?;
+                places.put(at, &own, 1, &marks.narrow(0, before + at, 2)?)
             })
         };
         thread::scope(|scope| {
@@ -177,16 +184,17 @@ mod tests {
         let new = |d: usize| StoredPages::new(2, d, DType::F32, &Device::Cpu);
         let (mut first, mut second, mut other) = (new(16)?, new(16)?, new(8)?);
         let zeros = |shape: &[usize], dtype: DType| Tensor::zeros(shape, dtype, &Device::Cpu);
-        let halves = zeros(&[4, 2, PAGE_TOKENS, 16], DType::F32)?;
-        let marks = zeros(&[2, MARKS, 2, 16], DType::BF16)?;
+        let halves = zeros(&[2, 5, 2, PAGE_TOKENS, 16], DType::F32)?;
+        let marks = zeros(&[2, 2, MARKS, 2, 16], DType::BF16)?;
         assert!(Places::new(vec![&mut first, &mut other], 3, 20).is_err());
         assert!(Places::new(vec![&mut first], 21, 20).is_err());
         let places = Places::new(vec![&mut first, &mut second], 3, 20)?;
-        assert!(places.put(3, &halves, &marks).is_err());
-        assert!(places.put(0, &halves.narrow(0, 0, 2)?, &marks).is_err());
-        assert!(places.put(0, &halves.to_dtype(DType::BF16)?, &marks).is_err());
-        assert!(places.put(0, &halves, &marks.to_dtype(DType::F32)?).is_err());
-        places.put(0, &halves, &marks)?;
+        assert!(places.put(2, &halves, 1, &marks).is_err());
+        assert!(places.put(0, &halves, 2, &marks).is_err());
+        assert!(places.put(0, &halves.narrow(0, 0, 1)?, 1, &marks).is_err());
+        assert!(places.put(0, &halves.to_dtype(DType::BF16)?, 1, &marks).is_err());
+        assert!(places.put(0, &halves, 1, &marks.to_dtype(DType::F32)?).is_err());
+        places.put(1, &halves, 1, &marks)?;
         drop(places);
         assert_eq!((first.len(), second.len()), (0, 0));
         Ok(())

@@ -53,6 +53,7 @@ pub(super) struct VoteParams {
     pub(super) d: u32,
     pub(super) blocks: u32,
     pub(super) pooled: u32,
+    pub(super) is_joined: u32,
     pub(super) runs: [Run; MAX_RUNS],
 }
 

@@ -27,7 +27,7 @@ fn fill(store: &Store) {
     };
     commit(vec![NewTurn::new(Role::User, "We booked the Gion hotel."), guide], None);
     commit(vec![NewTurn::new(Role::Assistant, "It is too dear.")], None);
-    commit(vec![NewTurn::new(Role::Assistant, "It is paid for.")], Some(2));
+    commit(vec![NewTurn::new(Role::Assistant, "It is paid for.")], Some(2..3));
     say(store, &trip(), Role::Recalled, &["> We booked the Gion hotel."]);
     say(
         store,

@@ -45,6 +45,8 @@ pub(crate) const PLAIN: Case = Case {
     together: false,
 };
 
+const MANY: Case = Case { tokens: 128, dtype: DType::BF16, ..PLAIN };
+
 pub(crate) const CASES: &[Case] = &[
     PLAIN,
     Case { pages: 40, h: 9, g: 3, d: 64, tokens: 128, dtype: DType::BF16, ..PLAIN },
@@ -63,6 +65,11 @@ pub(crate) const CASES: &[Case] = &[
     Case { pages: 70, h: 6, g: 2, d: 64, tokens: 192, pins: &[0, 399], reach: 2, ..PLAIN },
     Case { pages: 40, t: 11, h: 9, g: 3, d: 64, pooled: 1, reach: 4, ..PLAIN },
     Case { pages: 50, h: 4, g: 4, pins: &[9], every: true, reach: 70, together: true, ..PLAIN },
+    // Many rows of queries, which tensor cores score, but for the last.
+    Case { pages: 40, t: 40, h: 6, g: 2, d: 96, every: true, reach: 16, ..MANY },
+    Case { pages: 40, t: 60, h: 8, g: 2, d: 128, pooled: 1, every: true, reach: 64, ..MANY },
+    Case { pages: 40, t: 30, h: 4, g: 2, d: 40, pooled: 1, pins: &[3, 77], ..MANY },
+    Case { pages: 20, t: 40, h: 8, g: 2, d: 256, pooled: 1, ..MANY },
     // Fewer tokens than are chosen.
     Case { pages: 2, h: 6, g: 2, d: 8, tokens: 256, ..PLAIN },
 ];

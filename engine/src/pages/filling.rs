@@ -19,12 +19,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, ScopedJoinHandle};
 
-/// Batches on their way at once: while one goes to the device and another waits for the last of its pages, the third is read.
-const LANES: usize = 3;
-/// Bytes of a batch at most, or one page: eleven of the default model's. The system takes 0.6 ms to lock a megabyte.
-const BATCH_BYTES: usize = 17 << 20;
-/// Pages of a batch at most.
-const BATCH_PAGES: usize = 16;
+/// Batches on their way at once: while one goes to the device, pages of the others are read.
+const LANES: usize = 4;
+/// Pages of a batch at most, and their bytes, or one page: eight of the default model's. The system takes 0.6 ms to lock a megabyte.
+const BATCH_PAGES: usize = 8;
+const BATCH_BYTES: usize = 12 << 20;
 
 /// Numbers as the mirror holds them.
 trait Filled: Staged {

@@ -59,7 +59,8 @@ impl Parts {
 /// The processor, or the card that is asked for.
 pub(super) fn device() -> Device {
     match std::env::var("MKA_INTAKE_DEVICE").as_deref() {
-        Ok("cuda") => Device::new_cuda(0).unwrap(),
+        // As sessions have it.
+        Ok("cuda") => crate::Device::Cuda(0).open().unwrap(),
         _ => Device::Cpu,
     }
 }

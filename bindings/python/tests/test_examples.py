@@ -55,8 +55,13 @@ def test_the_chat_ends_by_ctrl_c_while_it_waits_for_a_line(tmp_path: Path, tiny_
     options = ["--model", tiny_model, "--window", 128, "--max-new-tokens", 4]
     command = [sys.executable, *map(str, [EXAMPLES / "chat.py", *options])]
     pipe = subprocess.PIPE
+
+    def heard() -> None:
+        # What a shell runs in the background ignores Ctrl-C, and so would what this starts.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with subprocess.Popen(
-        command, cwd=tmp_path, text=True, stdin=pipe, stdout=pipe, stderr=pipe
+        command, cwd=tmp_path, text=True, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heard
     ) as chat:
         try:
             assert chat.stdin and chat.stdout and chat.stderr

@@ -99,11 +99,11 @@ impl GrammarCompiler {
             return Err(refused(format!("{len} bytes, more than {MAX_GRAMMAR_BYTES}")));
         }
         let top = match grammar {
-            Grammar::JsonObject => TopLevelGrammar::from_json_schema(json!({"type": "object"})),
+            Grammar::JsonObject => of_schema(json!({"type": "object"})),
             Grammar::JsonSchema(schema) => {
                 let schema = serde_json::from_str(schema)
                     .map_err(|error| refused(format!("no JSON: {error}")).with_source(error))?;
-                TopLevelGrammar::from_json_schema(schema)
+                of_schema(schema)
             }
             // It would be the beginning of a comment in the Lark grammar that a regular expression is made into.
             Grammar::Regex(pattern) if pattern.is_empty() => {
@@ -123,6 +123,18 @@ impl GrammarCompiler {
         let matcher = Matcher::new(Ok(parser));
         Constraint::new(matcher, self.known.clone(), self.ends.clone()).map_err(refused)
     }
+}
+
+/// White space between two parts of JSON, enough for a line and the indentation of thirty levels: without an end a small model
+/// goes on with it.
+const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,64}";
+
+/// JSON that fits `schema`, unless that says itself by `x-guidance` how JSON is written.
+fn of_schema(mut schema: serde_json::Value) -> TopLevelGrammar {
+    if let Some(schema) = schema.as_object_mut() {
+        schema.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": WHITE_SPACE}));
+    }
+    TopLevelGrammar::from_json_schema(schema)
 }
 
 /// Runs `work` on a stack of `bytes`.

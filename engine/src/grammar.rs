@@ -9,7 +9,8 @@ pub(crate) use compiler::GrammarCompiler;
 
 use crate::error::{Error, ErrorKind, Result};
 use llguidance::Matcher;
-use llguidance::toktrie::SimpleVob;
+use llguidance::toktrie::{SimpleVob, TokenId};
+use std::collections::VecDeque;
 
 /// What an answer is held to, from its first token to its last: it is text of this form, and nothing before or behind it.
 ///
@@ -35,7 +36,7 @@ pub enum Grammar {
     Regex(String),
     /// Text of a context-free grammar in Lark's notation, as llguidance reads it
     /// (<https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>). A control token of the model that is no end of
-    /// a turn may stand in it, as `<tool_call>`.
+    /// a turn may stand in it, as `<tool_call>`. Refused are rules with `stop`, which take text back; `suffix` does not.
     Lark(String),
 }
 
@@ -65,6 +66,10 @@ pub(crate) struct Constraint {
     known: SimpleVob,
     /// Tokens that end a turn.
     ends: Vec<u32>,
+    /// Whether the tokens of a text that the grammar leaves no choice of are the model's own for it.
+    may_force: bool,
+    /// Those of them that are still to come: found once, not at each of them.
+    forced: VecDeque<TokenId>,
     /// Tokens that may come next.
     allowed: SimpleVob,
     is_complete: bool,
@@ -72,10 +77,16 @@ pub(crate) struct Constraint {
 
 impl Constraint {
     /// The beginning of an answer; what was found where nothing may stand there.
-    fn new(matcher: Matcher, known: SimpleVob, ends: Vec<u32>) -> Result<Self, String> {
-        let allowed = known.clone();
-        let mut constraint = Self { matcher, known, ends, allowed, is_complete: false };
-        constraint.look()?;
+    fn new(
+        matcher: Matcher,
+        known: SimpleVob,
+        ends: Vec<u32>,
+        may_force: bool,
+    ) -> Result<Self, String> {
+        let (allowed, forced) = (known.clone(), VecDeque::new());
+        let is_complete = false;
+        let mut constraint = Self { matcher, known, ends, may_force, forced, allowed, is_complete };
+        constraint.find_allowed()?;
         match constraint.is_complete {
             true => Err("it allows no text".to_owned()),
             false => Ok(constraint),
@@ -85,7 +96,7 @@ impl Constraint {
     /// Puts the logits (vocab) of tokens that may not come next out of reach.
     pub(crate) fn mask(&self, logits: &mut [f32]) {
         for (token, logit) in logits.iter_mut().enumerate() {
-            if token >= self.allowed.len() || !self.allowed.get(token) {
+            if !self.allowed.get(token) {
                 *logit = f32::NEG_INFINITY;
             }
         }
@@ -97,32 +108,45 @@ impl Constraint {
     /// `InvalidArgument` if the model has no token for what must follow, or finding it takes more than a grammar may.
     pub(crate) fn push(&mut self, token: u32) -> Result<bool> {
         let gone_on = self.matcher.consume_token(token).map_err(|error| first_line(&error));
-        gone_on.and_then(|()| self.look()).map_err(|got| {
-            let kind = match got.starts_with("panic") {
-                true => ErrorKind::Internal,
-                false => ErrorKind::InvalidArgument,
+        if self.forced.pop_front().is_some_and(|forced| forced != token) {
+            self.forced.clear();
+        }
+        gone_on.and_then(|()| self.find_allowed()).map_err(|got| {
+            let refused = |got| {
+                Error::invalid(format!(
+                    "generate: grammar: {got}, expected one that the model can go on in"
+                ))
             };
-            Error::new(
-                kind,
-                format!("generate: grammar: {got}, expected one that the model can go on in"),
-            )
+            library_error(refused, got)
         })?;
         Ok(self.is_complete)
     }
 
-    /// Finds what may come next.
-    fn look(&mut self) -> Result<(), String> {
+    /// Finds what may come next, and whether that is nothing: of the tokens that the grammar goes on with those that stand for
+    /// text, and the ends of a turn where it may end.
+    fn find_allowed(&mut self) -> Result<(), String> {
         if self.matcher.is_stopped() && !self.matcher.is_error() {
             self.is_complete = true;
             return Ok(());
         }
         let may_end = self.matcher.is_accepting().map_err(|error| first_line(&error))?;
         let nothing = || "the model has no token for what must follow".to_owned();
-        let mut allowed = self.matcher.compute_mask().map_err(|error| {
-            let got = first_line(&error);
-            // The name of the library's reason where not even padding is left.
-            if got.starts_with("NoExtension") { nothing() } else { got }
-        })?;
+        if self.forced.is_empty() && self.may_force {
+            self.forced = self.matcher.compute_ff_tokens().into();
+        }
+        let mut allowed = match self.forced.front() {
+            Some(forced) => {
+                let mut allowed = self.known.clone();
+                allowed.set_all(false);
+                allowed.allow_token(*forced);
+                allowed
+            }
+            None => self.matcher.compute_mask().map_err(|error| {
+                let got = first_line(&error);
+                // The name of the library's reason where not even padding is left.
+                if got.starts_with("NoExtension") { nothing() } else { got }
+            })?,
+        };
         // A grammar may name any number for a token, padding and ends too.
         allowed.and(&self.known);
         if allowed.is_zero() && !may_end {
@@ -135,6 +159,13 @@ impl Constraint {
         self.allowed = allowed;
         Ok(())
     }
+}
+
+/// The error that `refused` makes of what the library says, or one of ours where it panicked.
+fn library_error(refused: impl Fn(String) -> Error, got: String) -> Error {
+    let is_own = got.starts_with("panic");
+    let error = refused(got);
+    if is_own { Error::new(ErrorKind::Internal, error.to_string()) } else { error }
 }
 
 /// What an error of the library says, without the place in the grammar that it draws below, or a backtrace.

@@ -1,7 +1,7 @@
 //! Grammars compiled for the tokens of one model.
 //! Knows no answer: what is compiled starts at its beginning.
 
-use super::{Constraint, Grammar, first_line};
+use super::{Constraint, Grammar, first_line, library_error};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tokenizer::Tokenizer;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
@@ -105,24 +105,53 @@ impl GrammarCompiler {
                     .map_err(|error| refused(format!("no JSON: {error}")).with_source(error))?;
                 of_schema(schema)
             }
-            // It would be the beginning of a comment in the Lark grammar that a regular expression is made into.
-            Grammar::Regex(pattern) if pattern.is_empty() => {
-                return Err(refused("it allows no text".to_owned()));
+            Grammar::Regex(pattern) => {
+                TopLevelGrammar::from_lark(regex_as_lark(pattern).map_err(refused)?)
             }
-            // It would be taken without its last backslash.
-            Grammar::Regex(pattern) if ends_in_escape(pattern) => {
-                return Err(refused("a backslash at its end".to_owned()));
-            }
-            Grammar::Regex(pattern) => TopLevelGrammar::from_regex(pattern),
             Grammar::Lark(text) => TopLevelGrammar::from_lark(text.clone()),
         };
         let parser = on_stack(operation, STACK_BYTES + len * STACK_BYTES_A_BYTE, || {
             self.factory.create_parser(top)
         })?;
-        let parser = parser.map_err(|error| refused(first_line(&error)).with_source(error))?;
-        let matcher = Matcher::new(Ok(parser));
-        Constraint::new(matcher, self.known.clone(), self.ends.clone()).map_err(refused)
+        let parser = parser
+            .map_err(|error| library_error(refused, first_line(&error)).with_source(error))?;
+        let lexemes = parser.parser.grammar().lexer_spec();
+        if lexemes.has_stop {
+            let got = "a rule with `stop`, which takes back what was said (`suffix` does not)";
+            return Err(refused(got.to_owned()));
+        }
+        let may_force = !lexemes.no_forcing;
+        let (known, ends) = (self.known.clone(), self.ends.clone());
+        Constraint::new(Matcher::new(Ok(parser)), known, ends, may_force)
+            .map_err(|got| library_error(refused, got))
     }
+}
+
+/// A Lark grammar of one regular expression, whatever it holds.
+///
+/// # Errors
+/// What was found where it would be read as another one.
+fn regex_as_lark(pattern: &str) -> Result<String, String> {
+    // It would be the beginning of a comment.
+    if pattern.is_empty() {
+        return Err("it allows no text".to_owned());
+    }
+    let mut text = String::from("start: /");
+    let mut chars = pattern.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '/' => text.push_str("\\/"),
+            '\\' => match chars.next() {
+                None => return Err("a backslash at its end".to_owned()),
+                Some('\n') => return Err("a backslash at the end of a line".to_owned()),
+                Some(escaped) => text.extend([c, escaped]),
+            },
+            // Breaks of lines stay as they are: in verbose mode (`(?x)`) they end a comment.
+            c => text.push(c),
+        }
+    }
+    text.push('/');
+    Ok(text)
 }
 
 /// White space between two parts of JSON, enough for a line and the indentation of thirty levels: without an end a small model
@@ -150,12 +179,6 @@ fn on_stack<T: Send>(operation: &str, bytes: usize, work: impl FnOnce() -> T + S
         })?;
         thread.join().map_err(|payload| Error::panicked(operation, &*payload))
     })
-}
-
-/// Whether the last backslash of `pattern` escapes nothing.
-fn ends_in_escape(pattern: &str) -> bool {
-    let bare = pattern.trim_end_matches('\\');
-    (pattern.len() - bare.len()) % 2 == 1
 }
 
 /// What the token `id` adds to a text: nothing where it is never chosen for that.

@@ -120,6 +120,20 @@ fn answers_match_a_regular_expression_and_end_where_it_ends() {
 }
 
 #[test]
+fn a_regular_expression_means_what_it_says_in_verbose_mode_and_with_slashes() {
+    let folder = tempfile::tempdir().unwrap();
+    let engine = open(folder.path());
+    let verbose = "(?x)\n  [0-9]{2} # the / year\n  -\n\t[0-9]{2} # \\/ month\n";
+    for (answer, stop) in answers(&engine, "verbose", &held_to(regex(verbose))) {
+        let (year, month) = answer.split_once('-').unwrap();
+        assert_eq!((year.len(), month.len(), stop), (2, 2, StopReason::EndOfTurn), "{answer:?}");
+    }
+    for (answer, _) in answers(&engine, "slashes", &held_to(regex("a/b\\/\n\tc"))) {
+        assert_eq!(answer, "a/b/\n\tc");
+    }
+}
+
+#[test]
 fn an_answer_ends_by_its_grammar_its_limit_or_a_stop_string() {
     let folder = tempfile::tempdir().unwrap();
     let engine = open(folder.path());
@@ -192,12 +206,15 @@ fn what_does_not_compile_is_refused_before_anything_is_stored() {
         (regex("()"), "expected a regular expression"),
         (regex("("), "expected a regular expression"),
         (regex(r"a\"), "a backslash at its end"),
+        (regex("a\\\nb"), "a backslash at the end of a line"),
         (regex("(?=a)b"), "expected a regular expression"),
         (regex(&nested("(", ")")), "expected a regular expression"),
         (regex(&"a".repeat(2 << 20)), "2097152 bytes, more than 262144"),
         (lark(""), "expected a Lark grammar"),
         (lark("start: other"), "expected a Lark grammar"),
         (lark("start: <|im_end|>"), "expected a Lark grammar"),
+        (lark("start: a \"b\"\na[stop=\"\"]: /.*/"), "a rule with `stop`"),
+        (lark("start: a \"b\"\na[stop=\"c\"]: /.*/"), "a rule with `stop`"),
         (lark(&format!("start: {}", nested("(", ")"))), "expected a Lark grammar"),
     ];
     for (grammar, expected) in &refused {

@@ -3,9 +3,10 @@
 
 use crate::job::Result;
 use serde_json::{Map, Value};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::Xxh3;
 
 /// What a model's folder holds beside its weights, as far as an answer depends on it.
@@ -40,22 +41,38 @@ pub(crate) fn of_files<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<
 /// # Errors
 /// If one cannot be read.
 pub(crate) fn of_model(path: &Path) -> Result<Value> {
-    let mut files = vec![path.to_owned()];
-    if path.is_dir() {
-        let entries = std::fs::read_dir(path).and_then(|entries| {
-            entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()
-        });
-        files = entries.map_err(|e| format!("{}: {e}", path.display()))?;
-        files.sort();
-    }
+    let files = match path.is_dir() {
+        true => {
+            let settings = SETTINGS.iter().map(|name| path.join(name));
+            let mut files: Vec<_> = settings.filter(|file| file.is_file()).collect();
+            files.extend(weights_in(path)?);
+            files
+        }
+        false => vec![path.to_owned()],
+    };
     let mut hashes = Map::new();
     for file in files {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
-        if SETTINGS.contains(&name.as_ref()) || is_weights(&file) {
-            hashes.insert(name.into_owned(), hash(&file)?.into());
-        }
+        hashes.insert(name.into_owned(), hash(&file)?.into());
     }
     Ok(hashes.into())
+}
+
+/// The weights that an engine reads of a folder: others may lie beside them.
+fn weights_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let is_there = |name: &str| Some(folder.join(name)).filter(|file| file.is_file());
+    let mut files: Vec<_> = is_there("mka.safetensors").into_iter().collect();
+    if let Some(single) = is_there("model.safetensors") {
+        files.push(single);
+    } else if let Some(index) = is_there("model.safetensors.index.json") {
+        let failed = |e: &dyn std::fmt::Display| format!("{}: {e}", index.display());
+        let text = std::fs::read(&index).map_err(|e| failed(&e))?;
+        let index: Value = serde_json::from_slice(&text).map_err(|e| failed(&e))?;
+        let shards = index["weight_map"].as_object().into_iter().flat_map(Map::values);
+        let shards: BTreeSet<&str> = shards.filter_map(Value::as_str).collect();
+        files.extend(shards.into_iter().map(|shard| folder.join(shard)));
+    }
+    Ok(files)
 }
 
 fn is_weights(path: &Path) -> bool {
@@ -129,9 +146,10 @@ mod tests {
         write("README.md", b"A model.");
         let first = of_model(&model).unwrap();
         let names: Vec<&String> = first.as_object().unwrap().keys().collect();
-        assert_eq!(names, ["config.json", "model.safetensors", "tokenizer.json"]);
+        assert_eq!(names, ["config.json", "tokenizer.json", "model.safetensors"]);
         // What no answer depends on may come and change.
         write("README.md", b"The same model.");
+        write("consolidated.safetensors", b"others");
         assert_eq!(of_model(&model).unwrap(), first);
         for place in [0, HEAD_BYTES as usize - 1, len - 1] {
             weights[place] = 8;
@@ -149,6 +167,19 @@ mod tests {
             write(name, text.as_bytes());
             assert_ne!(of_model(&model).unwrap(), first, "{name}");
         }
+        std::fs::remove_file(model.join("model.safetensors")).unwrap();
+        let index =
+            r#"{"weight_map": {"a": "2.safetensors", "b": "1.safetensors", "c": "1.safetensors"}}"#;
+        write("model.safetensors.index.json", index.as_bytes());
+        write("1.safetensors", b"1");
+        write("2.safetensors", b"2");
+        let shards = of_model(&model).unwrap();
+        assert!(
+            shards["1.safetensors"].is_string() && shards["2.safetensors"].is_string(),
+            "{shards}"
+        );
+        assert_ne!(shards["1.safetensors"], shards["2.safetensors"]);
+        assert!(shards.get("consolidated.safetensors").is_none(), "{shards}");
         let gguf = folder.path().join("model.gguf");
         std::fs::write(&gguf, b"GGUF").unwrap();
         let short = of_model(&gguf).unwrap();

@@ -3,10 +3,10 @@
 Needs nothing but mka; run it as `python -m mka.openai_server --store chat.mka`. The session keeps the history: of a
 request, the last user message is answered, or the results of tools at its end; what stands before is the client's own
 copy. Of the sessions that no request has, those used last stay open (`--sessions`); another one is opened again as its
-next request comes. A session keeps the tools of its first request. Where it has any, an answer is sent when it is whole, streamed or
-not: its calls stand in its text. By `response_format` an answer is held to JSON or to a schema, whether the request
-asks to be strict or not, and calls nothing. What a request asks for and this endpoint does not do (log probabilities,
-several answers, a choice among tools) is refused.
+next request comes. A session keeps the tools of its first request. Where it has any, an answer is sent when it is
+whole, streamed or not: its calls stand in its text. By `response_format` an answer is held to JSON or to a schema,
+whether the request asks to be strict or not, and calls nothing. What a request asks for and this endpoint does not do
+(log probabilities, several answers, a choice among tools) is refused.
 
 Whoever reaches the port may ask: there are no keys. Web pages do not: a request is answered 403 whose `Host` is not
 `localhost` or an address of loopback, as that of a page whose name was pointed here, or whose `Origin`, which browsers
@@ -340,6 +340,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(error.status, str(error))
         except mka.Error as error:
             self._fail(_STATUS.get(type(error), 500), str(error))
+        except OSError:
+            # The client went while it was answered.
+            self.close_connection = True
 
     def _body(self) -> bytes:
         """The request's body; a connection is closed behind one whose end is not known."""
@@ -478,8 +481,8 @@ class _Chat:
     requests: int = 0
     """Those that have it or wait for it."""
     tools: int | None = None
-    """The hash of those that it began with; None before its first request. Of one that began before this server, that of
-    what that request has.
+    """The hash of those that it began with; None before its first request. For a session that is older than this
+    server those of the first request seen here count.
     """
 
     def offer(self, tools: Sequence[Any]) -> Session:

@@ -1,8 +1,11 @@
 //! Checking a store against its own checksums and its indexes against the log, and mending what can be derived.
 //! Knows nothing of search; it reads the files as an opening does and compares.
 
+mod names;
+
 use std::collections::{BTreeMap, BTreeSet};
 
+use self::names::{FoundNames, LOST_AND_FOUND, free_name};
 use super::load::load;
 use super::records::{Change, Entry};
 use super::state::{PartitionKey, State};
@@ -14,12 +17,6 @@ use crate::format::{
 use crate::partition::Partition;
 use crate::summary::Summary;
 use crate::{Cancel, Result, Role, Scope, chunk};
-
-/// Whose a session becomes if nothing says any more whose it was.
-const LOST_AND_FOUND: &str = "lost+found";
-
-/// Bytes of a session's name that one which says that it was found again begins with.
-const FOUND_NAME_BYTES: usize = 160;
 
 /// What became of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,10 +82,6 @@ struct Salvage {
     chunks: BTreeMap<(u64, u64), BlobRef>,
     names: FoundNames,
 }
-
-/// The names that segments hold of each session; none for a number that two sessions were given.
-#[derive(Default)]
-struct FoundNames(BTreeMap<u64, Option<(Scope, BlobRef)>>);
 
 impl Store {
     /// Reads every record and compares every checksum; derives the indexes anew and compares them with those in use.
@@ -359,7 +352,7 @@ impl Store {
         for &id in &findings.sessions {
             let known = state.sessions.get(&id).and_then(|session| session.scope.as_ref());
             let found = salvage.names.of(&state, id);
-            let told = found.map(|(scope, _)| scope).or(known).cloned().unwrap_or_else(|| {
+            let told = known.or(found.map(|(scope, _)| scope)).cloned().unwrap_or_else(|| {
                 checkup.note(format!("session {id}: its names are nowhere"), Repair::Lost);
                 Scope::user(LOST_AND_FOUND).session(format!("session {id}"))
             });
@@ -461,34 +454,6 @@ impl Store {
     }
 }
 
-impl FoundNames {
-    /// Takes note of a record of names; of any other kind nothing.
-    fn note(&mut self, blob: BlobRef, payload: &[u8]) {
-        let Ok(names) = decode_names(blob.kind, payload) else { return };
-        let Some(id) = names.id else { return };
-        let scope = Scope::user(names.user).session(names.session);
-        let scope = match names.agent {
-            Some(agent) => scope.agent(agent),
-            None => scope,
-        };
-        let found = self.0.entry(id).or_insert_with(|| Some((scope.clone(), blob)));
-        *found = found.take().filter(|(known, _)| *known == scope).map(|_| (scope, blob));
-    }
-
-    /// Whether another session than the one that the database knows was given this number, or two were.
-    fn is_shared(&self, state: &State, id: u64) -> bool {
-        let Some(found) = self.0.get(&id) else { return false };
-        let known = state.sessions.get(&id).and_then(|session| session.scope.as_ref());
-        let is_known = |(scope, _): &(Scope, BlobRef)| known.is_none_or(|known| known == scope);
-        !found.as_ref().is_some_and(is_known)
-    }
-
-    /// A session's names, and the record of them.
-    fn of(&self, state: &State, id: u64) -> Option<&(Scope, BlobRef)> {
-        self.0.get(&id)?.as_ref().filter(|_| !self.is_shared(state, id))
-    }
-}
-
 impl Checkup {
     fn note(&mut self, what: String, repair: Repair) {
         self.problems.push(Problem { what, repair });
@@ -542,22 +507,6 @@ impl Findings {
         };
         checkup.note(format!("{}: {kind:?}: {why}", name(key)), repair);
     }
-}
-
-/// The name of session `id`: the one that it was `told` by, or if another session has that one by now, one that says so.
-fn free_name(told: &Scope, id: u64, is_taken: impl Fn(&Scope) -> bool) -> Scope {
-    if !is_taken(told) {
-        return told.clone();
-    }
-    let name = told.session_id().unwrap_or_default();
-    let start = &name[..name.floor_char_boundary(FOUND_NAME_BYTES)];
-    let found = |number: u64| {
-        let number = if number > 1 { format!(", {number}") } else { String::new() };
-        let name = format!("{start} ({LOST_AND_FOUND}, session {id}{number})");
-        told.clone().session(name)
-    };
-    let mut names = (1..).map(found);
-    names.find(|scope| !is_taken(scope)).expect("there are more numbers than sessions")
 }
 
 fn partition_name((user, agent): &PartitionKey) -> String {

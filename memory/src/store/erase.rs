@@ -52,8 +52,9 @@ impl Store {
     ///
     /// # Errors
     /// `InvalidArgument` for an empty text, a filter that accepts every turn or none, no turns, or a selector that needs a
-    /// session and a scope without one; `NotFound` for a turn beyond the log, and then none of the others goes. If it fails
-    /// half-way, the rest is done when the store is opened next.
+    /// session and a scope without one; `NotFound` for a turn beyond the log, and then none of the others goes; `Corrupted`
+    /// while two sessions of the user have one name, as a repair of an earlier version could leave them: `doctor` with
+    /// repair gives each its own. If it fails half-way, the rest is done when the store is opened next.
     ///
     /// # Cost
     /// Reads every turn of the scope for `Matching`; rewrites every segment that holds unused bytes.
@@ -174,6 +175,13 @@ impl Store {
             _ => BTreeSet::new(),
         };
         let state = self.read_long();
+        // Of two sessions with one name only one is found by it; the other may hold a copy or a quotation as well.
+        let shared = state.shared_names.iter().find(|name| name.user_id() == scope.user_id());
+        if let Some(name) = shared {
+            return Err(Error::corrupted(format!(
+                "forget: expected one session named {name}, got several; doctor with repair gives each its own name"
+            )));
+        }
         for (id, session_scope, session) in state.sessions_in(scope) {
             if let Some(&last) = wanted.last()
                 && last >= session.num_turns

@@ -134,7 +134,11 @@ impl Loader<'_> {
         for &id in ids.iter().rev() {
             let text = match self.scope_of(id) {
                 Ok(scope) if self.state.name(id, scope.clone()) => continue,
-                Ok(scope) => format!("session {id}: another session has its name, {scope}"),
+                Ok(scope) => {
+                    let text = format!("session {id}: another session has its name, {scope}");
+                    self.state.shared_names.insert(scope);
+                    text
+                }
                 Err(error) => format!("session {id}: its names are lost: {error}"),
             };
             self.state.damaged.push(text);

@@ -106,6 +106,9 @@ pub(crate) struct State {
     pub(crate) store: StoreRecord,
     pub(crate) sessions: BTreeMap<u64, Session>,
     pub(crate) by_scope: BTreeMap<Scope, u64>,
+    /// Names that more than one session has, as a repair of an earlier version could leave them: only one of these sessions
+    /// has a scope.
+    pub(crate) shared_names: BTreeSet<Scope>,
     pub(crate) partitions: BTreeMap<PartitionKey, Partition>,
     /// Next order of each user's turns.
     pub(crate) orders: HashMap<String, u64>,
@@ -130,6 +133,7 @@ impl State {
             store,
             sessions: BTreeMap::new(),
             by_scope: BTreeMap::new(),
+            shared_names: BTreeSet::new(),
             partitions: BTreeMap::new(),
             orders: HashMap::new(),
             next_commit: 1,

@@ -15,6 +15,7 @@ mod images;
 mod index;
 mod ingest;
 mod log;
+mod names;
 mod recall;
 mod reembed;
 mod scope;

@@ -14,6 +14,7 @@ use crate::filter::ENGINE_KEYS;
 use crate::format::{
     Body, Key, Kind, Record, StoreRecord, TurnChunks, TurnRecord, chunk_digest, turn_digest,
 };
+use crate::partition::{Chunk, Place};
 use crate::summary::Summary;
 use crate::{Error, Forget, Receipt, Result, Role, Scope, TurnId};
 
@@ -26,8 +27,6 @@ pub(super) struct Erasure {
     pub(super) turns: Erased,
     /// Sessions that lose their place in the log, too.
     pub(super) whole: BTreeSet<u64>,
-    /// Chunks that stand in no other turn.
-    bare: BTreeSet<u128>,
     /// Chunks whose vectors must move to another turn's record: session of the partition, identity, new home.
     moved: BTreeMap<(u64, u128), (u64, u64)>,
     summaries: BTreeMap<u64, Summary>,
@@ -252,15 +251,7 @@ impl Store {
     /// Adds the turns in which a chunk that will be gone was quoted back to a model.
     fn add_quotes(&self, scope: &Scope, erasure: &mut Erasure) -> Result<()> {
         let state = self.read_long();
-        let mut texts: Vec<&str> = Vec::new();
-        for (session_id, id) in bare_chunks(&state, erasure) {
-            let session =
-                state.sessions.get(&session_id).and_then(|session| session.scope.as_ref());
-            let partition = session.and_then(|scope| state.partition(scope));
-            if let Some(chunk) = partition.and_then(|partition| partition.get(id)) {
-                texts.push(&chunk.text);
-            }
-        }
+        let mut texts: Vec<&str> = bare_chunks(&state, erasure).map(|chunk| &*chunk.text).collect();
         // A turn that was taken back has no chunk in memory any more, and may have been quoted before.
         for (&(session_id, turn), text) in &erasure.turns {
             let session = state.sessions.get(&session_id);
@@ -322,7 +313,9 @@ impl Store {
                 turn_state.chunks.iter().map(|chunk| chunk_digest(seed, id, turn, chunk.id)),
             );
         }
-        erasure.bare = bare_chunks(&state, erasure).into_iter().map(|(_, chunk)| chunk).collect();
+        // A text that stands with two agents is counted once.
+        let bare: BTreeSet<u128> = bare_chunks(&state, erasure).map(|chunk| chunk.id).collect();
+        let num_chunks = bare.len();
         erasure.moved = moved_chunks(&state, erasure);
 
         let mut changes = Vec::new();
@@ -364,7 +357,6 @@ impl Store {
         let store = StoreRecord { purge_pending: true, ..state.store.clone() };
         changes.push(Change::put(Key::Store, Record::Store(store)));
 
-        let num_chunks = erasure.bare.len();
         let bytes = erasure.turns.values().flatten().map(|text| text.len() as u64).sum();
         let mut all: Vec<u8> = digests.iter().flat_map(|digest| digest.to_le_bytes()).collect();
         all.extend(format!("{} {num_chunks} {num_pages} {bytes}", erasure.turns.len()).bytes());
@@ -447,23 +439,20 @@ impl Store {
     }
 }
 
-/// The chunks of erased turns that no other turn holds: session of an erased turn, identity.
-fn bare_chunks(state: &State, erasure: &Erasure) -> Vec<(u64, u128)> {
-    let is_erased = |session: u64, turn: u64| erasure.turns.contains_key(&(session, turn));
-    chunks_of(state, erasure)
-        .filter(|(_, chunk)| {
-            chunk.places.iter().all(|place| place.near || is_erased(place.session, place.turn))
-        })
-        .map(|(id, chunk)| (id, chunk.id))
-        .collect()
+/// The chunks of erased turns that no other turn holds.
+fn bare_chunks<'a>(state: &'a State, erasure: &'a Erasure) -> impl Iterator<Item = &'a Chunk> {
+    chunks_of(state, erasure).filter(move |chunk| {
+        let is_erased = |place: &Place| erasure.turns.contains_key(&(place.session, place.turn));
+        chunk.places.iter().all(|place| place.near || is_erased(place))
+    })
 }
 
 /// The chunks that stay, but whose vectors lie in the record of an erased turn: with the turn that takes them over.
 fn moved_chunks(state: &State, erasure: &Erasure) -> BTreeMap<(u64, u128), (u64, u64)> {
     let is_erased = |home: &(u64, u64)| erasure.turns.contains_key(home);
     chunks_of(state, erasure)
-        .filter(|(_, chunk)| is_erased(&chunk.home))
-        .filter_map(|(_, chunk)| {
+        .filter(|chunk| is_erased(&chunk.home))
+        .filter_map(|chunk| {
             let heir = chunk
                 .places
                 .iter()
@@ -475,23 +464,19 @@ fn moved_chunks(state: &State, erasure: &Erasure) -> BTreeMap<(u64, u128), (u64,
         .collect()
 }
 
-/// Every chunk in memory of the erased turns, with the session of the first of them that holds it.
-/// Once: one may stand in thousands of them, and is compared with all of its places.
-fn chunks_of<'a>(
-    state: &'a State,
-    erasure: &'a Erasure,
-) -> impl Iterator<Item = (u64, &'a crate::partition::Chunk)> {
+/// Every chunk in memory of the erased turns, once: one may stand in thousands of them, and is compared with all of its places.
+fn chunks_of<'a>(state: &'a State, erasure: &'a Erasure) -> impl Iterator<Item = &'a Chunk> {
     let mut seen: BTreeMap<PartitionKey, HashSet<u128>> = BTreeMap::new();
     let mut chunks = Vec::new();
-    for &(id, turn) in erasure.turns.keys() {
-        let Some(session) = state.sessions.get(&id) else { continue };
-        let (Some(scope), Some(turn)) = (&session.scope, session.turns.get(&turn)) else {
+    for (id, turn) in erasure.turns.keys() {
+        let Some(session) = state.sessions.get(id) else { continue };
+        let (Some(scope), Some(turn)) = (&session.scope, session.turns.get(turn)) else {
             continue;
         };
         let Some(partition) = state.partition(scope) else { continue };
         let seen = seen.entry(partition_key(scope)).or_default();
         let new = turn.chunks.iter().filter(|span| seen.insert(span.id));
-        chunks.extend(new.filter_map(|span| Some((id, partition.get(span.id)?))));
+        chunks.extend(new.filter_map(|span| partition.get(span.id)));
     }
     chunks.into_iter()
 }

@@ -161,8 +161,8 @@ impl Mirror {
 }
 
 impl PageStore {
-    /// Uploads what `layer` took in, once `least` pages wait; the mirror goes for good where there is no room for them
-    /// or a page was sent away before.
+    /// Uploads what `layer` took in, once `least` pages wait; the mirror goes for good where there is no room for them, a
+    /// page was sent away before, or one is missing between others.
     pub(super) fn mirror_layer(&mut self, layer: usize, least: usize) {
         let Some(mut mirror) = self.mirror.take() else { return };
         let uploaded = self.upload(&mut mirror, layer, least.max(1));
@@ -185,7 +185,8 @@ impl PageStore {
             }
             Ok(false) => tracing::info!(
                 pages = self.order.len(),
-                "stored pages have no room on the device: they are chosen from in host memory"
+                is_whole = self.is_whole(),
+                "the device cannot have every stored page: they are chosen from in host memory"
             ),
             Err(error) => tracing::warn!(
                 %error,
@@ -206,7 +207,7 @@ impl PageStore {
         if rows.len() < least && (least > 1 || own.named == named) {
             return Ok(true);
         }
-        if rows.end > mirror.limit {
+        if rows.end > mirror.limit || !self.is_whole() {
             return Ok(false);
         }
         let row_bytes = g * d * mirror.dtype.size_in_bytes();
@@ -228,6 +229,13 @@ impl PageStore {
         own.pages.push(&keys, &values, &landmarks, mirror.limit)?;
         own.name(index, d)?;
         Ok(true)
+    }
+
+    /// Whether no page is missing between the first and the last one. On a device places in the stream are counted from the
+    /// first: one that is missing would shift those behind it.
+    pub(super) fn is_whole(&self) -> bool {
+        let ends = self.order.first().zip(self.order.last());
+        ends.is_none_or(|(first, last)| last - first < self.order.len() as u64)
     }
 
     /// Uploads the outliers of every layer that were named since they were uploaded.

@@ -235,7 +235,7 @@ impl PageStore {
     }
 
     /// Uploads every page, those that memory does not hold from the disk; the mirror goes for good where there is no room
-    /// for all of them or one cannot be read.
+    /// for all of them, one is missing between others, or one cannot be read.
     pub(super) fn fill_mirror(&mut self) {
         let Some(mut mirror) = self.mirror.take() else { return };
         mirror.truncate(0, 0, self.config.rule);
@@ -263,6 +263,9 @@ impl PageStore {
         let rows = self.order.len();
         if rows == 0 {
             return Ok(true);
+        }
+        if !self.is_whole() {
+            return Ok(false);
         }
         let (device, shape) = (mirror.device().clone(), self.batch_shape());
         let Some(places) = mirror.places(rows)? else { return Ok(false) };

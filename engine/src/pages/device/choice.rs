@@ -136,14 +136,11 @@ impl PageStore {
             return Ok(None);
         };
         let angles = angles.of(layer);
-        let (first, last) = (self.order[0], self.order[rows - 1]);
-        // Places in the stream are counted from the first page: a page that is missing would shift them.
-        if last - first != rows as u64 - 1
-            || own.pages.len() < rows
-            || self.shape.window_tokens >= angles.len()
-        {
+        if own.pages.len() < rows || self.shape.window_tokens >= angles.len() {
             return Ok(None);
         }
+        // Places in the stream are counted from the first page on; none is missing behind it.
+        let first = self.order[0];
         let counted_from = first.wrapping_sub(own.pages.gone() as u64);
         let choice = match (all, self.config.rule) {
             (true, _) => Some(Choice::all(rows * PAGE_TOKENS)),
@@ -175,12 +172,8 @@ impl PageStore {
     fn prepare(&self, mirror: &mut Mirror, layer: usize) -> Result<Option<Tensor>> {
         if let (Some(own), Some(first)) = (&mut mirror.layers[layer], self.order.first()) {
             let rows = own.pages.len();
-            // A table knows no gaps: where a page is missing the processor chooses.
-            let is_whole =
-                self.order.last().is_some_and(|last| last - first < self.order.len() as u64);
             let stored = Choosable { pages: &own.pages, first: *first, rows };
             match (self.config.rule, &self.following) {
-                (PageRule::InfLlm | PageRule::Quest, _) if !is_whole => own.table.clear(),
                 (PageRule::Quest, _) => own.table.bound(stored)?,
                 (PageRule::InfLlm, Some(following)) => {
                     let pages = *first..first + rows as u64;

@@ -56,11 +56,6 @@ impl Table {
         self.rows.as_ref().map_or(0, |rows| rows.dim(1).unwrap())
     }
 
-    /// Forgets every row: they are made anew.
-    pub(in crate::pages) fn clear(&mut self) {
-        *self = Self::default();
-    }
-
     /// Forgets what was made of page `end` and of those behind it.
     pub(in crate::pages) fn truncate(&mut self, rule: PageRule, end: u64) {
         let end = if rule == PageRule::InfLlm { blocks_before(end) } else { end };

@@ -213,12 +213,22 @@ fn too_many_rows(store: &PageStore) -> Tensor {
     Tensor::from_vec(numbers, (1, heads, d), &Device::Cpu).unwrap()
 }
 
+/// Takes in a page behind one that is missing.
+fn take_in_behind_a_gap(store: &mut PageStore) {
+    let PageShape { num_layers, num_kv_heads, head_dim, .. } = store.shape;
+    let page = store.order.last().unwrap() + 2;
+    let count = num_layers * 2 * num_kv_heads * PAGE_TOKENS * head_dim;
+    let numbers: Vec<f32> = (0..count).map(|i| (i as f32 * 0.7).sin()).collect();
+    store.absorb(0..num_layers, page..page + 1, &numbers);
+}
+
 /// How a mirror goes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Going {
     Never,
     Refused,
     WithoutRoom,
+    Missing,
     Left,
 }
 
@@ -256,6 +266,7 @@ fn what_a_message_asked_for_is_asked_for_in_host_memory_once_the_mirror_is_gone(
                 let mirror = store.mirror.take().unwrap();
                 store.keep_mirror(mirror, Ok(false));
             }
+            Going::Missing => take_in_behind_a_gap(store),
             Going::Left => assert!(store.leave()),
         }
         assert!(store.mirror.is_none());
@@ -264,7 +275,7 @@ fn what_a_message_asked_for_is_asked_for_in_host_memory_once_the_mirror_is_gone(
         beside
     };
     let expected = chosen(Going::Never);
-    for going in [Going::Refused, Going::WithoutRoom, Going::Left] {
+    for going in [Going::Refused, Going::WithoutRoom, Going::Missing, Going::Left] {
         assert_eq!(chosen(going), expected, "{going:?}");
     }
 }
@@ -488,6 +499,27 @@ fn a_page_that_cannot_be_read_leaves_the_choice_to_the_processor() {
     assert!(!restored.pages().unwrap().pages[&20].durable);
     let logits = run(&decoder, &mut restored, &tokens(90), &[50, 1]);
     assert!(logits.iter().flatten().all(|x| x.is_finite()));
+}
+
+#[test]
+fn a_session_that_is_opened_behind_a_missing_page_leaves_the_choice_to_the_processor() {
+    let decoder = load("qwen3");
+    let config = PageConfig { tokens: 128, ..config() };
+    let elsewhere = Arc::new(Elsewhere::default());
+    let mut straight = cache(&decoder, 64, Some(config.clone()));
+    run(&decoder, &mut straight, &tokens(900), &[64]);
+    commit(&mut straight, &elsewhere);
+    for (lost, has_mirror) in [(1, true), (5, false)] {
+        elsewhere.pages.lock().unwrap().remove(&lost);
+        let mut restored = reopened(&decoder, &straight, &config, &elsewhere);
+        let store = restored.pages_mut().unwrap();
+        assert!(store.order.len() > 6 && !store.order.contains(&lost), "{:?}", store.order);
+        store.mirror_on_device();
+        store.fill_mirror();
+        assert_eq!(store.mirror.is_some(), has_mirror, "without page {lost}");
+        let logits = run(&decoder, &mut restored, &tokens(90), &[50, 1]);
+        assert!(logits.iter().flatten().all(|x| x.is_finite()));
+    }
 }
 
 #[test]

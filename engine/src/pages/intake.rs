@@ -51,6 +51,7 @@ impl PageStore {
     /// Makes room for a page and adds it, still without numbers, if there is room.
     fn begin_page(&mut self, page: u64) {
         let tokens = self.recent.remove(&page).unwrap_or_else(|| Box::new([u32::MAX; 64]));
+        self.keep_index_share(1);
         if !self.make_room(self.page_bytes(), 1, &[], true) {
             return;
         }

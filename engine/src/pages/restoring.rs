@@ -56,6 +56,7 @@ impl PageStore {
                 }
             }
         }
+        self.keep_index_share(0);
         if self.following.is_some() && remade > 0 {
             tracing::warn!(
                 pages = remade,

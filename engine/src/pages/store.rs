@@ -22,7 +22,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Part of the budget that pages may take while they wait for the disk, however much there is to index.
+/// Part of the budget that the index leaves to pages: those that wait for the disk may take it, however much there is to
+/// index.
 pub(super) const WAITING_PART: u64 = 4;
 
 /// What a stored page holds.
@@ -344,6 +345,17 @@ impl PageStore {
         let waiting = (self.config.bytes / WAITING_PART).max(bytes as u64);
         let index = self.index_bytes(self.pages.len() + pages);
         !oldest.durable || index.saturating_add(waiting) > self.config.bytes
+    }
+
+    /// Lets the oldest pages go that were given to the disk, while the index with `pages` more takes more than its share of the
+    /// budget, however much could be spared: the rest is for pages, those that wait for the disk and those that are read.
+    pub(super) fn keep_index_share(&mut self, pages: usize) {
+        let share = self.config.bytes - self.config.bytes / WAITING_PART;
+        while self.index_bytes(self.pages.len() + pages) > share
+            && self.pages.first_key_value().is_some_and(|(_, oldest)| oldest.given)
+        {
+            self.let_go_oldest();
+        }
     }
 
     fn let_go_oldest(&mut self) -> bool {

@@ -4,6 +4,7 @@ mod layers;
 mod mirror;
 
 use super::device::choice::Request;
+use super::store::WAITING_PART;
 use super::{
     LandmarkScan, PageConfig, PagePrecision, PageRule, PageShape, PageSource, PageStore, Prefill,
     RecallScope, Together,
@@ -749,6 +750,7 @@ fn pages_that_wait_for_the_disk_push_out_no_landmarks_of_an_index_within_its_sha
         cache.absorb_all().unwrap();
         let pages = cache.pages().unwrap();
         assert!(pages.bytes_with(0, 0) <= budget);
+        assert!(pages.index_bytes(pages.order.len()) <= budget - budget / WAITING_PART);
         assert_eq!(pages.heads(1)[0].len(), pages.order.len());
         let newest = cache.first_window_page(cache.position()) - 1;
         (pages.order.clone(), pages.is_short_of_room(), newest)

@@ -299,8 +299,8 @@ impl Conversation {
     }
 
     /// Fills the cache anew from the log's tokens before turn `end`: the first pages of the stream that every token sees,
-    /// whatever turns lie in them, and its last window. A stream that is no longer than both is filled in whole; of another, what lies between is
-    /// left out.
+    /// whatever turns lie in them, and its last window. A stream that is no longer than both is filled in whole; of another,
+    /// what lies between is left out.
     ///
     /// With `hold_last` the last token of a message to be answered is left out and returned, for an answer to begin from it.
     pub(crate) fn refill(&mut self, end: TurnId, hold_last: bool) -> Result<Option<u32>> {

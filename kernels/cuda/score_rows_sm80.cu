@@ -4,6 +4,8 @@
 // A block takes 256 keys, a warp 32 of them: their numbers stay in registers while rows pass by, 16 at once. The order of
 // channels in a dot product is free: a lane has eight neighbouring channels of a key, one load of 16 bytes, and hands them
 // to two instructions. Bound by memory: 4 bytes a row and key of logits against 2 d of keys.
+// 173 µs a launch, where recall.cu's took 342: the mean of feeding 131,072 tokens of the default model, whose launches have
+// 64,000 keys in the mean (H200, 09da87c).
 #include "mma_sm80.cuh"
 #include "recall.cuh"
 
@@ -13,6 +15,9 @@ constexpr int TILES = WARP_KEYS / 8;    // of 8 keys, an instruction's
 constexpr int ROWS = 16;                // of a query tile, an instruction's
 constexpr int PARTS = 3;                // bf16 that a query is the sum of
 constexpr int LOGIT_STEP = BLOCK_KEYS + 8; // floats from one row of logits to the next: eight rows begin at other banks
+static_assert(WARP_KEYS % 8 == 0, "a warp's keys are whole tiles");
+static_assert(BLOCK_KEYS == 2 * 128, "a row of logits is two float4 for each lane of a warp");
+static_assert(LOGIT_STEP % 4 == 0, "each row of logits begins at a float4");
 
 // CHUNKS: of 32 channels, the last one filled up with zeros.
 template <int CHUNKS> __device__ __forceinline__ void score_rows(const VoteParams &p) {

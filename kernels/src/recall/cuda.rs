@@ -16,7 +16,7 @@ use params::{
     StandingParams, VoteParams,
 };
 
-/// Keys of one block of a score; as in `cuda/recall.cu`, like the number of threads.
+/// Keys of one block of a score; as in `cuda/recall.cuh`, like the number of threads.
 const BLOCK_KEYS: usize = 256;
 const THREADS: u32 = 256;
 /// Rows of queries from which on tensor cores score stored keys, and blocks' statistics are joined by a launch of their own:
@@ -333,7 +333,7 @@ fn vote_at_once(
         let grid = (rows.div_ceil(JOINED_ROWS) as u32, g as u32, num_runs);
         cuda::launch(device, "recall", "join", Launch { grid, ..launch }, &params)?;
     }
-    // Each block joins the statistics of all: 1,024 votes a block keep that a small share.
+    // Below `MANY_ROWS` each block joins the statistics of all: 1,024 votes a block keep that a small share.
     let grid = (n.div_ceil(1024) as u32, g as u32, num_runs);
     cuda::launch(device, "recall", vote, Launch { grid, ..launch }, &params)?;
     if num_outliers > 0 {

@@ -44,8 +44,8 @@ impl Message {
         !self.is_being_read && !is_prompt
     }
 
-    /// Votes that stand beside those of queries, a prompt's or not, for tokens of `layer`'s pages on the device, counted from
-    /// page `counted_from` on.
+    /// Votes that stand beside those of queries, a prompt's or not, for tokens of `layer`'s pages on the device, counted
+    /// from page `counted_from` on.
     pub(super) fn standing_on_device(
         &self,
         layer: usize,

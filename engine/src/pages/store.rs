@@ -347,8 +347,9 @@ impl PageStore {
         !oldest.durable || index.saturating_add(waiting) > self.config.bytes
     }
 
-    /// Lets the oldest pages go that were given to the disk, while the index with `pages` more takes more than its share of the
-    /// budget, however much could be spared: the rest is for pages, those that wait for the disk and those that are read.
+    /// Lets the oldest pages go that were given to the disk, while the index with `pages` more takes more than its share
+    /// of the budget, however much could be spared: the rest is for pages, those that wait for the disk and those that are
+    /// read.
     pub(super) fn keep_index_share(&mut self, pages: usize) {
         let share = self.config.bytes - self.config.bytes / WAITING_PART;
         while self.index_bytes(self.pages.len() + pages) > share

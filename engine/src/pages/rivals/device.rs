@@ -107,7 +107,7 @@ impl Table {
     fn fresh(&mut self, first: u64, count: usize) -> Option<usize> {
         let (end, have) = (first + count as u64, self.first + self.len as u64);
         if self.len == 0 || first < self.first || have < first {
-            self.clear();
+            *self = Self::default();
             (self.first, self.live) = (first, first);
             return (count > 0).then_some(count);
         }

@@ -126,7 +126,8 @@ impl MemoryHandle {
     /// the user is forgotten in between.
     ///
     /// # Errors
-    /// `NotFound` if the log does not reach to `turn`, and then nothing is remembered; those of `remember` and `forget`.
+    /// `NotFound` if the log does not reach to `turn`, and `Corrupted` as [`MemoryHandle::forget`] has it: then nothing is
+    /// remembered; those of `remember` and `forget`.
     pub async fn replace(&self, scope: &Scope, turn: TurnId, new: NewTurn) -> Result<Committed> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         // Both in one piece of work, which goes on if nobody waits any more.
@@ -200,7 +201,8 @@ impl MemoryHandle {
     ///
     /// # Errors
     /// `InvalidArgument` for a selector that needs a session and a scope without one, for no turns, an empty text, or a filter
-    /// that accepts every turn or none; `NotFound` for a turn beyond the log; `Storage`.
+    /// that accepts every turn or none; `NotFound` for a turn beyond the log; `Corrupted`, and nothing is erased, where two
+    /// sessions of the user have one name, which [`MemoryHandle::doctor`] mends; `Storage`.
     pub async fn forget(&self, scope: &Scope, selector: Forget) -> Result<Receipt> {
         let (shared, scope) = (self.shared.clone(), scope.clone());
         offload("forget", move || forget(&shared, &scope, &selector)).await
@@ -354,6 +356,8 @@ fn remember(shared: &Shared, scope: &Scope, mut turns: Vec<NewTurn>) -> Result<C
 
 /// [`MemoryHandle::forget`] on the thread that calls.
 fn forget(shared: &Shared, scope: &Scope, selector: &Forget) -> Result<Receipt> {
+    // What is refused here erased nothing: answers under way go on.
+    shared.store.check_forget(scope)?;
     let forget = || shared.store.forget(scope, selector);
     let receipt = shared.forgets.during(scope, forget, has_erased);
     receipt.map_err(|error| shared.failed(error.into()))
@@ -375,6 +379,8 @@ fn replace<T>(
             let what = format!("replace: turn {turn} of {scope}, expected one below {num_turns}");
             return Err(Error::new(ErrorKind::NotFound, what));
         }
+        // Before the new turn is stored: a refusal stays one until the store is repaired, however often it is tried.
+        shared.store.check_forget(scope)?;
         let remembered = remember()?;
         Ok((remembered, shared.store.forget(scope, &Forget::Turn(turn))))
     };

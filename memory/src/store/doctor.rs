@@ -352,7 +352,9 @@ impl Store {
         for &id in &findings.sessions {
             let known = state.sessions.get(&id).and_then(|session| session.scope.as_ref());
             let found = salvage.names.of(&state, id);
-            let told = known.or(found.map(|(scope, _)| scope)).cloned().unwrap_or_else(|| {
+            let told = known.or(found.map(|(scope, _)| scope)).cloned();
+            // One whose name another has is not known by it.
+            let told = told.or_else(|| state.told_scope(id).ok()).unwrap_or_else(|| {
                 checkup.note(format!("session {id}: its names are nowhere"), Repair::Lost);
                 Scope::user(LOST_AND_FOUND).session(format!("session {id}"))
             });

@@ -161,6 +161,14 @@ impl Store {
         }
     }
 
+    /// That [`Store::forget`] would find every session of the scope's user.
+    ///
+    /// # Errors
+    /// `Corrupted` where two of them have one name, which [`Store::doctor`] mends.
+    pub fn check_forget(&self, scope: &Scope) -> Result<()> {
+        check_names(&self.read(), scope)
+    }
+
     /// The turns that the selector names.
     fn select(&self, scope: &Scope, selector: &Forget) -> Result<Erasure> {
         let mut erasure = Erasure::default();
@@ -174,13 +182,7 @@ impl Store {
             _ => BTreeSet::new(),
         };
         let state = self.read_long();
-        // Of two sessions with one name only one is found by it; the other may hold a copy or a quotation as well.
-        let shared = state.shared_names.iter().find(|name| name.user_id() == scope.user_id());
-        if let Some(name) = shared {
-            return Err(Error::corrupted(format!(
-                "forget: expected one session named {name}, got several; doctor with repair gives each its own name"
-            )));
-        }
+        check_names(&state, scope)?;
         for (id, session_scope, session) in state.sessions_in(scope) {
             if let Some(&last) = wanted.last()
                 && last >= session.num_turns
@@ -515,6 +517,16 @@ fn holds(body: &Body, needle: &str) -> bool {
             let is_callers = body.head.role != Role::Recalled && !key.starts_with(ENGINE_KEYS);
             (is_callers && holds(key)) || matches!(value, crate::Value::Text(text) if holds(text))
         })
+}
+
+/// Of two sessions with one name only one is found by it; the other may hold a copy or a quotation as well.
+fn check_names(state: &State, scope: &Scope) -> Result<()> {
+    match state.shared_names.iter().find(|name| name.user_id() == scope.user_id()) {
+        None => Ok(()),
+        Some(name) => Err(Error::corrupted(format!(
+            "forget: expected one session named {name}, got several; doctor with repair gives each its own name"
+        ))),
+    }
 }
 
 fn not_found(scope: &Scope, turn: u64, num_turns: u64) -> Error {

@@ -15,10 +15,10 @@ use super::segment::Segment;
 use super::state::{PartitionKey, State, partition_key};
 use super::vectors::head;
 use crate::format::image::Image;
-use crate::format::{Body, ChunkSpan, Key, Kind, Record, StoreRecord, TurnRecord, decode_names};
+use crate::format::{Body, ChunkSpan, Key, Kind, Record, StoreRecord, TurnRecord};
 use crate::partition::{Partition, Place, Version};
 use crate::summary::Summary;
-use crate::{Embedder, Error, Result, Scope};
+use crate::{Embedder, Result, Scope};
 
 /// What reading a store's files gives.
 pub(super) struct Loaded {
@@ -132,7 +132,7 @@ impl Loader<'_> {
         let ids: Vec<u64> = self.state.sessions.keys().copied().collect();
         // A repair of an earlier version could leave two with one name: the later one was the one in use.
         for &id in ids.iter().rev() {
-            let text = match self.scope_of(id) {
+            let text = match self.state.told_scope(id) {
                 Ok(scope) if self.state.name(id, scope.clone()) => continue,
                 Ok(scope) => {
                     let text = format!("session {id}: another session has its name, {scope}");
@@ -149,20 +149,6 @@ impl Loader<'_> {
                 self.turns(id, &scope);
             }
         }
-    }
-
-    fn scope_of(&self, id: u64) -> Result<Scope> {
-        let record = self.state.sessions.get(&id).and_then(|session| session.record);
-        let record = record.ok_or_else(|| Error::corrupted("its record is missing"))?;
-        let names = decode_names(record.names.kind, &self.state.read(&record.names)?)?;
-        if names.id.is_some_and(|known| known != id) {
-            return Err(Error::corrupted("they are those of another session"));
-        }
-        let scope = Scope::user(names.user).session(names.session);
-        Ok(match names.agent {
-            Some(agent) => scope.agent(agent),
-            None => scope,
-        })
     }
 
     fn turns(&mut self, id: u64, scope: &Scope) {

@@ -12,7 +12,7 @@ use super::records::Change;
 use super::segment::Segment;
 use crate::format::{
     BlobRef, ChunkSpan, Key, PageRecord, Record, SessionRecord, SnapshotRecord, StoreRecord,
-    TurnRecord,
+    TurnRecord, decode_names,
 };
 use crate::partition::{Partition, Place, Version, VersionKey};
 use crate::summary::Summary;
@@ -337,6 +337,21 @@ impl State {
             pages: BTreeMap::new(),
             summary: Summary::new(dim),
             last_user_text: "".into(),
+        })
+    }
+
+    /// The scope that a session's own record names, whether it is found by it or not.
+    pub(super) fn told_scope(&self, id: u64) -> Result<Scope> {
+        let record = self.sessions.get(&id).and_then(|session| session.record);
+        let record = record.ok_or_else(|| Error::corrupted("its record is missing"))?;
+        let names = decode_names(record.names.kind, &self.read(&record.names)?)?;
+        if names.id.is_some_and(|known| known != id) {
+            return Err(Error::corrupted("they are those of another session"));
+        }
+        let scope = Scope::user(names.user).session(names.session);
+        Ok(match names.agent {
+            Some(agent) => scope.agent(agent),
+            None => scope,
         })
     }
 

@@ -176,7 +176,10 @@ fn forget_is_refused_while_two_sessions_have_one_name() {
         let error = store.forget(&scope, &selector).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupted);
         assert!(error.to_string().contains("doctor"), "{error}");
+        let error = store.check_forget(&scope).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupted);
     }
+    store.check_forget(&trip()).unwrap();
     assert_eq!(told(&store, &new()), ["Carl has moved."]);
     // Nobody else's are in doubt.
     assert_eq!(store.forget(&trip(), &Forget::turn(0)).unwrap().turns, 1);
@@ -189,4 +192,30 @@ fn forget_is_refused_while_two_sessions_have_one_name() {
     for text in LOST {
         assert_eq!(files_with(folder.path(), text), Vec::<std::path::PathBuf>::new());
     }
+}
+
+#[test]
+fn a_session_whose_number_another_one_had_too_stays_its_users() {
+    let folder = tempfile::tempdir().unwrap();
+    let (later, mut records) = lose(folder.path());
+    records.extend(later.into_iter().filter(|(key, _)| is_lost(key, b"str")));
+    // What a session of the same number, which an earlier version gave twice, left in the segments.
+    let other = tempfile::tempdir().unwrap();
+    let store = Database::default().open(other.path());
+    say(&store, &trip(), Role::User, &["Ada packs her bag."]);
+    say(&store, &carl().session("plan"), Role::User, &["Carl plans."]);
+    drop(store);
+    let segments = folder.path().join("segments");
+    let number = std::fs::read_dir(&segments).unwrap().count() as u32 + 1;
+    let mut segment = std::fs::read(other.path().join("segments/000001.seg")).unwrap();
+    // Magic (8), version (4), number (4).
+    segment[12..16].copy_from_slice(&number.to_le_bytes());
+    std::fs::write(segments.join(format!("{number:06}.seg")), segment).unwrap();
+    let database = Database::of(&records);
+    check(&database.open(folder.path()), true);
+    let store = database.open(folder.path());
+    assert_eq!(told(&store, &new()), ["Carl has moved."]);
+    assert_eq!(told(&store, &found()), LOST);
+    assert!(store.sessions(&Scope::user("lost+found")).unwrap().is_empty());
+    assert_eq!(store.forget(&carl(), &Forget::everything()).unwrap().turns, 4);
 }

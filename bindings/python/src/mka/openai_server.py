@@ -313,6 +313,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answers a chat completion, whole or as a stream."""
         try:
+            self._post()
+        except OSError:
+            # The client went while it was read or answered.
+            self.close_connection = True
+
+    def _post(self) -> None:
+        try:
             # Also where nobody answers it: the connection's next request stands behind it.
             body = self._body()
             if self.path != "/v1/chat/completions":
@@ -340,9 +347,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(error.status, str(error))
         except mka.Error as error:
             self._fail(_STATUS.get(type(error), 500), str(error))
-        except OSError:
-            # The client went while it was answered.
-            self.close_connection = True
 
     def _body(self) -> bytes:
         """The request's body; a connection is closed behind one whose end is not known."""
@@ -391,14 +395,14 @@ class _Handler(BaseHTTPRequestHandler):
         frame["object"] = "chat.completion.chunk"
         # The first event before the status line: what fails at once is still an error of its own.
         event = next(events)
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("Connection", "close")
-        self.end_headers()
         self.close_connection = True
         parts: list[str] = []
         try:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Cache-Control", "no-cache")
+            self.send_header("Connection", "close")
+            self.end_headers()
             self._chunk(frame, {"role": "assistant", "content": ""}, None)
             while True:
                 if isinstance(event, Token):

@@ -13,12 +13,16 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mka
 import pytest
+
+if TYPE_CHECKING:
+    from mka.openai_server import Server
 
 AGENTS = Path(__file__).parent / "mock_agents.py"
 
@@ -784,170 +788,161 @@ def test_the_openai_endpoint_reads_texts_and_refuses_what_is_none() -> None:
             _message({"messages": [{"role": "system", "content": wrong}, {"role": "user", "content": ""}]})
 
 
+@contextmanager
+def serving(engine: Any) -> Iterator[Server]:
+    """The endpoint over `engine`, which answers on a thread of its own meanwhile."""
+    from mka.openai_server import Server
+
+    with Server(engine) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def test_the_openai_endpoint_answers_whole_and_streamed_and_keeps_sessions_apart(
     store: Path, tiny_model: Path
 ) -> None:
-    from mka.openai_server import Server
-
     with (
         mka.open_sync(store, model=tiny_model, window_tokens=128, device="cpu") as engine,
-        Server(engine) as server,
+        serving(engine) as server,
     ):
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6}
-            post = lambda extra, **headers: urllib.request.urlopen(  # noqa: E731
-                urllib.request.Request(
-                    f"{server.url}/chat/completions",
-                    json.dumps(body | extra).encode(),
-                    {"Content-Type": "application/json", **headers},
-                ),
-                timeout=60,
-            )
-            whole = json.load(post({"user": "ada"}))
-            assert whole["choices"][0]["finish_reason"] in ("length", "stop")
-            assert whole["usage"]["completion_tokens"] <= 6
-            options = {"stream": True, "user": "bob", "stream_options": {"include_usage": True}}
-            lines = post(options).read().decode().split("\n\n")
-            assert lines[-2] == "data: [DONE]"
-            frames = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-            text = "".join(f["choices"][0]["delta"].get("content", "") for f in frames[:-1])
-            assert text == whole["choices"][0]["message"]["content"]
-            assert frames[-1]["usage"]["completion_tokens"] <= 6
-            post({"user": "ada", "max_tokens": 2}, **{"X-Mka-Session": "other"}).read()
-            names = [i.scope.session for i in engine.memory.sessions(user="ada")]
-            assert sorted(map(str, names)) == ["chat", "other"]
-            models = json.load(urllib.request.urlopen(f"{server.url}/models", timeout=60))
-            assert models["data"][0]["id"] == "model.gguf"
-            bad_requests: list[dict[str, Any]] = [
-                {"messages": []},
-                {"messages": [{"role": "assistant"}]},
-                {"messages": [{"role": "user", "content": "\ud800"}]},
-                {"top_p": 7},
-                {"max_tokens": -1},
-                {"max_tokens": float("inf")},
-                {"temperature": 1e300},
-                {"stop": [1]},
-                {"stream": True, "stream_options": 1},
-                {"user": "\ud800"},
-            ]
-            for bad in bad_requests:
-                with pytest.raises(urllib.error.HTTPError) as error:
-                    post(bad)
-                assert error.value.code == 400
-            for key, value in NOT_DONE:
-                with pytest.raises(urllib.error.HTTPError) as error:
-                    post({key: value})
-                assert error.value.code == 400
-                assert json.load(error.value)["error"]["message"].startswith(f"{key}: ")
-            # The tiny model's chat template has no place for tools.
+        body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6}
+        post = lambda extra, **headers: urllib.request.urlopen(  # noqa: E731
+            urllib.request.Request(
+                f"{server.url}/chat/completions",
+                json.dumps(body | extra).encode(),
+                {"Content-Type": "application/json", **headers},
+            ),
+            timeout=60,
+        )
+        whole = json.load(post({"user": "ada"}))
+        assert whole["choices"][0]["finish_reason"] in ("length", "stop")
+        assert whole["usage"]["completion_tokens"] <= 6
+        options = {"stream": True, "user": "bob", "stream_options": {"include_usage": True}}
+        lines = post(options).read().decode().split("\n\n")
+        assert lines[-2] == "data: [DONE]"
+        frames = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+        text = "".join(f["choices"][0]["delta"].get("content", "") for f in frames[:-1])
+        assert text == whole["choices"][0]["message"]["content"]
+        assert frames[-1]["usage"]["completion_tokens"] <= 6
+        post({"user": "ada", "max_tokens": 2}, **{"X-Mka-Session": "other"}).read()
+        names = [i.scope.session for i in engine.memory.sessions(user="ada")]
+        assert sorted(map(str, names)) == ["chat", "other"]
+        models = json.load(urllib.request.urlopen(f"{server.url}/models", timeout=60))
+        assert models["data"][0]["id"] == "model.gguf"
+        bad_requests: list[dict[str, Any]] = [
+            {"messages": []},
+            {"messages": [{"role": "assistant"}]},
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            {"top_p": 7},
+            {"max_tokens": -1},
+            {"max_tokens": float("inf")},
+            {"temperature": 1e300},
+            {"stop": [1]},
+            {"stream": True, "stream_options": 1},
+            {"user": "\ud800"},
+        ]
+        for bad in bad_requests:
             with pytest.raises(urllib.error.HTTPError) as error:
-                post({"tools": OFFERED, "user": "eve"})
+                post(bad)
             assert error.value.code == 400
-            assert "no place for them" in json.load(error.value)["error"]["message"]
-            post({"user": "eve"}).read()
-            post(ASKS_NOTHING).read()
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-            for method, path, sent, status in (
-                ("POST", "/v1/nowhere", json.dumps(body), 404),
-                # On the same connection: what was sent to nowhere is not taken for a request.
-                ("GET", "/v1/models", None, 200),
-                ("POST", "/v1/chat/completions", "[" * 100_000, 400),
-                ("POST", "/v1/chat/completions", json.dumps(body), 200),
-            ):
-                connection.request(method, path, sent)
-                answer = connection.getresponse()
-                assert answer.status == status, (path, answer.read())
-                answer.read()
-            connection.close()
-        finally:
-            server.shutdown()
-            thread.join()
+        for key, value in NOT_DONE:
+            with pytest.raises(urllib.error.HTTPError) as error:
+                post({key: value})
+            assert error.value.code == 400
+            assert json.load(error.value)["error"]["message"].startswith(f"{key}: ")
+        # The tiny model's chat template has no place for tools.
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post({"tools": OFFERED, "user": "eve"})
+        assert error.value.code == 400
+        assert "no place for them" in json.load(error.value)["error"]["message"]
+        post({"user": "eve"}).read()
+        post(ASKS_NOTHING).read()
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        for method, path, sent, status in (
+            ("POST", "/v1/nowhere", json.dumps(body), 404),
+            # On the same connection: what was sent to nowhere is not taken for a request.
+            ("GET", "/v1/models", None, 200),
+            ("POST", "/v1/chat/completions", "[" * 100_000, 400),
+            ("POST", "/v1/chat/completions", json.dumps(body), 200),
+        ):
+            connection.request(method, path, sent)
+            answer = connection.getresponse()
+            assert answer.status == status, (path, answer.read())
+            answer.read()
+        connection.close()
 
 
 def test_the_openai_endpoint_answers_no_web_page_of_elsewhere() -> None:
-    from mka.openai_server import Server
-
     engine = Caller()
-    with Server(engine) as server:  # type: ignore[arg-type]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
+    with serving(engine) as server:
 
-            def status(method: str, path: str, headers: dict[str, str]) -> int:
-                connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-                body = json.dumps({"messages": [{"role": "user", "content": "hello"}]})
-                connection.request(method, path, body if method == "POST" else None, headers)
-                answer = connection.getresponse()
-                answer.read()
-                connection.close()
-                return answer.status
+        def status(method: str, path: str, headers: dict[str, str]) -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+            body = json.dumps({"messages": [{"role": "user", "content": "hello"}]})
+            connection.request(method, path, body if method == "POST" else None, headers)
+            answer = connection.getresponse()
+            answer.read()
+            connection.close()
+            return answer.status
 
-            def both(**headers: str) -> set[int]:
-                return {
-                    status("POST", "/v1/chat/completions", {"Content-Type": "text/plain", **headers}),
-                    status("GET", "/v1/models", headers),
-                }
+        def both(**headers: str) -> set[int]:
+            return {
+                status("POST", "/v1/chat/completions", {"Content-Type": "text/plain", **headers}),
+                status("GET", "/v1/models", headers),
+            }
 
-            port = server.server_port
-            names = ("localhost", "LOCALHOST", "127.0.0.1", "[::1]")
-            for host in (*names, *(f"{name}:{port}" for name in names), "localhost:1"):
-                assert both(Host=host) == {200}, host
-                assert both(Host=host, Origin=f"http://{host}") == {200}, host
-            said = len(engine.given)
-            for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "[", "10.0.0.1"):
-                assert both(Host=host) == {403}, host
-                assert both(Origin=f"https://{host}") == {403}, host
-            assert both(Origin="null") == {403}
-            assert status("OPTIONS", "/v1/chat/completions", {"Origin": "https://evil.example"}) == 403
-            assert len(engine.given) == said
-        finally:
-            server.shutdown()
-            thread.join()
+        port = server.server_port
+        names = ("localhost", "LOCALHOST", "127.0.0.1", "[::1]")
+        for host in (*names, *(f"{name}:{port}" for name in names), "localhost:1"):
+            assert both(Host=host) == {200}, host
+            assert both(Host=host, Origin=f"http://{host}") == {200}, host
+        said = len(engine.given)
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "[", "10.0.0.1"):
+            assert both(Host=host) == {403}, host
+            assert both(Origin=f"https://{host}") == {403}, host
+        assert both(Origin="null") == {403}
+        assert status("OPTIONS", "/v1/chat/completions", {"Origin": "https://evil.example"}) == 403
+        assert len(engine.given) == said
 
 
 def test_the_openai_endpoint_holds_an_answer_to_its_format(store: Path, tiny_model: Path) -> None:
-    from mka.openai_server import Server
-
     with (
         mka.open_sync(store, model=tiny_model, window_tokens=128, device="cpu") as engine,
-        Server(engine) as server,
+        serving(engine) as server,
     ):
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
 
-            def post(form: dict[str, Any], **extra: Any) -> str:
-                body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9}
-                request = urllib.request.Request(
-                    f"{server.url}/chat/completions",
-                    json.dumps(body | {"response_format": form} | extra).encode(),
-                )
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return str(answer.read().decode())
+        def post(form: dict[str, Any], **extra: Any) -> str:
+            body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9}
+            request = urllib.request.Request(
+                f"{server.url}/chat/completions",
+                json.dumps(body | {"response_format": form} | extra).encode(),
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return str(answer.read().decode())
 
-            def schema(schema: dict[str, Any]) -> dict[str, Any]:
-                named = {"name": "kind", "strict": True, "schema": schema}
-                return {"type": "json_schema", "json_schema": named}
+        def schema(schema: dict[str, Any]) -> dict[str, Any]:
+            named = {"name": "kind", "strict": True, "schema": schema}
+            return {"type": "json_schema", "json_schema": named}
 
-            kind = schema({"enum": ["cat", "dog"]})
-            choice = json.loads(post(kind))["choices"][0]
-            assert json.loads(choice["message"]["content"]) in ("cat", "dog")
-            assert choice["finish_reason"] == "stop"
-            lines = post(kind, stream=True).split("\n\n")
-            frames = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-            pieces = [frame["choices"][0]["delta"].get("content") or "" for frame in frames]
-            assert json.loads("".join(pieces)) in ("cat", "dog")
-            choice = json.loads(post({"type": "json_object"}, max_tokens=1))["choices"][0]
-            assert choice["message"]["content"] == "{" and choice["finish_reason"] == "length"
-            with pytest.raises(urllib.error.HTTPError) as error:
-                post(schema({"not": {}}))
-            assert error.value.code == 400
-            assert "send: grammar: " in json.load(error.value)["error"]["message"]
-        finally:
-            server.shutdown()
-            thread.join()
+        kind = schema({"enum": ["cat", "dog"]})
+        choice = json.loads(post(kind))["choices"][0]
+        assert json.loads(choice["message"]["content"]) in ("cat", "dog")
+        assert choice["finish_reason"] == "stop"
+        lines = post(kind, stream=True).split("\n\n")
+        frames = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        pieces = [frame["choices"][0]["delta"].get("content") or "" for frame in frames]
+        assert json.loads("".join(pieces)) in ("cat", "dog")
+        choice = json.loads(post({"type": "json_object"}, max_tokens=1))["choices"][0]
+        assert choice["message"]["content"] == "{" and choice["finish_reason"] == "length"
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post(schema({"not": {}}))
+        assert error.value.code == 400
+        assert "send: grammar: " in json.load(error.value)["error"]["message"]
 
 
 OFFERED: list[dict[str, Any]] = [
@@ -1000,95 +995,87 @@ class Caller:
 
 
 def test_the_openai_endpoint_offers_tools_and_takes_their_results() -> None:
-    from mka.openai_server import Server
-
     engine = Caller()
-    with Server(engine) as server:  # type: ignore[arg-type]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            messages: list[dict[str, Any]] = [{"role": "user", "content": "what time is it?"}]
-            base = {"messages": messages, "tools": OFFERED, "tool_choice": "auto"}
+    with serving(engine) as server:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": "what time is it?"}]
+        base = {"messages": messages, "tools": OFFERED, "tool_choice": "auto"}
 
-            def post(extra: dict[str, Any]) -> str:
-                request = urllib.request.Request(
-                    f"{server.url}/chat/completions", json.dumps(base | extra).encode()
-                )
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return str(answer.read().decode())
+        def post(extra: dict[str, Any]) -> str:
+            request = urllib.request.Request(
+                f"{server.url}/chat/completions", json.dumps(base | extra).encode()
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return str(answer.read().decode())
 
-            def refused(extra: dict[str, Any]) -> str:
-                with pytest.raises(urllib.error.HTTPError) as error:
-                    post(extra)
-                assert error.value.code == 400
-                return str(json.load(error.value)["error"]["message"])
+        def refused(extra: dict[str, Any]) -> str:
+            with pytest.raises(urllib.error.HTTPError) as error:
+                post(extra)
+            assert error.value.code == 400
+            return str(json.load(error.value)["error"]["message"])
 
-            choice = json.loads(post({}))["choices"][0]
-            called = choice["message"]
-            assert choice["finish_reason"] == "tool_calls" and called["content"] == "Let me see."
-            calls = called["tool_calls"]
-            assert [call["function"] for call in calls] == [
-                {"name": "now", "arguments": "{}"},
-                {"name": "add", "arguments": '{"a": 1}'},
-            ]
-            first, second = (call["id"] for call in calls)
-            assert first != second and first.startswith("call_")
-            assert {call["type"] for call in calls} == {"function"}
-            assert [json.loads(tool) for tool in engine.given[-1][1]] == OFFERED
+        choice = json.loads(post({}))["choices"][0]
+        called = choice["message"]
+        assert choice["finish_reason"] == "tool_calls" and called["content"] == "Let me see."
+        calls = called["tool_calls"]
+        assert [call["function"] for call in calls] == [
+            {"name": "now", "arguments": "{}"},
+            {"name": "add", "arguments": '{"a": 1}'},
+        ]
+        first, second = (call["id"] for call in calls)
+        assert first != second and first.startswith("call_")
+        assert {call["type"] for call in calls} == {"function"}
+        assert [json.loads(tool) for tool in engine.given[-1][1]] == OFFERED
 
-            # Results in another order than the calls stand in theirs, each with its name.
-            results = [
-                {"role": "tool", "tool_call_id": second, "content": [{"type": "text", "text": "3"}]},
-                {"role": "tool", "tool_call_id": first, "content": "9:14"},
-            ]
-            engine.answer = "It is late."
-            choice = json.loads(post({"messages": [*messages, called, *results]}))["choices"][0]
-            assert choice["message"] == {"role": "assistant", "content": "It is late."}
-            assert choice["finish_reason"] == "stop"
-            assert engine.given[-1][0] == [mka.ToolResult("9:14", "now"), mka.ToolResult("3", "add")]
+        # Results in another order than the calls stand in theirs, each with its name.
+        results = [
+            {"role": "tool", "tool_call_id": second, "content": [{"type": "text", "text": "3"}]},
+            {"role": "tool", "tool_call_id": first, "content": "9:14"},
+        ]
+        engine.answer = "It is late."
+        choice = json.loads(post({"messages": [*messages, called, *results]}))["choices"][0]
+        assert choice["message"] == {"role": "assistant", "content": "It is late."}
+        assert choice["finish_reason"] == "stop"
+        assert engine.given[-1][0] == [mka.ToolResult("9:14", "now"), mka.ToolResult("3", "add")]
 
-            for wrong in (
-                results,
-                [*messages, *results],
-                [*messages, called, results[0]],
-                [*messages, called, results[0], results[0]],
-                [*messages, called, results[0], {**results[1], "tool_call_id": "call_x"}],
-                [*messages, {**called, "tool_calls": [{"id": first}]}, *results],
-                [*messages, called, *results, *messages],
-                [*messages, called],
-            ):
-                assert refused({"messages": wrong}).startswith("messages: ")
-            assert refused({"tool_choice": "none"}).startswith("tool_choice: ")
-            # A session keeps the tools that it began with.
-            for other in ([], None, OFFERED[:1]):
-                assert refused({"tools": other}).startswith("tools: ")
+        for wrong in (
+            results,
+            [*messages, *results],
+            [*messages, called, results[0]],
+            [*messages, called, results[0], results[0]],
+            [*messages, called, results[0], {**results[1], "tool_call_id": "call_x"}],
+            [*messages, {**called, "tool_calls": [{"id": first}]}, *results],
+            [*messages, called, *results, *messages],
+            [*messages, called],
+        ):
+            assert refused({"messages": wrong}).startswith("messages: ")
+        assert refused({"tool_choice": "none"}).startswith("tool_choice: ")
+        # A session keeps the tools that it began with.
+        for other in ([], None, OFFERED[:1]):
+            assert refused({"tools": other}).startswith("tools: ")
 
-            def streamed() -> tuple[list[dict[str, Any]], list[str | None]]:
-                lines = post({"stream": True}).split("\n\n")
-                frames = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-                choices = [frame["choices"][0] for frame in frames]
-                return [c["delta"] for c in choices], [c["finish_reason"] for c in choices]
+        def streamed() -> tuple[list[dict[str, Any]], list[str | None]]:
+            lines = post({"stream": True}).split("\n\n")
+            frames = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            choices = [frame["choices"][0] for frame in frames]
+            return [c["delta"] for c in choices], [c["finish_reason"] for c in choices]
 
-            engine.answer = CALLS
-            deltas, reasons = streamed()
-            assert deltas[:2] == [{"role": "assistant", "content": ""}, {"content": "Let me see."}]
-            assert [(call["index"], call["function"]["name"]) for call in deltas[2]["tool_calls"]] == [
-                (0, "now"),
-                (1, "add"),
-            ]
-            assert deltas[3:] == [{}] and reasons == [None, None, None, "tool_calls"]
-            engine.answer, engine.stop = "It is late.", "max_tokens"
-            deltas, reasons = streamed()
-            assert deltas[1:] == [{"content": "It is late."}, {}] and reasons[-1] == "length"
+        engine.answer = CALLS
+        deltas, reasons = streamed()
+        assert deltas[:2] == [{"role": "assistant", "content": ""}, {"content": "Let me see."}]
+        assert [(call["index"], call["function"]["name"]) for call in deltas[2]["tool_calls"]] == [
+            (0, "now"),
+            (1, "add"),
+        ]
+        assert deltas[3:] == [{}] and reasons == [None, None, None, "tool_calls"]
+        engine.answer, engine.stop = "It is late.", "max_tokens"
+        deltas, reasons = streamed()
+        assert deltas[1:] == [{"content": "It is late."}, {}] and reasons[-1] == "length"
 
-            # Where no tools are offered, the same text is an answer as any other.
-            engine.num_turns, engine.answer, engine.stop = 0, CALLS, "end_of_turn"
-            choice = json.loads(post({"tools": None}))["choices"][0]
-            assert choice["message"]["content"] == CALLS and choice["finish_reason"] == "stop"
-            assert engine.given[-1][1] is None
-        finally:
-            server.shutdown()
-            thread.join()
+        # Where no tools are offered, the same text is an answer as any other.
+        engine.num_turns, engine.answer, engine.stop = 0, CALLS, "end_of_turn"
+        choice = json.loads(post({"tools": None}))["choices"][0]
+        assert choice["message"]["content"] == CALLS and choice["finish_reason"] == "stop"
+        assert engine.given[-1][1] is None
 
 
 class Patient(Caller):
@@ -1114,33 +1101,25 @@ class Patient(Caller):
 
 
 def test_the_openai_endpoint_stops_a_turn_whose_client_is_gone() -> None:
-    from mka.openai_server import Server
-
     engine = Patient()
-    with Server(engine) as server:  # type: ignore[arg-type]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
+    with serving(engine) as server:
 
-            def ask(message: str) -> http.client.HTTPConnection:
-                connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-                body = {"messages": [{"role": "user", "content": message}]}
-                connection.request("POST", "/v1/chat/completions", json.dumps(body))
-                return connection
+        def ask(message: str) -> http.client.HTTPConnection:
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+            body = {"messages": [{"role": "user", "content": message}]}
+            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            return connection
 
-            first = ask("first")
-            assert engine.asked.wait(60)
-            # It waits for the first one's turn, and leaves before it has one of its own.
-            ask("second").close()
-            first.close()
-            engine.left.set()
-            assert engine.closed.wait(60)
-            third = ask("third")
-            assert third.getresponse().status == 200
-            third.close()
-        finally:
-            server.shutdown()
-            thread.join()
+        first = ask("first")
+        assert engine.asked.wait(60)
+        # It waits for the first one's turn, and leaves before it has one of its own.
+        ask("second").close()
+        first.close()
+        engine.left.set()
+        assert engine.closed.wait(60)
+        third = ask("third")
+        assert third.getresponse().status == 200
+        third.close()
     assert [message for message, _ in engine.given] == ["first", "third"]
 
 
@@ -1242,20 +1221,12 @@ def test_what_an_answer_says_before_its_calls_is_its_content() -> None:
 
 def test_an_openai_client_talks_to_the_endpoint(store: Path, tiny_model: Path) -> None:
     openai = pytest.importorskip("openai")
-    from mka.openai_server import Server
-
     with (
         mka.open_sync(store, model=tiny_model, window_tokens=128, device="cpu") as engine,
-        Server(engine) as server,
+        serving(engine) as server,
     ):
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            client = openai.OpenAI(base_url=server.url, api_key="none")
-            stream = client.chat.completions.create(
-                model="any", messages=[{"role": "user", "content": "hello"}], stream=True, max_tokens=5
-            )
-            assert any(chunk.choices[0].finish_reason for chunk in stream)
-        finally:
-            server.shutdown()
-            thread.join()
+        client = openai.OpenAI(base_url=server.url, api_key="none")
+        stream = client.chat.completions.create(
+            model="any", messages=[{"role": "user", "content": "hello"}], stream=True, max_tokens=5
+        )
+        assert any(chunk.choices[0].finish_reason for chunk in stream)

@@ -172,19 +172,24 @@ fn told(store: &Store, scope: &Scope) -> Vec<String> {
 
 const LOST: [&str; 3] = ["Carl hides his key.", "It lies in the boot.", "The boot is red."];
 
+/// Fills a store whose database then lost the session `scope`.
+fn lose(path: &Path, scope: &Scope) {
+    let earlier = tempfile::tempdir().unwrap();
+    fill(path);
+    copy_folder(&path.join("db"), earlier.path());
+    let store = open(path);
+    for text in LOST {
+        say(&store, scope, Role::User, &[text]);
+    }
+    drop(store);
+    go_back(path, earlier.path());
+}
+
 #[test]
 fn the_numbers_of_a_lost_session_are_not_given_to_another_user() {
     let folder = tempfile::tempdir().unwrap();
-    let earlier = tempfile::tempdir().unwrap();
-    fill(folder.path());
-    copy_folder(&folder.path().join("db"), earlier.path());
     let [carl, dora] = ["carl", "dora"].map(|user| Scope::user(user).session("new"));
-    let store = open(folder.path());
-    for text in LOST {
-        say(&store, &carl, Role::User, &[text]);
-    }
-    drop(store);
-    go_back(folder.path(), earlier.path());
+    lose(folder.path(), &carl);
     let store = open(folder.path());
     say(&store, &dora, Role::User, &["Dora waters the tomatoes."]);
     say(&store, &Scope::user("dora").session("next"), Role::User, &["Dora has a cat."]);
@@ -207,17 +212,9 @@ fn the_numbers_of_a_lost_session_are_not_given_to_another_user() {
 #[test]
 fn a_session_that_comes_back_where_another_has_its_name_is_found_and_forgotten() {
     let folder = tempfile::tempdir().unwrap();
-    let earlier = tempfile::tempdir().unwrap();
-    fill(folder.path());
-    copy_folder(&folder.path().join("db"), earlier.path());
     let carl = Scope::user("carl");
     let new = carl.clone().session("new");
-    let store = open(folder.path());
-    for text in LOST {
-        say(&store, &new, Role::User, &[text]);
-    }
-    drop(store);
-    go_back(folder.path(), earlier.path());
+    lose(folder.path(), &new);
     let store = open(folder.path());
     say(&store, &new, Role::User, &["Carl has moved."]);
     let checkup = check(&store, true);

@@ -7,7 +7,7 @@ use super::fields::{
     Reader, put_bytes, put_floats, put_metadata, put_option, put_u32, put_u64, role_code,
 };
 use super::{Kind, TurnRecord};
-use crate::{Error, Metadata, NewTurn, Result, Role};
+use crate::{Error, Metadata, NewTurn, Result, Role, Scope};
 
 /// A chunk in a turn's record, without its floats: identity, start, end, whether it is near, how many floats.
 const CHUNK_BYTES: usize = 16 + 8 + 8 + 1 + 4;
@@ -193,6 +193,17 @@ pub(crate) struct Names {
     pub(crate) user: String,
     pub(crate) agent: Option<String>,
     pub(crate) session: String,
+}
+
+impl Names {
+    /// The scope that they name.
+    pub(crate) fn into_scope(self) -> Scope {
+        let scope = Scope::user(self.user).session(self.session);
+        match self.agent {
+            Some(agent) => scope.agent(agent),
+            None => scope,
+        }
+    }
 }
 
 /// Reads the payload of a record of this kind.

@@ -348,11 +348,7 @@ impl State {
         if names.id.is_some_and(|known| known != id) {
             return Err(Error::corrupted("they are those of another session"));
         }
-        let scope = Scope::user(names.user).session(names.session);
-        Ok(match names.agent {
-            Some(agent) => scope.agent(agent),
-            None => scope,
-        })
+        Ok(names.into_scope())
     }
 
     /// Names a session, so that it can be found by scope; false if another session has that name, which keeps it.

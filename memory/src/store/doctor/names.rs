@@ -30,11 +30,7 @@ impl FoundNames {
     pub(super) fn note(&mut self, blob: BlobRef, payload: &[u8]) {
         let Ok(names) = decode_names(blob.kind, payload) else { return };
         let Some(id) = names.id else { return };
-        let scope = Scope::user(names.user).session(names.session);
-        let scope = match names.agent {
-            Some(agent) => scope.agent(agent),
-            None => scope,
-        };
+        let scope = names.into_scope();
         let found = match self.0.remove(&id) {
             None => Found::One(scope, blob),
             Some(Found::One(known, place)) if is_one_session(id, &known, &scope) => {
